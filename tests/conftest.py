@@ -1,0 +1,23 @@
+import os
+
+
+# No test may depend on a model hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs CUDA")
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    """Every test compiles from nothing: Dynamo's recompile limit counts over the whole process."""
+    yield
+    torch.compiler.reset()

@@ -1,0 +1,151 @@
+"""Shared cases: one table of transforms, one of bases, one of models; every public function passes every row."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import vera_func as vf
+
+
+# Prime sizes, so that no transposition can cancel; `in` fills whole blocks of 32 only together with `out`.
+OUT, IN, R = 13, 37, 5
+
+
+def squared(f):
+    return lambda *args: f(*args).square().sum()
+
+
+# Transform of a function of the params.
+TRANSFORMS = {
+    "forward": lambda f: f,
+    "grad": lambda f: grad(squared(f)),
+    "vjp": lambda f: lambda p: vjp(f, p)[1](f(p))[0],
+    "jvp": lambda f: lambda p: jvp(f, (p,), (p,))[1],
+    "jacrev": jacrev,
+    "jacfwd": jacfwd,
+    "hessian": lambda f: hessian(squared(f)),
+    "grad of jvp": lambda f: grad(lambda p: jvp(squared(f), (p,), (p,))[1]),
+}
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-9, "atol": 1e-11},
+    torch.float32: {"rtol": 2e-4, "atol": 2e-4},
+}
+
+
+def make_base(name, weight, bias=None):
+    """`(base_fn, dense weight)` over a weight (out, in); the oracle multiplies by what the base stands for."""
+    if name == "dense":
+        return lambda x: nn.functional.linear(x, weight, bias), weight
+    if name == "conv1d":
+        layer = Conv1D(weight.shape[0], weight.shape[1]).to(weight.dtype)
+        layer.weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
+        layer.bias = nn.Parameter(torch.zeros_like(weight[:, 0]) if bias is None else bias, requires_grad=False)
+        return layer, weight
+    q = QUANTIZERS[name](weight.float())
+    return lambda x: vf.quantized_linear(q, x, bias), vf.dequantize(q, weight.dtype)
+
+
+QUANTIZERS = {
+    "nf4": lambda w: vf.quantize_4bit(w),
+    "fp4": lambda w: vf.quantize_4bit(w, "fp4", 128),
+    "nested": lambda w: vf.quantize_4bit(w, double_quant=True),
+    "int8": vf.quantize_8bit,
+}
+BASES = ["dense", "conv1d", *QUANTIZERS]
+
+
+def make_layer(*n, out=OUT, in_=IN, r=R, dtype=torch.float64, seed=0):
+    """`n` stacked adapters (one without an axis if there is no n), projections, a weight, an input (3, in)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    params = {"lambda_b": normal(*n, out), "lambda_d": normal(*n, r)}
+    # Wider than the layer, as when another layer is wider.
+    frozen = {"vera_A": normal(r, in_ + 2), "vera_B": normal(out + 3, r)}
+    return params, frozen, normal(out, in_), normal(3, in_)
+
+
+def dense_forward(params, frozen, x, weight, bias=0.0):
+    """The oracle: form the adapted weight, then multiply. Slow and obvious."""
+    out, in_ = weight.shape
+    A, B = frozen["vera_A"][:, :in_], frozen["vera_B"][:out]
+    delta = torch.diag(params["lambda_b"]) @ B @ torch.diag(params["lambda_d"]) @ A
+    return x @ (weight + delta).T + bias
+
+
+def row(tree, i):
+    """Adapter `i` of a stacked tensor or tree of dicts."""
+    return tree[i] if isinstance(tree, torch.Tensor) else {k: row(leaf, i) for k, leaf in tree.items()}
+
+
+def llama(dtype=torch.float32, attention="sdpa", **changes):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(
+        vocab_size=67, num_hidden_layers=2, attn_implementation=attention, **(sizes | changes), use_cache=False,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def gpt2(dtype=torch.float32, attention="sdpa"):
+    config = GPT2Config(
+        vocab_size=67, n_embd=64, n_layer=2, n_head=4, n_positions=64, attn_implementation=attention,
+        use_cache=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(config).to(dtype).eval()
+
+
+def bert(dtype=torch.float32, attention="sdpa"):
+    config = BertConfig(
+        vocab_size=67, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_labels=3, attn_implementation=attention,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return BertForSequenceClassification(config).to(dtype).eval()
+
+
+MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
+TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn", "c_fc"], "bert": ["query", "value"]}
+FORMATS = {
+    **QUANTIZERS,
+    "fp4": lambda w: vf.quantize_4bit(w, "fp4"),
+    "bf16 storage": lambda w: vf.quantize_4bit(w, quant_storage=torch.bfloat16),
+}
+
+
+def quantized(model, name):
+    """The model with every `nn.Linear` but the heads as a bitsandbytes module; `"dense"` leaves it as it is."""
+    if name == "dense":
+        return model
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and path not in ("lm_head", "classifier"):
+            parent, _, child = path.rpartition(".")
+            bias = None if module.bias is None else module.bias.data
+            setattr(model.get_submodule(parent), child, vf.to_bnb(FORMATS[name](module.weight.data), bias))
+    return model
+
+
+def randomized(params, seed=1, scale=0.1):
+    """Params with something learned: a fresh adapter adds nothing, so nothing about it could be seen."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        key: value + scale * torch.randn(value.shape, generator=generator).to(value) for key, value in params.items()
+    }
+
+
+def snapshot(*trees):
+    """Copies of every tensor in some modules, tensors or dicts, to see later that nothing was written to them."""
+    return [copy.deepcopy(tree.state_dict() if isinstance(tree, nn.Module) else tree) for tree in trees]
+
+
+def relative_error(actual, expected):
+    return ((actual - expected).abs().max() / expected.abs().max()).item()

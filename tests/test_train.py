@@ -1,0 +1,384 @@
+import os
+import sys
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint as recompute
+
+from vera_func.optim import adamw_init, adamw_update, clip_by_norm, linear_warmup_cosine
+from vera_func.train import batch_indices, fit, load_fit, save_fit, sweep, sweep_table
+
+
+N = 8
+RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
+GENERATOR = torch.Generator().manual_seed(0)
+A, B, W = (torch.randn(*s, generator=GENERATOR) for s in ((3, 5), (7, 3), (7, 5)))
+INPUTS, TARGETS = torch.randn(11, 5, generator=GENERATOR), torch.randn(11, 7, generator=GENERATOR)
+fit = partial(fit, progress=False)
+
+
+def loss_of_one(params, batch):
+    x, y = batch
+    hidden = params["lambda_d"] * (x @ A.T)
+    return (x @ W.T + params["lambda_b"] * (hidden @ B.T) - y).square().mean()
+
+
+def loss_of_many(in_dims):
+    return torch.func.vmap(loss_of_one, in_dims=(0, in_dims))
+
+
+def start(*n):
+    return {"lambda_b": torch.zeros(*n, 7), "lambda_d": torch.full((*n, 3), 0.1)}
+
+
+def row(tree, i):
+    return {k: leaf[i] for k, leaf in tree.items()}
+
+
+def shared(step):
+    rows = batch_indices(step, num_examples=11, batch_size=4, key=0)
+    return INPUTS[rows], TARGETS[rows]
+
+
+def own(step, adapter):
+    rows = batch_indices(step, num_examples=11, batch_size=4, key=adapter)
+    return INPUTS[rows], TARGETS[rows]
+
+
+def everyones_own(step):
+    x, y = zip(*(own(step, i) for i in range(N)), strict=True)
+    return torch.stack(x), torch.stack(y)
+
+
+def same(a, b):
+    """Bit for bit, NaN included."""
+    leaves = torch.utils._pytree.tree_leaves
+    return all(
+        x.dtype == y.dtype and torch.equal(x.nan_to_num(123.0), y.nan_to_num(123.0))
+        for x, y in zip(leaves(a), leaves(b), strict=True)
+    )
+
+
+def test_one_is_the_loop_a_user_would_write():
+    run = fit(loss_of_one, start(), shared, steps=9, learning_rate=0.1, max_norm=0.2)
+    params, state, losses = start(), adamw_init(start()), []
+    for step in range(9):
+        grads, loss = torch.func.grad_and_value(loss_of_one)(params, shared(step))
+        params, state = adamw_update(clip_by_norm(grads, 0.2), state, params, learning_rate=0.1)
+        losses.append(loss)
+    assert_close((run.params, run.state), (params, state), rtol=1e-6, atol=1e-6)
+    assert_close(run.losses, torch.stack(losses).double(), rtol=1e-6, atol=1e-6)
+    assert run.stopped == -1
+    assert not run.diverged
+    full = (INPUTS, TARGETS)
+    assert loss_of_one(run.params, full) < loss_of_one(start(), full)
+
+
+@pytest.mark.parametrize("backward", ["func", "autograd"])
+@pytest.mark.parametrize("data", ["shared", "own"])
+def test_together_equals_one_by_one(data, backward):
+    options = {"weight_decay": 0.1, "schedule": partial(linear_warmup_cosine, warmup=3, total=25)}
+    loss_fn, batches = loss_of_many(None), shared
+    if data == "own":
+        loss_fn, batches = loss_of_many(0), everyones_own
+    limits = [0.05 * (i + 1) for i in range(N)]
+    run = fit(loss_fn, start(N), batches, steps=20, learning_rate=RATES, max_norm=limits,
+              num_adapters=N, backward=backward, **options)  # fmt: skip
+    assert run.losses.shape == (20, N)
+    assert run.state.step.tolist() == [20] * N
+    for i in range(N):
+        alone = fit(loss_of_one, start(), shared if data == "shared" else partial(own, adapter=i),
+                    steps=20, learning_rate=RATES[i], max_norm=limits[i], **options)  # fmt: skip
+        assert_close(row(run.params, i), alone.params, rtol=1e-5, atol=1e-5)
+        assert_close(run.losses[:, i], alone.losses, rtol=1e-5, atol=1e-5)
+
+
+def metric_of(best_at):
+    """Falls until `best_at[i]` updates, then rises; a plateau and NaN are no progress."""
+    best_at = torch.tensor(best_at)
+    return lambda params, step: (step - best_at).abs().float()
+
+
+def test_stopped_adapters_stay_bit_for_bit():
+    options = {"learning_rate": 0.1, "num_adapters": 3, "evaluate": metric_of([2, 4, 99])}
+    loss_fn = loss_of_many(None)
+    run = fit(loss_fn, start(3), shared, steps=12, patience=2, **options)
+    assert run.stopped.tolist() == [4, 6, -1]
+    assert run.state.step.tolist() == [4, 6, 12]
+    assert run.metrics.shape == (12, 3)
+    assert run.losses.shape == (12, 3)
+    for i, steps in enumerate([4, 6, 12]):
+        free = fit(loss_fn, start(3), shared, steps=steps, **options)
+        assert same(row(run.params, i), row(free.params, i))
+        assert same(row(run.state.mean, i), row(free.state.mean, i))
+        assert same(row(run.state.var, i), row(free.state.var, i))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "stopped"),
+    [
+        ([3, 2, 1, 0, 0, 0], 6),
+        ([1, 1, 1, 1, 1, 1], 3),
+        ([float("nan")] * 6, 3),
+        ([float("nan"), 2, float("nan"), float("nan"), 1, 1], 4),
+        ([2, 3, 1, 2, 0, 1], -1),
+    ],
+)
+def test_patience_counts_evaluations_without_a_new_best(metrics, stopped):
+    run = fit(loss_of_one, start(), shared, steps=6, learning_rate=0.1, patience=2,
+              evaluate=lambda params, step: metrics[step - 1])  # fmt: skip
+    assert run.stopped == stopped
+    assert len(run.losses) == (6 if stopped < 0 else stopped)
+
+
+def test_evaluates_every_so_many_steps():
+    seen = []
+    fit(loss_of_one, start(), shared, steps=7, learning_rate=0.1, evaluate_every=3,
+        evaluate=lambda params, step: seen.append(step) or 0.0)  # fmt: skip
+    assert seen == [3, 6]
+
+
+# What goes wrong with adapter 1 at step 3: a term of its loss, and a factor on its rate. The slope of
+# 1e30 is finite, but its norm is not: clipped, it would be a step of zero.
+FAILURES = {
+    "loss": (lambda p: torch.nan, 1.0),
+    "gradient": (lambda p: (p.sum() * 0).square().sqrt(), 1.0),
+    "norm": (lambda p: p.sum() * 1e30, 1.0),
+    "update": (lambda p: 0.0, torch.inf),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_divergence_stops_one_and_spares_the_others(kind):
+    term, factor = FAILURES[kind]
+
+    def loss_fn(params, batch):
+        losses = loss_of_many(None)(params, batch[:2])
+        if batch[2] != 3:
+            return losses
+        return losses + torch.where(torch.arange(3) == 1, term(params["lambda_b"][1]), 0.0)
+
+    batches = lambda step: (*shared(step), step)
+    schedule = lambda step: torch.tensor([1.0, factor if step == 3 else 1.0, 1.0])
+    options = {"learning_rate": 0.1, "num_adapters": 3, "max_norm": 1.0}
+    with pytest.warns(RuntimeWarning, match=r"step 3.*adapter \[1\]"):
+        run = fit(loss_fn, start(3), batches, steps=6, schedule=schedule, **options)
+    assert run.stopped.tolist() == [-1, 3, -1]
+    assert run.diverged.tolist() == [False, True, False]
+    for steps, i in ((6, 0), (3, 1), (6, 2)):
+        free = fit(loss_of_many(None), start(3), shared, steps=steps, **options)
+        assert same(row(run.params, i), row(free.params, i))
+        assert run.state.step[i] == steps
+
+
+def test_one_that_diverges_ends_the_run():
+    with pytest.warns(RuntimeWarning, match="step 0"):
+        run = fit(lambda p, batch: p["lambda_b"].sum() * torch.inf, start(), shared, steps=5,
+                  learning_rate=0.1)  # fmt: skip
+    assert run.diverged
+    assert run.stopped == 0
+    assert len(run.losses) == 1
+    assert same(run.params, start())
+
+
+OPTIONS = {
+    "learning_rate": RATES[-3:],
+    "weight_decay": 0.1,
+    "max_norm": 0.3,
+    "num_adapters": 3,
+    "schedule": partial(linear_warmup_cosine, warmup=2, total=12),
+    "evaluate": metric_of([2, 7, 99]),
+    "evaluate_every": 2,
+    "patience": 2,
+}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 8, 12])
+def test_resume_from_a_value_is_bit_for_bit(steps):
+    train = partial(fit, loss_of_many(None), start(3), shared, **OPTIONS)
+    first = train(steps=steps)
+    assert same(train(steps=12, resume=first), train(steps=12))
+
+
+@pytest.mark.parametrize("killed_at", [1, 5, 8, 11])
+def test_resume_after_an_interrupt_is_bit_for_bit(killed_at, tmp_path):
+    path = tmp_path / "run.safetensors"
+
+    def interrupted(step):
+        if step == killed_at:
+            raise KeyboardInterrupt
+        return shared(step)
+
+    train = partial(fit, loss_of_many(None), start(3), steps=12, **OPTIONS)
+    saving = {"checkpoint": path, "checkpoint_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupted, **saving)
+    assert len(load_fit(path, start(3), num_adapters=3).losses) == killed_at
+    whole = train(shared)
+    assert same(train(shared, resume=path, **saving), whole)
+    assert same(load_fit(path, start(3), num_adapters=3), whole)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_resume_of_one(tmp_path):
+    train = partial(fit, loss_of_one, start(), shared, learning_rate=0.1)
+    train(steps=4, checkpoint=tmp_path / "run")
+    assert same(train(steps=9, resume=str(tmp_path / "run")), train(steps=9))
+
+
+def test_saves_views_of_one_tensor(tmp_path):
+    both = torch.arange(20.0).reshape(2, 10)
+    params = {"lambda_b": both[:, :7], "lambda_d": both[:, 7:], "all": both, "again": both}
+    options = {"steps": 0, "learning_rate": 0.1, "num_adapters": 2}
+    run = fit(loss_of_many(None), params, shared, checkpoint=tmp_path / "run", **options)
+    assert same(load_fit(tmp_path / "run", params, num_adapters=2), run)
+
+
+@pytest.mark.parametrize("crash", ["fsync", "replace"])
+def test_a_crash_while_saving_leaves_the_old_file(crash, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    old = fit(loss_of_one, start(), shared, steps=2, learning_rate=0.1, checkpoint=path)
+
+    def boom(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(*((os, "fsync") if crash == "fsync" else (type(path), "replace")), boom)
+    with pytest.raises(OSError, match="no space"):
+        save_fit(path, old._replace(losses=old.losses + 1))
+    assert same(load_fit(path, start()), old)
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_loading_the_wrong_run_raises(tmp_path):
+    path = tmp_path / "run"
+    run = fit(loss_of_one, start(), shared, steps=2, learning_rate=0.1, checkpoint=path)
+    with pytest.raises(ValueError, match=r"run .*'params.bias'"):
+        load_fit(path, {**start(), "bias": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"run: 'params.lambda_b' is \(7,\).*\(9,\)"):
+        load_fit(path, {**start(), "lambda_b": torch.ones(9)})
+    with pytest.raises(ValueError, match=r"run: 'params.lambda_d' is .*float32.*float64"):
+        load_fit(path, {**start(), "lambda_d": torch.ones(3, dtype=torch.float64)})
+    with pytest.raises(ValueError, match=r"resume: 'params.lambda_b'"):
+        fit(loss_of_many(None), start(2), shared, steps=3, learning_rate=0.1, num_adapters=2,
+            resume=run)  # fmt: skip
+    with pytest.raises(ValueError, match="num_adapters"):
+        # The same leaves, but one adapter instead of seven and three.
+        load_fit(path, {"lambda_b": torch.ones(7)} | {"lambda_d": torch.ones(3)}, num_adapters=7)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"run is not a whole safetensors file"):
+        load_fit(path, start())
+    with pytest.raises(ValueError, match="steps=1 counts all steps, and 2 are done"):
+        fit(loss_of_one, start(), shared, steps=1, learning_rate=0.1, resume=run)
+
+
+def test_autograd_takes_activation_checkpointing():
+    loss_fn = lambda params, batch: recompute(loss_of_one, params, batch, use_reentrant=False)
+    options = {"steps": 4, "learning_rate": 0.1}
+    with pytest.raises(RuntimeError, match="saved tensor hooks"):
+        fit(loss_fn, start(), shared, **options)
+    run = fit(loss_fn, start(), shared, backward="autograd", **options)
+    assert_close(run.params, fit(loss_of_one, start(), shared, **options).params)
+
+
+@pytest.mark.parametrize("backward", ["func", "autograd"])
+def test_a_base_that_requires_grad_keeps_no_graph(backward):
+    weight = torch.ones(7, requires_grad=True)
+    params = {"lambda_b": torch.ones(7, requires_grad=True), "unused": torch.ones(2)}
+    run = fit(lambda p, batch: (p["lambda_b"] * weight).square().sum(), params, shared, steps=2,
+              learning_rate=0.1, backward=backward)  # fmt: skip
+    assert not any(t.requires_grad for t in (*run.params.values(), run.losses))
+    assert weight.grad is None
+    assert torch.equal(run.params["unused"], torch.ones(2))
+
+
+def test_inputs_are_not_modified():
+    params = start(3)
+    first = fit(loss_of_many(None), params, shared, steps=5, **OPTIONS)
+    before = [t.clone() for t in torch.utils._pytree.tree_leaves(first)]
+    fit(loss_of_many(None), params, shared, steps=12, resume=first, **OPTIONS)
+    assert same(params, start(3))
+    assert same(list(torch.utils._pytree.tree_leaves(first)), before)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_progress(installed, capsys, monkeypatch):
+    if not installed:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    fit(loss_of_many(None), start(2), shared, steps=3, learning_rate=0.1, num_adapters=2,
+        progress=True)  # fmt: skip
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ("3/3" in err and "2 training" in err) == installed
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batches": [1, 2]}, r"function of the step, got list.*lambda step"),
+        ({"num_adapters": 4}, r"num_adapters=4, but params\['lambda_b'\] is \(3, 7\)"),
+        ({"learning_rate": [0.1, 0.2]}, r"learning_rate has shape \(2,\); pass one number or 3"),
+        ({"learning_rate": -0.1}, "learning_rate must be 0 or more"),
+        ({"max_norm": float("nan")}, "max_norm must be 0 or more"),
+        ({"loss_fn": lambda p, b: p["lambda_b"].sum()}, r"loss_fn must return .*\(3,\)"),
+        ({"evaluate": lambda p, step: 0.0}, r"evaluate must return .*\(3,\)"),
+        ({"patience": 2}, "pass evaluate"),
+        ({"evaluate": metric_of([1, 1, 1]), "patience": 0}, "patience=0"),
+        ({"checkpoint_every": 0}, "checkpoint_every=0"),
+        ({"checkpoint": "/no/such/folder/run"}, "folder /no/such/folder of checkpoint"),
+        ({"backward": "jax"}, "'func' or 'autograd', got 'jax'"),
+        ({"params": {}}, "nothing to train"),
+    ],
+)
+def test_mistakes_raise(wrong, message):
+    right = {"loss_fn": loss_of_many(None), "params": start(3), "batches": shared, "steps": 1}
+    with pytest.raises(ValueError, match=message):
+        fit(**{**right, "learning_rate": 0.1, "num_adapters": 3, **wrong})
+
+
+def test_many_rates_need_num_adapters():
+    with pytest.raises(ValueError, match="num_adapters too"):
+        fit(loss_of_one, start(), shared, steps=1, learning_rate=[0.1, 0.2])
+    with pytest.raises(ValueError, match="loss_fn must return one number"):
+        fit(loss_of_many(None), start(2), shared, steps=1, learning_rate=0.1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(num=st.integers(1, 40), size=st.integers(1, 17), key=st.integers(0, 99))
+def test_every_epoch_holds_each_example_once(num, size, key):
+    batches = -(-num // size)
+    draw = partial(batch_indices, num_examples=num, batch_size=size, key=key)
+    for epoch in (0, 3):
+        rows = [draw(epoch * batches + i) for i in range(batches)]
+        assert torch.cat(rows).sort().values.tolist() == list(range(num))
+        assert all(len(r) == size for r in rows[:-1])
+        assert rows[0].dtype == torch.int64
+
+
+def test_orders_are_independent_and_global_randomness_untouched():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    draw = lambda key, epoch: batch_indices(epoch, num_examples=99, batch_size=99, key=key)
+    orders = [tuple(draw(key, epoch).tolist()) for key in range(5) for epoch in range(5)]
+    assert len(set(orders)) == 25
+    assert tuple(draw(0, 0).tolist()) == orders[0]
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        batch_indices(0, num_examples=3, batch_size=0, key=0)
+
+
+def test_sweep_and_its_table():
+    rows = sweep({"rate": [0.1, 0.2], "seed": (0, 1, 2)})
+    assert [tuple(r.values()) for r in rows] == [(r, s) for r in (0.1, 0.2) for s in (0, 1, 2)]
+    table = sweep_table(rows, {"loss": torch.arange(6) / 2, "name": list("abcdef")})
+    assert table[5] == {"rate": 0.2, "seed": 2, "loss": 2.5, "name": "f"}
+    assert rows[5] == {"rate": 0.2, "seed": 2}
+    for grid in ({"seed": []}, {"seed": "abc"}):
+        with pytest.raises(ValueError, match=r"grid\['seed'\]"):
+            sweep(grid)
+    with pytest.raises(ValueError, match=r"'loss' must .* 6 values, got 2"):
+        sweep_table(rows, {"loss": [1, 2]})
+    with pytest.raises(ValueError, match="'seed' must be a new name"):
+        sweep_table(rows, {"seed": range(6)})

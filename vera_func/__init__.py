@@ -1,0 +1,31 @@
+"""VeRA adapters as pure functions on `torch.func`, over bitsandbytes 4-bit and 8-bit weights."""
+
+from .adapter import (
+    delta_weight as delta_weight,
+    dropout_mask as dropout_mask,
+    init_params as init_params,
+    vera_forward as vera_forward,
+)
+from .checkpoint import load_adapter as load_adapter, save_adapter as save_adapter
+from .config import VeraConfig as VeraConfig
+from .layers import Linear as Linear, Linear4bit as Linear4bit, Linear8bitLt as Linear8bitLt
+from .model import Adapted as Adapted, adapt as adapt, to_module as to_module
+from .many import (
+    num_adapters as num_adapters,
+    pool_adapters as pool_adapters,
+    select_adapters as select_adapters,
+    stack_adapters as stack_adapters,
+    unstack_adapters as unstack_adapters,
+    vmap_adapters as vmap_adapters,
+)
+from .projection import init_projections as init_projections
+from .quantized import (
+    Quantized4bit as Quantized4bit,
+    Quantized8bit as Quantized8bit,
+    dequantize as dequantize,
+    from_bnb as from_bnb,
+    quantize_4bit as quantize_4bit,
+    quantize_8bit as quantize_8bit,
+    quantized_linear as quantized_linear,
+    to_bnb as to_bnb,
+)

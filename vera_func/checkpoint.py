@@ -1,0 +1,378 @@
+"""Adapters in PEFT's directory format: `adapter_config.json` and `adapter_model.safetensors`.
+
+What PEFT wrote loads here, and what is written here loads in PEFT, to the same numbers. Only safetensors is
+read. Each file is replaced as a whole, and the weights carry the configuration they were written with, so
+that after a crash between the two files the adapter is still the old one or the new one.
+"""
+
+import dataclasses
+import json
+import os
+import secrets
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from .config import VeraConfig, resolve, trained_with
+from .model import Adapted, draw_projections, make_apply
+
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+_PEFT_ONLY = ("auto_mapping", "inference_mode", "peft_type", "peft_version", "runtime_config")
+
+
+def save_adapter(
+    path: str | os.PathLike[str],
+    params: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
+    config: VeraConfig,
+    *,
+    adapter_name: str = "default",
+) -> Path:
+    """Write an adapter as a PEFT directory; `PeftModel.from_pretrained(model, path)` loads it.
+
+    Args:
+        path: The directory, made if needed. An adapter with another name than "default" goes into a sub-folder.
+        params: Of a single adapter, as `adapt` returned them.
+        frozen: The projections; written if `config.save_projection` is True.
+        config: As `adapt` returned it, with the targets spelled out.
+        adapter_name: Name of the adapter.
+
+    Returns:
+        The directory that was written.
+
+    Raises:
+        ValueError: If params are stacked, do not fit the projections, hold NaN or inf, or the targets are not
+            spelled out; nothing is written then.
+
+    Example:
+        >>> import tempfile
+        >>> from vera_func import adapt
+        >>> adapted = adapt(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sorted(p.name for p in save_adapter(folder, *adapted[1:]).iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    if config.target_modules is None or config.target_modules == "all-linear":
+        raise ValueError("config.target_modules must be spelled out; save the config that adapt returned.")
+    folder = adapter_folder(path, adapter_name)
+    _check_params(params, frozen, config)
+    layers = {key.removesuffix("lambda_b").rstrip(".") for key in params if key.endswith("lambda_b")}
+    tensors = {_to_peft(key, layers): value for key, value in params.items()}
+    if config.save_projection:
+        tensors |= {f"base_model.{name}": frozen[name] for name in ("vera_A", "vera_B")}
+    text = json.dumps(config_to_json(config), indent=2, sort_keys=True)
+    data = save(
+        {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()},
+        {"format": "pt", "vera_func.config": text},
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / WEIGHTS, data)
+    write_atomically(folder / CONFIG, text.encode())
+    return folder
+
+
+def load_adapter(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    adapter_name: str = "default",
+    dtype: torch.dtype | None = torch.float32,
+    int8_activations: bool = False,
+) -> Adapted:
+    """Read a PEFT directory into a pure function of `model`, and the adapter's params and projections.
+
+    Without stored projections they are drawn again; over a 16-bit base that draw is rounded as PEFT rounds it.
+
+    Args:
+        path: The directory, or the one above it for an adapter with a name of its own.
+        model: The base model; it stays as it was.
+        adapter_name: Name of the adapter; other than "default", a sub-folder of `path`.
+        dtype: Of vectors and projections, and so of the adapter's arithmetic. PEFT's default is float32
+            whatever the file holds; None keeps the file's.
+        int8_activations: See `adapt`.
+
+    Returns:
+        `(apply, params, frozen, config)`, as from `adapt`.
+
+    Raises:
+        FileNotFoundError: If there is no adapter; the message says what is there instead.
+        ValueError: If a file is damaged, of another PEFT method or does not fit the model; it names file and key.
+
+    Example:
+        >>> import tempfile
+        >>> from vera_func import adapt
+        >>> model = nn.Sequential(nn.Linear(8, 6))
+        >>> adapted = adapt(model, VeraConfig(r=4, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save_adapter(folder, *adapted[1:])
+        ...     loaded = load_adapter(folder, model)
+        >>> loaded.params["0.lambda_d"]
+        tensor([0.1000, 0.1000, 0.1000, 0.1000])
+
+    Reference:
+        https://huggingface.co/docs/peft/developer_guides/checkpoint
+    """
+    folder = adapter_folder(path, adapter_name)
+    config, tensors = read_files(folder)
+    file = folder / WEIGHTS
+    targets, config = resolve(model, config, strict=False)
+    trained = trained_with(model, config, targets)
+    params, projections = {}, {}
+    for name, tensor in tensors.items():
+        key = _from_peft(name)
+        if name.startswith("base_model.vera_"):
+            projections[name.removeprefix("base_model.")] = tensor
+        elif key is None:
+            raise ValueError(f"{file} has the key {name!r}, which is no part of a VeRA adapter.")
+        elif not (".modules_to_save." in name or ".original_module." in name):
+            # PEFT writes a head's bias two more times with bias="all"; those copies are not read by it either.
+            params[key] = tensor
+    apply = make_apply(
+        model, config.r, targets, trained, vera_dropout=config.vera_dropout, int8_activations=int8_activations
+    )
+    problems = [f"lacks {key!r}" for key, slot in apply.slots.items() if slot.required and key not in params]
+    problems += [f"has {key!r}, unknown to this model and config" for key in params if key not in apply.slots]
+    problems += [
+        f"has {key!r} of shape {tuple(value.shape)}, which must be {apply.slots[key].shape}"
+        for key, value in params.items()
+        if key in apply.slots and value.shape != apply.slots[key].shape
+    ]
+    if problems:
+        raise ValueError(f"{file} {problems[0]} ({len(problems)} problems of this kind).")
+    if config.save_projection:
+        if projections.keys() != {"vera_A", "vera_B"}:
+            raise ValueError(
+                f"{file} lacks base_model.vera_A and base_model.vera_B, although save_projection is true in {CONFIG}."
+            )
+        frozen = {name: tensor.to(next(model.parameters()).device) for name, tensor in projections.items()}
+        _check_projections(file, frozen, apply.slots, config.r)
+    else:
+        if projections:
+            warnings.warn(
+                f"{file} holds projections, but save_projection is false in {CONFIG}: they are drawn from "
+                "projection_prng_key, as PEFT does, and the stored ones are ignored.",
+                stacklevel=2,
+            )
+        frozen = draw_projections(model, config, targets)
+    device = frozen["vera_A"].device
+    vectors = {key: value.to(device, _vector_dtype(key, value, model, dtype)) for key, value in params.items()}
+    if dtype is not None:
+        frozen = {name: tensor.to(dtype) for name, tensor in frozen.items()}
+    order = {key: i for i, key in enumerate(apply.slots)}
+    return Adapted(apply, dict(sorted(vectors.items(), key=lambda item: order[item[0]])), frozen, config)
+
+
+def adapter_folder(path: str | os.PathLike[str], adapter_name: str) -> Path:
+    """Where PEFT keeps an adapter of this name below `path`."""
+    if not adapter_name or adapter_name in (".", "..") or set(adapter_name) & set("/\\\0"):
+        raise ValueError(f"adapter_name must be a plain name, got {adapter_name!r}.")
+    return Path(path) if adapter_name == "default" else Path(path) / adapter_name
+
+
+def read_files(folder: Path) -> tuple[VeraConfig, dict[str, Tensor]]:
+    """Configuration and tensors of an adapter directory, checked as files, with the file's own names.
+
+    Raises:
+        FileNotFoundError: If there is no adapter; the message says what is there instead.
+        ValueError: If a file is damaged or of another PEFT method.
+    """
+    config_file, weights_file = folder / CONFIG, folder / WEIGHTS
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise FileNotFoundError(_what_is_there(folder, file))
+    data = weights_file.read_bytes()
+    metadata, tensors = parse_safetensors(weights_file, data)
+    config = config_from_json(_parse_json(config_file, config_file.read_text(errors="replace")), str(config_file))
+    written = metadata.get("vera_func.config")
+    if written is not None:
+        own = config_from_json(_parse_json(weights_file, written), str(weights_file))
+        if _tensor_fields(own) != _tensor_fields(config):
+            # The two files were not replaced together: a save was interrupted in between.
+            config = own
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{weights_file}: {name!r} holds NaN or inf; the adapter is broken.")
+    return config, tensors
+
+
+def config_to_json(config: VeraConfig) -> dict[str, Any]:
+    """The content of `adapter_config.json`, with the fields that PEFT adds of itself."""
+    fields = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items()}
+    return {**fields, "auto_mapping": None, "inference_mode": True, "peft_type": "VERA"}
+
+
+def config_from_json(fields: Any, source: str = CONFIG) -> VeraConfig:
+    """A configuration from the content of `adapter_config.json`.
+
+    Fields of newer versions of PEFT are passed over while they are off (null, false, empty); an unknown
+    one that is on may change what the tensors mean, and is refused.
+
+    Args:
+        fields: The parsed JSON.
+        source: Named in errors.
+
+    Raises:
+        ValueError: If it is not a VeRA configuration, or a field is unknown and on, or invalid.
+
+    Example:
+        >>> config_from_json({"peft_type": "VERA", "r": 8, "target_modules": ["q_proj"]}).r
+        8
+    """
+    if not isinstance(fields, dict):
+        raise ValueError(f"{source} must hold a JSON object, got {type(fields).__name__}.")
+    if fields.get("peft_type") != "VERA":
+        raise ValueError(f"{source} is of peft_type {fields.get('peft_type')!r}; only 'VERA' adapters are read.")
+    known = {field.name for field in dataclasses.fields(VeraConfig)}
+    unknown = sorted(k for k, v in fields.items() if k not in known and k not in _PEFT_ONLY and v)
+    if unknown:
+        raise ValueError(f"{source} has {unknown[0]}={fields[unknown[0]]!r}, which is unknown for VeRA.")
+    values = {name: value for name, value in fields.items() if name in known}
+    targets = values.get("target_modules")
+    if isinstance(targets, str) and targets.lower() != "all-linear":
+        # PEFT ignores the layers for a regular expression, and writes both.
+        values |= {"layers_to_transform": None, "layers_pattern": None}
+    try:
+        return VeraConfig(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def write_atomically(file: Path, data: bytes) -> None:
+    """Replace a file as a whole: after a crash it is the old one or the new one.
+
+    Raises:
+        OSError: If the disk is full or the folder can't be written; the old file is still there.
+    """
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def parse_safetensors(file: Path, data: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file that was read into memory.
+
+    Raises:
+        ValueError: If it is not a whole safetensors file.
+    """
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}.") from error
+    return header.get("__metadata__") or {}, tensors
+
+
+def _to_peft(key: str, layers: set[str]) -> str:
+    layer, _, leaf = key.rpartition(".")
+    if leaf in ("lambda_b", "lambda_d"):
+        leaf = f"vera_{leaf}"
+    elif layer in layers:
+        leaf = f"base_layer.{leaf}"
+    return f"{_PREFIX}{layer}.{leaf}" if layer else f"{_PREFIX}{leaf}"
+
+
+def _from_peft(name: str) -> str | None:
+    if not name.startswith(_PREFIX):
+        return None
+    layer, dot, leaf = name.removeprefix(_PREFIX).rpartition(".")
+    if leaf in ("vera_lambda_b", "vera_lambda_d"):
+        leaf = leaf.removeprefix("vera_")
+    elif layer.endswith(".base_layer"):
+        layer = layer.removesuffix(".base_layer")
+    return f"{layer}{dot}{leaf}"
+
+
+def _check_params(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], config: VeraConfig) -> None:
+    if not any(key.endswith("lambda_b") for key in params):
+        raise ValueError(f"params has no 'lambda_b' of any layer, only {sorted(params)[:3]}.")
+    if frozen.keys() != {"vera_A", "vera_B"}:
+        raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
+    for name, tensor in (*params.items(), *frozen.items()):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name!r} must be a tensor, got {type(tensor).__name__}.")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name!r} holds NaN or inf; it was not saved.")
+    for key, value in params.items():
+        leaf = key.rpartition(".")[2]
+        if leaf == "mixture":
+            raise ValueError(f"{key!r} marks a sum of adapters, which PEFT's format can't hold; save them one by one.")
+        if leaf == "lambda_d" and value.shape != (config.r,):
+            raise ValueError(f"{key!r} must be ({config.r},), got {tuple(value.shape)}; see unstack_adapters.")
+        if leaf == "lambda_b" and (value.dim() != 1 or value.shape[0] > frozen["vera_B"].shape[0]):
+            raise ValueError(
+                f"{key!r} must be (out,) with out <= {frozen['vera_B'].shape[0]}, got {tuple(value.shape)}; is it "
+                "stacked? (unstack_adapters)"
+            )
+        other = key.removesuffix(leaf) + {"lambda_b": "lambda_d", "lambda_d": "lambda_b"}.get(leaf, leaf)
+        if other not in params:
+            raise ValueError(f"params has {key!r}, but not {other!r}.")
+    if frozen["vera_A"].shape[0] != config.r or frozen["vera_B"].shape[1] != config.r:
+        raise ValueError(
+            f"config.r is {config.r}, but vera_A {tuple(frozen['vera_A'].shape)} and vera_B "
+            f"{tuple(frozen['vera_B'].shape)} have another rank."
+        )
+
+
+def _check_projections(file: Path, frozen: Mapping[str, Tensor], slots: Mapping[str, Any], r: int) -> None:
+    A, B = frozen["vera_A"], frozen["vera_B"]
+    widest = max(slot.shape[0] for key, slot in slots.items() if key.endswith("lambda_b"))
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != r or B.shape[1] != r or B.shape[0] < widest:
+        raise ValueError(
+            f"{file} has vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)}, which must be ({r}, in) and "
+            f"(>= {widest}, {r})."
+        )
+
+
+def _vector_dtype(key: str, value: Tensor, model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
+    if key.rpartition(".")[2] in ("lambda_b", "lambda_d"):
+        return dtype or value.dtype
+    return model.get_parameter(key).dtype
+
+
+def _tensor_fields(config: VeraConfig) -> tuple[Any, ...]:
+    return (
+        config.r,
+        config.projection_prng_key,
+        config.save_projection,
+        config.bias,
+        frozenset(config.modules_to_save or ()),
+        config.target_modules if isinstance(config.target_modules, str) else frozenset(config.target_modules or ()),
+        config.layers_to_transform,
+        config.layers_pattern,
+    )
+
+
+def _parse_json(file: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from error
+
+
+def _what_is_there(folder: Path, file: Path) -> str:
+    if not folder.is_dir():
+        return f"there is no adapter directory {folder}."
+    if (folder / "adapter_model.bin").is_file():
+        return (
+            f"{folder} has adapter_model.bin, a pickle, which is not read. Convert it once where you trust it: load it "
+            "in PEFT and call save_pretrained(folder), which writes adapter_model.safetensors."
+        )
+    inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
+    hint = f" It holds the adapters {inside}: pass adapter_name." if inside else ""
+    return f"{folder} has no {file.name}.{hint}"

@@ -1,0 +1,58 @@
+"""The frozen random pair that every layer and every adapter shares.
+
+VeRA (Kopiczko et al., 2024, https://arxiv.org/abs/2310.11454) draws `A` (r, in) and `B` (out, r) once,
+for the widest adapted layer; a narrower layer uses the first `in` columns of `A` and the first `out` rows
+of `B`. Nothing is trained here, so an adapter can be stored as two vectors and a seed.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def init_projections(r: int, in_features: int, out_features: int, key: int = 0) -> dict[str, Tensor]:
+    """Draw the shared pair: `{"vera_A": (r, in), "vera_B": (out, r)}`, Kaiming-uniform, float32, on the CPU.
+
+    The draw is PEFT's, bit for bit, for the same key and sizes: a CPU Mersenne twister seeded with `key`
+    gives `A` and then `B`, each uniform in ±sqrt(6 / fan_in), where fan_in is `in` for `A` and `r` for `B`.
+    It depends on neither the default dtype, the global generator nor the number of threads. Because the
+    draw is row by row, the pair for a wider layer is not an extension of a narrower layer's: the sizes
+    belong to the key.
+
+    Args:
+        r: Rank, the number of rows of `A`.
+        in_features: Input size of the widest adapted layer.
+        out_features: Output size of the widest adapted layer.
+        key: Seed of the draw. PEFT calls it `projection_prng_key`.
+
+    Raises:
+        ValueError: If a size is not a positive integer, or the key not an integer.
+
+    Example:
+        >>> frozen = init_projections(4, 8, 6, key=0)
+        >>> {name: tuple(tensor.shape) for name, tensor in frozen.items()}
+        {'vera_A': (4, 8), 'vera_B': (6, 4)}
+
+    Reference:
+        Section 3.2 of https://arxiv.org/abs/2310.11454; He et al., 2015, https://arxiv.org/abs/1502.01852.
+    """
+    for name, size in (("r", r), ("in_features", in_features), ("out_features", out_features)):
+        if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+            raise ValueError(f"{name} must be a positive integer, got {size!r}.")
+    if not isinstance(key, int) or isinstance(key, bool):
+        raise ValueError(f"key must be an integer seed, got {key!r}.")
+    try:
+        generator = torch.Generator("cpu").manual_seed(key)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"key must fit in 64 bits, got {key}.") from error
+    return {
+        "vera_A": _kaiming_uniform((r, in_features), generator),
+        "vera_B": _kaiming_uniform((out_features, r), generator),
+    }
+
+
+def _kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    # The order of these operations fixes the last bit of the bound.
+    bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
+    return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)

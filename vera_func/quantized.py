@@ -1,0 +1,675 @@
+"""4-bit and 8-bit weights as immutable values, and the linear layer over them.
+
+    y = x dequantize(q)ᵀ + bias                         dequantize(q)[i] = code[index[i]] * absmax[i // blocksize]
+
+bitsandbytes keeps a quantized weight in a module that rewrites itself as it runs, and multiplies by it with
+operations that `torch.func` refuses or differentiates to zero. Here the weight is a value (a pytree: tensors
+are leaves, everything else is static), and the product is linear in `x` under every transform: `grad`,
+`jvp`, `vmap` to any depth, forward and reverse. What is kept for backward is the packed weight.
+
+Shapes are those of `adapter`: a weight is (out, in), its input (*batch, in).
+"""
+
+import dataclasses
+import sys
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+# torch offers no public registration that keeps static fields: `register_dataclass` drops them.
+from torch.utils._pytree import register_pytree_node
+
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_NESTED_BLOCKSIZE = 256
+
+
+class NestedStatistics(NamedTuple):
+    """Block statistics that are quantized themselves: `absmax = code[index] * scale[i // 256] + offset`."""
+
+    scale: Tensor
+    code: Tensor
+    offset: Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantized4bit:
+    """A weight (out, in) in blocks of 4-bit indices into a table of 16 levels, as bitsandbytes stores it.
+
+    Invariants, checked by `validate`: `packed` holds `ceil(out * in / 2)` bytes, the first of two values in
+    the high half of a byte, in the row-major order of the weight; there is one `absmax` for each
+    `blocksize` consecutive values, whatever row they are in.
+
+    Attributes:
+        packed: Two values a byte, (bytes / itemsize, 1), in the storage dtype.
+        absmax: Scale of each block, (blocks,) float32; uint8 indices where `nested` is given.
+        nested: What `absmax` is quantized with, or None.
+        shape: (out, in).
+        dtype: Dtype that the weight had before, and of `dequantize` by default.
+        quant_type: "nf4" or "fp4".
+        blocksize: Values a block, one of `BLOCKSIZES`.
+        compute_dtype: Dtype in which `quantized_linear` multiplies; None is that of `x`.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested: NestedStatistics | None
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    quant_type: str
+    blocksize: int
+    compute_dtype: torch.dtype | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantized8bit:
+    """A weight (out, in) in 8-bit integers with one scale a row: `codes * scale / 127`.
+
+    Attributes:
+        codes: (out, in) int8.
+        scale: Largest absolute value of each row, (out,) float32.
+        shape: (out, in).
+        threshold: Activations above it are outliers to `int8_activations`; 0 means none are.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    shape: tuple[int, int]
+    threshold: float = 0.0
+
+
+Quantized: TypeAlias = Quantized4bit | Quantized8bit
+
+
+def quantize_4bit(
+    weight: Float[Tensor, "out in"],
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = False,
+    *,
+    quant_storage: torch.dtype = torch.uint8,
+    compute_dtype: torch.dtype | None = None,
+) -> Quantized4bit:
+    """Round each block of a weight to 16 levels times the block's largest absolute value.
+
+    The bytes are those of bitsandbytes. Takes 4 bits a value and 32 / `blocksize` for the statistics, or about
+    8 / `blocksize` with `double_quant`.
+
+    Args:
+        weight: (out, in), float16, bfloat16 or float32, finite.
+        quant_type: "nf4", levels at the quantiles of a normal distribution, or "fp4", a 4-bit float.
+        blocksize: Values that share a scale, one of `BLOCKSIZES`.
+        double_quant: Quantize the scales, too, to 8 bits (QLoRA's double quantization).
+        quant_storage: Dtype that the bytes are viewed as; it changes nothing else.
+        compute_dtype: Dtype of the product with `x`; None is that of `x`.
+
+    Raises:
+        ValueError: If the weight is not 2-D, not finite, or of another dtype, or an option is unknown.
+
+    Example:
+        >>> import torch
+        >>> q = quantize_4bit(torch.linspace(-1, 1, 128).reshape(2, 64))
+        >>> q.shape, q.packed.shape, q.absmax
+        ((2, 64), torch.Size([64, 1]), tensor([1., 1.]))
+
+    Reference:
+        Section 3 of https://arxiv.org/abs/2305.14314 (QLoRA).
+    """
+    _check_weight(weight)
+    _check_4bit_options(quant_type, blocksize, compute_dtype)
+    if quant_storage != torch.uint8 and weight.numel() % (2 * quant_storage.itemsize):
+        raise ValueError(
+            f"a weight {tuple(weight.shape)} does not fill whole elements of quant_storage={quant_storage}; "
+            "use torch.uint8."
+        )
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(
+        weight.detach().contiguous(),
+        blocksize=blocksize,
+        compress_statistics=double_quant,
+        quant_type=quant_type,
+        quant_storage=quant_storage,
+    )
+    return _from_state(packed, state, compute_dtype)
+
+
+def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) -> Quantized8bit:
+    """Round each row of a weight to 255 levels, `codes = round(127 * weight / max|row|)`.
+
+    The bytes are those of bitsandbytes, which rounds the weight to float16 first.
+
+    Args:
+        weight: (out, in), float16, bfloat16 or float32, finite also in float16 (below 65,504).
+        threshold: Kept for `quantized_linear(int8_activations=True)` and `to_bnb`; the codes do not depend on it.
+
+    Raises:
+        ValueError: If the weight is not 2-D, not finite in float16 or of another dtype, or the threshold negative.
+
+    Example:
+        >>> import torch
+        >>> q = quantize_8bit(torch.tensor([[1.0, -0.5], [0.0, 2.0]]))
+        >>> q.codes, q.scale
+        (tensor([[127, -64],
+                [  0, 127]], dtype=torch.int8), tensor([1., 2.]))
+
+    Reference:
+        Section 3 of https://arxiv.org/abs/2208.07339 (LLM.int8()).
+    """
+    _check_weight(weight)
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be at least 0, got {threshold}.")
+    half = weight.detach().to(torch.float16).contiguous()
+    if not half.isfinite().all():
+        raise ValueError("the weight overflows float16, through which 8-bit weights are rounded.")
+    codes, scale, _ = _ops().int8_vectorwise_quant(half, 0.0)
+    return Quantized8bit(codes, scale, _shape2(codes.shape), float(threshold))
+
+
+def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
+    """The dense weight that `q` stands for.
+
+    Costs a pass over the packed weight and an (out, in) tensor. Not differentiable in `q`.
+
+    Args:
+        q: A quantized weight.
+        dtype: Of the result; None is the dtype that the weight had before it was quantized to 4 bits,
+            and float32 for 8 bits.
+
+    Raises:
+        ValueError: If `dtype` is not a floating-point one.
+
+    Example:
+        >>> import torch
+        >>> dequantize(quantize_8bit(torch.tensor([[1.0, -0.5]])))
+        tensor([[ 1.0000, -0.5039]])
+    """
+    if dtype is None:
+        dtype = q.dtype if isinstance(q, Quantized4bit) else torch.float32
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point one, got {dtype}.")
+    leaves, spec = _flatten(q)
+    return _dequantize(spec, leaves, dtype)
+
+
+def quantized_linear(
+    q: Quantized,
+    x: Float[Tensor, "*batch in"],
+    bias: Float[Tensor, " out"] | None = None,
+    *,
+    int8_activations: bool = False,
+) -> Float[Tensor, "*batch out"]:
+    """`x dequantize(q)ᵀ + bias`, differentiable in `x` and `bias` to any order.
+
+    The weight is dequantized for the product and dropped; backward dequantizes it again. This is the
+    arithmetic of bitsandbytes' modules in training. Use it as a `base_fn`: `functools.partial(quantized_linear, q)`.
+    Inside `torch.compile` the compiler decides what is kept for backward, and it may keep dense weights.
+
+    Args:
+        q: A quantized weight.
+        x: Input; multiplied in `q.compute_dtype` if that is given, else in its own dtype.
+        bias: Added in the product's dtype, or None.
+        int8_activations: For an 8-bit `q`: round the rows of `x` to 8 bits, too, and multiply integers
+            (LLM.int8()), except for features with a value above `q.threshold`, if it is not 0. Faster on
+            GPUs and off by a percent or two; its derivative is taken to be that of the exact product.
+
+    Raises:
+        ValueError: If the last axis of `x` is not `in`, if a bias is not (out,), if `int8_activations` is
+            asked of a 4-bit weight, or if the weight itself is to be differentiated or mapped over.
+
+    Example:
+        >>> import torch
+        >>> q = quantize_4bit(torch.eye(64))
+        >>> x = torch.arange(64.0)
+        >>> torch.equal(torch.func.grad(lambda x: quantized_linear(q, x).sum())(x), torch.ones(64))
+        True
+    """
+    out_features, in_features = q.shape
+    if x.shape[-1:] != (in_features,):
+        raise ValueError(f"x {tuple(x.shape)} must end in the weight's in_features {in_features} (weight {q.shape}).")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must be ({out_features},), got {tuple(bias.shape)}.")
+    leaves, spec = _flatten(q)
+    dtype = x.dtype
+    if isinstance(q, Quantized4bit) and q.compute_dtype is not None:
+        x = x.to(q.compute_dtype)
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    if int8_activations:
+        if not isinstance(q, Quantized8bit):
+            raise ValueError("int8_activations needs an 8-bit weight; this one has 4 bits.")
+        y = _Int8Product.apply(x, bias, spec, *leaves)
+    elif torch.compiler.is_compiling():
+        # Dynamo (2.13) refuses a Function with a jvp; what the plain form keeps is the compiler's choice.
+        y = linear(x, _dequantize(spec, leaves, x.dtype), bias)
+    else:
+        y = _Product.apply(x, bias, spec, False, *leaves)
+    return y.to(dtype)
+
+
+def validate(q: Quantized) -> None:
+    """Check the invariants of a quantized weight that came from elsewhere.
+
+    Raises:
+        ValueError: If a tensor has the wrong shape or dtype for `q.shape`, or an option is unknown.
+
+    Example:
+        >>> import torch
+        >>> validate(quantize_8bit(torch.ones(2, 3)))
+    """
+    out_features, in_features = q.shape
+    if out_features <= 0 or in_features <= 0:
+        raise ValueError(f"shape must be (out, in), both positive, got {q.shape}.")
+    if isinstance(q, Quantized8bit):
+        _check_leaf("codes", q.codes, q.shape, torch.int8)
+        _check_leaf("scale", q.scale, (out_features,), torch.float32)
+        return
+    _check_4bit_options(q.quant_type, q.blocksize, q.compute_dtype)
+    if q.dtype not in _FLOATS:
+        raise ValueError(f"dtype must be one of {_FLOATS}, got {q.dtype}.")
+    values = out_features * in_features
+    size = q.packed.numel() * q.packed.element_size()
+    if size != (values + 1) // 2:
+        raise ValueError(
+            f"packed {tuple(q.packed.shape)} {q.packed.dtype} holds {size} bytes, but a weight {q.shape} packs "
+            f"into {(values + 1) // 2}."
+        )
+    blocks = -(-values // q.blocksize)
+    _check_leaf("absmax", q.absmax, (blocks,), torch.float32 if q.nested is None else torch.uint8)
+    if q.nested is not None:
+        groups = -(-blocks // _NESTED_BLOCKSIZE)
+        _check_leaf("nested.scale", q.nested.scale, (groups,), torch.float32)
+        _check_leaf("nested.code", q.nested.code, (256,), torch.float32)
+        _check_leaf("nested.offset", q.nested.offset, (), torch.float32)
+
+
+def is_bnb_linear(module: nn.Module) -> bool:
+    """Whether a module is bitsandbytes' `Linear4bit` or `Linear8bitLt` (which need not be installed).
+
+    Example:
+        >>> is_bnb_linear(torch.nn.Linear(2, 3))
+        False
+    """
+    # No module can be an instance of a package that nobody has imported.
+    bnb = sys.modules.get("bitsandbytes")
+    return bnb is not None and isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+
+
+def from_bnb(module: nn.Module) -> tuple[Quantized, Tensor | None]:
+    """Read `(q, bias)` from a bitsandbytes linear module, in whatever state it is, and leave it as it is.
+
+    The states: not yet quantized (quantized here as bitsandbytes would on moving it), fresh, after a forward in
+    training, after an 8-bit forward (statistics moved to `module.state`), and after an eval-mode forward on a
+    CPU with AVX512-BF16, which repacks a 4-bit weight in place: it is unpacked into a copy, and its statistics
+    are what bitsandbytes left of them, rounded to bfloat16 and no longer nested. In the others the tensors are
+    the module's own.
+
+    Args:
+        module: `bitsandbytes.nn.Linear4bit` or `Linear8bitLt`.
+
+    Returns:
+        The weight, and the bias (out,) or None.
+
+    Raises:
+        ValueError: If the module is another one, or its tensors contradict each other.
+
+    Example:
+        >>> import bitsandbytes as bnb
+        >>> q, bias = from_bnb(bnb.nn.Linear4bit(64, 32, quant_type="nf4").to("cpu"))
+        >>> q.shape, q.quant_type, bias.shape
+        ((32, 64), 'nf4', torch.Size([32]))
+    """
+    if not is_bnb_linear(module):
+        raise ValueError(f"expected bitsandbytes' Linear4bit or Linear8bitLt, got {type(module).__name__}.")
+    is_4bit = isinstance(module, sys.modules["bitsandbytes"].nn.Linear4bit)
+    q = _read_4bit(module) if is_4bit else _read_8bit(module)
+    validate(q)
+    bias = getattr(module, "bias", None)
+    return q, None if bias is None else bias.detach()
+
+
+def to_bnb(q: Quantized, bias: Tensor | None = None) -> nn.Module:
+    """An ordinary bitsandbytes module with a copy of this weight; `from_bnb(to_bnb(q))` is `q`.
+
+    Args:
+        q: A quantized weight.
+        bias: (out,), or None.
+
+    Returns:
+        `bitsandbytes.nn.Linear4bit` or `Linear8bitLt`, on the weight's device.
+
+    Raises:
+        ValueError: If the bias is not (out,).
+
+    Example:
+        >>> import torch
+        >>> to_bnb(quantize_4bit(torch.ones(32, 64)))
+        Linear4bit(in_features=64, out_features=32, bias=False)
+    """
+    out_features, in_features = q.shape
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must be ({out_features},), got {tuple(bias.shape)}.")
+    import bitsandbytes as bnb
+
+    has_bias = bias is not None
+    module: Any
+    if isinstance(q, Quantized8bit):
+        module = bnb.nn.Linear8bitLt(
+            in_features, out_features, has_bias, has_fp16_weights=False, threshold=q.threshold, device="meta"
+        )
+        codes = q.codes.clone()
+        module.weight = bnb.nn.Int8Params(
+            codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=q.scale.clone()
+        )
+    else:
+        module = bnb.nn.Linear4bit(
+            in_features,
+            out_features,
+            has_bias,
+            compute_dtype=q.compute_dtype,
+            compress_statistics=q.nested is not None,
+            quant_type=q.quant_type,
+            quant_storage=q.packed.dtype,
+            device="meta",
+        )
+        state = _to_state(q)
+        module.weight = bnb.nn.Params4bit(
+            q.packed.clone(),
+            requires_grad=False,
+            quant_state=state,
+            blocksize=q.blocksize,
+            compress_statistics=q.nested is not None,
+            quant_type=q.quant_type,
+            quant_storage=q.packed.dtype,
+            module=module,
+            bnb_quantized=True,
+        )
+        module.quant_state = state
+    if bias is not None:
+        module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return module
+
+
+class _Product(torch.autograd.Function):
+    """`x Wᵀ + bias`, or `x W` if transposed, with W dequantized for the occasion.
+
+    The packed leaves are arguments (not hidden in `spec`), because inside a transform they may be wrapped, too.
+    Every rule is again this function, so that derivatives of all orders and directions exist.
+    """
+
+    @staticmethod
+    def forward(x, bias, spec, transposed, *leaves):
+        weight = _dequantize(spec, leaves, x.dtype)
+        return torch.matmul(x, weight) if transposed else linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, spec, transposed, *leaves = inputs
+        ctx.spec, ctx.transposed = spec, transposed
+        # An absent tangent stays None, so that one of the weight's can be told from zeros and refused.
+        ctx.set_materialize_grads(False)
+        ctx.output_shape = output.shape
+        ctx.save_for_backward(*leaves)
+        ctx.save_for_forward(*leaves)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_weight_derivative(any(ctx.needs_input_grad[4:]))
+        grad_x = grad_bias = None
+        if grad is not None and ctx.needs_input_grad[0]:
+            grad_x = _Product.apply(grad, None, ctx.spec, not ctx.transposed, *ctx.saved_tensors)
+        if grad is not None and ctx.needs_input_grad[1]:
+            grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
+        return grad_x, grad_bias, None, None, *[None] * len(ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx, x_t, bias_t, _spec, _transposed, *leaves_t):
+        _refuse_weight_derivative(any(tangent is not None for tangent in leaves_t))
+        return _tangent(ctx, x_t, bias_t, ctx.transposed)
+
+    @staticmethod
+    def vmap(info, in_dims, x, bias, spec, transposed, *leaves):
+        x_dim, bias_dim, _, _, *leaf_dims = in_dims
+        _refuse_weight_map(leaf_dims)
+        # One product over all rows; a mapped bias is one a row.
+        if x_dim is not None:
+            x = x.movedim(x_dim, 0)
+        if bias_dim is None:
+            return _Product.apply(x, bias, spec, transposed, *leaves), None if x_dim is None else 0
+        y = _Product.apply(x, None, spec, transposed, *leaves)
+        bias = bias.movedim(bias_dim, 0)
+        inner = y.dim() - 1 if x_dim is None else y.dim() - 2
+        return y + bias.reshape(bias.shape[0], *[1] * inner, bias.shape[-1]), 0
+
+
+class _Int8Product(torch.autograd.Function):
+    """LLM.int8(): both factors rounded to 8 bits. Derivatives are those of the exact product (straight-through)."""
+
+    @staticmethod
+    def forward(x, bias, spec, codes, scale):
+        ops, threshold = _ops(), spec[1][1]
+        rows = x.reshape(-1, x.shape[-1])
+        x_codes, x_scale, outliers = ops.int8_vectorwise_quant(rows.to(torch.float16), threshold)
+        if threshold > 0:
+            y, _ = ops.int8_mixed_scaled_mm(rows, x_codes, codes, x_scale, scale, outliers, bias)
+        else:
+            y = ops.int8_scaled_mm(x_codes, codes, x_scale, scale, bias=bias, dtype=x.dtype)
+        return y.reshape(*x.shape[:-1], codes.shape[0])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, spec, *leaves = inputs
+        ctx.spec = spec
+        ctx.set_materialize_grads(False)
+        ctx.output_shape = output.shape
+        ctx.save_for_backward(*leaves)
+        ctx.save_for_forward(*leaves)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_weight_derivative(any(ctx.needs_input_grad[3:]))
+        grad_x = grad_bias = None
+        if grad is not None and ctx.needs_input_grad[0]:
+            grad_x = _Product.apply(grad, None, ctx.spec, True, *ctx.saved_tensors)
+        if grad is not None and ctx.needs_input_grad[1]:
+            grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
+        return grad_x, grad_bias, None, None, None
+
+    @staticmethod
+    def jvp(ctx, x_t, bias_t, _spec, *leaves_t):
+        _refuse_weight_derivative(any(tangent is not None for tangent in leaves_t))
+        return _tangent(ctx, x_t, bias_t, False)
+
+    @staticmethod
+    def vmap(info, in_dims, x, bias, spec, *leaves):
+        x_dim, bias_dim, _, *leaf_dims = in_dims
+        _refuse_weight_map(leaf_dims)
+        # Which features are outliers depends on all rows of one call, so every call is made by itself.
+        ys = [
+            _Int8Product.apply(
+                x if x_dim is None else x.select(x_dim, i),
+                bias if bias_dim is None else bias.select(bias_dim, i),
+                spec,
+                *leaves,
+            )
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(ys), 0
+
+
+def _tangent(ctx: Any, x_t: Tensor | None, bias_t: Tensor | None, transposed: bool) -> Tensor | None:
+    if x_t is None:
+        return None if bias_t is None else bias_t.expand(ctx.output_shape)
+    y_t = _Product.apply(x_t, None, ctx.spec, transposed, *ctx.saved_tensors)
+    return y_t if bias_t is None else y_t + bias_t
+
+
+def _dequantize(spec: tuple, leaves: Any, dtype: torch.dtype) -> Tensor:
+    cls, static = spec
+    if cls is Quantized8bit:
+        codes, scale = leaves
+        # bitsandbytes' order of operations in training: the last bit depends on it.
+        return (codes.to(dtype) * (scale * (1.0 / 127.0))[:, None]).to(dtype)
+    shape, _, quant_type, blocksize, _ = static
+    packed, absmax, *nested = leaves
+    ops = _ops()
+    if nested:
+        scale, code, offset = nested
+        absmax = ops.dequantize_blockwise(absmax, scale, code, _NESTED_BLOCKSIZE, torch.float32) + offset
+    kernel_dtype = dtype if dtype in _FLOATS else torch.float32
+    return ops.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, kernel_dtype).to(dtype)
+
+
+def _flatten(q: Quantized) -> tuple[list[Tensor], tuple]:
+    """The tensors, and everything else as a hashable `(class, static)`."""
+    if isinstance(q, Quantized8bit):
+        return [q.codes, q.scale], (Quantized8bit, (q.shape, q.threshold))
+    static = (q.shape, q.dtype, q.quant_type, q.blocksize, q.compute_dtype)
+    return [q.packed, q.absmax, *(q.nested or ())], (Quantized4bit, static)
+
+
+def _unflatten(leaves: Any, spec: tuple) -> Quantized:
+    cls, static = spec
+    if cls is Quantized8bit:
+        return Quantized8bit(*leaves, *static)
+    packed, absmax, *nested = leaves
+    return Quantized4bit(packed, absmax, NestedStatistics(*nested) if nested else None, *static)
+
+
+for _class in (Quantized4bit, Quantized8bit):
+    register_pytree_node(_class, _flatten, _unflatten)
+
+
+def _ops() -> Any:
+    import bitsandbytes  # noqa: F401  (it registers the operations)
+
+    return torch.ops.bitsandbytes
+
+
+def _read_4bit(module: Any) -> Quantized4bit:
+    weight = module.weight
+    state = getattr(weight, "quant_state", None) or module.quant_state
+    if state is None:
+        return quantize_4bit(
+            weight.data,
+            weight.quant_type,
+            weight.blocksize,
+            weight.compress_statistics,
+            quant_storage=weight.quant_storage,
+            compute_dtype=module.compute_dtype,
+        )
+    if getattr(state, "packing_format_for_cpu", False):
+        return _unpack_cpu_format(weight.data, state, module.compute_dtype)
+    return _from_state(weight.data, state, module.compute_dtype)
+
+
+def _read_8bit(module: Any) -> Quantized8bit:
+    weight, state = module.weight, module.state
+    if weight.dtype != torch.int8 and state.CB is None:
+        return quantize_8bit(weight.data, threshold=state.threshold)
+    codes = weight.CB if weight.CB is not None else state.CB
+    codes = weight.data if codes is None else codes
+    scale = weight.SCB if weight.SCB is not None else state.SCB
+    if scale is None:
+        raise ValueError("the Linear8bitLt holds int8 codes, but no row scales (SCB).")
+    return Quantized8bit(codes, scale, _shape2(codes.shape), float(state.threshold))
+
+
+def _from_state(packed: Tensor, state: Any, compute_dtype: torch.dtype | None) -> Quantized4bit:
+    nested = None
+    if state.nested:
+        if state.state2.blocksize != _NESTED_BLOCKSIZE:
+            raise ValueError(
+                f"nested statistics in blocks of {state.state2.blocksize} are not supported by bitsandbytes "
+                f"either; {_NESTED_BLOCKSIZE} is."
+            )
+        nested = NestedStatistics(state.state2.absmax, state.state2.code, state.offset.float())
+    absmax = state.absmax if state.nested else state.absmax.float()
+    shape = _shape2(state.shape)
+    return Quantized4bit(packed, absmax, nested, shape, state.dtype, state.quant_type, state.blocksize, compute_dtype)
+
+
+def _to_state(q: Quantized4bit) -> Any:
+    from bitsandbytes import functional
+
+    code = functional.get_4bit_type(q.quant_type, device=q.packed.device)
+    offset = state2 = None
+    if q.nested is not None:
+        scale, nested_code, offset = (leaf.clone() for leaf in q.nested)
+        state2 = functional.QuantState(absmax=scale, code=nested_code, blocksize=_NESTED_BLOCKSIZE, dtype=torch.float32)
+    return functional.QuantState(
+        absmax=q.absmax.clone(),
+        shape=torch.Size(q.shape),
+        code=code,
+        blocksize=q.blocksize,
+        quant_type=q.quant_type,
+        dtype=q.dtype,
+        offset=offset,
+        state2=state2,
+    )
+
+
+def _unpack_cpu_format(packed: Tensor, state: Any, compute_dtype: torch.dtype | None) -> Quantized4bit:
+    """Undo bitsandbytes' layout for its AVX512-BF16 kernel, without touching the state.
+
+    That layout holds 32 rows at a time, column pair by column pair: of 64 neighbouring indices the first 32
+    are the low halves of 32 bytes, the last 32 the high ones.
+    """
+    out_features, in_features = state.shape
+    halves = packed.reshape(-1, 32)
+    indices = torch.cat([halves & 15, halves >> 4], dim=1)
+    indices = indices.reshape(out_features // 32, in_features // 2, 32, 2).transpose(1, 2)
+    pairs = indices.reshape(-1, 2)
+    storage = getattr(state, "original_storage_type", None) or torch.uint8
+    return Quantized4bit(
+        ((pairs[:, 0] << 4) | pairs[:, 1])[:, None].view(storage).reshape(-1, 1),
+        state.absmax.t().reshape(-1).float(),
+        None,
+        _shape2(state.shape),
+        state.original_dtype,
+        state.quant_type,
+        state.blocksize,
+        compute_dtype,
+    )
+
+
+def _check_weight(weight: Tensor) -> None:
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight must be (out, in), both positive, got {tuple(weight.shape)}.")
+    if weight.dtype not in _FLOATS:
+        raise ValueError(f"weight must be float16, bfloat16 or float32, got {weight.dtype}.")
+    if weight.device.type != "meta" and not weight.isfinite().all():
+        raise ValueError(f"weight {tuple(weight.shape)} has NaN or inf; one such value spoils its whole block.")
+
+
+def _check_4bit_options(quant_type: str, blocksize: int, compute_dtype: torch.dtype | None) -> None:
+    if quant_type not in ("nf4", "fp4"):
+        raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {quant_type!r}.")
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}.")
+    if compute_dtype is not None and not compute_dtype.is_floating_point:
+        raise ValueError(f"compute_dtype must be a floating-point dtype or None, got {compute_dtype}.")
+
+
+def _check_leaf(name: str, leaf: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(leaf.shape) != shape or leaf.dtype != dtype:
+        raise ValueError(f"{name} must be {shape} {dtype}, got {tuple(leaf.shape)} {leaf.dtype}.")
+
+
+def _refuse_weight_derivative(wanted: bool) -> None:
+    if wanted:
+        raise ValueError("a quantized weight is a constant: differentiate in x, the bias or an adapter.")
+
+
+def _refuse_weight_map(dims: list) -> None:
+    if any(dim is not None for dim in dims):
+        raise ValueError("a quantized weight can't be mapped over: give it in_dims None, or close over it.")
+
+
+def _shape2(shape: Any) -> tuple[int, int]:
+    out_features, in_features = (int(size) for size in shape)
+    return out_features, in_features
