@@ -245,7 +245,7 @@ def test_a_crash_while_saving_leaves_the_old_file(crash, tmp_path, monkeypatch):
     def boom(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr(*((os, "fsync") if crash == "fsync" else (type(path), "replace")), boom)
+    monkeypatch.setattr(*((os, "fsync") if crash == "fsync" else (os, "replace")), boom)
     with pytest.raises(OSError, match="no space"):
         save_fit(path, old._replace(losses=old.losses + 1))
     assert same(load_fit(path, start()), old)

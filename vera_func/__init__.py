@@ -6,10 +6,23 @@ from .adapter import (
     init_params as init_params,
     vera_forward as vera_forward,
 )
+from .bank import (
+    Bank as Bank,
+    append_to_bank as append_to_bank,
+    export_adapters as export_adapters,
+    import_adapters as import_adapters,
+    open_bank as open_bank,
+    save_bank as save_bank,
+)
 from .checkpoint import load_adapter as load_adapter, save_adapter as save_adapter
 from .config import VeraConfig as VeraConfig
+from .export import (
+    export_lora as export_lora,
+    merge as merge,
+    merge_advice as merge_advice,
+    merge_reports as merge_reports,
+)
 from .layers import Linear as Linear, Linear4bit as Linear4bit, Linear8bitLt as Linear8bitLt
-from .model import Adapted as Adapted, adapt as adapt, to_module as to_module
 from .many import (
     num_adapters as num_adapters,
     pool_adapters as pool_adapters,
@@ -17,6 +30,21 @@ from .many import (
     stack_adapters as stack_adapters,
     unstack_adapters as unstack_adapters,
     vmap_adapters as vmap_adapters,
+)
+from .merge import (
+    MergeReport as MergeReport,
+    merge_dense as merge_dense,
+    merge_quantized as merge_quantized,
+    merge_report as merge_report,
+)
+from .model import Adapted as Adapted, adapt as adapt, to_module as to_module
+from .optim import (
+    adamw_init as adamw_init,
+    adamw_update as adamw_update,
+    clip_by_norm as clip_by_norm,
+    constant as constant,
+    global_norm as global_norm,
+    linear_warmup_cosine as linear_warmup_cosine,
 )
 from .projection import init_projections as init_projections
 from .quantized import (
@@ -29,3 +57,4 @@ from .quantized import (
     quantized_linear as quantized_linear,
     to_bnb as to_bnb,
 )
+from .train import Fit as Fit, batch_indices as batch_indices, fit as fit, sweep as sweep, sweep_table as sweep_table

@@ -8,18 +8,17 @@ that after a crash between the two files the adapter is still the old one or the
 import dataclasses
 import json
 import os
-import secrets
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .config import VeraConfig, resolve, trained_with
+from .files import parse_json, read_safetensors, replacing
 from .model import Adapted, draw_projections, make_apply
 
 
@@ -75,8 +74,10 @@ def save_adapter(
         {"format": "pt", "vera_func.config": text},
     )
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / WEIGHTS, data)
-    write_atomically(folder / CONFIG, text.encode())
+    with replacing(folder / WEIGHTS) as file:
+        file.write_bytes(data)
+    with replacing(folder / CONFIG) as file:
+        file.write_text(text)
     return folder
 
 
@@ -189,12 +190,11 @@ def read_files(folder: Path) -> tuple[VeraConfig, dict[str, Tensor]]:
     for file in (config_file, weights_file):
         if not file.is_file():
             raise FileNotFoundError(_what_is_there(folder, file))
-    data = weights_file.read_bytes()
-    metadata, tensors = parse_safetensors(weights_file, data)
-    config = config_from_json(_parse_json(config_file, config_file.read_text(errors="replace")), str(config_file))
+    metadata, tensors = read_safetensors(weights_file)
+    config = config_from_json(parse_json(config_file, config_file.read_text(errors="replace")), str(config_file))
     written = metadata.get("vera_func.config")
     if written is not None:
-        own = config_from_json(_parse_json(weights_file, written), str(weights_file))
+        own = config_from_json(parse_json(weights_file, written), str(weights_file))
         if _tensor_fields(own) != _tensor_fields(config):
             # The two files were not replaced together: a save was interrupted in between.
             config = own
@@ -244,38 +244,6 @@ def config_from_json(fields: Any, source: str = CONFIG) -> VeraConfig:
         return VeraConfig(**values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {error}") from error
-
-
-def write_atomically(file: Path, data: bytes) -> None:
-    """Replace a file as a whole: after a crash it is the old one or the new one.
-
-    Raises:
-        OSError: If the disk is full or the folder can't be written; the old file is still there.
-    """
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def parse_safetensors(file: Path, data: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file that was read into memory.
-
-    Raises:
-        ValueError: If it is not a whole safetensors file.
-    """
-    try:
-        tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}.") from error
-    return header.get("__metadata__") or {}, tensors
 
 
 def _to_peft(key: str, layers: set[str]) -> str:
@@ -356,13 +324,6 @@ def _tensor_fields(config: VeraConfig) -> tuple[Any, ...]:
         config.layers_to_transform,
         config.layers_pattern,
     )
-
-
-def _parse_json(file: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
 
 
 def _what_is_there(folder: Path, file: Path) -> str:

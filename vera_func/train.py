@@ -21,8 +21,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
+from safetensors.torch import save
 from torch import Tensor
 
+from .files import read_safetensors, replacing
 from .optim import AdamWState, adamw_init, adamw_update, clip_by_norm, constant, global_norm
 
 
@@ -194,20 +196,10 @@ def save_fit(path: PathLike, run: Fit) -> None:
         ...     load_fit(f"{folder}/run.safetensors", params).losses
         tensor([3.0000, 2.7000], dtype=torch.float64)
     """
-    from safetensors.torch import save
-
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # Cloned, since safetensors refuses tensors that share memory.
     tensors = {k: t.contiguous().cpu().clone() for k, t in _flatten(run).items()}
-    try:
-        with temporary.open("wb") as file:
-            file.write(save(tensors))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(Path(path)) as file:
+        file.write_bytes(save(tensors))
 
 
 def load_fit(path: PathLike, params: Tree, *, num_adapters: int | None = None) -> Fit:
@@ -216,13 +208,7 @@ def load_fit(path: PathLike, params: Tree, *, num_adapters: int | None = None) -
     Raises:
         ValueError: If the file is damaged or of other params; the file and the key are named.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        tensors = load(Path(path).read_bytes())
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}.") from error
+    _, tensors = read_safetensors(Path(path))
     like = _start(params, () if num_adapters is None else (num_adapters,))
     _check_run(tensors, like, path)
     tensors = {k: t.to(like.stopped.device) for k, t in tensors.items()}

@@ -1,0 +1,416 @@
+"""Adapters for tools that know nothing of VeRA: a merged plain model, and a LoRA directory.
+
+merge:        W' = round(W + ΔW), layer by layer, in a new model of the user's own class
+export_lora:  A' = lambda_d ∘ A,  B' = lambda_b ∘ B      (ΔW = B' A', exactly)
+"""
+
+import copy
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .checkpoint import CONFIG, WEIGHTS, adapter_folder
+from .config import VeraConfig, is_conv1d, linear_sizes
+from .files import replacing
+from .merge import MergeReport, merge_dense, merge_quantized, merge_report
+from .quantized import (
+    Quantized,
+    Quantized4bit,
+    dequantize,
+    from_bnb,
+    is_bnb_linear,
+    quantize_4bit,
+    quantize_8bit,
+    to_bnb,
+)
+
+
+Format = str | torch.dtype
+_FORMATS: dict[str, Callable[[Tensor], Quantized]] = {
+    "nf4": lambda weight: quantize_4bit(weight, "nf4"),
+    "fp4": lambda weight: quantize_4bit(weight, "fp4"),
+    "int8": quantize_8bit,
+}
+
+
+class LoraExport(NamedTuple):
+    """What `export_lora` wrote.
+
+    Attributes:
+        path: The directory.
+        error: For each module, ‖ΔW - B'A'‖ / ‖ΔW‖ of the truncation; 0 where it is exact or ΔW is 0.
+    """
+
+    path: Path
+    error: dict[str, float]
+
+
+def merge(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
+    to: Format | None = None,
+    *,
+    weights: Mapping[str, Quantized | Tensor] | None = None,
+) -> nn.Module:
+    """A new plain model with the adapter in its weights; the user's model stays as it was.
+
+    What is neither merged nor quantized shares its memory with the user's model. transformers' `save_pretrained`
+    writes the result and `from_pretrained` reads it back. To unmerge, go on with the old model.
+    `merge_reports` tells what a merge to 4 or 8 bits loses; a merge to 16 bits loses next to nothing.
+
+    Args:
+        model: The base model.
+        params: Of a single adapter; trained biases and `modules_to_save` are put in their places.
+        frozen: The projections.
+        to: Format of the adapted layers and of all that are quantized: "nf4", "fp4", "int8", or a dtype
+            for a dense model. None keeps each layer's own format.
+        weights: Merged weights to use instead of rounding, by module name (`merge_calibrated`'s, for instance).
+
+    Raises:
+        ValueError: If the adapter does not fit the model or holds NaN or inf (nothing is merged then).
+
+    Example:
+        >>> from vera_func import adapt
+        >>> model = nn.Sequential(nn.Linear(8, 6))
+        >>> adapted = adapt(model, VeraConfig(r=4, target_modules=["0"]))
+        >>> merged = merge(model, adapted.params, adapted.frozen)
+        >>> torch.equal(merged(torch.ones(3, 8)), model(torch.ones(3, 8)))
+        True
+    """
+    if isinstance(to, str) and to not in _FORMATS:
+        raise ValueError(f"to must be one of {sorted(_FORMATS)} or a floating-point dtype, got {to!r}.")
+    modules = dict(model.named_modules())
+    layers = adapted_layers(model, params)
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = parameter
+        if type(parameter) is nn.Parameter:
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    for key, value in params.items():
+        if key.rpartition(".")[2] not in ("lambda_b", "lambda_d"):
+            own = _own_parameter(model, key, value)
+            memo[id(own)] = nn.Parameter(value.detach().to(own.dtype).clone(), requires_grad=own.requires_grad)
+    replaced: dict[int, nn.Module] = {}
+    for name, module in modules.items():
+        # A bitsandbytes module rewrites its weight as it runs, so not even what is not merged may be shared.
+        if name not in layers and not is_bnb_linear(module):
+            continue
+        bias = getattr(module, "bias", None)
+        bias = None if bias is None else memo[id(bias)].detach()
+        weight = (weights or {}).get(name)
+        if weight is None:
+            weight = _merged_weight(module, layers.get(name), frozen, to)
+        replaced[id(module)] = _module_with(module, weight, bias, memo)
+    merged = copy.deepcopy(model, memo | replaced)
+    if hasattr(merged, "save_pretrained"):
+        _describe_quantization(merged, to)
+    return merged
+
+
+def merge_reports(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
+    to: Format | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> dict[str, MergeReport]:
+    """What `merge(model, params, frozen, to)` would keep of the adapter, module by module.
+
+    Args:
+        model: The base model.
+        params: Of a single adapter.
+        frozen: The projections.
+        to: As for `merge`.
+        inputs: Inputs (tokens, in) of the modules, by name, for the errors of their outputs.
+
+    Example:
+        >>> from vera_func import adapt
+        >>> model = nn.Sequential(nn.Linear(64, 64))
+        >>> adapted = adapt(model, VeraConfig(r=4, target_modules=["0"]))
+        >>> params = {key: torch.ones_like(value) for key, value in adapted.params.items()}
+        >>> merge_reports(model, params, adapted.frozen, to=torch.float32)["0"].kept > 0.99
+        True
+    """
+    reports = {}
+    for name, vectors in adapted_layers(model, params).items():
+        module = model.get_submodule(name)
+        base = _base_weight(module)
+        merged = _merged_weight(module, vectors, frozen, to)
+        if not vectors["lambda_b"].any() or not vectors["lambda_d"].any():
+            continue
+        reports[name] = merge_report(base, vectors, frozen, (inputs or {}).get(name), merged=merged)
+    return reports
+
+
+def merge_advice(reports: Mapping[str, MergeReport]) -> str:
+    """In a sentence or two, whether to merge.
+
+    Example:
+        >>> merge_advice({"q_proj": MergeReport(kept=0.02, error=1.07, size=0.01)})[:55]
+        'Do not merge like this: 2 % of the update is kept on av'
+    """
+    if not reports:
+        return "There is nothing to merge: the adapter adds nothing to any layer."
+    kept = sum(report.kept for report in reports.values()) / len(reports)
+    error = sum(report.error for report in reports.values()) / len(reports)
+    worst = min(reports, key=lambda name: reports[name].kept)
+    share = f"{kept:.0%} of the update is kept on average (at worst {reports[worst].kept:.0%}, in {worst})".replace(
+        "%", " %"
+    )
+    if error < 0.1:
+        return f"Merging is safe: {share}, with an error of {error:.2g} times the update."
+    if error < 0.5:
+        return f"Merging changes the adapter's effect: {share}, with an error of {error:.2f} times the update. Measure."
+    return (
+        f"Do not merge like this: {share}, and the rounding adds an error of {error:.2f} times the update. Merge to a "
+        "16-bit dtype, merge with calibration, or export a LoRA, which is exact."
+    )
+
+
+def export_lora(
+    path: str | os.PathLike[str],
+    params: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
+    config: VeraConfig,
+    model: nn.Module,
+    *,
+    rank: int | None = None,
+) -> LoraExport:
+    """Write the adapter as a PEFT LoRA directory, which PEFT, vLLM and LoRAX read: exact, unless `rank` is less than r.
+
+    A smaller rank is the truncated singular value decomposition of ΔW, done in r dimensions: an adapter of
+    `out` and `in` in the thousands costs QR decompositions of (out, r) and (in, r), and ΔW is never formed.
+
+    Args:
+        path: The directory, made if needed.
+        params: Of a single adapter.
+        frozen: The projections.
+        config: As `adapt` returned it.
+        model: The base model, for the layers' sizes.
+        rank: Rank of the LoRA; None is `config.r`.
+
+    Returns:
+        The directory, and the relative error of each module.
+
+    Raises:
+        ValueError: If the adapter does not fit the model, holds NaN or inf, or the rank is out of range.
+
+    Example:
+        >>> import tempfile
+        >>> from vera_func import adapt
+        >>> model = nn.Sequential(nn.Linear(8, 6))
+        >>> adapted = adapt(model, VeraConfig(r=4, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_lora(folder, *adapted[1:], model).error
+        {'0': 0.0}
+
+    Reference:
+        https://arxiv.org/abs/2106.09685 (LoRA); section 3.2 of https://arxiv.org/abs/2310.11454.
+    """
+    rank = config.r if rank is None else rank
+    if not 0 < rank <= config.r:
+        raise ValueError(f"rank must be in 1 ... {config.r}, the adapter's own, got {rank}.")
+    layers = adapted_layers(model, params)
+    tensors: dict[str, Tensor] = {}
+    error: dict[str, float] = {}
+    for name, vectors in layers.items():
+        sizes = linear_sizes(model.get_submodule(name))
+        assert sizes is not None, name
+        in_features, out_features = sizes
+        lora_A = vectors["lambda_d"][:, None] * frozen["vera_A"][:, :in_features]  # (r, in)
+        lora_B = vectors["lambda_b"][:, None] * frozen["vera_B"][:out_features]  # (out, r)
+        error[name] = 0.0
+        if rank < config.r:
+            lora_A, lora_B, error[name] = truncate(lora_A, lora_B, rank)
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = lora_A, lora_B
+    for key, value in params.items():
+        owner, _, leaf = key.rpartition(".")
+        if leaf not in ("lambda_b", "lambda_d"):
+            tensors[f"{owner}.base_layer.{leaf}" if owner in layers else key] = value
+    fields = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,  # so that PEFT's factor, lora_alpha / r, is 1
+        "lora_dropout": 0.0,
+        "target_modules": sorted(layers),
+        "bias": "lora_only" if config.bias.endswith("_only") else config.bias,
+        "fan_in_fan_out": any(is_conv1d(model.get_submodule(name)) for name in layers),
+        "modules_to_save": None if config.modules_to_save is None else list(config.modules_to_save),
+        "task_type": config.task_type,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "revision": config.revision,
+        "inference_mode": True,
+    }
+    folder = adapter_folder(path, "default")
+    folder.mkdir(parents=True, exist_ok=True)
+    cpu = {f"base_model.model.{key}": t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+    with replacing(folder / WEIGHTS) as file:
+        file.write_bytes(save(cpu, {"format": "pt"}))
+    with replacing(folder / CONFIG) as file:
+        file.write_text(json.dumps(fields, indent=2, sort_keys=True))
+    return LoraExport(folder, error)
+
+
+def truncate(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best factors of a smaller rank, and ‖BA - B'A'‖ / ‖BA‖.
+
+    Args:
+        lora_A: (r, in).
+        lora_B: (out, r).
+        rank: Rank of the result.
+
+    Example:
+        >>> A, B = torch.eye(2, 3), torch.diag(torch.tensor([3.0, 4.0]))
+        >>> truncate(A, B, 1)[2]
+        0.6000000238418579
+    """
+    q_A, r_A = torch.linalg.qr(lora_A.double().T)  # (in, k), (k, r)
+    q_B, r_B = torch.linalg.qr(lora_B.double())  # (out, l), (l, r)
+    U, S, Vh = torch.linalg.svd(r_B @ r_A.T, full_matrices=False)
+    total = S.norm()
+    if total == 0:
+        return torch.zeros_like(lora_A[:rank]), torch.zeros_like(lora_B[:, :rank]), 0.0
+    root = torch.zeros(rank, dtype=S.dtype, device=S.device)
+    root[: S.numel()] = S[:rank].sqrt()
+    left = nn.functional.pad(q_B @ U[:, :rank], (0, max(0, rank - S.numel())))
+    right = nn.functional.pad(q_A @ Vh[:rank].T, (0, max(0, rank - S.numel())))
+    error = (S[rank:].norm() / total).float().item()
+    return (right * root).T.to(lora_A.dtype), (left * root).to(lora_B.dtype), error
+
+
+def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The vectors of each adapted module, `{name: {"lambda_b", "lambda_d"}}`, checked against the model.
+
+    Raises:
+        ValueError: If a module is missing, can't be adapted, or lacks one of its vectors, or a value is not finite.
+
+    Example:
+        >>> params = {"0.lambda_b": torch.ones(6), "0.lambda_d": torch.ones(4)}
+        >>> list(adapted_layers(nn.Sequential(nn.Linear(8, 6)), params))
+        ['0']
+    """
+    modules = dict(model.named_modules())
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, value in params.items():
+        name, _, leaf = key.rpartition(".")
+        if leaf == "mixture":
+            raise ValueError(f"{key!r} marks a sum of adapters; merge or export them one by one.")
+        if not value.isfinite().all():
+            raise ValueError(f"{key!r} holds NaN or inf: the adapter is broken, and nothing was written.")
+        if leaf in ("lambda_b", "lambda_d"):
+            if name not in modules or linear_sizes(modules[name]) is None:
+                raise ValueError(f"params has {key!r}, but the model has no linear layer {name!r}.")
+            layers.setdefault(name, {})[leaf] = value
+    for name, vectors in layers.items():
+        sizes = linear_sizes(modules[name])
+        if vectors.keys() != {"lambda_b", "lambda_d"} or vectors["lambda_b"].shape != (sizes or (0, 0))[1:]:
+            shapes = {leaf: tuple(value.shape) for leaf, value in vectors.items()}
+            raise ValueError(
+                f"{name!r} needs lambda_b ({(sizes or (0, 0))[1]},) and lambda_d (r,) of one adapter, got {shapes}."
+            )
+    if not layers:
+        raise ValueError(f"params has no 'lambda_b' of any layer, only {sorted(params)[:3]}.")
+    return layers
+
+
+def _base_weight(module: Any) -> Quantized | Tensor:
+    if is_bnb_linear(module):
+        return from_bnb(module)[0]
+    return module.weight.detach().T if is_conv1d(module) else module.weight.detach()
+
+
+def _merged_weight(
+    module: nn.Module, vectors: Mapping[str, Tensor] | None, frozen: Mapping[str, Tensor], to: Format | None
+) -> Quantized | Tensor:
+    base = _base_weight(module)
+    if vectors is None:
+        assert not isinstance(base, Tensor)
+        if to in (None, _format(base)):
+            return base
+        return dequantize(base, to) if isinstance(to, torch.dtype) else _FORMATS[to](dequantize(base, torch.float32))
+    if isinstance(to, torch.dtype):
+        return merge_dense(base, vectors, frozen, to)
+    if isinstance(base, Tensor):
+        dense = merge_dense(base, vectors, frozen, base.dtype)
+        return dense if to is None else _FORMATS[to](dense)
+    if to in (None, _format(base)):
+        return merge_quantized(base, vectors, frozen)
+    return _FORMATS[to](merge_dense(base, vectors, frozen, torch.float32))
+
+
+def _module_with(module: Any, weight: Quantized | Tensor, bias: Tensor | None, memo: dict[int, Any]) -> nn.Module:
+    if not isinstance(weight, Tensor):
+        return to_bnb(weight, bias).train(module.training)
+    if is_bnb_linear(module):
+        new: Any = nn.Linear(module.in_features, module.out_features, bias is not None, device="meta")
+        bias = None if bias is None else bias.to(weight.dtype).clone()
+    else:
+        new = copy.deepcopy(module, dict(memo))
+        weight = weight.T.contiguous() if is_conv1d(module) else weight
+    new.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        new.bias = nn.Parameter(bias, requires_grad=False)
+    return new.train(module.training)
+
+
+def _format(q: Quantized) -> str:
+    return q.quant_type if isinstance(q, Quantized4bit) else "int8"
+
+
+def _own_parameter(model: nn.Module, key: str, value: Tensor) -> nn.Parameter:
+    try:
+        own = model.get_parameter(key)
+    except AttributeError as error:
+        raise ValueError(f"params has {key!r}, which is no parameter of the model.") from error
+    if own.shape != value.shape:
+        raise ValueError(f"{key!r} must be {tuple(own.shape)}, got {tuple(value.shape)}.")
+    return own
+
+
+def _describe_quantization(model: Any, to: Format | None) -> None:
+    """Make the config of a transformers model say what its weights are now."""
+    if isinstance(to, torch.dtype):
+        for name in ("quantization_config", "_pre_quantization_dtype"):
+            if hasattr(model.config, name):
+                delattr(model.config, name)
+        model.config.dtype = to
+        for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+            model.__dict__.pop(name, None)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(to)  # a new parameter, of the merged model alone
+        return
+    linears = [(name, module) for name, module in model.named_modules() if linear_sizes(module) is not None]
+    quantized = [from_bnb(module)[0] for _, module in linears if is_bnb_linear(module)]
+    if not quantized:
+        return
+    from transformers import BitsAndBytesConfig
+
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if isinstance(quantized[0], Quantized4bit):
+        options = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": quantized[0].quant_type,
+            "bnb_4bit_use_double_quant": quantized[0].nested is not None,
+            "bnb_4bit_compute_dtype": quantized[0].compute_dtype or model.dtype,
+            "bnb_4bit_quant_storage": quantized[0].packed.dtype,
+        }
+    dense = [name for name, module in linears if not is_bnb_linear(module)]
+    model.config.quantization_config = BitsAndBytesConfig(**options, llm_int8_skip_modules=dense)
+
+
+def describe_reports(reports: Mapping[str, MergeReport]) -> Sequence[dict[str, Any]]:
+    """The reports as plain rows, one a module, for a table.
+
+    Example:
+        >>> describe_reports({"q_proj": MergeReport(0.5, 0.25, 0.125)})[0]["kept"]
+        0.5
+    """
+    return [{"module": name, **report._asdict()} for name, report in reports.items()]

@@ -1,0 +1,68 @@
+"""Files that are whole: replaced at once or not at all, and refused when damaged."""
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A temporary path to write to, which takes the place of `file` at the end: after a crash, `file` is the old
+    one or the new one, whole.
+
+    Raises:
+        OSError: If the disk is full or the folder can't be written; the old file is still there.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replacing(Path(folder) / "file") as temporary:
+        ...         _ = temporary.write_text("new")
+        ...     (Path(folder) / "file").read_text()
+        'new'
+    """
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file.
+
+    Raises:
+        OSError: If it can't be read.
+        ValueError: If it is not a whole safetensors file.
+    """
+    data = file.read_bytes()
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}.") from error
+    return header.get("__metadata__") or {}, tensors
+
+
+def parse_json(file: Path, text: str) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: If it is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from error

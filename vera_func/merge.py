@@ -1,0 +1,206 @@
+"""An adapter written into the weight of its layer, and what is lost by it.
+
+    W' = round(W + ΔW)        kept = <W' - W, ΔW> / ‖ΔW‖²        ΔW = diag(lambda_b) B diag(lambda_d) A
+
+A dequantized weight lies on the grid of its format, so an update of less than half a step of the grid is
+rounded away, and nothing says so: `merge_report` does. What loses less is a 16-bit weight (`merge_dense`), and
+what is exact is a LoRA (`export_lora`). No merge here has a counterpart that undoes it; keep `q`.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .adapter import delta_weight
+from .quantized import Quantized, Quantized4bit, Quantized8bit, dequantize, quantize_4bit, quantize_8bit
+
+
+class MergeReport(NamedTuple):
+    """What a merge did to one layer.
+
+    Attributes:
+        kept: <W' - W, ΔW> / ‖ΔW‖², the part of the update that is in the merged weight: 1 is all, 0 none.
+        error: ‖W' - W - ΔW‖ / ‖ΔW‖; above 1 the merge added more noise than the update was worth.
+        size: ‖ΔW‖ / ‖W‖.
+        output_kept: `kept` for the layer's outputs on the given inputs, or None without inputs.
+        output_error: `error` for the layer's outputs on the given inputs, or None without inputs.
+    """
+
+    kept: float
+    error: float
+    size: float
+    output_kept: float | None = None
+    output_error: float | None = None
+
+
+def merge_quantized(q: Quantized, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Quantized:
+    """`W + ΔW`, quantized again in the format of `q`: the bytes that PEFT's merge gives.
+
+    Unmerging is keeping `q`, which is untouched. An adapter that adds nothing gives the same bytes back.
+
+    Args:
+        q: The base weight (out, in).
+        params: `{"lambda_b": (out,), "lambda_d": (r,)}`.
+        frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
+
+    Returns:
+        A weight of the same type, block size, nesting and storage.
+
+    Raises:
+        ValueError: If the adapter holds NaN or inf (the tensor is named), is stacked, or does not fit the weight.
+
+    Example:
+        >>> import torch
+        >>> from vera_func import init_params, init_projections, quantize_4bit
+        >>> q = quantize_4bit(torch.ones(32, 64))
+        >>> merged = merge_quantized(q, init_params(4, 32), init_projections(4, 64, 32))
+        >>> torch.equal(merged.packed, q.packed)
+        True
+    """
+    delta = checked_delta(q, params, frozen)
+    if not delta.any():
+        return q
+    return quantize_like(q, _dequantize_as_peft(q) + delta)
+
+
+def merge_dense(
+    q: Quantized | Tensor,
+    params: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.bfloat16,
+) -> Float[Tensor, "out in"]:
+    """`W + ΔW` as a dense weight, computed in float32 and rounded once.
+
+    W is the dequantized weight, which the adapter was trained against; the 16-bit weight from before
+    quantization differs from it by a tenth of its norm, which the adapter knows nothing of.
+
+    Args:
+        q: The base weight, quantized or dense (out, in).
+        params: `{"lambda_b": (out,), "lambda_d": (r,)}`.
+        frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
+        dtype: Of the result.
+
+    Raises:
+        ValueError: As for `merge_quantized`.
+
+    Example:
+        >>> import torch
+        >>> from vera_func import init_params, init_projections, quantize_8bit
+        >>> merge_dense(quantize_8bit(torch.ones(3, 2)), init_params(4, 3), init_projections(4, 2, 3)).dtype
+        torch.bfloat16
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point one, got {dtype}; merge_quantized makes the others.")
+    delta = checked_delta(q, params, frozen)
+    base = q.float() if isinstance(q, Tensor) else dequantize(q, torch.float32)
+    return (base + delta.float()).to(dtype)
+
+
+def merge_report(
+    q: Quantized | Tensor,
+    params: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
+    inputs: Float[Tensor, "tokens in"] | None = None,
+    *,
+    merged: Quantized | Tensor | None = None,
+) -> MergeReport:
+    """What is left of the update in a merged weight.
+
+    Costs a merge and, with inputs, two products.
+
+    Args:
+        q: The base weight.
+        params: `{"lambda_b": (out,), "lambda_d": (r,)}`.
+        frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
+        inputs: Inputs of the layer from real use, (tokens, in), for what matters of the error.
+        merged: The weight to judge, quantized or dense; None is `merge_quantized`'s.
+
+    Raises:
+        ValueError: As for `merge_quantized`, or if the update is zero, so that nothing could be kept of it.
+
+    Example:
+        >>> import torch
+        >>> from vera_func import init_projections, quantize_4bit
+        >>> q = quantize_4bit(0.02 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+        >>> params = {"lambda_b": torch.full((64,), 1e-4), "lambda_d": torch.ones(8)}
+        >>> merge_report(q, params, init_projections(8, 64, 64)).kept < 0.2
+        True
+    """
+    delta = checked_delta(q, params, frozen).float()
+    if not delta.any():
+        raise ValueError("the adapter adds nothing (lambda_b or lambda_d is 0), so there is nothing to keep or lose.")
+    base = q.float() if isinstance(q, Tensor) else dequantize(q, torch.float32)
+    if merged is None:
+        if isinstance(q, Tensor):
+            raise ValueError("the weight is dense: give merged=merge_dense(...) to report on.")
+        merged = merge_quantized(q, params, frozen)
+    moved = (merged.float() if isinstance(merged, Tensor) else dequantize(merged, torch.float32)) - base
+    report = MergeReport(_kept(moved, delta), _error(moved, delta), (delta.norm() / base.norm()).item())
+    if inputs is None:
+        return report
+    if inputs.dim() != 2 or inputs.shape[1] != delta.shape[1]:
+        raise ValueError(f"inputs must be (tokens, {delta.shape[1]}), got {tuple(inputs.shape)}.")
+    x = inputs.float()
+    actual, wanted = x @ moved.T, x @ delta.T
+    return report._replace(output_kept=_kept(actual, wanted), output_error=_error(actual, wanted))
+
+
+def quantize_like(q: Quantized, weight: Tensor) -> Quantized:
+    """Quantize a weight in the format of `q`.
+
+    Example:
+        >>> import torch
+        >>> quantize_like(quantize_8bit(torch.ones(2, 3)), torch.zeros(2, 3)).codes.sum()
+        tensor(0)
+    """
+    if isinstance(q, Quantized8bit):
+        return quantize_8bit(weight, threshold=q.threshold)
+    return quantize_4bit(
+        weight.to(q.dtype),
+        q.quant_type,
+        q.blocksize,
+        q.nested is not None,
+        quant_storage=q.packed.dtype,
+        compute_dtype=q.compute_dtype,
+    )
+
+
+def checked_delta(
+    q: Quantized | Tensor, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
+) -> Float[Tensor, "out in"]:
+    """`delta_weight`, for an adapter that can be merged.
+
+    Raises:
+        ValueError: If the adapter holds NaN or inf (the tensor is named), is stacked, or does not fit the weight.
+    """
+    for name, tensor in (*params.items(), *frozen.items()):
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} holds NaN or inf: the adapter is broken, and nothing was merged."
+            )
+    out_features, in_features = q.shape
+    lambda_b, lambda_d = params["lambda_b"], params["lambda_d"]
+    if lambda_b.shape != (out_features,) or lambda_d.dim() != 1:
+        raise ValueError(
+            f"one adapter of a weight {tuple(q.shape)} has lambda_b ({out_features},) and lambda_d (r,), got "
+            f"{tuple(lambda_b.shape)} and {tuple(lambda_d.shape)}; merge stacked ones one by one (unstack_adapters)."
+        )
+    return delta_weight(params, frozen, in_features)
+
+
+def _dequantize_as_peft(q: Quantized) -> Tensor:
+    if isinstance(q, Quantized4bit):
+        return dequantize(q)
+    # bitsandbytes has two orders of operations for 8 bits; the bytes after rounding depend on this one.
+    return torch.ops.bitsandbytes.int8_vectorwise_dequant(q.codes, q.scale)
+
+
+def _kept(moved: Tensor, wanted: Tensor) -> float:
+    return ((moved * wanted).sum() / wanted.square().sum()).item()
+
+
+def _error(moved: Tensor, wanted: Tensor) -> float:
+    return ((moved - wanted).norm() / wanted.norm()).item()
