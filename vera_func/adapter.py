@@ -68,6 +68,7 @@ def vera_forward(
     """The adapted layer: `base_fn(x) + lambda_b * (B (lambda_d * (A x)))`.
 
     Costs `r (in + out)` multiply-adds per row of `x` on top of the base; the (out, in) update is never formed.
+    What it keeps for backward is `A x`, r numbers a row; backward multiplies by `B` once more.
     Products and sum are computed in the vectors' dtype and cast once, to the base output's dtype and
     then to that of `x`, which is PEFT's arithmetic.
 
@@ -104,8 +105,7 @@ def vera_forward(
         inputs = inputs * _checked_mask(dropout_mask, x)
     z = linear(inputs, A)  # (*batch, r)
     if mixture is None:
-        hidden = align_rows("lambda_d", lambda_d, x) * z
-        update = align_rows("lambda_b", lambda_b, x) * linear(hidden, B)  # (*batch, out)
+        update = _expand(z, align_rows("lambda_b", lambda_b, x), align_rows("lambda_d", lambda_d, x), B)
     else:
         hidden = align_rows("lambda_d", lambda_d, x, inner=2) * z[..., None, :]  # (*batch, k, r)
         weighted = mixture[..., None] * lambda_b
@@ -204,6 +204,71 @@ def align_rows(name: str, vector: Tensor, x: Tensor, *, inner: int = 1) -> Tenso
             "per row (select_adapters), or map over stacked adapters (vmap_adapters, torch.func.vmap)."
         )
     return vector.reshape(*rows, *[1] * (len(batch) - len(rows)), *own)
+
+
+class _Expand(torch.autograd.Function):
+    """`lambda_b * (B (lambda_d * z))`, which keeps its inputs only, and not the product with `B`.
+
+    Plain autograd would keep (*batch, out) numbers to differentiate in `lambda_b`. Every rule is made of ordinary
+    operations on the inputs, so that derivatives of all orders exist.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z, lambda_b, lambda_d, B):
+        return lambda_b * linear(lambda_d * z, B)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)  # absent tangents would cost products with zeros
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, lambda_b, lambda_d, B = ctx.saved_tensors
+        grad_z = grad_b = grad_d = grad_B = None
+        if grad is None:
+            return None, None, None, None
+        if ctx.needs_input_grad[1]:
+            grad_b = _sum_to(grad * linear(lambda_d * z, B), lambda_b)
+        inner = (lambda_b * grad) @ B  # (*batch, r)
+        if ctx.needs_input_grad[0]:
+            grad_z = lambda_d * inner
+        if ctx.needs_input_grad[2]:
+            grad_d = _sum_to(inner * z, lambda_d)
+        if ctx.needs_input_grad[3]:
+            grad_B = (lambda_b * grad).flatten(0, -2).mT @ (lambda_d * z).flatten(0, -2)
+        return grad_z, grad_b, grad_d, grad_B
+
+    @staticmethod
+    def jvp(ctx, z_t, b_t, d_t, B_t):
+        z, lambda_b, lambda_d, B = ctx.saved_tensors
+        terms = []
+        if b_t is not None:
+            terms.append(b_t * linear(lambda_d * z, B))
+        if d_t is not None:
+            terms.append(lambda_b * linear(d_t * z, B))
+        if z_t is not None:
+            terms.append(lambda_b * linear(lambda_d * z_t, B))
+        if B_t is not None:
+            terms.append(lambda_b * linear(lambda_d * z, B_t))
+        return sum(terms[1:], terms[0]) if terms else None
+
+
+def _expand(z: Tensor, lambda_b: Tensor, lambda_d: Tensor, B: Tensor) -> Tensor:
+    # Dynamo (2.13) refuses a Function with a jvp; what the plain form keeps is the compiler's choice.
+    if torch.compiler.is_compiling():
+        return lambda_b * linear(lambda_d * z, B)
+    return _Expand.apply(z, lambda_b, lambda_d, B)
+
+
+def _sum_to(value: Tensor, like: Tensor) -> Tensor:
+    """The sum over the axes along which `like` was broadcast to `value`."""
+    lead = value.dim() - like.dim()
+    axes = [*range(lead), *(i + lead for i, size in enumerate(like.shape) if size == 1 != value.shape[i + lead])]
+    return value.sum(axes).reshape(like.shape) if axes else value
 
 
 def _vectors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:

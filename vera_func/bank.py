@@ -158,9 +158,21 @@ def save_bank(
 def open_bank(path: str | os.PathLike[str]) -> Bank:
     """Open a bank without reading its tensors.
 
+    Args:
+        path: The file.
+
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a bank, is damaged, or its index and its data disagree.
+
+    Example:
+        >>> import tempfile
+        >>> from vera_func import adapt
+        >>> adapted = adapt(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save_bank(f"{folder}/bank", stack_adapters([adapted.params]), *adapted[2:], names=["a"])
+        ...     len(open_bank(path))
+        1
     """
     path = Path(path)
     with _open(path) as file:
@@ -243,6 +255,16 @@ def import_adapters(
 
     Raises:
         ValueError: If an adapter has other projections, targets or shapes than the first (pool_adapters takes those).
+
+    Example:
+        >>> import tempfile
+        >>> from vera_func import adapt
+        >>> model = nn.Sequential(nn.Linear(8, 6))
+        >>> adapted = adapt(model, VeraConfig(r=4, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     one = save_adapter(f"{folder}/one", *adapted[1:])
+        ...     import_adapters(f"{folder}/bank", {"one": one}, model).names
+        ('one',)
     """
     loaded = {name: load_adapter(folder, model) for name, folder in folders.items()}
     if not loaded:
@@ -259,8 +281,22 @@ def import_adapters(
 def export_adapters(bank: Bank, folder: str | os.PathLike[str], names: Sequence[str | int] | None = None) -> list[Path]:
     """Write adapters of a bank as PEFT directories, each in a sub-folder of its name.
 
+    Args:
+        bank: From `open_bank`.
+        folder: The directory above the sub-folders, made if needed.
+        names: Names or rows; None is all.
+
     Raises:
         ValueError: If a name is unknown, or no name for a folder.
+
+    Example:
+        >>> import tempfile
+        >>> from vera_func import adapt
+        >>> adapted = adapt(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save_bank(f"{folder}/bank", stack_adapters([adapted.params]), *adapted[2:], names=["a"])
+        ...     [p.name for p in export_adapters(open_bank(path), folder)]
+        ['a']
     """
     frozen, written = bank.frozen(), []
     for name in bank.names if names is None else names:

@@ -152,6 +152,9 @@ def merge_reports(
 def merge_advice(reports: Mapping[str, MergeReport]) -> str:
     """In a sentence or two, whether to merge.
 
+    Args:
+        reports: From `merge_reports`.
+
     Example:
         >>> merge_advice({"q_proj": MergeReport(kept=0.02, error=1.07, size=0.01)})[:55]
         'Do not merge like this: 2 % of the update is kept on av'

@@ -57,6 +57,9 @@ def stack_adapters(adapters: Sequence[Params]) -> dict[str, Tensor]:
 def unstack_adapters(stacked: Params) -> list[dict[str, Tensor]]:
     """The adapters of a stack, as views; undoes `stack_adapters`.
 
+    Args:
+        stacked: Leaves (n, ...).
+
     Raises:
         ValueError: If the leaves have no common leading axis.
 
@@ -69,6 +72,9 @@ def unstack_adapters(stacked: Params) -> list[dict[str, Tensor]]:
 
 def num_adapters(stacked: Params) -> int:
     """Size of the leading axis of stacked params.
+
+    Args:
+        stacked: Leaves (n, ...).
 
     Raises:
         ValueError: If the leaves have no common leading axis.

@@ -27,6 +27,12 @@ class AdamWState(NamedTuple):
 def adamw_init(params: Mapping[str, Tensor]) -> AdamWState:
     """The state before the first update: `step = 0`, both moments zero, float32 or wider.
 
+    Args:
+        params: Flat dict of what is trained.
+
+    Raises:
+        ValueError: If it is empty.
+
     Example:
         >>> adamw_init({"p": torch.ones(2)})
         AdamWState(step=tensor(0), mean={'p': tensor([0., 0.])}, var={'p': tensor([0., 0.])})
@@ -103,6 +109,12 @@ def adamw_update(
 def global_norm(tree: Mapping[str, Tensor]) -> Float[Tensor, ""]:
     """`sqrt(sum of squares)` over all leaves, in float32 or wider; its derivative at 0 is 0.
 
+    Args:
+        tree: Flat dict of tensors.
+
+    Raises:
+        ValueError: If it is empty.
+
     Example:
         >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
         tensor(5.)
@@ -135,7 +147,16 @@ def clip_by_norm(grads: Mapping[str, Tensor], max_norm: float | Tensor) -> dict[
 
 
 def constant(step: int | Tensor, *, value: float = 1.0) -> Float[Tensor, "*n"]:
-    """`value` at every step, in the shape of `step` and in float64."""
+    """`value` at every step, in the shape of `step` and in float64.
+
+    Args:
+        step: () or (n,).
+        value: What to return.
+
+    Example:
+        >>> constant(7)
+        tensor(1., dtype=torch.float64)
+    """
     return torch.full_like(torch.as_tensor(step, dtype=torch.float64), value)
 
 

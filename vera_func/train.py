@@ -241,6 +241,10 @@ def sweep_table(
 ) -> list[dict[str, Any]]:
     """The rows of a sweep with a column per result, as plain numbers; `pandas.DataFrame` takes it.
 
+    Args:
+        rows: From `sweep`, one for each adapter.
+        results: Name of a column -> its values, one for each row.
+
     Raises:
         ValueError: If a result has not one value per row, or the name of a column that is there.
 

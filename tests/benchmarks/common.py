@@ -1,0 +1,77 @@
+"""What the benchmarks share: a Llama-shaped model, fair timing in one process, and the machine's name."""
+
+import platform
+import time
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+import vera_func as vf
+
+
+logging.set_verbosity_error()
+FLAGS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
+
+
+def machine():
+    """The processor's name and what of it decides the speed of matrix products."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    capabilities = torch.cpu.get_capabilities()
+    flags = [flag for flag in FLAGS if capabilities.get(flag)]
+    text = f"{name}, {torch.get_num_threads()} threads, {' '.join(flags)}, torch {torch.__version__}"
+    return f"{text}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else text
+
+
+def llama(width=1024, layers=6, dtype=torch.bfloat16, quant="nf4", device="cpu", vocab=512):
+    """A model with random weights, its linears in `quant`, in training mode so that PEFT can differentiate it."""
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=width, intermediate_size=int(2.75 * width), num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64), num_key_value_heads=max(1, width // 64), use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(dtype)
+    quantize = {"nf4": vf.quantize_4bit, "int8": vf.quantize_8bit}.get(quant)
+    for name, module in list(model.named_modules()):
+        if quantize and isinstance(module, nn.Linear) and name != "lm_head":
+            parent, _, child = name.rpartition(".")
+            model.get_submodule(parent).register_module(child, vf.to_bnb(quantize(module.weight.data)))
+    return model.to(device).train()
+
+
+def interleave(functions, repeats=5, seconds=60.0):
+    """Minimum seconds of each function, taken in turns, so that a busy moment of the machine hits all alike."""
+    best = dict.fromkeys(functions, float("inf"))
+    for function in functions.values():
+        function()
+    deadline = time.perf_counter() + seconds
+    for _ in tqdm(range(repeats), leave=False):
+        for name, function in functions.items():
+            _synchronize()
+            start = time.perf_counter()
+            function()
+            _synchronize()
+            best[name] = min(best[name], time.perf_counter() - start)
+        if time.perf_counter() > deadline:
+            break
+    return best
+
+
+def table(title, rows):
+    """Print rows (dicts with the same keys) as Markdown."""
+    keys = list(rows[0])
+    print(f"\n{title}\n\n| {' | '.join(keys)} |\n|{'---|' * len(keys)}")
+    for row in rows:
+        print(f"| {' | '.join(f'{v:.3g}' if isinstance(v, float) else str(v) for v in row.values())} |")
+
+
+def _synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
