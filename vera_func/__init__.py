@@ -33,9 +33,11 @@ from .many import (
 )
 from .merge import (
     MergeReport as MergeReport,
+    merge_calibrated as merge_calibrated,
     merge_dense as merge_dense,
     merge_quantized as merge_quantized,
     merge_report as merge_report,
+    merge_stochastic as merge_stochastic,
 )
 from .model import Adapted as Adapted, adapt as adapt, to_module as to_module
 from .optim import (

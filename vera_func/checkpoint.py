@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .config import VeraConfig, resolve, trained_with
+from .config import VeraConfig, linear_sizes, resolve, trained_with
 from .files import parse_json, read_safetensors, replacing
 from .model import Adapted, draw_projections, make_apply
 
@@ -60,7 +60,7 @@ def save_adapter(
         ...     sorted(p.name for p in save_adapter(folder, *adapted[1:]).iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    if config.target_modules is None or config.target_modules == "all-linear":
+    if config.target_modules is None or str(config.target_modules).lower() == "all-linear":
         raise ValueError("config.target_modules must be spelled out; save the config that adapt returned.")
     folder = adapter_folder(path, adapter_name)
     _check_params(params, frozen, config)
@@ -125,8 +125,14 @@ def load_adapter(
     folder = adapter_folder(path, adapter_name)
     config, tensors = read_files(folder)
     file = folder / WEIGHTS
-    targets, config = resolve(model, config, strict=False)
-    trained = trained_with(model, config, targets)
+    try:
+        targets, config = resolve(model, config, strict=False)
+        trained = trained_with(model, config, targets)
+        apply = make_apply(
+            model, config.r, targets, trained, vera_dropout=config.vera_dropout, int8_activations=int8_activations
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} does not fit this model: {error}") from error
     params, projections = {}, {}
     for name, tensor in tensors.items():
         key = _from_peft(name)
@@ -137,9 +143,6 @@ def load_adapter(
         elif not (".modules_to_save." in name or ".original_module." in name):
             # PEFT writes a head's bias two more times with bias="all"; those copies are not read by it either.
             params[key] = tensor
-    apply = make_apply(
-        model, config.r, targets, trained, vera_dropout=config.vera_dropout, int8_activations=int8_activations
-    )
     problems = [f"lacks {key!r}" for key, slot in apply.slots.items() if slot.required and key not in params]
     problems += [f"has {key!r}, unknown to this model and config" for key in params if key not in apply.slots]
     problems += [
@@ -154,8 +157,10 @@ def load_adapter(
             raise ValueError(
                 f"{file} lacks base_model.vera_A and base_model.vera_B, although save_projection is true in {CONFIG}."
             )
-        frozen = {name: tensor.to(next(model.parameters()).device) for name, tensor in projections.items()}
-        _check_projections(file, frozen, apply.slots, config.r)
+        _check_projections(file, projections, [linear_sizes(model.get_submodule(name)) for name in targets], config.r)
+        device = next(model.parameters()).device
+        # safetensors gives them in no particular order.
+        frozen = {name: projections[name].to(device) for name in ("vera_A", "vera_B")}
     else:
         if projections:
             warnings.warn(
@@ -297,13 +302,16 @@ def _check_params(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
         )
 
 
-def _check_projections(file: Path, frozen: Mapping[str, Tensor], slots: Mapping[str, Any], r: int) -> None:
+def _check_projections(
+    file: Path, frozen: Mapping[str, Tensor], sizes: Sequence[tuple[int, int] | None], r: int
+) -> None:
     A, B = frozen["vera_A"], frozen["vera_B"]
-    widest = max(slot.shape[0] for key, slot in slots.items() if key.endswith("lambda_b"))
-    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != r or B.shape[1] != r or B.shape[0] < widest:
+    widest_in, widest_out = (max(widths) for widths in zip(*filter(None, sizes), strict=True))
+    fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] == r
+    if not fits or A.shape[1] < widest_in or B.shape[0] < widest_out:
         raise ValueError(
-            f"{file} has vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)}, which must be ({r}, in) and "
-            f"(>= {widest}, {r})."
+            f"{file} has vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)}, which must be ({r}, >= {widest_in}) "
+            f"and (>= {widest_out}, {r}) for this model."
         )
 
 

@@ -200,10 +200,10 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
         ['0']
     """
     targets = config.target_modules
+    is_default = targets is None
     if targets is None:
         targets = _default_targets(model)
         config = dataclasses.replace(config, target_modules=targets)
-        strict = False
     modules = dict(model.named_modules())
     if isinstance(targets, str) and _is_all_linear(targets):
         names = [name for name in _all_linear(model, config) if _in_layers(name, config)]
@@ -215,10 +215,14 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
             f"no module matches target_modules={targets!r}. The linear layers of this model end in "
             f"{sorted({name.rpartition('.')[2] for name in _linear_names(model)})}."
         )
-    if strict and not isinstance(targets, str):
+    if strict and not is_default and not isinstance(targets, str):
         idle = [t for t in targets if not any(name == t or name.endswith("." + t) for name in modules)]
         if idle:
             raise ValueError(f"target_modules has {idle}, which no module of this model ends in.")
+    heads = _HEADS.get(config.task_type or "", ())
+    idle = [s for s in config.modules_to_save or () if s not in heads and not any(_contains(n, s) for n in modules)]
+    if strict and idle:
+        raise ValueError(f"modules_to_save has {idle}, which no module of this model ends in.")
     for name in names:
         if linear_sizes(modules[name]) is None:
             raise ValueError(
@@ -245,13 +249,16 @@ def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -
         ['1.weight', '1.bias']
     """
     own = []
-    for name, parameter in model.named_parameters():
+    modules = dict(model.named_modules())
+    first_names = {name for name, _ in model.named_parameters()}
+    # A head that shares its weight with the embeddings has a second name for it.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         module, _, leaf = name.rpartition(".")
-        whole = _is_saved(module, config)
+        whole = module in modules and _is_saved(module, config)
         if whole and not parameter.is_floating_point():
             raise ValueError(f"modules_to_save trains {name!r}, but it is quantized ({parameter.dtype}).")
         is_bias = leaf == "bias" and (config.bias == "all" or (config.bias != "none" and module in targets))
-        if whole or is_bias:
+        if whole or (is_bias and name in first_names):
             own.append(name)
     return own
 
@@ -279,7 +286,11 @@ def _in_layers(name: str, config: VeraConfig) -> bool:
 
 
 def _is_saved(name: str, config: VeraConfig) -> bool:
-    return any(f".{saved}." in f".{name}." for saved in config.modules_to_save or ())
+    return any(_contains(name, saved) for saved in config.modules_to_save or ())
+
+
+def _contains(name: str, saved: str) -> bool:
+    return f".{saved}." in f".{name}."
 
 
 def _linear_names(model: nn.Module) -> list[str]:

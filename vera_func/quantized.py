@@ -15,8 +15,9 @@ import sys
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 # torch offers no public registration that keeps static fields: `register_dataclass` drops them.
@@ -181,7 +182,7 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, 
             and float32 for 8 bits.
 
     Raises:
-        ValueError: If `dtype` is not a floating-point one.
+        ValueError: If `dtype` is not a floating-point one, or a 4-bit weight itself is to be differentiated.
 
     Example:
         >>> import torch
@@ -193,6 +194,8 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, 
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point one, got {dtype}.")
     leaves, spec = _flatten(q)
+    if isinstance(q, Quantized4bit):
+        _refuse_weight_derivative(any(map(_is_differentiated, leaves)))
     return _dequantize(spec, leaves, dtype)
 
 
@@ -245,6 +248,7 @@ def quantized_linear(
         y = _Int8Product.apply(x, bias, spec, *leaves)
     elif torch.compiler.is_compiling():
         # Dynamo (2.13) refuses a Function with a jvp; what the plain form keeps is the compiler's choice.
+        _refuse_weight_derivative(any(map(_is_differentiated, leaves)))
         y = linear(x, _dequantize(spec, leaves, x.dtype), bias)
     else:
         y = _Product.apply(x, bias, spec, False, *leaves)
@@ -285,6 +289,53 @@ def validate(q: Quantized) -> None:
         _check_leaf("nested.scale", q.nested.scale, (groups,), torch.float32)
         _check_leaf("nested.code", q.nested.code, (256,), torch.float32)
         _check_leaf("nested.offset", q.nested.offset, (), torch.float32)
+
+
+def levels(q: Quantized4bit) -> Float[Tensor, "16"]:
+    """The table that the codes of a 4-bit weight index, in bitsandbytes' order.
+
+    Example:
+        >>> levels(quantize_4bit(torch.ones(1, 64)))[[0, 7, 15]]
+        tensor([-1.,  0.,  1.])
+    """
+    from bitsandbytes import functional
+
+    return functional.get_4bit_type(q.quant_type, device=q.packed.device)
+
+
+def unpack(q: Quantized4bit) -> tuple[UInt8[Tensor, "out in"], Float[Tensor, " blocks"]]:
+    """The codes of a 4-bit weight, one uint8 each, and its block statistics, un-nested in float32.
+
+    Example:
+        >>> codes, absmax = unpack(quantize_4bit(torch.ones(1, 64)))
+        >>> codes.unique(), absmax
+        (tensor([15], dtype=torch.uint8), tensor([1.]))
+    """
+    pairs = q.packed.reshape(-1).view(torch.uint8)
+    codes = torch.stack([pairs >> 4, pairs & 15], dim=1).reshape(-1)[: q.shape[0] * q.shape[1]]
+    return codes.reshape(q.shape), _absmax(q.absmax, *(q.nested or ()))
+
+
+def pack(q: Quantized4bit, codes: UInt8[Tensor, "out in"], absmax: Float[Tensor, " blocks"]) -> Quantized4bit:
+    """A weight of the same kind with these codes and statistics, which are not nested; undoes `unpack`.
+
+    Nesting rounds the statistics to 8 bits, and would undo small changes of them.
+
+    Raises:
+        ValueError: If the shapes are not those of `q`.
+
+    Example:
+        >>> q = quantize_4bit(torch.linspace(-1, 1, 64)[None])
+        >>> torch.equal(pack(q, *unpack(q)).packed, q.packed)
+        True
+    """
+    flat = codes.reshape(-1)
+    if flat.numel() % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    packed = ((flat[0::2] << 4) | flat[1::2]).view(q.packed.dtype)[:, None]
+    new = dataclasses.replace(q, packed=packed, absmax=absmax.reshape(-1).contiguous(), nested=None)
+    validate(new)
+    return new
 
 
 def is_bnb_linear(module: nn.Module) -> bool:
@@ -419,12 +470,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         _refuse_weight_derivative(any(ctx.needs_input_grad[4:]))
+        leaves = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor a single time
         grad_x = grad_bias = None
         if grad is not None and ctx.needs_input_grad[0]:
-            grad_x = _Product.apply(grad, None, ctx.spec, not ctx.transposed, *ctx.saved_tensors)
+            grad_x = _Product.apply(grad, None, ctx.spec, not ctx.transposed, *leaves)
         if grad is not None and ctx.needs_input_grad[1]:
             grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
-        return grad_x, grad_bias, None, None, *[None] * len(ctx.saved_tensors)
+        return grad_x, grad_bias, None, None, *[None] * len(leaves)
 
     @staticmethod
     def jvp(ctx, x_t, bias_t, _spec, _transposed, *leaves_t):
@@ -516,12 +568,16 @@ def _dequantize(spec: tuple, leaves: Any, dtype: torch.dtype) -> Tensor:
         return (codes.to(dtype) * (scale * (1.0 / 127.0))[:, None]).to(dtype)
     shape, _, quant_type, blocksize, _ = static
     packed, absmax, *nested = leaves
-    ops = _ops()
-    if nested:
-        scale, code, offset = nested
-        absmax = ops.dequantize_blockwise(absmax, scale, code, _NESTED_BLOCKSIZE, torch.float32) + offset
     kernel_dtype = dtype if dtype in _FLOATS else torch.float32
-    return ops.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, kernel_dtype).to(dtype)
+    scale = _absmax(absmax, *nested)
+    return _ops().dequantize_4bit(packed, scale, blocksize, quant_type, shape, kernel_dtype).to(dtype)
+
+
+def _absmax(absmax: Tensor, *nested: Tensor) -> Tensor:
+    if not nested:
+        return absmax
+    scale, code, offset = nested
+    return _ops().dequantize_blockwise(absmax, scale, code, _NESTED_BLOCKSIZE, torch.float32) + offset
 
 
 def _flatten(q: Quantized) -> tuple[list[Tensor], tuple]:
@@ -589,6 +645,9 @@ def _from_state(packed: Tensor, state: Any, compute_dtype: torch.dtype | None) -
             )
         nested = NestedStatistics(state.state2.absmax, state.state2.code, state.offset.float())
     absmax = state.absmax if state.nested else state.absmax.float()
+    if absmax.dim() == 2:
+        # A state_dict() of the module unpacked its weight, and forgot to turn these back.
+        absmax = absmax.t().reshape(-1)
     shape = _shape2(state.shape)
     return Quantized4bit(packed, absmax, nested, shape, state.dtype, state.quant_type, state.blocksize, compute_dtype)
 
@@ -626,7 +685,7 @@ def _unpack_cpu_format(packed: Tensor, state: Any, compute_dtype: torch.dtype | 
     pairs = indices.reshape(-1, 2)
     storage = getattr(state, "original_storage_type", None) or torch.uint8
     return Quantized4bit(
-        ((pairs[:, 0] << 4) | pairs[:, 1])[:, None].view(storage).reshape(-1, 1),
+        ((pairs[:, 0] << 4) | pairs[:, 1]).view(storage)[:, None],
         state.absmax.t().reshape(-1).float(),
         None,
         _shape2(state.shape),
@@ -658,6 +717,11 @@ def _check_4bit_options(quant_type: str, blocksize: int, compute_dtype: torch.dt
 def _check_leaf(name: str, leaf: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(leaf.shape) != shape or leaf.dtype != dtype:
         raise ValueError(f"{name} must be {shape} {dtype}, got {tuple(leaf.shape)} {leaf.dtype}.")
+
+
+def _is_differentiated(leaf: Tensor) -> bool:
+    # bitsandbytes' kernel has no derivative, and torch would take it for zero.
+    return leaf.requires_grad or forward_ad.unpack_dual(leaf).tangent is not None
 
 
 def _refuse_weight_derivative(wanted: bool) -> None:

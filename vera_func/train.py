@@ -282,7 +282,10 @@ def _backward(
         return losses.sum(), losses
 
     if backward == "func":
-        grads, (_, losses) = torch.func.grad_and_value(total, has_aux=True)(params)
+        # As torch.func.grad, which keeps the graph of its backward and so twice the memory.
+        value, backward_fn, losses = torch.func.vjp(total, params, has_aux=True)
+        with torch.no_grad():
+            (grads,) = backward_fn(torch.ones_like(value), retain_graph=False)
         return grads, losses
     with torch.enable_grad():
         leaves = {k: p.detach().requires_grad_() for k, p in params.items()}

@@ -1,0 +1,291 @@
+"""Examples from files, splits, prompts, batches, and the loss against its formula."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch.testing import assert_close
+
+from vera_func.assets import Snippet
+from vera_func.examples import Example, polar_examples, read_examples, split
+from vera_func.sentiment import (
+    Encoded,
+    accepted_arguments,
+    accuracy,
+    answer_ids,
+    answer_logits,
+    answer_loss,
+    collate,
+    encode,
+    train_batches,
+)
+
+
+class Words:
+    """A tokenizer that splits at spaces and line ends; `begin` and `end` are special tokens."""
+
+    def __init__(self, begin=(), end=(), digits=False):
+        self.begin, self.end, self.digits = list(begin), list(end), digits
+        self.vocabulary = {}
+
+    def ids(self, text, add_special_tokens):
+        words = text.replace("\n", " \n ").replace(":", " : ").split(" ")
+        words = [word for word in words if word]
+        if self.digits:
+            words = [part for word in words for part in (word if word.isdigit() else [word])]
+        ids = [self.vocabulary.setdefault(word, 10 + len(self.vocabulary)) for word in words]
+        return self.begin + ids + self.end if add_special_tokens else ids
+
+    def __call__(self, text, add_special_tokens=True):
+        one = isinstance(text, str)
+        ids = [self.ids(t, add_special_tokens) for t in ([text] if one else text)]
+        return SimpleNamespace(input_ids=ids[0] if one else ids)
+
+    def decode(self, ids):
+        back = {id: word for word, id in self.vocabulary.items()}
+        return " ".join(back.get(id, "*") for id in ids)
+
+
+def write(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.ndjson", "a.CSV"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_csv_and_jsonl_hold_the_same(tmp_path, name, bom):
+    rows = [("A joy, \u2028 it is.", "good"), ('He said "no".\nTwice.', "bad"), ("x", "good")]
+    if name.lower().endswith("csv"):
+        quoted = (f'"{text.replace(chr(34), chr(34) * 2)}",{label},9\r\n' for text, label in rows)
+        content = "text,label,stars\r\n" + "".join(quoted)
+    else:
+        lines = (json.dumps({"label": label, "text": text, "stars": 9}) for text, label in rows)
+        content = "\n\n".join(lines)
+    read = read_examples(write(tmp_path, name, bom + content))
+    assert read == [Example(text, label, text) for text, label in rows]
+
+
+def test_labels_may_be_numbers_and_groups_are_read(tmp_path):
+    path = write(
+        tmp_path,
+        "a.jsonl",
+        '{"text": "a", "label": 1, "group": 7}\n{"text": "b", "label": false, "group": 7}',
+    )
+    assert read_examples(path) == [Example("a", "1", "7"), Example("b", "False", "7")]
+
+
+BAD = {
+    "no-label.csv": ("text,label\na,good\nb,\n", "line 3: 'label'"),
+    "short-row.csv": ("text,label\na,good\nb\n", "line 3: 'label'"),
+    "no-text.csv": ("text,label\n  ,good\n", "line 2: 'text'"),
+    "header.csv": ("review,label\na,good\n", r"line 1: .*without \['text'\]"),
+    "empty.csv": ("", r"line 1: .*\['label', 'text'\]"),
+    "commas.csv": ("text,label\na, b,good\n", "line 2: more fields"),
+    "quote.csv": ('text,label\n"a"b,good\n', "line 2: "),
+    "latin.csv": (b"text,label\n\xe9,good\n", "not UTF-8"),
+    "one.csv": ("text,label\na,good\nb,good\n", r"two labels, but has \['good'\]"),
+    "none.jsonl": ("", r"two labels, but has \[\]"),
+    "cut.jsonl": ('{"text": "a", "label": "b"}\n{"text": "a", "lab', "line 2 is not JSON"),
+    "list.jsonl": ('["a", "b"]', "line 1: expected an object"),
+    "null.jsonl": ('\n{"text": null, "label": "b"}', "line 2: 'text'"),
+    "number.jsonl": ('{"text": 5, "label": "b"}', "line 1: 'text'.*got 5"),
+    "missing.jsonl": ('{"text": "a"}', "line 1: 'label'.*got None"),
+    "reviews.txt": ("a", r"suffix.*\.csv, \.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_name_file_and_line(tmp_path, name):
+    content, message = BAD[name]
+    with pytest.raises(ValueError, match=rf"{name}.*{message}"):
+        read_examples(write(tmp_path, name, content))
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone\.csv"):
+        read_examples(tmp_path / "gone.csv")
+
+
+def test_polar_examples():
+    snippets = [
+        Snippet("3_1", 1.0, "at the border"),
+        Snippet("3_2", 1.1, "good"),
+        Snippet("4", -3.0, "bad"),
+        Snippet("5", -2.0, "good"),
+    ]
+    assert polar_examples(snippets) == [
+        Example("good", "positive", "3"),
+        Example("bad", "negative", "4"),
+    ]
+    assert len(polar_examples(snippets, threshold=2.5)) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    groups=st.lists(st.integers(0, 6), min_size=2, max_size=40),
+    held_out=st.integers(1, 20),
+    seed=st.integers(0, 9),
+)
+def test_split_is_a_partition_that_keeps_groups_together(groups, held_out, seed):
+    examples = [Example(f"text {i}", "a", str(group)) for i, group in enumerate(groups)]
+    try:
+        train, test = split(examples, held_out, seed=seed)
+    except ValueError:
+        assert held_out > len(examples) - max(map(groups.count, groups))
+        return
+    assert sorted(train + test) == sorted(examples)
+    assert len(test) >= held_out
+    assert not {e.group for e in train} & {e.group for e in test}
+    assert (train, test) == split(examples, held_out, seed=seed)
+
+
+def test_split_that_cannot_be():
+    one_group = [Example(str(i), "a", "g") for i in range(5)]
+    with pytest.raises(ValueError, match="5 examples in 1 groups"):
+        split(one_group, 2, seed=0)
+    with pytest.raises(ValueError, match="0 held-out"):
+        split([*one_group, Example("x", "a", "h")], 0, seed=0)
+
+
+@pytest.mark.parametrize("special", [{}, {"begin": [1]}, {"begin": [1], "end": [2]}])
+def test_answer_ids_are_first_tokens(special):
+    tokenizer = Words(**special)
+    ids = answer_ids(tokenizer, ["very good", "bad", "so so"])
+    assert tokenizer.decode(ids.tolist()) == "very bad so"
+
+
+def test_answers_that_begin_alike_are_refused():
+    with pytest.raises(ValueError, match=r"\['very good', 'very bad'\].*rename"):
+        answer_ids(Words(), ["very good", "neutral", "very bad"])
+
+
+@pytest.mark.parametrize("special", [{}, {"begin": [1]}])
+def test_encode_cuts_the_text_and_not_the_prompt(special):
+    tokenizer = Words(**special)
+    examples = [Example(" a b ", "bad", ""), Example("a b c d e f g h", "good", "")]
+    short, long = encode(tokenizer, examples, ("bad", "good"), max_tokens=9)
+    assert tokenizer.decode(short.ids).removeprefix("* ") == "Review : a b \n Sentiment :"
+    assert len(long.ids) == 9
+    kept = "a b c" if special else "a b c d"
+    assert tokenizer.decode(long.ids).removeprefix("* ") == f"Review : {kept} \n Sentiment :"
+    assert (short.label, long.label) == (0, 1)
+
+
+def test_collate_pads_on_the_left():
+    batch = collate([Encoded([5, 6, 7], 1), Encoded([8], 0)], pad_id=3)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [3, 3, 8]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert batch["label"].tolist() == [1, 0]
+
+
+def rows(n, seed=0):
+    rng = random.Random(seed)
+    return [Encoded([i] * rng.randint(1, 30), i % 2) for i in range(n)]
+
+
+def test_train_batches_are_epochs_and_functions_of_the_step():
+    data = rows(37)
+    batches = train_batches(data, 5, seed=1, window=3)
+
+    def names(step):
+        return batches(step)["input_ids"][:, -1].tolist()
+
+    epochs = [[name for step in range(7) for name in names(step + start)] for start in (0, 7)]
+    assert [len(set(epoch)) for epoch in epochs] == [35, 35]
+    assert epochs[0] != epochs[1]
+    assert names(3) == train_batches(data, 5, seed=1, window=3)(3)["input_ids"][:, -1].tolist()
+    assert names(3) != train_batches(data, 5, seed=2, window=3)(3)["input_ids"][:, -1].tolist()
+
+
+def test_train_batches_have_rows_of_like_length():
+    data = rows(320)
+    tokens = [
+        sum(batches(step)["input_ids"].numel() for step in range(20))
+        for batches in (train_batches(data, 16, seed=0, window=w) for w in (1, 16))
+    ]
+    assert tokens[1] < 0.75 * tokens[0]
+
+
+def test_too_few_examples_for_a_batch():
+    with pytest.raises(ValueError, match=r"3 examples.*batch of 4"):
+        train_batches(rows(3), 4, seed=0)
+
+
+def test_answer_loss_is_the_cross_entropy_over_the_answers():
+    logits = torch.randn(7, 11, dtype=torch.float64)
+    answers, label = torch.tensor([3, 9, 4]), torch.tensor([0, 1, 2, 2, 1, 0, 0])
+    p = logits.exp()
+    expected = -(p[range(7), answers[label]] / p[:, answers].sum(1)).log().mean()
+    assert_close(answer_loss(logits, label, answers), expected.float())
+
+
+def test_answer_loss_composes():
+    logits, label = torch.randn(4, 5, 11), torch.randint(2, (4, 5))
+    answers = torch.tensor([3, 9])
+    together = torch.func.vmap(torch.func.grad(answer_loss), (0, 0, None))(logits, label, answers)
+    for i in range(4):
+        alone = torch.func.grad(answer_loss)(logits[i], label[i], answers)
+        assert_close(together[i], alone)
+    assert together[:, :, [0, 1, 2]].abs().max() == 0
+
+
+class Model(torch.nn.Module):
+    """Says what it was given, and answers with token 0 for texts of odd length, else 1."""
+
+    def forward(self, input_ids, attention_mask):
+        self.given = {"input_ids", "attention_mask"}
+        odd = attention_mask.sum(1) % 2
+        logits = torch.stack([odd, 1 - odd], 1).float()[:, None]
+        return SimpleNamespace(logits=logits.expand(-1, input_ids.shape[1], -1))
+
+
+class Keeping(Model):
+    def forward(self, input_ids, attention_mask, position_ids, logits_to_keep=0):
+        out = super().forward(input_ids, attention_mask).logits[:, -logits_to_keep:]
+        assert logits_to_keep == 1
+        return SimpleNamespace(logits=out)
+
+
+@pytest.mark.parametrize("model", [Model(), Keeping()])
+def test_accuracy_counts_every_row_once(model):
+    data = [Encoded([1] * n, int(n < 10)) for n in range(1, 24)]
+    accepts = accepted_arguments(model)
+    assert "label" not in accepts
+    # Odd lengths answer label 0, even ones label 1.
+    expected = sum(1 - len(row.ids) % 2 == row.label for row in data) / len(data)
+    seen = []
+    got = accuracy(
+        lambda batch: answer_logits(model, batch, accepts),
+        data,
+        torch.tensor([0, 1]),
+        batch_size=4,
+        progress=lambda steps: seen.append(len(steps)) or steps,
+    )
+    assert got == expected
+    assert seen == [6]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    return GPT2LMHeadModel(config).eval()
+
+
+def test_padding_changes_no_logits(tiny):
+    """GPT-2 has absolute positions: without `position_ids` the padded row would come out wrong."""
+    short, long = Encoded([3, 4, 5], 0), Encoded(list(range(9)), 1)
+    accepts = accepted_arguments(tiny)
+    with torch.no_grad():
+        padded = answer_logits(tiny, collate([short, long]), accepts)
+        alone = answer_logits(tiny, collate([short]), accepts)
+        plain = tiny(input_ids=torch.tensor([short.ids])).logits[:, -1]
+    assert_close(alone, plain)
+    assert_close(padded[:1], alone, rtol=1e-5, atol=1e-6)

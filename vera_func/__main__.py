@@ -1,0 +1,9 @@
+"""`python -m vera_func`: the command `vera-func`."""
+
+import sys
+
+from .cli import main
+
+
+if __name__ == "__main__":
+    sys.exit(main())
