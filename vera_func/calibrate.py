@@ -35,26 +35,32 @@ class Calibrated(NamedTuple):
     error: float  # output_error of the merge
 
 
-def gram(inputs: Float[Tensor, "*tokens in"]) -> Gram:
-    """`H = X Xᵀ / tokens` of a layer's inputs, in float32 and without damping.
+def gram(inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] | None = None) -> Gram:
+    """`H = Σ w x xᵀ / Σ w` over a layer's inputs, in float32 and without damping.
 
-    Costs `in²` multiply-adds per token. It is a mean: grams of parts add up weighted by their tokens.
+    Costs `in²` multiply-adds per token. A mean: grams of parts add up weighted by their `Σ w`. Weights say which tokens
+    matter: the squared norm of the gradient of what is asked of the model, with respect to this layer's output, makes
+    `‖E X‖²` an estimate of the change in the answer, and helps most where answers hang on few tokens.
 
     Args:
-        inputs: What the layer reads; all leading axes count tokens. Leave padding out.
+        inputs: What the layer reads; all leading axes count tokens. Leave padding out, or weigh it 0.
+        weights: One per token, not negative; None weighs all alike.
 
     Raises:
-        ValueError: If there is no token, or an input is not finite.
+        ValueError: If the shapes differ, no token has weight, a weight is negative, or something is not finite.
 
     Example:
-        >>> gram(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
-        tensor([[5., 1.],
-                [1., 2.]])
+        >>> gram(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([3.0, 1.0]))
+        tensor([[3.0000, 1.5000],
+                [1.5000, 3.0000]])
     """
-    x = inputs.reshape(-1, inputs.shape[-1]).float()
-    if len(x) == 0 or not x.isfinite().all():
-        raise ValueError(f"inputs {tuple(inputs.shape)} must hold at least one token, and no NaN or inf.")
-    return x.T @ x / len(x)
+    w = torch.ones_like(inputs[..., 0], dtype=torch.float32) if weights is None else weights.float()
+    if w.shape != inputs.shape[:-1]:
+        raise ValueError(f"weights {tuple(w.shape)} must be one per token of inputs {tuple(inputs.shape)}.")
+    if not inputs.isfinite().all() or not w.isfinite().all() or (w < 0).any() or not w.any():
+        raise ValueError(f"inputs {tuple(inputs.shape)} must be finite, with at least one token of positive weight.")
+    x, w = inputs.reshape(-1, inputs.shape[-1]).float(), w.reshape(-1, 1) / w.sum()
+    return x.T @ (w * x)
 
 
 def grid_weight(codes: Codes, absmax: Absmax, code: Levels) -> Weight:
@@ -200,77 +206,46 @@ def calibrate_rows(
     index_of = torch.searchsorted(levels, code.float())
     point = _Point(index_of[codes[rows].long()], absmax[rows].float())
     weight, update = problem.weight(point), delta[rows].float()
-    bands = _Bands.of(gram.float(), update)
-    kappa, tried = torch.ones_like(bands.energy), []
-    for _ in range(4):
+    tried, kappa = [], 1.0
+    while True:
         # The last fit is a start of the next, which then has few steps to make.
-        point = _fit(problem, weight + bands.scale(kappa), point)
-        kept = bands.kept(problem.weight(point) - weight)
-        tried.append((bands.mean((kept - 1).square()).item(), bands.mean(kappa).item(), point))
-        # The power is what real layers ask for.
-        following = (kappa / kept.clamp(min=0.1) ** 0.8).clamp(1.0, max_kappa)
-        if tried[-1][0] < 1e-3 or torch.allclose(following, kappa, rtol=1e-3):
+        point = _fit(problem, weight + kappa * update, point)
+        change = problem.weight(point) - weight
+        kept = output_kept(change, update, judge)
+        tried.append((kappa, kept, output_error(change, update, judge), point))
+        following = _next_kappa(tried, max_kappa)
+        if len(tried) == 5 or abs(kept - 1) <= 0.02 or abs(following - kappa) < 1e-3:
             break
         kappa = following
-    _, overshoot, point = min(tried, key=lambda each: each[0])
-    change = problem.weight(point) - weight
-    kept, error = output_kept(change, update, gram), output_error(change, update, gram)
+    kappa, kept, error, point = min(tried, key=lambda each: abs(each[1] - 1))
     codes = codes.index_copy(0, rows, numbers[point.index].to(codes.dtype))
-    return Calibrated(codes, absmax.index_copy(0, rows, point.absmax.to(absmax.dtype)), overshoot, kept, error)
+    return Calibrated(codes, absmax.index_copy(0, rows, point.absmax.to(absmax.dtype)), kappa, kept, error)
+
+
+class _Point(NamedTuple):
+    index: Tensor  # (rows, in), int64, into the levels in ascending order
+    absmax: Tensor  # (rows, blocks)
 
 
 class _Problem(NamedTuple):
-    """What all rows share. `levels` are sorted and distinct; an index counts them, a code names them."""
+    """What all rows share."""
 
     gram: Tensor  # (in, in), damped
     order: Tensor  # of the columns in the nearest plane
     factor: Tensor  # the upper Cholesky factor of gram⁻¹ in that order
-    levels: Tensor
+    levels: Tensor  # ascending, distinct
     edges: Tensor  # between which values round to the same level
     blocksize: int
 
-    def weight(self, point: "_Point") -> Tensor:
+    def weight(self, point: _Point) -> Tensor:
         return self.levels[point.index] * point.absmax.repeat_interleave(self.blocksize, dim=1)
 
-    def error(self, target: Tensor, point: "_Point") -> Tensor:
+    def error(self, target: Tensor, point: _Point) -> Tensor:
         residual = target - self.weight(point)
         return (residual @ self.gram * residual).sum(1)
 
     def sums(self, values: Tensor) -> Tensor:
         return values.unflatten(1, (-1, self.blocksize)).sum(2)  # (rows, blocks)
-
-
-class _Point(NamedTuple):
-    index: Tensor  # (rows, in), int64
-    absmax: Tensor  # (rows, blocks)
-
-
-class _Bands(NamedTuple):
-    """The update in the eigenvectors of the gram, and these in bands of 1, 2, 4, ... of falling eigenvalue."""
-
-    vectors: Tensor  # (in, in)
-    update: Tensor  # (rows, in), in the eigenvectors
-    energy: Tensor  # (in,), what each adds to ‖ΔW X‖²
-    member: Tensor  # (in, bands)
-
-    @classmethod
-    def of(cls, gram: Tensor, update: Tensor) -> "_Bands":
-        values, vectors = torch.linalg.eigh(gram.double())
-        values, vectors = values.flip(0).clamp(min=0).float(), vectors.flip(1).float()
-        update = update @ vectors
-        band = torch.arange(1, len(gram) + 1, device=gram.device).log2().floor().long()
-        return cls(vectors, update, update.square().sum(0) * values, torch.nn.functional.one_hot(band).float())
-
-    def scale(self, kappa: Tensor) -> Tensor:
-        return self.update * kappa @ self.vectors.T
-
-    def mean(self, values: Tensor) -> Tensor:
-        return (values * self.energy).sum() / self.energy.sum()
-
-    def kept(self, change: Tensor) -> Tensor:
-        """`output_kept` in each band, (in,)."""
-        part = (change @ self.vectors * self.update).sum(0) * self.energy / self.update.square().sum(0)
-        return self.member @ ((part @ self.member) / (self.energy @ self.member))
 
 
 def _fit(problem: _Problem, target: Tensor, start: _Point) -> _Point:
@@ -365,6 +340,16 @@ def _step_rows(problem: _Problem, target: Tensor, point: _Point, limit: int = 64
         normal[row, b, b] += rise.square() * diagonal[j]
         products[row, b] += rise[:, None] * gram[j]
     return best
+
+
+def _next_kappa(tried: list, largest: float) -> float:
+    """Between the overshoots that kept a little too much and a little too little; until there are two such, ahead."""
+    below, above = ([each for each in tried if (each[1] < 1) is side] for side in (True, False))
+    if not below or not above:
+        kappa, kept, *_ = tried[-1]
+        return min(max(kappa / max(kept, 0.1) ** 0.8, 1.0), largest)  # the power is what real layers ask for
+    (low, less, *_), (high, more, *_) = max(below, key=lambda each: each[1]), min(above, key=lambda each: each[1])
+    return low + (high - low) * (1 - less) / (more - less)
 
 
 def _levels(code: Tensor) -> tuple[Tensor, Tensor]:

@@ -277,7 +277,7 @@ def _mapped(
     for i, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
         if dim is _SHARED or not isinstance(leaf, Tensor):
             continue
-        if leaf.dim() == 0 or leaf.shape[dim] != n:
+        if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != n:
             raise ValueError(
                 f"an input {tuple(leaf.shape)} must have {n} adapters along axis {dim}; give in_dims None for "
                 "what all adapters share."
@@ -303,13 +303,13 @@ def _fold(
         if isinstance(leaf, Tensor)
     }
     sizes = {shape[0] for shape in shapes.values() if len(shape) > 1}
-    # A shared input of one row is left to broadcast, as it would for a single adapter.
+    # A shared input of one row is left to broadcast over more rows, as it would for a single adapter.
     size = max(sizes) if sizes else None
     folded = list(leaves)
     for i, shape in shapes.items():
         if i in mapped and not shape:
             raise ValueError("an input with one number for each adapter can't be folded; use torch.func.vmap.")
-        if i not in mapped and (not shape or (shape[0] == 1 and size is not None)):
+        if i not in mapped and (not shape or (shape[0] == 1 and size not in (None, 1))):
             continue
         if size is not None and shape[0] != size:
             raise ValueError(
@@ -319,7 +319,7 @@ def _fold(
         leaf = leaves[i] if i in mapped else leaves[i].expand(n, *shape)
         folded[i] = leaf if size is None else leaf.flatten(0, 1)
     rows = dict(stacked)
-    if size is not None and size > 1:
+    if size not in (None, 1):
         rows = {key: leaf.repeat_interleave(size, 0) for key, leaf in stacked.items()}
     args, kwargs = tree_unflatten(folded, spec)
     out = apply(rows, frozen, *args, **kwargs)
@@ -330,7 +330,7 @@ def _fold(
 def _unfold(path: Any, leaf: Any, n: int, size: int | None) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    rows = n * (size or 1)
+    rows = n if size is None else n * size
     if leaf.dim() == 0 or leaf.shape[0] != rows:
         raise ValueError(
             f"output{keystr(path)} {tuple(leaf.shape)} has no axis of {rows} rows, so it mixes adapters. Return what "
