@@ -28,11 +28,11 @@ class OneLayer(nn.Module):
         return self.lin(x)
 
 
-def make_adapter(size, weight, r=R, lambda_d=None):
+def make_adapter(size, weight, r=R, lambda_d=None, seed=0):
     """An adapter with ‖ΔW‖ = `size` ‖W‖ for a weight (out, in), and its projections; `lambda_d` random if None."""
     out, in_ = weight.shape
-    generator = torch.Generator().manual_seed(0)
-    frozen = vf.init_projections(r, in_, out)
+    generator = torch.Generator().manual_seed(seed)
+    frozen = vf.init_projections(r, in_, out, key=seed)
     params = {"lambda_b": torch.randn(out, generator=generator), "lambda_d": torch.randn(r, generator=generator)}
     if lambda_d is not None:
         params["lambda_d"] = torch.full((r,), lambda_d)
@@ -132,11 +132,14 @@ KEPT = {0.003: (0.02, 0.22), 0.01: (0.02, 0.90), 0.03: (0.24, 0.99), 0.1: (0.88,
 
 @pytest.mark.parametrize("size", KEPT)
 def test_small_updates_vanish(size):
-    weight = make_weight(1024, 1024)
-    params, frozen = make_adapter(size, weight, r=256, lambda_d=0.1)
-    nf4, int8 = KEPT[size]
-    assert vf.merge_report(vf.quantize_4bit(weight), params, frozen).kept == pytest.approx(nf4, abs=0.03)
-    assert vf.merge_report(vf.quantize_8bit(weight), params, frozen).kept == pytest.approx(int8, abs=0.03)
+    kept = []
+    for seed in range(3):
+        weight = 0.02 * torch.randn(1024, 1024, generator=torch.Generator().manual_seed(seed))
+        params, frozen = make_adapter(size, weight, r=64, lambda_d=0.1, seed=seed)
+        formats = vf.quantize_4bit(weight), vf.quantize_8bit(weight)
+        kept.append([vf.merge_report(q, params, frozen).kept for q in formats])
+    # The mean of a few draws, since the tail of lambda_b decides over what is above half a step.
+    assert torch.tensor(kept).mean(0).tolist() == pytest.approx(KEPT[size], abs=0.03)
 
 
 def correlated(tokens, seed):
