@@ -58,7 +58,7 @@ class Apply:
     root: nn.Module
     int8_activations: bool = False
     generator: torch.Generator | None = None
-    # functional_call binds tensors to the tree while it runs, so every thread needs a tree of its own.
+    # functional_call binds tensors to a tree while it runs, so every thread runs a copy of its own of `root`.
     local: threading.local = dataclasses.field(default_factory=threading.local)
 
     def __call__(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -125,8 +125,8 @@ class Apply:
         return tensors
 
     def _tree(self) -> nn.Module:
-        # Dynamo can't follow thread-local storage; a compiled function has one tree.
-        if torch.compiler.is_compiling() or threading.current_thread() is threading.main_thread():
+        # Dynamo can't follow thread-local storage, and binds nothing to the tree that it traces.
+        if torch.compiler.is_compiling():
             return self.root
         if not hasattr(self.local, "root"):
             self.local.root = copy.deepcopy(self.root, _shared(self.root))
