@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .adapter import align_rows, delta_weight, dropout_mask, init_params, vera_forward
 from .config import is_conv1d, linear_sizes
@@ -56,6 +56,11 @@ class QuantizedLinear(nn.Module):
         self.int8_activations = int8_activations
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
+    @property
+    def weight(self) -> Tensor:
+        """The packed weight: what models look at when they ask a layer for its device or dtype."""
+        return tree_leaves(self.quantized)[0]
+
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None or self.bias.dim() == 1:
             return quantized_linear(self.quantized, x, self.bias, int8_activations=self.int8_activations)
@@ -89,6 +94,9 @@ class RowwiseAffine(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         base: Any = self.base_layer
@@ -143,6 +151,42 @@ def shell_class(module: nn.Module) -> type["Linear"] | type["Linear4bit"] | type
     return Linear
 
 
+def _init(
+    self: Any,
+    base_layer: nn.Module,
+    adapter_name: str,
+    vera_A: Tensor | Mapping[str, Tensor],
+    vera_B: Tensor | Mapping[str, Tensor],
+    r: int,
+    vera_dropout: float = 0.0,
+    d_initial: float = 0.1,
+) -> None:
+    nn.Module.__init__(self)
+    right: Any = shell_class(base_layer)
+    if type(self) is not right:
+        raise ValueError(f"a {type(base_layer).__name__} needs the shell {right.__name__}.")
+    if not 0 <= vera_dropout < 1:
+        raise ValueError(f"vera_dropout must be at least 0 and below 1, got {vera_dropout}.")
+    A = vera_A if isinstance(vera_A, Tensor) else vera_A[adapter_name]
+    B = vera_B if isinstance(vera_B, Tensor) else vera_B[adapter_name]
+    in_features, out_features = layer_sizes(base_layer)
+    if A.shape[0] != r or B.shape[1] != r or A.shape[1] < in_features or B.shape[0] < out_features:
+        raise ValueError(
+            f"vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} do not fit a layer {in_features} -> {out_features} "
+            f"at rank {r}: they must be ({r}, >= {in_features}) and (>= {out_features}, {r})."
+        )
+    self.base_layer = frozen_layer(base_layer)
+    self.adapter_name = adapter_name
+    self.in_features, self.out_features, self.r = in_features, out_features, r
+    self.vera_dropout = vera_dropout
+    self.generator = None
+    self.projections = Projections(A, B)
+    params = init_params(r, out_features, d_initial, device=A.device)
+    self.lambda_b = nn.Parameter(params["lambda_b"])
+    self.lambda_d = nn.Parameter(params["lambda_d"])
+    self.register_buffer("mixture", None, persistent=False)
+
+
 def _forward(self: Any, x: Tensor) -> Tensor:
     params = {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d}
     if self.mixture is not None:
@@ -192,23 +236,11 @@ class Linear(nn.Module):
         (torch.Size([3, 6]), torch.Size([6, 8]))
     """
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        vera_A: Tensor | Mapping[str, Tensor],
-        vera_B: Tensor | Mapping[str, Tensor],
-        r: int,
-        vera_dropout: float = 0.0,
-        d_initial: float = 0.1,
-    ) -> None:
-        super().__init__()
-        if shell_class(base_layer) is not Linear:
-            raise ValueError(f"a {type(base_layer).__name__} needs the shell {shell_class(base_layer).__name__}.")
-        _init_shell(self, base_layer, adapter_name, vera_A, vera_B, r, vera_dropout, d_initial)
-
+    __init__ = _init
     forward = _forward
     get_delta_weight = _get_delta_weight
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
 
 
 class Linear4bit(nn.Module):
@@ -226,24 +258,11 @@ class Linear4bit(nn.Module):
         torch.Size([64])
     """
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        vera_A: Tensor | Mapping[str, Tensor],
-        vera_B: Tensor | Mapping[str, Tensor],
-        r: int,
-        vera_dropout: float = 0.0,
-        d_initial: float = 0.1,
-    ) -> None:
-        super().__init__()
-        if shell_class(base_layer) is not Linear4bit:
-            raise ValueError(f"a {type(base_layer).__name__} needs the shell {shell_class(base_layer).__name__}.")
-        base = frozen_layer(base_layer)
-        _init_shell(self, base, adapter_name, vera_A, vera_B, r, vera_dropout, d_initial)
-
+    __init__ = _init
     forward = _forward
     get_delta_weight = _get_delta_weight
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
 
 
 class Linear8bitLt(nn.Module):
@@ -261,56 +280,11 @@ class Linear8bitLt(nn.Module):
         torch.Size([3, 32])
     """
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        vera_A: Tensor | Mapping[str, Tensor],
-        vera_B: Tensor | Mapping[str, Tensor],
-        r: int,
-        vera_dropout: float = 0.0,
-        d_initial: float = 0.1,
-    ) -> None:
-        super().__init__()
-        if shell_class(base_layer) is not Linear8bitLt:
-            raise ValueError(f"a {type(base_layer).__name__} needs the shell {shell_class(base_layer).__name__}.")
-        base = frozen_layer(base_layer)
-        _init_shell(self, base, adapter_name, vera_A, vera_B, r, vera_dropout, d_initial)
-
+    __init__ = _init
     forward = _forward
     get_delta_weight = _get_delta_weight
-
-
-def _init_shell(
-    shell: Any,
-    base_layer: nn.Module,
-    adapter_name: str,
-    vera_A: Tensor | Mapping[str, Tensor],
-    vera_B: Tensor | Mapping[str, Tensor],
-    r: int,
-    vera_dropout: float,
-    d_initial: float,
-) -> None:
-    if not 0 <= vera_dropout < 1:
-        raise ValueError(f"vera_dropout must be at least 0 and below 1, got {vera_dropout}.")
-    A = vera_A if isinstance(vera_A, Tensor) else vera_A[adapter_name]
-    B = vera_B if isinstance(vera_B, Tensor) else vera_B[adapter_name]
-    in_features, out_features = layer_sizes(base_layer)
-    if A.shape[0] != r or B.shape[1] != r or A.shape[1] < in_features or B.shape[0] < out_features:
-        raise ValueError(
-            f"vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} do not fit a layer {in_features} -> {out_features} "
-            f"at rank {r}: they must be ({r}, >= {in_features}) and (>= {out_features}, {r})."
-        )
-    shell.base_layer = base_layer
-    shell.adapter_name = adapter_name
-    shell.in_features, shell.out_features, shell.r = in_features, out_features, r
-    shell.vera_dropout = vera_dropout
-    shell.generator = None
-    shell.projections = Projections(A, B)
-    params = init_params(r, out_features, d_initial, device=A.device)
-    shell.lambda_b = nn.Parameter(params["lambda_b"])
-    shell.lambda_d = nn.Parameter(params["lambda_d"])
-    shell.register_buffer("mixture", None, persistent=False)
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
 
 
 def layer_sizes(module: nn.Module) -> tuple[int, int]:

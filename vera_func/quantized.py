@@ -252,7 +252,8 @@ def quantized_linear(
         y = linear(x, _dequantize(spec, leaves, x.dtype), bias)
     else:
         y = _Product.apply(x, bias, spec, False, *leaves)
-    return y.to(dtype)
+    # Under autocast, bitsandbytes' 4-bit layer returns the dtype of x, and its 8-bit layer that of the product.
+    return y.to(dtype) if isinstance(q, Quantized4bit) else y
 
 
 def validate(q: Quantized) -> None:

@@ -1,0 +1,344 @@
+"""Which modules a configuration means: PEFT's rules, and an error where PEFT ignores half of what was asked."""
+
+import dataclasses
+
+import peft
+import pytest
+import torch
+from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import vera_func as vf
+from vera_func.config import DEFAULT_TARGETS, linear_sizes, resolve, trained_with
+
+from helpers import bert, gpt2, llama, quantized
+
+
+def distilbert():
+    config = DistilBertConfig(vocab_size=67, dim=64, hidden_dim=128, n_layers=2, n_heads=4, num_labels=3)
+    return DistilBertForSequenceClassification(config)
+
+
+def t5():
+    config = T5Config(vocab_size=67, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config)
+
+
+def masked_bert():
+    sizes = {"vocab_size": 67, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    return BertForMaskedLM(BertConfig(**sizes, num_attention_heads=4))
+
+
+class Experts(nn.Module):
+    """Two numbered levels: a layer's index, and that of an expert in it."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(3, 3) for _ in range(2)])}) for _ in range(3)]
+        self.model = nn.ModuleDict({"layers": nn.ModuleList(layers), "head": nn.Linear(3, 3)})
+
+    def forward(self, x):
+        return self.model["head"](x)
+
+
+MODELS = {
+    "llama": llama,
+    "llama nf4": lambda: quantized(llama(), "nf4"),
+    "llama int8": lambda: quantized(llama(), "int8"),
+    "gpt2": gpt2,
+    "bert": bert,
+    "distilbert": distilbert,
+    "t5": t5,
+    "masked bert": masked_bert,
+    "experts": Experts,
+}
+QV = ["q_proj", "v_proj"]
+TARGETED = [
+    ("llama", {"target_modules": QV}),
+    ("llama", {"target_modules": set(QV)}),
+    ("llama", {"target_modules": ["self_attn.q_proj"]}),
+    ("llama", {"target_modules": ["model.layers.0.mlp.up_proj"]}),
+    ("llama", {"target_modules": ["model.layers.0.mlp.up_proj", "k_proj"]}),
+    ("llama", {"target_modules": ["lm_head"]}),
+    ("llama nf4", {"target_modules": QV}),
+    ("llama int8", {"target_modules": QV}),
+    ("gpt2", {"target_modules": ["c_attn"]}),
+    ("gpt2", {"target_modules": ["mlp.c_proj", "c_attn"]}),
+    # A string is a regular expression for the whole name.
+    ("llama", {"target_modules": r".*\.(q|k)_proj"}),
+    ("llama", {"target_modules": r"model\.layers\.1\..*_proj"}),
+    ("llama", {"target_modules": "lm_head"}),
+    ("llama", {"target_modules": r".*q_proj|.*\.1\..*v_proj"}),
+    ("bert", {"target_modules": r".*\.(query|intermediate\.dense)"}),
+    # All linear layers but the output embeddings, and but the head of a classifier.
+    ("llama", {"target_modules": "all-linear"}),
+    ("llama", {"target_modules": "All-Linear", "task_type": "CAUSAL_LM"}),
+    ("llama nf4", {"target_modules": "all-linear"}),
+    ("gpt2", {"target_modules": "all-linear"}),
+    ("bert", {"target_modules": "all-linear"}),
+    ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    ("bert", {"target_modules": "all-linear", "task_type": "FEATURE_EXTRACTION"}),
+    ("bert", {"target_modules": "all-linear", "modules_to_save": ["classifier"]}),
+    ("t5", {"target_modules": "all-linear", "task_type": "SEQ_2_SEQ_LM"}),
+    ("experts", {"target_modules": "all-linear"}),
+    # Layers by index.
+    ("llama", {"target_modules": QV, "layers_to_transform": 1}),
+    ("llama", {"target_modules": QV, "layers_to_transform": 0}),
+    ("llama", {"target_modules": QV, "layers_to_transform": [0, 1]}),
+    ("llama", {"target_modules": QV, "layers_to_transform": [1, 7]}),
+    ("llama", {"target_modules": QV, "layers_to_transform": []}),
+    ("llama", {"target_modules": QV, "layers_to_transform": [1], "layers_pattern": "layers"}),
+    ("llama", {"target_modules": QV, "layers_to_transform": [1], "layers_pattern": ["h", "layers"]}),
+    ("llama", {"target_modules": QV, "layers_to_transform": [1], "layers_pattern": []}),
+    ("llama", {"target_modules": QV, "layers_to_transform": [1], "layers_pattern": ""}),
+    ("gpt2", {"target_modules": ["c_attn"], "layers_to_transform": [0], "layers_pattern": "h"}),
+    ("bert", {"target_modules": ["query"], "layers_to_transform": 1, "layers_pattern": "layer"}),
+    ("t5", {"target_modules": ["q"], "layers_to_transform": [1]}),
+    ("t5", {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "layer"}),
+    ("llama", {"target_modules": ["model.layers.0.mlp.up_proj", "k_proj"], "layers_to_transform": 1}),
+    ("llama", {"target_modules": ["k_proj", "lm_head"], "layers_to_transform": 1}),
+    ("experts", {"target_modules": ["0", "1"], "layers_to_transform": [2]}),
+    ("experts", {"target_modules": ["experts.1"], "layers_to_transform": [2]}),
+    # What is trained whole is not adapted.
+    ("llama", {"target_modules": QV, "modules_to_save": ["v_proj"]}),
+    ("llama", {"target_modules": r".*\.(q|v)_proj", "modules_to_save": ["layers.0"]}),
+    ("llama", {"target_modules": QV, "modules_to_save": ["self_attn.v_proj", "lm_head"]}),
+    ("llama", {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]}),
+    # The usual layers of the model's type.
+    ("llama", {}),
+    ("gpt2", {}),
+    ("bert", {}),
+    ("t5", {}),
+    ("llama", {"layers_to_transform": [1]}),
+]
+# What is trained beside the vectors.
+TRAINED = [
+    *((model, {"bias": bias}) for model in ("llama", "gpt2", "bert") for bias in ("all", "vera_only", "lora_only")),
+    ("masked bert", {"bias": "all"}),  # one of its biases has two names
+    ("bert", {"task_type": "SEQ_CLS"}),
+    ("bert", {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "pooler"]}),
+    ("bert", {"task_type": "TOKEN_CLS", "bias": "all"}),
+    ("bert", {"task_type": "SEQ_CLS", "bias": "vera_only"}),
+    ("bert", {"modules_to_save": ["LayerNorm"]}),
+    ("llama", {"modules_to_save": ["lm_head", "embed_tokens"]}),
+    ("llama", {"modules_to_save": ["layers.1.mlp"]}),
+    ("llama nf4", {"modules_to_save": ["lm_head"]}),
+    # Two names of one weight; PEFT trains a copy for the one that was named.
+    ("gpt2", {"modules_to_save": ["lm_head"]}),
+    ("gpt2", {"modules_to_save": ["wte"]}),
+    ("t5", {"modules_to_save": ["shared"]}),
+]
+
+
+# PEFT has no way to keep two copies equal, and says so.
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize(("model", "fields"), [*TARGETED, *TRAINED], ids=str)
+def test_means_what_it_means_to_peft(model, fields):
+    theirs = peft.get_peft_model(MODELS[model](), peft.VeraConfig(r=2, fan_in_fan_out=model == "gpt2", **fields))
+    ours = MODELS[model]()
+    names, config = resolve(ours, vf.VeraConfig(r=2, **fields))
+    assert names == [name for name, _ in ours.named_modules() if name in theirs.base_model.targeted_module_names]
+    assert len(names) == len(theirs.base_model.targeted_module_names)
+
+    trained = set()
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad and "vera_lambda" not in name:
+            for part in ("base_model.model.", ".default", ".base_layer", ".modules_to_save", ".original_module"):
+                name = name.replace(part, "", 1)
+            trained.add(name)
+    assert set(trained_with(ours, config, names)) == trained
+
+
+def test_default_targets_are_those_of_peft():
+    theirs = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
+    assert {k: v if isinstance(v, str) else set(v) for k, v in DEFAULT_TARGETS.items()} == {
+        k: v if isinstance(v, str) else set(v) for k, v in theirs.items()
+    }
+
+
+@pytest.mark.parametrize("fields", [{}, {"target_modules": "all-linear", "layers_to_transform": [1]}], ids=str)
+def test_resolved_targets_are_spelled_out(fields):
+    names, config = resolve(llama(), vf.VeraConfig(**fields))
+    assert not isinstance(config.target_modules, str)
+    # So that the file means the same modules, here and in PEFT, without the model's type.
+    theirs = peft.VeraConfig(r=2, target_modules=list(config.target_modules))
+    assert set(names) == set(peft.get_peft_model(llama(), theirs).base_model.targeted_module_names)
+
+
+def test_all_linear_obeys_the_layers():
+    # PEFT adapts all layers, and says nothing.
+    fields = {"target_modules": "all-linear", "layers_to_transform": [1]}
+    names, _ = resolve(llama(), vf.VeraConfig(**fields))
+    assert len(names) == 7
+    assert all(".1." in name for name in names)
+    theirs = peft.get_peft_model(llama(), peft.VeraConfig(r=2, **fields))
+    assert len(theirs.base_model.targeted_module_names) == 14
+
+
+def test_a_name_to_save_begins_at_a_dot():
+    # PEFT would train `pre_classifier`, too, because its name ends in "classifier".
+    model = distilbert()
+    names, config = resolve(model, vf.VeraConfig(target_modules=["q_lin"], task_type="SEQ_CLS"))
+    assert trained_with(model, config, names) == ["classifier.weight", "classifier.bias"]
+
+
+@pytest.mark.parametrize("model", [llama, lambda: quantized(llama(), "nf4"), gpt2, bert])
+def test_sizes_are_those_of_the_layer(model):
+    model = model()
+    seen = 0
+    for module in model.modules():
+        sizes = linear_sizes(module)
+        if sizes is not None:
+            seen += 1
+            # The length of a row goes in, and the output has the other length.
+            if isinstance(module, nn.Linear):
+                assert sizes == (module.in_features, module.out_features)
+            else:
+                assert module(torch.ones(1, sizes[0])).shape == (1, sizes[1])
+    assert seen > 2
+    assert (
+        linear_sizes(nn.Embedding(3, 5))
+        is linear_sizes(nn.Conv1d(3, 5, 1))
+        is linear_sizes(nn.Bilinear(3, 5, 2))
+        is None
+    )
+
+
+def test_a_bare_linear_layer_is_a_model():
+    model = nn.Linear(3, 5)
+    assert resolve(model, vf.VeraConfig(target_modules=".*"))[0] == [""]
+    assert list(vf.adapt(model, vf.VeraConfig(r=2, target_modules=".*")).params) == ["lambda_b", "lambda_d"]
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "message"),
+    [
+        ("llama", {"target_modules": ["query"]}, r"no module matches target_modules=\('query',\).*'q_proj'"),
+        ("llama", {"target_modules": ["proj"]}, "no module matches"),  # an ending begins at a dot
+        ("llama", {"target_modules": "q_proj"}, "no module matches target_modules='q_proj'"),  # an expression is whole
+        ("llama", {"target_modules": r".*\.q_pro"}, "no module matches"),
+        ("llama", {"target_modules": QV, "layers_to_transform": 7}, "no module matches"),
+        ("llama", {"target_modules": QV, "layers_to_transform": 1, "layers_pattern": "h"}, "no module matches"),
+        ("llama", {"target_modules": QV, "modules_to_save": ["self_attn"]}, "no module matches"),
+        # PEFT takes these and passes over what it can't use.
+        ("llama", {"target_modules": [*QV, "query"]}, r"target_modules has \['query'\], which no module"),
+        ("llama", {"target_modules": QV, "modules_to_save": ["score"]}, r"modules_to_save has \['score'\], which no"),
+        ("llama", {"modules_to_save": ["score"]}, r"modules_to_save has \['score'\], which no"),
+        (
+            "llama",
+            {"target_modules": ["embed_tokens"]},
+            "'model.embed_tokens' is a Embedding; nn.Linear, bitsandbytes'",
+        ),
+        ("llama", {"target_modules": r".*self_attn"}, "'model.layers.0.self_attn' is a LlamaAttention"),
+        ("experts", {}, "no default target_modules are known for model type None.*all-linear"),
+    ],
+)
+def test_what_no_module_answers_to(model, fields, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(MODELS[model](), vf.VeraConfig(**fields))
+
+
+def test_idle_entries_of_a_file_are_let_pass():
+    fields = {"target_modules": ["q_proj", "query"], "modules_to_save": ["score"]}
+    names, _ = resolve(llama(), vf.VeraConfig(**fields), strict=False)
+    assert len(names) == 2
+
+
+def test_a_quantized_module_cannot_be_trained_whole():
+    model = quantized(llama(), "nf4")
+    config = vf.VeraConfig(target_modules=QV, modules_to_save=["o_proj"])
+    with pytest.raises(ValueError, match=r"modules_to_save trains '.*o_proj\.weight', but it is quantized"):
+        vf.adapt(model, config)
+
+
+# ------------------------------------------------------------------------------------------------------- the fields
+
+WRONG = [
+    ("r", 0, "r must be positive, got 0"),
+    ("r", -1, "r must be positive, got -1"),
+    ("r", 8.0, r"r must be an integer, got 8\.0"),
+    ("r", True, "r must be an integer, got True"),
+    ("projection_prng_key", "0", "projection_prng_key must be an integer"),
+    ("projection_prng_key", None, "projection_prng_key must be an integer"),
+    ("save_projection", 1, "save_projection must be True or False, got 1"),
+    ("fan_in_fan_out", None, "fan_in_fan_out must be True or False"),
+    ("init_weights", "lora", "init_weights must be True or False, got 'lora'"),
+    ("vera_dropout", -0.5, r"vera_dropout must be at least 0 and below 1, got -0\.5"),
+    ("vera_dropout", 1, "vera_dropout must be at least 0 and below 1"),
+    ("vera_dropout", float("nan"), "vera_dropout must be at least 0 and below 1"),
+    ("vera_dropout", "0.1", "vera_dropout must be a number"),
+    ("d_initial", float("nan"), "d_initial must be finite"),
+    ("d_initial", float("-inf"), "d_initial must be finite"),
+    ("d_initial", None, "d_initial must be a number"),
+    ("bias", "some", "bias must be 'none', 'vera_only' or 'all', got 'some'"),
+    ("bias", None, "bias must be"),
+    ("task_type", "causal_lm", "task_type must be None or one of"),
+    ("target_modules", "(", r"target_modules='\(' is not a regular expression"),
+    ("target_modules", [""], "target_modules must hold names"),
+    ("target_modules", [1], r"target_modules must hold names, got \[1\]"),
+    ("modules_to_save", "head", "modules_to_save must be a sequence of names, got the string 'head'"),
+    ("layers_to_transform", [1.0], "layers_to_transform must be an integer"),
+    ("layers_to_transform", [True], "layers_to_transform must be an integer"),
+    ("layers_pattern", "layers", "give layers_to_transform, too"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), WRONG)
+def test_a_wrong_value_names_its_field(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        vf.VeraConfig(**{field: value})
+
+
+def test_layers_do_not_apply_to_a_regular_expression():
+    with pytest.raises(ValueError, match="layers_to_transform does not apply to a regular expression"):
+        vf.VeraConfig(target_modules=r".*q_proj", layers_to_transform=[0])
+    # PEFT adapts both layers.
+    theirs = peft.VeraConfig(r=2, target_modules=r".*q_proj", layers_to_transform=[0])
+    assert len(peft.get_peft_model(llama(), theirs).base_model.targeted_module_names) == 2
+
+
+def test_fields_and_defaults_are_those_of_peft():
+    theirs = {field.name: field for field in dataclasses.fields(peft.VeraConfig)}
+    ours, defaults = dataclasses.asdict(vf.VeraConfig()), dataclasses.asdict(peft.VeraConfig())
+    assert ours == {name: defaults[name] for name in ours}
+    of_the_file = {"peft_type", "auto_mapping", "peft_version", "inference_mode"}
+    assert theirs.keys() - ours.keys() <= of_the_file | {"runtime_config", "target_parameters"}
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"target_modules": ["b", "a"]}, {"target_modules": ("b", "a")}),
+        ({"target_modules": {"b", "a"}}, {"target_modules": ("a", "b")}),
+        ({"target_modules": []}, {"target_modules": None}),
+        ({"layers_to_transform": 0}, {"layers_to_transform": (0,)}),
+        ({"layers_to_transform": []}, {"layers_to_transform": None}),
+        ({"layers_to_transform": 0, "layers_pattern": ""}, {"layers_pattern": None}),
+        ({"task_type": "SEQ_CLS"}, {"modules_to_save": ("classifier", "score")}),
+        (
+            {"task_type": "SEQ_CLS", "modules_to_save": ["score", "x"]},
+            {"modules_to_save": ("score", "x", "classifier")},
+        ),
+        ({"task_type": "QUESTION_ANS"}, {"modules_to_save": ("qa_outputs",)}),
+        ({"task_type": "CAUSAL_LM"}, {"modules_to_save": None}),
+    ],
+    ids=str,
+)
+def test_one_form_of_each_value(given, kept):
+    config = vf.VeraConfig(**given)
+    assert {name: getattr(config, name) for name in kept} == kept
+    assert hash(config) == hash(dataclasses.replace(config))
+    assert dataclasses.replace(config) == config
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        vf.VeraConfig().r = 8

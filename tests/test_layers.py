@@ -1,0 +1,377 @@
+"""The shells: thin modules over the pure functions, over every kind of base layer."""
+
+import copy
+
+import bitsandbytes as bnb
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.testing import assert_close
+from transformers.pytorch_utils import Conv1D
+
+import vera_func as vf
+from vera_func.layers import Projections, QuantizedLinear, RowwiseAffine, frozen_layer, layer_sizes, shell_class
+
+from helpers import FORMATS, QUANTIZERS, R, randomized, relative_error, row, snapshot
+
+
+# Whole blocks of 32 rows, which bitsandbytes' repacking on some CPUs needs; in and out differ.
+OUT, IN = 96, 64
+LAYERS = ["dense", "conv1d", *FORMATS]
+
+
+def base_layer(name, bias=True):
+    """The layer as a user has it: `nn.Linear`, `Conv1D` or a bitsandbytes module, in training mode."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(OUT, IN, generator=generator) / 8
+    values = torch.randn(OUT, generator=generator)
+    if name == "conv1d":
+        layer = Conv1D(OUT, IN)
+        layer.weight.data, layer.bias.data = weight.t().contiguous(), values
+        return layer
+    if name in FORMATS:
+        return vf.to_bnb(FORMATS[name](weight), values if bias else None)
+    layer = nn.Linear(IN, OUT, bias)
+    layer.weight.data = weight
+    if bias:
+        layer.bias.data = values
+    return layer
+
+
+def weight_of(layer):
+    """The dense weight in the layer's own layout."""
+    if isinstance(layer, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+        return vf.dequantize(vf.from_bnb(layer)[0])
+    return layer.weight.detach()
+
+
+def projections():
+    # Wider than the layer, as when another layer is wider.
+    return vf.init_projections(R, IN + 2, OUT + 3)
+
+
+def make_shell(layer, *, trained=True, **options):
+    shell = shell_class(layer)(layer, "default", **projections(), r=R, **options)
+    if trained:
+        values = randomized({"lambda_b": shell.lambda_b.detach(), "lambda_d": shell.lambda_d.detach()}, scale=1.0)
+        shell.lambda_b.data, shell.lambda_d.data = values["lambda_b"], values["lambda_d"]
+    return shell
+
+
+def inputs(*lead, seed=3):
+    return torch.randn(*lead, IN, generator=torch.Generator().manual_seed(seed))
+
+
+EXPECTED = {
+    "dense": vf.Linear,
+    "conv1d": vf.Linear,
+    "int8": vf.Linear8bitLt,
+    **dict.fromkeys([name for name in FORMATS if name != "int8"], vf.Linear4bit),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_class_follows_from_the_base(name):
+    layer = base_layer(name)
+    assert shell_class(layer) is shell_class(frozen_layer(layer)) is EXPECTED[name]
+    assert shell_class(RowwiseAffine(nn.Linear(3, 2))) is vf.Linear
+    assert layer_sizes(frozen_layer(layer)) == (IN, OUT)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_new_shell_is_its_base(name):
+    layer = base_layer(name)
+    x = inputs(3)
+    assert relative_error(make_shell(layer, trained=False, d_initial=0.5)(x), layer(x)) <= 1e-6
+    shell = make_shell(layer, trained=False, d_initial=0.5)
+    assert (shell.lambda_d == 0.5).all()
+    assert (shell.lambda_b == 0).all()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_adds_the_delta_weight(name):
+    layer = base_layer(name)
+    shell = make_shell(layer)
+    delta = shell.get_delta_weight("default")
+    assert delta.shape == weight_of(layer).shape
+    x = inputs(2, 3)
+    delta = delta.t() if name == "conv1d" else delta
+    assert_close(shell(x) - layer(x), x @ delta.t(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="has the adapter 'default', not 'other'"):
+        shell.get_delta_weight("other")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_is_the_layer_of_peft(name):
+    layer = base_layer(name)
+    config = peft.VeraConfig(r=R, target_modules=["layer"], fan_in_fan_out=name == "conv1d")
+    theirs = (
+        peft.get_peft_model(nn.ModuleDict({"layer": copy.deepcopy(layer)}), config).train().base_model.model["layer"]
+    )
+    shell = shell_class(layer)(layer, "default", **vf.init_projections(R, IN, OUT), r=R)
+    values = randomized({"lambda_b": shell.lambda_b.detach(), "lambda_d": shell.lambda_d.detach()}, scale=1.0)
+    for key, value in values.items():
+        getattr(shell, key).data = value
+        getattr(theirs, f"vera_{key}")["default"].data = value.clone()
+    x = inputs(3)
+    assert relative_error(shell(x), theirs(x)) <= 1e-6
+    assert relative_error(shell.get_delta_weight("default"), theirs.get_delta_weight("default")) <= 1e-6
+    shell(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    for key in values:
+        assert relative_error(getattr(shell, key).grad, getattr(theirs, f"vera_{key}")["default"].grad) <= 1e-6
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_transforms_through_a_shell(name):
+    shell = make_shell(base_layer(name)).requires_grad_(False)
+    params = {"lambda_b": shell.lambda_b, "lambda_d": shell.lambda_d}
+    stacked = vf.stack_adapters([randomized(params, seed) for seed in range(3)])
+    x = inputs(5)
+
+    def loss(p):
+        return functional_call(shell, p, x).square().sum()
+
+    gradients = vmap(grad(loss))(stacked)
+    for i in range(3):
+        leaves = {key: value.clone().requires_grad_() for key, value in row(stacked, i).items()}
+        loss(leaves).backward()
+        assert_close(row(gradients, i), {key: leaf.grad for key, leaf in leaves.items()}, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_base_is_read_and_not_changed(name):
+    layer = base_layer(name).eval()
+    before = snapshot(vf.from_bnb(layer)[0])[0]
+    make_shell(layer)(inputs(3))
+    after = vf.from_bnb(layer)[0]
+    assert not getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False)
+    assert torch.equal(vf.dequantize(before), vf.dequantize(after))
+
+
+@pytest.mark.parametrize("form", ["tensors", "mappings", "BufferDict of PEFT"])
+def test_projections_come_as_tensors_or_by_adapter(form):
+    frozen = projections()
+    A, B = frozen["vera_A"], frozen["vera_B"]
+    other = torch.zeros(1, 1)
+    if form == "mappings":
+        A, B = {"other": other, "default": A}, {"other": other, "default": B}
+    elif form == "BufferDict of PEFT":
+        config = peft.VeraConfig(r=R, target_modules=["0"])
+        theirs = peft.get_peft_model(nn.Sequential(nn.Linear(IN, OUT)), config).base_model
+        A, B = theirs.vera_A, theirs.vera_B
+        frozen = vf.init_projections(R, IN, OUT)
+    shell = vf.Linear(base_layer("dense"), "default", A, B, R)
+    assert torch.equal(shell.projections.vera_A, frozen["vera_A"])
+    assert torch.equal(shell.projections.vera_B, frozen["vera_B"])
+
+
+def test_projections_are_shared_and_in_no_state_dict():
+    frozen = projections()
+    shells = nn.ModuleList(
+        vf.Linear(nn.Linear(IN, OUT), "default", frozen["vera_A"], frozen["vera_B"], R) for _ in range(3)
+    )
+    for shell in shells:
+        assert shell.projections.vera_A.data_ptr() == frozen["vera_A"].data_ptr()
+        assert shell.projections.vera_B.data_ptr() == frozen["vera_B"].data_ptr()
+    assert len({shell.lambda_b.data_ptr() for shell in shells}) == 3
+    state = shells.state_dict()
+    assert not [key for key in state if "vera_" in key or "projections" in key or "mixture" in key]
+    assert {key for key in state if key.startswith("0.")} == {
+        "0.lambda_b", "0.lambda_d", "0.base_layer.weight", "0.base_layer.bias",
+    }  # fmt: skip
+    assert not Projections(frozen["vera_A"], frozen["vera_B"]).state_dict()
+
+
+def test_only_the_vectors_are_trained():
+    shell = make_shell(base_layer("nf4"))
+    assert {key for key, p in shell.named_parameters() if p.requires_grad} == {"lambda_b", "lambda_d"}
+    assert not shell.projections.vera_A.requires_grad
+    assert set(shell.state_dict()) == {"lambda_b", "lambda_d", "base_layer.bias"}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
+def test_a_cast_leaves_the_quantized_weight_alone(name, cast):
+    # A statistic in 16 bits would be another weight.
+    shell = make_shell(base_layer(name))
+    before = copy.deepcopy(shell.base_layer.quantized)
+    shell = cast(shell)
+    after = shell.base_layer.quantized
+    leaves = [torch.utils._pytree.tree_leaves(q) for q in (before, after)]
+    for old, new in zip(*leaves, strict=True):
+        assert old.dtype == new.dtype
+        assert torch.equal(old, new)
+    assert shell.lambda_b.dtype != torch.float32
+    x = inputs(3).to(shell.lambda_b.dtype)
+    assert shell(x).dtype == x.dtype
+    assert relative_error(shell.base_layer(x).float(), base_layer(name)(inputs(3))) <= 2e-2
+
+
+def test_a_copy_of_a_shell_is_a_shell():
+    shell = make_shell(base_layer("nested"))
+    other = copy.deepcopy(shell)
+    x = inputs(3)
+    assert torch.equal(other(x), shell(x))
+    with torch.no_grad():
+        other.lambda_b.zero_()
+    assert not torch.equal(other(x), shell(x))
+
+
+def test_dropout_needs_a_generator():
+    shell = make_shell(base_layer("dense"), vera_dropout=0.5).train()
+    x = inputs(200)
+    plain = shell(x)
+    assert torch.equal(plain, make_shell(base_layer("dense"))(x))  # training mode alone drops nothing
+    base = shell.base_layer(x)
+    shell.generator = torch.Generator().manual_seed(0)
+    first, second = shell(x), shell(x)
+    assert not torch.equal(first, second)
+    shell.generator = torch.Generator().manual_seed(0)
+    assert torch.equal(shell(x), first)
+    # The base sees the whole input: where the update is zero, nothing changes.
+    with torch.no_grad():
+        shell.lambda_b.zero_()
+    assert torch.equal(shell(x), base)
+
+
+def test_dropout_keeps_the_mean():
+    shell = make_shell(base_layer("dense"), vera_dropout=0.25)
+    x = inputs(1)
+    update = shell(x) - shell.base_layer(x)
+    shell.generator = torch.Generator().manual_seed(0)
+    many = shell(x.expand(20_000, IN)) - shell.base_layer(x)
+    assert_close(many.mean(0, keepdim=True), update, rtol=0, atol=0.05 * update.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("shell", "name", "needed"),
+    [
+        (vf.Linear, "nf4", "a Linear4bit needs the shell Linear4bit"),
+        (vf.Linear, "int8", "a Linear8bitLt needs the shell Linear8bitLt"),
+        (vf.Linear4bit, "dense", "a Linear needs the shell Linear"),
+        (vf.Linear4bit, "int8", "a Linear8bitLt needs the shell Linear8bitLt"),
+        (vf.Linear8bitLt, "fp4", "a Linear4bit needs the shell Linear4bit"),
+        (vf.Linear8bitLt, "conv1d", "a Conv1D needs the shell Linear"),
+    ],
+)
+def test_the_wrong_shell(shell, name, needed):
+    with pytest.raises(ValueError, match=needed):
+        shell(base_layer(name), "default", **projections(), r=R)
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding(3, 5), nn.Conv1d(3, 5, 1), nn.LayerNorm(3), nn.Bilinear(3, 3, 5)])
+def test_a_layer_that_has_no_shell(layer):
+    with pytest.raises(ValueError, match=f"a {type(layer).__name__} cannot be adapted; nn.Linear"):
+        vf.Linear(layer, "default", **projections(), r=R)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": R + 1}, rf"do not fit a layer {IN} -> {OUT} at rank {R + 1}"),
+        ({"vera_A": torch.ones(R, IN - 1)}, rf"vera_A \({R}, {IN - 1}\).*must be \({R}, >= {IN}\)"),
+        ({"vera_B": torch.ones(OUT - 1, R)}, rf"vera_B \({OUT - 1}, {R}\).*\(>= {OUT}, {R}\)"),
+        ({"vera_B": torch.ones(OUT, R + 1)}, rf"vera_B \({OUT}, {R + 1}\)"),
+        ({"vera_dropout": 1.0}, "vera_dropout must be at least 0 and below 1"),
+        ({"vera_dropout": -0.1}, "vera_dropout must be at least 0 and below 1"),
+    ],
+)
+@pytest.mark.parametrize("name", ["dense", "nf4", "int8"])
+def test_what_does_not_fit(name, change, message):
+    with pytest.raises(ValueError, match=message):
+        shell_class(base_layer(name))(base_layer(name), "default", **(projections() | {"r": R} | change))
+
+
+# --------------------------------------------------------------------------------------------- the frozen layers
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantized_linear_is_the_layer_of_bitsandbytes(name, bias):
+    layer = base_layer(name, bias)
+    frozen = frozen_layer(layer)
+    assert isinstance(frozen, QuantizedLinear)
+    assert (frozen.bias is not None) == bias
+    assert relative_error(frozen(inputs(2, 3)), layer(inputs(2, 3))) <= 1e-6
+
+
+def test_other_layers_stay_what_they_are():
+    for layer in (nn.Linear(3, 2), Conv1D(2, 3), nn.LayerNorm(3)):
+        assert frozen_layer(layer) is layer
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_bias_for_each_row(name):
+    frozen = frozen_layer(base_layer(name))
+    x = inputs(4, 3)
+    biases = torch.randn(4, OUT, generator=torch.Generator().manual_seed(0))
+    rows = functional_call(frozen, {"bias": biases}, x)
+    for i in range(4):
+        assert_close(rows[i], functional_call(frozen, {"bias": biases[i]}, x[i]), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=rf"bias \(4, {OUT}\).*x \(5, 3, {IN}\)"):
+        functional_call(frozen, {"bias": biases}, inputs(5, 3))
+
+
+def test_int8_activations_are_asked_for():
+    layer = base_layer("int8")
+    exact = QuantizedLinear(*vf.from_bnb(layer))(inputs(3))
+    rounded = QuantizedLinear(*vf.from_bnb(layer), int8_activations=True)(inputs(3))
+    assert 1e-4 < relative_error(rounded, exact) < 5e-2
+
+
+AFFINE = {
+    "Linear": lambda: nn.Linear(7, 5),
+    "Linear without bias": lambda: nn.Linear(7, 5, bias=False),
+    "Conv1D": lambda: Conv1D(5, 7),
+    "LayerNorm": lambda: nn.LayerNorm(7),
+}
+
+
+@pytest.mark.parametrize("given", ["weight and bias", "weight", "bias", "neither"])
+@pytest.mark.parametrize("lead", [(4,), (4, 3), (4, 3, 2)], ids=str)
+@pytest.mark.parametrize("name", AFFINE)
+def test_row_by_row_is_a_loop(name, lead, given):
+    torch.manual_seed(0)
+    layer = AFFINE[name]()
+    affine = RowwiseAffine(layer)
+    x = torch.randn(*lead, 7)
+    own = {key: torch.randn(4, *p.shape) for key, p in layer.named_parameters() if key in given}
+    rows = functional_call(affine, {f"base_layer.{key}": value for key, value in own.items()}, x)
+    for i in range(4):
+        assert_close(rows[i], functional_call(layer, row(own, i), x[i]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_one_value_for_all_rows_is_the_layer_itself(name):
+    layer = AFFINE[name]()
+    x = torch.randn(4, 3, 7)
+    assert torch.equal(RowwiseAffine(layer)(x), layer(x))
+    own = {key: torch.randn(p.shape) for key, p in layer.named_parameters()}
+    given = {f"base_layer.{key}": value for key, value in own.items()}
+    assert torch.equal(functional_call(RowwiseAffine(layer), given, x), functional_call(layer, own, x))
+
+
+@pytest.mark.parametrize("key", ["weight", "bias"])
+@pytest.mark.parametrize("name", ["Linear", "Conv1D", "LayerNorm"])
+def test_rows_that_do_not_match(name, key):
+    layer = AFFINE[name]()
+    rows = {f"base_layer.{key}": torch.ones(4, *getattr(layer, key).shape)}
+    with pytest.raises(ValueError, match=rf"{key} \(4, .*x \(5, 3, 7\)"):
+        functional_call(RowwiseAffine(layer), rows, torch.ones(5, 3, 7))
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_gradients_row_by_row(name):
+    torch.manual_seed(0)
+    layer = AFFINE[name]()
+    x = torch.randn(4, 3, 7)
+    own = {key: torch.randn(4, *p.shape) for key, p in layer.named_parameters()}
+
+    def rows(own):
+        return functional_call(RowwiseAffine(layer), {f"base_layer.{k}": v for k, v in own.items()}, x).square().sum()
+
+    expected = vmap(grad(lambda own, x: functional_call(layer, own, x).square().sum()))(own, x)
+    assert_close(grad(rows)(own), expected, rtol=1e-4, atol=1e-4)
