@@ -22,6 +22,7 @@ from .export import (
     merge_advice as merge_advice,
     merge_reports as merge_reports,
 )
+from .grams import calibrated_weights as calibrated_weights, layer_grams as layer_grams
 from .layers import Linear as Linear, Linear4bit as Linear4bit, Linear8bitLt as Linear8bitLt
 from .many import (
     num_adapters as num_adapters,

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .adapter import delta_weight
-from .calibrate import calibrate_rows, gram, stochastic_codes
+from .calibrate import calibrate_rows, gram as gram_of, stochastic_codes
 from .quantized import (
     Quantized,
     Quantized4bit,
@@ -81,8 +81,9 @@ def merge_calibrated(
     q: Quantized4bit,
     params: Mapping[str, Tensor],
     frozen: Mapping[str, Tensor],
-    inputs: Float[Tensor, "*tokens in"],
+    inputs: Float[Tensor, "*tokens in"] | None = None,
     *,
+    gram: Float[Tensor, "in in"] | None = None,
     damping: float | None = None,
     max_kappa: float = 4.0,
 ) -> Quantized4bit:
@@ -97,6 +98,7 @@ def merge_calibrated(
         params: `{"lambda_b": (out,), "lambda_d": (r,)}`.
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         inputs: Of the layer, from real use and without padding; several thousand tokens are enough.
+        gram: The mean of `x xᵀ` instead of the inputs, as `layer_grams` makes it.
         damping: See `calibrate_rows`; None is 0.01, or 0.1 below 1,000 tokens.
         max_kappa: Bound of the overshoot; 1 minimises the output's error instead, which shrinks the update.
 
@@ -123,7 +125,9 @@ def merge_calibrated(
     if not isinstance(q, Quantized4bit):
         raise ValueError("merge_calibrated is for 4-bit weights; an 8-bit grid keeps small updates (merge_quantized).")
     out_features, in_features = q.shape
-    if inputs.shape[-1] != in_features:
+    if (inputs is None) == (gram is None):
+        raise ValueError("give either inputs or their gram.")
+    if inputs is not None and inputs.shape[-1] != in_features:
         raise ValueError(f"inputs must be (*tokens, {in_features}), got {tuple(inputs.shape)}.")
     delta = checked_delta(q, params, frozen).float()
     if not delta.any():
@@ -133,14 +137,17 @@ def merge_calibrated(
             f"blocks of {q.blocksize} straddle the rows of a weight {q.shape}; merge_dense or export_lora lose nothing."
         )
     if damping is None:
-        damping = 0.01 if inputs[..., 0].numel() >= 1000 else 0.1
+        damping = 0.01 if inputs is None or inputs[..., 0].numel() >= 1000 else 0.1
     codes, absmax = unpack(q)
+    if gram is None:
+        assert inputs is not None
+        gram = gram_of(inputs)
     merged = calibrate_rows(
         codes,
         absmax.reshape(out_features, -1),
         delta,
         code=levels(q),
-        gram=gram(inputs),
+        gram=gram,
         damping=damping,
         max_kappa=max_kappa,
     )

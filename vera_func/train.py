@@ -283,7 +283,7 @@ def _backward(
 
     if backward == "func":
         # As torch.func.grad, which keeps the graph of its backward and so twice the memory.
-        value, backward_fn, losses = torch.func.vjp(total, params, has_aux=True)
+        value, backward_fn, losses = torch.func.vjp(total, params, has_aux=True)  # type: ignore[misc]
         with torch.no_grad():
             (grads,) = backward_fn(torch.ones_like(value), retain_graph=False)
         return grads, losses

@@ -1,17 +1,20 @@
-"""`python -m tests.benchmarks [many|single|bank]`: ratios against PEFT in one process, with the machine named."""
+"""`python -m tests.benchmarks [many] [single] [bank] [merging]`: ratios against PEFT, with the machine named."""
 
 import argparse
 
 import torch
 
-from . import many, single
+from . import many, merging, single
 from .common import machine
 
 
 CASES = [(1, 16), (16, 16), (64, 16), (128, 4), (128, 16), (512, 4)]
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("what", nargs="*", choices=["many", "single", "bank", []], default=["many", "single", "bank"])
+parser.add_argument(
+    "what", nargs="*", choices=["many", "single", "bank", "merging", []], default=["many", "single", "bank"]
+)
+parser.add_argument("--adapter", default="vera-demo", help="directory of the demo's adapter, for merging (%(default)s)")
 parser.add_argument("--dtype", choices=["bfloat16", "float32"], nargs="*", default=["bfloat16", "float32"])
 parser.add_argument("--adapters", type=int, default=10_000, help="of the bank (%(default)s)")
 args = parser.parse_args()
@@ -22,5 +25,7 @@ for dtype in (getattr(torch, name) for name in args.dtype):
         many.run(dtype, CASES)
     if "single" in args.what:
         single.run(dtype)
+if "merging" in args.what:
+    merging.run(args.adapter)
 if "bank" in args.what:
     many.bank(args.adapters)

@@ -1,0 +1,96 @@
+"""What every way of merging does to the demo's adapter: accuracy, and the error of the answers' logit gap."""
+
+import time
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+import vera_func as vf
+from vera_func.assets import load_snippets
+from vera_func.demo import HELD_OUT, demo_examples, split_examples
+from vera_func.examples import polar_examples
+from vera_func.pretrained import load_base
+from vera_func.sentiment import answer_logits, collate
+from vera_func.task import encode_examples, make_task
+
+from .common import table
+
+
+CALIBRATION = 192  # training texts, some 6,000 tokens
+TESTED = 500  # texts of each domain
+
+
+def run(adapter):
+    """Print a table with a row for each way; `adapter` is the directory that `vera-func demo` wrote."""
+    base = load_base(quant="nf4", dtype=torch.float32)
+    adapted = vf.load_adapter(adapter, base.model)
+    task = make_task(base, ["negative", "positive"])
+    train, held_out = split_examples(demo_examples(), HELD_OUT, seed=0)
+    domains = {
+        "movies": encode_examples(base, task, held_out[:TESTED]),
+        "editorials": encode_examples(base, task, polar_examples(load_snippets("nyt"))[:TESTED]),
+    }
+    batches = _batches(encode_examples(base, task, train[:CALIBRATION]), task)
+    gap = partial(_gap, task)
+
+    start = time.perf_counter()
+    grams = vf.layer_grams(
+        adapted, [{"input_ids": b["input_ids"], "attention_mask": b["attention_mask"]} for b in batches], readout=gap
+    )
+    weights = vf.calibrated_weights(base.model, *adapted[1:3], grams, progress=tqdm)
+    seconds = time.perf_counter() - start
+
+    merge = partial(vf.merge, base.model, adapted.params, adapted.frozen)
+    nothing = {k: torch.zeros_like(v) if k.endswith("lambda_b") else v for k, v in adapted.params.items()}
+    forwards = {
+        "not merged": partial(adapted.apply, adapted.params, adapted.frozen),
+        "bfloat16": _forward_of(merge(torch.bfloat16).to(torch.float32), adapted.config),
+        "int8": _forward_of(merge("int8"), adapted.config),
+        "nf4, rounded": _forward_of(merge(), adapted.config),
+        f"nf4, calibrated ({seconds:.0f} s)": _forward_of(merge(weights=weights), adapted.config),
+        "adapter left out": partial(adapted.apply, nothing, adapted.frozen),
+    }
+    gaps = {name: {d: _gaps(f, rows, task) for d, rows in domains.items()} for name, f in forwards.items()}
+    rows = []
+    for name, of_domain in gaps.items():
+        row = {"q, v merged to": name}
+        for domain, examples in domains.items():
+            wanted, dropped = gaps["not merged"][domain], gaps["adapter left out"][domain]
+            labels = torch.tensor([example.label for example in examples]).bool()
+            right = (of_domain[domain] > 0) == labels
+            error = (of_domain[domain] - wanted).abs().mean() / (dropped - wanted).abs().mean()
+            same = (of_domain[domain] > 0) == (wanted > 0)
+            row[f"{domain}: accuracy"] = f"{right.float().mean():.1%}"
+            row[f"{domain}: error / effect"] = f"{error:.1%}"
+            row[f"{domain}: same answers"] = f"{same.float().mean():.1%}"
+        rows.append(row)
+    table(f"Merging the demo's adapter, {TESTED} held-out texts of each domain", rows)
+
+
+def _forward_of(model, config):
+    """The model's weights as they are stored; bitsandbytes' own forward would round activations, or repack."""
+    apply, params, frozen, _ = vf.adapt(model.eval(), config)
+    return partial(apply, params, frozen)
+
+
+def _batches(rows, task):
+    rows = sorted(rows, key=lambda row: len(row.ids))
+    return [collate(rows[i : i + 16], task.pad_id) for i in range(0, len(rows), 16)]
+
+
+def _gap(task, output):
+    logits = output.logits[:, -1]
+    return logits[:, task.answers[1]] - logits[:, task.answers[0]]
+
+
+def _gaps(forward, rows, task):
+    """The logit of " positive" minus that of " negative", in the order of the rows."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    gaps = torch.empty(len(rows))
+    with torch.no_grad():
+        for start in tqdm(range(0, len(rows), 32), leave=False):
+            part = order[start : start + 32]
+            logits = answer_logits(forward, collate([rows[i] for i in part], task.pad_id), task.accepts)
+            gaps[part] = logits[:, task.answers[1]] - logits[:, task.answers[0]]
+    return gaps

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+import vera_func as vf
+
+from helpers import llama, quantized, randomized, snapshot
+
+
+TARGETS = ["q_proj", "v_proj"]
+IDS = torch.randint(3, 67, (12, 40), generator=torch.Generator().manual_seed(0))
+MASK = (torch.arange(40) >= torch.arange(12)[:, None]).long()  # padded on the left, row by row more
+
+
+def make_adapted():
+    model = quantized(llama(), "nf4")
+    # A few directions carry the inputs, as in a trained model; with white inputs no grid could be better than another.
+    generator = torch.Generator().manual_seed(3)
+    model.model.embed_tokens.weight.data = torch.randn(67, 5, generator=generator) @ torch.randn(
+        5, 64, generator=generator
+    )
+    adapted = vf.adapt(model, vf.VeraConfig(r=8, target_modules=TARGETS))
+    params = randomized(adapted.params)
+    return model, adapted._replace(params={k: v * 0.1 if k.endswith("b") else v for k, v in params.items()})
+
+
+def batches(mask=MASK):
+    return [{"input_ids": IDS[i : i + 4], "attention_mask": mask[i : i + 4]} for i in range(0, 12, 4)]
+
+
+def gap(output):
+    return output.logits[:, -1, 5] - output.logits[:, -1, 6]
+
+
+def test_gram_is_the_mean_over_tokens():
+    model, adapted = make_adapted()
+    seen = []
+    hook = lambda module, args: seen.append(args[0])
+    module = vf.to_module(adapted)
+    module.model.layers[1].self_attn.q_proj.register_forward_pre_hook(hook)
+    for batch in batches():
+        module(**batch)
+    tokens = torch.cat([x[batch["attention_mask"].bool()] for x, batch in zip(seen, batches(), strict=True)])
+    before = snapshot(model)
+    grams = vf.layer_grams(adapted, batches())
+    assert set(grams) == set(adapted.apply.targets)
+    assert_close(grams["model.layers.1.self_attn.q_proj"], tokens.T @ tokens / len(tokens))
+    assert_close(snapshot(model), before, rtol=0, atol=0)
+
+
+def test_padding_is_left_out():
+    _, adapted = make_adapted()
+    changed = [{**b, "input_ids": torch.where(b["attention_mask"].bool(), b["input_ids"], 9)} for b in batches()]
+    for name, gram in vf.layer_grams(adapted, batches(), readout=gap).items():
+        assert_close(vf.layer_grams(adapted, changed, readout=gap)[name], gram, rtol=1e-4, atol=1e-5)
+        break
+
+
+def test_readout_weighs_tokens():
+    _, adapted = make_adapted()
+    # In the last layer's q only the last token matters for what is read off the last position.
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    name = "model.layers.1.self_attn.q_proj"
+    plain, weighted = vf.layer_grams(adapted, [batch])[name], vf.layer_grams(adapted, [batch], readout=gap)[name]
+    seen = []
+    module = vf.to_module(adapted)
+    module.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    module(**batch)
+    last = seen[0][:, -1]
+    assert torch.linalg.matrix_rank(weighted - 0.1 * plain, rtol=1e-4) <= 12
+    outside = torch.linalg.qr(last.T, mode="complete").Q[:, 12:]
+    assert_close((outside.T @ (weighted - 0.1 * plain) @ outside).abs().max(), torch.tensor(0.0), rtol=0, atol=1e-5)
+
+
+def test_calibrated_model_is_closer_than_a_rounded_one():
+    model, adapted = make_adapted()
+    grams = vf.layer_grams(adapted, batches(), readout=gap)
+    weights = vf.calibrated_weights(model, *adapted[1:3], grams)
+    errors = {}
+    for name, merged in {
+        "rounded": vf.merge(model, *adapted[1:3]),
+        "calibrated": vf.merge(model, *adapted[1:3], weights=weights),
+    }.items():
+        nothing = vf.adapt(merged, adapted.config)
+        actual = gap(nothing.apply(nothing.params, nothing.frozen, **batches()[0]))
+        wanted = gap(adapted.apply(adapted.params, adapted.frozen, **batches()[0]))
+        errors[name] = (actual - wanted).norm().item()
+    assert errors["calibrated"] < 0.5 * errors["rounded"]
+
+
+def test_what_can_not_be_calibrated():
+    model, adapted = make_adapted()
+    with pytest.raises(ValueError, match="nothing to calibrate with"):
+        vf.layer_grams(adapted, [])
+    with pytest.raises(ValueError, match="does not depend on"):
+        vf.layer_grams(adapted, batches(), readout=lambda output: output.logits.sum((1, 2)) * 0)
+    with pytest.raises(ValueError, match="grams has nothing for"):
+        vf.calibrated_weights(model, *adapted[1:3], {})
+    int8 = quantized(llama(), "int8")
+    with pytest.raises(ValueError, match="calibration is for 4-bit layers"):
+        vf.calibrated_weights(int8, *adapted[1:3], {})
