@@ -4,9 +4,15 @@ import copy
 
 import torch
 from torch import nn
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 import vera_func as vf

@@ -1,9 +1,13 @@
 """The command line: options reach the function, and failures become one sentence and a status."""
 
 import builtins
+import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,16 +15,24 @@ import torch
 from vera_func import cli
 
 
+class Result(NamedTuple):
+    after: float
+    loss: float
+    out: Path
+    bank: Path | None
+
+
 @pytest.fixture
 def demo(monkeypatch):
     """A stand-in for `vera_func.demo`: it records the call, and raises what it is told."""
     stub = ModuleType("vera_func.demo")
-    stub.calls, stub.error = [], None
+    stub.calls, stub.error, stub.result = [], None, None
 
     def run(**options):
         stub.calls.append(options)
         if stub.error is not None:
             raise stub.error
+        return stub.result
 
     stub.demo = run
     monkeypatch.setitem(sys.modules, "vera_func.demo", stub)
@@ -34,10 +46,11 @@ def test_defaults(demo):
     assert options == {
         "model": None,
         "data": None,
-        "quant": "nf4",
+        "quant": None,
         "r": 256,
         "targets": None,
         "steps": None,
+        "adapters": 1,
         "out": "vera-demo",
         "seed": 0,
         "learning_rate": 2e-2,
@@ -49,7 +62,7 @@ def test_defaults(demo):
 def test_every_option_arrives(demo):
     line = (
         "demo --model dir --data x.csv --quant int8 --r 64 --targets q_proj,k_proj --steps 7 "
-        "--out there --seed 3 --learning-rate 1e-3 --batch-size 4 --dtype float32"
+        "--out there --seed 3 --learning-rate 1e-3 --batch-size 4 --dtype float32 --adapters 8 --prompt {text}\\n:"
     )
     assert cli.main(line.split()) == 0
     (options,) = demo.calls
@@ -61,6 +74,8 @@ def test_every_option_arrives(demo):
         "r": 64,
         "targets": ["q_proj", "k_proj"],
         "steps": 7,
+        "adapters": 8,
+        "prompt": "{text}\n:",
         "out": "there",
         "seed": 3,
         "learning_rate": 1e-3,
@@ -82,6 +97,16 @@ def test_every_option_arrives(demo):
         ("demo --quant nf5", "nf5"),
         ("demo --dtype int8", "int8"),
         ("demo --targets ,", "q_proj,v_proj"),
+        ("demo --adapters 0", "must be positive"),
+        ("train --out x", "--data"),
+        ("train --data x.csv", "--out"),
+        ("evaluate --chunk 0", "must be positive"),
+        ("generate --temperature 0", "must be positive"),
+        ("merge --adapter x --out y", "--to"),
+        ("merge --adapter x --out y --to none", "none"),
+        ("export-lora --adapter x", "--out"),
+        ("inspect", "PATH"),
+        ("convert --out x", "SOURCE"),
     ],
 )
 def test_usage_mistakes(demo, capsys, line, said):
@@ -118,6 +143,22 @@ def test_an_unforeseen_error_keeps_its_traceback(demo):
         cli.main(["demo"])
 
 
+def test_train_is_the_same_without_the_talk(demo, capsys):
+    demo.result = Result(after=0.75, loss=float("nan"), out=Path("there"), bank=None)
+    train = ["train", "--data", "x.csv", "--out", "there"]
+    assert cli.main([*train, "--adapters", "2"]) == 0
+    assert capsys.readouterr().out == "after: 0.75\nloss: nan\nout: there\n"
+    assert cli.main([*train, "--json"]) == 0
+    assert cli.main(["demo", "--json"]) == 0
+    one, other = capsys.readouterr().out.split("}\n{")
+    assert json.loads(one + "}") == json.loads("{" + other)
+    assert json.loads(one + "}") == {"after": 0.75, "loss": None, "out": "there", "bank": None}
+    options = demo.calls[0]
+    assert (options["data"], options["out"], options["adapters"]) == ("x.csv", "there", 2)
+    assert options["say"]("a line") is None
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("missing", ["transformers", "tqdm.auto", "gguf"])
 def test_a_missing_extra_says_what_to_install(demo, capsys, missing):
     demo.error = ModuleNotFoundError(f"No module named {missing!r}", name=missing)
@@ -131,18 +172,50 @@ def test_a_missing_module_that_is_no_extra_is_a_bug(demo):
         cli.main(["demo"])
 
 
-def test_help_shows_an_example(capsys):
+COMMANDS = ["demo", "train", "evaluate", "generate", "merge", "export-lora", "inspect", "convert"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example_that_parses(capsys, command):
     with pytest.raises(SystemExit) as info:
-        cli.main(["demo", "--help"])
+        cli.main([command, "--help"])
     assert info.value.code == 0
-    assert "vera-func demo --data reviews.csv" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "--json" in shown
+    lines = shown.partition("example:\n")[2].strip().splitlines()
+    assert lines
+    for line in lines:
+        program, *words = shlex.split(line)
+        assert program == "vera-func"
+        assert cli._parser().parse_args(words).command == command
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = capsys.readouterr().out
+    assert [command for command in COMMANDS if f"    {command}" not in shown] == []
+
+
+def test_an_option_means_the_same_everywhere():
+    """One metavar, type and help for a name, wherever a command has it and the help says no more of the default."""
+    actions = {}
+    (commands,) = (action for action in cli._parser()._actions if hasattr(action, "choices") and action.choices)
+    for parser in commands.choices.values():
+        for action in parser._actions:
+            actions.setdefault(action.dest, []).append(action)
+    for name in ("model", "quant", "dtype", "adapter", "bank", "name", "prompt", "targets", "json"):
+        assert len({(a.metavar, str(a.choices), a.nargs, a.default) for a in actions[name]}) == 1, name
+    assert {action.metavar for action in actions["out"]} == {"DIR", "FILE", "PATH"}
+    assert {action.metavar for action in actions["data"]} == {"FILE"}
 
 
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; from vera_func import cli\n"
-        "try: cli.main(['demo', '--help'])\n"
-        "except SystemExit: pass\n"
+        f"for command in {COMMANDS}:\n"
+        "    try: cli.main([command, '--help'])\n"
+        "    except SystemExit: pass\n"
         "heavy = {'transformers', 'bitsandbytes', 'gguf'} & sys.modules.keys()\n"
         "sys.exit(str(sorted(heavy)) if heavy else 0)"
     )

@@ -14,12 +14,12 @@ from vera_func.examples import Example, polar_examples, read_examples, split
 from vera_func.sentiment import (
     Encoded,
     accepted_arguments,
-    accuracy,
     answer_ids,
     answer_logits,
     answer_loss,
     collate,
     encode,
+    score,
     train_batches,
 )
 
@@ -252,22 +252,39 @@ class Keeping(Model):
 
 
 @pytest.mark.parametrize("model", [Model(), Keeping()])
-def test_accuracy_counts_every_row_once(model):
+def test_score_counts_every_row_once(model):
     data = [Encoded([1] * n, int(n < 10)) for n in range(1, 24)]
     accepts = accepted_arguments(model)
     assert "label" not in accepts
     # Odd lengths answer label 0, even ones label 1.
     expected = sum(1 - len(row.ids) % 2 == row.label for row in data) / len(data)
     seen = []
-    got = accuracy(
+    got = score(
         lambda batch: answer_logits(model, batch, accepts),
         data,
         torch.tensor([0, 1]),
         batch_size=4,
         progress=lambda steps: seen.append(len(steps)) or steps,
     )
-    assert got == expected
+    assert got.accuracy.item() == pytest.approx(expected)
     assert seen == [6]
+
+
+def test_score_of_many_is_that_of_each():
+    data = [Encoded([1] * n, n % 3) for n in range(1, 20)]
+    table, answers = torch.randn(4, 20, 11), torch.tensor([3, 9, 4])
+
+    def logits(batch, which=slice(None)):
+        return table[which, batch["attention_mask"].sum(1)]
+
+    many = score(logits, data, answers, batch_size=5)
+    for i in range(4):
+        alone = score(lambda batch, i=i: logits(batch, i), data, answers, batch_size=7)
+        assert_close(many.accuracy[i], alone.accuracy)
+        assert_close(many.loss[i], alone.loss)
+        everything = torch.tensor([row.label for row in data])
+        expected = answer_loss(table[i, 1:20], everything, answers)
+        assert_close(many.loss[i].float(), expected)
 
 
 @pytest.fixture(scope="module")

@@ -48,12 +48,13 @@ class Bank:
     def read(self, names: Sequence[str | int] | None = None) -> dict[str, Tensor]:
         """Stacked params of these adapters, by name or row, in this order; None is all.
 
-        Reads the rows asked for and nothing else.
+        Reads the rows asked for and nothing else. Neighbouring rows are mapped from the file, not copied: nothing
+        here ever overwrites a file, and no other program should while they are in use.
 
         Raises:
             ValueError: If a name is unknown, a row out of range, or the file is damaged.
         """
-        runs = [(0, len(self))] if names is None else list(_runs([self._row(name) for name in names]))
+        runs = [(0, len(self))] if names is None else list(_runs([self._row(name) for name in names])) or [(0, 0)]
         with _open(self.path) as file:
             keys = [key for key in file.keys() if key not in _PROJECTIONS]  # noqa: SIM118  (no mapping)
             if len(runs) == 1:
@@ -230,7 +231,8 @@ def append_to_bank(
     if odd:
         raise ValueError(f"the adapters and those of {path} differ in {len(odd)} keys, first {odd[0]!r}.")
     everything = [*bank.names, *(name for name in names if name not in bank.rows)]
-    rows = torch.tensor([everything.index(name) for name in names])
+    row = {name: i for i, name in enumerate(everything)}
+    rows = torch.tensor([row[name] for name in names])
     tensors = {}
     for key, leaf in old.items():
         if stacked[key].shape[1:] != leaf.shape[1:]:

@@ -22,7 +22,7 @@ Codes = UInt8[Tensor, "out in"]
 Absmax = Float[Tensor, "out blocks"]
 Weight = Float[Tensor, "out in"]
 Gram = Float[Tensor, "in in"]
-Levels = Float[Tensor, " levels"]
+Table = Float[Tensor, " levels"]
 
 
 class Calibrated(NamedTuple):
@@ -38,9 +38,8 @@ class Calibrated(NamedTuple):
 def gram(inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] | None = None) -> Gram:
     """`H = Σ w x xᵀ / Σ w` over a layer's inputs, in float32 and without damping.
 
-    Costs `in²` multiply-adds per token. A mean: grams of parts add up weighted by their `Σ w`. Weights say which tokens
-    matter: the squared norm of the gradient of what is asked of the model, with respect to this layer's output, makes
-    `‖E X‖²` an estimate of the change in the answer, and helps most where answers hang on few tokens.
+    Costs `in²` multiply-adds per token. A mean: grams of parts add up weighted by their `Σ w`. With the squared norm of
+    the answer's gradient with respect to the layer's output for weight, errors count by what they do to the answer.
 
     Args:
         inputs: What the layer reads; all leading axes count tokens. Leave padding out, or weigh it 0.
@@ -55,26 +54,13 @@ def gram(inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] 
                 [1.5000, 3.0000]])
     """
     w = torch.ones_like(inputs[..., 0], dtype=torch.float32) if weights is None else weights.float()
-    if w.shape != inputs.shape[:-1]:
-        raise ValueError(f"weights {tuple(w.shape)} must be one per token of inputs {tuple(inputs.shape)}.")
-    if not inputs.isfinite().all() or not w.isfinite().all() or (w < 0).any() or not w.any():
-        raise ValueError(f"inputs {tuple(inputs.shape)} must be finite, with at least one token of positive weight.")
+    shapes = f"inputs {tuple(inputs.shape)} and weights {tuple(w.shape)}"
+    if w.shape != inputs.shape[:-1] or (w < 0).any() or not w.any():
+        raise ValueError(f"{shapes}: give one weight per token, none negative, and one positive at least.")
+    if not inputs.isfinite().all() or not w.isfinite().all():
+        raise ValueError(f"{shapes} must be finite for every token: they contain NaN or inf.")
     x, w = inputs.reshape(-1, inputs.shape[-1]).float(), w.reshape(-1, 1) / w.sum()
     return x.T @ (w * x)
-
-
-def grid_weight(codes: Codes, absmax: Absmax, code: Levels) -> Weight:
-    """`absmax_block · code[codes]`, the weight that codes stand for, in the dtype of `absmax`.
-
-    Raises:
-        ValueError: If blocks straddle rows.
-
-    Example:
-        >>> codes = torch.tensor([[0, 1, 0, 1]], dtype=torch.uint8)
-        >>> grid_weight(codes, torch.tensor([[1.0, 3.0]]), torch.tensor([-1.0, 1.0]))
-        tensor([[-1.,  1., -3.,  3.]])
-    """
-    return code.to(absmax)[codes.long()] * absmax.repeat_interleave(_blocksize(codes, absmax), dim=1)
 
 
 def output_error(change: Weight, delta: Weight, gram: Gram) -> float:
@@ -96,8 +82,7 @@ def output_error(change: Weight, delta: Weight, gram: Gram) -> float:
 def output_kept(change: Weight, delta: Weight, gram: Gram) -> float:
     """`⟨(Q - W) X, ΔW X⟩ / ‖ΔW X‖²`: the part of the update's effect that is kept, 1 where `ΔW X` is zero.
 
-    It says nothing of the noise beside it, which `output_error` does. With the identity for `gram` it is the `kept` of
-    weights, without regard to inputs. Arguments as in `output_error`.
+    The noise beside it is in `output_error`, whose arguments it takes; the identity for `gram` gives `kept` of weights.
 
     Example:
         >>> output_kept(torch.full((2, 3), 0.5), torch.ones(2, 3), torch.eye(3))
@@ -107,17 +92,17 @@ def output_kept(change: Weight, delta: Weight, gram: Gram) -> float:
     return _inner(change, delta, gram) / added if added > 0 else 1.0
 
 
-def stochastic_codes(target: Weight, code: Levels, absmax: Absmax, generator: torch.Generator) -> Codes:
+def stochastic_codes(target: Weight, code: Table, absmax: Absmax, generator: torch.Generator) -> Codes:
     """Round up or down at random, so that the expectation is `target`: merging without calibration inputs.
 
-    Unbiased, except that targets beyond the outermost levels are clipped. The price is noise of up to half a step in
-    every weight that is not on the grid, several times the error that `calibrate_rows` leaves.
+    Unbiased, but for targets beyond the outermost levels, which are clipped. The price is noise of up to half a step in
+    every weight that is not on the grid: several times the error that `calibrate_rows` leaves.
 
     Args:
         target: The weight to round, `W + ΔW`.
         code: The levels.
         absmax: The scales, which stay.
-        generator: Where the randomness comes from; there is no default.
+        generator: The source of randomness; there is no default.
 
     Raises:
         ValueError: If blocks straddle rows.
@@ -138,25 +123,17 @@ def stochastic_codes(target: Weight, code: Levels, absmax: Absmax, generator: to
 
 
 def calibrate_rows(
-    codes: Codes,
-    absmax: Absmax,
-    delta: Weight,
-    *,
-    code: Levels,
-    gram: Gram,
-    damping: float = 0.01,
-    max_kappa: float = 4.0,
-    held_out: Gram | None = None,
+    codes: Codes, absmax: Absmax, delta: Weight, *, code: Table, gram: Gram, damping: float = 0.01, max_kappa: float = 4
 ) -> Calibrated:
-    """Codes and absmax with `Q X ≈ (W + ΔW) X`, where `W = grid_weight(codes, absmax, code)`.
+    """Codes and absmax with `Q X ≈ (W + ΔW) X`, where `W = absmax_block · code[codes]`.
 
     For a given `κ` each row is improved from two starts, and the better one is taken: Babai's nearest plane (GPTQ in
     the order of decreasing `diag H`), and the codes that came. To improve is to take the one step of one code that
     lowers the error most once all absmax of the row are refitted by least squares, at most 64 times. `κ` starts at 1
     and is interpolated until `kept` is within 0.02 of 1, in five fits at most.
 
-    Each fit costs about `6 out in²` multiply-adds and each step `3 out in² / blocksize`; all rows go at once, the steps
-    in chunks of a few times 128 MB. Deterministic. The error at `κ` is never above that of the codes that came.
+    A fit costs about `8 out in²` multiply-adds, and a step of all rows `6 out in² / blocksize`, in chunks of a few
+    times 128 MB. Deterministic. The error at `κ` is never above that of the codes that came.
 
     Args:
         codes: The weight's codes now.
@@ -164,19 +141,15 @@ def calibrate_rows(
         delta: The update to merge, `ΔW`.
         code: The levels, sorted or not, distinct or not.
         gram: `H` of the calibration inputs.
-        damping: What is added to the diagonal of `gram`, as a part of its mean. Below about 1,000 tokens 0.1 is wiser:
-            a closer fit would not hold for other inputs.
+        damping: Added to the diagonal of `gram`, as a part of its mean; 0.1 is wiser below about 1,000 tokens.
         max_kappa: Bound of the overshoot; 1 minimises the output's error instead, which shrinks the update.
-        held_out: `H` of other inputs by which `κ` is chosen and `kept` and `error` are measured. None takes `gram`,
-            which flatters: by one point where tokens are many times `in`, by more where they are not.
 
     Returns:
-        New codes and absmax, the overshoot used, and `kept` and `error` with regard to `delta`. Rows in which `delta`
-        is zero come back as they were.
+        Codes, absmax, the overshoot, and `kept` and `error` by `gram`, which flatters: by a point or two with seven
+        tokens per input, by more with fewer. Rows in which `delta` is zero come back as they were.
 
     Raises:
-        ValueError: If shapes do not fit (blocks must not straddle rows), something is not finite, `gram` is zero,
-            `damping` is not positive, or `max_kappa` is below 1.
+        ValueError: If shapes do not fit (blocks must not straddle rows), or a value is not finite or out of range.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -192,8 +165,7 @@ def calibrate_rows(
         descent on codes, https://arxiv.org/abs/2406.17542. The refit of absmax in each step and `κ` are ours.
     """
     blocksize = _blocksize(codes, absmax)
-    judge = gram if held_out is None else held_out
-    _check(codes, damping, max_kappa, absmax=absmax, delta=delta, code=code, gram=gram, held_out=judge)
+    _check(codes, damping, max_kappa, absmax=absmax, delta=delta, code=code, gram=gram)
     rows = delta.ne(0).any(1).nonzero()[:, 0]
     if len(rows) == 0:
         return Calibrated(codes.clone(), absmax.clone(), kappa=1.0, kept=1.0, error=0.0)
@@ -203,33 +175,29 @@ def calibrate_rows(
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order].double()))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
     problem = _Problem(damped, order, factor, levels, (levels[1:] + levels[:-1]) / 2, blocksize)
-    index_of = torch.searchsorted(levels, code.float())
-    point = _Point(index_of[codes[rows].long()], absmax[rows].float())
-    weight, update = problem.weight(point), delta[rows].float()
-    tried, kappa = [], 1.0
-    while True:
+    point = _Point(torch.searchsorted(levels, code.float())[codes[rows].long()], absmax[rows].float())
+    weight, update, kappa = problem.weight(point), delta[rows].float(), 1.0
+    tried: list[tuple] = []  # (kappa, kept, error, point)
+    while len(tried) < 5:
         # The last fit is a start of the next, which then has few steps to make.
         point = _fit(problem, weight + kappa * update, point)
         change = problem.weight(point) - weight
-        kept = output_kept(change, update, judge)
-        tried.append((kappa, kept, output_error(change, update, judge), point))
-        following = _next_kappa(tried, max_kappa)
-        if len(tried) == 5 or abs(kept - 1) <= 0.02 or abs(following - kappa) < 1e-3:
+        kept = output_kept(change, update, gram)
+        tried.append((kappa, kept, output_error(change, update, gram), point))
+        previous, kappa = kappa, _next_kappa(tried, max_kappa)
+        if abs(kept - 1) <= 0.02 or abs(kappa - previous) < 1e-3:
             break
-        kappa = following
     kappa, kept, error, point = min(tried, key=lambda each: abs(each[1] - 1))
-    codes = codes.index_copy(0, rows, numbers[point.index].to(codes.dtype))
+    codes = codes.index_copy(0, rows, numbers[point.indices].to(codes.dtype))
     return Calibrated(codes, absmax.index_copy(0, rows, point.absmax.to(absmax.dtype)), kappa, kept, error)
 
 
 class _Point(NamedTuple):
-    index: Tensor  # (rows, in), int64, into the levels in ascending order
+    indices: Tensor  # (rows, in), int64, into the levels in ascending order
     absmax: Tensor  # (rows, blocks)
 
 
-class _Problem(NamedTuple):
-    """What all rows share."""
-
+class _Problem(NamedTuple):  # what all rows share
     gram: Tensor  # (in, in), damped
     order: Tensor  # of the columns in the nearest plane
     factor: Tensor  # the upper Cholesky factor of gram⁻¹ in that order
@@ -238,7 +206,7 @@ class _Problem(NamedTuple):
     blocksize: int
 
     def weight(self, point: _Point) -> Tensor:
-        return self.levels[point.index] * point.absmax.repeat_interleave(self.blocksize, dim=1)
+        return self.levels[point.indices] * point.absmax.repeat_interleave(self.blocksize, dim=1)
 
     def error(self, target: Tensor, point: _Point) -> Tensor:
         residual = target - self.weight(point)
@@ -252,7 +220,11 @@ def _fit(problem: _Problem, target: Tensor, start: _Point) -> _Point:
     """Row by row the best of `start` and of what steps make of it and of the nearest plane."""
     best, lowest = start, problem.error(target, start)
     plane = _nearest_plane(problem, target, start.absmax)
-    for candidate in (_steps(problem, target, plane), _steps(problem, target, start)):
+    chunk = max(1, 2**25 // (target.shape[1] * start.absmax.shape[1]))  # bounds what _steps holds, to 128 MB a tensor
+    for point in (plane, start):
+        parts = zip(target.split(chunk), point.indices.split(chunk), point.absmax.split(chunk), strict=True)
+        done = [_steps(problem, rows, _Point(*leaves)) for rows, *leaves in parts]
+        candidate = _Point(*map(torch.cat, zip(*done, strict=True)))
         error = problem.error(target, candidate)
         better = (error < lowest)[:, None]
         best = _Point(*(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True)))
@@ -281,29 +253,21 @@ def _shift(problem: _Problem, level: Tensor, normal: Tensor, gradient: Tensor, a
     """Newton's step of the absmax, (rows, blocks), and the Cholesky factor of its normal equations."""
     # The ridge is on the step, not on the solution: it slows what hardly matters and biases nothing.
     ridge = 1e-5 * normal.diagonal(dim1=1, dim2=2) + 1e-6 * problem.blocksize * problem.gram.diagonal().mean()
-    # Should a row fail all the same, its error does not fall, and `_step_rows` leaves it as it was.
     factor, _ = torch.linalg.cholesky_ex((normal + torch.diag_embed(ridge)).double())
     shift = torch.cholesky_solve(problem.sums(level * gradient).double()[..., None], factor)[..., 0].float()
     # Where one would turn negative, the row keeps its own.
     return shift.masked_fill((absmax + shift < 0).any(1, keepdim=True), 0), factor.float()
 
 
-def _steps(problem: _Problem, target: Tensor, point: _Point) -> _Point:
-    """Greedy coordinate descent: in each row the one step of one code that gains most, absmax refitted."""
-    chunk = max(1, 2**25 // (target.shape[1] * point.absmax.shape[1]))
-    parts = zip(target.split(chunk), point.index.split(chunk), point.absmax.split(chunk), strict=True)
-    done = [_step_rows(problem, rows, _Point(*start)) for rows, *start in parts]
-    return _Point(*(torch.cat(leaves) for leaves in zip(*done, strict=True)))
-
-
-def _step_rows(problem: _Problem, target: Tensor, point: _Point, limit: int = 64) -> _Point:
+def _steps(problem: _Problem, target: Tensor, point: _Point, limit: int = 64) -> _Point:
+    """Greedy coordinate descent: in each row the one step of one code that gains most, all absmax refitted."""
     gram, levels, size = problem.gram, problem.levels, problem.blocksize
     diagonal, last, columns = gram.diagonal(), len(levels) - 1, target.shape[1]
-    best = _Point(point.index.clone(), point.absmax.clone())
-    index, absmax, level = point.index.clone(), point.absmax, levels[point.index]
-    # How the gradient falls with the absmax of each block, and the normal equations of the absmax.
+    best = _Point(point.indices.clone(), point.absmax.clone())
+    index, absmax, level = point.indices.clone(), point.absmax, levels[point.indices]
+    # How the gradient falls with the absmax of each block, and the absmax's normal equations.
     pairs = zip(level.split(size, dim=1), gram.split(size), strict=True)
-    products = torch.stack([own @ across for own, across in pairs], dim=1)  # (rows, blocks, in)
+    products = torch.stack([own @ gram_rows for own, gram_rows in pairs], dim=1)  # (rows, blocks, in)
     normal = torch.stack([problem.sums(p * level) for p in products.unbind(1)], dim=1)  # (rows, blocks, blocks)
     gradient = (target - problem.weight(point)) @ gram
     error, rows = problem.error(target, point), torch.arange(len(target), device=target.device)
@@ -312,12 +276,11 @@ def _step_rows(problem: _Problem, target: Tensor, point: _Point, limit: int = 64
         absmax = absmax + shift
         gradient = gradient - (shift[:, None] @ products)[:, 0]
         new = ((target - level * absmax.repeat_interleave(size, dim=1)) * gradient).sum(1)
-        on = new < error * (1 - 1e-5 if count else 1 + 1e-5)
-        best.index[rows[on]], best.absmax[rows[on]] = index[on], absmax[on]
+        on = new < error * (1 - 1e-5 if count else 1 + 1e-5)  # False for NaN too, should a factorization fail
+        best.indices[rows[on]], best.absmax[rows[on]] = index[on], absmax[on]
         if count == limit or not on.any():
             break
-        # Rows that gained nothing are done, and the others go on without them.
-        if not on.all():
+        if not on.all():  # the rows that gained nothing are done
             target, index, level, absmax, products, normal, factor, gradient, new, rows = (
                 t[on] for t in (target, index, level, absmax, products, normal, factor, gradient, new, rows)
             )
@@ -325,11 +288,9 @@ def _step_rows(problem: _Problem, target: Tensor, point: _Point, limit: int = 64
         # A step costs less where the absmax can make up for it: the Schur complement of their normal equations.
         relief = torch.linalg.solve_triangular(factor, products, upper=False).square().sum(1)
         curvature = torch.maximum(diagonal - relief, 0.05 * diagonal)
-        moves = [(levels[(index + step).clamp(0, last)] - level) * scale for step in (1, -1)]
-        # A step beyond the table is no move, and gains 0.
+        moves = [(levels[(index + step).clamp(0, last)] - level) * scale for step in (1, -1)]  # 0 beyond the table
         choice = torch.cat([(2 * gradient - move * curvature) * move for move in moves], dim=1).argmax(1)
-        row, j = torch.arange(len(choice), device=choice.device), choice % columns
-        b = j // size
+        row, j, b = torch.arange(len(choice), device=choice.device), choice % columns, choice % columns // size
         index[row, j] = (index[row, j] + torch.where(choice < columns, 1, -1)).clamp(0, last)
         rise = levels[index[row, j]] - level[row, j]
         level[row, j] += rise
@@ -342,12 +303,13 @@ def _step_rows(problem: _Problem, target: Tensor, point: _Point, limit: int = 64
     return best
 
 
-def _next_kappa(tried: list, largest: float) -> float:
+def _next_kappa(tried: list[tuple], largest: float) -> float:
     """Between the overshoots that kept a little too much and a little too little; until there are two such, ahead."""
     below, above = ([each for each in tried if (each[1] < 1) is side] for side in (True, False))
     if not below or not above:
-        kappa, kept, *_ = tried[-1]
-        return min(max(kappa / max(kept, 0.1) ** 0.8, 1.0), largest)  # the power is what real layers ask for
+        return min(
+            max(tried[-1][0] / max(tried[-1][1], 0.1) ** 0.8, 1.0), largest
+        )  # the power is what real layers ask for
     (low, less, *_), (high, more, *_) = max(below, key=lambda each: each[1]), min(above, key=lambda each: each[1])
     return low + (high - low) * (1 - less) / (more - less)
 
@@ -355,8 +317,7 @@ def _next_kappa(tried: list, largest: float) -> float:
 def _levels(code: Tensor) -> tuple[Tensor, Tensor]:
     """The distinct levels in ascending order, and the first code that names each (fp4 has two zeros)."""
     levels, numbers = code.sort(stable=True)
-    first = torch.ones_like(levels, dtype=torch.bool)
-    first[1:] = levels[1:] != levels[:-1]
+    first = torch.diff(levels, prepend=levels[:1] - 1) > 0
     return levels[first], numbers[first]
 
 
@@ -364,22 +325,19 @@ def _inner(left: Tensor, right: Tensor, gram: Tensor) -> float:
     return (left.float() @ gram.float() * right.float()).sum(dtype=torch.float64).item()
 
 
-def _blocksize(matrix: Tensor, absmax: Tensor) -> int:
-    if matrix.ndim != 2 or absmax.ndim != 2 or len(matrix) != len(absmax):
-        raise ValueError(f"a weight {tuple(matrix.shape)} needs absmax (out, blocks), got {tuple(absmax.shape)}.")
-    if absmax.shape[1] == 0 or matrix.shape[1] % absmax.shape[1]:
-        raise ValueError(
-            f"rows of {matrix.shape[1]} weights are not whole blocks with absmax {tuple(absmax.shape)}: blocks must "
-            "not straddle two rows. Quantize with a blocksize that divides the input size, or merge densely."
-        )
-    return matrix.shape[1] // absmax.shape[1]
+def _blocksize(weight: Tensor, absmax: Tensor) -> int:
+    shapes = f"weight {tuple(weight.shape)} and absmax {tuple(absmax.shape)}"
+    if weight.ndim != 2 or absmax.ndim != 2 or len(weight) != len(absmax):
+        raise ValueError(f"{shapes} do not fit: they must be (out, in) and (out, in / blocksize).")
+    if absmax.shape[1] == 0 or weight.shape[1] % absmax.shape[1]:
+        raise ValueError(f"{shapes}: blocks must not straddle rows. Use a blocksize that divides in, or merge densely.")
+    return weight.shape[1] // absmax.shape[1]
 
 
 def _check(codes: Tensor, damping: float, max_kappa: float, **floats: Tensor) -> None:
-    out, columns = codes.shape
-    for name, shape in {"delta": (out, columns), "gram": (columns, columns), "held_out": (columns, columns)}.items():
+    for name, shape in {"delta": tuple(codes.shape), "gram": (codes.shape[1], codes.shape[1])}.items():
         if floats[name].shape != shape:
-            raise ValueError(f"codes {(out, columns)} need {name} {shape}, got {tuple(floats[name].shape)}.")
+            raise ValueError(f"codes {tuple(codes.shape)} need {name} {shape}, got {tuple(floats[name].shape)}.")
     for name, tensor in floats.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{name} must be finite: it contains NaN or inf.")

@@ -2,19 +2,15 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from .options import DTYPES, QUANTS, data, model, names, newlines, positive, source
 
-EXTRAS = {"transformers", "tokenizers", "tqdm", "gguf", "sentencepiece"}
+
+EXTRAS = {"transformers", "tokenizers", "tqdm", "gguf", "sentencepiece", "accelerate"}
 # What a user can put right in the command line or in a file, as opposed to what the world does.
-USER_MISTAKES = (
-    ValueError,
-    FileNotFoundError,
-    NotADirectoryError,
-    IsADirectoryError,
-    FileExistsError,
-)
+USER_MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vera-func", description="VeRA adapters over quantized language models.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo,):
+    for add in (_add_demo, _add_train, _add_evaluate, _add_generate):
+        add(commands)
+    for add in (_add_merge, _add_export_lora, _add_inspect, _add_convert):
         add(commands)
     return parser
 
@@ -58,61 +56,231 @@ def _add_demo(commands: Any) -> None:
         "demo",
         _run_demo,
         help="quantize a model, train an adapter that classifies texts, save it, check it",
-        example="vera-func demo\n  vera-func demo --data reviews.csv --steps 100 --out my-adapter",
+        example="vera-func demo\n  vera-func demo --adapters 8 --steps 100 --out my-sweep",
     )
+    data(parser, "JSONL or CSV with text and label (default: movie reviews)")
+    _training(parser, out={"default": "vera-demo", "help": "where the adapter goes, %(default)s"})
+
+
+def _add_train(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "train",
+        _run_demo,
+        help="train an adapter on your texts, measure it on a part held out, save it as a PEFT directory",
+        example="vera-func train --model ./my-model --data reviews.csv --out my-adapter",
+    )
+    data(parser, "JSONL or CSV with text and label", required=True)
+    _training(parser, out={"required": True, "help": "where the adapter goes"})
+
+
+def _training(parser: Any, out: dict[str, Any]) -> None:
     add = parser.add_argument
-    add("--model", metavar="DIR_OR_HUB_ID", help="a causal language model (default: SmolLM2-135M)")
-    add("--data", metavar="FILE", help="JSONL or CSV with text and label (default: movie reviews)")
-    add("--quant", choices=["nf4", "fp4", "int8", "none"], default="nf4", help="%(default)s")
-    add("--r", type=_positive(int), default=256, help="rank of the projections, %(default)s")
+    model(parser, "default: SmolLM2-135M")
+    add("--r", type=positive(int), default=256, help="rank of the projections, %(default)s")
+    add("--targets", metavar="NAMES", type=names, help="modules to adapt (default: q_proj,v_proj or the like)")
+    add("--steps", type=positive(int), metavar="N", help="training steps (default: one epoch, 50 to 100)")
     add(
-        "--targets",
-        metavar="NAMES",
-        type=_names,
-        help="modules to adapt (default: q_proj,v_proj or the like)",
-    )
-    add(
-        "--steps",
-        type=_positive(int),
+        "--adapters",
+        type=positive(int),
+        default=1,
         metavar="N",
-        help="training steps (default: one epoch, 50 to 100)",
+        help="more than one are a sweep over learning rate and d_initial in one run, all of which go to "
+        "OUT/bank.safetensors; the training then costs 1.5 times that of one",
     )
-    add(
-        "--batch-size",
-        type=_positive(int),
-        default=16,
-        metavar="N",
-        help="texts in a step, %(default)s",
-    )
-    add("--learning-rate", type=_positive(float), default=2e-2, metavar="X", help="%(default)s")
-    add(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="of the arithmetic (default: bfloat16 if the CPU has it in hardware, else float32)",
-    )
+    add("--batch-size", type=positive(int), default=16, metavar="N", help="texts in a step, %(default)s")
+    add("--learning-rate", type=positive(float), default=2e-2, metavar="X", help="%(default)s")
     add("--seed", type=int, default=0, help="of split, order and projections, %(default)s")
-    add("--out", default="vera-demo", metavar="DIR", help="where the adapter goes, %(default)s")
+    add("--out", metavar="DIR", **out)
 
 
 def _run_demo(args: argparse.Namespace) -> None:
-    import torch
-
     from .demo import demo
+    from .report import describe
 
-    demo(
-        model=args.model,
-        data=args.data,
-        quant=args.quant,
-        r=args.r,
-        targets=args.targets,
-        steps=args.steps,
-        out=args.out,
-        seed=args.seed,
-        learning_rate=args.learning_rate,
+    talk = args.command == "demo" and not args.json
+    options = {"model", "data", "quant", "r", "targets", "steps", "adapters", "out", "seed", "learning_rate"}
+    result = demo(
+        **{name: getattr(args, name) for name in sorted(options)},
         batch_size=args.batch_size,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
-        say=_say,
+        dtype=_dtype(args.dtype),
+        **({"prompt": args.prompt} if args.prompt else {}),
+        say=_say if talk else lambda line: None,
     )
+    if not talk:
+        _emit(args, result._asdict(), lambda: describe(result._asdict(), "sweep"))
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "evaluate",
+        _run_evaluate,
+        help="accuracy and loss of every adapter of a bank, of one adapter, or of the model alone",
+        example="vera-func evaluate --bank vera-demo/bank.safetensors --data reviews.csv --out table.csv",
+    )
+    source(parser)
+    data(parser, "JSONL or CSV with text and label, all of which is used (default: the demo's held-out reviews)")
+    add = parser.add_argument
+    add("--limit", type=positive(int), metavar="N", help="use the first N texts only")
+    add("--chunk", type=positive(int), default=8, metavar="N", help="adapters at once, %(default)s")
+    add("--batch-size", type=positive(int), default=32, metavar="N", help="texts at once, %(default)s")
+    add("--out", metavar="FILE", help="write the table here, as CSV or JSON by the suffix")
+
+
+def _run_evaluate(args: argparse.Namespace) -> None:
+    from .commands import evaluate, open_source
+    from .demo import HELD_OUT, demo_examples, split_examples
+    from .examples import read_examples
+    from .report import check_table_path, format_table, write_table
+
+    adapters = open_source(args.adapter, args.bank, args.name)
+    if args.out:
+        check_table_path(args.out)
+    examples = read_examples(args.data) if args.data else split_examples(demo_examples(), HELD_OUT, seed=0)[1]
+    rows = evaluate(
+        adapters,
+        _base(args, adapters),
+        examples[: args.limit],
+        prompt=args.prompt,
+        chunk=args.chunk,
+        batch_size=args.batch_size,
+    )
+    if args.out:
+        write_table(args.out, rows)
+    _emit(args, rows, lambda: f"{len(rows)} rows written to {args.out}" if args.out else format_table(rows))
+
+
+def _add_generate(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "generate",
+        _run_generate,
+        help="continue prompts with an adapter, or each with one of its own from a bank",
+        example=r"vera-func generate --adapter vera-demo 'Review: A joy to watch.\nSentiment:'"
+        "\n  vera-func generate --bank bank.safetensors --name a --name b 'One day' 'One night'",
+    )
+    add = parser.add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help=r"texts, \n for a new line (default: the lines of stdin)")
+    source(parser)
+    add("--max-new-tokens", type=positive(int), default=40, metavar="N", help="%(default)s")
+    add("--temperature", type=positive(float), metavar="X", help="draw tokens (default: take the likeliest)")
+    add("--seed", type=int, default=0, help="of the draws, %(default)s")
+    add("--batch-size", type=positive(int), default=16, metavar="N", help="prompts at once, %(default)s")
+
+
+def _run_generate(args: argparse.Namespace) -> None:
+    from .commands import generate, open_source
+
+    adapters = open_source(args.adapter, args.bank, args.name)
+    prompts = args.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    rows = generate(
+        adapters,
+        _base(args, adapters),
+        [newlines(prompt) for prompt in prompts],
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature or 0.0,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    _emit(args, rows, lambda: "\n\n".join(f"[{row['adapter']}] {row['prompt']}{row['text']}" for row in rows))
+
+
+def _add_merge(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "merge",
+        _run_merge,
+        help="write a plain model with an adapter in its weights, and say how much of it is kept",
+        example="vera-func merge --adapter vera-demo --to bfloat16 --out merged-model",
+    )
+    source(parser)
+    add = parser.add_argument
+    add("--to", choices=[*QUANTS[:-1], *DTYPES], required=True, help="format of the merged weights")
+    add("--out", metavar="DIR", required=True, help="where the model and its tokenizer go")
+
+
+def _run_merge(args: argparse.Namespace) -> None:
+    from .commands import merge_to, open_source, summarize_reports
+    from .report import format_table
+
+    adapters = open_source(args.adapter, args.bank, args.name, one=True)
+    done = merge_to(adapters, _base(args, adapters), args.to, args.out)
+    table = summarize_reports(done["modules"])
+    _emit(args, done, lambda: f"{format_table(table)}\n{done['advice']}\nThe merged model is in {args.out}.")
+
+
+def _add_export_lora(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "export-lora",
+        _run_export_lora,
+        help="write an adapter as a PEFT LoRA directory, for PEFT, vLLM and others",
+        example="vera-func export-lora --adapter vera-demo --rank 16 --out my-lora",
+    )
+    source(parser)
+    parser.add_argument("--rank", type=positive(int), metavar="N", help="of the LoRA (default: r, which is exact)")
+    parser.add_argument("--out", metavar="DIR", required=True, help="where the LoRA goes")
+
+
+def _run_export_lora(args: argparse.Namespace) -> None:
+    from .commands import lora_of, open_source
+    from .report import describe
+
+    adapters = open_source(args.adapter, args.bank, args.name, one=True)
+    done = lora_of(adapters, _base(args, adapters), args.out, args.rank)
+    _emit(args, done, lambda: describe(done))
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "inspect",
+        _run_inspect,
+        help="what is in an adapter or a bank, or what would be adapted in a model",
+        example="vera-func inspect vera-demo\n  vera-func inspect vera-demo --model ./my-model --to nf4",
+    )
+    add = parser.add_argument
+    add("path", metavar="PATH", help="a PEFT directory, a bank, or the folder of a model")
+    add("--name", action="append", metavar="NAME", help="look at this adapter of a bank only; may be repeated")
+    model(parser, "of an adapter: says, too, how large its updates are and what a merge keeps of them")
+    add("--to", choices=[*QUANTS[:-1], *DTYPES], help="format to merge to (default: the model's)")
+    add("--r", type=positive(int), default=256, help="of an adapter for a model folder, %(default)s")
+    add("--targets", metavar="NAMES", type=names, help="of the same (default: q_proj,v_proj or the like)")
+
+
+def _run_inspect(args: argparse.Namespace) -> None:
+    from .commands import inspect_path
+    from .report import describe
+
+    options = {name: getattr(args, name) for name in ("model", "quant", "to", "r", "targets")}
+    found = inspect_path(args.path, names=args.name, dtype=_dtype(args.dtype), **options)
+    parts = [{key: value for key, value in found.items() if key != "merge"}, found.get("merge")]
+    _emit(args, found, lambda: "\n\n".join(describe(part, "modules") for part in parts if part))
+
+
+def _add_convert(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "convert",
+        _run_convert,
+        help="PEFT directories to a bank, or a bank to PEFT directories",
+        example="vera-func convert run-1 run-2 --out all.safetensors\n  vera-func convert all.safetensors --out all",
+    )
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="PEFT directories, or one bank")
+    add("--out", metavar="PATH", required=True, help="a new file ending in .safetensors, or a folder")
+    add("--name", action="append", metavar="NAME", help="an adapter of the bank (default: all); may be repeated")
+    model(parser, "of the directories (default: what they name)")
+
+
+def _run_convert(args: argparse.Namespace) -> None:
+    from .commands import convert
+    from .report import describe
+
+    options = {"names": args.name, "model": args.model, "quant": args.quant, "dtype": _dtype(args.dtype)}
+    done = convert(args.sources, args.out, **options)
+    _emit(args, done, lambda: describe(done))
 
 
 def _command(commands: Any, name: str, run: Any, *, help: str, example: str) -> Any:
@@ -123,26 +291,27 @@ def _command(commands: Any, name: str, run: Any, *, help: str, example: str) -> 
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, command=name)
+    parser.add_argument("--json", action="store_true", help="print JSON for machines")
     return parser
 
 
-def _positive(kind: type) -> Any:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-        return value
+def _dtype(name: str | None) -> Any:
+    import torch
 
-    parse.__name__ = kind.__name__  # argparse: "invalid int value"
-    return parse
+    return getattr(torch, name) if name else None
 
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError("must be names separated by commas, such as q_proj,v_proj")
-    return names
+def _base(args: argparse.Namespace, source: Any) -> Any:
+    from .commands import base_of
+
+    return base_of(source, args.model, args.quant, _dtype(args.dtype))
+
+
+def _emit(args: argparse.Namespace, result: Any, text: Callable[[], str]) -> None:
+    from .report import to_json
+
+    _say(to_json(result) if args.json else text())
 
 
 def _say(line: str) -> None:

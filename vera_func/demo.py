@@ -1,46 +1,47 @@
 """The main job from end to end: a quantized language model, a VeRA adapter, held-out accuracy.
 
 frozen nf4 model -> adapt -> fit with torch.func.grad -> PEFT directory -> loaded back, same logits
+
+With N adapters, a sweep comes first. In the first half of the steps all N train in one run, on the same texts, with
+batches of 2 / N times the size: together they are twice as many rows as one adapter's. Then the one that answers best
+on texts kept for this choice goes on alone with full batches, its optimizer and schedule as they are. So the training
+costs 1.5 times that of one adapter, whatever N is, up to twice the batch size.
 """
 
-import copy
+import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .assets import load_smollm2, load_snippets, quiet_transformers
+from .assets import load_snippets
+from .bank import save_bank
 from .checkpoint import load_adapter, save_adapter
 from .config import VeraConfig
-from .examples import polar_examples, read_examples, split
-from .model import adapt
+from .examples import Example, polar_examples, read_examples, split
+from .many import stack_adapters
+from .model import Adapted, adapt
 from .optim import linear_warmup_cosine
-from .quantized import is_bnb_linear, quantize_4bit, quantize_8bit, to_bnb
-from .sentiment import (
-    accepted_arguments,
-    accuracy,
-    answer_ids,
-    answer_logits,
-    answer_loss,
-    encode,
-    train_batches,
+from .pretrained import (
+    Note,
+    describe_base,
+    load_base,
+    native_dtype as native_dtype,
+    quantize_model as quantize_model,
+    write_note,
 )
-from .train import fit
+from .report import bar, format_table
+from .sentiment import PROMPT, Batch, Encoded, collate, train_batches
+from .task import Task, check_prompt, encode_examples, fit_row, logits_of, loss_of, make_task, score_of
+from .train import Fit, fit, sweep, sweep_table
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-QUANTIZERS: dict[str, Callable[[Tensor], Any]] = {
-    "nf4": partial(quantize_4bit, quant_type="nf4"),
-    "fp4": partial(quantize_4bit, quant_type="fp4"),
-    "int8": quantize_8bit,
-}
-HELD_OUT, MAX_STEPS, MIN_STEPS = 1000, 100, 50
+HELD_OUT, CHOOSING, MAX_STEPS, MIN_STEPS = 1000, 200, 100, 50
+BANK = "bank.safetensors"
 
 
 class DemoResult(NamedTuple):
@@ -48,12 +49,14 @@ class DemoResult(NamedTuple):
 
     Attributes:
         before: Share of held-out examples that the model answers rightly without an adapter.
-        after: The same with the trained adapter.
+        after: The same with the trained adapter, the best one of a sweep.
         held_out: Number of those examples.
-        trained: Number of trained values.
-        seconds: Duration of the training alone.
+        trained: Number of trained values of an adapter.
+        seconds: Duration of the training, and in a sweep of the choice, too.
         difference: Largest absolute difference between logits before saving and after loading.
         out: Where the adapter lies.
+        bank: Where all adapters of a sweep lie.
+        sweep: A row for each of its adapters: how it started, and how it answered when the choice was made.
     """
 
     before: float
@@ -63,21 +66,41 @@ class DemoResult(NamedTuple):
     seconds: float
     difference: float
     out: Path
+    bank: Path | None = None
+    sweep: list[dict[str, Any]] | None = None
+
+
+class Sweep(NamedTuple):
+    """What `train_sweep` gave.
+
+    Attributes:
+        best: Params of the best adapter, which made all steps.
+        row: Which one that is.
+        stacked: All of them as their training ended, the best one included.
+        table: A row for each: name, how it started, and its loss and accuracy when the choice was made.
+    """
+
+    best: dict[str, Tensor]
+    row: int
+    stacked: dict[str, Tensor]
+    table: list[dict[str, Any]]
 
 
 def demo(
     *,
     model: str | None = None,
     data: str | Path | None = None,
-    quant: str = "nf4",
+    quant: str | None = None,
     r: int = 256,
     targets: Sequence[str] | None = None,
     steps: int | None = None,
+    adapters: int = 1,
     out: str | Path = "vera-demo",
     seed: int = 0,
     learning_rate: float = 2e-2,
     batch_size: int = 16,
     dtype: torch.dtype | None = None,
+    prompt: str = PROMPT,
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> DemoResult:
@@ -88,177 +111,219 @@ def demo(
     Args:
         model: A local folder or a hub id; None is SmolLM2-135M-Instruct, from PyPI.
         data: A JSONL or CSV file with text and label; None is rated movie snippets, from PyPI.
-        quant: "nf4", "fp4", "int8" or "none".
+        quant: "nf4", "fp4", "int8" or "none"; None is the model's own format, or nf4.
         r: Rank of the projections.
         targets: Ends of names of the modules to adapt; None is PEFT's choice for the model type.
         steps: Training steps; None is one epoch, but between 50 and 100.
-        out: Folder for the adapter, in PEFT's format.
+        adapters: How many to train; more than one are a sweep, see the module.
+        out: Folder for the adapter, in PEFT's format, and for the bank of a sweep.
         seed: Of the split, the order and the projections.
-        learning_rate: At the beginning; it falls along a cosine. VeRA wants a large one.
+        learning_rate: At the beginning; it falls along a cosine. VeRA wants a large one. A sweep goes
+            from a quarter to twice this.
         batch_size: Examples in a step.
         dtype: Of what is not quantized, and of the arithmetic; None is `native_dtype()`.
+        prompt: With `{text}` in it; the label is the word that follows.
         progress: Shows progress bars.
         say: What to do with each line of the report.
 
     Raises:
         ValueError: If an option or the data cannot be used.
         OSError: If a file, the model, or (ConnectionError) the network is missing.
-        RuntimeError: If the loaded adapter does not give the logits of the saved one.
+        RuntimeError: If every adapter of a sweep diverged, or the loaded one does not give the logits of the saved one.
     """
-    if quant != "none" and quant not in QUANTIZERS:
-        raise ValueError(f"quant must be one of {[*QUANTIZERS, 'none']}, got {quant!r}.")
+    check_prompt(prompt)
     if Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"out must be a folder, or not there yet; {out} is a file.")
     # The cheap steps first: a bad row should not cost the time to load a model.
-    examples = read_examples(data) if data is not None else polar_examples(load_snippets("movie"))
-    train, test = split(examples, min(HELD_OUT, -(-len(examples) // 5)), seed=seed)
-    labels = sorted({example.label for example in examples})
-
-    dtype = dtype or native_dtype()
-    dense, tokenizer = load_smollm2(dtype) if model is None else _load(model, dtype)
-    answers = answer_ids(tokenizer, labels)
-    base = dense if quant == "none" else quantize_model(dense, quant)
-    del dense
-    say(_describe(model or "SmolLM2-135M-Instruct", base, quant, dtype))
-
-    pad_id = tokenizer.pad_token_id or 0
-    batches = train_batches(encode(tokenizer, train, labels), batch_size, seed=seed, pad_id=pad_id)
-    if steps is None:
-        steps = min(max(len(train) // batch_size, MIN_STEPS), MAX_STEPS)
+    examples = demo_examples() if data is None else read_examples(data)
+    train, test = split_examples(examples, HELD_OUT, seed=seed)
+    train, choosing = (train, []) if adapters == 1 else split_examples(train, CHOOSING, seed=seed)
+    if len(train) < batch_size:
+        raise ValueError(f"{len(train)} examples to train on do not fill a batch of {batch_size}.")
+    base = load_base(model, quant, dtype)
+    say(describe_base(base))
+    task = make_task(base, sorted({example.label for example in examples}), prompt)
     config = VeraConfig(
-        base_model_name_or_path=model or "HuggingFaceTB/SmolLM2-135M-Instruct",
+        base_model_name_or_path=base.name,
         task_type="CAUSAL_LM",
         r=r,
         target_modules=list(targets) if targets is not None else None,
         projection_prng_key=seed,
     )
-    apply, params, frozen, config = adapt(base, config)
-    accepts = accepted_arguments(base)
-
-    def logits_fn(params: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-        return answer_logits(partial(apply, params, frozen), batch, accepts)
-
-    def loss_fn(params: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-        return answer_loss(logits_fn(params, batch), batch["label"], answers)
-
-    encoded = encode(tokenizer, test, labels)
-    measure = partial(accuracy, rows=encoded, answers=answers, pad_id=pad_id)
-    before = measure(partial(logits_fn, params), progress=_bar("before", progress))
+    adapted = adapt(base.model, config)
+    rows = encode_examples(base, task, test)
+    before = score_of(adapted, task, adapted.params, rows, progress=bar("before", progress)).accuracy.item()
     say(f"Before: {before:.1%} of {len(test):,} held-out texts answered rightly.")
 
-    start = time.perf_counter()
-    run = fit(
-        loss_fn,
-        params,
-        batches,
-        steps=steps,
-        learning_rate=learning_rate,
-        schedule=partial(linear_warmup_cosine, warmup=0, total=steps),
-        max_norm=1.0,
-        progress=progress,
-    )
+    steps = steps or min(max(len(train) // batch_size, MIN_STEPS), MAX_STEPS)
+    options: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seed": seed, "progress": progress}
+    start, found = time.perf_counter(), None
+    encoded = encode_examples(base, task, train)
+    if adapters == 1:
+        params = train_one(adapted, task, encoded, learning_rate=learning_rate, **options)
+        config = adapted.config
+    else:
+        say(
+            f"Sweep: {adapters} adapters in one run, {steps // 2} of {steps} steps on the same texts, "
+            f"{small_batch(batch_size, adapters)} at a time; chosen on {len(choosing)} other texts."
+        )
+        grid = sweep_grid(adapters, learning_rate)
+        found = train_sweep(adapted, task, grid, encoded, encode_examples(base, task, choosing), **options)
+        params, best = found.best, found.table[found.row]
+        config = dataclasses.replace(adapted.config, d_initial=best["d_initial"])
+        say(format_table(found.table))
+        say(f"Best: {best['name']}, which then went on alone, {batch_size} texts at a time.")
     seconds = time.perf_counter() - start
-    values = sum(leaf.numel() for leaf in run.params.values())
-    size = sum(leaf.numel() * leaf.element_size() for leaf in run.params.values())
-    say(
-        f"Trained {values:,} numbers ({size / 1024:,.0f} KiB) in {steps} steps on "
-        f"{min(steps * batch_size, len(train)):,} texts and {seconds:.0f} s."
-    )
-    after = measure(partial(logits_fn, run.params), progress=_bar("after", progress))
+    values = sum(leaf.numel() for leaf in params.values())
+    size = sum(leaf.numel() * leaf.element_size() for leaf in params.values())
+    say(f"Trained {values:,} numbers ({size / 1024:,.0f} KiB) in {steps} steps and {seconds:.0f} s.")
+    after = score_of(adapted, task, params, rows, progress=bar("after", progress)).accuracy.item()
     say(f"After: {after:.1%} of the same {len(test):,}.")
 
-    save_adapter(out, run.params, frozen, config)
-    difference = _reload_difference(out, base, run.params, frozen, apply, batches(0), accepts)
+    note = Note(base.quant, task.labels, task.prompt)
+    save_adapter(out, params, adapted.frozen, config)
+    write_note(out, note)
+    batch = collate(rows[:batch_size], task.pad_id)
+    difference = _reload_difference(out, adapted, task, params, batch)
     say(f"Saved in {out}, loaded back: the logits differ by at most {difference:.1g}.")
-    say(
-        f'Next: vera_func.load_adapter("{out}", model) or peft.PeftModel.from_pretrained(model, '
-        f'"{out}"); your own texts: vera-func demo --data reviews.csv'
+    bank = None
+    if found is not None:
+        names = [row["name"] for row in found.table]
+        bank = save_bank(Path(out) / BANK, found.stacked, adapted.frozen, adapted.config, names)
+        write_note(bank, note)
+        say(f"All {adapters} are in {bank}: vera-func evaluate --bank {bank}")
+    say(f"Next: vera-func inspect {out}; vera-func generate --adapter {out} 'One day'; vera-func train --help")
+    return DemoResult(
+        before, after, len(test), values, seconds, difference, Path(out), bank, found.table if found else None
     )
-    return DemoResult(before, after, len(test), values, seconds, difference, Path(out))
 
 
-def native_dtype() -> torch.dtype:
-    """bfloat16 on a CPU that multiplies it in hardware, float32 elsewhere: 9 times faster there.
+def demo_examples() -> list[Example]:
+    """The demo's texts: movie snippets that are clearly positive or negative."""
+    return polar_examples(load_snippets("movie"))
 
-    Hardware means AVX512-BF16, AMX, or the bf16 extension of ARM. Without it PyTorch emulates: the
-    product (700, 576) x (576, 576) takes 24 ms in bfloat16 and 2.5 ms in float32 on two AVX2 cores.
+
+def split_examples(examples: Sequence[Example], most: int, *, seed: int) -> tuple[list[Example], list[Example]]:
+    """What to train on, and the part held out from it: `most` examples, or a fifth if that is less."""
+    return split(examples, min(most, -(-len(examples) // 5)), seed=seed)
+
+
+def train_one(
+    adapted: Adapted,
+    task: Task,
+    train: Sequence[Encoded],
+    *,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """The params after training on these rows."""
+    batches = train_batches(train, batch_size, seed=seed, pad_id=task.pad_id)
+    run = _fit(loss_of(adapted, task), adapted.params, batches, learning_rate, steps, steps, progress)
+    return run.params
+
+
+def sweep_grid(adapters: int, learning_rate: float) -> list[dict[str, Any]]:
+    """How each adapter of a sweep starts: two values of `d_initial` times learning rates, or these alone if odd.
+
+    The projections, VeRA's seed, are shared by all; what is left to start with is the scale of `lambda_d`.
+
+    Example:
+        >>> [tuple(row.values()) for row in sweep_grid(4, 0.02)]
+        [(0.005, 0.1), (0.005, 0.5), (0.04, 0.1), (0.04, 0.5)]
     """
-    capabilities = torch.cpu.get_capabilities()
-    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if native else torch.float32
+    scales = [0.1, 0.5] if adapters % 2 == 0 else [0.1]
+    count = adapters // len(scales)
+    powers = [-2 + 3 * i / (count - 1) for i in range(count)] if count > 1 else [0.0]
+    return sweep({"learning_rate": [learning_rate * 2**power for power in powers], "d_initial": scales})
 
 
-def quantize_model(model: "PreTrainedModel", quant: str, skip: Sequence[str] = ("lm_head",)) -> "PreTrainedModel":
-    """A copy of a model whose `nn.Linear`s are bitsandbytes modules; all other tensors are shared.
+def small_batch(batch_size: int, adapters: int) -> int:
+    """Texts for each adapter in a step of a sweep: all together have twice the rows of one alone.
 
-    The model itself stays as it is, and so do linears that are bitsandbytes' already. The head is
-    left alone by default: it is often the embedding.
+    Example:
+        >>> small_batch(16, 8)
+        4
+    """
+    return max(1, 2 * batch_size // adapters)
+
+
+def train_sweep(
+    adapted: Adapted,
+    task: Task,
+    grid: Sequence[Mapping[str, Any]],
+    train: Sequence[Encoded],
+    choosing: Sequence[Encoded],
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> Sweep:
+    """Train all for half of the steps in one run, and the best one for the rest; see the module.
 
     Args:
-        model: Any module.
-        quant: "nf4", "fp4" or "int8".
-        skip: Ends of the names of modules to leave as they are.
+        adapted: From `adapt`.
+        task: What to answer.
+        grid: From `sweep_grid`, a row for each adapter.
+        train: Rows to train on.
+        choosing: Other rows: the adapter with the least mean loss on them is the best.
+        steps: Of the best one; the others make half of them.
+        batch_size: Of the best one when it is alone.
+        seed: Of the order.
+        progress: Shows progress bars.
 
     Raises:
-        ValueError: If nothing was quantized.
+        RuntimeError: If all diverged.
     """
-    shared = {id(leaf): leaf for leaf in (*model.parameters(), *model.buffers())}
-    new = copy.deepcopy(model, memo=shared)
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and not is_bnb_linear(module)  # a subclass
-        and not f".{name}".endswith(tuple(f".{end}" for end in skip))
-    }
-    if not linears:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize, {list(skip)} aside.")
-    for name, linear in linears.items():
-        parent, _, child = name.rpartition(".")
-        q = QUANTIZERS[quant](linear.weight.detach())
-        new.get_submodule(parent).register_module(child, to_bnb(q, linear.bias))
-    return new
+    n, rates = len(grid), [row["learning_rate"] for row in grid]
+    small, full = (
+        train_batches(train, size, seed=seed, pad_id=task.pad_id) for size in (small_batch(batch_size, n), batch_size)
+    )
+    start = stack_adapters([_start(adapted.params, row["d_initial"]) for row in grid])
+    run = _fit(loss_of(adapted, task, stacked=True), start, small, rates, steps // 2, steps, progress, num_adapters=n)
+    options = {"batch_size": max(1, 256 // n), "progress": bar("choosing", progress)}
+    score = score_of(adapted, task, run.params, choosing, **options)
+    loss = torch.where(run.diverged, torch.inf, score.loss).nan_to_num(nan=torch.inf)
+    row = int(loss.argmin())
+    if run.diverged[row]:
+        raise RuntimeError(f"every adapter diverged: lower the learning rate, which went from {min(rates)} on.")
+    one = fit_row(run, row)
+    one = _fit(loss_of(adapted, task), one.params, full, rates[row], steps, steps, progress, resume=one)
+    stacked = {k: torch.cat([v[:row], one.params[k][None], v[row + 1 :]]) for k, v in run.params.items()}
+    names = [f"lr{start['learning_rate']:.2g}-d{start['d_initial']:.2g}" for start in grid]
+    table = sweep_table(grid, {"name": names, "loss": score.loss, "accuracy": score.accuracy})
+    return Sweep(one.params, row, stacked, [{"name": line["name"], **line} for line in table])
 
 
-def _load(model: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    # transformers takes a folder that is not there for a malformed hub id.
-    if (Path(model).is_absolute() or model.startswith(".")) and not Path(model).is_dir():
-        raise FileNotFoundError(f"there is no folder {model} to load a model from.")
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval(), tokenizer
-
-
-def _describe(name: str, model: nn.Module, quant: str, dtype: torch.dtype) -> str:
-    leaves = {id(leaf): leaf for leaf in (*model.parameters(), *model.buffers())}
-    size = sum(leaf.numel() * leaf.element_size() for leaf in leaves.values())
-    what = "not quantized" if quant == "none" else f"linears in {quant}"
-    return f"Model: {name}, {what}, {size / 2**20:,.0f} MiB; arithmetic in {str(dtype)[6:]}."
+def _fit(
+    loss: Callable[..., Tensor],
+    params: Mapping[str, Tensor],
+    batches: Callable[[int], Batch],
+    learning_rate: Any,
+    steps: int,
+    total: int,
+    progress: bool,
+    **options: Any,
+) -> Fit:
+    schedule = partial(linear_warmup_cosine, warmup=0, total=total)
+    options |= {"steps": steps, "learning_rate": learning_rate, "schedule": schedule, "progress": progress}
+    return fit(loss, params, batches, max_norm=1.0, **options)
 
 
-def _bar(title: str, progress: bool) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    if not progress:
-        return iter
-    from tqdm import tqdm
-
-    return partial(tqdm, desc=title, unit="batch", leave=False)
+def _start(params: Mapping[str, Tensor], d_initial: float) -> dict[str, Tensor]:
+    return {k: torch.full_like(v, d_initial) if k.endswith("lambda_d") else v for k, v in params.items()}
 
 
 def _reload_difference(
-    path: str | Path,
-    base: nn.Module,
-    params: dict[str, Tensor],
-    frozen: dict[str, Tensor],
-    apply: Callable[..., Any],
-    batch: dict[str, Tensor],
-    accepts: frozenset[str],
+    path: str | Path, adapted: Adapted, task: Task, params: dict[str, Tensor], batch: Batch
 ) -> float:
-    loaded = load_adapter(path, base)
+    loaded = load_adapter(path, adapted.apply.model)
     with torch.no_grad():
-        expected = answer_logits(partial(apply, params, frozen), batch, accepts)
-        got = answer_logits(partial(loaded.apply, loaded.params, loaded.frozen), batch, accepts)
+        expected = logits_of(adapted, task)(params, batch)
+        got = logits_of(loaded, task)(loaded.params, batch)
     difference = (got - expected).abs().max().item()
     if not difference <= 1e-3 * expected.abs().max().item():
         raise RuntimeError(

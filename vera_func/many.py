@@ -145,11 +145,10 @@ def select_adapters(
     if ids.dim() == 1 and weights is not None:
         raise ValueError("weights are for sums: give adapter_ids the shape (rows, k), too.")
     rows = {key: leaf[ids.clamp(min=0)] for key, leaf in stacked.items()}
+    if empty:
+        # Zeros in both vectors: where adapter 0 holds NaN, zero times it would be NaN, and not the base.
+        rows = {k: torch.where((ids < 0)[(..., *[None] * (v.dim() - ids.dim()))], 0, v) for k, v in rows.items()}
     if ids.dim() == 1:
-        if empty:
-            for key, leaf in rows.items():
-                if key.endswith("lambda_b"):
-                    rows[key] = torch.where((ids < 0).reshape(-1, *[1] * (leaf.dim() - 1)), 0, leaf)
         return rows
     first = next(iter(stacked.values()))
     weights = torch.ones_like(ids, dtype=first.dtype) if weights is None else torch.as_tensor(weights, device=device)
@@ -237,9 +236,8 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
     r = frozen["vera_A"].shape[0]
     order = [name for name, _ in model.named_modules()]
     targets = sorted({name for a in adapters for name in a.apply.targets}, key=order.index)
-    trained = [
-        name for name, _ in model.named_parameters() if any(name in a.params and not _is_vector(name) for a in adapters)
-    ]
+    own = {name for a in adapters for name in a.params if not _is_vector(name)}
+    trained = [name for name, _ in model.named_parameters(remove_duplicate=False) if name in own]
     rates = {a.config.vera_dropout for a in adapters}
     rate = rates.pop() if len(rates) == 1 else 0.0
     apply = make_apply(

@@ -342,7 +342,7 @@ def make_apply(
         if isinstance(module, nn.TransformerEncoderLayer):
             # torch's fused inference path reads the weights and would skip the shells.
             module.activation_relu_or_gelu = 0
-    for name, aliases in _parameter_aliases(model).items():
+    for name, aliases in _parameter_aliases(model, trained).items():
         owner, leaf = name.rpartition(".")[::2]
         if is_bnb_linear(modules[owner]) and leaf == "weight":
             continue
@@ -384,12 +384,23 @@ def _shared(root: nn.Module) -> dict[int, Any]:
     return memo
 
 
-def _parameter_aliases(model: nn.Module) -> dict[str, list[str]]:
-    """First name of each parameter -> all its names; a tied weight has several."""
-    aliases: dict[int, list[str]] = {}
+def _parameter_aliases(model: nn.Module, trained: Sequence[str]) -> dict[str, list[str]]:
+    """Key of each parameter -> all its names, of which a tied one has several.
+
+    A weight that is trained whole is a copy of its own, as in PEFT: training a head leaves the embeddings alone
+    that it was tied to. A bias stays tied.
+    """
+
+    def place(name: str) -> tuple[int, str]:
+        owner, _, leaf = name.rpartition(".")
+        return id(model.get_submodule(owner)), leaf
+
+    first = {name for name, _ in model.named_parameters()}
+    untied = {place(name) for name in trained if name not in first or not name.endswith("bias")}
+    aliases: dict[Any, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
-    return {names[0]: names for names in aliases.values()}
+        aliases.setdefault(place(name) if place(name) in untied else id(parameter), []).append(name)
+    return {next((name for name in names if name in trained), names[0]): names for names in aliases.values()}
 
 
 def _int8(module: nn.Module, wanted: bool) -> bool:

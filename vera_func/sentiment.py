@@ -36,6 +36,13 @@ class Encoded(NamedTuple):
     label: int
 
 
+class Score(NamedTuple):
+    """Of one adapter, or of each of `n`: the share of right answers, and the mean loss."""
+
+    accuracy: Float[Tensor, "*n"]
+    loss: Float[Tensor, "*n"]
+
+
 def answer_ids(
     tokenizer: "PreTrainedTokenizerBase", labels: Sequence[str], prompt: str = PROMPT
 ) -> Int[Tensor, " labels"]:
@@ -174,16 +181,16 @@ def answer_loss(
 
 
 @torch.no_grad()
-def accuracy(
-    logits_fn: Callable[[Batch], Float[Tensor, "b vocab"]],
+def score(
+    logits_fn: Callable[[Batch], Float[Tensor, "*n b vocab"]],
     rows: Sequence[Encoded],
     answers: Int[Tensor, " labels"],
     *,
     batch_size: int = 32,
     pad_id: int = 0,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> float:
-    """The share of rows whose likeliest answer is their label. Batches are of like length.
+) -> Score:
+    """How well one adapter, or each of `n`, answers. Batches are of like length.
 
     Args:
         logits_fn: `batch -> logits` at the last position.
@@ -194,12 +201,14 @@ def accuracy(
         progress: Wraps the list of batches, as tqdm does.
     """
     order = sorted(rows, key=lambda row: len(row.ids))
-    right = 0
+    right, loss = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
     for start in progress(range(0, len(order), batch_size)):
         batch = collate(order[start : start + batch_size], pad_id)
-        chosen = logits_fn(batch)[:, answers].argmax(dim=1)
-        right += int((chosen == batch["label"]).sum())
-    return right / len(rows)
+        logits = logits_fn(batch)[..., answers].double()  # (*n, b, labels)
+        right = right + (logits.argmax(-1) == batch["label"]).sum(-1)
+        wanted = batch["label"].expand(logits.shape[:-1])[..., None]
+        loss = loss - logits.log_softmax(-1).gather(-1, wanted).sum((-2, -1))
+    return Score(right.double() / len(rows), loss / len(rows))
 
 
 def _epoch(rows: Sequence[Encoded], batch_size: int, window: int, rng: random.Random) -> list[list[int]]:

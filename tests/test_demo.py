@@ -1,0 +1,624 @@
+"""The whole command line on a tiny model with a tiny tokenizer, and once the real thing, at CI size."""
+
+import csv
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import vera_func as vf
+from vera_func import cli, commands, demo
+from vera_func.assets import load_snippets
+from vera_func.examples import polar_examples, read_examples
+from vera_func.many import unstack_adapters
+from vera_func.pretrained import Note, load_base, note_file, quantize_model, read_note, write_note
+from vera_func.task import check_prompt, encode_examples, fit_row, loss_of, make_task, score_of
+
+from helpers import llama, quantized, snapshot
+
+
+GOOD, BAD = ["joy", "great"], ["bore", "dull"]
+WORDS = ["Review", ":", "Sentiment", "good", "bad", *GOOD, *BAD, "a", "the", "and", "was", "one", "two", "three"]
+NOUNS = ["film", "plot", "actor", "scene", "end"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Llama of two layers and a tokenizer of words, as `from_pretrained` reads them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[BOS]", "[EOS]", "[UNK]", *WORDS, *NOUNS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]", unk_token="[UNK]"
+    ).save_pretrained(path)
+    llama().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    """60 texts, whose label is said by one of their words."""
+    path = tmp_path_factory.mktemp("data") / "reviews.csv"
+    lines = []
+    for i in range(60):
+        word = (GOOD if i % 2 else BAD)[i // 2 % 2]
+        text = f"the {NOUNS[i % 5]} was {word} and the {NOUNS[i // 5 % 5]} {'a ' * (i // 25)}"
+        lines.append(f"{text},{['bad', 'good'][i % 2]}")
+    path.write_text("text,label\n" + "\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(folder, reviews, tmp_path_factory):
+    """What `demo --adapters 4` leaves: the best adapter, and the bank of all."""
+    out = tmp_path_factory.mktemp("out") / "sweep"
+    line = f"demo --model {folder} --data {reviews} --r 16 --steps 6 --batch-size 4 --adapters 4 --json"
+    assert cli.main([*line.split(), "--dtype", "float32", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line: `(status, stdout, stderr)`."""
+
+    def call(*words):
+        status = cli.main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+@pytest.fixture
+def run_json(run):
+    def call(*words):
+        status, out, err = run(*words, "--json")
+        assert status == 0, err
+        return json.loads(out)
+
+    return call
+
+
+# The parts
+
+
+@pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
+def test_quantize_model_is_a_copy_that_shares_the_rest(quant):
+    model = llama()
+    before = snapshot(model)
+    new = quantize_model(model, quant)
+    assert demo.quantize_model is quantize_model
+    assert all(torch.equal(a, b) for a, b in zip(before[0].values(), model.state_dict().values(), strict=True))
+    assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
+    assert new.lm_head.weight is model.lm_head.weight
+    assert new.model.embed_tokens.weight is model.model.embed_tokens.weight
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    for name in names:
+        q, _ = vf.from_bnb(new.get_submodule(name))
+        weight = model.get_submodule(name).weight.detach()
+        expected = vf.quantize_8bit(weight) if quant == "int8" else vf.quantize_4bit(weight, quant)
+        assert_close(vf.dequantize(q), vf.dequantize(expected))
+
+
+def test_quantize_model_leaves_what_is_quantized_and_refuses_when_nothing_is_left():
+    model = quantized(llama(), "nf4")
+    with pytest.raises(ValueError, match=r"no nn.Linear to quantize"):
+        quantize_model(model, "nf4")
+
+
+def test_the_sweep_grid():
+    for adapters in range(2, 17):
+        grid = demo.sweep_grid(adapters, 0.02)
+        assert len(grid) == len({tuple(row.values()) for row in grid}) == adapters
+        rates = [row["learning_rate"] for row in grid]
+        if adapters > 3:
+            assert min(rates) == pytest.approx(0.005)
+            assert max(rates) == pytest.approx(0.04)
+        assert adapters * demo.small_batch(16, adapters) <= 32
+    assert [row["learning_rate"] for row in demo.sweep_grid(8, 0.02)[::2]] == pytest.approx([0.005, 0.01, 0.02, 0.04])
+    assert demo.sweep_grid(2, 0.02)[0]["learning_rate"] == 0.02
+
+
+def test_stacked_losses_and_scores_are_each_adapters_own(folder, reviews):
+    """Batches of one row, too, which `vmap_adapters` leaves to broadcast."""
+    base = load_base(str(folder), "nf4", torch.float32)
+    examples = read_examples(reviews)[:13]
+    task = make_task(base, ["bad", "good"])
+    rows = encode_examples(base, task, examples)
+    adapted = vf.adapt(base.model, vf.VeraConfig(r=8))
+    generator = torch.Generator().manual_seed(0)
+    many = [
+        {k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in adapted.params.items()} for _ in range(3)
+    ]
+    stacked = vf.stack_adapters(many)
+    for size in (1, 4, 13):
+        together = score_of(adapted, task, stacked, rows, batch_size=size)
+        for i, params in enumerate(many):
+            alone = score_of(adapted, task, params, rows, batch_size=5)
+            assert together.accuracy[i] == alone.accuracy
+            assert_close(together.loss[i], alone.loss, rtol=1e-4, atol=1e-5)
+    batch = demo.train_batches(rows, 4, seed=0)(0)
+    losses = loss_of(adapted, task, stacked=True)(stacked, batch)
+    for i, params in enumerate(many):
+        assert_close(losses[i], loss_of(adapted, task)(params, batch), rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_of_a_run_goes_on_as_if_it_had_been_alone():
+    def loss_fn(params, batch):
+        return (params["p"] - batch).square().sum(-1)
+
+    def batches(step):
+        return torch.full((3,), float(step))
+
+    start, rates = {"p": torch.ones(2, 3)}, [0.1, 0.3]
+    many = vf.fit(loss_fn, start, batches, steps=4, learning_rate=rates, num_adapters=2, progress=False)
+    row = fit_row(many, 1)
+    went_on = vf.fit(loss_fn, row.params, batches, steps=7, learning_rate=0.3, resume=row, progress=False)
+    alone = vf.fit(loss_fn, {"p": torch.ones(3)}, batches, steps=7, learning_rate=0.3, progress=False)
+    assert_close(went_on.params, alone.params)
+    assert_close(went_on.losses, alone.losses)
+    assert went_on.state.step == 7
+
+
+@pytest.mark.parametrize("prompt", ["", "{text}{text}", "Review", "{text} {label}", "{0} {text}", "{text", "{text}"])
+def test_prompts_without_one_place_for_a_text(prompt):
+    with pytest.raises(ValueError, match=r"\{text\} in it once"):
+        check_prompt(prompt)
+
+
+def test_notes(tmp_path):
+    folder, bank = tmp_path, tmp_path / "all.safetensors"
+    assert note_file(folder) == folder / "vera_func.json"
+    assert read_note(folder) == read_note(bank) == Note()
+    for path in (folder, bank):
+        write_note(path, Note("int8", ["a", "b"], "{text}: "))
+        assert read_note(path) == Note("int8", ["a", "b"], "{text}: ")
+    for damaged in ("{", "[]", '{"labels": "ab"}', '{"quant": 4}'):
+        note_file(bank).write_text(damaged)
+        with pytest.raises(ValueError, match=r"all\.json"):
+            read_note(bank)
+
+
+# demo and train
+
+
+def test_demo_with_one_adapter(run, folder, reviews, tmp_path):
+    out = tmp_path / "one"
+    line = f"demo --model {folder} --data {reviews} --quant int8 --r 16 --steps 4 --batch-size 4 --dtype float32"
+    status, said, _ = run(*line.split(), "--out", out)
+    assert status == 0
+    for words in ("linears in int8", "Before: ", "12 held-out texts", "Trained ", "After: ", "loaded back"):
+        assert words in said
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("adapter_config.json", "adapter_model.safetensors", "vera_func.json"),
+    ]
+    assert read_note(out) == Note("int8", ["bad", "good"], "Review: {text}\nSentiment:")
+
+
+def test_demo_with_a_sweep(trained):
+    bank = vf.open_bank(trained / "bank.safetensors")
+    assert bank.names == ("lr0.005-d0.1", "lr0.005-d0.5", "lr0.04-d0.1", "lr0.04-d0.5")
+    assert bank.config.r == 16
+    assert read_note(bank.path) == read_note(trained)
+    # The best one is in the bank as it was saved; the others differ from it and from each other.
+    best = vf.load_adapter(trained, load_base(bank.config.base_model_name_or_path, "nf4", torch.float32).model)
+    rows = unstack_adapters(bank.read())
+    same = [all(torch.equal(row[k], best.params[k]) for k in row) for row in rows]
+    assert sum(same) == 1
+    assert best.config.d_initial == [0.1, 0.5, 0.1, 0.5][same.index(True)]
+    keys = [next(k for k in row if k.endswith("lambda_b")) for row in rows]
+    assert len({tuple(row[k].tolist()) for row, k in zip(rows, keys, strict=True)}) == 4
+
+
+def test_a_sweep_learns_and_chooses_the_least_loss(folder, reviews, tmp_path):
+    said = []
+    result = demo.demo(
+        model=str(folder), data=reviews, quant="none", r=32, steps=60, batch_size=8, adapters=4, out=tmp_path,
+        dtype=torch.float32, learning_rate=0.1, targets=["q_proj", "v_proj", "up_proj", "down_proj"], progress=False,
+        say=said.append,
+    )  # fmt: skip
+    assert [row["name"] for row in result.sweep] == list(vf.open_bank(result.bank).names)
+    best = min(result.sweep, key=lambda row: row["loss"])
+    assert any(f"Best: {best['name']}" in line for line in said)
+    assert any("30 of 60 steps" in line and "4 at a time" in line and "10 other texts" in line for line in said)
+    assert result.after > max(0.9, result.before)
+    assert result.difference < 1e-3
+
+
+@pytest.fixture
+def sweeping(folder, reviews):
+    """`(adapted, task, call)`: `call(grid)` trains a sweep of 6 steps, at most 4 texts at a time."""
+    base = load_base(str(folder), "none", torch.float32)
+    task = make_task(base, ["bad", "good"])
+    rows = encode_examples(base, task, read_examples(reviews))
+    adapted = vf.adapt(base.model, vf.VeraConfig(r=8))
+    options = {"steps": 6, "batch_size": 4, "seed": 0, "progress": False}
+    return adapted, task, rows[:40], lambda grid: demo.train_sweep(adapted, task, grid, rows[:40], rows[40:], **options)
+
+
+def test_the_best_of_a_sweep_is_what_it_would_be_alone(sweeping):
+    adapted, task, rows, call = sweeping
+    found = call(demo.sweep_grid(4, 0.02))
+    grid = found.table[found.row]
+    small, full = (demo.train_batches(rows, size, seed=0) for size in (2, 4))
+    start = {k: torch.full_like(v, grid["d_initial"]) if "lambda_d" in k else v for k, v in adapted.params.items()}
+    alone = vf.fit(
+        loss_of(adapted, task), start, lambda step: (small if step < 3 else full)(step), steps=6, progress=False,
+        learning_rate=grid["learning_rate"], max_norm=1.0,
+        schedule=lambda step: vf.linear_warmup_cosine(step, warmup=0, total=6),
+    )  # fmt: skip
+    assert_close(found.best, alone.params, rtol=1e-3, atol=1e-5)
+
+
+def test_an_adapter_that_diverged_is_not_chosen(sweeping):
+    """Not even if it stopped where it was better than the others are."""
+    _, _, _, call = sweeping
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        found = call([{"learning_rate": 1e38, "d_initial": 0.1}, {"learning_rate": 9.0, "d_initial": 0.1}])
+    assert found.table[0]["loss"] < found.table[1]["loss"]
+    assert found.row == 1
+
+
+def test_every_adapter_diverging_is_said(folder, reviews, tmp_path):
+    with pytest.warns(RuntimeWarning, match="not finite"), pytest.raises(RuntimeError, match="lower the learning rate"):
+        demo.demo(
+            model=str(folder), data=reviews, quant="none", r=8, steps=8, batch_size=4, adapters=2, out=tmp_path / "no",
+            dtype=torch.float32, learning_rate=1e38, progress=False, say=lambda line: None,
+        )  # fmt: skip
+    assert not (tmp_path / "no").exists()
+
+
+def test_train_says_numbers_only(run, run_json, folder, reviews, tmp_path):
+    line = f"train --model {folder} --data {reviews} --r 8 --steps 2 --batch-size 4 --dtype float32".split()
+    result = run_json(*line, "--out", tmp_path / "a")
+    assert result["held_out"] == 12
+    assert result["out"] == str(tmp_path / "a")
+    assert result["bank"] is result["sweep"] is None
+    assert 0 <= result["before"] <= 1
+    status, said, _ = run(*line, "--out", tmp_path / "b", "--prompt", r"{text}\nSentiment:")
+    assert status == 0
+    assert "after: " in said
+    assert read_note(tmp_path / "b").prompt == "{text}\nSentiment:"
+
+
+# evaluate
+
+
+def same(row, other):
+    return row["name"] == other["name"] and row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_evaluate_a_bank(run, run_json, trained, reviews, tmp_path):
+    bank = trained / "bank.safetensors"
+    rows = run_json("evaluate", "--bank", bank, "--data", reviews)
+    assert [row["name"] for row in rows] == list(vf.open_bank(bank).names)
+    assert all(row["texts"] == 60 and 0 <= row["accuracy"] <= 1 and row["loss"] > 0 for row in rows)
+    # In other chunks and batches, or one alone, they are the same.
+    again = run_json("evaluate", "--bank", bank, "--data", reviews, "--chunk", "3", "--batch-size", "7")
+    for row, other in zip(rows, again, strict=True):
+        assert same(row, other)
+    (one,) = run_json("evaluate", "--bank", bank, "--data", reviews, "--name", rows[2]["name"])
+    assert same(one, rows[2])
+    (best,) = run_json("evaluate", "--adapter", trained, "--data", reviews)
+    assert any(best["loss"] == pytest.approx(row["loss"], rel=1e-4) for row in rows)
+
+    table = tmp_path / "table.csv"
+    status, said, err = run("evaluate", "--bank", bank, "--data", reviews, "--out", table, "--limit", "10")
+    assert (status, said) == (0, f"4 rows written to {table}\n")
+    assert "adapters 1-4 of 4" in err
+    with table.open() as file:
+        read = list(csv.DictReader(file))
+    assert [row["name"] for row in read] == [row["name"] for row in rows]
+    assert {row["texts"] for row in read} == {"10"}
+    status, said, _ = run("evaluate", "--bank", bank, "--data", reviews, "--out", tmp_path / "table.json")
+    assert [row["name"] for row in json.loads((tmp_path / "table.json").read_text())] == [row["name"] for row in rows]
+    status, said, _ = run("evaluate", "--bank", bank, "--data", reviews)
+    assert said.splitlines()[0].split() == ["name", "accuracy", "loss", "texts"]
+
+
+def test_evaluate_the_base_alone(run_json, folder, reviews):
+    (row,) = run_json("evaluate", "--model", folder, "--data", reviews, "--dtype", "float32")
+    base = load_base(str(folder), "nf4", torch.float32)
+    task = make_task(base, ["bad", "good"])
+    adapted = vf.adapt(base.model, vf.VeraConfig(r=2))
+    score = score_of(adapted, task, adapted.params, encode_examples(base, task, read_examples(reviews)))
+    assert row["name"] == "base"
+    assert row["loss"] == pytest.approx(score.loss.item(), rel=1e-5)
+
+
+def test_the_note_says_what_the_adapter_was_trained_over(run_json, folder, reviews, tmp_path):
+    line = f"train --model {folder} --data {reviews} --quant int8 --r 8 --steps 2 --batch-size 4 --dtype float32"
+    result = run_json(*line.split(), "--prompt", "the {text}:", "--out", tmp_path / "a")
+    assert read_note(tmp_path / "a") == Note("int8", ["bad", "good"], "the {text}:")
+    asked = ("evaluate", "--adapter", tmp_path / "a", "--data", reviews, "--dtype", "float32")
+    (noted,) = run_json(*asked)
+    (said,) = run_json(*asked, "--quant", "int8", "--prompt", "the {text}:", "--model", folder)
+    assert noted == said
+    assert result["trained"] == 2 * (64 + 8 + 32 + 8)
+    for change in (("--quant", "nf4"), ("--prompt", "a {text}:")):
+        (other,) = run_json(*asked, *change)
+        assert other["loss"] != pytest.approx(noted["loss"], rel=1e-4)
+
+
+# generate
+
+
+def test_generate(run, run_json, trained, folder, monkeypatch):
+    bank, names = trained / "bank.safetensors", vf.open_bank(trained / "bank.safetensors").names
+    prompts = ["the film was", "a great plot and the end", "joy"]
+    options = ("--max-new-tokens", "5", "--dtype", "float32")
+    mixed = run_json(
+        "generate", *prompts, "--bank", bank, *(word for name in names[:3] for word in ("--name", name)), *options
+    )
+    assert [row["adapter"] for row in mixed] == list(names[:3])
+    for prompt, name, row in zip(prompts, names, mixed, strict=False):
+        (alone,) = run_json("generate", prompt, "--bank", bank, "--name", name, *options)
+        assert alone == row
+        assert alone["prompt"] == prompt
+    chunks = run_json("generate", *prompts, "--adapter", trained, "--batch-size", "2", *options)
+    assert [row["adapter"] for row in chunks] == ["sweep"] * 3
+    drawn = [
+        run_json("generate", *prompts, "--model", folder, "--temperature", "5", "--seed", seed, *options)
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0][0]["adapter"] == "base"
+
+    monkeypatch.setattr("sys.stdin", ["the film was\n", "\n", r"joy\njoy" + "\n"])
+    status, said, _ = run("generate", "--adapter", trained, *options)
+    assert status == 0
+    assert said.startswith("[sweep] the film was")
+    assert "[sweep] joy\njoy" in said
+
+
+# merge, export-lora
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.fixture(scope="module")
+def strong(trained, tmp_path_factory):
+    """A trained adapter with large vectors, so that every format keeps something of it."""
+    base = load_base(vf.open_bank(trained / "bank.safetensors").config.base_model_name_or_path, "nf4", torch.float32)
+    adapted = vf.load_adapter(trained, base.model)
+    path = tmp_path_factory.mktemp("strong") / "strong"
+    params = {k: torch.full_like(v, 0.3) if k.endswith("lambda_b") else v for k, v in adapted.params.items()}
+    vf.save_adapter(path, params, adapted.frozen, adapted.config)
+    write_note(path, read_note(trained))
+    return path, base, vf.load_adapter(path, base.model)
+
+
+@pytest.mark.parametrize("to", ["nf4", "int8", "float32", "bfloat16"])
+def test_merge(run_json, strong, tmp_path, to):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, _, adapted = strong
+    done = run_json("merge", "--adapter", path, "--to", to, "--out", tmp_path / to, "--dtype", "float32")
+    assert done["to"] == to
+    assert done["quant"] == "nf4"
+    assert len(done["modules"]) == 4
+    assert "erg" in done["advice"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / to).eval()
+    ids = torch.arange(4, 18).reshape(2, 7)
+    expected = adapted.apply(adapted.params, adapted.frozen, input_ids=ids).logits.detach()
+    base = adapted.apply({k: 0 * v for k, v in adapted.params.items()}, adapted.frozen, input_ids=ids).logits.detach()
+    error = (logits(merged, ids).float() - expected).norm() / (expected - base).norm()
+    assert error < {"nf4": 0.6, "int8": 0.2, "float32": 1e-4, "bfloat16": 0.1}[to]
+    assert AutoTokenizer.from_pretrained(tmp_path / to)("joy").input_ids
+
+
+def test_a_merged_model_is_a_model(run, run_json, strong, reviews, tmp_path):
+    """One in 4 bits, too: evaluated as it is, without being quantized again."""
+    path, _, _ = strong
+    status, said, _ = run("merge", "--adapter", path, "--to", "nf4", "--out", tmp_path / "m", "--dtype", "float32")
+    assert status == 0
+    assert said.splitlines()[0].split() == ["modules", "count", "kept", "kept_least", "error", "size"]
+    options = ("--data", reviews, "--dtype", "float32")
+    (merged,) = run_json("evaluate", "--model", tmp_path / "m", *options)
+    (unmerged,) = run_json("evaluate", "--adapter", path, *options)
+    assert merged["loss"] == pytest.approx(unmerged["loss"], rel=0.2)
+    found = run_json("inspect", tmp_path / "m")
+    assert found["quantization"] == "nf4"
+    status, _, err = run("evaluate", "--model", tmp_path / "m", *options, "--quant", "int8")
+    assert status == 2
+    assert "quantized already, to nf4" in err
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_export_lora(run_json, strong, folder, tmp_path, rank):
+    from peft import PeftModel
+
+    path, _, _ = strong
+    words = ("export-lora", "--adapter", path, "--out", tmp_path / "lora", *(["--rank", rank] if rank else []))
+    done = run_json(*words)
+    assert (done["rank"], done["modules"]) == (rank or 16, 4)
+    assert (done["largest_error"] == 0) == (rank is None)
+    dense = load_base(str(folder), "none", torch.float32).model
+    adapted = vf.load_adapter(path, dense)
+    ids = torch.arange(4, 18).reshape(2, 7)
+    expected = adapted.apply(adapted.params, adapted.frozen, input_ids=ids).logits.detach()
+    got = logits(PeftModel.from_pretrained(dense, tmp_path / "lora"), ids)
+    if rank is None:
+        assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    else:
+        assert not torch.allclose(got, expected, rtol=1e-3)
+
+
+# inspect
+
+
+def test_inspect_an_adapter(run, run_json, trained, folder):
+    found = run_json("inspect", trained)
+    assert {"adapters": 1, "r": 16, "quant": "nf4", "labels": ["bad", "good"]}.items() <= found.items()
+    assert [row["modules"] for row in found["modules"]] == ["q_proj", "v_proj"]
+    # q is (64, 64) and v (32, 64), in two layers.
+    assert found["trained"] == 2 * (64 + 16 + 32 + 16)
+    assert found["bytes"] == (trained / "adapter_model.safetensors").stat().st_size
+    assert "merge" not in found
+    found = run_json("inspect", trained, "--model", folder, "--to", "bfloat16")
+    assert found["merge"]["to"] == "bfloat16"
+    assert [row["count"] for row in found["merge"]["modules"]] == [2, 2]
+    assert all(row["size"] > 0 for row in found["merge"]["modules"])
+    status, said, _ = run("inspect", trained, "--model", folder)
+    assert status == 0
+    assert "advice: " in said
+    assert len(said.splitlines()) < 40
+
+
+def test_inspect_a_bank(run_json, trained, folder):
+    bank = trained / "bank.safetensors"
+    found = run_json("inspect", bank)
+    assert (found["kind"], found["adapters"], found["trained"]) == ("bank", 4, 2 * (64 + 16 + 32 + 16))
+    name = found["names"][1]
+    found = run_json("inspect", bank, "--name", name, "--model", folder)
+    assert found["names"] == [name]
+    assert found["merge"]["name"] == name
+
+
+def test_inspect_a_model(run, run_json, folder):
+    found = run_json("inspect", folder, "--r", "16")
+    assert (found["kind"], found["type"], found["quantization"]) == ("model", "llama", None)
+    assert found["parameters"] == sum(p.numel() for p in llama().parameters())
+    assert found["trained"] == 2 * (64 + 16 + 32 + 16)
+    assert found["projections"] == 16 * (64 + 64)
+    rows = {row["modules"]: row for row in found["modules"]}
+    assert rows["v_proj"] | {"modules": "v_proj"} == {
+        **{"modules": "v_proj", "count": 2, "in": "64", "out": "32", "weights": 2 * 64 * 32},
+        **{"adapted": 2, "trained": 2 * (32 + 16)},
+    }
+    assert rows["down_proj"]["adapted"] == rows["lm_head"]["adapted"] == 0
+    found = run_json("inspect", folder, "--targets", "down_proj")
+    assert found["trained"] == 2 * (64 + 256)
+    status, said, _ = run("inspect", folder)
+    assert status == 0
+    assert "parameters: " in said
+
+
+# convert
+
+
+def test_convert_both_ways(run_json, trained, tmp_path):
+    bank = trained / "bank.safetensors"
+    done = run_json("convert", bank, "--out", tmp_path / "all")
+    assert done["names"] == list(vf.open_bank(bank).names)
+    assert len(done["paths"]) == 4
+    back = run_json("convert", *reversed(done["paths"]), "--out", tmp_path / "back.safetensors")
+    assert back["names"] == done["names"][::-1]
+    before, after = vf.open_bank(bank).read(done["names"]), vf.open_bank(back["out"]).read(done["names"])
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert read_note(back["out"]) == read_note(bank)
+    one = run_json("convert", bank, "--name", done["names"][2], "--out", tmp_path / "one")
+    assert [path.name for path in (tmp_path / "one").iterdir()] == one["names"] == [done["names"][2]]
+
+
+# What goes wrong
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """An adapter of a model that is wider."""
+    path = tmp_path_factory.mktemp("other") / "other"
+    adapted = vf.adapt(llama(hidden_size=128), vf.VeraConfig(r=16))
+    vf.save_adapter(path, *adapted[1:])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("evaluate --bank {trained}/gone.safetensors", "no bank"),
+        ("evaluate --bank {trained}", "PEFT directory goes with --adapter"),
+        ("evaluate --adapter {bank}", "a bank goes with --bank"),
+        ("evaluate --bank {bank} --adapter {trained}", "not both"),
+        ("evaluate --adapter {trained} --name x", "pass --bank, too"),
+        ("evaluate --bank {bank} --name x", "no adapter 'x'; it holds 4"),
+        ("evaluate --bank {bank} --data {tmp}/gone.csv", "gone.csv"),
+        ("evaluate --bank {bank} --data {reviews} --out table.txt", ".csv or .json"),
+        ("evaluate --bank {bank} --data {reviews} --out {tmp}/no/table.csv", "no folder"),
+        ("evaluate --bank {bank} --data {odd}", "label 'ugly'"),
+        ("evaluate --bank {bank} --data {reviews} --prompt Review", "{{text}} in it once"),
+        ("evaluate --adapter {folder}", "holds a model, not an adapter"),
+        ("evaluate --adapter {tmp}/gone", "no adapter directory"),
+        ("evaluate --adapter {other}", "does not say which model"),
+        ("evaluate --adapter {other} --model {folder} --data {reviews}", "must be"),
+        ("evaluate --adapter {trained} --model {trained} --data {reviews}", "an adapter, not a model"),
+        ("evaluate --adapter {trained} --model {tmp} --data {reviews}", "no config.json"),
+        ("evaluate --adapter {trained} --model {tmp}/gone --data {reviews}", "no folder"),
+        ("generate --adapter {trained} --model {folder} a ' '", "no empty one"),
+        ("generate a b --bank {bank}", "2 prompts need one adapter, or one for each, got 4"),
+        ("merge --bank {bank} --to nf4 --out {tmp}/m", "choose one with --name (lr0.005-d0.1"),
+        ("merge --model {folder} --to nf4 --out {tmp}/m", "which adapter?"),
+        ("merge --adapter {trained} --to nf4 --out {folder}", "in use"),
+        ("merge --adapter {trained} --to nf4 --out {trained}", "in use"),
+        ("export-lora --adapter {trained} --out {trained}", "another folder"),
+        ("export-lora --adapter {trained} --out {tmp}/l --rank 17", "rank must be in 1 ... 16"),
+        ("inspect {tmp}/gone", "nothing at"),
+        ("inspect {tmp}", "adapter_config.json"),
+        ("inspect {reviews}", "not a whole safetensors file"),
+        ("inspect {trained}/adapter_model.safetensors", "not a bank"),
+        ("inspect {trained} --to nf4", "pass --model, too"),
+        ("inspect {trained} --name x", "a folder"),
+        ("inspect {folder} --targets nope", "target_modules"),
+        ("convert {bank} {bank} --out {tmp}/x", "one at a time"),
+        ("convert {bank} --out {reviews}", "is a file"),
+        ("convert {bank} --name x --out {tmp}/x", "no adapter 'x'"),
+        ("convert {tmp}/gone.safetensors --out {tmp}/x", "nothing at"),
+        ("convert {trained} --out {tmp}/x", "must end in .safetensors"),
+        ("convert {trained} --out {bank}", "already"),
+        ("convert {trained} --name x --out {tmp}/x.safetensors", "chooses from a bank"),
+        ("convert {trained} {trained} --out {tmp}/x.safetensors", "different names"),
+        ("convert {trained} {other} --out {tmp}/x.safetensors", "must be"),
+        ("train --model {folder} --data {reviews} --out {reviews}", "is a file"),
+        ("train --model {folder} --data {reviews} --out {tmp}/x --prompt Review", "once"),
+        ("train --model {folder} --data {reviews} --out {tmp}/x --targets nope", "nope"),
+        ("train --model {folder} --data {reviews} --out {tmp}/x --batch-size 99", "do not fill a batch"),
+    ],
+)
+def test_mistakes_are_one_sentence(run, trained, folder, reviews, other, tmp_path, line, said):
+    odd = tmp_path / "odd.csv"
+    odd.write_text("text,label\na,good\nb,ugly\n")
+    places = {"trained": trained, "bank": trained / "bank.safetensors", "folder": folder, "reviews": reviews}
+    words = [word.strip("'") or " " for word in line.format(**places, other=other, tmp=tmp_path, odd=odd).split(" ")]
+    words = [word for word in words if word != "'"]
+    status, out, err = run(*words)
+    last = err.strip().splitlines()[-1]
+    assert (status, out) == (2, "")
+    assert last.startswith("vera-func: ")
+    assert said.format() in last
+    assert "Traceback" not in err
+
+
+# The real thing
+
+
+def test_the_real_model_learns_at_ci_size(tmp_path):
+    """SmolLM2 in nf4, r 64, 20 steps on short movie snippets, 300 of them held out."""
+    texts = [example for example in polar_examples(load_snippets("movie")) if 20 < len(example.text) < 90]
+    path = tmp_path / "reviews.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label", "group"])
+        writer.writerows(texts[::2])  # the file has the positive ones first
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(2, threads))
+    try:
+        result = demo.demo(
+            data=path, r=64, steps=20, out=tmp_path / "out", dtype=torch.float32, progress=False, say=lambda line: None
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert result.held_out >= 300
+    assert result.trained == 30 * (576 + 192 + 2 * 64)
+    assert result.after > result.before + 0.05
+    assert result.after > 0.8
+    assert result.difference < 1e-3
+    assert commands.inspect_path(str(tmp_path / "out"))["quant"] == "nf4"
