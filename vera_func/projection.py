@@ -44,7 +44,7 @@ def init_projections(r: int, in_features: int, out_features: int, key: int = 0) 
         raise ValueError(f"key must be an integer seed, got {key!r}.")
     try:
         generator = torch.Generator("cpu").manual_seed(key)
-    except (RuntimeError, OverflowError) as error:
+    except (RuntimeError, OverflowError, ValueError) as error:
         raise ValueError(f"key must fit in 64 bits, got {key}.") from error
     return {
         "vera_A": _kaiming_uniform((r, in_features), generator),
