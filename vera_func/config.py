@@ -204,14 +204,12 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
     if targets is None:
         targets = _default_targets(model)
         config = dataclasses.replace(config, target_modules=targets)
-    if linear_sizes(model) is not None:
-        raise ValueError(
-            f"the model is a {type(model).__name__} itself; wrap it, so that it has a name: nn.Sequential(...)."
-        )
     modules = dict(model.named_modules())
     if isinstance(targets, str) and _is_all_linear(targets):
         names = [name for name in _all_linear(model, config) if _in_layers(name, config)]
-        config = dataclasses.replace(config, target_modules=tuple(names), layers_to_transform=None, layers_pattern=None)
+        config = dataclasses.replace(
+            config, target_modules=tuple(names) if any(names) else ".*", layers_to_transform=None, layers_pattern=None
+        )
     else:
         names = [name for name in modules if _matches(name, targets, config)]
     if not names:
