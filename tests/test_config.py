@@ -63,7 +63,7 @@ MODELS = {
 QV = ["q_proj", "v_proj"]
 TARGETED = [
     ("llama", {"target_modules": QV}),
-    ("llama", {"target_modules": set(QV)}),
+    ("llama", {"target_modules": frozenset(["q_proj"])}),  # one, so that its name has one order
     ("llama", {"target_modules": ["self_attn.q_proj"]}),
     ("llama", {"target_modules": ["model.layers.0.mlp.up_proj"]}),
     ("llama", {"target_modules": ["model.layers.0.mlp.up_proj", "k_proj"]}),
