@@ -226,7 +226,7 @@ def test_a_sweep_learns_and_chooses_the_least_loss(folder, reviews, tmp_path):
     assert [row["name"] for row in result.sweep] == list(vf.open_bank(result.bank).names)
     best = min(result.sweep, key=lambda row: row["loss"])
     assert any(f"Best: {best['name']}" in line for line in said)
-    assert any("30 of 60 steps" in line and "4 at a time" in line and "10 other texts" in line for line in said)
+    assert any("30 steps" in line and "4 at a time" in line and "10 others goes on for 60" in line for line in said)
     assert result.after > max(0.9, result.before)
     assert result.difference < 1e-3
 
@@ -249,9 +249,9 @@ def test_the_best_of_a_sweep_is_what_it_would_be_alone(sweeping):
     small, full = (demo.train_batches(rows, size, seed=0) for size in (2, 4))
     start = {k: torch.full_like(v, grid["d_initial"]) if "lambda_d" in k else v for k, v in adapted.params.items()}
     alone = vf.fit(
-        loss_of(adapted, task), start, lambda step: (small if step < 3 else full)(step), steps=6, progress=False,
+        loss_of(adapted, task), start, lambda step: (small if step < 3 else full)(step), steps=9, progress=False,
         learning_rate=grid["learning_rate"], max_norm=1.0,
-        schedule=lambda step: vf.linear_warmup_cosine(step, warmup=0, total=6),
+        schedule=lambda step: vf.linear_warmup_cosine(step, warmup=0, total=9),
     )  # fmt: skip
     assert_close(found.best, alone.params, rtol=1e-3, atol=1e-5)
 
@@ -349,8 +349,12 @@ def test_the_note_says_what_the_adapter_was_trained_over(run_json, folder, revie
 # generate
 
 
-def test_generate(run, run_json, trained, folder, monkeypatch):
-    bank, names = trained / "bank.safetensors", vf.open_bank(trained / "bank.safetensors").names
+def test_generate(run, run_json, trained, folder, monkeypatch, tmp_path):
+    opened = vf.open_bank(trained / "bank.safetensors")
+    names, generator = opened.names, torch.Generator().manual_seed(0)
+    # Barely trained ones all say the same.
+    loud = {key: torch.randn(leaf.shape, generator=generator) for key, leaf in opened.read().items()}
+    bank = vf.save_bank(tmp_path / "loud.safetensors", loud, opened.frozen(), opened.config, names)
     prompts = ["the film was", "a great plot and the end", "joy"]
     options = ("--max-new-tokens", "5", "--dtype", "float32")
     mixed = run_json(
@@ -361,6 +365,8 @@ def test_generate(run, run_json, trained, folder, monkeypatch):
         (alone,) = run_json("generate", prompt, "--bank", bank, "--name", name, *options)
         assert alone == row
         assert alone["prompt"] == prompt
+        (other,) = run_json("generate", prompt, "--bank", bank, "--name", names[3], *options)
+        assert other["text"] != alone["text"]
     chunks = run_json("generate", *prompts, "--adapter", trained, "--batch-size", "2", *options)
     assert [row["adapter"] for row in chunks] == ["sweep"] * 3
     drawn = [

@@ -86,7 +86,7 @@ def _training(parser: Any, out: dict[str, Any]) -> None:
         default=1,
         metavar="N",
         help="more than one are a sweep over learning rate and d_initial in one run, all of which go to "
-        "OUT/bank.safetensors; the training then costs 1.5 times that of one",
+        "OUT/bank.safetensors; the training then costs twice that of one, and the choice",
     )
     add("--batch-size", type=positive(int), default=16, metavar="N", help="texts in a step, %(default)s")
     add("--learning-rate", type=positive(float), default=2e-2, metavar="X", help="%(default)s")

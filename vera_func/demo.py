@@ -2,10 +2,10 @@
 
 frozen nf4 model -> adapt -> fit with torch.func.grad -> PEFT directory -> loaded back, same logits
 
-With N adapters, a sweep comes first. In the first half of the steps all N train in one run, on the same texts, with
-batches of 2 / N times the size: together they are twice as many rows as one adapter's. Then the one that answers best
-on texts kept for this choice goes on alone with full batches, its optimizer and schedule as they are. So the training
-costs 1.5 times that of one adapter, whatever N is, up to twice the batch size.
+With N adapters, a sweep comes first: all N train in one run for half as many steps, on the same texts, in batches of
+2 / N times the size, so that together they are twice as many rows as one adapter's. Then the one that answers best on
+texts kept for this choice goes on alone for all its steps with full batches, its optimizer and schedule as they are.
+So the training costs twice that of one adapter and the choice, whatever N is, up to twice the batch size.
 """
 
 import dataclasses
@@ -74,7 +74,7 @@ class Sweep(NamedTuple):
     """What `train_sweep` gave.
 
     Attributes:
-        best: Params of the best adapter, which made all steps.
+        best: Params of the best adapter, which went on alone.
         row: Which one that is.
         stacked: All of them as their training ended, the best one included.
         table: A row for each: name, how it started, and its loss and accuracy when the choice was made.
@@ -115,7 +115,7 @@ def demo(
         r: Rank of the projections.
         targets: Ends of names of the modules to adapt; None is PEFT's choice for the model type.
         steps: Training steps; None is one epoch, but between 50 and 100.
-        adapters: How many to train; more than one are a sweep, see the module.
+        adapters: How many to train; more than one are a sweep before these steps, see the module.
         out: Folder for the adapter, in PEFT's format, and for the bank of a sweep.
         seed: Of the split, the order and the projections.
         learning_rate: At the beginning; it falls along a cosine. VeRA wants a large one. A sweep goes
@@ -164,15 +164,15 @@ def demo(
         config = adapted.config
     else:
         say(
-            f"Sweep: {adapters} adapters in one run, {steps // 2} of {steps} steps on the same texts, "
-            f"{small_batch(batch_size, adapters)} at a time; chosen on {len(choosing)} other texts."
+            f"Sweep: {adapters} adapters in one run, {max(1, steps // 2)} steps on the same texts, "
+            f"{small_batch(batch_size, adapters)} at a time; the best on {len(choosing)} others goes on for {steps}."
         )
         grid = sweep_grid(adapters, learning_rate)
         found = train_sweep(adapted, task, grid, encoded, encode_examples(base, task, choosing), **options)
         params, best = found.best, found.table[found.row]
         config = dataclasses.replace(adapted.config, d_initial=best["d_initial"])
         say(format_table(found.table))
-        say(f"Best: {best['name']}, which then went on alone, {batch_size} texts at a time.")
+        say(f"Best: {best['name']}, which went on alone, {batch_size} texts at a time.")
     seconds = time.perf_counter() - start
     values = sum(leaf.numel() for leaf in params.values())
     size = sum(leaf.numel() * leaf.element_size() for leaf in params.values())
@@ -262,7 +262,7 @@ def train_sweep(
     seed: int,
     progress: bool,
 ) -> Sweep:
-    """Train all for half of the steps in one run, and the best one for the rest; see the module.
+    """Train all for half as many steps in one run, and then the best one for all its steps; see the module.
 
     Args:
         adapted: From `adapt`.
@@ -270,7 +270,7 @@ def train_sweep(
         grid: From `sweep_grid`, a row for each adapter.
         train: Rows to train on.
         choosing: Other rows: the adapter with the least mean loss on them is the best.
-        steps: Of the best one; the others make half of them.
+        steps: Of the best one when it is alone; before, all of them make half as many.
         batch_size: Of the best one when it is alone.
         seed: Of the order.
         progress: Shows progress bars.
@@ -278,12 +278,13 @@ def train_sweep(
     Raises:
         RuntimeError: If all diverged.
     """
+    half = max(1, steps // 2)
     n, rates = len(grid), [row["learning_rate"] for row in grid]
     small, full = (
         train_batches(train, size, seed=seed, pad_id=task.pad_id) for size in (small_batch(batch_size, n), batch_size)
     )
     start = stack_adapters([_start(adapted.params, row["d_initial"]) for row in grid])
-    run = _fit(loss_of(adapted, task, stacked=True), start, small, rates, steps // 2, steps, progress, num_adapters=n)
+    run = _fit(loss_of(adapted, task, stacked=True), start, small, rates, half, half + steps, progress, num_adapters=n)
     options = {"batch_size": max(1, 256 // n), "progress": bar("choosing", progress)}
     score = score_of(adapted, task, run.params, choosing, **options)
     loss = torch.where(run.diverged, torch.inf, score.loss).nan_to_num(nan=torch.inf)
@@ -291,7 +292,7 @@ def train_sweep(
     if run.diverged[row]:
         raise RuntimeError(f"every adapter diverged: lower the learning rate, which went from {min(rates)} on.")
     one = fit_row(run, row)
-    one = _fit(loss_of(adapted, task), one.params, full, rates[row], steps, steps, progress, resume=one)
+    one = _fit(loss_of(adapted, task), one.params, full, rates[row], half + steps, half + steps, progress, resume=one)
     stacked = {k: torch.cat([v[:row], one.params[k][None], v[row + 1 :]]) for k, v in run.params.items()}
     names = [f"lr{start['learning_rate']:.2g}-d{start['d_initial']:.2g}" for start in grid]
     table = sweep_table(grid, {"name": names, "loss": score.loss, "accuracy": score.accuracy})

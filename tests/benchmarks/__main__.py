@@ -15,6 +15,7 @@ parser.add_argument(
     "what", nargs="*", choices=["many", "single", "bank", "merging", []], default=["many", "single", "bank"]
 )
 parser.add_argument("--adapter", default="vera-demo", help="directory of the demo's adapter, for merging (%(default)s)")
+parser.add_argument("--texts", type=int, default=500, help="of each domain, for merging (%(default)s)")
 parser.add_argument("--dtype", choices=["bfloat16", "float32"], nargs="*", default=["bfloat16", "float32"])
 parser.add_argument("--adapters", type=int, default=10_000, help="of the bank (%(default)s)")
 args = parser.parse_args()
@@ -26,6 +27,6 @@ for dtype in (getattr(torch, name) for name in args.dtype):
     if "single" in args.what:
         single.run(dtype)
 if "merging" in args.what:
-    merging.run(args.adapter)
+    merging.run(args.adapter, args.texts)
 if "bank" in args.what:
     many.bank(args.adapters)

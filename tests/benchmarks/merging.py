@@ -9,7 +9,7 @@ from tqdm import tqdm
 import vera_func as vf
 from vera_func.assets import load_snippets
 from vera_func.demo import HELD_OUT, demo_examples, split_examples
-from vera_func.examples import polar_examples
+from vera_func.examples import polar_examples, split
 from vera_func.pretrained import load_base
 from vera_func.sentiment import answer_logits, collate
 from vera_func.task import encode_examples, make_task
@@ -18,18 +18,18 @@ from .common import table
 
 
 CALIBRATION = 192  # training texts, some 6,000 tokens
-TESTED = 500  # texts of each domain
 
 
-def run(adapter):
-    """Print a table with a row for each way; `adapter` is the directory that `vera-func demo` wrote."""
+def run(adapter, texts):
+    """Print a table with a row for each way; `adapter` is what `vera-func demo` wrote, `texts` the number a domain."""
     base = load_base(quant="nf4", dtype=torch.float32)
     adapted = vf.load_adapter(adapter, base.model)
     task = make_task(base, ["negative", "positive"])
     train, held_out = split_examples(demo_examples(), HELD_OUT, seed=0)
     domains = {
-        "movies": encode_examples(base, task, held_out[:TESTED]),
-        "editorials": encode_examples(base, task, polar_examples(load_snippets("nyt"))[:TESTED]),
+        "movies": encode_examples(base, task, held_out[:texts]),
+        # Shuffled: the files are sorted by label.
+        "editorials": encode_examples(base, task, split(polar_examples(load_snippets("nyt")), texts, seed=0)[1]),
     }
     batches = _batches(encode_examples(base, task, train[:CALIBRATION]), task)
     gap = partial(_gap, task)
@@ -65,7 +65,7 @@ def run(adapter):
             row[f"{domain}: error / effect"] = f"{error:.1%}"
             row[f"{domain}: same answers"] = f"{same.float().mean():.1%}"
         rows.append(row)
-    table(f"Merging the demo's adapter, {TESTED} held-out texts of each domain", rows)
+    table(f"Merging the demo's adapter, {texts} held-out texts of each domain", rows)
 
 
 def _forward_of(model, config):
