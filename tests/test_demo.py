@@ -422,6 +422,23 @@ def test_merge(run_json, strong, tmp_path, to):
     assert AutoTokenizer.from_pretrained(tmp_path / to)("joy").input_ids
 
 
+def test_a_calibrated_merge(run, run_json, strong, reviews, tmp_path):
+    path, _, _ = strong
+    line = ("merge", "--adapter", path, "--to", "nf4", "--dtype", "float32", "--calibrate", "--data", reviews)
+    done = run_json(*line, "--out", tmp_path / "m")
+    assert done["calibrated_on"] == 45
+    assert done["answers"]["texts"] == 15
+    assert done["answers"]["error"] < 0.5  # rounded, it is several times that
+    assert "15 texts that it was not calibrated on" in done["advice"]
+    options = ("--data", reviews, "--dtype", "float32")
+    (merged,) = run_json("evaluate", "--model", tmp_path / "m", *options)
+    (unmerged,) = run_json("evaluate", "--adapter", path, *options)
+    assert merged["loss"] == pytest.approx(unmerged["loss"], rel=0.1)
+    status, said, _ = run(*line, "--out", tmp_path / "n")
+    assert status == 0
+    assert said.startswith("On 15 texts")
+
+
 def test_a_merged_model_is_a_model(run, run_json, strong, reviews, tmp_path):
     """One in 4 bits, too: evaluated as it is, without being quantized again."""
     path, _, _ = strong
@@ -563,6 +580,8 @@ def other(tmp_path_factory):
         ("generate a b --bank {bank}", "2 prompts need one adapter, or one for each, got 4"),
         ("merge --bank {bank} --to nf4 --out {tmp}/m", "choose one with --name (lr0.005-d0.1"),
         ("merge --model {folder} --to nf4 --out {tmp}/m", "which adapter?"),
+        ("merge --adapter {trained} --to nf4 --data {reviews} --out {tmp}/m", "pass that, too"),
+        ("merge --adapter {trained} --to int8 --calibrate --data {reviews} --out {tmp}/m", "not for int8"),
         ("merge --adapter {trained} --to nf4 --out {folder}", "in use"),
         ("merge --adapter {trained} --to nf4 --out {trained}", "in use"),
         ("export-lora --adapter {trained} --out {trained}", "another folder"),

@@ -12,8 +12,8 @@ IDS = torch.randint(3, 67, (12, 40), generator=torch.Generator().manual_seed(0))
 MASK = (torch.arange(40) >= torch.arange(12)[:, None]).long()  # padded on the left, row by row more
 
 
-def make_adapted():
-    model = quantized(llama(), "nf4")
+def make_adapted(base="nf4"):
+    model = quantized(llama(), base)
     # A few directions carry the inputs, as in a trained model; with white inputs no grid could be better than another.
     generator = torch.Generator().manual_seed(3)
     model.model.embed_tokens.weight.data = torch.randn(67, 5, generator=generator) @ torch.randn(
@@ -98,3 +98,22 @@ def test_what_can_not_be_calibrated():
     int8 = quantized(llama(), "int8")
     with pytest.raises(ValueError, match="calibration is for 4-bit layers"):
         vf.calibrated_weights(int8, *adapted[1:3], {})
+
+
+@pytest.mark.parametrize("base", ["nf4", "nested", "fp4"])
+def test_a_calibrated_model_is_an_ordinary_one(base, tmp_path):
+    """Saved, and read by transformers and bitsandbytes alone, it gives the logits of the weights that were chosen."""
+    from transformers import AutoModelForCausalLM
+
+    model, adapted = make_adapted(base)
+    weights = vf.calibrated_weights(model, *adapted[1:3], vf.layer_grams(adapted, batches()))
+    merged = vf.merge(model, *adapted[1:3], weights=weights)
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, q in weights.items():
+        assert_close(vf.dequantize(vf.from_bnb(loaded.get_submodule(name))[0]), vf.dequantize(q), rtol=0, atol=0)
+    # In training mode bitsandbytes multiplies by the dequantized weights.
+    actual = loaded.train()(input_ids=IDS, attention_mask=MASK).logits
+    nothing = vf.adapt(merged, vf.VeraConfig(r=1, target_modules="all-linear"))
+    expected = nothing.apply(*nothing[1:3], input_ids=IDS, attention_mask=MASK).logits
+    assert_close(actual, expected, rtol=1e-5, atol=1e-5)

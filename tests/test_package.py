@@ -28,6 +28,7 @@ ORDER = [
         "report",
         "sentiment",
         "task",
+        "answers",
     ),
     *("demo", "commands", "options", "cli"),
 ]

@@ -192,22 +192,33 @@ def _add_merge(commands: Any) -> None:
         "merge",
         _run_merge,
         help="write a plain model with an adapter in its weights, and say how much of it is kept",
-        example="vera-func merge --adapter vera-demo --to bfloat16 --out merged-model",
+        example="vera-func merge --adapter vera-demo --to bfloat16 --out merged-model\n"
+        "  vera-func merge --adapter vera-demo --to nf4 --calibrate --data reviews.csv --out merged-model",
     )
     source(parser)
     add = parser.add_argument
     add("--to", choices=[*QUANTS[:-1], *DTYPES], required=True, help="format of the merged weights")
+    add("--calibrate", action="store_true", help="choose the 4-bit weights so that the answers to --data stay")
+    data(parser, "JSONL or CSV with text and label, 200 or more (default: the demo's training reviews)")
     add("--out", metavar="DIR", required=True, help="where the model and its tokenizer go")
 
 
 def _run_merge(args: argparse.Namespace) -> None:
     from .commands import merge_to, open_source, summarize_reports
+    from .demo import HELD_OUT, demo_examples, split_examples
+    from .examples import read_examples
     from .report import format_table
 
+    if (args.data or args.prompt) and not args.calibrate:
+        raise ValueError("--data and --prompt are for --calibrate: pass that, too.")
     adapters = open_source(args.adapter, args.bank, args.name, one=True)
-    done = merge_to(adapters, _base(args, adapters), args.to, args.out)
-    table = summarize_reports(done["modules"])
-    _emit(args, done, lambda: f"{format_table(table)}\n{done['advice']}\nThe merged model is in {args.out}.")
+    examples = None
+    if args.calibrate:
+        examples = read_examples(args.data) if args.data else split_examples(demo_examples(), HELD_OUT, seed=0)[0]
+    options = {"calibrate": examples, "prompt": args.prompt}
+    done = merge_to(adapters, _base(args, adapters), args.to, args.out, **options)
+    table = f"{format_table(summarize_reports(done['modules']))}\n" if "modules" in done else ""
+    _emit(args, done, lambda: f"{table}{done['advice']}\nThe merged model is in {args.out}.")
 
 
 def _add_export_lora(commands: Any) -> None:

@@ -12,18 +12,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .answers import Answers, calibrate_answers, compare_answers
 from .assets import quiet_transformers
 from .bank import export_adapters, import_adapters, open_bank
 from .checkpoint import CONFIG, WEIGHTS, load_adapter, read_files
 from .config import VeraConfig, linear_sizes, resolve
-from .examples import Example
+from .examples import Example, split
 from .export import describe_reports, export_lora, merge, merge_advice, merge_reports
 from .many import select_adapters, stack_adapters
 from .model import Adapted, adapt
 from .pretrained import Base, Note, describe_base, load_base, read_note, write_note
 from .report import bar
 from .sentiment import PROMPT, Encoded, collate
-from .task import encode_examples, make_task, score_of
+from .task import Task, encode_examples, make_task, score_of
+
+
+CALIBRATION = 192  # texts, some 6,000 tokens of the demo's: more is hardly better
 
 
 class Source(NamedTuple):
@@ -140,8 +144,7 @@ def evaluate(
     Raises:
         ValueError: If the adapters do not fit the model, or a label was not trained.
     """
-    labels = source.note.labels or sorted({example.label for example in examples})
-    task = make_task(base, labels, prompt or source.note.prompt or PROMPT)
+    task = _task_of(source, base, examples, prompt)
     rows = encode_examples(base, task, examples)
     adapted, read = load_adapters(source, base.model)
     results = []
@@ -214,7 +217,16 @@ def generate(
     ]
 
 
-def merge_to(source: Source, base: Base, to: str, out: str | os.PathLike[str]) -> dict[str, Any]:
+def merge_to(
+    source: Source,
+    base: Base,
+    to: str,
+    out: str | os.PathLike[str],
+    *,
+    calibrate: Sequence[Example] | None = None,
+    prompt: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Write a plain model with one adapter in its weights, with its tokenizer, and say what was lost.
 
     Args:
@@ -222,28 +234,39 @@ def merge_to(source: Source, base: Base, to: str, out: str | os.PathLike[str]) -
         base: From `base_of`, in the format that the adapter was trained over.
         to: "nf4", "fp4", "int8", or the name of a dtype.
         out: The folder.
+        calibrate: Labelled texts to choose 4-bit weights by, so that the answers stay; a quarter of them is kept to
+            judge by. None rounds.
+        prompt: With `{text}` in it, for these; None is what the adapter was trained with.
+        progress: Shows a progress bar.
 
     Raises:
-        ValueError: If the adapter does not fit, or `out` holds the base or an adapter.
+        ValueError: If the adapter does not fit, `out` holds the base or an adapter, or one can't calibrate so.
     """
     adapted, _ = load_adapters(source, base.model)
     out = Path(out)
     if out.is_file() or (out / CONFIG).is_file() or (out.is_dir() and out.resolve() == Path(base.name).resolve()):
         raise ValueError(f"--out {out} is in use: give a folder for the merged model alone.")
     form = getattr(torch, to) if to in ("float32", "bfloat16", "float16") else to
-    reports = merge_reports(base.model, adapted.params, adapted.frozen, form)
-    merged: Any = merge(base.model, adapted.params, adapted.frozen, form)
+    done: dict[str, Any] = {"out": str(out), "to": to, "model": base.name, "quant": base.quant}
+    if calibrate is None:
+        merged: Any = merge(base.model, adapted.params, adapted.frozen, form)
+        reports = merge_reports(base.model, adapted.params, adapted.frozen, form)
+        done |= {"advice": merge_advice(reports), "modules": describe_reports(reports)}
+    else:
+        if to != base.quant or to not in ("nf4", "fp4"):
+            raise ValueError(f"calibration keeps the base's 4-bit format, and this base is {base.quant}: not for {to}.")
+        task = _task_of(source, base, calibrate, prompt)
+        examples, others = split(calibrate, -(-len(calibrate) // 4), seed=0)
+        rows = encode_examples(base, task, examples[:CALIBRATION])
+        show = bar("calibrate", progress, "layer")
+        weights = calibrate_answers(base.model, adapted, task, rows, progress=show)
+        merged = merge(base.model, adapted.params, adapted.frozen, weights=weights)
+        kept = compare_answers(adapted, merged, task, encode_examples(base, task, others[:CALIBRATION]))
+        done |= {"calibrated_on": len(rows), "advice": _calibrated_advice(kept), "answers": kept._asdict()}
     with quiet_transformers():
         merged.save_pretrained(out)
         base.tokenizer.save_pretrained(out)
-    return {
-        "out": str(out),
-        "to": to,
-        "model": base.name,
-        "quant": base.quant,
-        "advice": merge_advice(reports),
-        "modules": describe_reports(reports),
-    }
+    return done
 
 
 def lora_of(source: Source, base: Base, out: str | os.PathLike[str], rank: int | None = None) -> dict[str, Any]:
@@ -425,6 +448,19 @@ def summarize_reports(modules: Sequence[Mapping[str, Any]]) -> list[dict[str, An
         least = min(row["kept"] for row in group)
         rows.append({"modules": kind, "count": len(group), "kept": mean["kept"], "kept_least": least, **mean})
     return rows
+
+
+def _task_of(source: Source, base: Base, examples: Sequence[Example], prompt: str | None) -> Task:
+    labels = source.note.labels or sorted({example.label for example in examples})
+    return make_task(base, labels, prompt or source.note.prompt or PROMPT)
+
+
+def _calibrated_advice(kept: Answers) -> str:
+    share, error = (f"{value:.{digits}%}".replace("%", " %") for value, digits in ((kept.same, 0), (kept.error, 1)))
+    return (
+        f"On {kept.texts} texts that it was not calibrated on, {share} of the answers stay as they were, and their "
+        f"logits change by {error} of what the adapter changes."
+    )
 
 
 def _inspect_model(folder: Path, r: int, targets: Sequence[str] | None) -> dict[str, Any]:
