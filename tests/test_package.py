@@ -18,6 +18,7 @@ ORDER = [
     *(
         "model",
         "many",
+        "algebra",
         "checkpoint",
         "bank",
         "export",

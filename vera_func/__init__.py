@@ -6,6 +6,7 @@ from .adapter import (
     init_params as init_params,
     vera_forward as vera_forward,
 )
+from .algebra import add_adapters as add_adapters, scale_adapter as scale_adapter
 from .bank import (
     Bank as Bank,
     append_to_bank as append_to_bank,
