@@ -465,3 +465,77 @@ class TestDtypes:
         # The cast at the end passes the gradient on unrounded, as it is one in every entry.
         expected = grad(lambda p: (x.float() @ vf.delta_weight(p, frozen, IN).T).sum())(params)
         assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+class TestSharedProduct:
+    """`A x` for several layers with the same x: a value computed once, differentiated by each layer."""
+
+    A = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    @staticmethod
+    def thrice(x, A):
+        shared = vf.adapter.SharedProduct()
+        first, second, third = (shared(x, A) for _ in range(3))
+        return first.sin() * second * third.cos()
+
+    @staticmethod
+    def plain(x, A):
+        return (x @ A.mT).sin() * (x @ A.mT) * (x @ A.mT).cos()
+
+    def test_the_product_is_computed_once(self, monkeypatch):
+        calls = []
+        monkeypatch.setattr(vf.adapter, "project", lambda x, A: calls.append(x) or x @ A.mT)
+        shared = vf.adapter.SharedProduct()
+        shared(self.x, self.A), shared(self.x, self.A)
+        assert len(calls) == 1
+        shared(self.x.clone(), self.A)
+        assert len(calls) == 2
+
+    def test_a_changed_input_is_another_one(self):
+        shared, x = vf.adapter.SharedProduct(), self.x.clone()
+        shared(x, self.A)
+        x += 1
+        assert_close(shared(x, self.A), x @ self.A.mT)
+        with torch.inference_mode():
+            x = self.x.clone()
+            shared(x, self.A)
+            x += 1
+            assert_close(shared(x, self.A), x @ self.A.mT)
+
+    def test_another_dtype_is_another_product(self):
+        shared = vf.adapter.SharedProduct()
+        shared(self.x, self.A)
+        assert shared(self.x, self.A.float()).dtype == torch.float32
+
+    def test_derivatives(self):
+        x, A = self.x.clone().requires_grad_(), self.A.clone().requires_grad_()
+        assert torch.autograd.gradcheck(self.thrice, (x, A), check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(self.thrice, (x, A), check_fwd_over_rev=True)
+
+    @pytest.mark.parametrize("argnums", [0, 1])
+    @pytest.mark.parametrize(
+        "transform",
+        [
+            lambda f, a: torch.func.jacrev(f, a),
+            lambda f, a: torch.func.jacfwd(f, a),
+            lambda f, a: torch.func.hessian(lambda *args: f(*args).sum(), a),
+            lambda f, a: torch.func.jacrev(torch.func.jacrev(lambda *args: f(*args).sum(), a), 1 - a),
+            lambda f, a: torch.func.vmap(torch.func.grad(lambda *args: f(*args).sum(), a), (0, None)),
+        ],
+        ids=["jacrev", "jacfwd", "hessian", "mixed", "vmap(grad)"],
+    )
+    def test_transforms(self, transform, argnums):
+        assert_close(transform(self.thrice, argnums)(self.x, self.A), transform(self.plain, argnums)(self.x, self.A))
+
+
+def test_layers_that_read_the_same_input_share_its_product(monkeypatch):
+    """q, k and v; gate and up: four products a layer for all seven."""
+    from helpers import llama
+
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    apply, params, frozen, _ = vf.adapt(llama(), vf.VeraConfig(r=4, target_modules=linears))
+    calls, original = [], vf.adapter.project
+    monkeypatch.setattr(vf.adapter, "project", lambda x, A: calls.append(x) or original(x, A))
+    apply(params, frozen, input_ids=torch.ones(1, 3, dtype=torch.long))
+    assert len(calls) == len(params) // 2 // 7 * 4

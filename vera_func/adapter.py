@@ -22,6 +22,16 @@ from torch.nn.functional import linear
 BaseFn = Callable[[Tensor], Tensor]
 
 
+def project(x: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]) -> Float[Tensor, "*batch r"]:
+    """`A x`, in the dtype of `A`.
+
+    Example:
+        >>> project(torch.ones(3, dtype=torch.bfloat16), torch.ones(2, 3))
+        tensor([3., 3.])
+    """
+    return linear(x.to(A.dtype), A)
+
+
 def init_params(
     r: int,
     out_features: int,
@@ -64,6 +74,7 @@ def vera_forward(
     base_fn: BaseFn,
     *,
     dropout_mask: Tensor | None = None,
+    project: Callable[[Tensor, Tensor], Tensor] = project,
 ) -> Float[Tensor, "*batch out"]:
     """The adapted layer: `base_fn(x) + lambda_b * (B (lambda_d * (A x)))`.
 
@@ -81,6 +92,8 @@ def vera_forward(
         base_fn: The frozen layer, `(*batch, in) -> (*batch, out)`.
         dropout_mask: Multiplies the input of `A` (not of the base) and broadcasts to the shape of `x`;
             see `dropout_mask`. None drops nothing.
+        project: `(x, A) -> A x`. Layers that read the same `x` may share it, with a function that remembers
+            (`SharedProduct`); with a dropout mask nothing is shared, and it is not called.
 
     Raises:
         ValueError: If leading axes cannot be matched (both shapes are named), if `frozen` has another
@@ -100,10 +113,8 @@ def vera_forward(
     lambda_b, lambda_d, mixture = _vectors(params)
     A, B = _projections(frozen, lambda_b, lambda_d, x.shape[-1])
     base = base_fn(x)
-    inputs = x.to(lambda_d.dtype)
-    if dropout_mask is not None:
-        inputs = inputs * _checked_mask(dropout_mask, x)
-    z = linear(inputs, A)  # (*batch, r)
+    masked = None if dropout_mask is None else x.to(A.dtype) * _checked_mask(dropout_mask, x)
+    z = project(x, A) if masked is None else linear(masked, A)  # (*batch, r)
     if mixture is None:
         update = _expand(z, align_rows("lambda_b", lambda_b, x), align_rows("lambda_d", lambda_d, x), B)
     else:
@@ -204,6 +215,61 @@ def align_rows(name: str, vector: Tensor, x: Tensor, *, inner: int = 1) -> Tenso
             "per row (select_adapters), or map over stacked adapters (vmap_adapters, torch.func.vmap)."
         )
     return vector.reshape(*rows, *[1] * (len(batch) - len(rows)), *own)
+
+
+class SharedProduct:
+    """`A x`, computed once for all layers that read the same `x` one after another: q, k, v; gate, up.
+
+    A value for one pass through a model, in which all layers have the same projections. It keeps the last `x` and the
+    product, and knows them again by identity. Every layer differentiates the product by itself, so that gradients are
+    those of unshared products, bit for bit.
+
+    Example:
+        >>> shared, x, A = SharedProduct(), torch.ones(3), torch.ones(2, 3)
+        >>> shared(x, A).data_ptr() == shared(x, A).data_ptr()
+        True
+    """
+
+    def __init__(self) -> None:
+        self.last: tuple[Tensor, int, Tensor] | None = None  # x, its version, A x
+
+    def __call__(self, x: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]) -> Float[Tensor, "*batch r"]:
+        if x.is_inference():  # has no version, so nobody could tell that it changed
+            return project(x, A)
+        if self.last is not None:
+            same, version, z = self.last
+            if same is x and version == x._version and z.dtype == A.dtype:
+                return _Known.apply(x, A, z)
+        z = project(x, A)
+        self.last = x, x._version, z
+        return z
+
+
+class _Known(torch.autograd.Function):
+    """`value`, which is `project(x, A)`: differentiated in x as a product of its own, and in A through the value."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, A, value):
+        return value.detach()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.dtype = inputs[0].dtype
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        (A,) = ctx.saved_tensors
+        if grad is None or ctx.needs_input_grad[1]:
+            return None, None, grad
+        return (grad @ A).to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, None
+
+    @staticmethod
+    def jvp(ctx, x_t, A_t, value_t):
+        return value_t
 
 
 class _Expand(torch.autograd.Function):

@@ -5,14 +5,14 @@ parameters are `lambda_b` and `lambda_d`; the projections are references to the 
 state dict. `shell_class` chooses the class from that of the base layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .adapter import align_rows, delta_weight, dropout_mask, init_params, vera_forward
+from .adapter import align_rows, delta_weight, dropout_mask, init_params, project, vera_forward
 from .config import is_conv1d, linear_sizes
 from .quantized import Quantized, Quantized4bit, from_bnb, is_bnb_linear, quantized_linear
 
@@ -33,6 +33,7 @@ class Projections(nn.Module):
         super().__init__()
         self.register_buffer("vera_A", vera_A, persistent=False)
         self.register_buffer("vera_B", vera_B, persistent=False)
+        self.product: Callable[[Tensor, Tensor], Tensor] = project
 
 
 class QuantizedLinear(nn.Module):
@@ -199,7 +200,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     mask = None
     if self.generator is not None and self.vera_dropout > 0:
         mask = dropout_mask(self.vera_dropout, tuple(x.shape), generator=self.generator, dtype=self.lambda_d.dtype)
-    return vera_forward(params, frozen, x, self.base_layer, dropout_mask=mask)
+    return vera_forward(params, frozen, x, self.base_layer, dropout_mask=mask, project=self.projections.product)
 
 
 def _get_delta_weight(self: Any, adapter: str) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .adapter import SharedProduct, project
 from .config import VeraConfig, is_conv1d, linear_sizes, peft_dtype, resolve, trained_with
 from .layers import Projections, QuantizedLinear, RowwiseAffine, shell_class
 from .projection import init_projections
@@ -78,16 +79,20 @@ class Apply:
         """Any method of the model with the adapter: `apply.method("generate", params, frozen, ...)`."""
         tensors = self._bind(params, frozen)
         root = self._tree()
-        if self.generator is None:
-            return functional_call(root, tensors, (name, args, kwargs), tie_weights=False)
-        shells = [root.get_submodule(_join("model", target)) for target in self.targets]
+        shells: list[Any] = (
+            [] if self.generator is None else [root.get_submodule(_join("model", t)) for t in self.targets]
+        )
+        projections: Any = root.projections
         try:
+            # The compiler sees by itself what products have in common.
+            projections.product = project if torch.compiler.is_compiling() else SharedProduct()
             for shell in shells:
-                shell.generator = self.generator  # type: ignore[assignment]
+                shell.generator = self.generator
             return functional_call(root, tensors, (name, args, kwargs), tie_weights=False)
         finally:
+            projections.product = project
             for shell in shells:
-                shell.generator = None  # type: ignore[assignment]
+                shell.generator = None
 
     def with_dropout(self, generator: torch.Generator) -> "Apply":
         """The same function with `config.vera_dropout` applied to the inputs of `A`, drawn from `generator`.
