@@ -162,3 +162,26 @@ def test_sizes_of_a_model_are_checked_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="needs lambda_b"):
         vf.export_lora(tmp_path / "lora", *adapted[1:], llama(hidden_size=128))
     assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize("base", ["nf4", "nested", "int8"])
+def test_dequantized_model(base):
+    """The same numbers without dequantizing: outputs and gradients, bit for bit; the model stays as it was."""
+    model, adapted = make_adapted("llama", base)
+    before = snapshot(model)
+    dense = vf.dequantize_model(model, torch.float32)
+    again = vf.adapt(dense, adapted.config)
+
+    def loss(params, apply):
+        return apply(params, adapted.frozen, input_ids=IDS).logits.square().mean()
+
+    for apply in (again.apply, adapted.apply):
+        value = loss(adapted.params, apply)
+        grads = torch.func.grad(loss)(adapted.params, apply)
+        if apply is again.apply:
+            expected = value, grads
+    assert_close((value, grads), expected, rtol=0, atol=0)
+    assert_close(snapshot(model), before, rtol=0, atol=0)
+    assert not any(hasattr(module.weight, "quant_state") for module in dense.modules() if hasattr(module, "weight"))
+    assert dense.lm_head.weight is model.lm_head.weight
+    assert not hasattr(dense.config, "quantization_config")

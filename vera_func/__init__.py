@@ -18,6 +18,7 @@ from .bank import (
 from .checkpoint import load_adapter as load_adapter, save_adapter as save_adapter
 from .config import VeraConfig as VeraConfig
 from .export import (
+    dequantize_model as dequantize_model,
     export_lora as export_lora,
     merge as merge,
     merge_advice as merge_advice,
