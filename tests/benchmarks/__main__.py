@@ -1,32 +1,48 @@
-"""`python -m tests.benchmarks [many] [single] [bank] [merging]`: ratios against PEFT, with the machine named."""
+"""`python -m tests.benchmarks [WHAT ...]`: ratios against PEFT, with the machine named."""
 
 import argparse
 
 import torch
 
-from . import many, merging, single
+from . import gpu, many, memory, merging, scaling, single
 from .common import machine
 
 
 CASES = [(1, 16), (16, 16), (64, 16), (128, 4), (128, 16), (512, 4)]
+WHAT = ["many", "single", "memory", "scaling", "bank", "merging", "gpu"]
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument(
-    "what", nargs="*", choices=["many", "single", "bank", "merging", []], default=["many", "single", "bank"]
-)
-parser.add_argument("--adapter", default="vera-demo", help="directory of the demo's adapter, for merging (%(default)s)")
-parser.add_argument("--texts", type=int, default=500, help="of each domain, for merging (%(default)s)")
-parser.add_argument("--dtype", choices=["bfloat16", "float32"], nargs="*", default=["bfloat16", "float32"])
-parser.add_argument("--adapters", type=int, default=10_000, help="of the bank (%(default)s)")
-args = parser.parse_args()
 
-print(machine())
-for dtype in (getattr(torch, name) for name in args.dtype):
-    if "many" in args.what:
-        many.run(dtype, CASES)
-    if "single" in args.what:
-        single.run(dtype)
-if "merging" in args.what:
-    merging.run(args.adapter, args.texts)
-if "bank" in args.what:
-    many.bank(args.adapters)
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="*", choices=[*WHAT, []], help="all but merging, if nothing is said")
+    parser.add_argument(
+        "--adapter", default="vera-demo", help="directory of the demo's adapter, for merging (%(default)s)"
+    )
+    parser.add_argument("--texts", type=int, default=500, help="of each domain, for merging (%(default)s)")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], nargs="*", default=["bfloat16", "float32"])
+    parser.add_argument("--adapters", type=int, default=10_000, help="of the bank (%(default)s)")
+    parser.add_argument("--out", help="file for the plots of scaling, such as scaling.png")
+    parser.add_argument("--dry-run", action="store_true", help="of gpu: tiny, on a CPU, to see that it runs")
+    args = parser.parse_args()
+    what = args.what or [name for name in WHAT if name != "merging"]
+
+    print(machine())
+    for dtype in (getattr(torch, name) for name in args.dtype):
+        if "many" in what:
+            many.run(dtype, CASES)
+        if "single" in what:
+            single.run(dtype)
+        if "memory" in what:
+            memory.run(dtype)
+        if "scaling" in what:
+            scaling.run(dtype, args.out)
+    if "merging" in what:
+        merging.run(args.adapter, args.texts)
+    if "bank" in what:
+        many.bank(args.adapters)
+    if "gpu" in what:
+        gpu.run(args.dry_run)
+
+
+if __name__ == "__main__":  # and not again in the processes that memory starts
+    main()

@@ -1,10 +1,12 @@
 """What the benchmarks share: a Llama-shaped model, fair timing in one process, and the machine's name."""
 
+import copy
 import platform
 import time
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
@@ -30,20 +32,46 @@ def machine():
     return f"{text}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else text
 
 
-def llama(width=1024, layers=6, dtype=torch.bfloat16, quant="nf4", device="cpu", vocab=512):
+def llama(width=1024, layers=6, dtype=torch.bfloat16, quant="nf4", device="cpu", vocab=512, *, kv_heads=None, mlp=None):
     """A model with random weights, its linears in `quant`, in training mode so that PEFT can differentiate it."""
+    heads = max(1, width // 128 if width > 2048 else width // 64)
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=width, intermediate_size=int(2.75 * width), num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 64), num_key_value_heads=max(1, width // 64), use_cache=False,
+        vocab_size=vocab, hidden_size=width, intermediate_size=mlp or int(2.75 * width), num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads or heads, use_cache=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(dtype)
     quantize = {"nf4": vf.quantize_4bit, "int8": vf.quantize_8bit}.get(quant)
+    # Empty at first, so that a large model is never there in full precision.
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(dtype)
     for name, module in list(model.named_modules()):
         if quantize and isinstance(module, nn.Linear) and name != "lm_head":
             parent, _, child = name.rpartition(".")
-            model.get_submodule(parent).register_module(child, vf.to_bnb(quantize(module.weight.data)))
-    return model.to(device).train()
+            weight = 0.02 * torch.randn(module.weight.shape, dtype=dtype, device=device)
+            model.get_submodule(parent).register_module(child, vf.to_bnb(quantize(weight)))
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                value = torch.ones if parameter.dim() == 1 else torch.randn
+                scale = 1.0 if parameter.dim() == 1 else 0.02
+                value = scale * value(parameter.shape, dtype=dtype, device=device)
+                module._parameters[key] = nn.Parameter(value, requires_grad=False)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    return model.train()
+
+
+def bare(apply):
+    """`(ids, **options) -> output` of the base alone, through the same module tree with the shells taken out."""
+    tree = copy.deepcopy(apply.root)
+    for name in apply.targets:
+        parent, _, child = f"model.{name}".rpartition(".")
+        tree.get_submodule(parent).register_module(child, tree.get_submodule(f"model.{name}").base_layer)
+
+    @torch.no_grad()
+    def forward(ids, **options):
+        return functional_call(tree, {}, ("__call__", (), {"input_ids": ids, **options}))
+
+    return forward
 
 
 def interleave(functions, repeats=5, seconds=60.0):

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import peft
 import torch
-from torch.func import functional_call, grad
 
 import vera_func as vf
 
-from .common import interleave, llama, table
+from .common import bare, interleave, llama, table
 
 
 TARGETS = ["q_proj", "v_proj"]
@@ -35,7 +34,7 @@ def measure(adapted, theirs, lora, n, tokens):
     ids = torch.randint(0, 512, (n, tokens), generator=torch.Generator().manual_seed(0))
     stacked = vf.stack_adapters([params] * n)
     sample = min(n, SAMPLE)
-    bare = _bare(apply)
+    base = bare(apply)
 
     def forward():
         with torch.no_grad():
@@ -54,6 +53,10 @@ def measure(adapted, theirs, lora, n, tokens):
     def loss(stacked):
         return apply(stacked, frozen, input_ids=ids).logits.float().square().mean((1, 2)).sum()
 
+    def train():
+        leaves = {key: p.detach().requires_grad_() for key, p in stacked.items()}
+        torch.autograd.grad(loss(leaves), list(leaves.values()))
+
     def peft_train():
         for i in range(sample):
             theirs.set_adapter(str(i))
@@ -62,10 +65,10 @@ def measure(adapted, theirs, lora, n, tokens):
     best = interleave(
         {
             "here": forward,
-            "bare": lambda: bare(ids),
+            "bare": lambda: base(ids),
             "PEFT": peft_loop,
             "LoRA": lora_batch,
-            "train": lambda: grad(loss)(stacked),
+            "train": train,
             "PEFT train": peft_train,
         }
     )
@@ -111,17 +114,3 @@ def _peft(model, config, r):
     for i in range(1, SAMPLE):
         adapted.add_adapter(str(i), config(r=r, target_modules=TARGETS))
     return adapted
-
-
-def _bare(apply):
-    """The base alone, through the same module tree, with the shells taken out."""
-    tree = copy.deepcopy(apply.root)
-    for name in apply.targets:
-        parent, _, child = f"model.{name}".rpartition(".")
-        tree.get_submodule(parent).register_module(child, tree.get_submodule(f"model.{name}").base_layer)
-
-    def forward(ids):
-        with torch.no_grad():
-            return functional_call(tree, {}, ("__call__", (), {"input_ids": ids}))
-
-    return forward
