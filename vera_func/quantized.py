@@ -246,8 +246,9 @@ def quantized_linear(
         if not isinstance(q, Quantized8bit):
             raise ValueError("int8_activations needs an 8-bit weight; this one has 4 bits.")
         y = _Int8Product.apply(x, bias, spec, *leaves)
-    elif torch.compiler.is_compiling():
-        # Dynamo (2.13) refuses a Function with a jvp; what the plain form keeps is the compiler's choice.
+    elif torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        # Dynamo (2.13) refuses a Function with a jvp; what the plain form keeps is the compiler's choice. Where nothing
+        # is kept, the plain form has less overhead.
         _refuse_weight_derivative(any(map(_is_differentiated, leaves)))
         y = linear(x, _dequantize(spec, leaves, x.dtype), bias)
     else:
