@@ -4,12 +4,12 @@ import argparse
 
 import torch
 
-from . import gpu, many, memory, merging, scaling, single
+from . import compiled, gpu, many, memory, merging, roofline, scaling, single
 from .common import machine
 
 
 CASES = [(1, 16), (16, 16), (64, 16), (128, 4), (128, 16), (512, 4)]
-WHAT = ["many", "single", "memory", "scaling", "bank", "merging", "gpu"]
+WHAT = ["many", "single", "compiled", "memory", "roofline", "scaling", "bank", "merging", "gpu"]
 
 
 def main():
@@ -32,8 +32,12 @@ def main():
             many.run(dtype, CASES)
         if "single" in what:
             single.run(dtype)
+        if "compiled" in what:
+            compiled.run(dtype)
         if "memory" in what:
             memory.run(dtype)
+        if "roofline" in what:
+            roofline.run(dtype)
         if "scaling" in what:
             scaling.run(dtype, args.out)
     if "merging" in what:
