@@ -4,17 +4,17 @@ import argparse
 
 import torch
 
-from . import compiled, gpu, many, memory, merging, roofline, scaling, single
+from . import compiled, gpu, layers, many, memory, merging, roofline, scaling, single
 from .common import machine
 
 
 CASES = [(1, 16), (16, 16), (64, 16), (128, 4), (128, 16), (512, 4)]
-WHAT = ["many", "single", "compiled", "memory", "roofline", "scaling", "bank", "merging", "gpu"]
+WHAT = ["many", "single", "compiled", "memory", "roofline", "scaling", "bank", "merging", "layers", "gpu"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", choices=[*WHAT, []], help="all but merging, if nothing is said")
+    parser.add_argument("what", nargs="*", choices=[*WHAT, []], help="all but merging and layers, if nothing is said")
     parser.add_argument(
         "--adapter", default="vera-demo", help="directory of the demo's adapter, for merging (%(default)s)"
     )
@@ -24,7 +24,7 @@ def main():
     parser.add_argument("--out", help="file for the plots of scaling, such as scaling.png")
     parser.add_argument("--dry-run", action="store_true", help="of gpu: tiny, on a CPU, to see that it runs")
     args = parser.parse_args()
-    what = args.what or [name for name in WHAT if name != "merging"]
+    what = args.what or [name for name in WHAT if name not in ("merging", "layers")]
 
     print(machine())
     for dtype in (getattr(torch, name) for name in args.dtype):
@@ -42,6 +42,8 @@ def main():
             scaling.run(dtype, args.out)
     if "merging" in what:
         merging.run(args.adapter, args.texts)
+    if "layers" in what:
+        layers.run()
     if "bank" in what:
         many.bank(args.adapters)
     if "gpu" in what:
