@@ -698,7 +698,7 @@ BAD = {
     "a negative threshold": (lambda: vf.quantize_8bit(normal(2, 64), threshold=-1.0), "got -1"),
     "a threshold of NaN": (lambda: vf.quantize_8bit(normal(2, 64), threshold=float("nan")), "got nan"),
     "x of another size": (lambda: vf.quantized_linear(NF4, normal(3, 13)), r"x \(3, 13\) must end in .* 37"),
-    "a scalar x": (lambda: vf.quantized_linear(NF4, torch.ones(())), "in_features 37"),
+    "a scalar x": (lambda: vf.quantized_linear(NF4, torch.ones(())), r"\(\*batch, in\), got \(\)"),
     "a bias of another size": (lambda: vf.quantized_linear(NF4, normal(3, 37), normal(37)), r"\(13,\), got \(37,\)"),
     "a bias for each row": (lambda: vf.quantized_linear(NF4, normal(3, 37), normal(3, 13)), r"got \(3, 13\)"),
     "a module's bias": (lambda: vf.to_bnb(NF4, normal(37)), r"\(13,\), got \(37,\)"),
