@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .checkpoint import CONFIG, WEIGHTS, adapter_folder
+from .checkpoint import CONFIG, WEIGHTS, adapter_folder, check_adapter
 from .config import VeraConfig, is_conv1d, linear_sizes
 from .files import replacing
 from .merge import MergeReport, merge_dense, merge_quantized, merge_report
@@ -84,10 +84,11 @@ def merge(
         >>> torch.equal(merged(torch.ones(3, 8)), model(torch.ones(3, 8)))
         True
     """
-    if isinstance(to, str) and to not in _FORMATS:
-        raise ValueError(f"to must be one of {sorted(_FORMATS)} or a floating-point dtype, got {to!r}.")
+    _check_format(to)
     modules = dict(model.named_modules())
     layers = adapted_layers(model, params)
+    if odd := sorted((weights or {}).keys() - layers.keys()):
+        raise ValueError(f"weights has {odd[0]!r}, which is no adapted module; those are {sorted(layers)[:3]}, ...")
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = parameter
@@ -138,8 +139,12 @@ def merge_reports(
         >>> merge_reports(model, params, adapted.frozen, to=torch.float32)["0"].kept > 0.99
         True
     """
+    _check_format(to)
+    layers = adapted_layers(model, params)
+    if odd := sorted((inputs or {}).keys() - layers.keys()):
+        raise ValueError(f"inputs has {odd[0]!r}, which is no adapted module; those are {sorted(layers)[:3]}, ...")
     reports = {}
-    for name, vectors in adapted_layers(model, params).items():
+    for name, vectors in layers.items():
         module = model.get_submodule(name)
         base = _base_weight(module)
         merged = _merged_weight(module, vectors, frozen, to)
@@ -155,10 +160,15 @@ def merge_advice(reports: Mapping[str, MergeReport]) -> str:
     Args:
         reports: From `merge_reports`.
 
+    Raises:
+        ValueError: If they are not by module.
+
     Example:
         >>> merge_advice({"q_proj": MergeReport(kept=0.02, error=1.07, size=0.01)})[:55]
         'Do not merge like this: 2 % of the update is kept on av'
     """
+    if not isinstance(reports, Mapping):
+        raise ValueError(f"reports must be those of merge_reports, by module, got {type(reports).__name__}.")
     if not reports:
         return "There is nothing to merge: the adapter adds nothing to any layer."
     kept = sum(report.kept for report in reports.values()) / len(reports)
@@ -218,9 +228,13 @@ def export_lora(
         https://arxiv.org/abs/2106.09685 (LoRA); section 3.2 of https://arxiv.org/abs/2310.11454.
     """
     rank = config.r if rank is None else rank
-    if not 0 < rank <= config.r:
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= config.r:
         raise ValueError(f"rank must be in 1 ... {config.r}, the adapter's own, got {rank}.")
     layers = adapted_layers(model, params)
+    check_adapter(params, frozen, config)
+    widest = max((linear_sizes(model.get_submodule(name)) or (0, 0))[0] for name in layers)
+    if frozen["vera_A"].shape[1] < widest:
+        raise ValueError(f"vera_A {tuple(frozen['vera_A'].shape)} is too narrow: a layer has {widest} inputs.")
     tensors: dict[str, Tensor] = {}
     error: dict[str, float] = {}
     for name, vectors in layers.items():
@@ -251,6 +265,9 @@ def export_lora(
         "revision": config.revision,
         "inference_mode": True,
     }
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{key!r} overflows {tensor.dtype}; nothing was written.")
     folder = adapter_folder(path, "default")
     folder.mkdir(parents=True, exist_ok=True)
     cpu = {f"base_model.model.{key}": t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
@@ -305,6 +322,8 @@ def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, 
         name, _, leaf = key.rpartition(".")
         if leaf == "mixture":
             raise ValueError(f"{key!r} marks a sum of adapters; merge or export them one by one.")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key!r} must be a tensor, got {type(value).__name__}.")
         if not value.isfinite().all():
             raise ValueError(f"{key!r} holds NaN or inf: the adapter is broken, and nothing was written.")
         if leaf in ("lambda_b", "lambda_d"):
@@ -321,6 +340,11 @@ def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, 
     if not layers:
         raise ValueError(f"params has no 'lambda_b' of any layer, only {sorted(params)[:3]}.")
     return layers
+
+
+def _check_format(to: Format | None) -> None:
+    if to is not None and to not in _FORMATS and not (isinstance(to, torch.dtype) and to.is_floating_point):
+        raise ValueError(f"to must be one of {sorted(_FORMATS)} or a floating-point dtype, got {to!r}.")
 
 
 def _base_weight(module: Any) -> Quantized | Tensor:
