@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 import vera_func as vf
 from vera_func.quantized import BLOCKSIZES, validate
 
-from helpers import FORMATS, llama, quantized, randomized, relative_error
+from helpers import FORMATS, llama, quantized, randomized, relative_error, repack
 
 
 # A single value; one row; primes; no whole byte; rows that are no whole blocks; more than 256 blocks.
@@ -54,16 +54,6 @@ def rounded(q):
         state = functional.QuantState(absmax=q.nested.scale, code=q.nested.code, blocksize=256, dtype=torch.float32)
         absmax = functional.dequantize_blockwise(q.absmax, state) + q.nested.offset
     return dataclasses.replace(q, absmax=absmax.bfloat16().float(), nested=None)
-
-
-def repack(module):
-    """What an eval-mode forward does to a 4-bit layer where the CPU has AVX512-BF16, done on any CPU.
-
-    Nothing public does only this; the function is private to bitsandbytes, and used nowhere else.
-    """
-    weight = module.weight
-    weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
-    return module
 
 
 def assert_same(actual, expected):
