@@ -271,10 +271,12 @@ def export_lora(
     folder = adapter_folder(path, "default")
     folder.mkdir(parents=True, exist_ok=True)
     cpu = {f"base_model.model.{key}": t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
-    with replacing(folder / WEIGHTS) as file:
-        file.write_bytes(save(cpu, {"format": "pt"}))
-    with replacing(folder / CONFIG) as file:
-        file.write_text(json.dumps(fields, indent=2, sort_keys=True))
+    text, data = json.dumps(fields, indent=2, sort_keys=True), save(cpu, {"format": "pt"})
+    with replacing(folder / CONFIG) as config_file, replacing(folder / WEIGHTS) as file:
+        config_file.write_text(text)
+        file.write_bytes(data)
+        # PEFT would read new weights with an old configuration; killed in between, there is none to read.
+        (folder / CONFIG).unlink(missing_ok=True)
     return LoraExport(folder, error)
 
 
