@@ -107,7 +107,8 @@ def write(kind, folder, value):
         vf.export_lora(folder, params, frozen, config, model())
     elif kind == "asset":
         os.environ["VERA_FUNC_CACHE"] = str(folder)
-        shutil.rmtree(fetch(*archive(value)))
+        shutil.rmtree(folder / ".gone", ignore_errors=True)
+        fetch(*archive(value)).rename(folder / ".gone")
         fetch(*archive(value))
     elif kind == "fit":
         train(folder, resume=folder / "run" if (folder / "run").exists() else None)
