@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from bitsandbytes import functional
 from torch import nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp
 from transformers import (
@@ -138,6 +139,16 @@ def quantized(model, name):
             bias = None if module.bias is None else module.bias.data
             setattr(model.get_submodule(parent), child, vf.to_bnb(FORMATS[name](module.weight.data), bias))
     return model
+
+
+def repack(module):
+    """What an eval-mode forward does to a 4-bit layer where the CPU has AVX512-BF16, done on any CPU.
+
+    Nothing public does only this; the function is private to bitsandbytes, and used nowhere else.
+    """
+    weight = module.weight
+    weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    return module
 
 
 def randomized(params, seed=1, scale=0.1):

@@ -197,7 +197,7 @@ class TestErrors:
 
     def test_init_params(self):
         for sizes in ((0, 3), (3, 0), (-1, 3)):
-            with pytest.raises(ValueError, match="must be positive"):
+            with pytest.raises(ValueError, match="must be a positive integer"):
                 vf.init_params(*sizes)
 
 

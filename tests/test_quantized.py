@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 import vera_func as vf
 from vera_func.quantized import BLOCKSIZES, validate
 
-from helpers import FORMATS, llama, quantized, randomized, relative_error
+from helpers import FORMATS, llama, quantized, randomized, relative_error, repack
 
 
 # A single value; one row; primes; no whole byte; rows that are no whole blocks; more than 256 blocks.
@@ -54,16 +54,6 @@ def rounded(q):
         state = functional.QuantState(absmax=q.nested.scale, code=q.nested.code, blocksize=256, dtype=torch.float32)
         absmax = functional.dequantize_blockwise(q.absmax, state) + q.nested.offset
     return dataclasses.replace(q, absmax=absmax.bfloat16().float(), nested=None)
-
-
-def repack(module):
-    """What an eval-mode forward does to a 4-bit layer where the CPU has AVX512-BF16, done on any CPU.
-
-    Nothing public does only this; the function is private to bitsandbytes, and used nowhere else.
-    """
-    weight = module.weight
-    weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
-    return module
 
 
 def assert_same(actual, expected):
@@ -698,7 +688,7 @@ BAD = {
     "a negative threshold": (lambda: vf.quantize_8bit(normal(2, 64), threshold=-1.0), "got -1"),
     "a threshold of NaN": (lambda: vf.quantize_8bit(normal(2, 64), threshold=float("nan")), "got nan"),
     "x of another size": (lambda: vf.quantized_linear(NF4, normal(3, 13)), r"x \(3, 13\) must end in .* 37"),
-    "a scalar x": (lambda: vf.quantized_linear(NF4, torch.ones(())), "in_features 37"),
+    "a scalar x": (lambda: vf.quantized_linear(NF4, torch.ones(())), r"\(\*batch, in\), got \(\)"),
     "a bias of another size": (lambda: vf.quantized_linear(NF4, normal(3, 37), normal(37)), r"\(13,\), got \(37,\)"),
     "a bias for each row": (lambda: vf.quantized_linear(NF4, normal(3, 37), normal(3, 13)), r"got \(3, 13\)"),
     "a module's bias": (lambda: vf.to_bnb(NF4, normal(37)), r"\(13,\), got \(37,\)"),

@@ -53,14 +53,19 @@ def init_params(
         `{"lambda_b": (out,), "lambda_d": (r,)}`.
 
     Raises:
-        ValueError: If `r` or `out_features` is not positive.
+        ValueError: If `r` or `out_features` is not a positive integer, `d_initial` not finite, or the dtype not a
+            floating-point one.
 
     Example:
         >>> init_params(2, 3)
         {'lambda_b': tensor([0., 0., 0.]), 'lambda_d': tensor([0.1000, 0.1000])}
     """
-    if r <= 0 or out_features <= 0:
-        raise ValueError(f"r and out_features must be positive, got r={r}, out_features={out_features}.")
+    for name, size in (("r", r), ("out_features", out_features)):
+        if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+            raise ValueError(f"{name} must be a positive integer, got {size!r}.")
+    if not abs(d_initial) < float("inf"):
+        raise ValueError(f"d_initial must be finite, got {d_initial}.")
+    require_float("dtype", dtype)
     return {
         "lambda_b": torch.zeros(out_features, dtype=dtype, device=device),
         "lambda_d": torch.full((r,), d_initial, dtype=dtype, device=device),
@@ -97,7 +102,8 @@ def vera_forward(
 
     Raises:
         ValueError: If leading axes cannot be matched (both shapes are named), if `frozen` has another
-            rank or is too narrow, if the mask does not broadcast to `x`, or if a key is missing.
+            rank or is too narrow, if the mask does not broadcast to `x`, if the base gives another size than `out`,
+            if a key is missing, or something is of integers.
 
     Example:
         >>> import torch
@@ -111,8 +117,14 @@ def vera_forward(
         Equation 2 of https://arxiv.org/abs/2310.11454.
     """
     lambda_b, lambda_d, mixture = _vectors(params)
+    require_rows_of_floats(x)
     A, B = _projections(frozen, lambda_b, lambda_d, x.shape[-1])
     base = base_fn(x)
+    if base.shape[-1] != lambda_b.shape[-1]:  # one of them could be 1, and broadcast
+        raise ValueError(
+            f"lambda_b {tuple(lambda_b.shape)} is for {lambda_b.shape[-1]} outputs, but base_fn(x) is "
+            f"{tuple(base.shape)}."
+        )
     masked = None if dropout_mask is None else x.to(A.dtype) * _checked_mask(dropout_mask, x)
     z = project(x, A) if masked is None else linear(masked, A)  # (*batch, r)
     if mixture is None:
@@ -272,6 +284,33 @@ class _Known(torch.autograd.Function):
         return value_t
 
 
+def require_float(name: str, dtype: torch.dtype) -> None:
+    """Refuse dtypes in which an adapter would be rounded to integers in silence.
+
+    Raises:
+        ValueError: If `dtype` is not a floating-point one.
+
+    Example:
+        >>> require_float("dtype", torch.bfloat16)
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{name} must be a floating-point dtype, got {dtype!r}.")
+
+
+def require_rows_of_floats(x: Tensor) -> None:
+    """Refuse what is no input of a linear layer: the result would be cast back to the dtype of `x`.
+
+    Raises:
+        ValueError: If `x` is a scalar, or not of floating-point numbers.
+
+    Example:
+        >>> require_rows_of_floats(torch.ones(3))
+    """
+    if not isinstance(x, Tensor) or not x.dim() or not x.is_floating_point():
+        what = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be a floating-point tensor (*batch, in), got {what}.")
+
+
 class _Expand(torch.autograd.Function):
     """`lambda_b * (B (lambda_d * z))`, which keeps its inputs only, and not the product with `B`.
 
@@ -345,6 +384,10 @@ def _vectors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | Non
             f"adapters, 'mixture'), got {sorted(params)}."
         )
     lambda_b, lambda_d, mixture = params["lambda_b"], params["lambda_d"], params.get("mixture")
+    for name, vector in (("lambda_b", lambda_b), ("lambda_d", lambda_d)):
+        if not isinstance(vector, Tensor) or not vector.is_floating_point():
+            what = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
+            raise ValueError(f"{name} must be a tensor of floating-point numbers, got {what}.")
     if lambda_b.dim() < 1 or lambda_d.dim() < 1:
         raise ValueError(
             f"lambda_b {tuple(lambda_b.shape)} and lambda_d {tuple(lambda_d.shape)} must be (*rows, out) and "
@@ -367,6 +410,17 @@ def _projections(
         raise ValueError(f"frozen lacks {sorted(missing)}; init_projections makes it.")
     A, B = frozen["vera_A"], frozen["vera_B"]
     out_features, r = lambda_b.shape[-1], lambda_d.shape[-1]
+    if in_features < 1 or A.dim() != 2 or B.dim() != 2:
+        raise ValueError(
+            f"vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} must be (r, >= in) and (>= out, r), for a positive "
+            f"in, here {in_features}."
+        )
+    # torch 2.13 multiplies a CPU tensor by one on the meta device, and gives uninitialised memory.
+    if not A.device == B.device == lambda_d.device == lambda_b.device:
+        raise ValueError(
+            f"vera_A and vera_B are on {A.device} and {B.device}, but lambda_b and lambda_d on {lambda_b.device} and "
+            f"{lambda_d.device}; move them to one device."
+        )
     if A.shape[0] != r or B.shape[1] != r:
         raise ValueError(
             f"lambda_d {tuple(lambda_d.shape)} implies rank {r}, but vera_A {tuple(A.shape)} and vera_B "

@@ -57,6 +57,8 @@ def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[flo
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if not adapters or len(weights) != len(adapters):
         raise ValueError(f"give at least one adapter and a weight for each, got {len(adapters)} and {len(weights)}.")
+    if not all(abs(weight) < float("inf") for weight in weights):
+        raise ValueError(f"weights must be finite, got {weights}.")
     first = adapters[0]
     for i, params in enumerate(adapters):
         _check_vectors(params)

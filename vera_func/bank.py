@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .checkpoint import config_from_json, config_to_json, load_adapter, save_adapter
+from .checkpoint import check_adapter, config_from_json, config_to_json, load_adapter, save_adapter
 from .config import VeraConfig
 from .files import parse_json, replacing
 from .many import num_adapters, stack_adapters
@@ -54,6 +54,7 @@ class Bank:
         Raises:
             ValueError: If a name is unknown, a row out of range, or the file is damaged.
         """
+        _require_no_text(names)
         runs = [(0, len(self))] if names is None else list(_runs([self._row(name) for name in names])) or [(0, 0)]
         with _open(self.path) as file:
             keys = [key for key in file.keys() if key not in _PROJECTIONS]  # noqa: SIM118  (no mapping)
@@ -121,7 +122,8 @@ def save_bank(
         The path.
 
     Raises:
-        ValueError: If the names or leaves do not fit together; nothing is written then.
+        ValueError: If the names, leaves, projections and configuration do not fit together, or a value is NaN or inf;
+            nothing is written then.
 
     Example:
         >>> import tempfile
@@ -134,6 +136,7 @@ def save_bank(
         torch.Size([2, 4])
     """
     path, n = Path(path), num_adapters(stacked)
+    _require_no_text(names)
     if len(names) != n or len(set(names)) != n or not all(isinstance(name, str) and name for name in names):
         raise ValueError(
             f"{n} adapters need {n} different names, got {len(names)}, {len(set(names))} of them different."
@@ -145,6 +148,13 @@ def save_bank(
             raise ValueError(f"{key!r} must be ({n}, {config.r}), got {tuple(leaf.shape)}.")
         if key.endswith("mixture") or key in _PROJECTIONS:
             raise ValueError(f"{key!r} is not a leaf of plain adapters.")
+    if not n:
+        raise ValueError("there is nothing to save: the stack has no adapters.")
+    check_adapter({key: leaf[0] for key, leaf in stacked.items()}, frozen, config)
+    for key, leaf in stacked.items():
+        if not leaf.isfinite().all():
+            broken = names[int((~leaf.isfinite()).flatten(1).any(1).nonzero()[0])]
+            raise ValueError(f"{key!r} of {broken!r} holds NaN or inf; nothing was written.")
     tensors = {key: leaf.detach().cpu().contiguous() for key, leaf in (*stacked.items(), *frozen.items())}
     metadata = {
         "format": _FORMAT,
@@ -182,15 +192,22 @@ def open_bank(path: str | os.PathLike[str]) -> Bank:
             raise ValueError(f"{path} is a safetensors file, but not a bank of adapters (save_bank writes one).")
         names = parse_json(path, metadata.get("names", "null"))
         config = config_from_json(parse_json(path, metadata.get("config", "null")), str(path))
-        if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
+        if (
+            not isinstance(names, list)
+            or not all(isinstance(n, str) and n for n in names)
+            or len(set(names)) != len(names)
+        ):
             raise ValueError(f"{path}: the index must be a list of different names.")
         keys = list(file.keys())
         if not set(_PROJECTIONS) <= set(keys) or not any(key.endswith("lambda_b") for key in keys):
             raise ValueError(f"{path} lacks projections or vectors; it holds {keys[:3]}.")
-        for key in keys:
-            shape = file.get_slice(key).get_shape()
-            if key not in _PROJECTIONS and (not shape or shape[0] != len(names)):
-                raise ValueError(f"{path}: {key!r} is {tuple(shape)}, but the index names {len(names)} adapters.")
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
+        for key, shape in shapes.items():
+            if key not in _PROJECTIONS and shape[:1] != (len(names),):
+                raise ValueError(f"{path}: {key!r} is {shape}, but the index names {len(names)} adapters.")
+            if (dtype := file.get_slice(key).get_dtype()) not in ("F16", "BF16", "F32", "F64"):
+                raise ValueError(f"{path}: {key!r} is {dtype}, and must be of floating-point numbers.")
+        _check_ranks(path, shapes, config.r)
     return Bank(path, tuple(names), config, {name: i for i, name in enumerate(names)})
 
 
@@ -307,6 +324,27 @@ def export_adapters(bank: Bank, folder: str | os.PathLike[str], names: Sequence[
         title = bank.names[row]
         written.append(save_adapter(folder, params, frozen, bank.config, adapter_name=title))
     return written
+
+
+def _require_no_text(names: Any) -> None:
+    if isinstance(names, str):
+        raise ValueError(f"names must be a sequence of names, got the text {names!r}: pass [{names!r}].")
+
+
+def _check_ranks(path: Path, shapes: Mapping[str, tuple[int, ...]], r: int) -> None:
+    (A, B), n = (shapes[name] for name in _PROJECTIONS), 0
+    if len(A) != 2 or len(B) != 2 or A[0] != r or B[1] != r:
+        raise ValueError(f"{path}: vera_A {A} and vera_B {B} must be ({r}, in) and (out, {r}), by the configuration.")
+    for key, (n, *own) in ((key, shape) for key, shape in shapes.items() if key not in _PROJECTIONS):
+        layer, _, leaf = key.rpartition("lambda_")
+        if leaf == "d" and own != [r]:
+            raise ValueError(f"{path}: {key!r} is {(n, *own)}, and must be ({n}, {r}), by the configuration.")
+        if leaf == "b" and (len(own) != 1 or own[0] > B[0]):
+            raise ValueError(
+                f"{path}: {key!r} is {(n, *own)}, and must be ({n}, out) with out <= {B[0]}, as vera_B has."
+            )
+        if leaf in ("b", "d") and f"{layer}lambda_{'d' if leaf == 'b' else 'b'}" not in shapes:
+            raise ValueError(f"{path} has {key!r}, but not the other vector of that layer.")
 
 
 def _open(path: Path) -> Any:

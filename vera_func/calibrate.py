@@ -345,5 +345,7 @@ def _check(codes: Tensor, damping: float, max_kappa: float, **floats: Tensor) ->
         raise ValueError(f"codes go up to {codes.max()}, but code has {len(floats['code'])} levels.")
     if not damping > 0 or not max_kappa >= 1:
         raise ValueError(f"damping must be positive and max_kappa at least 1, got {damping} and {max_kappa}.")
+    if not torch.allclose(floats["gram"], floats["gram"].T, rtol=1e-3, atol=1e-3 * floats["gram"].abs().max().item()):
+        raise ValueError("gram must be symmetric, as a mean of x xᵀ is.")
     if not floats["gram"].diagonal().sum() > 0:
         raise ValueError("gram must not be zero: inputs that are all zero tell nothing.")

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .adapter import require_float
 from .config import VeraConfig, linear_sizes, resolve, trained_with
 from .files import parse_json, read_safetensors, replacing
 from .model import Adapted, draw_projections, make_apply
@@ -24,6 +25,7 @@ from .model import Adapted, draw_projections, make_apply
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PREFIX = "base_model.model."
 _PEFT_ONLY = ("auto_mapping", "inference_mode", "peft_type", "peft_version", "runtime_config")
 
@@ -60,10 +62,8 @@ def save_adapter(
         ...     sorted(p.name for p in save_adapter(folder, *adapted[1:]).iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    if config.target_modules is None or str(config.target_modules).lower() == "all-linear":
-        raise ValueError("config.target_modules must be spelled out; save the config that adapt returned.")
     folder = adapter_folder(path, adapter_name)
-    _check_params(params, frozen, config)
+    check_adapter(params, frozen, config)
     layers = {key.removesuffix("lambda_b").rstrip(".") for key in params if key.endswith("lambda_b")}
     tensors = {_to_peft(key, layers): value for key, value in params.items()}
     if config.save_projection:
@@ -122,6 +122,8 @@ def load_adapter(
     Reference:
         https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
+    if dtype is not None:
+        require_float("dtype", dtype)
     folder = adapter_folder(path, adapter_name)
     config, tensors = read_files(folder)
     file = folder / WEIGHTS
@@ -179,7 +181,13 @@ def load_adapter(
 
 def adapter_folder(path: str | os.PathLike[str], adapter_name: str) -> Path:
     """Where PEFT keeps an adapter of this name below `path`."""
-    if not adapter_name or adapter_name in (".", "..") or set(adapter_name) & set("/\\\0"):
+    reserved = (".", "..", CONFIG, WEIGHTS)
+    if (
+        not isinstance(adapter_name, str)
+        or not adapter_name
+        or {*adapter_name} & {*"/\\\0"}
+        or adapter_name in reserved
+    ):
         raise ValueError(f"adapter_name must be a plain name, got {adapter_name!r}.")
     return Path(path) if adapter_name == "default" else Path(path) / adapter_name
 
@@ -204,7 +212,9 @@ def read_files(folder: Path) -> tuple[VeraConfig, dict[str, Tensor]]:
             # The two files were not replaced together: a save was interrupted in between.
             config = own
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{weights_file}: {name!r} is {tensor.dtype}, and must be one of {DTYPES}.")
+        if not tensor.isfinite().all():
             raise ValueError(f"{weights_file}: {name!r} holds NaN or inf; the adapter is broken.")
     return config, tensors
 
@@ -251,27 +261,17 @@ def config_from_json(fields: Any, source: str = CONFIG) -> VeraConfig:
         raise ValueError(f"{source}: {error}") from error
 
 
-def _to_peft(key: str, layers: set[str]) -> str:
-    layer, _, leaf = key.rpartition(".")
-    if leaf in ("lambda_b", "lambda_d"):
-        leaf = f"vera_{leaf}"
-    elif layer in layers:
-        leaf = f"base_layer.{leaf}"
-    return f"{_PREFIX}{layer}.{leaf}" if layer else f"{_PREFIX}{leaf}"
+def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], config: VeraConfig) -> None:
+    """Refuse what is no adapter of these projections and this configuration, or is broken.
 
-
-def _from_peft(name: str) -> str | None:
-    if not name.startswith(_PREFIX):
-        return None
-    layer, dot, leaf = name.removeprefix(_PREFIX).rpartition(".")
-    if leaf in ("vera_lambda_b", "vera_lambda_d"):
-        leaf = leaf.removeprefix("vera_")
-    elif layer.endswith(".base_layer"):
-        layer = layer.removesuffix(".base_layer")
-    return f"{layer}{dot}{leaf}"
-
-
-def _check_params(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], config: VeraConfig) -> None:
+    Raises:
+        ValueError: If the targets are not spelled out, or a vector or projection is missing, stacked, no tensor of
+            floating-point numbers, of another rank, or holds NaN or inf.
+    """
+    if not isinstance(config, VeraConfig):
+        raise ValueError(f"config must be vera_func's VeraConfig, got {type(config).__name__}.")
+    if config.target_modules is None or str(config.target_modules).lower() == "all-linear":
+        raise ValueError("config.target_modules must be spelled out; save the config that adapt returned.")
     if not any(key.endswith("lambda_b") for key in params):
         raise ValueError(f"params has no 'lambda_b' of any layer, only {sorted(params)[:3]}.")
     if frozen.keys() != {"vera_A", "vera_B"}:
@@ -279,8 +279,10 @@ def _check_params(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
     for name, tensor in (*params.items(), *frozen.items()):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name!r} must be a tensor, got {type(tensor).__name__}.")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name!r} is {tensor.dtype}, and must be one of {DTYPES}.")
         if not tensor.isfinite().all():
-            raise ValueError(f"{name!r} holds NaN or inf; it was not saved.")
+            raise ValueError(f"{name!r} holds NaN or inf; nothing was written.")
     for key, value in params.items():
         leaf = key.rpartition(".")[2]
         if leaf == "mixture":
@@ -300,6 +302,26 @@ def _check_params(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
             f"config.r is {config.r}, but vera_A {tuple(frozen['vera_A'].shape)} and vera_B "
             f"{tuple(frozen['vera_B'].shape)} have another rank."
         )
+
+
+def _to_peft(key: str, layers: set[str]) -> str:
+    layer, _, leaf = key.rpartition(".")
+    if leaf in ("lambda_b", "lambda_d"):
+        leaf = f"vera_{leaf}"
+    elif layer in layers:
+        leaf = f"base_layer.{leaf}"
+    return f"{_PREFIX}{layer}.{leaf}" if layer else f"{_PREFIX}{leaf}"
+
+
+def _from_peft(name: str) -> str | None:
+    if not name.startswith(_PREFIX):
+        return None
+    layer, dot, leaf = name.removeprefix(_PREFIX).rpartition(".")
+    if leaf in ("vera_lambda_b", "vera_lambda_d"):
+        leaf = leaf.removeprefix("vera_")
+    elif layer.endswith(".base_layer"):
+        layer = layer.removesuffix(".base_layer")
+    return f"{layer}{dot}{leaf}"
 
 
 def _check_projections(

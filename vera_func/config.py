@@ -107,19 +107,23 @@ class VeraConfig:
     def __post_init__(self) -> None:
         _require_integer("r", self.r)
         _require_integer("projection_prng_key", self.projection_prng_key)
-        if self.r <= 0:
-            raise ValueError(f"r must be positive, got {self.r}.")
+        if not 0 < self.r < 2**31:
+            wanted = "positive" if self.r <= 0 else "below 2**31"
+            raise ValueError(f"r must be {wanted}, got {self.r}.")
         for name in ("save_projection", "fan_in_fan_out", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if not 0 <= _number("vera_dropout", self.vera_dropout) < 1:
             raise ValueError(f"vera_dropout must be at least 0 and below 1, got {self.vera_dropout}.")
-        if not abs(_number("d_initial", self.d_initial)) < float("inf"):
-            raise ValueError(f"d_initial must be finite, got {self.d_initial}.")
+        if not abs(_number("d_initial", self.d_initial)) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"d_initial must be finite in float32, got {self.d_initial}.")
         if self.bias not in ("none", "all") and not str(self.bias).endswith("_only"):
             raise ValueError(f"bias must be 'none', 'vera_only' or 'all', got {self.bias!r}.")
         if self.task_type is not None and self.task_type not in _TASKS:
             raise ValueError(f"task_type must be None or one of {_TASKS}, got {self.task_type!r}.")
+        for name in ("base_model_name_or_path", "revision"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} must be a text or None, got {getattr(self, name)!r}.")
         self._set("target_modules", _names("target_modules", self.target_modules))
         self._set("layers_pattern", _names("layers_pattern", self.layers_pattern))
         saved = _names("modules_to_save", self.modules_to_save)
@@ -129,6 +133,8 @@ class VeraConfig:
         self._set("modules_to_save", (*(saved or ()), *heads) or None)
         layers = self.layers_to_transform
         if layers is not None:
+            if not isinstance(layers, int | Sequence):
+                raise ValueError(f"layers_to_transform must be an index or a sequence of them, got {layers!r}.")
             layers = [layers] if isinstance(layers, int) else list(layers)
             for index in layers:
                 _require_integer("layers_to_transform", index)
@@ -141,12 +147,10 @@ class VeraConfig:
                     "layers_to_transform does not apply to a regular expression; put the indices into "
                     f"target_modules={self.target_modules!r}, or give a list of names."
                 )
-            try:
-                re.compile(self.target_modules)
-            except re.error as error:
-                raise ValueError(
-                    f"target_modules={self.target_modules!r} is not a regular expression: {error}."
-                ) from error
+            _require_expression("target_modules", self.target_modules)
+        patterns = self.layers_pattern or ()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            _require_expression("layers_pattern", pattern)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -199,6 +203,10 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
         >>> resolve(model, VeraConfig(r=2, target_modules=["0"]))[0]
         ['0']
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}.")
+    if not isinstance(config, VeraConfig):
+        raise ValueError(f"config must be vera_func's VeraConfig, got {type(config).__name__}.")
     targets = config.target_modules
     is_default = targets is None
     if targets is None:
@@ -323,10 +331,19 @@ def _is_all_linear(targets: str) -> bool:
 def _names(field: str, value: _Names) -> str | tuple[str, ...] | None:
     if value is None or isinstance(value, str):
         return value or None
+    if not isinstance(value, Sequence | set | frozenset):
+        raise ValueError(f"{field} must be a name or a sequence of names, got {value!r}.")
     names = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
     if not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"{field} must hold names, got {value!r}.")
     return names or None
+
+
+def _require_expression(field: str, value: str) -> None:
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{field}={value!r} is not a regular expression: {error}.") from error
 
 
 def _require_integer(field: str, value: object) -> None:
@@ -337,7 +354,10 @@ def _require_integer(field: str, value: object) -> None:
 def _number(field: str, value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"{field} must be a number, got {value!r}.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf")
 
 
 def peft_dtype(module: nn.Module) -> torch.dtype | None:

@@ -128,7 +128,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a plain ValueError
                 raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: expected an object, got {line.strip()[:60]}.")

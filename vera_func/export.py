@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .checkpoint import CONFIG, WEIGHTS, adapter_folder
+from .adapter import require_float
+from .checkpoint import CONFIG, WEIGHTS, adapter_folder, check_adapter
 from .config import VeraConfig, is_conv1d, linear_sizes
 from .files import replacing
 from .merge import MergeReport, merge_dense, merge_quantized, merge_report
@@ -84,9 +85,10 @@ def merge(
         >>> torch.equal(merged(torch.ones(3, 8)), model(torch.ones(3, 8)))
         True
     """
-    if isinstance(to, str) and to not in _FORMATS:
-        raise ValueError(f"to must be one of {sorted(_FORMATS)} or a floating-point dtype, got {to!r}.")
+    _check_format(to)
     layers = adapted_layers(model, params)
+    if odd := sorted((weights or {}).keys() - layers.keys()):
+        raise ValueError(f"weights has {odd[0]!r}, which is no adapted module; those are {sorted(layers)[:3]}, ...")
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = parameter
@@ -123,12 +125,19 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> n
         model: Any module.
         dtype: Of these weights, that of the model's activations.
 
+    Raises:
+        ValueError: If the model is no module, or the dtype not a floating-point one.
+
     Example:
         >>> model = nn.Sequential(to_bnb(quantize_4bit(torch.ones(32, 64))), nn.Linear(32, 2))
         >>> dense = dequantize_model(model, torch.float32)
         >>> dense[0], dense[1].weight is model[1].weight
         (Linear(in_features=64, out_features=32, bias=False), True)
     """
+
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}.")
+    require_float("dtype", dtype)
 
     def weight_of(name: str, module: nn.Module) -> Tensor | None:
         return dequantize(from_bnb(module)[0], dtype) if is_bnb_linear(module) else None
@@ -163,8 +172,12 @@ def merge_reports(
         >>> merge_reports(model, params, adapted.frozen, to=torch.float32)["0"].kept > 0.99
         True
     """
+    _check_format(to)
+    layers = adapted_layers(model, params)
+    if odd := sorted((inputs or {}).keys() - layers.keys()):
+        raise ValueError(f"inputs has {odd[0]!r}, which is no adapted module; those are {sorted(layers)[:3]}, ...")
     reports = {}
-    for name, vectors in adapted_layers(model, params).items():
+    for name, vectors in layers.items():
         module = model.get_submodule(name)
         base = _base_weight(module)
         merged = _merged_weight(module, vectors, frozen, to)
@@ -180,10 +193,15 @@ def merge_advice(reports: Mapping[str, MergeReport]) -> str:
     Args:
         reports: From `merge_reports`.
 
+    Raises:
+        ValueError: If they are not by module.
+
     Example:
         >>> merge_advice({"q_proj": MergeReport(kept=0.02, error=1.07, size=0.01)})[:55]
         'Do not merge like this: 2 % of the update is kept on av'
     """
+    if not isinstance(reports, Mapping):
+        raise ValueError(f"reports must be those of merge_reports, by module, got {type(reports).__name__}.")
     if not reports:
         return "There is nothing to merge: the adapter adds nothing to any layer."
     kept = sum(report.kept for report in reports.values()) / len(reports)
@@ -243,9 +261,13 @@ def export_lora(
         https://arxiv.org/abs/2106.09685 (LoRA); section 3.2 of https://arxiv.org/abs/2310.11454.
     """
     rank = config.r if rank is None else rank
-    if not 0 < rank <= config.r:
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= config.r:
         raise ValueError(f"rank must be in 1 ... {config.r}, the adapter's own, got {rank}.")
     layers = adapted_layers(model, params)
+    check_adapter(params, frozen, config)
+    widest = max((linear_sizes(model.get_submodule(name)) or (0, 0))[0] for name in layers)
+    if frozen["vera_A"].shape[1] < widest:
+        raise ValueError(f"vera_A {tuple(frozen['vera_A'].shape)} is too narrow: a layer has {widest} inputs.")
     tensors: dict[str, Tensor] = {}
     error: dict[str, float] = {}
     for name, vectors in layers.items():
@@ -276,13 +298,18 @@ def export_lora(
         "revision": config.revision,
         "inference_mode": True,
     }
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{key!r} overflows {tensor.dtype}; nothing was written.")
     folder = adapter_folder(path, "default")
     folder.mkdir(parents=True, exist_ok=True)
     cpu = {f"base_model.model.{key}": t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
-    with replacing(folder / WEIGHTS) as file:
-        file.write_bytes(save(cpu, {"format": "pt"}))
-    with replacing(folder / CONFIG) as file:
-        file.write_text(json.dumps(fields, indent=2, sort_keys=True))
+    text, data = json.dumps(fields, indent=2, sort_keys=True), save(cpu, {"format": "pt"})
+    with replacing(folder / CONFIG) as config_file, replacing(folder / WEIGHTS) as file:
+        config_file.write_text(text)
+        file.write_bytes(data)
+        # PEFT would read new weights with an old configuration; killed in between, there is none to read.
+        (folder / CONFIG).unlink(missing_ok=True)
     return LoraExport(folder, error)
 
 
@@ -330,6 +357,8 @@ def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, 
         name, _, leaf = key.rpartition(".")
         if leaf == "mixture":
             raise ValueError(f"{key!r} marks a sum of adapters; merge or export them one by one.")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key!r} must be a tensor, got {type(value).__name__}.")
         if not value.isfinite().all():
             raise ValueError(f"{key!r} holds NaN or inf: the adapter is broken, and nothing was written.")
         if leaf in ("lambda_b", "lambda_d"):
@@ -346,6 +375,11 @@ def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, 
     if not layers:
         raise ValueError(f"params has no 'lambda_b' of any layer, only {sorted(params)[:3]}.")
     return layers
+
+
+def _check_format(to: Format | None) -> None:
+    if to is not None and to not in _FORMATS and not (isinstance(to, torch.dtype) and to.is_floating_point):
+        raise ValueError(f"to must be one of {sorted(_FORMATS)} or a floating-point dtype, got {to!r}.")
 
 
 def _base_weight(module: Any) -> Quantized | Tensor:

@@ -4,7 +4,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ def replacing(file: Path) -> Iterator[Path]:
     """A temporary path to write to, which takes the place of `file` at the end: after a crash, `file` is the old
     one or the new one, whole.
 
+    A process that is killed outright leaves the temporary file, `.{name}.{16 digits}`, beside it.
+
     Raises:
-        OSError: If the disk is full or the folder can't be written; the old file is still there.
+        OSError: If the folder is missing or can't be written, or the disk is full; the old file is still there.
 
     Example:
         >>> import tempfile
@@ -35,8 +37,11 @@ def replacing(file: Path) -> Iterator[Path]:
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # what went wrong first is what matters
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):  # how safetensors reports a full disk
+            raise OSError(f"{file} could not be written: {error}.") from error
         raise
 
 

@@ -42,7 +42,8 @@ def layer_grams(
             the layer's output. None counts all tokens alike.
 
     Raises:
-        ValueError: If there are no batches, or the readout depends on no adapted layer.
+        ValueError: If there are no batches, one is no mapping, the readout depends on no adapted layer, or something is
+            not finite.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -74,10 +75,15 @@ def layer_grams(
     for name in names:
         module.get_submodule(name).register_forward_hook(remember(name))
     for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"a batch must be a mapping of the model's keyword arguments, got {type(batch).__name__}.")
         with torch.set_grad_enabled(readout is not None):
             output = module(**batch)
             if readout is not None:
-                readout(output).sum().backward()
+                value = readout(output)
+                if not (isinstance(value, Tensor) and value.requires_grad):
+                    raise ValueError("the readout depends on no adapted layer; see that it is not detached.")
+                value.sum().backward()
         for name, (x, y) in seen.items():
             counted = _counted(x, batch.get("attention_mask"))
             rows = x[counted].float()
@@ -98,6 +104,8 @@ def layer_grams(
             if not mass > 0:
                 raise ValueError(f"the readout does not depend on {name!r}; see that it is not detached.")
             grams[name] = UNIFORM * grams[name] + (1 - UNIFORM) * weighted / mass
+        if not grams[name].isfinite().all():
+            raise ValueError(f"what {name!r} reads is not finite: a batch, the model or the adapter holds NaN or inf.")
     return grams
 
 

@@ -171,7 +171,14 @@ def _init(
     A = vera_A if isinstance(vera_A, Tensor) else vera_A[adapter_name]
     B = vera_B if isinstance(vera_B, Tensor) else vera_B[adapter_name]
     in_features, out_features = layer_sizes(base_layer)
-    if A.shape[0] != r or B.shape[1] != r or A.shape[1] < in_features or B.shape[0] < out_features:
+    if (
+        A.dim() != 2
+        or B.dim() != 2
+        or A.shape[0] != r
+        or B.shape[1] != r
+        or A.shape[1] < in_features
+        or B.shape[0] < out_features
+    ):
         raise ValueError(
             f"vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} do not fit a layer {in_features} -> {out_features} "
             f"at rank {r}: they must be ({r}, >= {in_features}) and (>= {out_features}, {r})."

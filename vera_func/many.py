@@ -31,13 +31,15 @@ def stack_adapters(adapters: Sequence[Params]) -> dict[str, Tensor]:
         adapters: Params with the same keys and shapes, of the same projections.
 
     Raises:
-        ValueError: If there are none, or their keys or shapes differ.
+        ValueError: If there are none, or their keys, shapes, dtypes or devices differ.
 
     Example:
         >>> stacked = stack_adapters([{"lambda_b": torch.zeros(3)}, {"lambda_b": torch.ones(3)}])
         >>> stacked["lambda_b"].shape
         torch.Size([2, 3])
     """
+    if isinstance(adapters, Mapping):
+        raise ValueError("adapters must be a sequence of params, got a single mapping: pass [params, ...].")
     if not adapters:
         raise ValueError("there is nothing to stack: pass at least one adapter.")
     first = adapters[0]
@@ -46,6 +48,13 @@ def stack_adapters(adapters: Sequence[Params]) -> dict[str, Tensor]:
         if odd:
             raise ValueError(f"adapters {i} and 0 differ in {len(odd)} keys, first {odd[0]!r}; see pool_adapters.")
         for key, value in params.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{key!r} of adapter {i} must be a tensor, got {type(value).__name__}.")
+            if (value.dtype, value.device) != (first[key].dtype, first[key].device):
+                raise ValueError(
+                    f"{key!r} is {value.dtype} on {value.device} in adapter {i} and {first[key].dtype} on "
+                    f"{first[key].device} in adapter 0; a stack has one dtype and device."
+                )
             if value.shape != first[key].shape:
                 raise ValueError(
                     f"{key!r} is {tuple(value.shape)} in adapter {i} and {tuple(first[key].shape)} in adapter 0; "
@@ -85,6 +94,9 @@ def num_adapters(stacked: Params) -> int:
     """
     if not stacked:
         raise ValueError("stacked params are empty.")
+    for key, leaf in stacked.items():
+        if not isinstance(leaf, Tensor):
+            raise ValueError(f"{key!r} must be a tensor (n, ...), got {type(leaf).__name__}.")
     sizes = {key: leaf.shape[0] if leaf.dim() else None for key, leaf in stacked.items()}
     key, n = next(iter(sizes.items()))
     for other, size in sizes.items():
@@ -191,7 +203,11 @@ def vmap_adapters(
         >>> vmap_adapters(apply)(stacked, frozen, torch.ones(5, 3, 8)).shape
         torch.Size([5, 3, 6])
     """
-    if chunk_size is not None and chunk_size < 1:
+    if not callable(apply):
+        raise ValueError(f"apply must be a function of (params, frozen, *batch), got {type(apply).__name__}.")
+    if not (in_dims is None or isinstance(in_dims, int | Sequence | Mapping)) or isinstance(in_dims, str):
+        raise ValueError(f"in_dims must be an axis, None, or a sequence or mapping of these, got {in_dims!r}.")
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
         raise ValueError(f"chunk_size must be positive or None, got {chunk_size}.")
     return functools.partial(_mapped, apply, in_dims, chunk_size)
 
@@ -223,12 +239,15 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
     """
     if not adapters:
         raise ValueError("there is nothing to pool: pass at least one Adapted.")
+    if not all(isinstance(adapted, Adapted) for adapted in adapters):
+        raise ValueError("adapters must be a sequence of Adapted, as adapt and load_adapter return them.")
     model = adapters[0].apply.model
     for i, adapted in enumerate(adapters):
         if adapted.apply.model is not model:
             raise ValueError(f"adapter {i} belongs to another model object than adapter 0; adapt or load both on one.")
         if adapted.apply.int8_activations != adapters[0].apply.int8_activations:
             raise ValueError(f"adapter {i} and adapter 0 differ in int8_activations.")
+        adapted.apply._bind(adapted.params, adapted.frozen)
         for key, value in adapted.params.items():
             if value.shape != adapted.apply.slots[key].shape:
                 raise ValueError(f"{key!r} of adapter {i} is stacked; pool single adapters (unstack_adapters).")

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .adapter import delta_weight
+from .adapter import delta_weight, require_float
 from .calibrate import calibrate_rows, gram as gram_of, stochastic_codes
 from .quantized import (
     Quantized,
@@ -71,6 +71,8 @@ def merge_quantized(q: Quantized, params: Mapping[str, Tensor], frozen: Mapping[
         >>> torch.equal(merged.packed, q.packed)
         True
     """
+    if isinstance(q, Tensor):
+        raise ValueError(f"the weight {tuple(q.shape)} {q.dtype} is dense: merge_dense is for it.")
     delta = checked_delta(q, params, frozen)
     if not delta.any():
         return q
@@ -127,15 +129,12 @@ def merge_calibrated(
     out_features, in_features = q.shape
     if (inputs is None) == (gram is None):
         raise ValueError("give either inputs or their gram.")
-    if inputs is not None and inputs.shape[-1] != in_features:
+    if inputs is not None and inputs.shape[-1:] != (in_features,):
         raise ValueError(f"inputs must be (*tokens, {in_features}), got {tuple(inputs.shape)}.")
     delta = checked_delta(q, params, frozen).float()
     if not delta.any():
         return q
-    if in_features % q.blocksize:
-        raise ValueError(
-            f"blocks of {q.blocksize} straddle the rows of a weight {q.shape}; merge_dense or export_lora lose nothing."
-        )
+    _require_whole_blocks(q)
     if damping is None:
         damping = 0.01 if inputs is None or inputs[..., 0].numel() >= 1000 else 0.1
     codes, absmax = unpack(q)
@@ -183,6 +182,7 @@ def merge_stochastic(
     delta = checked_delta(q, params, frozen).float()
     if not delta.any():
         return q
+    _require_whole_blocks(q)
     absmax = unpack(q)[1].reshape(q.shape[0], -1)
     target = dequantize(q, torch.float32) + delta
     return pack(q, stochastic_codes(target, levels(q), absmax, generator), absmax)
@@ -206,7 +206,7 @@ def merge_dense(
         dtype: Of the result.
 
     Raises:
-        ValueError: As for `merge_quantized`.
+        ValueError: As for `merge_quantized`, or if the result overflows `dtype`.
 
     Example:
         >>> import torch
@@ -214,11 +214,13 @@ def merge_dense(
         >>> merge_dense(quantize_8bit(torch.ones(3, 2)), init_params(4, 3), init_projections(4, 2, 3)).dtype
         torch.bfloat16
     """
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point one, got {dtype}; merge_quantized makes the others.")
+    require_float("dtype", dtype)
     delta = checked_delta(q, params, frozen)
     base = q.float() if isinstance(q, Tensor) else dequantize(q, torch.float32)
-    return (base + delta.float()).to(dtype)
+    merged = (base + delta.float()).to(dtype)
+    if merged.device.type != "meta" and not merged.isfinite().all():
+        raise ValueError(f"the merged weight {tuple(merged.shape)} overflows {dtype}, or the base holds NaN or inf.")
+    return merged
 
 
 def merge_report(
@@ -241,7 +243,8 @@ def merge_report(
         merged: The weight to judge, quantized or dense; None is `merge_quantized`'s.
 
     Raises:
-        ValueError: As for `merge_quantized`, or if the update is zero, so that nothing could be kept of it.
+        ValueError: As for `merge_quantized`, or if the update, or what it does to the inputs, is zero, so that nothing
+            could be kept of it.
 
     Example:
         >>> import torch
@@ -259,6 +262,8 @@ def merge_report(
         if isinstance(q, Tensor):
             raise ValueError("the weight is dense: give merged=merge_dense(...) to report on.")
         merged = merge_quantized(q, params, frozen)
+    if tuple(merged.shape) != tuple(q.shape):
+        raise ValueError(f"merged is {tuple(merged.shape)}, but the weight is {tuple(q.shape)}.")
     moved = (merged.float() if isinstance(merged, Tensor) else dequantize(merged, torch.float32)) - base
     report = MergeReport(_kept(moved, delta), _error(moved, delta), (delta.norm() / base.norm()).item())
     if inputs is None:
@@ -267,6 +272,10 @@ def merge_report(
         raise ValueError(f"inputs must be (tokens, {delta.shape[1]}), got {tuple(inputs.shape)}.")
     x = inputs.float()
     actual, wanted = x @ moved.T, x @ delta.T
+    if not 0 < wanted.norm() < float("inf"):
+        raise ValueError(
+            f"the update does nothing to these inputs {tuple(inputs.shape)}, which must be some, finite and not 0."
+        )
     return report._replace(output_kept=_kept(actual, wanted), output_error=_error(actual, wanted))
 
 
@@ -298,7 +307,14 @@ def checked_delta(
     Raises:
         ValueError: If the adapter holds NaN or inf (the tensor is named), is stacked, or does not fit the weight.
     """
+    if params.keys() != {"lambda_b", "lambda_d"}:
+        raise ValueError(
+            f"one adapter of a weight has the keys 'lambda_b' and 'lambda_d', got {sorted(params)}; merge the parts of "
+            "a sum one by one."
+        )
     for name, tensor in (*params.items(), *frozen.items()):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}.")
         if not tensor.isfinite().all():
             raise ValueError(
                 f"{name} {tuple(tensor.shape)} holds NaN or inf: the adapter is broken, and nothing was merged."
@@ -311,6 +327,13 @@ def checked_delta(
             f"{tuple(lambda_b.shape)} and {tuple(lambda_d.shape)}; merge stacked ones one by one (unstack_adapters)."
         )
     return delta_weight(params, frozen, in_features)
+
+
+def _require_whole_blocks(q: Quantized4bit) -> None:
+    if q.shape[1] % q.blocksize:
+        raise ValueError(
+            f"blocks of {q.blocksize} straddle the rows of a weight {q.shape}; merge_dense or export_lora lose nothing."
+        )
 
 
 def _dequantize_as_peft(q: Quantized) -> Tensor:

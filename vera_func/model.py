@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .adapter import SharedProduct, project
+from .adapter import SharedProduct, project, require_float
 from .config import VeraConfig, is_conv1d, linear_sizes, peft_dtype, resolve, trained_with
 from .layers import Projections, QuantizedLinear, RowwiseAffine, shell_class
 from .projection import init_projections
@@ -99,6 +99,10 @@ class Apply:
 
         Under `torch.func.vmap(..., randomness="different")` every adapter draws its own.
         """
+        if not isinstance(generator, torch.Generator):
+            raise ValueError(
+                f"with_dropout needs a torch.Generator, got {type(generator).__name__}; there is no default."
+            )
         return dataclasses.replace(self, generator=generator, local=threading.local())
 
     def __repr__(self) -> str:
@@ -121,6 +125,8 @@ class Apply:
         tensors = {}
         for key, value in params.items():
             names, shape, rows, _ = slots[key]
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{key!r} must be a tensor, got {type(value).__name__}.")
             if value.shape != shape and not (rows and value.shape[value.dim() - len(shape) :] == shape):
                 expected = f"(*rows, {', '.join(map(str, shape))})" if rows else str(shape)
                 raise ValueError(f"{key!r} must be {expected}, got {tuple(value.shape)}.")
@@ -180,7 +186,8 @@ def adapt(
         `(apply, params, frozen, config)`.
 
     Raises:
-        ValueError: If nothing in the model matches the configuration, or a match cannot be adapted.
+        ValueError: If nothing in the model matches the configuration, a match cannot be adapted, or `dtype` is not a
+            floating-point one.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -195,7 +202,8 @@ def adapt(
         https://arxiv.org/abs/2310.11454
     """
     targets, config = resolve(model, config)
-    if not config.init_weights and generator is None:
+    require_float("dtype", dtype)
+    if not config.init_weights and not isinstance(generator, torch.Generator):
         raise ValueError("init_weights=False draws the vectors: pass adapt(..., generator=torch.Generator()).")
     frozen = draw_projections(model, config, targets, dtype=dtype)
     trained = trained_with(model, config, targets)

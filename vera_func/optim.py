@@ -31,7 +31,7 @@ def adamw_init(params: Mapping[str, Tensor]) -> AdamWState:
         params: Flat dict of what is trained.
 
     Raises:
-        ValueError: If it is empty.
+        ValueError: If it is empty, or a leaf is not of floating-point numbers.
 
     Example:
         >>> adamw_init({"p": torch.ones(2)})
@@ -39,6 +39,9 @@ def adamw_init(params: Mapping[str, Tensor]) -> AdamWState:
     """
     if not params:
         raise ValueError("params is empty: there is nothing to train.")
+    for key, p in params.items():
+        if not p.is_floating_point():
+            raise ValueError(f"params[{key!r}] is {p.dtype}; only floating-point numbers can be trained.")
     moments = {k: torch.zeros_like(p, dtype=_wide(p)) for k, p in params.items()}
     step = torch.zeros((), dtype=torch.int64, device=next(iter(params.values())).device)
     return AdamWState(step, moments, {k: m.clone() for k, m in moments.items()})
@@ -68,7 +71,8 @@ def adamw_update(
         weight_decay: `wd`, decoupled from the gradient.
 
     Raises:
-        ValueError: If keys or shapes differ, or if a hyper-parameter is not a single number.
+        ValueError: If keys or shapes differ, or if a hyper-parameter is not a single number, or out of range (which a
+            tensor's value is not asked).
 
     Example:
         >>> # A learning rate per adapter. vmap does not map keyword arguments, hence the lambda.
@@ -89,7 +93,7 @@ def adamw_update(
     if state.step.ndim:
         raise ValueError("state is that of stacked adapters: map over them with torch.func.vmap.")
     learning_rate = _number("learning_rate", learning_rate)
-    beta1, beta2 = (_number("betas", beta) for beta in betas)
+    beta1, beta2 = (_number("betas", beta, below=1.0) for beta in betas)
     eps, weight_decay = _number("eps", eps), _number("weight_decay", weight_decay)
     step = state.step + 1
     # float ** int64 would be float32, and 1 - b2^t lose four digits to cancellation.
@@ -132,7 +136,7 @@ def clip_by_norm(grads: Mapping[str, Tensor], max_norm: float | Tensor) -> dict[
     clips nothing. A norm that is not finite is not hidden: NaN comes out, as it does in torch.
 
     Raises:
-        ValueError: If `grads` is empty, or `max_norm` is not a single number.
+        ValueError: If `grads` is empty, or `max_norm` is not a single number, or negative or NaN.
 
     Example:
         >>> clip_by_norm({"p": torch.tensor([3.0, 4.0])}, 1.0)
@@ -199,8 +203,11 @@ def _sqrt(x: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, x, 1).sqrt(), 0)
 
 
-def _number(name: str, value: float | Tensor) -> float | Tensor:
+def _number(name: str, value: float | Tensor, below: float | None = None) -> float | Tensor:
     if not isinstance(value, Tensor):
+        if not value >= 0 or (below is not None and value >= below):
+            bound = "" if below is None else f" and below {below:g}"
+            raise ValueError(f"{name} must be at least 0{bound}, got {value}.")
         return value
     if value.ndim:
         raise ValueError(

@@ -23,9 +23,12 @@ from torch.nn.functional import linear
 # torch offers no public registration that keeps static fields: `register_dataclass` drops them.
 from torch.utils._pytree import register_pytree_node
 
+from .adapter import require_float, require_rows_of_floats
+
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_STORAGES = (torch.uint8, torch.int8, *_FLOATS, torch.float64)  # those of transformers' BitsAndBytesConfig
 _NESTED_BLOCKSIZE = 256
 
 
@@ -122,6 +125,8 @@ def quantize_4bit(
     """
     _check_weight(weight)
     _check_4bit_options(quant_type, blocksize, compute_dtype)
+    if quant_storage not in _STORAGES:
+        raise ValueError(f"quant_storage must be one of {_STORAGES}, got {quant_storage!r}.")
     if quant_storage != torch.uint8 and weight.numel() % (2 * quant_storage.itemsize):
         raise ValueError(
             f"a weight {tuple(weight.shape)} does not fill whole elements of quant_storage={quant_storage}; "
@@ -162,10 +167,10 @@ def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) ->
         Section 3 of https://arxiv.org/abs/2208.07339 (LLM.int8()).
     """
     _check_weight(weight)
-    if not threshold >= 0:
-        raise ValueError(f"threshold must be at least 0, got {threshold}.")
+    if not 0 <= threshold < float("inf"):
+        raise ValueError(f"threshold must be at least 0 and finite (0 is none), got {threshold}.")
     half = weight.detach().to(torch.float16).contiguous()
-    if not half.isfinite().all():
+    if half.device.type != "meta" and not half.isfinite().all():
         raise ValueError("the weight overflows float16, through which 8-bit weights are rounded.")
     codes, scale, _ = _ops().int8_vectorwise_quant(half, 0.0)
     return Quantized8bit(codes, scale, _shape2(codes.shape), float(threshold))
@@ -189,11 +194,10 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, 
         >>> dequantize(quantize_8bit(torch.tensor([[1.0, -0.5]])))
         tensor([[ 1.0000, -0.5039]])
     """
+    leaves, spec = _flatten(q)
     if dtype is None:
         dtype = q.dtype if isinstance(q, Quantized4bit) else torch.float32
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point one, got {dtype}.")
-    leaves, spec = _flatten(q)
+    require_float("dtype", dtype)
     if isinstance(q, Quantized4bit):
         _refuse_weight_derivative(any(map(_is_differentiated, leaves)))
     return _dequantize(spec, leaves, dtype)
@@ -221,8 +225,9 @@ def quantized_linear(
             GPUs and off by a percent or two; its derivative is taken to be that of the exact product.
 
     Raises:
-        ValueError: If the last axis of `x` is not `in`, if a bias is not (out,), if `int8_activations` is
-            asked of a 4-bit weight, or if the weight itself is to be differentiated or mapped over.
+        ValueError: If `x` is not (*batch, in) or not of floating-point numbers, if a bias is not (out,), if
+            `int8_activations` is asked of a 4-bit weight, or if the weight itself is to be differentiated or mapped
+            over.
 
     Example:
         >>> import torch
@@ -231,12 +236,13 @@ def quantized_linear(
         >>> torch.equal(torch.func.grad(lambda x: quantized_linear(q, x).sum())(x), torch.ones(64))
         True
     """
+    leaves, spec = _flatten(q)
+    require_rows_of_floats(x)
     out_features, in_features = q.shape
-    if x.shape[-1:] != (in_features,):
+    if x.shape[-1] != in_features:
         raise ValueError(f"x {tuple(x.shape)} must end in the weight's in_features {in_features} (weight {q.shape}).")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias must be ({out_features},), got {tuple(bias.shape)}.")
-    leaves, spec = _flatten(q)
     dtype = x.dtype
     if isinstance(q, Quantized4bit) and q.compute_dtype is not None:
         x = x.to(q.compute_dtype)
@@ -267,6 +273,7 @@ def validate(q: Quantized) -> None:
         >>> import torch
         >>> validate(quantize_8bit(torch.ones(2, 3)))
     """
+    _flatten(q)  # refuses what is no quantized weight
     out_features, in_features = q.shape
     if out_features <= 0 or in_features <= 0:
         raise ValueError(f"shape must be (out, in), both positive, got {q.shape}.")
@@ -403,6 +410,7 @@ def to_bnb(q: Quantized, bias: Tensor | None = None) -> nn.Module:
         >>> to_bnb(quantize_4bit(torch.ones(32, 64)))
         Linear4bit(in_features=64, out_features=32, bias=False)
     """
+    validate(q)
     out_features, in_features = q.shape
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias must be ({out_features},), got {tuple(bias.shape)}.")
@@ -564,6 +572,7 @@ def _tangent(ctx: Any, x_t: Tensor | None, bias_t: Tensor | None, transposed: bo
 
 def _dequantize(spec: tuple, leaves: Any, dtype: torch.dtype) -> Tensor:
     cls, static = spec
+    _check_sizes(spec, leaves)
     if cls is Quantized8bit:
         codes, scale = leaves
         # bitsandbytes' order of operations in training: the last bit depends on it.
@@ -573,6 +582,19 @@ def _dequantize(spec: tuple, leaves: Any, dtype: torch.dtype) -> Tensor:
     kernel_dtype = dtype if dtype in _FLOATS else torch.float32
     scale = _absmax(absmax, *nested)
     return _ops().dequantize_4bit(packed, scale, blocksize, quant_type, shape, kernel_dtype).to(dtype)
+
+
+def _check_sizes(spec: tuple, leaves: Any) -> None:
+    """`validate`, for a value made by hand: bitsandbytes' kernels read as far as the shape says, whatever is there."""
+    (out_features, in_features), values = spec[1][0], spec[1][0][0] * spec[1][0][1]
+    if spec[0] is Quantized8bit:
+        right = leaves[0].shape == (out_features, in_features) and leaves[1].shape == (out_features,)
+    else:
+        blocks = -(-values // spec[1][3])
+        right = leaves[0].nbytes == (values + 1) // 2 and leaves[1].shape == (blocks,)
+        right = right and (len(leaves) == 2 or leaves[2].shape == (-(-blocks // _NESTED_BLOCKSIZE),))
+    if not right:
+        validate(_unflatten(leaves, spec))
 
 
 def _absmax(absmax: Tensor, *nested: Tensor) -> Tensor:
@@ -586,6 +608,10 @@ def _flatten(q: Quantized) -> tuple[list[Tensor], tuple]:
     """The tensors, and everything else as a hashable `(class, static)`."""
     if isinstance(q, Quantized8bit):
         return [q.codes, q.scale], (Quantized8bit, (q.shape, q.threshold))
+    if not isinstance(q, Quantized4bit):
+        raise ValueError(
+            f"expected a Quantized4bit or Quantized8bit (from quantize_4bit, ...), got {type(q).__name__}."
+        )
     static = (q.shape, q.dtype, q.quant_type, q.blocksize, q.compute_dtype)
     return [q.packed, q.absmax, *(q.nested or ())], (Quantized4bit, static)
 
@@ -699,6 +725,8 @@ def _unpack_cpu_format(packed: Tensor, state: Any, compute_dtype: torch.dtype | 
 
 
 def _check_weight(weight: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"weight must be a tensor (out, in), got {type(weight).__name__}.")
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight must be (out, in), both positive, got {tuple(weight.shape)}.")
     if weight.dtype not in _FLOATS:
@@ -710,10 +738,10 @@ def _check_weight(weight: Tensor) -> None:
 def _check_4bit_options(quant_type: str, blocksize: int, compute_dtype: torch.dtype | None) -> None:
     if quant_type not in ("nf4", "fp4"):
         raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {quant_type!r}.")
-    if blocksize not in BLOCKSIZES:
+    if blocksize not in BLOCKSIZES or not isinstance(blocksize, int):
         raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}.")
-    if compute_dtype is not None and not compute_dtype.is_floating_point:
-        raise ValueError(f"compute_dtype must be a floating-point dtype or None, got {compute_dtype}.")
+    if compute_dtype not in (None, *_FLOATS, torch.float64):
+        raise ValueError(f"compute_dtype must be None or one of {(*_FLOATS, torch.float64)}, got {compute_dtype!r}.")
 
 
 def _check_leaf(name: str, leaf: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ Data order and schedules are functions of the step. So a run is its `Fit`, and r
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -146,7 +146,10 @@ def fit(
             if (run.stopped >= 0).all():
                 break
             grads, losses = _backward(loss_fn, run.params, batches(step), n, backward)
-            hyper = {"learning_rate": rates * schedule(step), "weight_decay": decays}
+            factor = torch.as_tensor(schedule(step), dtype=torch.float64)
+            if not (factor >= 0).all():
+                raise ValueError(f"schedule({step}) must be 0 or more, got {factor.tolist()}.")
+            hyper = {"learning_rate": rates * factor.to(device), "weight_decay": decays}
             moved = update(grads, losses, run.state, run.params, run.stopped < 0, norms, hyper)
             run = _record(run, losses, *moved)
             if evaluate is not None and (step + 1) % evaluate_every == 0:
@@ -169,12 +172,14 @@ def batch_indices(step: int, *, num_examples: int, batch_size: int, key: int) ->
     Another `key` is another order. Costs a permutation of `num_examples` per call.
 
     Raises:
-        ValueError: If a size is not positive, or the step is negative.
+        ValueError: If a size is not positive, the step is negative, or a number no integer.
 
     Example:
         >>> [len(batch_indices(step, num_examples=5, batch_size=2, key=0)) for step in range(4)]
         [2, 2, 1, 2]
     """
+    if not all(isinstance(number, int) for number in (step, num_examples, batch_size, key)):
+        raise ValueError(f"must be integers: {step=}, {num_examples=}, {batch_size=}, {key=}.")
     if step < 0 or num_examples < 1 or batch_size < 1:
         raise ValueError(f"out of range: {step=}, {num_examples=}, {batch_size=}.")
     epoch, batch = divmod(step, -(-num_examples // batch_size))
@@ -231,7 +236,7 @@ def sweep(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         [{'learning_rate': 0.1, 'seed': 0}, {'learning_rate': 0.01, 'seed': 0}]
     """
     for name, values in grid.items():
-        if isinstance(values, str) or len(values) == 0:
+        if isinstance(values, str) or not isinstance(values, Sized) or len(values) == 0:
             raise ValueError(f"grid[{name!r}] must be a list of values, got {values!r}.")
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
@@ -279,6 +284,8 @@ def _backward(
     def total(params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         losses = loss_fn(params, batch)
         _check_shape("loss_fn", losses, n)
+        if not losses.requires_grad:
+            raise ValueError("the result of loss_fn does not depend on params; see that it is not detached.")
         return losses.sum(), losses
 
     if backward == "func":
@@ -353,8 +360,10 @@ def _spread(name: str, value: Numbers, n: tuple[int, ...], device: torch.device)
 
 
 def _check_shape(name: str, value: Tensor, n: tuple[int, ...]) -> None:
+    wanted = f"one number per adapter, {tuple(n)}" if n else "one number, ()"
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must return {wanted}, as a tensor, got {type(value).__name__}.")
     if value.shape != n:
-        wanted = f"one number per adapter, {tuple(n)}" if n else "one number, ()"
         raise ValueError(f"{name} must return {wanted}, got shape {tuple(value.shape)}.")
 
 
