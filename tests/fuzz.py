@@ -1,8 +1,8 @@
 """A fuzzer over every file that is read: `python -m tests.fuzz --seconds 600`.
 
 Whole files are damaged as bytes and as JSON, and read. What is allowed: a ValueError or OSError of one sentence, or a
-load that holds what a second, independent reader finds in the same bytes. A case that takes five seconds hangs. Every
-case is a function of its number, which a failure names: `python -m tests.fuzz --case 1234`.
+load that holds what a second, independent reader finds in the same bytes. A case that takes five seconds of CPU time
+hangs. Every case is a function of its number, which a failure names: `python -m tests.fuzz --case 1234`.
 """
 
 import argparse
@@ -320,7 +320,7 @@ class Fuzzer:
         path = self.folder / name
         path.write_bytes(damage(self.files[name], rng, list(self.files.values())))
         read, verify = CHECKS.get(name, (read_adapter, verify_adapter))
-        signal.setitimer(signal.ITIMER_REAL, 5)
+        signal.setitimer(signal.ITIMER_PROF, 5)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
@@ -335,7 +335,7 @@ class Fuzzer:
                 verify(found, path)
             self.outcomes[f"{name}: read"] += 1
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             path.write_bytes(self.files[name])
 
 
@@ -346,7 +346,7 @@ def _hang(*_: Any) -> None:
 def fuzz(seconds: float, first: int = 0, only: int | None = None) -> tuple[int, Counter[str], list[str]]:
     """Run cases for some seconds: their number, what became of them, and a line for each failure."""
     failures: list[str] = []
-    before = signal.signal(signal.SIGALRM, _hang)
+    before = signal.signal(signal.SIGPROF, _hang)
     try:
         with tempfile.TemporaryDirectory() as folder:
             fuzzer, end, case = Fuzzer(Path(folder)), time.monotonic() + seconds, first
@@ -363,7 +363,7 @@ def fuzz(seconds: float, first: int = 0, only: int | None = None) -> tuple[int, 
                     break
             return case - first, fuzzer.outcomes, failures
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGPROF, before)
 
 
 if __name__ == "__main__":
