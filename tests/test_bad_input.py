@@ -754,6 +754,13 @@ for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn):
         "load_adapter", f"vectors in {dtype}", lambda t, d=dtype: load(t, {LAMBDA: ones(5).to(d)}),
         rf"{WEIGHTS}: '.*0.vera_lambda_b' is {dtype}, and must be one of",
     )  # fmt: skip
+bad(
+    "load_adapter",
+    "float64 beyond float32",
+    lambda t: load(t, {LAMBDA: ones(5).double() * 1e300}),
+    rf"{WEIGHTS}: '0.lambda_b' overflows torch.float32",
+)
+bad("load_adapter", "NaN", lambda t: load(t, {LAMBDA: ones(5) * NAN}), f"{WEIGHTS}: '.*vera_lambda_b' holds NaN or inf")
 bad("load_adapter", "an empty vector", lambda t: load(t, {LAMBDA: ones(0)}), r"'0.lambda_b' of shape \(0,\).*\(5,\)")
 for what, fields, message in (
     ("r of 2^70", {"r": 2**70}, "r must be below"),

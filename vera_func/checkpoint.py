@@ -175,6 +175,9 @@ def load_adapter(
     vectors = {key: value.to(device, _vector_dtype(key, value, model, dtype)) for key, value in params.items()}
     if dtype is not None:
         frozen = {name: tensor.to(dtype) for name, tensor in frozen.items()}
+    for key, value in (*vectors.items(), *frozen.items()):
+        if not value.isfinite().all():
+            raise ValueError(f"{file}: {key!r} overflows {value.dtype}, into which it is read.")
     order = {key: i for i, key in enumerate(apply.slots)}
     return Adapted(apply, dict(sorted(vectors.items(), key=lambda item: order[item[0]])), frozen, config)
 
