@@ -32,6 +32,8 @@ Tree = Mapping[str, Tensor]
 LossFn = Callable[[dict[str, Tensor], Any], Tensor]
 PathLike = str | os.PathLike[str]
 Numbers = float | Sequence[float] | Tensor  # one for all adapters, or one per adapter
+Gradient = tuple[dict[str, Tensor], Tensor]  # of every adapter's own loss, and the losses
+Accumulate = Callable[[Callable[[Any], Gradient], Any], Gradient]
 
 
 class Fit(NamedTuple):
@@ -74,6 +76,7 @@ def fit(
     checkpoint: PathLike | None = None,
     checkpoint_every: int = 100,
     backward: Literal["func", "autograd"] = "func",
+    accumulate: Accumulate | None = None,
     progress: bool = True,
 ) -> Fit:
     """Minimizes `loss_fn(params, batches(step))` with AdamW, over one adapter or many at once.
@@ -98,6 +101,8 @@ def fit(
         resume: A run to go on from, or its checkpoint. All other arguments should be as they were.
         checkpoint, checkpoint_every: File to hold the run, always whole, and steps between writes.
         backward: "func", or "autograd" for what torch.func refuses: activation checkpointing.
+        accumulate: `(gradient, batch)` to the grads and losses of a step, where `gradient(part)` gives those of a
+            part of the batch, as plain tensors; None is `gradient(batch)`. See `mean_over_parts`.
         progress: Shows a bar if tqdm is installed, and nothing if it is not.
 
     Raises:
@@ -145,7 +150,9 @@ def fit(
         for step in range(len(run.losses), steps):
             if (run.stopped >= 0).all():
                 break
-            grads, losses = _backward(loss_fn, run.params, batches(step), n, backward)
+            gradient = partial(_backward, loss_fn, run.params, n, backward)
+            batch = batches(step)
+            grads, losses = gradient(batch) if accumulate is None else accumulate(gradient, batch)
             hyper = {"learning_rate": rates * schedule(step), "weight_decay": decays}
             moved = update(grads, losses, run.state, run.params, run.stopped < 0, norms, hyper)
             run = _record(run, losses, *moved)
@@ -271,9 +278,7 @@ def _start(params: Tree, n: tuple[int, ...]) -> Fit:
     return Fit(params, state, empty, empty, stopped, diverged=torch.zeros_like(stopped).bool())
 
 
-def _backward(
-    loss_fn: LossFn, params: dict[str, Tensor], batch: Any, n: tuple[int, ...], backward: str
-) -> tuple[dict[str, Tensor], Tensor]:
+def _backward(loss_fn: LossFn, params: dict[str, Tensor], n: tuple[int, ...], backward: str, batch: Any) -> Gradient:
     """The gradient of every adapter's own loss, and the losses."""
 
     def total(params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
