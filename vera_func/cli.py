@@ -79,7 +79,8 @@ def _add_train(commands: Any) -> None:
 def _training(parser: Any, out: dict[str, Any]) -> None:
     add = parser.add_argument
     model(parser, "default: SmolLM2-135M")
-    add("--r", type=positive(int), default=256, help="rank of the projections, %(default)s")
+    rank_help = "of the projections, %(default)s (torchrun takes --r for an option of its own)"
+    add("--r", "--rank", dest="r", type=positive(int), default=256, metavar="N", help=rank_help)
     add("--targets", metavar="NAMES", type=names, help="modules to adapt (default: q_proj,v_proj or the like)")
     add("--steps", type=positive(int), metavar="N", help="training steps (default: one epoch, 50 to 100)")
     add(
