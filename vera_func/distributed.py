@@ -13,6 +13,7 @@ import contextlib
 import os
 import secrets
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -241,11 +242,12 @@ def _watch(store: Any, me: int, world: int, stop: threading.Event) -> None:
     lost = f"{_title(me)} has lost the store at {host}: the machine of rank 0, its torchrun, or the network is gone."
     for beat in count():
         try:
-            with _alarm(SILENCE, lost):
+            with _alarm(SILENCE, lost, _end_with_torchrun):
                 store.set(f"alive/{me}", f"{_title(me)} {beat}")
                 told, sign = store.get("dead"), store.get(f"alive/{following}")
         except RuntimeError:
-            told, sign = lost.encode(), seen
+            if not stop.is_set():
+                _end_with_torchrun(lost)
         if stop.is_set():
             return
         if sign != seen:
@@ -272,9 +274,9 @@ def _together() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _alarm(seconds: float, message: str) -> Iterator[None]:
+def _alarm(seconds: float, message: str, end: Callable[[str], None] | None = None) -> Iterator[None]:
     """Ends the process if what is inside takes longer: a wait for a network can't be interrupted otherwise."""
-    timer = threading.Timer(seconds, _end, [message])
+    timer = threading.Timer(seconds, end or _end, [message])
     timer.daemon = True
     timer.start()
     try:
@@ -285,6 +287,14 @@ def _alarm(seconds: float, message: str) -> Iterator[None]:
 
 def _title(me: int) -> str:
     return f"rank {me} (process {os.getpid()} on {socket.gethostname()})"
+
+
+def _end_with_torchrun(message: str) -> None:
+    # torchrun, too, waits for a store that is gone, without a limit and without looking at its processes. One that
+    # has ended and was not looked at is a zombie, which `kill -0` still finds.
+    command = f"sleep {SILENCE / 2:.0f}; kill -0 {os.getpid()} 2>/dev/null && kill {os.getppid()}"
+    subprocess.Popen(["sh", "-c", command], start_new_session=True)
+    _end(message)
 
 
 def _end(message: str) -> None:
