@@ -259,7 +259,7 @@ def ip(words):
 
 @pytest.fixture
 def hosts():
-    """Three namespaces `vera1` ... with addresses 10.77.0.1 ... on one bridge."""
+    """Three namespaces `vera1` ... with addresses 10.77.0.1 ... on one bridge; a list of what to end with them."""
     if os.geteuid() or subprocess.run(["ip", "netns", "list"], capture_output=True, check=False).returncode:
         pytest.skip("needs root and `ip netns`")
     ip("link add verabr type bridge")
@@ -272,10 +272,15 @@ def hosts():
             ip(f"-n vera{i} addr add 10.77.0.{i}/24 dev eth0")
             ip(f"-n vera{i} link set eth0 up")
             ip(f"-n vera{i} link set lo up")
-        yield
+        running = []
+        yield running
     finally:
+        for process in running:
+            process.kill()
+            process.wait()
         for i in (1, 2, 3):
-            subprocess.run(["ip", "netns", "del", f"vera{i}"], check=False)
+            ip(f"link del vera{i}e")  # at once: with its namespace it would go later
+            ip(f"netns del vera{i}")
         ip("link del verabr")
 
 
@@ -293,6 +298,7 @@ def test_a_host_that_is_cut_off(cut, hosts, folder, reviews, tmp_path):
         return subprocess.Popen(command, env=environment(GLOO_SOCKET_IFNAME="eth0"), stdout=log, stderr=log)
 
     first = {i: start(i, "first") for i in (1, 2, 3)}
+    hosts.extend(first.values())
     while not list(tmp_path.glob("*/out.training-*")):
         assert all(process.poll() is None for process in first.values())
         time.sleep(0.1)
@@ -313,6 +319,7 @@ def test_a_host_that_is_cut_off(cut, hosts, folder, reviews, tmp_path):
         assert process.wait(60 - (time.monotonic() - begin)) != 0
     ip(f"link set vera{cut}e up")
     again = [start(i, "again") for i in (1, 2, 3)]
+    hosts.extend(again)
     assert [process.wait(120) for process in again] == [0, 0, 0]
     (out,) = tmp_path.glob("*/out/adapter_model.safetensors")
     assert cli.main(training(folder, reviews, tmp_path / "alone", "--steps", "200")) == 0

@@ -290,10 +290,11 @@ def _title(me: int) -> str:
 
 
 def _end_with_torchrun(message: str) -> None:
-    # torchrun, too, waits for a store that is gone, without a limit and without looking at its processes. One that
-    # has ended and was not looked at is a zombie, which `kill -0` still finds.
-    command = f"sleep {SILENCE / 2:.0f}; kill -0 {os.getpid()} 2>/dev/null && kill {os.getppid()}"
-    subprocess.Popen(["sh", "-c", command], start_new_session=True)
+    # torchrun, too, waits for a store that is gone, for minutes and without looking at its processes. One that has
+    # ended and was not looked at is a zombie, which `kill -0` still finds.
+    command = f"sleep {SILENCE / 3:.0f}; kill -0 $0 && kill $1 && sleep 5 && kill -0 $0 && kill -9 $1"
+    words = ["sh", "-c", command, str(os.getpid()), str(os.getppid())]
+    subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
     _end(message)
 
 

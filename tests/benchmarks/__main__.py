@@ -1,10 +1,10 @@
-"""`python -m tests.benchmarks [many] [single] [bank] [merging]`: ratios against PEFT, with the machine named."""
+"""`python -m tests.benchmarks [many] [single] [bank] [merging] [processes]`: ratios in one run, the machine named."""
 
 import argparse
 
 import torch
 
-from . import many, merging, single
+from . import many, merging, processes, single
 from .common import machine
 
 
@@ -12,7 +12,10 @@ CASES = [(1, 16), (16, 16), (64, 16), (128, 4), (128, 16), (512, 4)]
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument(
-    "what", nargs="*", choices=["many", "single", "bank", "merging", []], default=["many", "single", "bank"]
+    "what",
+    nargs="*",
+    choices=["many", "single", "bank", "merging", "processes", []],
+    default=["many", "single", "bank"],
 )
 parser.add_argument("--adapter", default="vera-demo", help="directory of the demo's adapter, for merging (%(default)s)")
 parser.add_argument("--texts", type=int, default=500, help="of each domain, for merging (%(default)s)")
@@ -30,3 +33,5 @@ if "merging" in args.what:
     merging.run(args.adapter, args.texts)
 if "bank" in args.what:
     many.bank(args.adapters)
+if "processes" in args.what:
+    processes.run()
