@@ -22,6 +22,8 @@ from torch.testing import assert_close
 import vera_func as vf
 from vera_func import cli, distributed
 from vera_func.bank import open_bank
+from vera_func.commands import base_of, evaluate, open_source
+from vera_func.examples import read_examples
 from vera_func.pretrained import load_base
 
 import distributed_case
@@ -248,6 +250,24 @@ def test_a_killed_process_costs_nothing(seed, folder, reviews, tmp_path):
     assert cli.main(training(folder, reviews, tmp_path / "alone", *more)) == 0
     assert same_files(tmp_path / "out" / "adapter_model.safetensors", tmp_path / "alone" / "adapter_model.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]  # no checkpoint is left
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_the_recipe_for_ray(bank, reviews, monkeypatch):
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.data")
+    (recipe,) = re.findall(r"```py\n(.*?)```", (TESTS.parent / "README.md").read_text(), re.DOTALL)
+    namespace = {}
+    exec(compile(recipe, "README.md", "exec"), namespace)
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        found = namespace["evaluate_bank"](str(bank), str(reviews))
+    finally:
+        ray.shutdown()
+    source = open_source(bank=str(bank))
+    expected = evaluate(source, base_of(source), read_examples(reviews), progress=False)
+    assert sorted(found, key=lambda row: row["name"]) == expected
 
 
 # Hosts as network namespaces
