@@ -77,6 +77,8 @@ def killed_at(step, who):
         batches = whole(*args, **options)
 
         def batch(i):
+            if rank() == 0:
+                print(f"asked for step {i}.", file=sys.stderr)
             if (i, rank(), os.environ.get("TORCHELASTIC_RESTART_COUNT")) == (step, who, "0"):
                 os.kill(os.getpid(), signal.SIGKILL)
             return batches(i)
@@ -89,6 +91,7 @@ def killed_at(step, who):
 if __name__ == "__main__":
     what, where, *line = sys.argv[1:]
     if what == "kill":
+        demo.CHECKPOINT_EVERY = 4
         demo.train_batches = killed_at(*map(int, where.split(",")))
         sys.exit(cli.main(line))
     torch.set_num_threads(1)

@@ -231,7 +231,7 @@ def test_each_process_reads_its_own_rows(bank, reviews, monkeypatch):
 @pytest.mark.parametrize("seed", range(FAULTS or 1))
 def test_a_killed_process_costs_nothing(seed, folder, reviews, tmp_path):
     draw = random.Random(seed)
-    # Both ways of spreading: 12 steps of one, or 6 in groups of a sweep and 12 of its best. Saved every 10 steps.
+    # Both ways of spreading: 12 steps of one, or 6 in groups of a sweep and 12 of its best. Saved every 4 steps.
     more = ["--steps", "12"] if seed % 2 == 0 else ["--steps", "12", "--adapters", "4"]
     who, step = draw.randrange(2), draw.randrange(12 if seed % 2 == 0 else 18)
     restarts = seed // 2 % 2 if FAULTS else 1
@@ -242,11 +242,19 @@ def test_a_killed_process_costs_nothing(seed, folder, reviews, tmp_path):
     assert killed or seed % 2
     if killed:
         assert f"local_rank: {who}" in done.stderr
+    said = done.stderr
     if killed and not restarts:
         assert (done.returncode, seconds < 60) == (1, True)
         assert not (tmp_path / "out").exists()
         done, _ = launch(2, *CASE, "kill", "-1,-1", *line[3:])
+        said += done.stderr
     assert done.returncode == 0, done.stderr
+    if seed % 2 == 0:
+        asked = [int(i) for i in re.findall(r"asked for step (\d+)\.", said)]
+        saved = step // 4 * 4
+        before, after = asked[: saved - 12], asked[saved - 12 :]
+        assert after == [*range(saved, 12)]
+        assert before in ([*range(step)], [*range(step + 1)])  # whether the first process still asked
     assert cli.main(training(folder, reviews, tmp_path / "alone", *more)) == 0
     assert same_files(tmp_path / "out" / "adapter_model.safetensors", tmp_path / "alone" / "adapter_model.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]  # no checkpoint is left

@@ -27,7 +27,7 @@ from .assets import load_snippets
 from .bank import save_bank
 from .checkpoint import load_adapter, save_adapter
 from .config import VeraConfig
-from .distributed import furthest, mean_over_parts, rank, spread, under_torchrun
+from .distributed import furthest, mean_over_parts, rank, spread, under_torchrun, world_size
 from .examples import Example, polar_examples, read_examples, split
 from .many import num_adapters, stack_adapters
 from .model import Adapted, adapt
@@ -154,6 +154,8 @@ def demo(
     parts = parts or (PARTS if under_torchrun() else 1)
     base = load_base(model, quant, dtype)
     say(describe_base(base))
+    if world_size() > parts:
+        say(f"Only {parts} of {world_size()} processes have something to do: pass --parts {world_size()}.")
     task = make_task(base, sorted({example.label for example in examples}), prompt)
     config = VeraConfig(
         base_model_name_or_path=base.name,

@@ -76,6 +76,8 @@ def processes() -> Iterator[None]:
     url, wait = "env://", timedelta(seconds=ARRIVAL)
     store, me, world = next(dist.rendezvous(url, timeout=wait))
     store = _meet(store, me, world)
+    stop, signs = threading.Event(), dist.PrefixStore("signs", store.clone())
+    signs.set(f"alive/{me}", f"{_title(me)} 0")
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -88,7 +90,6 @@ def processes() -> Iterator[None]:
             world_size=world,
             timeout=timedelta(days=30),
         )
-    stop, signs = threading.Event(), dist.PrefixStore("signs", store.clone())
     watch = threading.Thread(target=_watch, args=(signs, me, world, stop), daemon=True)
     if world > 1:
         watch.start()
