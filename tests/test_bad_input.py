@@ -413,11 +413,6 @@ for what, change, message in (
     ("a loss that is a number", {"loss_fn": lambda p, b: 1.0}, "as a tensor, got float"),
     ("a loss of nothing", {"loss_fn": lambda p, b: ones(())}, "does not depend on params; see that it is not detached"),
     ("a detached loss", {"loss_fn": lambda p, b: p["p"].sum().detach()}, "see that it is not detached"),
-    (
-        "a detached loss, autograd",
-        {"loss_fn": lambda p, b: p["p"].sum().detach(), "backward": "autograd"},
-        "see that it is not detached",
-    ),
     ("a metric for others", {"evaluate": lambda p, step: ones(3)}, "evaluate must return one number"),
 ):
     bad("fit", what, lambda _, change=change: train(**change), message)

@@ -55,6 +55,7 @@ def test_defaults(demo):
         "seed": 0,
         "learning_rate": 2e-2,
         "batch_size": 16,
+        "parts": None,
         "dtype": None,
     }
 
@@ -62,7 +63,8 @@ def test_defaults(demo):
 def test_every_option_arrives(demo):
     line = (
         "demo --model dir --data x.csv --quant int8 --r 64 --targets q_proj,k_proj --steps 7 "
-        "--out there --seed 3 --learning-rate 1e-3 --batch-size 4 --dtype float32 --adapters 8 --prompt {text}\\n:"
+        "--out there --seed 3 --learning-rate 1e-3 --batch-size 4 --dtype float32 --adapters 8 --parts 2 "
+        "--prompt {text}\\n:"
     )
     assert cli.main(line.split()) == 0
     (options,) = demo.calls
@@ -80,6 +82,7 @@ def test_every_option_arrives(demo):
         "seed": 3,
         "learning_rate": 1e-3,
         "batch_size": 4,
+        "parts": 2,
         "dtype": torch.float32,
     }
 

@@ -14,24 +14,9 @@ import vera_func as vf
 PACKAGE = Path(vf.__file__).parent
 # From the ground up; a file imports only from those before it.
 ORDER = [
-    *("files", "projection", "adapter", "optim", "train", "quantized", "calibrate", "merge", "config", "layers"),
-    *(
-        "model",
-        "many",
-        "algebra",
-        "checkpoint",
-        "bank",
-        "export",
-        "grams",
-        "assets",
-        "pretrained",
-        "examples",
-        "report",
-        "sentiment",
-        "task",
-        "answers",
-    ),
-    *("demo", "commands", "options", "cli"),
+    *("files", "projection", "adapter", "optim", "train", "distributed", "quantized", "calibrate", "merge", "config"),
+    *("layers", "model", "many", "algebra", "checkpoint", "bank", "export", "grams", "assets", "pretrained"),
+    *("examples", "report", "sentiment", "task", "answers", "demo", "commands", "options", "cli"),
 ]
 PUBLIC = {
     name: getattr(vf, name) for name in dir(vf) if not name.startswith("_") and not inspect.ismodule(getattr(vf, name))

@@ -77,16 +77,15 @@ def test_one_is_the_loop_a_user_would_write():
     assert loss_of_one(run.params, full) < loss_of_one(start(), full)
 
 
-@pytest.mark.parametrize("backward", ["func", "autograd"])
 @pytest.mark.parametrize("data", ["shared", "own"])
-def test_together_equals_one_by_one(data, backward):
+def test_together_equals_one_by_one(data):
     options = {"weight_decay": 0.1, "schedule": partial(linear_warmup_cosine, warmup=3, total=25)}
     loss_fn, batches = loss_of_many(None), shared
     if data == "own":
         loss_fn, batches = loss_of_many(0), everyones_own
     limits = [0.05 * (i + 1) for i in range(N)]
     run = fit(loss_fn, start(N), batches, steps=20, learning_rate=RATES, max_norm=limits,
-              num_adapters=N, backward=backward, **options)  # fmt: skip
+              num_adapters=N, **options)  # fmt: skip
     assert run.losses.shape == (20, N)
     assert run.state.step.tolist() == [20] * N
     for i in range(N):
@@ -274,21 +273,18 @@ def test_loading_the_wrong_run_raises(tmp_path):
         fit(loss_of_one, start(), shared, steps=1, learning_rate=0.1, resume=run)
 
 
-def test_autograd_takes_activation_checkpointing():
+def test_activation_checkpointing():
     loss_fn = lambda params, batch: recompute(loss_of_one, params, batch, use_reentrant=False)
     options = {"steps": 4, "learning_rate": 0.1}
-    with pytest.raises(RuntimeError, match="saved tensor hooks"):
-        fit(loss_fn, start(), shared, **options)
-    run = fit(loss_fn, start(), shared, backward="autograd", **options)
+    run = fit(loss_fn, start(), shared, **options)
     assert_close(run.params, fit(loss_of_one, start(), shared, **options).params)
 
 
-@pytest.mark.parametrize("backward", ["func", "autograd"])
-def test_a_base_that_requires_grad_keeps_no_graph(backward):
+def test_a_base_that_requires_grad_keeps_no_graph():
     weight = torch.ones(7, requires_grad=True)
     params = {"lambda_b": torch.ones(7, requires_grad=True), "unused": torch.ones(2)}
     run = fit(lambda p, batch: (p["lambda_b"] * weight).square().sum(), params, shared, steps=2,
-              learning_rate=0.1, backward=backward)  # fmt: skip
+              learning_rate=0.1)  # fmt: skip
     assert not any(t.requires_grad for t in (*run.params.values(), run.losses))
     assert weight.grad is None
     assert torch.equal(run.params["unused"], torch.ones(2))
@@ -328,7 +324,6 @@ def test_progress(installed, capsys, monkeypatch):
         ({"evaluate": metric_of([1, 1, 1]), "patience": 0}, "patience=0"),
         ({"checkpoint_every": 0}, "checkpoint_every=0"),
         ({"checkpoint": "/no/such/folder/run"}, "folder /no/such/folder of checkpoint"),
-        ({"backward": "jax"}, "'func' or 'autograd', got 'jax'"),
         ({"params": {}}, "nothing to train"),
     ],
 )

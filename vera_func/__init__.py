@@ -17,6 +17,7 @@ from .bank import (
 )
 from .checkpoint import load_adapter as load_adapter, save_adapter as save_adapter
 from .config import VeraConfig as VeraConfig
+from .distributed import mean_over_parts as mean_over_parts, processes as processes, spread as spread
 from .export import (
     dequantize_model as dequantize_model,
     export_lora as export_lora,

@@ -55,7 +55,7 @@ class Bank:
             ValueError: If a name is unknown, a row out of range, or the file is damaged.
         """
         _require_no_text(names)
-        runs = [(0, len(self))] if names is None else list(_runs([self._row(name) for name in names])) or [(0, 0)]
+        runs = [(0, len(self))] if names is None else list(_runs([self.row(name) for name in names])) or [(0, 0)]
         with _open(self.path) as file:
             keys = [key for key in file.keys() if key not in _PROJECTIONS]  # noqa: SIM118  (no mapping)
             if len(runs) == 1:
@@ -92,7 +92,12 @@ class Bank:
         params = {key: params[key].to(device) for key in sorted(params, key=order.__getitem__)}
         return Adapted(apply, params, {name: value.to(device) for name, value in frozen.items()}, self.config)
 
-    def _row(self, name: str | int) -> int:
+    def row(self, name: str | int) -> int:
+        """The row of an adapter, by name or row.
+
+        Raises:
+            ValueError: If a name is unknown, or a row out of range.
+        """
         if isinstance(name, int) and 0 <= name < len(self):
             return name
         if name not in self.rows:
@@ -319,7 +324,7 @@ def export_adapters(bank: Bank, folder: str | os.PathLike[str], names: Sequence[
     """
     frozen, written = bank.frozen(), []
     for name in bank.names if names is None else names:
-        row = bank._row(name)
+        row = bank.row(name)
         params = {key: leaf[0] for key, leaf in bank.read([row]).items()}
         title = bank.names[row]
         written.append(save_adapter(folder, params, frozen, bank.config, adapter_name=title))

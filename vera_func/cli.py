@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .distributed import processes, rank
 from .options import DTYPES, QUANTS, data, model, names, newlines, positive, source
 
 
@@ -21,12 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 2 for a mistake in the arguments or in what they name; 1 for other failures (no network,
-        a missing package); 130 if interrupted. One sentence on stderr says what happened. An error
-        that nobody foresaw is a bug, and shows its traceback.
+        a missing package, another process that died); 130 if interrupted. One sentence on stderr says
+        what happened. An error that nobody foresaw is a bug, and shows its traceback.
     """
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        with processes():
+            args.run(args)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRAS:
             raise
@@ -77,7 +79,8 @@ def _add_train(commands: Any) -> None:
 def _training(parser: Any, out: dict[str, Any]) -> None:
     add = parser.add_argument
     model(parser, "default: SmolLM2-135M")
-    add("--r", type=positive(int), default=256, help="rank of the projections, %(default)s")
+    rank_help = "of the projections, %(default)s (torchrun takes --r for an option of its own)"
+    add("--r", "--rank", dest="r", type=positive(int), default=256, metavar="N", help=rank_help)
     add("--targets", metavar="NAMES", type=names, help="modules to adapt (default: q_proj,v_proj or the like)")
     add("--steps", type=positive(int), metavar="N", help="training steps (default: one epoch, 50 to 100)")
     add(
@@ -89,6 +92,13 @@ def _training(parser: Any, out: dict[str, Any]) -> None:
         "OUT/bank.safetensors; the training then costs twice that of one, and the choice",
     )
     add("--batch-size", type=positive(int), default=16, metavar="N", help="texts in a step, %(default)s")
+    add(
+        "--parts",
+        type=positive(int),
+        metavar="N",
+        help="cut the work of a step into so many parts, which the processes of torchrun share; the result depends on "
+        "the parts, by rounding, and not on the processes (default: 4 under torchrun, 1 alone)",
+    )
     add("--learning-rate", type=positive(float), default=2e-2, metavar="X", help="%(default)s")
     add("--seed", type=int, default=0, help="of split, order and projections, %(default)s")
     add("--out", metavar="DIR", **out)
@@ -99,7 +109,7 @@ def _run_demo(args: argparse.Namespace) -> None:
     from .report import describe
 
     talk = args.command == "demo" and not args.json
-    options = {"model", "data", "quant", "r", "targets", "steps", "adapters", "out", "seed", "learning_rate"}
+    options = {"model", "data", "quant", "r", "targets", "steps", "adapters", "out", "seed", "learning_rate", "parts"}
     result = demo(
         **{name: getattr(args, name) for name in sorted(options)},
         batch_size=args.batch_size,
@@ -146,7 +156,7 @@ def _run_evaluate(args: argparse.Namespace) -> None:
         chunk=args.chunk,
         batch_size=args.batch_size,
     )
-    if args.out:
+    if args.out and rank() == 0:
         write_table(args.out, rows)
     _emit(args, rows, lambda: f"{len(rows)} rows written to {args.out}" if args.out else format_table(rows))
 
@@ -327,7 +337,8 @@ def _emit(args: argparse.Namespace, result: Any, text: Callable[[], str]) -> Non
 
 def _say(line: str) -> None:
     # Flushed, so that it stays in order with the bars, which go to stderr.
-    print(line, flush=True)
+    if rank() == 0:
+        print(line, flush=True)
 
 
 def _fail(error: object, status: int) -> int:

@@ -17,13 +17,14 @@ from .assets import quiet_transformers
 from .bank import export_adapters, import_adapters, open_bank
 from .checkpoint import CONFIG, WEIGHTS, load_adapter, read_files
 from .config import VeraConfig, linear_sizes, resolve
+from .distributed import rank, spread, world_size
 from .examples import Example, split
 from .export import describe_reports, export_lora, merge, merge_advice, merge_reports
 from .many import select_adapters, stack_adapters
 from .model import Adapted, adapt
 from .pretrained import Base, Note, describe_base, load_base, read_note, write_note
 from .report import bar
-from .sentiment import PROMPT, Encoded, collate
+from .sentiment import PROMPT, Encoded, Score, collate
 from .task import Task, encode_examples, make_task, score_of
 
 
@@ -71,7 +72,8 @@ def open_source(
             raise ValueError(f"{bank} is a folder; a bank is a file, and a PEFT directory goes with --adapter.")
         opened = open_bank(bank)
         names = list(names or opened.names)
-        opened.read(names[:1] if names == list(opened.names) else names)  # an unknown name raises
+        for name in names:
+            opened.row(name)  # an unknown name raises
         if one and len(names) != 1:
             some = ", ".join(names[:3])
             raise ValueError(f"{bank} holds {len(names)} adapters: choose one with --name ({some}, ...).")
@@ -141,21 +143,32 @@ def evaluate(
         batch_size: Texts in a forward.
         progress: Shows progress bars.
 
+    Under `torchrun` each process evaluates every world-th chunk, and reads these adapters only; or every world-th
+    batch, where there are fewer chunks than processes. All of them get all rows, the same whatever their number is.
+
     Raises:
         ValueError: If the adapters do not fit the model, or a label was not trained.
     """
     task = _task_of(source, base, examples, prompt)
     rows = encode_examples(base, task, examples)
-    adapted, read = load_adapters(source, base.model)
-    results = []
-    for start in range(0, len(source.names), chunk):
+    starts = range(0, len(source.names), chunk)
+    by_chunk = len(starts) >= world_size()
+    own = starts[rank()] if by_chunk else 0
+    adapted, read = load_adapters(source._replace(names=source.names[own : own + chunk]), base.model)
+
+    def evaluate_chunk(start: int) -> Score:
         names = source.names[start : start + chunk]
         params = read(names) if len(names) > 1 else {k: v[0] for k, v in read(names).items()}
         title = f"adapters {start + 1}-{start + len(names)} of {len(source.names)}"
-        score = score_of(adapted, task, params, rows, batch_size=batch_size, progress=bar(title, progress))
-        for name, accuracy, loss in zip(names, score.accuracy.reshape(-1), score.loss.reshape(-1), strict=True):
-            results.append({"name": name, "accuracy": accuracy.item(), "loss": loss.item(), "texts": len(rows)})
-    return results
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": bar(title, progress)}
+        return score_of(adapted, task, params, rows, map=map if by_chunk else spread, **options)
+
+    scores = spread(evaluate_chunk, starts) if by_chunk else [evaluate_chunk(start) for start in starts]
+    accuracy, loss = (torch.cat([value.reshape(-1) for value in column]) for column in zip(*scores, strict=True))
+    return [
+        {"name": name, "accuracy": right.item(), "loss": mean.item(), "texts": len(rows)}
+        for name, right, mean in zip(source.names, accuracy, loss, strict=True)
+    ]
 
 
 def generate(

@@ -6,9 +6,14 @@ With N adapters, a sweep comes first: all N train in one run for half as many st
 2 / N times the size, so that together they are twice as many rows as one adapter's. Then the one that answers best on
 texts kept for this choice goes on alone for all its steps with full batches, its optimizer and schedule as they are.
 So the training costs twice that of one adapter and the choice, whatever N is, up to twice the batch size.
+
+The work is cut into `parts`, which several processes share: the rows of a batch of one adapter, or the adapters of a
+sweep. The result depends on the number of parts, by rounding, and not on that of processes. A run that was interrupted
+goes on from its last checkpoint, which lies beside the folder of the result until that is there.
 """
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,8 +27,9 @@ from .assets import load_snippets
 from .bank import save_bank
 from .checkpoint import load_adapter, save_adapter
 from .config import VeraConfig
+from .distributed import furthest, mean_over_parts, rank, spread, under_torchrun, world_size
 from .examples import Example, polar_examples, read_examples, split
-from .many import stack_adapters
+from .many import num_adapters, stack_adapters
 from .model import Adapted, adapt
 from .optim import linear_warmup_cosine
 from .pretrained import (
@@ -35,12 +41,13 @@ from .pretrained import (
     write_note,
 )
 from .report import bar, format_table
-from .sentiment import PROMPT, Batch, Encoded, collate, train_batches
-from .task import Task, check_prompt, encode_examples, fit_row, logits_of, loss_of, make_task, score_of
-from .train import Fit, fit, sweep, sweep_table
+from .sentiment import PROMPT, Batch, Encoded, collate, num_rows, split_batch, train_batches
+from .task import Task, check_prompt, encode_examples, fit_row, join_fits, logits_of, loss_of, make_task, score_of
+from .train import Fit, fit, load_fit, sweep, sweep_table
 
 
 HELD_OUT, CHOOSING, MAX_STEPS, MIN_STEPS = 1000, 200, 100, 50
+PARTS, CHECKPOINT_EVERY = 4, 10
 BANK = "bank.safetensors"
 
 
@@ -99,6 +106,7 @@ def demo(
     seed: int = 0,
     learning_rate: float = 2e-2,
     batch_size: int = 16,
+    parts: int | None = None,
     dtype: torch.dtype | None = None,
     prompt: str = PROMPT,
     progress: bool = True,
@@ -121,6 +129,7 @@ def demo(
         learning_rate: At the beginning; it falls along a cosine. VeRA wants a large one. A sweep goes
             from a quarter to twice this.
         batch_size: Examples in a step.
+        parts: How many processes can share the work; None is 4 under `torchrun`, and 1 alone.
         dtype: Of what is not quantized, and of the arithmetic; None is `native_dtype()`.
         prompt: With `{text}` in it; the label is the word that follows.
         progress: Shows progress bars.
@@ -132,6 +141,8 @@ def demo(
         RuntimeError: If every adapter of a sweep diverged, or the loaded one does not give the logits of the saved one.
     """
     check_prompt(prompt)
+    if rank() > 0:
+        progress, say = False, lambda line: None
     if Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"out must be a folder, or not there yet; {out} is a file.")
     # The cheap steps first: a bad row should not cost the time to load a model.
@@ -140,8 +151,11 @@ def demo(
     train, choosing = (train, []) if adapters == 1 else split_examples(train, CHOOSING, seed=seed)
     if len(train) < batch_size:
         raise ValueError(f"{len(train)} examples to train on do not fill a batch of {batch_size}.")
+    parts = parts or (PARTS if under_torchrun() else 1)
     base = load_base(model, quant, dtype)
     say(describe_base(base))
+    if world_size() > parts:
+        say(f"Only {parts} of {world_size()} processes have something to do: pass --parts {world_size()}.")
     task = make_task(base, sorted({example.label for example in examples}), prompt)
     config = VeraConfig(
         base_model_name_or_path=base.name,
@@ -152,11 +166,18 @@ def demo(
     )
     adapted = adapt(base.model, config)
     rows = encode_examples(base, task, test)
-    before = score_of(adapted, task, adapted.params, rows, progress=bar("before", progress)).accuracy.item()
+    measure = partial(score_of, adapted, task, rows=rows, map=spread)
+    before = measure(adapted.params, progress=bar("before", progress)).accuracy.item()
     say(f"Before: {before:.1%} of {len(test):,} held-out texts answered rightly.")
 
     steps = steps or min(max(len(train) // batch_size, MIN_STEPS), MAX_STEPS)
+    # A checkpoint of another run, with other options or data, is none of this one.
+    run = (base.name, base.quant, base.dtype, adapted.config, steps, adapters, learning_rate, batch_size, parts, prompt)
+    name = hashlib.sha256(repr((*run, seed, examples)).encode()).hexdigest()[:16]
+    checkpoint = Path(f"{Path(out)}.training-{name}")
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seed": seed, "progress": progress}
+    options |= {"parts": parts, "checkpoint": checkpoint}
     start, found = time.perf_counter(), None
     encoded = encode_examples(base, task, train)
     if adapters == 1:
@@ -177,20 +198,23 @@ def demo(
     values = sum(leaf.numel() for leaf in params.values())
     size = sum(leaf.numel() * leaf.element_size() for leaf in params.values())
     say(f"Trained {values:,} numbers ({size / 1024:,.0f} KiB) in {steps} steps and {seconds:.0f} s.")
-    after = score_of(adapted, task, params, rows, progress=bar("after", progress)).accuracy.item()
+    after = measure(params, progress=bar("after", progress)).accuracy.item()
     say(f"After: {after:.1%} of the same {len(test):,}.")
 
-    note = Note(base.quant, task.labels, task.prompt)
-    save_adapter(out, params, adapted.frozen, config)
-    write_note(out, note)
-    batch = collate(rows[:batch_size], task.pad_id)
-    difference = _reload_difference(out, adapted, task, params, batch)
+    def write(note: Note) -> float:
+        save_adapter(out, params, adapted.frozen, config)
+        write_note(out, note)
+        if found is not None:
+            names = [row["name"] for row in found.table]
+            write_note(save_bank(Path(out) / BANK, found.stacked, adapted.frozen, adapted.config, names), note)
+        return _reload_difference(out, adapted, task, params, collate(rows[:batch_size], task.pad_id))
+
+    (difference,) = spread(write, [Note(base.quant, task.labels, task.prompt)])  # the first process does it
+    for file in checkpoint.parent.glob(f"{checkpoint.name}*"):
+        file.unlink(missing_ok=True)
     say(f"Saved in {out}, loaded back: the logits differ by at most {difference:.1g}.")
-    bank = None
-    if found is not None:
-        names = [row["name"] for row in found.table]
-        bank = save_bank(Path(out) / BANK, found.stacked, adapted.frozen, adapted.config, names)
-        write_note(bank, note)
+    bank = None if found is None else Path(out) / BANK
+    if bank is not None:
         say(f"All {adapters} are in {bank}: vera-func evaluate --bank {bank}")
     say(f"Next: vera-func inspect {out}; vera-func generate --adapter {out} 'One day'; vera-func train --help")
     return DemoResult(
@@ -218,11 +242,22 @@ def train_one(
     batch_size: int,
     seed: int,
     progress: bool,
+    parts: int = 1,
+    checkpoint: Path | None = None,
 ) -> dict[str, Tensor]:
     """The params after training on these rows."""
     batches = train_batches(train, batch_size, seed=seed, pad_id=task.pad_id)
-    run = _fit(loss_of(adapted, task), adapted.params, batches, learning_rate, steps, steps, progress)
-    return run.params
+    return _fit_parts(
+        loss_of(adapted, task),
+        adapted.params,
+        batches,
+        parts,
+        checkpoint,
+        learning_rate=learning_rate,
+        steps=steps,
+        total=steps,
+        progress=progress,
+    ).params
 
 
 def sweep_grid(adapters: int, learning_rate: float) -> list[dict[str, Any]]:
@@ -261,6 +296,8 @@ def train_sweep(
     batch_size: int,
     seed: int,
     progress: bool,
+    parts: int = 1,
+    checkpoint: Path | None = None,
 ) -> Sweep:
     """Train all for half as many steps in one run, and then the best one for all its steps; see the module.
 
@@ -274,6 +311,8 @@ def train_sweep(
         batch_size: Of the best one when it is alone.
         seed: Of the order.
         progress: Shows progress bars.
+        parts: How many groups of adapters train, each in one run of its own, and parts of a batch of the best one.
+        checkpoint: What the names of the files that hold the runs begin with.
 
     Raises:
         RuntimeError: If all diverged.
@@ -284,15 +323,29 @@ def train_sweep(
         train_batches(train, size, seed=seed, pad_id=task.pad_id) for size in (small_batch(batch_size, n), batch_size)
     )
     start = stack_adapters([_start(adapted.params, row["d_initial"]) for row in grid])
-    run = _fit(loss_of(adapted, task, stacked=True), start, small, rates, half, half + steps, progress, num_adapters=n)
-    options = {"batch_size": max(1, 256 // n), "progress": bar("choosing", progress)}
+    size = -(-n // parts)
+    groups = [slice(i, i + size) for i in range(0, n, size)]
+    stacks = [{k: leaf[group] for k, leaf in start.items()} for group in groups]
+    files = [checkpoint and checkpoint.with_name(f"{checkpoint.name}-{i}") for i in range(len(groups))]
+    # By all processes, before each goes its own way.
+    runs = [_resume(file, stack, num_adapters(stack)) for file, stack in zip(files, stacks, strict=True)]
+    common: dict[str, Any] = {"total": half + steps, "progress": progress}
+
+    def train_group(i: int) -> Fit:
+        options = {"resume": runs[i], "checkpoint": files[i], "num_adapters": num_adapters(stacks[i]), **common}
+        loss = loss_of(adapted, task, stacked=True)
+        return _fit(loss, stacks[i], small, learning_rate=rates[groups[i]], steps=half, **options)
+
+    run = join_fits(spread(train_group, range(len(groups))))
+    options = {"batch_size": max(1, 256 // n), "progress": bar("choosing", progress), "map": spread}
     score = score_of(adapted, task, run.params, choosing, **options)
     loss = torch.where(run.diverged, torch.inf, score.loss).nan_to_num(nan=torch.inf)
     row = int(loss.argmin())
     if run.diverged[row]:
         raise RuntimeError(f"every adapter diverged: lower the learning rate, which went from {min(rates)} on.")
-    one = fit_row(run, row)
-    one = _fit(loss_of(adapted, task), one.params, full, rates[row], half + steps, half + steps, progress, resume=one)
+    one, alone = fit_row(run, row), loss_of(adapted, task)
+    common |= {"learning_rate": rates[row], "steps": half + steps}
+    one = _fit_parts(alone, one.params, full, parts, checkpoint, resume=one, **common)
     stacked = {k: torch.cat([v[:row], one.params[k][None], v[row + 1 :]]) for k, v in run.params.items()}
     names = [f"lr{start['learning_rate']:.2g}-d{start['d_initial']:.2g}" for start in grid]
     table = sweep_table(grid, {"name": names, "loss": score.loss, "accuracy": score.accuracy})
@@ -302,16 +355,37 @@ def train_sweep(
 def _fit(
     loss: Callable[..., Tensor],
     params: Mapping[str, Tensor],
-    batches: Callable[[int], Batch],
-    learning_rate: Any,
-    steps: int,
+    batches: Callable[[int], Any],
+    *,
     total: int,
-    progress: bool,
     **options: Any,
 ) -> Fit:
     schedule = partial(linear_warmup_cosine, warmup=0, total=total)
-    options |= {"steps": steps, "learning_rate": learning_rate, "schedule": schedule, "progress": progress}
-    return fit(loss, params, batches, max_norm=1.0, **options)
+    return fit(loss, params, batches, schedule=schedule, max_norm=1.0, checkpoint_every=CHECKPOINT_EVERY, **options)
+
+
+def _fit_parts(
+    loss: Callable[..., Tensor],
+    params: Mapping[str, Tensor],
+    batches: Callable[[int], Batch],
+    parts: int,
+    checkpoint: Path | None,
+    *,
+    resume: Fit | None = None,
+    **options: Any,
+) -> Fit:
+    """A run whose steps are shared by all processes; the first of them writes the checkpoint."""
+    options |= {"resume": _resume(checkpoint, params) or resume, "checkpoint": None if rank() else checkpoint}
+    accumulate = partial(mean_over_parts, weight=num_rows)
+    return _fit(loss, params, lambda step: split_batch(batches(step), parts), accumulate=accumulate, **options)
+
+
+def _resume(checkpoint: Path | None, params: Mapping[str, Tensor], num_adapters: int | None = None) -> Fit | None:
+    """The run in the file, from whichever process has it: not all machines need to see the same folder."""
+    run = None
+    if checkpoint is not None and checkpoint.is_file():
+        run = load_fit(checkpoint, params, num_adapters=num_adapters)
+    return furthest(run, -1 if run is None else len(run.losses))
 
 
 def _start(params: Mapping[str, Tensor], d_initial: float) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .distributed import rank
 from .files import replacing
 
 
@@ -16,13 +17,13 @@ Row = Mapping[str, Any]
 
 
 def bar(title: str, progress: bool, unit: str = "batch") -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """What to wrap an iterable in: a progress bar, or nothing.
+    """What to wrap an iterable in: a progress bar, or nothing, as in all processes but the first.
 
     Example:
         >>> list(bar("reading", False)([1, 2]))
         [1, 2]
     """
-    if not progress:
+    if not progress or rank() > 0:
         return iter
     from tqdm import tqdm
 

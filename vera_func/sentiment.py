@@ -143,6 +143,27 @@ def train_batches(
     return batch
 
 
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """The rows of a batch in parts of like size, some of them empty if there are more parts than rows.
+
+    Example:
+        >>> [part["label"].tolist() for part in split_batch({"label": torch.arange(5)}, 2)]
+        [[0, 1, 2], [3, 4]]
+    """
+    columns = [leaf.tensor_split(parts) for leaf in batch.values()]
+    return [dict(zip(batch, leaves, strict=True)) for leaves in zip(*columns, strict=True)]
+
+
+def num_rows(batch: Batch) -> int:
+    """Of a batch, the number that its loss is a mean of.
+
+    Example:
+        >>> num_rows({"label": torch.zeros(3)})
+        3
+    """
+    return len(batch["label"])
+
+
 def answer_logits(forward: Callable[..., Any], batch: Batch, accepts: frozenset[str]) -> Float[Tensor, "b vocab"]:
     """The logits at the last position, the only ones computed where the model has `logits_to_keep`.
 
@@ -189,6 +210,7 @@ def score(
     batch_size: int = 32,
     pad_id: int = 0,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    map: Callable[..., Iterable[Any]] = map,
 ) -> Score:
     """How well one adapter, or each of `n`, answers. Batches are of like length.
 
@@ -199,15 +221,19 @@ def score(
         batch_size: Rows in a batch.
         pad_id: For the padding.
         progress: Wraps the list of batches, as tqdm does.
+        map: Computes the batches; `spread` deals them to several processes.
     """
     order = sorted(rows, key=lambda row: len(row.ids))
-    right, loss = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
-    for start in progress(range(0, len(order), batch_size)):
+
+    def sums(start: int) -> tuple[Tensor, Tensor]:
         batch = collate(order[start : start + batch_size], pad_id)
         logits = logits_fn(batch)[..., answers].double()  # (*n, b, labels)
-        right = right + (logits.argmax(-1) == batch["label"]).sum(-1)
         wanted = batch["label"].expand(logits.shape[:-1])[..., None]
-        loss = loss - logits.log_softmax(-1).gather(-1, wanted).sum((-2, -1))
+        loss = -logits.log_softmax(-1).gather(-1, wanted).sum((-2, -1))
+        return (logits.argmax(-1) == batch["label"]).sum(-1), loss
+
+    starts = progress(range(0, len(order), batch_size))
+    right, loss = (sum(column) for column in zip(*map(sums, starts), strict=True))
     return Score(right.double() / len(rows), loss / len(rows))
 
 

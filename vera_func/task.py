@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils._pytree import tree_map
 
 from .examples import Example
 from .many import Params, vmap_adapters
@@ -150,3 +152,26 @@ def fit_row(run: Fit, i: int) -> Fit:
     )
     params = {key: leaf[i] for key, leaf in run.params.items()}
     return Fit(params, state, run.losses[:, i], run.metrics[:, i], run.stopped[i], run.diverged[i])
+
+
+def join_fits(runs: Sequence[Fit]) -> Fit:
+    """The runs of groups of stacked adapters as one; NaN stands for the losses of a group that ended earlier.
+
+    Example:
+        >>> from vera_func import fit
+        >>> loss = lambda params, batch: params["p"].square().sum(-1)
+        >>> options = {"steps": 4, "learning_rate": 0.1, "progress": False}
+        >>> runs = [fit(loss, {"p": torch.ones(n, 3)}, int, num_adapters=n, **options) for n in (2, 1)]
+        >>> join_fits(runs).losses.shape
+        torch.Size([4, 3])
+    """
+
+    def history(leaves: Sequence[Tensor]) -> Tensor:
+        longest = max(map(len, leaves))
+        return torch.cat([pad(leaf, (0, 0, 0, longest - len(leaf)), value=torch.nan) for leaf in leaves], dim=1)
+
+    joined: Fit = tree_map(
+        lambda *leaves: torch.cat(leaves), *(run._replace(losses=run.stopped, metrics=run.stopped) for run in runs)
+    )
+    losses, metrics = (history([getattr(run, name) for run in runs]) for name in ("losses", "metrics"))
+    return joined._replace(losses=losses, metrics=metrics)

@@ -17,7 +17,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,6 +32,8 @@ Tree = Mapping[str, Tensor]
 LossFn = Callable[[dict[str, Tensor], Any], Tensor]
 PathLike = str | os.PathLike[str]
 Numbers = float | Sequence[float] | Tensor  # one for all adapters, or one per adapter
+Gradient = tuple[dict[str, Tensor], Tensor]  # of every adapter's own loss, and the losses
+Accumulate = Callable[[Callable[[Any], Gradient], Any], Gradient]
 
 
 class Fit(NamedTuple):
@@ -73,7 +75,7 @@ def fit(
     resume: Fit | PathLike | None = None,
     checkpoint: PathLike | None = None,
     checkpoint_every: int = 100,
-    backward: Literal["func", "autograd"] = "func",
+    accumulate: Accumulate | None = None,
     progress: bool = True,
 ) -> Fit:
     """Minimizes `loss_fn(params, batches(step))` with AdamW, over one adapter or many at once.
@@ -97,7 +99,8 @@ def fit(
         patience: An adapter stops after so many evaluations in a row without a new best.
         resume: A run to go on from, or its checkpoint. All other arguments should be as they were.
         checkpoint, checkpoint_every: File to hold the run, always whole, and steps between writes.
-        backward: "func", or "autograd" for what torch.func refuses: activation checkpointing.
+        accumulate: `(gradient, batch)` to the grads and losses of a step, where `gradient(part)` gives those of a
+            part of the batch, as plain tensors; None is `gradient(batch)`. See `mean_over_parts`.
         progress: Shows a bar if tqdm is installed, and nothing if it is not.
 
     Raises:
@@ -122,8 +125,6 @@ def fit(
         raise ValueError(f"must be positive: {evaluate_every=}, {checkpoint_every=}, {patience=}.")
     if checkpoint is not None and not (folder := Path(checkpoint).parent).is_dir():
         raise ValueError(f"the folder {folder} of checkpoint does not exist.")
-    if backward not in ("func", "autograd"):
-        raise ValueError(f"backward must be 'func' or 'autograd', got {backward!r}.")
     run = _start(params, n)
     if isinstance(resume, Fit):
         _check_run(_flatten(resume), run, "resume")
@@ -145,7 +146,9 @@ def fit(
         for step in range(len(run.losses), steps):
             if (run.stopped >= 0).all():
                 break
-            grads, losses = _backward(loss_fn, run.params, batches(step), n, backward)
+            gradient = partial(_backward, loss_fn, run.params, n)
+            batch = batches(step)
+            grads, losses = gradient(batch) if accumulate is None else accumulate(gradient, batch)
             factor = torch.as_tensor(schedule(step), dtype=torch.float64)
             if not (factor >= 0).all():
                 raise ValueError(f"schedule({step}) must be 0 or more, got {factor.tolist()}.")
@@ -276,27 +279,16 @@ def _start(params: Tree, n: tuple[int, ...]) -> Fit:
     return Fit(params, state, empty, empty, stopped, diverged=torch.zeros_like(stopped).bool())
 
 
-def _backward(
-    loss_fn: LossFn, params: dict[str, Tensor], batch: Any, n: tuple[int, ...], backward: str
-) -> tuple[dict[str, Tensor], Tensor]:
+def _backward(loss_fn: LossFn, params: dict[str, Tensor], n: tuple[int, ...], batch: Any) -> Gradient:
     """The gradient of every adapter's own loss, and the losses."""
-
-    def total(params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        losses = loss_fn(params, batch)
+    # As torch.func.grad, which keeps the graph of its own backward, too, and refuses activation checkpointing.
+    with torch.enable_grad():
+        leaves = {k: p.detach().requires_grad_() for k, p in params.items()}
+        losses = loss_fn(leaves, batch)
         _check_shape("loss_fn", losses, n)
         if not losses.requires_grad:
             raise ValueError("the result of loss_fn does not depend on params; see that it is not detached.")
-        return losses.sum(), losses
-
-    if backward == "func":
-        # As torch.func.grad, which keeps the graph of its backward and so twice the memory.
-        value, backward_fn, losses = torch.func.vjp(total, params, has_aux=True)  # type: ignore[misc]
-        with torch.no_grad():
-            (grads,) = backward_fn(torch.ones_like(value), retain_graph=False)
-        return grads, losses
-    with torch.enable_grad():
-        leaves = {k: p.detach().requires_grad_() for k, p in params.items()}
-        value, losses = total(leaves)
+        value = losses.sum()
     grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
     return dict(zip(leaves, grads, strict=True)), losses.detach()
 

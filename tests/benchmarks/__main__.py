@@ -4,17 +4,19 @@ import argparse
 
 import torch
 
-from . import compiled, gpu, layers, many, memory, merging, roofline, scaling, single
+from . import compiled, gpu, layers, many, memory, merging, processes, roofline, scaling, single
 from .common import machine
 
 
 CASES = [(1, 16), (16, 16), (64, 16), (128, 4), (128, 16), (512, 4)]
-WHAT = ["many", "single", "compiled", "memory", "roofline", "scaling", "bank", "merging", "layers", "gpu"]
+WHAT = ["many", "single", "compiled", "memory", "roofline", "scaling", "bank", "merging", "layers", "processes", "gpu"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", choices=[*WHAT, []], help="all but merging and layers, if nothing is said")
+    parser.add_argument(
+        "what", nargs="*", choices=[*WHAT, []], help="all but merging, layers and processes, if nothing is said"
+    )
     parser.add_argument(
         "--adapter", default="vera-demo", help="directory of the demo's adapter, for merging (%(default)s)"
     )
@@ -24,7 +26,7 @@ def main():
     parser.add_argument("--out", help="file for the plots of scaling, such as scaling.png")
     parser.add_argument("--dry-run", action="store_true", help="of gpu: tiny, on a CPU, to see that it runs")
     args = parser.parse_args()
-    what = args.what or [name for name in WHAT if name not in ("merging", "layers")]
+    what = args.what or [name for name in WHAT if name not in ("merging", "layers", "processes")]
 
     print(machine())
     for dtype in (getattr(torch, name) for name in args.dtype):
@@ -46,6 +48,8 @@ def main():
         layers.run()
     if "bank" in what:
         many.bank(args.adapters)
+    if "processes" in what:
+        processes.run()
     if "gpu" in what:
         gpu.run(args.dry_run)
 

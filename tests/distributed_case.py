@@ -1,0 +1,102 @@
+"""What `test_distributed.py` computes alone, and under torchrun, where this file is the program."""
+
+import os
+import signal
+import sys
+from functools import partial
+
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
+
+import vera_func as vf
+from vera_func import cli, demo
+from vera_func.distributed import furthest, rank
+
+from helpers import llama, quantized, randomized
+
+
+ADAPTERS, GROUP, ROWS, LENGTH, STEPS = 5, 2, 23, 9, 20
+
+
+def results():
+    """Adapters evaluated and trained in groups, and one trained on uneven parts of uneven batches."""
+    apply, params, frozen, _ = vf.adapt(
+        quantized(llama(), "nested"), vf.VeraConfig(r=8, target_modules=["q_proj", "v_proj"])
+    )
+    stacked = vf.stack_adapters([randomized(params, seed) for seed in range(ADAPTERS)])
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 67, (ROWS, LENGTH), generator=generator)
+    real = torch.arange(LENGTH) < torch.randint(2, LENGTH + 1, (ROWS, 1), generator=generator)
+    many = vf.vmap_adapters(lambda p, f, ids: apply(p, f, input_ids=ids).logits, in_dims=None)
+
+    def group(i):
+        return {key: leaf[i : i + GROUP] for key, leaf in stacked.items()}
+
+    def losses(params, step):
+        rows = ids[vf.batch_indices(step, num_examples=ROWS, batch_size=6, key=0)]
+        logits = many(params, frozen, rows)[..., :-1, :]  # (n, rows, tokens - 1, vocab)
+        wanted = rows[:, 1:].expand(logits.shape[:-1])
+        return cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="none").view(len(logits), -1).mean(1)
+
+    def loss(params, rows):
+        logits = apply(params, frozen, input_ids=ids[rows], attention_mask=real[rows].long()).logits
+        return cross_entropy(logits[:, :-1][real[rows][:, 1:]], ids[rows][:, 1:][real[rows][:, 1:]])
+
+    def tokens(rows):
+        return int(real[rows][:, 1:].sum())
+
+    def batch(step):  # the last one of an epoch is smaller
+        return vf.batch_indices(step, num_examples=ROWS, batch_size=7, key=1)
+
+    starts = range(0, ADAPTERS, GROUP)
+    train = partial(vf.fit, steps=STEPS, learning_rate=2e-2, max_norm=1.0, progress=False)
+    by_adapter = vf.spread(lambda i: train(losses, group(i), int, num_adapters=vf.num_adapters(group(i))), starts)
+    by_part = train(
+        loss, params, lambda step: batch(step).split(2), accumulate=partial(vf.mean_over_parts, weight=tokens)
+    )
+    with torch.no_grad():
+        logits = vf.spread(lambda i: many(group(i), frozen, ids[:4]), starts)
+    found = {
+        "logits": torch.cat(logits),
+        "furthest": torch.tensor(furthest(rank(), rank())),
+        "lazily": torch.tensor(vf.spread(lambda i: 10 * i, (i for i in range(7)))),
+        **{f"adapters.{key}": torch.cat([run.params[key] for run in by_adapter]) for key in params},
+        **{f"parts.{key}": leaf for key, leaf in by_part.params.items()},
+        "parts.losses": by_part.losses,
+    }
+    # What it should be near: whole batches, a mean over all real tokens.
+    return found, train(loss, params, batch) if rank() == 0 else None
+
+
+def killed_at(step, who):
+    """Batches that kill process `who` of the first attempt when it asks for this step."""
+    whole = demo.train_batches
+
+    def train_batches(*args, **options):
+        batches = whole(*args, **options)
+
+        def batch(i):
+            if rank() == 0:
+                print(f"asked for step {i}.", file=sys.stderr)
+            if (i, rank(), os.environ.get("TORCHELASTIC_RESTART_COUNT")) == (step, who, "0"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return batches(i)
+
+        return batch
+
+    return train_batches
+
+
+if __name__ == "__main__":
+    what, where, *line = sys.argv[1:]
+    if what == "kill":
+        demo.CHECKPOINT_EVERY = 4
+        demo.train_batches = killed_at(*map(int, where.split(",")))
+        sys.exit(cli.main(line))
+    torch.set_num_threads(1)
+    status = cli.main(line)
+    with vf.processes():  # a second time, in the store that the first one left
+        found, _ = results()
+        save_file({key: value.contiguous() for key, value in found.items()}, f"{where}/{rank()}.safetensors")
+    sys.exit(status)

@@ -1,0 +1,354 @@
+"""Several processes give what one gives, bit for bit; the death of one ends the others, and the run goes on from there.
+
+A small part runs by default. `VERA_FUNC_FAULTS=20 pytest tests/test_distributed.py` kills 20 random processes at random
+steps, tries 1, 2 and 4 processes, and as root three hosts as network namespaces, one of which is cut off.
+"""
+
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import vera_func as vf
+from vera_func import cli, distributed
+from vera_func.bank import open_bank
+from vera_func.commands import base_of, evaluate, open_source
+from vera_func.examples import read_examples
+from vera_func.pretrained import load_base
+
+import distributed_case
+from helpers import randomized, relative_error
+from test_demo import folder as folder, reviews as reviews
+
+
+TESTS = Path(__file__).parent
+FAULTS = int(os.environ.get("VERA_FUNC_FAULTS", "0"))
+CASE = [str(TESTS / "distributed_case.py")]
+everything = pytest.mark.skipif(not FAULTS, reason="set VERA_FUNC_FAULTS=20")
+
+
+def environment(**more):
+    paths = [str(TESTS.parent), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **more}
+
+
+def launch(processes, *words, options=("--standalone",), timeout=300):
+    """`torchrun`: the finished process, and how long it took."""
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", str(processes), *words]
+    begin = time.monotonic()
+    done = subprocess.run(
+        [str(word) for word in command], env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+    return done, time.monotonic() - begin
+
+
+def same_files(one, other):
+    a, b = load_file(one), load_file(other)
+    return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def bank(folder, tmp_path_factory):
+    """Four adapters of the model in the folder."""
+    base = load_base(str(folder), "nf4", torch.float32)
+    config = vf.VeraConfig(r=16, target_modules=["q_proj", "v_proj"], base_model_name_or_path=str(folder))
+    _, params, frozen, config = vf.adapt(base.model, config)
+    stacked = vf.stack_adapters([randomized(params, seed) for seed in range(4)])
+    return vf.save_bank(tmp_path_factory.mktemp("bank") / "bank.safetensors", stacked, frozen, config, list("abcd"))
+
+
+def training(folder, reviews, out, *more):
+    sizes = ["--rank", "16", "--batch-size", "7", "--dtype", "float32", "--parts", "3", "--json"]
+    return ["train", "--model", str(folder), "--data", str(reviews), "--out", str(out), *sizes, *more]
+
+
+# Alone
+
+
+def gradient(x):
+    """Of `mean((p - x)^2)` at p = 0."""
+    return {"p": -2 * x.mean(), "q": x.new_zeros(2, 3)}, x.square().mean()
+
+
+def test_the_mean_over_parts_is_that_of_the_whole():
+    x = torch.randn(11, generator=torch.Generator().manual_seed(0))
+    grads, loss = vf.mean_over_parts(gradient, x.split([1, 0, 3, 7]), weight=len)
+    expected, expected_loss = gradient(x)
+    assert_close((grads, loss), (expected, expected_loss))
+    one, _ = vf.mean_over_parts(gradient, [x], weight=len)
+    assert torch.equal(one["p"], expected["p"])  # a single part keeps its bits
+    backwards, _ = vf.mean_over_parts(gradient, x.split([1, 0, 3, 7])[::-1], weight=len)
+    assert torch.equal(backwards["p"], grads["p"])
+    with pytest.raises(ValueError, match="none of the 2 parts"):
+        vf.mean_over_parts(gradient, [x[:0], x[:0]], weight=len)
+
+
+def test_alone_there_is_one_process():
+    assert (distributed.rank(), distributed.world_size(), distributed.under_torchrun()) == (0, 1, False)
+    view = torch.ones(3, 1000, requires_grad=True)[1]
+    (got,) = vf.spread(lambda leaf: {"a": leaf}, [view])
+    assert not got["a"].requires_grad
+    assert got["a"].untyped_storage().nbytes() == 4000
+    with vf.processes():
+        assert not distributed.under_torchrun()
+
+
+# The watch, over a store in this process
+
+
+class Ended(Exception):
+    pass
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """What `_watch` of process 0 of 2 ends with, over a store."""
+
+    def end(message):
+        raise Ended(message)
+
+    monkeypatch.setattr(distributed, "_end", end)
+    monkeypatch.setattr(distributed.subprocess, "Popen", lambda *args, **options: None)
+    monkeypatch.setattr(distributed, "BEAT", 0.02)
+    monkeypatch.setattr(distributed, "SILENCE", 0.3)
+    monkeypatch.setenv("MASTER_ADDR", "10.1.2.3")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    return lambda store, stop=None: distributed._watch(store, 0, 2, stop or threading.Event())
+
+
+def store(**values):
+    made = dist.HashStore()
+    for key, value in values.items():
+        made.set(key, value)
+    return made
+
+
+def test_silence_is_a_death_and_the_others_are_told(watch):
+    signs = store(dead="")
+    signs.set("alive/1", "rank 1 (process 7 on host-b) 4")
+    with pytest.raises(Ended, match=r"^rank 1 \(process 7 on host-b\) has given no sign of life"):
+        watch(signs)
+    assert signs.get("dead").startswith(b"rank 1 (process 7 on host-b)")
+    assert signs.get("alive/0").startswith(f"rank 0 (process {os.getpid()} on ".encode())
+
+
+def test_a_death_elsewhere_ends_this_process(watch):
+    signs = store(dead="rank 5 (process 9 on host-c) failed: MemoryError")
+    signs.set("alive/1", "rank 1 (process 7 on host-b) 4")
+    with pytest.raises(Ended, match=r"^rank 5 .* failed: MemoryError$"):
+        watch(signs)
+
+
+def test_a_lost_store_ends_this_process(watch):
+    class Lost(dist.HashStore):
+        def get(self, key):
+            raise dist.DistNetworkError("gone")
+
+    with pytest.raises(Ended, match=r"^rank 0 .* has lost the store at 10\.1\.2\.3:29500"):
+        watch(Lost())
+
+
+def test_signs_of_life_keep_it_going(watch):
+    signs, stop = store(dead=""), threading.Event()
+    signs.set("alive/1", "rank 1 0")
+
+    def live():
+        for beat in range(40):
+            signs.set("alive/1", f"rank 1 {beat}")
+            time.sleep(0.02)
+        stop.set()
+
+    other = threading.Thread(target=live)
+    other.start()
+    watch(signs, stop)
+    other.join()
+
+
+def test_processes_meet_in_a_store_that_the_dead_have_used():
+    used, found = store(**{"hello/1": "dead", "hello/2": "dead", "welcome/dead": "dead"}), {}
+    threads = [threading.Thread(target=lambda k=k: found.update({k: distributed._meet(used, k, 3)})) for k in (2, 0, 1)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join(20)
+    found[0].set("key", "value")
+    assert [found[k].get("key") for k in (1, 2)] == [b"value", b"value"]
+    assert not used.check(["key"])
+
+
+# Under torchrun
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4] if FAULTS else [2])
+def test_several_give_what_one_gives(processes, bank, reviews, tmp_path):
+    line = f"evaluate --bank {bank} --data {reviews} --batch-size 7 --chunk 1 --dtype float32".split()
+    table, expected_table = tmp_path / "table.csv", tmp_path / "expected.csv"
+    done, _ = launch(processes, *CASE, "results", tmp_path, *line, "--out", table)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"4 rows written to {table}\n"  # once
+    assert done.stderr.count("0/9") == -(-4 // processes)  # bars of the first process only
+    assert cli.main([*line, "--out", str(expected_table)]) == 0
+    assert table.read_text() == expected_table.read_text()
+
+    expected, whole = distributed_case.results()
+    for k in range(processes):
+        found = load_file(tmp_path / f"{k}.safetensors")
+        assert found.keys() == expected.keys()
+        assert found.pop("furthest") == processes - 1
+        for key, value in found.items():
+            if key.startswith("parts."):
+                assert relative_error(value, expected[key]) <= 1e-6, key
+            else:
+                assert torch.equal(value, expected[key]), key
+    for key, value in whole.params.items():
+        assert relative_error(expected[f"parts.{key}"], value) <= 1e-4, key
+    assert_close(expected["parts.losses"], whole.losses, rtol=1e-5, atol=1e-5)
+
+
+def test_each_process_reads_its_own_rows(bank, reviews, monkeypatch):
+    names, read = open_bank(bank).names, []
+    monkeypatch.setattr("vera_func.commands.rank", lambda: 1)
+    monkeypatch.setattr("vera_func.commands.world_size", lambda: 2)
+    monkeypatch.setattr("vera_func.commands.spread", lambda f, items: [f(i) for i in list(items)[1::2]] * 2)
+    whole = vf.Bank.read
+    monkeypatch.setattr(vf.Bank, "read", lambda self, names=None: read.extend(names) or whole(self, names))
+    line = f"evaluate --bank {bank} --data {reviews} --chunk 1 --dtype float32 --json"
+    assert cli.main(line.split()) == 0
+    assert set(read[1:]) == {names[1], names[3]}  # the first look at the file is at one row
+
+
+@pytest.mark.parametrize("seed", range(FAULTS or 1))
+def test_a_killed_process_costs_nothing(seed, folder, reviews, tmp_path):
+    draw = random.Random(seed)
+    # Both ways of spreading: 12 steps of one, or 6 in groups of a sweep and 12 of its best. Saved every 4 steps.
+    more = ["--steps", "12"] if seed % 2 == 0 else ["--steps", "12", "--adapters", "4"]
+    who, step = draw.randrange(2), draw.randrange(12 if seed % 2 == 0 else 18)
+    restarts = seed // 2 % 2 if FAULTS else 1
+    line = [*CASE, "kill", f"{step},{who}", *training(folder, reviews, tmp_path / "out", *more)]
+    done, seconds = launch(2, *line, options=("--standalone", "--max-restarts", restarts))
+    # A process that has no group left to train asks for no batch: not every step of a sweep kills.
+    killed = "exitcode: -9" in done.stderr
+    assert killed or seed % 2
+    if killed:
+        assert f"local_rank: {who}" in done.stderr
+    said = done.stderr
+    if killed and not restarts:
+        assert (done.returncode, seconds < 60) == (1, True)
+        assert not (tmp_path / "out").exists()
+        done, _ = launch(2, *CASE, "kill", "-1,-1", *line[3:])
+        said += done.stderr
+    assert done.returncode == 0, done.stderr
+    if seed % 2 == 0:
+        asked = [int(i) for i in re.findall(r"asked for step (\d+)\.", said)]
+        saved = step // 4 * 4
+        before, after = asked[: saved - 12], asked[saved - 12 :]
+        assert after == [*range(saved, 12)]
+        assert before in ([*range(step)], [*range(step + 1)])  # whether the first process still asked
+    assert cli.main(training(folder, reviews, tmp_path / "alone", *more)) == 0
+    assert same_files(tmp_path / "out" / "adapter_model.safetensors", tmp_path / "alone" / "adapter_model.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]  # no checkpoint is left
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_the_recipe_for_ray(bank, reviews, monkeypatch):
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.data")
+    (recipe,) = re.findall(r"```py\n(.*?)```", (TESTS.parent / "README.md").read_text(), re.DOTALL)
+    namespace = {}
+    exec(compile(recipe, "README.md", "exec"), namespace)
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        found = namespace["evaluate_bank"](str(bank), str(reviews))
+    finally:
+        ray.shutdown()
+    source = open_source(bank=str(bank))
+    expected = evaluate(source, base_of(source), read_examples(reviews), progress=False)
+    assert sorted(found, key=lambda row: row["name"]) == expected
+
+
+# Hosts as network namespaces
+
+
+def ip(words):
+    subprocess.run(["ip", *words.split()], check=True)
+
+
+@pytest.fixture
+def hosts():
+    """Three namespaces `vera1` ... with addresses 10.77.0.1 ... on one bridge; a list of what to end with them."""
+    if os.geteuid() or subprocess.run(["ip", "netns", "list"], capture_output=True, check=False).returncode:
+        pytest.skip("needs root and `ip netns`")
+    ip("link add verabr type bridge")
+    try:
+        ip("link set verabr up")
+        for i in (1, 2, 3):
+            ip(f"netns add vera{i}")
+            ip(f"link add vera{i}e type veth peer name eth0 netns vera{i}")
+            ip(f"link set vera{i}e master verabr up")
+            ip(f"-n vera{i} addr add 10.77.0.{i}/24 dev eth0")
+            ip(f"-n vera{i} link set eth0 up")
+            ip(f"-n vera{i} link set lo up")
+        running = []
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+        for i in (1, 2, 3):
+            ip(f"link del vera{i}e")  # at once: with its namespace it would go later
+            ip(f"netns del vera{i}")
+        ip("link del verabr")
+
+
+@everything
+@pytest.mark.parametrize("cut", [1, 3])
+def test_a_host_that_is_cut_off(cut, hosts, folder, reviews, tmp_path):
+    # No host sees another's folder.
+    def start(i, attempt):
+        (tmp_path / f"{i}").mkdir(exist_ok=True)
+        options = "--nnodes 3 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint 10.77.0.1:29500"
+        options += f" --local-addr 10.77.0.{i} --rdzv-conf is_host={int(i == 1)} --rdzv-id {attempt} -m vera_func"
+        line = [*options.split(), *training(folder, reviews, tmp_path / f"{i}" / "out", "--steps", "200")]
+        command = ["ip", "netns", "exec", f"vera{i}", sys.executable, "-m", "torch.distributed.run", *line]
+        log = open(tmp_path / f"{attempt}-{i}.log", "w")  # noqa: SIM115
+        return subprocess.Popen(command, env=environment(GLOO_SOCKET_IFNAME="eth0"), stdout=log, stderr=log)
+
+    first = {i: start(i, "first") for i in (1, 2, 3)}
+    hosts.extend(first.values())
+    while not list(tmp_path.glob("*/out.training-*")):
+        assert all(process.poll() is None for process in first.values())
+        time.sleep(0.1)
+    time.sleep(2)
+    ip(f"link set vera{cut}e down")
+    begin = time.monotonic()
+    said = {}
+    while len(said) < 3 and time.monotonic() - begin < 60:
+        for i in {1, 2, 3} - said.keys():
+            if found := re.search("vera-func: (.*)", (tmp_path / f"first-{i}.log").read_text()):
+                said[i] = found[1]
+        time.sleep(0.1)
+    assert said.keys() == {1, 2, 3}
+    if cut == 3:
+        assert all(re.match(r"rank \d .* has given no sign of life", said[i]) for i in (1, 2))
+    assert "has lost the store at 10.77.0.1" in said[2 if cut == 1 else 3]
+    for process in first.values():
+        assert process.wait(60 - (time.monotonic() - begin)) != 0
+    ip(f"link set vera{cut}e up")
+    again = [start(i, "again") for i in (1, 2, 3)]
+    hosts.extend(again)
+    assert [process.wait(120) for process in again] == [0, 0, 0]
+    (out,) = tmp_path.glob("*/out/adapter_model.safetensors")
+    assert cli.main(training(folder, reviews, tmp_path / "alone", "--steps", "200")) == 0
+    assert same_files(out, tmp_path / "alone" / "adapter_model.safetensors")
