@@ -441,7 +441,7 @@ class TestKeys:
         expected = apply(params, frozen, normal(3, 7))
         with pytest.raises(ValueError, match="match"):
             apply({k: torch.stack([v, v]) for k, v in params.items()}, frozen, normal(3, 7))
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ValueError, match="floating-point"):
             apply(params, frozen, normal(3, 7).long())
         assert torch.equal(apply(params, frozen, normal(3, 7)), expected)
 
