@@ -37,9 +37,11 @@ def outputs(adapted, x):
 
 
 def quantized_layer(name="nested", seed=0):
-    """A bitsandbytes module 64 -> 96 with a bias, and an adapter of it."""
+    """A bitsandbytes module 128 -> 96 with a bias, and an adapter of it."""
     generator = torch.Generator().manual_seed(seed)
-    module = vf.to_bnb(QUANTIZERS[name](torch.randn(96, 64, generator=generator)), torch.randn(96, generator=generator))
+    module = vf.to_bnb(
+        QUANTIZERS[name](torch.randn(96, 128, generator=generator)), torch.randn(96, generator=generator)
+    )
     return nn.Sequential(module), adapted(nn.Sequential(module), "0")
 
 
@@ -50,7 +52,7 @@ def oracle(adapted, base, x):
 
 
 X = torch.randn(11, 7, generator=torch.Generator().manual_seed(3))
-WIDE = torch.randn(11, 64, generator=torch.Generator().manual_seed(4))
+WIDE = torch.randn(11, 128, generator=torch.Generator().manual_seed(4))
 
 # ------------------------------------------------------------------------------------------------- several adapters
 
@@ -232,7 +234,7 @@ def test_a_repacked_weight(name):
 def test_gradients_behind_a_layer(state):
     base, _ = quantized_layer("nested")
     base = (nn.Sequential(repack(base[0])) if state == "repacked" else base).eval()
-    two = vf.adapt(nn.Sequential(nn.Linear(64, 64), base[0]), vf.VeraConfig(r=4, target_modules=["0", "1"]))
+    two = vf.adapt(nn.Sequential(nn.Linear(128, 128), base[0]), vf.VeraConfig(r=4, target_modules=["0", "1"]))
     params = randomized(two.params, scale=0.5)
     weight = vf.dequantize(vf.from_bnb(base[0])[0])
     first = two.apply.model[0]
@@ -299,7 +301,7 @@ def test_forward_derivatives(name):
     assert expected.abs().max() > 1
     assert_close(tangent, expected, rtol=1e-4, atol=1e-4)
     if name != "int8":  # bitsandbytes' own: zeros
-        module = bnb.nn.Linear4bit(64, 96, quant_type="nf4").to("cpu").train()
+        module = bnb.nn.Linear4bit(128, 96, quant_type="nf4").to("cpu").train()
         assert not jvp(module, (WIDE,), (torch.ones_like(WIDE),))[1].any()
 
 

@@ -337,18 +337,20 @@ def _require_no_text(names: Any) -> None:
 
 
 def _check_ranks(path: Path, shapes: Mapping[str, tuple[int, ...]], r: int) -> None:
-    (A, B), n = (shapes[name] for name in _PROJECTIONS), 0
+    """The shapes of a bank's tensors against each other and its configuration."""
+    A, B = (shapes[name] for name in _PROJECTIONS)
     if len(A) != 2 or len(B) != 2 or A[0] != r or B[1] != r:
         raise ValueError(f"{path}: vera_A {A} and vera_B {B} must be ({r}, in) and (out, {r}), by the configuration.")
-    for key, (n, *own) in ((key, shape) for key, shape in shapes.items() if key not in _PROJECTIONS):
-        layer, _, leaf = key.rpartition("lambda_")
-        if leaf == "d" and own != [r]:
-            raise ValueError(f"{path}: {key!r} is {(n, *own)}, and must be ({n}, {r}), by the configuration.")
-        if leaf == "b" and (len(own) != 1 or own[0] > B[0]):
+    other = {"lambda_b": "lambda_d", "lambda_d": "lambda_b"}
+    for key, shape in shapes.items():
+        leaf = key.rpartition(".")[2]
+        if leaf == "lambda_d" and shape[1:] != (r,):
+            raise ValueError(f"{path}: {key!r} is {shape}, and must be ({shape[0]}, {r}), by the configuration.")
+        if leaf == "lambda_b" and (len(shape) != 2 or shape[1] > B[0]):
             raise ValueError(
-                f"{path}: {key!r} is {(n, *own)}, and must be ({n}, out) with out <= {B[0]}, as vera_B has."
+                f"{path}: {key!r} is {shape}, and must be ({shape[0]}, out) with out <= {B[0]}, as vera_B has."
             )
-        if leaf in ("b", "d") and f"{layer}lambda_{'d' if leaf == 'b' else 'b'}" not in shapes:
+        if leaf in other and key.removesuffix(leaf) + other[leaf] not in shapes:
             raise ValueError(f"{path} has {key!r}, but not the other vector of that layer.")
 
 

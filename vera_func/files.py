@@ -18,7 +18,7 @@ def replacing(file: Path) -> Iterator[Path]:
     """A temporary path to write to, which takes the place of `file` at the end: after a crash, `file` is the old
     one or the new one, whole.
 
-    A process that is killed outright leaves the temporary file, `.{name}.{16 digits}`, beside it.
+    A process that is killed outright leaves temporary files beside it, whose names begin with a dot.
 
     Raises:
         OSError: If the folder is missing or can't be written, or the disk is full; the old file is still there.
