@@ -1,5 +1,6 @@
-"""Every notebook runs from top to bottom, and was committed with its outputs."""
+"""Every notebook runs from top to bottom, what it predicts holds, and it was committed with its outputs."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -7,11 +8,24 @@ import pytest
 from nbclient import NotebookClient
 
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def test_there_are_notebooks():
+def printed(code):
+    return "".join(output.get("text", "") for cell in code for output in cell.outputs)
+
+
+def test_the_readme_lists_the_notebooks_by_number():
     assert NOTEBOOKS
+    listed = re.findall(
+        r"^\| \[(\d+)\. (.+)\]\(notebooks/(.+)\)", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert [name for _, _, name in listed] == [path.name for path in NOTEBOOKS]
+    for number, (place, title, name) in enumerate(listed, start=1):
+        first = nbformat.read(ROOT / "notebooks" / name, as_version=4).cells[0].source.splitlines()[0]
+        assert int(place) == int(name[:2]) == number
+        assert first == f"# {number}. {title}"
 
 
 @pytest.mark.filterwarnings("ignore")  # of the kernel's machinery, in this process; the notebook's own are shown in it
@@ -21,6 +35,7 @@ def test_runs(path, tmp_path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert any(cell.outputs for cell in code), "committed without outputs"
     assert "image/png" in str(code), "committed without a figure"
+    assert not re.search(r"/(home|opt|root|tmp|Users)/", printed(code)), "the output names a path of some machine"
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    printed = "".join(output.get("text", "") for cell in code for output in cell.outputs)
-    assert "Warning" not in printed
+    assert "Warning" not in printed(code)
+    assert "False" not in printed(code), "something predicted was not measured"
