@@ -322,8 +322,8 @@ def test_a_host_that_is_cut_off(cut, hosts, folder, reviews, tmp_path):
         options += f" --local-addr 10.77.0.{i} --rdzv-conf is_host={int(i == 1)} --rdzv-id {attempt} -m vera_func"
         line = [*options.split(), *training(folder, reviews, tmp_path / f"{i}" / "out", "--steps", "200")]
         command = ["ip", "netns", "exec", f"vera{i}", sys.executable, "-m", "torch.distributed.run", *line]
-        log = open(tmp_path / f"{attempt}-{i}.log", "w")  # noqa: SIM115
-        return subprocess.Popen(command, env=environment(GLOO_SOCKET_IFNAME="eth0"), stdout=log, stderr=log)
+        with open(tmp_path / f"{attempt}-{i}.log", "w") as log:
+            return subprocess.Popen(command, env=environment(GLOO_SOCKET_IFNAME="eth0"), stdout=log, stderr=log)
 
     first = {i: start(i, "first") for i in (1, 2, 3)}
     hosts.extend(first.values())

@@ -210,7 +210,8 @@ def demo(
         return _reload_difference(out, adapted, task, params, collate(rows[:batch_size], task.pad_id))
 
     (difference,) = spread(write, [Note(base.quant, task.labels, task.prompt)])  # the first process does it
-    for file in checkpoint.parent.glob(f"{checkpoint.name}*"):
+    # Also what a process that was killed had begun to write.
+    for file in (*checkpoint.parent.glob(f"{checkpoint.name}*"), *checkpoint.parent.glob(f".{checkpoint.name}*")):
         file.unlink(missing_ok=True)
     say(f"Saved in {out}, loaded back: the logits differ by at most {difference:.1g}.")
     bank = None if found is None else Path(out) / BANK
