@@ -340,20 +340,28 @@ def _fold(
         rows = {key: leaf.repeat_interleave(size, 0) for key, leaf in stacked.items()}
     args, kwargs = tree_unflatten(folded, spec)
     out = apply(rows, frozen, *args, **kwargs)
-    paths, out_spec = tree_flatten_with_path(out)
-    return tree_unflatten([_unfold(path, leaf, n, size) for path, leaf in paths], out_spec)
+    flat, out_spec = tree_flatten(out)
+    return tree_unflatten([_unfold(out, leaf, n, size) for leaf in flat], out_spec)
 
 
-def _unfold(path: Any, leaf: Any, n: int, size: int | None) -> Any:
+def _unfold(out: Any, leaf: Any, n: int, size: int | None) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     rows = n if size is None else n * size
     if leaf.dim() == 0 or leaf.shape[0] != rows:
         raise ValueError(
-            f"output{keystr(path)} {tuple(leaf.shape)} has no axis of {rows} rows, so it mixes adapters. Return what "
-            "has one (logits rather than a mean loss), or use torch.func.vmap."
+            f"output{_place(out, leaf)} {tuple(leaf.shape)} has no axis of {rows} rows, so it mixes adapters. Return "
+            "what has one (logits rather than a mean loss), or use torch.func.vmap."
         )
     return leaf if size is None else leaf.unflatten(0, (n, size))
+
+
+def _place(tree: Any, leaf: Any) -> str:
+    """Where a leaf is, as an expression to append to the name of the tree."""
+    try:
+        return next(keystr(path) for path, value in tree_flatten_with_path(tree)[0] if value is leaf)
+    except ValueError:  # a class that is registered without the names of its fields, as in transformers 5.0
+        return next((f"[{key!r}]" for key, value in tree.items() if value is leaf), "")
 
 
 class _Shared:
