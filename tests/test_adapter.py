@@ -503,6 +503,29 @@ class TestSharedProduct:
             x += 1
             assert_close(shared(x, self.A), x @ self.A.mT)
 
+    @pytest.mark.parametrize(
+        "transform",
+        [
+            lambda f: torch.func.vmap(f),
+            lambda f: torch.no_grad()(torch.func.vmap(f)),
+            lambda f: lambda x: torch.func.grad_and_value(lambda x: f(x).sum())(x)[1],
+            lambda f: lambda x: torch.func.grad_and_value(lambda x: torch.func.vmap(f)(x).sum())(x)[1],
+            lambda f: torch.func.vmap(torch.func.grad_and_value(lambda x: f(x).sum())),
+            lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[0],
+        ],
+        ids=["vmap", "no_grad", "grad", "grad(vmap)", "vmap(grad)", "jvp"],
+    )
+    def test_a_changed_input_is_seen_in_a_transform(self, transform):
+        def difference(shared, x):
+            x = x * 1
+            first = shared(x, self.A)
+            x += 1
+            return shared(x, self.A) - first
+
+        step = transform(lambda x: difference(vf.adapter.SharedProduct(), x))(self.x)
+        plain = transform(lambda x: difference(lambda x, A: x @ A.mT, x))(self.x)
+        assert_close(step, plain)
+
     def test_another_dtype_is_another_product(self):
         shared = vf.adapter.SharedProduct()
         shared(self.x, self.A)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.func import debug_unwrap
 from torch.nn.functional import linear
 
 
@@ -246,14 +247,15 @@ class SharedProduct:
         self.last: tuple[Tensor, int, Tensor] | None = None  # x, its version, A x
 
     def __call__(self, x: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]) -> Float[Tensor, "*batch r"]:
-        if x.is_inference():  # has no version, so nobody could tell that it changed
+        memory = debug_unwrap(x)  # under vmap, only what is wrapped counts its changes
+        if memory.is_inference():  # nobody could tell that it changed
             return project(x, A)
         if self.last is not None:
             same, version, z = self.last
-            if same is x and version == x._version and z.dtype == A.dtype:
+            if same is x and version == memory._version and z.dtype == A.dtype:
                 return _Known.apply(x, A, z) if torch.is_grad_enabled() else z
         z = project(x, A)
-        self.last = x, x._version, z
+        self.last = x, memory._version, z
         return z
 
 
