@@ -946,13 +946,22 @@ bad("add_adapters", "none", lambda _: vf.add_adapters([]), "at least one adapter
 bad("add_adapters", "stacked", lambda _: vf.add_adapters([STACK, STACK]), "single adapters")
 bad("add_adapters", "weights of another number", lambda _: vf.add_adapters([PARAMS], [1, 2]), "got 1 and 2")
 bad("add_adapters", "NaN", lambda _: vf.add_adapters([PARAMS, PARAMS], [1, NAN]), "weights must be finite")
+bad(
+    "mean_over_parts",
+    "no parts",
+    lambda _: vf.mean_over_parts(lambda part: ({}, X), [], weight=len),
+    "nothing to average",
+)
+bad("spread", "no function", lambda _: vf.spread(None, [1]), "function must be callable, got NoneType")
+bad("spread", "a number of items", lambda _: vf.spread(abs, 3), "items must be iterable, got int")
 bad("dequantize_model", "a state dict", lambda _: vf.dequantize_model(QMODEL.state_dict()), "got OrderedDict")
 bad("dequantize_model", "integers", lambda _: vf.dequantize_model(QMODEL, torch.int8), "got torch.int8")
 
 # --------------------------------------------------------------------------------------------------------- the tests
 
 # Records of results, which nobody but this library makes; their fields are read where they are used.
-NO_ROWS = {"MergeReport", "Fit", "Quantized4bit", "Quantized8bit"}
+# `processes` takes nothing; what can be wrong with several of them is in test_distributed.
+NO_ROWS = {"processes", "MergeReport", "Fit", "Quantized4bit", "Quantized8bit"}
 
 
 @pytest.mark.parametrize("case", BAD)

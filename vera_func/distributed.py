@@ -124,6 +124,9 @@ def spread(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Re
         function: An item to a result: values, tensors, dicts and tuples of them. Tensors come back on the CPU.
         items: What to deal.
 
+    Raises:
+        ValueError: If the function can't be called, or the items not be gone through.
+
     Example:
         >>> from vera_func import fit
         >>> loss_fn = lambda params, batch: params["p"].square().sum()
@@ -131,6 +134,10 @@ def spread(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Re
         >>> [run.params["p"].shape for run in spread(train, torch.ones(2, 3))]
         [torch.Size([3]), torch.Size([3])]
     """
+    if not callable(function):
+        raise ValueError(f"function must be callable, got {type(function).__name__}.")
+    if not isinstance(items, Iterable):
+        raise ValueError(f"items must be iterable, got {type(items).__name__}.")
     me, world, total, own = rank(), world_size(), 0, []
     for i, item in enumerate(items):
         total = i + 1
