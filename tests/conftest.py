@@ -8,6 +8,9 @@ import pytest
 import torch
 
 
+collect_ignore = ["mutation.py"]  # needs cosmic-ray, for which the suite does not ask
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs CUDA")

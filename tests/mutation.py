@@ -30,7 +30,6 @@ import pytest
 import torch
 from cosmic_ray.ast import ast_nodes
 from cosmic_ray.mutating import mutate_code
-from cosmic_ray.operators.operator import Operator
 from cosmic_ray.plugins import get_operator
 
 
@@ -64,35 +63,20 @@ NAMES = [
 ]
 
 
-class Removal(Operator):
-    """Leaves a node out."""
+class Remove:
+    """An operator like cosmic-ray's, which leaves a node out."""
 
-    node_type, left = "", ""
+    def __init__(self, what: str, instead: str) -> None:
+        self.what, self.instead = what, instead
 
     def mutation_positions(self, node: Any) -> Iterator[tuple]:
-        if self.applies(node):
+        statement = node.type == "expr_stmt" or (node.type == "atom_expr" and node.parent.type == "simple_stmt")
+        keyword = node.type == "argument" and getattr(node.children[1], "value", "") == "="
+        if {"statement": statement, "keyword": keyword}[self.what]:
             yield node.start_pos, node.end_pos
 
     def mutate(self, node: Any, index: int) -> Any:
-        return parso.python.tree.Name(self.left, node.start_pos, node.get_first_leaf().prefix)
-
-    @classmethod
-    def examples(cls) -> tuple:
-        return ()
-
-
-class RemoveStatement(Removal):
-    left = "pass"
-
-    def applies(self, node: Any) -> bool:
-        return node.type == "expr_stmt" or (node.type == "atom_expr" and node.parent.type == "simple_stmt")
-
-
-class RemoveKeyword(Removal):
-    left = "**{}"
-
-    def applies(self, node: Any) -> bool:
-        return node.type == "argument" and getattr(node.children[1], "value", "") == "="
+        return parso.python.tree.Name(self.instead, node.start_pos, node.get_first_leaf().prefix)
 
 
 class Outcome(NamedTuple):
@@ -100,10 +84,14 @@ class Outcome(NamedTuple):
     seconds: dict[str, float]  # of each test
 
 
-def places(source: str) -> list[tuple[int, Operator, int]]:
+def places(source: str) -> list[tuple[int, Any, int]]:
     """Where something can be wrong: line, operator, and which of the operator's places it is."""
     spared = _spared(source)
-    operators = [*(get_operator(f"core/{name}")() for name in NAMES), RemoveStatement(), RemoveKeyword()]
+    operators = [
+        *(get_operator(f"core/{name}")() for name in NAMES),
+        Remove("statement", "pass"),
+        Remove("keyword", "**{}"),
+    ]
     nodes, found = list(ast_nodes(parso.parse(source))), []
     for operator in operators:
         spans = [span for node in nodes for span in operator.mutation_positions(node)]
@@ -114,10 +102,11 @@ def places(source: str) -> list[tuple[int, Operator, int]]:
 
 
 def _spared(source: str) -> list[tuple]:
-    """Annotations, imports, what is raised, and the star before keywords."""
+    """Annotations, imports, what is raised, assertions such as zip's `strict`, and the star before keywords."""
     nodes: list[Any] = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import | ast.ImportFrom | ast.Raise | ast.JoinedStr):
+        strict = isinstance(node, ast.keyword) and node.arg == "strict"
+        if strict or isinstance(node, ast.Import | ast.ImportFrom | ast.Raise | ast.Assert | ast.JoinedStr):
             nodes.append(node)
         elif isinstance(node, ast.AnnAssign):
             nodes.append(node if ast.unparse(node.annotation) == "TypeAlias" else node.annotation)
