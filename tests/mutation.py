@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 # Beside the module's own doctests.
 TESTS = {
     "projection": ["adapter"],
-    "adapter": ["adapter", "laws", "bad_input"],
+    "adapter": ["adapter", "transforms", "laws", "bad_input"],
     "optim": ["optim", "bad_input"],
     "quantized": ["quantized", "bad_input"],
     "calibrate": ["calibrate", "merge"],
@@ -53,7 +53,7 @@ LONGEST = 3.0  # seconds that a test of mutants may take; what takes longer comp
 NAMES = [
     *("ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr", "ReplaceOrWithAnd", "AddNot"),
     *("NumberReplacer", "ZeroIterationForLoop", "ReplaceBreakWithContinue", "ReplaceContinueWithBreak"),
-    *("RemoveDecorator", "ExceptionReplacer"),
+    "ExceptionReplacer",
     *(f"ReplaceUnaryOperator_Delete_{name}" for name in ("Not", "USub", "Invert")),
     *(f"ReplaceBinaryOperator_{name}" for name in ("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "FloorDiv_Mul")),
     *(f"ReplaceBinaryOperator_{name}" for name in ("Pow_Mul", "Mod_FloorDiv", "BitOr_BitAnd", "BitAnd_BitOr")),

@@ -536,6 +536,11 @@ class TestSharedProduct:
         assert torch.autograd.gradcheck(self.thrice, (x, A), check_forward_ad=True, check_batched_grad=True)
         assert torch.autograd.gradgradcheck(self.thrice, (x, A), check_fwd_over_rev=True)
 
+    def test_gradients_are_those_of_unshared_products_to_the_bit(self):
+        x, A = self.x.float(), self.A.float()
+        shared, plain = (grad(lambda x, f=f: f(x, A).sum())(x) for f in (self.thrice, self.plain))
+        assert torch.equal(shared, plain)
+
     @pytest.mark.parametrize("argnums", [0, 1])
     @pytest.mark.parametrize(
         "transform",

@@ -48,6 +48,7 @@ def test_scaling_of_stacked_ones():
 @given(factor=FACTORS, weights=st.tuples(FACTORS, FACTORS, FACTORS))
 def test_sums_of_parallel_vectors(leaf, factor, weights):
     a, b, c = adapter(0), adapter(1), adapter(2)
+    a[f"0.q.{leaf}"][0] = 0  # which is a multiple of any number, and of which only 0 is one
     three = [a, with_same(b, a, leaf), with_same(c, a, leaf, factor)]
     parts = [deltas(params) for params in three]
     expected = {k: sum(w * part[k] for w, part in zip(weights, parts, strict=True)) for k in parts[0]}
@@ -61,11 +62,21 @@ def test_layers_may_differ_in_what_is_parallel():
     assert_close(deltas(vf.add_adapters([a, b])), {k: parts[0][k] + parts[1][k] for k in parts[0]})
 
 
+def test_small_entries_are_compared_as_exactly_as_large_ones():
+    a = adapter(0)
+    for leaf in ("lambda_b", "lambda_d"):
+        a[f"0.q.{leaf}"][0] = 1e-8
+    b = a | {key: torch.cat([2 * a[key][:1], a[key][1:]]) for key in ("0.q.lambda_b", "0.q.lambda_d")}
+    with pytest.raises(ValueError, match=r"'0\.q' neither"):
+        vf.add_adapters([a, b])
+
+
 def test_an_adapter_that_adds_nothing_can_be_added_to_any():
     a, nothing = adapter(0), {k: torch.zeros_like(v) if "b" in k else v for k, v in adapter(1).items()}
     for several in ([a, nothing], [nothing, a], [nothing, a, nothing]):
         assert_close(deltas(vf.add_adapters(several)), deltas(a))
-    assert not any(delta.any() for delta in deltas(vf.add_adapters([nothing, nothing])).values())
+    for several in ([nothing], [nothing, nothing]):
+        assert not any(delta.any() for delta in deltas(vf.add_adapters(several)).values())
     assert_close(deltas(vf.add_adapters([adapter(3), a], [0, 1])), deltas(a))
 
 
@@ -81,14 +92,16 @@ def test_inputs_are_left_as_they_were():
     [
         ([], None, "at least one"),
         ([adapter(0)], [1.0, 2.0], "1 and 2"),
+        ([adapter(0)], [float("inf")], "finite"),
         ([adapter(0), adapter(1)], None, "select_adapters"),
         ([adapter(0), {k: v for k, v in adapter(0).items() if "q" in k}], None, "pool_adapters"),
+        ([adapter(0), {k: v for k, v in adapter(0).items() if k != "1.v.lambda_d"}], None, "'1.v.lambda_d' None"),
         ([vf.stack_adapters([adapter(0)])], None, "single adapters"),
         ([adapter(0, **{"head.weight": torch.ones(2)})], None, "'head.weight'"),
         (
             [adapter(0), with_same(adapter(1), adapter(0), "lambda_d", 1) | {"0.q.lambda_d": torch.ones(6)}],
             None,
-            "(6,)",
+            "adapter 1 has '0.q.lambda_d' (6,), where adapter 0 has (5,)",
         ),
     ],
 )

@@ -32,6 +32,16 @@ def test_equals_dense_in_x(base, transform):
     assert_close(actual, expected, **TOLERANCE[torch.float64])
 
 
+@pytest.mark.parametrize("rows", [0, slice(3)], ids=["one row", "rows"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_equals_dense_in_the_projections(transform, rows):
+    params, frozen, weight, x = make_layer(out=5, in_=7, r=3)
+    apply = TRANSFORMS[transform]
+    actual = apply(lambda f: vf.vera_forward(params, f, x[rows], lambda x: x @ weight.T))(frozen)
+    expected = apply(lambda f: dense_forward(params, f, x[rows], weight))(frozen)
+    assert_close(actual, expected, **TOLERANCE[torch.float64])
+
+
 @pytest.mark.parametrize("transform", ["forward", "grad", "jvp", "hessian"])
 def test_float32(transform):
     params, frozen, weight, x = make_layer(dtype=torch.float32)

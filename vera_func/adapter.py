@@ -270,14 +270,13 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.set_materialize_grads(False)
         ctx.dtype = inputs[0].dtype
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx, grad):
         (A,) = ctx.saved_tensors
-        if grad is None or ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1]:
             return None, None, grad
         return (grad @ A).to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, None
 
@@ -346,7 +345,7 @@ class _Expand(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_d = _sum_to(inner * z, lambda_d)
         if ctx.needs_input_grad[3]:
-            grad_B = (lambda_b * grad).flatten(0, -2).mT @ (lambda_d * z).flatten(0, -2)
+            grad_B = torch.einsum("...o,...r->or", lambda_b * grad, lambda_d * z)
         return grad_z, grad_b, grad_d, grad_B
 
     @staticmethod
