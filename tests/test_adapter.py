@@ -416,6 +416,13 @@ class TestLaws:
         grad(lambda p: vf.vera_forward(p, frozen, x, base_fn).sum())(params)
         assert_close(inputs, before, rtol=0, atol=0)
 
+    def test_backward_keeps_r_numbers_a_row(self):
+        params, frozen, _, x, _ = rows_of(x=(4, 2))
+        params, kept = {key: value.requires_grad_() for key, value in params.items()}, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
+            vf.vera_forward(params, frozen, x, lambda x: x.new_zeros(4, 2, OUT))
+        assert {shape for shape in kept if len(shape) == 3} == {(4, 2, R)}
+
     def test_a_base_that_reuses_its_memory_is_not_written_to(self):
         params, frozen, _, x, base_fn = rows_of(x=(3,))
         kept = base_fn(x)

@@ -338,12 +338,12 @@ class _Expand(torch.autograd.Function):
         if grad is None:
             return None, None, None, None
         if ctx.needs_input_grad[1]:
-            grad_b = _sum_to(grad * linear(lambda_d * z, B), lambda_b)
+            grad_b = (grad * linear(lambda_d * z, B)).sum_to_size(lambda_b.shape)
         inner = (lambda_b * grad) @ B  # (*batch, r)
         if ctx.needs_input_grad[0]:
             grad_z = lambda_d * inner
         if ctx.needs_input_grad[2]:
-            grad_d = _sum_to(inner * z, lambda_d)
+            grad_d = (inner * z).sum_to_size(lambda_d.shape)
         if ctx.needs_input_grad[3]:
             grad_B = torch.einsum("...o,...r->or", lambda_b * grad, lambda_d * z)
         return grad_z, grad_b, grad_d, grad_B
@@ -369,13 +369,6 @@ def _expand(z: Tensor, lambda_b: Tensor, lambda_d: Tensor, B: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return lambda_b * linear(lambda_d * z, B)
     return _Expand.apply(z, lambda_b, lambda_d, B)
-
-
-def _sum_to(value: Tensor, like: Tensor) -> Tensor:
-    """The sum over the axes along which `like` was broadcast to `value`."""
-    lead = value.dim() - like.dim()
-    axes = [*range(lead), *(i + lead for i, size in enumerate(like.shape) if size == 1 != value.shape[i + lead])]
-    return value.sum(axes).reshape(like.shape) if axes else value
 
 
 def _vectors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
