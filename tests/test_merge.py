@@ -6,6 +6,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
 import vera_func as vf
+from vera_func.calibrate import gram
 
 
 OUT, IN, R = 96, 128, 16
@@ -166,6 +167,18 @@ def test_calibrated_keeps_what_rounding_loses(name):
     # An ordinary bitsandbytes weight.
     x = held_out[:5].to(q.dtype)
     assert_close(vf.to_bnb(merged).train()(x), vf.quantized_linear(merged, x))
+
+
+def test_inputs_stand_for_their_gram():
+    weight, x = make_weight(32), correlated(1000, 6)
+    q = vf.quantize_4bit(weight)
+    params, frozen = make_adapter(0.01, weight)
+    # Fewer tokens are damped more.
+    for inputs, damping in ((x, 0.01), (x.reshape(2, 500, IN), 0.01), (x[:999], 0.1)):
+        merged = vf.merge_calibrated(q, params, frozen, inputs)
+        assert same_bytes(merged, vf.merge_calibrated(q, params, frozen, gram=gram(inputs), damping=damping))
+    unnamed, named = (vf.merge_calibrated(q, params, frozen, gram=gram(x), **d) for d in ({}, {"damping": 0.01}))
+    assert same_bytes(unnamed, named)
 
 
 def test_stochastic_is_right_on_average():
