@@ -127,6 +127,15 @@ def test_report_measures_what_is_kept(size):
         assert report.output_kept == pytest.approx(((y * wanted).sum() / wanted.square().sum()).item(), abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    "x", [torch.zeros(3, IN), torch.ones(0, IN), torch.full((3, IN), 1e38)], ids=["0", "none", "far"]
+)
+def test_inputs_without_an_effect_that_could_be_kept_are_refused(x):
+    params, frozen = make_adapter(0.01, make_weight())
+    with pytest.raises(ValueError, match="does nothing to these inputs"):
+        vf.merge_report(vf.quantize_4bit(make_weight()), params, frozen, x)
+
+
 # What was measured once on normal weights of this size: a property of the two grids, not of a machine.
 KEPT = {0.003: (0.02, 0.22), 0.01: (0.02, 0.90), 0.03: (0.24, 0.99), 0.1: (0.88, 1.0), 0.3: (0.99, 1.0)}
 
