@@ -64,6 +64,7 @@ def test_bytes_are_pefts(name, dtype):
     theirs, _ = vf.from_bnb(model.merge_and_unload().lin)
     ours = vf.merge_quantized(q, params, frozen)
     assert same_bytes(ours, theirs)
+    assert [leaf.dtype for leaf in tree_leaves(ours)] == [leaf.dtype for leaf in tree_leaves(q)]
     assert not same_bytes(ours, q)
 
 
