@@ -210,6 +210,19 @@ class TestModules:
         assert_same(back, q)
         assert torch.equal(bias, normal(13))
 
+    @pytest.mark.parametrize("double_quant", [False, True])
+    @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+    def test_made_modules_are_set_up_like_others(self, storage, double_quant):
+        options = {"compress_statistics": double_quant, "quant_type": "fp4", "quant_storage": storage}
+        other = bnb.nn.Linear4bit(64, 32, False, compute_dtype=torch.float16, **options).to("cpu")
+        made = vf.to_bnb(vf.from_bnb(other)[0])
+        for name in ("blocksize", "bnb_quantized", "requires_grad", *options):
+            assert getattr(made.weight, name) == getattr(other.weight, name)
+        assert (made.quant_storage, made.compute_dtype) == (storage, torch.float16)
+        assert made.quant_state is made.weight.quant_state
+        assert made.weight.module is made
+        assert made.quant_state.as_dict().keys() == other.quant_state.as_dict().keys()
+
     @pytest.mark.parametrize("name", FORMATS)
     def test_made_modules_share_nothing(self, name):
         q = FORMATS[name](normal(64, 96))
@@ -642,6 +655,7 @@ INVALID = {
     "a scale for each column": (INT8, {"scale": torch.ones(37)}, r"scale must be \(13,\)"),
     "scale in half precision": (INT8, {"scale": INT8.scale.half()}, "torch.float16"),
     "no rows": (INT8, {"shape": (0, 37)}, "both positive"),
+    "no columns": (INT8, {"shape": (13, 0)}, "both positive"),
     "a byte too few": (NF4, {"packed": NF4.packed[1:]}, r"holds 240 bytes, .* \(13, 37\) packs into 241"),
     "bytes in another storage": (NF4, {"packed": NF4.packed.int()}, "bytes"),
     "another shape": (NF4, {"shape": (13, 38)}, "packs into 247"),

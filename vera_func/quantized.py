@@ -432,8 +432,6 @@ def to_bnb(q: Quantized, bias: Tensor | None = None) -> nn.Module:
             out_features,
             has_bias,
             compute_dtype=q.compute_dtype,
-            compress_statistics=q.nested is not None,
-            quant_type=q.quant_type,
             quant_storage=q.packed.dtype,
             device="meta",
         )
