@@ -532,6 +532,8 @@ class TestInt8Activations:
             assert_close(grad(lambda *a: (straight(*a) * w).sum(), argnums)(x, bias), expected)
         tangents = (normal(3, 32, seed=3), normal(13, seed=4))
         assert_close(jvp(straight, (x, bias), tangents)[1], jvp(exact, (x, bias), tangents)[1])
+        for f in (straight, exact):
+            assert torch.equal(jvp(lambda b, f=f: f(x, b), (bias,), tangents[1:])[1], tangents[1].expand(3, 13))
         leaf = x.clone().requires_grad_()
         (straight(leaf, bias) * w).sum().backward()
         assert_close(leaf.grad, grad(lambda x: (exact(x, bias) * w).sum())(x))
@@ -725,6 +727,19 @@ def test_any_batch(name, batch):
     actual = vf.quantized_linear(q, x, normal(64))
     assert actual.shape == expected.shape
     assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (3, 2)], ids=str)
+@pytest.mark.parametrize(("x_dim", "bias_dim"), [(None, 0), (None, 1), (0, 0), (-1, 0), (0, 1)])
+def test_biases_may_be_mapped_over(x_dim, bias_dim, batch):
+    q, biases = FORMATS["nf4"](normal(64, 96)), normal(4, 64)
+    x = normal(*(() if x_dim is None else (4,)), *batch, 96, seed=1)
+    actual = vmap(lambda x, b: vf.quantized_linear(q, x, b), (x_dim, bias_dim))(
+        x if x_dim is None else x.movedim(0, x_dim), biases.movedim(0, bias_dim)
+    )
+    for i in range(4):
+        one = x if x_dim is None else x[i]
+        assert_close(actual[i], nn.functional.linear(one, vf.dequantize(q), biases[i]))
 
 
 @pytest.mark.parametrize("name", FORMATS)
