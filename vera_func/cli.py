@@ -43,7 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vera-func", description="VeRA adapters over quantized language models.")
+    parser = argparse.ArgumentParser(
+        prog="vera-func",
+        description="VeRA adapters over quantized language models.",
+        epilog="Downloads are kept in $VERA_FUNC_CACHE (default: ~/.cache/vera_func).",
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_add_demo, _add_train, _add_evaluate, _add_generate):
         add(commands)
@@ -70,7 +74,8 @@ def _add_train(commands: Any) -> None:
         "train",
         _run_demo,
         help="train an adapter on your texts, measure it on a part held out, save it as a PEFT directory",
-        example="vera-func train --model ./my-model --data reviews.csv --out my-adapter",
+        example="vera-func train --model ./my-model --data reviews.csv --out my-adapter\n"
+        r"  vera-func train --data messages.csv --prompt 'Message: {text}\nTopic:' --out my-adapter",
     )
     data(parser, "JSONL or CSV with text and label", required=True)
     _training(parser, out={"required": True, "help": "where the adapter goes"})
@@ -100,7 +105,7 @@ def _training(parser: Any, out: dict[str, Any]) -> None:
         "the parts, by rounding, and not on the processes (default: 4 under torchrun, 1 alone)",
     )
     add("--learning-rate", type=positive(float), default=2e-2, metavar="X", help="%(default)s")
-    add("--seed", type=int, default=0, help="of split, order and projections, %(default)s")
+    add("--seed", type=int, default=0, metavar="N", help="of split, order and projections, %(default)s")
     add("--out", metavar="DIR", **out)
 
 
@@ -172,10 +177,10 @@ def _add_generate(commands: Any) -> None:
     )
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help=r"texts, \n for a new line (default: the lines of stdin)")
-    source(parser)
+    source(parser, "default: all; may be repeated, in the order of the prompts")
     add("--max-new-tokens", type=positive(int), default=40, metavar="N", help="%(default)s")
     add("--temperature", type=positive(float), metavar="X", help="draw tokens (default: take the likeliest)")
-    add("--seed", type=int, default=0, help="of the draws, %(default)s")
+    add("--seed", type=int, default=0, metavar="N", help="of the draws, %(default)s")
     add("--batch-size", type=positive(int), default=16, metavar="N", help="prompts at once, %(default)s")
 
 
@@ -205,7 +210,7 @@ def _add_merge(commands: Any) -> None:
         example="vera-func merge --adapter vera-demo --to bfloat16 --out merged-model\n"
         "  vera-func merge --adapter vera-demo --to nf4 --calibrate --data reviews.csv --out merged-model",
     )
-    source(parser)
+    source(parser, "needed if it holds several")
     add = parser.add_argument
     add("--to", choices=[*QUANTS[:-1], *DTYPES], required=True, help="format of the merged weights")
     add("--calibrate", action="store_true", help="choose the 4-bit weights so that the answers to --data stay")
@@ -239,7 +244,7 @@ def _add_export_lora(commands: Any) -> None:
         help="write an adapter as a PEFT LoRA directory, for PEFT, vLLM and others",
         example="vera-func export-lora --adapter vera-demo --rank 16 --out my-lora",
     )
-    source(parser)
+    source(parser, "needed if it holds several")
     parser.add_argument("--rank", type=positive(int), metavar="N", help="of the LoRA (default: r, which is exact)")
     parser.add_argument("--out", metavar="DIR", required=True, help="where the LoRA goes")
 
@@ -264,10 +269,10 @@ def _add_inspect(commands: Any) -> None:
     add = parser.add_argument
     add("path", metavar="PATH", help="a PEFT directory, a bank, or the folder of a model")
     add("--name", action="append", metavar="NAME", help="look at this adapter of a bank only; may be repeated")
-    model(parser, "of an adapter: says, too, how large its updates are and what a merge keeps of them")
+    model(parser, "under an adapter: says, too, how large its updates are and what a merge keeps of them")
     add("--to", choices=[*QUANTS[:-1], *DTYPES], help="format to merge to (default: the model's)")
-    add("--r", type=positive(int), default=256, help="of an adapter for a model folder, %(default)s")
-    add("--targets", metavar="NAMES", type=names, help="of the same (default: q_proj,v_proj or the like)")
+    add("--r", "--rank", dest="r", type=positive(int), default=256, metavar="N", help="for a model folder, %(default)s")
+    add("--targets", metavar="NAMES", type=names, help="for the same (default: q_proj,v_proj or the like)")
 
 
 def _run_inspect(args: argparse.Namespace) -> None:
@@ -292,7 +297,7 @@ def _add_convert(commands: Any) -> None:
     add("sources", nargs="+", metavar="SOURCE", help="PEFT directories, or one bank")
     add("--out", metavar="PATH", required=True, help="a new file ending in .safetensors, or a folder")
     add("--name", action="append", metavar="NAME", help="an adapter of the bank (default: all); may be repeated")
-    model(parser, "of the directories (default: what they name)")
+    model(parser, "default: what the directories name")
 
 
 def _run_convert(args: argparse.Namespace) -> None:

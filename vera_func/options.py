@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from .sentiment import PROMPT
+
 
 QUANTS = ["nf4", "fp4", "int8", "none"]
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -16,12 +18,12 @@ def model(parser: Any, which: str) -> None:
     add("--dtype", choices=DTYPES, help="of the arithmetic (default: bfloat16 where the CPU has it, else float32)")
 
 
-def source(parser: Any) -> None:
-    """Adapters, and the model under them."""
+def source(parser: Any, which: str = "default: all; may be repeated") -> None:
+    """Adapters, and the model under them; `which` says what one may take of a bank."""
     add = parser.add_argument
     add("--adapter", metavar="DIR", help="a PEFT directory")
     add("--bank", metavar="FILE", help="many adapters in a file")
-    add("--name", action="append", metavar="NAME", help="an adapter of the bank (default: all); may be repeated")
+    add("--name", action="append", metavar="NAME", help=f"an adapter of the bank ({which})")
     model(parser, "default: what the adapter names, or SmolLM2-135M")
 
 
@@ -29,7 +31,8 @@ def data(parser: Any, help: str, required: bool = False) -> None:
     """Labelled texts, and how they are put to the model."""
     add = parser.add_argument
     add("--data", metavar="FILE", required=required, help=help)
-    add("--prompt", type=newlines, metavar="TEXT", help=r"with {text} in it, \n for a new line, before the label")
+    help = f"what the label follows, with \\n for a new line (default: the adapter's, or {PROMPT!r})"
+    add("--prompt", type=newlines, metavar="TEXT", help=help)
 
 
 def positive(kind: type) -> Any:
