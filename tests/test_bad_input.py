@@ -622,6 +622,7 @@ for rank in (0, 5, -1, 1.5, "2", True):
         f"rank must be in 1 ... 4.*got {rank}",
     )
 bad("export_lora", "NaN in the pair", lambda t: export(t, frozen=filled(FROZEN, NAN)), "'vera_A' holds NaN or inf")
+bad("export_lora", "a dict for the config", lambda t: export(t, config={"r": 4}), "vera_func's VeraConfig, got dict")
 bad("export_lora", "no pair", lambda t: export(t, frozen={}), r"keys 'vera_A' and 'vera_B', got \[\]")
 bad(
     "export_lora",
@@ -834,11 +835,13 @@ for what, tensors, message in (
     ("half a layer", {"0.lambda_d": None}, "has '0.lambda_b', but not the other vector"),
 ):
     bad("open_bank", what, lambda t, tensors=tensors: rewritten(t, tensors), f"bank.safetensors.*{message}")
+bad("open_bank", "a folder", lambda t: vf.open_bank(t), "it is a folder, and a bank is a file", FileNotFoundError)
+bad("load_adapter", "a bank", lambda t: vf.load_adapter(bank(t), model()), "it is a file", FileNotFoundError)
 bad("open_bank", "an empty name", lambda t: rewritten(t, names='["a", "b", ""]'), "list of different names")
 other = json.dumps({"peft_type": "VERA", "r": 7, "target_modules": ["0"]})
 bad("open_bank", "another rank", lambda t: rewritten(t, config=other), "by the configuration")
 bad("open_bank", "an old format", lambda t: rewritten(t, format="vera_func.bank.0"), "not a bank of adapters")
-bad("Bank", "a row too far", lambda t: vf.open_bank(bank(t)).read([5]), "has no adapter 5; it holds 3: a, b, c")
+bad("Bank", "a row too far", lambda t: vf.open_bank(bank(t)).read([5]), r"has no adapter 5; it holds 3: a, b, c\.$")
 bad("Bank", "half a row", lambda t: vf.open_bank(bank(t)).read([1.5]), "has no adapter 1.5")
 bad("Bank", "a text for names", lambda t: vf.open_bank(bank(t)).read("abc"), "sequence of names, got the text 'abc'")
 bad("Bank", "another model", lambda t: vf.open_bank(bank(t)).adapted(nn.Linear(7, 5)), "adapts '0', which is no module")

@@ -83,7 +83,7 @@ BAD = {
     "short-row.csv": ("text,label\na,good\nb\n", "line 3: 'label'"),
     "no-text.csv": ("text,label\n  ,good\n", "line 2: 'text'"),
     "header.csv": ("review,label\na,good\n", r"line 1: .*without \['text'\]"),
-    "empty.csv": ("", r"line 1: .*\['label', 'text'\]"),
+    "empty.csv": ("", r"line 1: the header is \[\], without \['label', 'text'\]; it names the columns"),
     "commas.csv": ("text,label\na, b,good\n", "line 2: more fields"),
     "quote.csv": ('text,label\n"a"b,good\n', "line 2: "),
     "latin.csv": (b"text,label\n\xe9,good\n", "not UTF-8"),
@@ -94,7 +94,7 @@ BAD = {
     "null.jsonl": ('\n{"text": null, "label": "b"}', "line 2: 'text'"),
     "number.jsonl": ('{"text": 5, "label": "b"}', "line 1: 'text'.*got 5"),
     "missing.jsonl": ('{"text": "a"}', "line 1: 'label'.*got None"),
-    "reviews.txt": ("a", r"suffix.*\.csv, \.jsonl"),
+    "reviews.txt": ("a", r"suffix.*\.csv or \.jsonl"),
 }
 
 

@@ -101,9 +101,8 @@ class Bank:
         if isinstance(name, int) and 0 <= name < len(self):
             return name
         if name not in self.rows:
-            raise ValueError(
-                f"{self.path} has no adapter {name!r}; it holds {len(self)}: {', '.join(self.names[:3])}, ..."
-            )
+            some = ", ".join([*self.names[:3], *["..."] * (len(self) > 3)])
+            raise ValueError(f"{self.path} has no adapter {name!r}; it holds {len(self)}: {some}.")
         return self.rows[name]  # type: ignore[index]
 
 
@@ -355,6 +354,8 @@ def _check_ranks(path: Path, shapes: Mapping[str, tuple[int, ...]], r: int) -> N
 
 
 def _open(path: Path) -> Any:
+    if path.is_dir():
+        raise FileNotFoundError(f"there is no bank {path}: it is a folder, and a bank is a file (import_adapters).")
     if not path.is_file():
         raise FileNotFoundError(f"there is no bank {path}.")
     try:

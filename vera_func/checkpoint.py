@@ -145,15 +145,18 @@ def load_adapter(
         elif not (".modules_to_save." in name or ".original_module." in name):
             # PEFT writes a head's bias two more times with bias="all"; those copies are not read by it either.
             params[key] = tensor
-    problems = [f"lacks {key!r}" for key, slot in apply.slots.items() if slot.required and key not in params]
+    problems = [
+        f"lacks {key!r} of this model" for key, slot in apply.slots.items() if slot.required and key not in params
+    ]
     problems += [f"has {key!r}, unknown to this model and config" for key in params if key not in apply.slots]
     problems += [
-        f"has {key!r} of shape {tuple(value.shape)}, which must be {apply.slots[key].shape}"
+        f"has {key!r} of shape {tuple(value.shape)}, which must be {apply.slots[key].shape} for this model"
         for key, value in params.items()
         if key in apply.slots and value.shape != apply.slots[key].shape
     ]
     if problems:
-        raise ValueError(f"{file} {problems[0]} ({len(problems)} problems of this kind).")
+        count = f" ({len(problems)} problems of this kind)" if len(problems) > 1 else ""
+        raise ValueError(f"{file} {problems[0]}{count}.")
     if config.save_projection:
         if projections.keys() != {"vera_A", "vera_B"}:
             raise ValueError(
@@ -360,6 +363,8 @@ def _tensor_fields(config: VeraConfig) -> tuple[Any, ...]:
 
 
 def _what_is_there(folder: Path, file: Path) -> str:
+    if folder.is_file():
+        return f"there is no adapter directory {folder}: it is a file (a bank is opened by open_bank)."
     if not folder.is_dir():
         return f"there is no adapter directory {folder}."
     if (folder / "adapter_model.bin").is_file():

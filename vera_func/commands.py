@@ -75,8 +75,8 @@ def open_source(
         for name in names:
             opened.row(name)  # an unknown name raises
         if one and len(names) != 1:
-            some = ", ".join(names[:3])
-            raise ValueError(f"{bank} holds {len(names)} adapters: choose one with --name ({some}, ...).")
+            some = ", ".join([*names[:3], *["..."] * (len(names) > 3)])
+            raise ValueError(f"{bank} holds {len(names)} adapters: choose one with --name ({some}).")
         return Source(Path(bank), names, opened.config, read_note(bank))
     if adapter is None and one:
         raise ValueError("which adapter? Pass --adapter DIR, or --bank FILE with --name.")

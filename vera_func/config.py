@@ -221,14 +221,11 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
     else:
         names = [name for name in modules if _matches(name, targets, config)]
     if not names:
-        raise ValueError(
-            f"no module matches target_modules={targets!r}. The linear layers of this model end in "
-            f"{sorted({name.rpartition('.')[2] for name in _linear_names(model)})}."
-        )
+        raise ValueError(f"no module matches target_modules={targets!r}. {_linear_ends(model)}")
     if strict and not is_default and not isinstance(targets, str):
         idle = [t for t in targets if not any(name == t or name.endswith("." + t) for name in modules)]
         if idle:
-            raise ValueError(f"target_modules has {idle}, which no module of this model ends in.")
+            raise ValueError(f"target_modules has {idle}, which no module of this model ends in. {_linear_ends(model)}")
     heads = _HEADS.get(config.task_type or "", ())
     idle = [s for s in config.modules_to_save or () if s not in heads and not any(_contains(n, s) for n in modules)]
     if strict and idle:
@@ -305,6 +302,12 @@ def _contains(name: str, saved: str) -> bool:
 
 def _linear_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if linear_sizes(module) is not None]
+
+
+def _linear_ends(model: nn.Module) -> str:
+    return (
+        f"The linear layers of this model end in {sorted({name.rpartition('.')[2] for name in _linear_names(model)})}."
+    )
 
 
 def _all_linear(model: nn.Module, config: VeraConfig) -> list[str]:

@@ -39,9 +39,11 @@ def read_examples(path: str | Path) -> list[Example]:
         Example(text='A joy.', label='positive', group='A joy.')
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}.")
     readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".ndjson": _json_rows}
     if path.suffix.lower() not in readers:
-        raise ValueError(f"{path}: the suffix says what a file is; it must be {', '.join(readers)}.")
+        raise ValueError(f"{path}: the suffix says what a file is; it must be {' or '.join(readers)}.")
     try:
         rows = list(readers[path.suffix.lower()](path))
     except UnicodeDecodeError as error:
@@ -107,8 +109,12 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with open(path, encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         try:
-            if missing := {"text", "label"} - set(reader.fieldnames or ()):
-                raise ValueError(f"{path}, line 1: the header is {reader.fieldnames}, without {sorted(missing)}.")
+            header = list(reader.fieldnames or ())
+            if missing := {"text", "label"} - set(header):
+                raise ValueError(
+                    f"{path}, line 1: the header is {header}, without {sorted(missing)}; it names the columns, "
+                    "of which text and label are needed."
+                )
             for row in reader:
                 if None in row:
                     raise ValueError(

@@ -260,11 +260,11 @@ def export_lora(
     Reference:
         https://arxiv.org/abs/2106.09685 (LoRA); section 3.2 of https://arxiv.org/abs/2310.11454.
     """
+    check_adapter(params, frozen, config)
     rank = config.r if rank is None else rank
     if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= config.r:
         raise ValueError(f"rank must be in 1 ... {config.r}, the adapter's own, got {rank}.")
     layers = adapted_layers(model, params)
-    check_adapter(params, frozen, config)
     widest = max((linear_sizes(model.get_submodule(name)) or (0, 0))[0] for name in layers)
     if frozen["vera_A"].shape[1] < widest:
         raise ValueError(f"vera_A {tuple(frozen['vera_A'].shape)} is too narrow: a layer has {widest} inputs.")

@@ -441,6 +441,6 @@ def _key_error(missing: list[str], unknown: list[str], slots: Mapping[str, Slot]
     if unknown:
         problems.append(f"has {len(unknown)} unknown keys, first {unknown[0]!r}")
     return (
-        f"params {' and '.join(problems)}. It must have the keys that adapt returned "
+        f"params {', and '.join(problems)}. It must have the keys that adapt returned "
         f"({required[0]!r}, ...); names of the model's own parameters may be added."
     )

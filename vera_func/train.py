@@ -356,7 +356,8 @@ def _check_shape(name: str, value: Tensor, n: tuple[int, ...]) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must return {wanted}, as a tensor, got {type(value).__name__}.")
     if value.shape != n:
-        raise ValueError(f"{name} must return {wanted}, got shape {tuple(value.shape)}.")
+        hint = "" if n else "; if params are stacked, pass num_adapters"
+        raise ValueError(f"{name} must return {wanted}, got shape {tuple(value.shape)}{hint}.")
 
 
 def _flatten(run: Fit) -> dict[str, Tensor]:
