@@ -959,6 +959,12 @@ bad("spread", "no function", lambda _: vf.spread(None, [1]), "function must be c
 bad("spread", "a number of items", lambda _: vf.spread(abs, 3), "items must be iterable, got int")
 bad("dequantize_model", "a state dict", lambda _: vf.dequantize_model(QMODEL.state_dict()), "got OrderedDict")
 bad("dequantize_model", "integers", lambda _: vf.dequantize_model(QMODEL, torch.int8), "got torch.int8")
+bad(
+    "mean_over_parts",
+    "padding alone",
+    lambda _: vf.mean_over_parts(lambda part: ({}, ones(())), [1, 2], weight=lambda part: 0),
+    "none of the 2 parts",
+)
 
 # --------------------------------------------------------------------------------------------------------- the tests
 

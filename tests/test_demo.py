@@ -449,6 +449,10 @@ def test_a_merged_model_is_a_model(run, run_json, strong, reviews, tmp_path):
     (merged,) = run_json("evaluate", "--model", tmp_path / "m", *options)
     (unmerged,) = run_json("evaluate", "--adapter", path, *options)
     assert merged["loss"] == pytest.approx(unmerged["loss"], rel=0.2)
+    assert read_note(tmp_path / "m") == read_note(path)._replace(quant=None)
+    write_note(tmp_path / "m", Note(prompt="Text: {text}\nAnswer:"))  # the prompt that it is asked with
+    (other,) = run_json("evaluate", "--model", tmp_path / "m", *options)
+    assert other["loss"] != merged["loss"]
     found = run_json("inspect", tmp_path / "m")
     assert found["quantization"] == "nf4"
     status, _, err = run("evaluate", "--model", tmp_path / "m", *options, "--quant", "int8")
@@ -465,6 +469,7 @@ def test_export_lora(run_json, strong, folder, tmp_path, rank):
     done = run_json(*words)
     assert (done["rank"], done["modules"]) == (rank or 16, 4)
     assert (done["largest_error"] == 0) == (rank is None)
+    assert (done["advice"] is None) == (rank is None)
     dense = load_base(str(folder), "none", torch.float32).model
     adapted = vf.load_adapter(path, dense)
     ids = torch.arange(4, 18).reshape(2, 7)
@@ -482,6 +487,7 @@ def test_export_lora(run_json, strong, folder, tmp_path, rank):
 def test_inspect_an_adapter(run, run_json, trained, folder):
     found = run_json("inspect", trained)
     assert {"adapters": 1, "r": 16, "quant": "nf4", "labels": ["bad", "good"]}.items() <= found.items()
+    assert found["prompt"] == "Review: {text}\nSentiment:"
     assert [row["modules"] for row in found["modules"]] == ["q_proj", "v_proj"]
     # q is (64, 64) and v (32, 64), in two layers.
     assert found["trained"] == 2 * (64 + 16 + 32 + 16)
@@ -494,6 +500,7 @@ def test_inspect_an_adapter(run, run_json, trained, folder):
     status, said, _ = run("inspect", trained, "--model", folder)
     assert status == 0
     assert "advice: " in said
+    assert r"prompt: Review: {text}\nSentiment:" in said.splitlines()
     assert len(said.splitlines()) < 40
 
 
@@ -510,6 +517,7 @@ def test_inspect_a_bank(run_json, trained, folder):
 def test_inspect_a_model(run, run_json, folder):
     found = run_json("inspect", folder, "--r", "16")
     assert (found["kind"], found["type"], found["quantization"]) == ("model", "llama", None)
+    assert found["dtype"] == "float32"
     assert found["parameters"] == sum(p.numel() for p in llama().parameters())
     assert found["trained"] == 2 * (64 + 16 + 32 + 16)
     assert found["projections"] == 16 * (64 + 64)

@@ -336,7 +336,7 @@ def test_mistakes_raise(wrong, message):
 def test_many_rates_need_num_adapters():
     with pytest.raises(ValueError, match="num_adapters too"):
         fit(loss_of_one, start(), shared, steps=1, learning_rate=[0.1, 0.2])
-    with pytest.raises(ValueError, match="loss_fn must return one number.*pass num_adapters"):
+    with pytest.raises(ValueError, match=r"loss_fn must return one number.*pass num_adapters"):
         fit(loss_of_many(None), start(2), shared, steps=1, learning_rate=0.1)
 
 

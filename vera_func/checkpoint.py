@@ -145,9 +145,7 @@ def load_adapter(
         elif not (".modules_to_save." in name or ".original_module." in name):
             # PEFT writes a head's bias two more times with bias="all"; those copies are not read by it either.
             params[key] = tensor
-    problems = [
-        f"lacks {key!r} of this model" for key, slot in apply.slots.items() if slot.required and key not in params
-    ]
+    problems = [f"lacks {key!r}" for key, slot in apply.slots.items() if slot.required and key not in params]
     problems += [f"has {key!r}, unknown to this model and config" for key in params if key not in apply.slots]
     problems += [
         f"has {key!r} of shape {tuple(value.shape)}, which must be {apply.slots[key].shape} for this model"

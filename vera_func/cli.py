@@ -233,7 +233,11 @@ def _run_merge(args: argparse.Namespace) -> None:
     options = {"calibrate": examples, "prompt": args.prompt}
     done = merge_to(adapters, _base(args, adapters), args.to, args.out, **options)
     table = f"{format_table(summarize_reports(done['modules']))}\n" if "modules" in done else ""
-    _emit(args, done, lambda: f"{table}{done['advice']}\nThe merged model is in {args.out}.")
+    _emit(
+        args,
+        done,
+        lambda: f"{table}{done['advice']}\nThe merged model is in {args.out}: vera-func evaluate --model {args.out}",
+    )
 
 
 def _add_export_lora(commands: Any) -> None:
@@ -242,10 +246,15 @@ def _add_export_lora(commands: Any) -> None:
         "export-lora",
         _run_export_lora,
         help="write an adapter as a PEFT LoRA directory, for PEFT, vLLM and others",
-        example="vera-func export-lora --adapter vera-demo --rank 16 --out my-lora",
+        example="vera-func export-lora --adapter vera-demo --out my-lora",
     )
     source(parser, "needed if it holds several")
-    parser.add_argument("--rank", type=positive(int), metavar="N", help="of the LoRA (default: r, which is exact)")
+    parser.add_argument(
+        "--rank",
+        type=positive(int),
+        metavar="N",
+        help="of the LoRA (default: r, which is exact; much less leaves out most of the update)",
+    )
     parser.add_argument("--out", metavar="DIR", required=True, help="where the LoRA goes")
 
 

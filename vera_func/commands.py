@@ -279,6 +279,8 @@ def merge_to(
     with quiet_transformers():
         merged.save_pretrained(out)
         base.tokenizer.save_pretrained(out)
+    if source.note != Note():
+        write_note(out, source.note._replace(quant=None))  # a merged model is asked as its adapter was
     return done
 
 
@@ -298,12 +300,14 @@ def lora_of(source: Source, base: Base, out: str | os.PathLike[str], rank: int |
     if source.path is not None and Path(out).resolve() == source.path.resolve():
         raise ValueError(f"--out {out} is the adapter itself: give another folder.")
     path, error = export_lora(out, *adapted[1:], base.model, rank=rank)
+    mean = sum(error.values()) / len(error)
     return {
         "out": str(path),
         "rank": rank or adapted.config.r,
         "modules": len(error),
         "largest_error": max(error.values()),
-        "mean_error": sum(error.values()) / len(error),
+        "mean_error": mean,
+        "advice": None if mean < 0.1 else f"It leaves out {mean:.0%} of the update: use a higher rank, or r itself.",
         "bytes": _size(path / WEIGHTS),
     }
 
@@ -425,6 +429,7 @@ def inspect_path(
         "model": config.base_model_name_or_path,
         "quant": source.note.quant,
         "labels": source.note.labels,
+        "prompt": source.note.prompt,
         "r": config.r,
         "projection_key": config.projection_prng_key,
         "projections_stored": bool(projections),
@@ -464,8 +469,9 @@ def summarize_reports(modules: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 
 
 def _task_of(source: Source, base: Base, examples: Sequence[Example], prompt: str | None) -> Task:
-    labels = source.note.labels or sorted({example.label for example in examples})
-    return make_task(base, labels, prompt or source.note.prompt or PROMPT)
+    note = read_note(base.name) if source.path is None else source.note
+    labels = note.labels or sorted({example.label for example in examples})
+    return make_task(base, labels, prompt or note.prompt or PROMPT)
 
 
 def _calibrated_advice(kept: Answers) -> str:
@@ -511,6 +517,7 @@ def _inspect_model(folder: Path, r: int, targets: Sequence[str] | None) -> dict[
         "kind": "model",
         "type": config.model_type,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(getattr(config, "dtype", None) or "").removeprefix("torch.") or None,
         "quantization": stored.get("bnb_4bit_quant_type" if stored.get("load_in_4bit") else "quant_method"),
         "bytes": sum(_size(file) for file in folder.glob("*.safetensors")),
         "r": r,

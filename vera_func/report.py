@@ -71,7 +71,7 @@ def format_value(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if not isinstance(value, list | tuple):
-        return str(value)
+        return str(value).replace("\n", r"\n")
     return ", ".join(map(str, value[:8])) + (f", ... ({len(value):,})" if len(value) > 8 else "")
 
 

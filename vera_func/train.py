@@ -161,7 +161,8 @@ def fit(
                 save_fit(checkpoint, run)
             if bar is not None:
                 bar.update()
-                bar.set_postfix_str(f"loss {losses.nanmean():.4f}, {(run.stopped < 0).sum()} training")
+                left = f", {(run.stopped < 0).sum()} training" if num_adapters else ""
+                bar.set_postfix_str(f"loss {losses.nanmean():.4f}{left}")
     if checkpoint is not None:
         save_fit(checkpoint, run)
     return run
