@@ -40,7 +40,7 @@ def calibrate_answers(
     rows: Sequence[Encoded],
     *,
     batch_size: int = 16,
-    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> dict[str, Quantized]:
     """Merged 4-bit weights that keep the answers, for `merge(..., weights=...)`.
 
@@ -50,7 +50,7 @@ def calibrate_answers(
         task: What it answers.
         rows: Some 200 texts (several thousand tokens), from `encode_examples`.
         batch_size: Texts at once.
-        progress: Wraps the names of the layers, as tqdm does.
+        progress: Wraps the batches, and then the names of the layers, as tqdm does.
 
     Raises:
         ValueError: As for `calibrated_weights`.
@@ -59,7 +59,7 @@ def calibrate_answers(
         {name: batch[name] for name in batch.keys() & task.accepts} for batch in _batches(rows, task, batch_size)
     ]
     gap = partial(answer_gap, answers=task.answers)
-    grams = layer_grams(adapted, batches, readout=lambda output: gap(output.logits[:, -1]))
+    grams = layer_grams(adapted, progress(batches), readout=lambda output: gap(output.logits[:, -1]))
     return calibrated_weights(model, adapted.params, adapted.frozen, grams, progress=progress)
 
 
@@ -75,7 +75,14 @@ def answer_gap(logits: Float[Tensor, "b vocab"], answers: Tensor) -> Float[Tenso
 
 
 @torch.no_grad()
-def compare_answers(adapted: Adapted, merged: nn.Module, task: Task, rows: Sequence[Encoded]) -> Answers:
+def compare_answers(
+    adapted: Adapted,
+    merged: nn.Module,
+    task: Task,
+    rows: Sequence[Encoded],
+    *,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Answers:
     """How well a merged model answers as the adapter does.
 
     Both are computed from the weights as they are stored: bitsandbytes' own forward may round activations, or repack.
@@ -85,13 +92,14 @@ def compare_answers(adapted: Adapted, merged: nn.Module, task: Task, rows: Seque
         merged: From `merge`.
         task: What they answer.
         rows: Texts that the merge has not been calibrated on.
+        progress: Wraps the batches, three times, as tqdm does.
     """
     # An adapter that adds nothing, so that the forward is that of the weights.
     plain = adapt(merged.eval(), adapted.config)
     nothing = {k: torch.zeros_like(v) if k.endswith("lambda_b") else v for k, v in adapted.params.items()}
-    wanted = _answers(adapted, adapted.params, task, rows)
-    dropped = _answers(adapted, nothing, task, rows)
-    actual = _answers(plain, plain.params, task, rows)
+    wanted = _answers(adapted, adapted.params, task, rows, progress)
+    dropped = _answers(adapted, nothing, task, rows, progress)
+    actual = _answers(plain, plain.params, task, rows, progress)
     effect = (dropped - wanted).abs().mean()
     return Answers(
         same=(actual.argmax(1) == wanted.argmax(1)).float().mean().item(),
@@ -100,10 +108,16 @@ def compare_answers(adapted: Adapted, merged: nn.Module, task: Task, rows: Seque
     )
 
 
-def _answers(adapted: Adapted, params: Mapping[str, Tensor], task: Task, rows: Sequence[Encoded]) -> Tensor:
+def _answers(
+    adapted: Adapted,
+    params: Mapping[str, Tensor],
+    task: Task,
+    rows: Sequence[Encoded],
+    progress: Callable[[Iterable[Any]], Iterable[Any]],
+) -> Tensor:
     """The logits of the labels (texts, labels), less their mean, which answers nothing; in the order of length."""
     forward = partial(adapted.apply, params, adapted.frozen)
-    batches = _batches(rows, task, 32)
+    batches = progress(_batches(rows, task, 32))
     logits = torch.cat([answer_logits(forward, batch, task.accepts)[:, task.answers].float() for batch in batches])
     return logits - logits.mean(1, keepdim=True)
 

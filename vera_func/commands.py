@@ -271,10 +271,11 @@ def merge_to(
         task = _task_of(source, base, calibrate, prompt)
         examples, others = split(calibrate, -(-len(calibrate) // 4), seed=0)
         rows = encode_examples(base, task, examples[:CALIBRATION])
-        show = bar("calibrate", progress, "layer")
+        show = bar("calibrate", progress, "step")
         weights = calibrate_answers(base.model, adapted, task, rows, progress=show)
         merged = merge(base.model, adapted.params, adapted.frozen, weights=weights)
-        kept = compare_answers(adapted, merged, task, encode_examples(base, task, others[:CALIBRATION]))
+        rows_kept = encode_examples(base, task, others[:CALIBRATION])
+        kept = compare_answers(adapted, merged, task, rows_kept, progress=bar("compare", progress))
         done |= {"calibrated_on": len(rows), "advice": _calibrated_advice(kept), "answers": kept._asdict()}
     with quiet_transformers():
         merged.save_pretrained(out)
