@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -450,14 +451,26 @@ def test_a_merged_model_is_a_model(run, run_json, strong, reviews, tmp_path):
     (unmerged,) = run_json("evaluate", "--adapter", path, *options)
     assert merged["loss"] == pytest.approx(unmerged["loss"], rel=0.2)
     assert read_note(tmp_path / "m") == read_note(path)._replace(quant=None)
-    write_note(tmp_path / "m", Note(prompt="Text: {text}\nAnswer:"))  # the prompt that it is asked with
-    (other,) = run_json("evaluate", "--model", tmp_path / "m", *options)
-    assert other["loss"] != merged["loss"]
     found = run_json("inspect", tmp_path / "m")
     assert found["quantization"] == "nf4"
     status, _, err = run("evaluate", "--model", tmp_path / "m", *options, "--quant", "int8")
     assert status == 2
     assert "quantized already, to nf4" in err
+
+
+def test_a_merged_model_is_asked_as_its_adapter_was(run, run_json, strong, reviews, tmp_path):
+    """With its prompt, and in the format it was merged to: 16 bits are not quantized again."""
+    path, _, _ = strong
+    adapter = shutil.copytree(path, tmp_path / "adapter")
+    write_note(adapter, read_note(path)._replace(prompt="Text: {text}\nAnswer:"))
+    for form in ("float32", "nf4"):
+        status, *_ = run("merge", "--adapter", adapter, "--to", form, "--out", tmp_path / form, "--dtype", "float32")
+        assert status == 0
+    options = ("--data", reviews, "--dtype", "float32")
+    (unmerged,) = run_json("evaluate", "--adapter", adapter, *options)
+    (exact,) = run_json("evaluate", "--model", tmp_path / "float32", *options)
+    assert exact["loss"] == pytest.approx(unmerged["loss"], rel=1e-4)
+    assert read_note(tmp_path / "nf4") == read_note(adapter)._replace(quant=None)
 
 
 @pytest.mark.parametrize("rank", [None, 4])

@@ -99,7 +99,8 @@ def base_of(
         model = source.config.base_model_name_or_path
         if not model:
             raise ValueError(f"{source.path} does not say which model it adapts: pass --model.")
-    return load_base(model, quant or source.note.quant, dtype)
+    note = read_note(model) if source.path is None and model is not None else source.note
+    return load_base(model, quant or note.quant, dtype)
 
 
 def load_adapters(source: Source, model: nn.Module) -> tuple[Adapted, Callable[[Sequence[str]], dict[str, Tensor]]]:
@@ -281,7 +282,8 @@ def merge_to(
         merged.save_pretrained(out)
         base.tokenizer.save_pretrained(out)
     if source.note != Note():
-        write_note(out, source.note._replace(quant=None))  # a merged model is asked as its adapter was
+        # A merged model is asked as its adapter was, and 16 bits are not quantized again.
+        write_note(out, source.note._replace(quant=None if isinstance(form, str) else "none"))
     return done
 
 
