@@ -31,7 +31,7 @@ def data(parser: Any, help: str, required: bool = False) -> None:
     """Labelled texts, and how they are put to the model."""
     add = parser.add_argument
     add("--data", metavar="FILE", required=required, help=help)
-    help = f"what the label follows, with \\n for a new line (default: the adapter's, or {PROMPT!r})"
+    help = f"with {{text}} in it, \\n for a new line, before the label (default: the adapter's, or {PROMPT!r})"
     add("--prompt", type=newlines, metavar="TEXT", help=help)
 
 
