@@ -256,3 +256,9 @@ def test_missing_transformers_through_the_demo_itself(capsys, monkeypatch, tmp_p
     monkeypatch.setattr(builtins, "__import__", without)
     assert cli.main(["demo", "--data", str(path), "--model", str(tmp_path)]) == 1
     assert 'pip install "vera-func[demo]"' in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.startswith("vera-func ")

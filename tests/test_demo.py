@@ -532,16 +532,16 @@ def test_inspect_a_model(run, run_json, folder):
     assert (found["kind"], found["type"], found["quantization"]) == ("model", "llama", None)
     assert found["dtype"] == "float32"
     assert found["parameters"] == sum(p.numel() for p in llama().parameters())
-    assert found["trained"] == 2 * (64 + 16 + 32 + 16)
+    assert found["would_train"] == 2 * (64 + 16 + 32 + 16)
     assert found["projections"] == 16 * (64 + 64)
     rows = {row["modules"]: row for row in found["modules"]}
     assert rows["v_proj"] | {"modules": "v_proj"} == {
         **{"modules": "v_proj", "count": 2, "in": "64", "out": "32", "weights": 2 * 64 * 32},
-        **{"adapted": 2, "trained": 2 * (32 + 16)},
+        **{"would_adapt": 2, "would_train": 2 * (32 + 16)},
     }
-    assert rows["down_proj"]["adapted"] == rows["lm_head"]["adapted"] == 0
+    assert rows["down_proj"]["would_adapt"] == rows["lm_head"]["would_adapt"] == 0
     found = run_json("inspect", folder, "--targets", "down_proj")
-    assert found["trained"] == 2 * (64 + 256)
+    assert found["would_train"] == 2 * (64 + 256)
     status, said, _ = run("inspect", folder)
     assert status == 0
     assert "parameters: " in said

@@ -127,6 +127,11 @@ def test_advice():
     assert len(reports) == 4
     assert "Do not merge" in vf.merge_advice(reports)
     assert "safe" in vf.merge_advice(vf.merge_reports(model, adapted.params, adapted.frozen, torch.bfloat16))
+    for kept, error, says in (
+        (1.0, 0.25, "keeps the update: 100 %"),
+        (0.8, 0.25, "changes the adapter's effect: 80 %"),
+    ):
+        assert says in vf.merge_advice({"q": vf.MergeReport(kept, error, size=0.01)})
     nothing = vf.adapt(model, adapted.config)
     assert "adds nothing" in vf.merge_advice(vf.merge_reports(model, nothing.params, nothing.frozen))
 

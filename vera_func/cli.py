@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from .distributed import processes, rank
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         description="VeRA adapters over quantized language models.",
         epilog="Downloads are kept in $VERA_FUNC_CACHE (default: ~/.cache/vera_func).",
     )
+    parser.add_argument("--version", action="version", version=f"vera-func {version('vera-func')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_add_demo, _add_train, _add_evaluate, _add_generate):
         add(commands)

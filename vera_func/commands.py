@@ -511,8 +511,8 @@ def _inspect_model(folder: Path, r: int, targets: Sequence[str] | None) -> dict[
                 "in": ", ".join(str(size) for size in dict.fromkeys(row[1] for row in group)),
                 "out": ", ".join(str(size) for size in dict.fromkeys(row[2] for row in group)),
                 "weights": sum(row[1] * row[2] for row in group),
-                "adapted": len(adapted),
-                "trained": sum(row[2] + r for row in adapted),
+                "would_adapt": len(adapted),
+                "would_train": sum(row[2] + r for row in adapted),
             }
         )
     return {
@@ -524,7 +524,7 @@ def _inspect_model(folder: Path, r: int, targets: Sequence[str] | None) -> dict[
         "quantization": stored.get("bnb_4bit_quant_type" if stored.get("load_in_4bit") else "quant_method"),
         "bytes": sum(_size(file) for file in folder.glob("*.safetensors")),
         "r": r,
-        "trained": sum(row["trained"] for row in rows),
+        "would_train": sum(row["would_train"] for row in rows),
         "projections": r * (widest_in + widest_out),
         "modules": rows,
     }

@@ -212,8 +212,16 @@ def merge_advice(reports: Mapping[str, MergeReport]) -> str:
     )
     if error < 0.1:
         return f"Merging is safe: {share}, with an error of {error:.2g} times the update."
+    if error < 0.5 and kept > 0.95:
+        return (
+            f"Merging keeps the update: {share}. Rounding adds noise of {error:.2f} times its size, spread over all "
+            "weights, which the outputs hardly show as a rule: vera-func evaluate compares them."
+        )
     if error < 0.5:
-        return f"Merging changes the adapter's effect: {share}, with an error of {error:.2f} times the update. Measure."
+        return (
+            f"Merging changes the adapter's effect: {share}, with an error of {error:.2f} times the update. Compare "
+            "the outputs before you use it (vera-func evaluate)."
+        )
     return (
         f"Do not merge like this: {share}, and the rounding adds an error of {error:.2f} times the update. Merge to a "
         "16-bit dtype, merge with calibration, or export a LoRA, which is exact."
