@@ -77,13 +77,13 @@ def test_linear_in_lambda_b_over_any_base(out, in_, r, base, a, b, seed):
 
 
 @laws
-@given(n=st.integers(1, 5), batch=st.integers(1, 4), in_dim=st.sampled_from([0, 1, -2, None]), base=bases, seed=seeds)
+@given(n=st.integers(1, 5), batch=st.integers(1, 4), in_dim=st.sampled_from([0, 1, -2, -3, None]), base=bases, seed=seeds)
 def test_vmap_is_a_loop_is_folding(n, batch, in_dim, base, seed):
     params, frozen, weight, _ = make_layer(n, seed=seed)
     base_fn, _ = make_base(base, weight)
     shape = (batch, weight.shape[1])
     if in_dim is not None:
-        shape = (n, *shape) if in_dim == 0 else (batch, n, weight.shape[1])
+        shape = (n, *shape) if in_dim in (0, -3) else (batch, n, weight.shape[1])
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     f = lambda p, frozen, x: vf.vera_forward(p, frozen, x, base_fn)
     one = lambda i: x if in_dim is None else x.select(in_dim, i)

@@ -776,6 +776,19 @@ class TestPools:
             exact = pool.apply(row(pool.params, 0), pool.frozen, normal(3, 7))
             assert torch.equal(dropped(row(pool.params, 0), pool.frozen, normal(3, 7)), exact) == (pair[0] != pair[1])
 
+    def test_targets_are_in_the_models_order(self):
+        model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(11)))
+        adapters = [vf.adapt(model, vf.VeraConfig(r=4, target_modules=[name])) for name in ("10", "2")]
+        assert list(vf.pool_adapters(adapters).apply.targets) == ["2", "10"]
+
+    def test_keep_int8_activations(self):
+        model = nn.Sequential(vf.to_bnb(vf.quantize_8bit(normal(13, 32))))
+        adapted = vf.adapt(model, vf.VeraConfig(r=4, target_modules=["0"]), int8_activations=True)
+        pool, x = vf.pool_adapters([adapted, adapted]), normal(3, 32)
+        rows = pool.apply(row(pool.params, 1), pool.frozen, x)
+        assert_near(rows, vf.quantized_linear(vf.from_bnb(model[0])[0], x, int8_activations=True))
+        assert relative_error(rows, vf.quantized_linear(vf.from_bnb(model[0])[0], x)) > 1e-4
+
     def test_refuses(self):
         adapted = small()
         other = small()
