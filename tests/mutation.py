@@ -146,7 +146,6 @@ class Mutated(SourceFileLoader):
 
 def run(module: str, code: str, before: dict[str, float], quiet: bool, results: Any) -> None:
     """In a fork: the tests of a module that has this code."""
-
     full, file = f"vera_func.{module}", str(ROOT / "vera_func" / f"{module}.py")
 
     def find_spec(name: str, path: Any, target: Any = None) -> Any:
@@ -231,12 +230,14 @@ def main() -> None:
     hypothesis.settings.load_profile("mutation")
     gc.freeze()  # pytest collects garbage at its end, and should not look at all this again
 
-    rows = [("module", "mutants", "killed", "survived", "score")]
+    rows, left = [("module", "mutants", "killed", "survived", "score")], []
     for module in options.modules:
         count, found = survivors(module, options.sample, options.seed, options.lines)
+        left += found
         score = f"{1 - len(found) / max(count, 1):.0%}"
         rows.append((module, str(count), str(count - len(found)), str(len(found)), score))
-    print(*(f"{name:12}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in rows), sep="\n")
+    table = [f"{name:12}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in rows]
+    print("", *left, "", *table, sep="\n")
 
 
 if __name__ == "__main__":
