@@ -77,6 +77,12 @@ def test_adamw_equals_torch_for_any(seed, **hyper):
     assert_close(steps_here(make(seed=seed), gradients, **hyper)[0], expected, rtol=1e-10, atol=1e-12)
 
 
+def test_adamw_equals_torch_where_only_the_mean_is_left():
+    gradients = [make(seed=1), {k: torch.zeros_like(v) for k, v in make().items()}]
+    hyper = {"learning_rate": 0.03, "betas": (0.9, 0.0), "eps": 0.01}
+    assert_close(steps_here(make(), gradients, **hyper)[0], steps_in_torch(make(), gradients, **hyper), **EXACT)
+
+
 def test_adamw_as_tensors_equals_floats():
     gradients = [make(seed=1), make(seed=2)]
     floats = {"learning_rate": 0.1, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.2}
