@@ -255,6 +255,7 @@ class TestProjections:
             assert 0.999 * bound < drawn[name].abs().max() <= bound
             assert abs(drawn[name].std() - bound / 3**0.5) < 0.01 * bound
             assert not torch.equal(drawn[name], other[name])
+        assert_close(vf.init_projections(64, 1021, 1031), drawn, rtol=0, atol=0)
         # A first, then B, from one generator: a taller B continues a shorter one, a wider A is another draw.
         taller = vf.init_projections(64, 1021, 2000, key=0)
         assert torch.equal(taller["vera_A"], drawn["vera_A"])
