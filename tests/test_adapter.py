@@ -221,6 +221,11 @@ class TestProjections:
         assert_close(drawn, expected, rtol=0, atol=0)
         assert drawn["vera_A"].dtype == torch.float32
 
+    def test_the_draw_is_on_the_cpu_whatever_the_default_device(self):
+        with torch.device("meta"):
+            drawn = vf.init_projections(5, 37, 13)
+        assert_close(drawn, vf.init_projections(5, 37, 13), rtol=0, atol=0)
+
     def test_the_draw_and_the_global_generator_leave_each_other_alone(self):
         torch.manual_seed(0)
         expected, state = vf.init_projections(5, 37, 13), torch.get_rng_state()
