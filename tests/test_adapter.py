@@ -410,6 +410,10 @@ class TestLaws:
         assert torch.equal(vf.vera_forward(params, frozen, x, base_fn), base_fn(x))
         assert not vf.delta_weight(params, frozen, IN).any()
 
+    def test_a_fresh_adapter_is_where_and_what_was_asked_for(self):
+        params = vf.init_params(R, OUT, dtype=torch.bfloat16, device="meta")
+        assert {(leaf.dtype, leaf.device.type) for leaf in params.values()} == {(torch.bfloat16, "meta")}
+
     def test_inputs_are_not_modified(self):
         params, frozen, _, x, base_fn = rows_of(4, x=(4, 2))
         mask = torch.ones_like(x)
