@@ -543,6 +543,13 @@ class TestSharedProduct:
         plain = transform(lambda x: difference(lambda x, A: x @ A.mT, x))(self.x)
         assert_close(step, plain)
 
+    def test_a_product_without_gradients_is_another_one(self):
+        shared, x, A = vf.adapter.SharedProduct(), self.x.clone().requires_grad_(), self.A.clone().requires_grad_()
+        with torch.no_grad():
+            shared(x, A)
+        actual = torch.autograd.grad(shared(x, A).sin().sum(), (x, A))
+        assert_close(actual, torch.autograd.grad((x @ A.mT).sin().sum(), (x, A)))
+
     def test_another_dtype_is_another_product(self):
         shared = vf.adapter.SharedProduct()
         shared(self.x, self.A)

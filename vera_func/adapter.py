@@ -244,18 +244,19 @@ class SharedProduct:
     """
 
     def __init__(self) -> None:
-        self.last: tuple[Tensor, int, Tensor] | None = None  # x, its version, A x
+        self.last: tuple[Tensor, tuple[int, bool], Tensor] | None = None  # x, its version and the grad mode, A x
 
     def __call__(self, x: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]) -> Float[Tensor, "*batch r"]:
         memory = debug_unwrap(x)  # under vmap, only what is wrapped counts its changes
         if memory.is_inference():  # nobody could tell that it changed
             return project(x, A)
+        state = memory._version, torch.is_grad_enabled()  # a product made under no_grad leads to no gradient of A
         if self.last is not None:
-            same, version, z = self.last
-            if same is x and version == memory._version and z.dtype == A.dtype:
+            same, before, z = self.last
+            if same is x and before == state and z.dtype == A.dtype:
                 return _Known.apply(x, A, z) if torch.is_grad_enabled() else z
         z = project(x, A)
-        self.last = x, memory._version, z
+        self.last = x, state, z
         return z
 
 
