@@ -88,6 +88,7 @@ def test_a_new_shell_is_its_base(name):
     shell = make_shell(layer, trained=False, d_initial=0.5)
     assert (shell.lambda_d == 0.5).all()
     assert (shell.lambda_b == 0).all()
+    assert_close(make_shell(layer, trained=False).lambda_d, torch.full_like(shell.lambda_d, 0.1))
 
 
 @pytest.mark.parametrize("name", LAYERS)
