@@ -22,6 +22,9 @@ def main():
     )
     parser.add_argument("--texts", type=int, default=500, help="of each domain, for merging (%(default)s)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], nargs="*", default=["bfloat16", "float32"])
+    parser.add_argument(
+        "--tokens", type=int, nargs="*", default=[1, 16, 128, 512, 2048], help="of single (%(default)s)"
+    )
     parser.add_argument("--adapters", type=int, default=10_000, help="of the bank (%(default)s)")
     parser.add_argument("--out", help="file for the plots of scaling, such as scaling.png")
     parser.add_argument("--dry-run", action="store_true", help="of gpu: tiny, on a CPU, to see that it runs")
@@ -33,7 +36,7 @@ def main():
         if "many" in what:
             many.run(dtype, CASES)
         if "single" in what:
-            single.run(dtype)
+            single.run(dtype, args.tokens)
         if "compiled" in what:
             compiled.run(dtype)
         if "memory" in what:

@@ -16,7 +16,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 TARGETS = {"q,v": ["q_proj", "v_proj"], "all-linear": LINEARS}
 
 
-def run(dtype, tokens=(1, 16, 128, 512, 2048)):
+def run(dtype, tokens):
     """Print a table for each choice of targets."""
     for name, targets in TARGETS.items():
         model = llama(dtype=dtype)
