@@ -69,6 +69,8 @@ def draw(rows, ranges, start, out):
         axis.loglog(at, [row["bare, ms"] for row in part], "s--", label="bare base")
         fixed = ", ".join(f"{name} {value}" for name, value in start.items() if name != what)
         axis.set_title(fixed, fontsize=8)
+        axis.set_xticks(at, [str(size) for size in at])
+        axis.minorticks_off()
         axis.set_xlabel(what)
         axis.grid(which="both", alpha=0.3)
     axes[0].set_ylabel("one forward, ms")
