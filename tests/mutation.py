@@ -44,7 +44,7 @@ TESTS = {
     "merge": ["merge", "laws", "bad_input"],
     "config": ["config", "model", "bad_input"],
     "layers": ["layers", "model", "bad_input"],
-    "model": ["model", "bad_input"],
+    "model": ["model", "bad_input", "adapter", "many"],
     "many": ["many", "laws", "bad_input"],
     "algebra": ["algebra", "bad_input"],
 }

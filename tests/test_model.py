@@ -436,6 +436,15 @@ class TestKeys:
             with pytest.raises(ValueError, match=message):
                 apply(params, wrong, normal(3, 7))
 
+    def test_nothing_runs_without_its_vectors(self):
+        """The copy of the tree holds places, not values: what is not bound fails, and computes nothing."""
+        apply = self.adapted()[0]
+        vectors = [p for name, p in apply.root.named_parameters() if name.endswith(("lambda_b", "lambda_d"))]
+        assert vectors
+        assert all(p.is_meta for p in (*vectors, *apply.root.projections.buffers()))
+        with pytest.raises(NotImplementedError, match="meta"):
+            apply.root.model(normal(3, 7))
+
     def test_errors_leave_no_trace(self):
         apply, params, frozen, _ = self.adapted()
         expected = apply(params, frozen, normal(3, 7))

@@ -103,7 +103,7 @@ class Apply:
             raise ValueError(
                 f"with_dropout needs a torch.Generator, got {type(generator).__name__}; there is no default."
             )
-        return dataclasses.replace(self, generator=generator, local=threading.local())
+        return dataclasses.replace(self, generator=generator)
 
     def __repr__(self) -> str:
         return f"Apply({type(self.model).__name__}, {len(self.targets)} adapted layers)"
