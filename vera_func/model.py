@@ -342,8 +342,6 @@ def make_apply(
             _require_called(name, modules)
             shell: Any = shell_class(layer)(layer, "default", projections.vera_A, projections.vera_B, r, vera_dropout)
             shell.projections = projections
-            shell.lambda_b = nn.Parameter(shell.lambda_b.to("meta"))
-            shell.lambda_d = nn.Parameter(shell.lambda_d.to("meta"))
             for leaf, size in (("lambda_b", shell.out_features), ("lambda_d", r)):
                 slots[_join(name, leaf)] = Slot((_join("model", name, leaf),), (size,), True, True)
             slots[_join(name, "mixture")] = Slot((_join("model", name, "mixture"),), (), True, False)
