@@ -361,7 +361,8 @@ def _place(tree: Any, leaf: Any) -> str:
     try:
         return next(keystr(path) for path, value in tree_flatten_with_path(tree)[0] if value is leaf)
     except ValueError:  # a class that is registered without the names of its fields, as in transformers 5.0
-        return next((f"[{key!r}]" for key, value in tree.items() if value is leaf), "")
+        fields = tree.items() if isinstance(tree, Mapping) else ()
+        return next((f"[{key!r}]" for key, value in fields if value is leaf), "")
 
 
 class _Shared:

@@ -7,7 +7,9 @@ import torch
 from tqdm import tqdm
 
 import vera_func as vf
+from vera_func.answers import calibrate_answers
 from vera_func.assets import load_snippets
+from vera_func.commands import CALIBRATION
 from vera_func.demo import HELD_OUT, demo_examples, split_examples
 from vera_func.examples import polar_examples, split
 from vera_func.pretrained import load_base
@@ -15,9 +17,6 @@ from vera_func.sentiment import answer_logits, collate
 from vera_func.task import encode_examples, make_task
 
 from .common import table
-
-
-CALIBRATION = 192  # training texts, some 6,000 tokens
 
 
 def run(adapter, texts):
@@ -31,14 +30,9 @@ def run(adapter, texts):
         # Shuffled: the files are sorted by label.
         "editorials": encode_examples(base, task, split(polar_examples(load_snippets("nyt")), texts, seed=0)[1]),
     }
-    batches = _batches(encode_examples(base, task, train[:CALIBRATION]), task)
-    gap = partial(_gap, task)
-
     start = time.perf_counter()
-    grams = vf.layer_grams(
-        adapted, [{"input_ids": b["input_ids"], "attention_mask": b["attention_mask"]} for b in batches], readout=gap
-    )
-    weights = vf.calibrated_weights(base.model, *adapted[1:3], grams, progress=tqdm)
+    rows = encode_examples(base, task, train[:CALIBRATION])
+    weights = calibrate_answers(base.model, adapted, task, rows, progress=tqdm)
     seconds = time.perf_counter() - start
 
     merge = partial(vf.merge, base.model, adapted.params, adapted.frozen)
@@ -72,16 +66,6 @@ def _forward_of(model, config):
     """The model's weights as they are stored; bitsandbytes' own forward would round activations, or repack."""
     apply, params, frozen, _ = vf.adapt(model.eval(), config)
     return partial(apply, params, frozen)
-
-
-def _batches(rows, task):
-    rows = sorted(rows, key=lambda row: len(row.ids))
-    return [collate(rows[i : i + 16], task.pad_id) for i in range(0, len(rows), 16)]
-
-
-def _gap(task, output):
-    logits = output.logits[:, -1]
-    return logits[:, task.answers[1]] - logits[:, task.answers[0]]
 
 
 def _gaps(forward, rows, task):
