@@ -14,8 +14,8 @@ import vera_func as vf
 PACKAGE = Path(vf.__file__).parent
 # From the ground up; a file imports only from those before it.
 ORDER = [
-    *("files", "projection", "adapter", "optim", "train", "distributed", "quantized", "calibrate", "merge", "config"),
-    *("layers", "model", "many", "algebra", "checkpoint", "bank", "export", "grams", "assets", "pretrained"),
+    *("files", "projection", "adapter", "optim", "train", "distributed", "quantized", "bnb", "calibrate", "merge"),
+    *("config", "layers", "model", "many", "algebra", "checkpoint", "bank", "export", "grams", "assets", "pretrained"),
     *("examples", "report", "sentiment", "task", "answers", "demo", "commands", "options", "cli"),
 ]
 PUBLIC = {

@@ -15,6 +15,7 @@ from .bank import (
     open_bank as open_bank,
     save_bank as save_bank,
 )
+from .bnb import from_bnb as from_bnb, to_bnb as to_bnb
 from .checkpoint import load_adapter as load_adapter, save_adapter as save_adapter
 from .config import VeraConfig as VeraConfig
 from .distributed import mean_over_parts as mean_over_parts, processes as processes, spread as spread
@@ -57,10 +58,8 @@ from .quantized import (
     Quantized4bit as Quantized4bit,
     Quantized8bit as Quantized8bit,
     dequantize as dequantize,
-    from_bnb as from_bnb,
     quantize_4bit as quantize_4bit,
     quantize_8bit as quantize_8bit,
     quantized_linear as quantized_linear,
-    to_bnb as to_bnb,
 )
 from .train import Fit as Fit, batch_indices as batch_indices, fit as fit, sweep as sweep, sweep_table as sweep_table

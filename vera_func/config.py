@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .quantized import is_bnb_linear
+from .bnb import is_bnb_linear
 
 
 _Names = str | Sequence[str] | None

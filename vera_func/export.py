@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .adapter import require_float
+from .bnb import from_bnb, is_bnb_linear, to_bnb
 from .checkpoint import CONFIG, WEIGHTS, adapter_folder, check_adapter
 from .config import VeraConfig, is_conv1d, linear_sizes
 from .files import replacing
@@ -24,11 +25,8 @@ from .quantized import (
     Quantized,
     Quantized4bit,
     dequantize,
-    from_bnb,
-    is_bnb_linear,
     quantize_4bit,
     quantize_8bit,
-    to_bnb,
 )
 
 

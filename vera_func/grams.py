@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .bnb import from_bnb, is_bnb_linear
 from .export import adapted_layers
 from .merge import merge_calibrated
 from .model import Adapted, to_module
-from .quantized import Quantized, Quantized4bit, from_bnb, is_bnb_linear
+from .quantized import Quantized, Quantized4bit
 
 
 UNIFORM = 0.1  # share of equal weights beside those of the derivative, so that no direction is free

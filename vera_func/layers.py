@@ -13,8 +13,9 @@ from torch.nn.functional import layer_norm, linear
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .adapter import align_rows, delta_weight, dropout_mask, init_params, project, vera_forward
+from .bnb import from_bnb, is_bnb_linear
 from .config import is_conv1d, linear_sizes
-from .quantized import Quantized, Quantized4bit, from_bnb, is_bnb_linear, quantized_linear
+from .quantized import FusedWeight, Quantized, Quantized4bit, fused_weight, quantized_linear
 
 
 class Projections(nn.Module):
@@ -54,6 +55,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, quantized: Quantized, bias: Tensor | None, *, int8_activations: bool = False) -> None:
         super().__init__()
         self.quantized = quantized
+        self.fused: FusedWeight | None = None  # see `fused_weight`
         self.int8_activations = int8_activations
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -63,15 +65,17 @@ class QuantizedLinear(nn.Module):
         return tree_leaves(self.quantized)[0]
 
     def forward(self, x: Tensor) -> Tensor:
+        options: Any = {"int8_activations": self.int8_activations, "fused": self.fused}
         if self.bias is None or self.bias.dim() == 1:
-            return quantized_linear(self.quantized, x, self.bias, int8_activations=self.int8_activations)
-        y = quantized_linear(self.quantized, x, int8_activations=self.int8_activations)
+            return quantized_linear(self.quantized, x, self.bias, **options)
+        y = quantized_linear(self.quantized, x, **options)
         return y + align_rows("bias", self.bias, x).to(y.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
         super()._apply(fn, recurse)
         # Move the weight's tensors, but never cast them: `fn` may be `.half()`, and absmax stays float32.
         self.quantized = tree_map(lambda leaf: leaf.to(fn(leaf).device), self.quantized)
+        self.fused = None if self.fused is None else fused_weight(self.quantized)
         return self
 
 

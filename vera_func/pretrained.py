@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .assets import load_smollm2, quiet_transformers
+from .bnb import from_bnb, is_bnb_linear, to_bnb
 from .files import parse_json, replacing
-from .quantized import Quantized4bit, from_bnb, is_bnb_linear, quantize_4bit, quantize_8bit, to_bnb
+from .quantized import Quantized4bit, quantize_4bit, quantize_8bit
 
 
 if TYPE_CHECKING:

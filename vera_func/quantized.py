@@ -11,12 +11,11 @@ Shapes are those of `adapter`: a weight is (out, in), its input (*batch, in).
 """
 
 import dataclasses
-import sys
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
@@ -26,10 +25,19 @@ from torch.utils._pytree import register_pytree_node
 from .adapter import require_float, require_rows_of_floats
 
 
+# Rows up to which bitsandbytes' fused CPU kernel is faster than dequantizing; above some 50 it is slower.
+FUSED_ROWS = 32
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _STORAGES = (torch.uint8, torch.int8, *_FLOATS, torch.float64)  # those of transformers' BitsAndBytesConfig
-_NESTED_BLOCKSIZE = 256
+NESTED_BLOCKSIZE = 256  # of nested statistics, the only one that bitsandbytes has
+
+
+class FusedWeight(NamedTuple):
+    """A 4-bit weight once more, in the layout of bitsandbytes' kernel for CPUs with AVX512-BF16; see `fused_weight`."""
+
+    packed: Tensor  # (out, in / 2)
+    absmax: Tensor  # (in / blocksize, out) bfloat16
 
 
 class NestedStatistics(NamedTuple):
@@ -141,7 +149,7 @@ def quantize_4bit(
         quant_type=quant_type,
         quant_storage=quant_storage,
     )
-    return _from_state(packed, state, compute_dtype)
+    return from_state(packed, state, compute_dtype)
 
 
 def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) -> Quantized8bit:
@@ -173,7 +181,7 @@ def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) ->
     if half.device.type != "meta" and not half.isfinite().all():
         raise ValueError("the weight overflows float16, through which 8-bit weights are rounded.")
     codes, scale, _ = _ops().int8_vectorwise_quant(half, 0.0)
-    return Quantized8bit(codes, scale, _shape2(codes.shape), float(threshold))
+    return Quantized8bit(codes, scale, shape2(codes.shape), float(threshold))
 
 
 def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
@@ -209,11 +217,13 @@ def quantized_linear(
     bias: Float[Tensor, " out"] | None = None,
     *,
     int8_activations: bool = False,
+    fused: FusedWeight | None = None,
 ) -> Float[Tensor, "*batch out"]:
     """`x dequantize(q)ᵀ + bias`, differentiable in `x` and `bias` to any order.
 
     The weight is dequantized for the product and dropped; backward dequantizes it again. This is the
     arithmetic of bitsandbytes' modules in training. Use it as a `base_fn`: `functools.partial(quantized_linear, q)`.
+    On a GPU, bitsandbytes chooses for few rows a kernel that multiplies by the packed weight itself.
     Inside `torch.compile` the compiler decides what is kept for backward, and it may keep dense weights.
 
     Args:
@@ -223,11 +233,12 @@ def quantized_linear(
         int8_activations: For an 8-bit `q`: round the rows of `x` to 8 bits, too, and multiply integers
             (LLM.int8()), except for features with a value above `q.threshold`, if it is not 0. Faster on
             GPUs and off by a percent or two; its derivative is taken to be that of the exact product.
+        fused: `fused_weight(q)`, to multiply up to `FUSED_ROWS` rows of bfloat16 by where gradients are disabled.
 
     Raises:
         ValueError: If `x` is not (*batch, in) or not of floating-point numbers, if a bias is not (out,), if
-            `int8_activations` is asked of a 4-bit weight, or if the weight itself is to be differentiated or mapped
-            over.
+            `int8_activations` is asked of a 4-bit weight, if `fused` is of another weight, or if the weight itself is
+            to be differentiated or mapped over.
 
     Example:
         >>> import torch
@@ -243,6 +254,10 @@ def quantized_linear(
         raise ValueError(f"x {tuple(x.shape)} must end in the weight's in_features {in_features} (weight {q.shape}).")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias must be ({out_features},), got {tuple(bias.shape)}.")
+    if fused is not None and (isinstance(q, Quantized8bit) or fused.packed.shape != (out_features, in_features // 2)):
+        raise ValueError(
+            f"fused {tuple(fused.packed.shape)} is no copy of the weight {q.shape}; fused_weight makes it."
+        )
     dtype = x.dtype
     if isinstance(q, Quantized4bit) and q.compute_dtype is not None:
         x = x.to(q.compute_dtype)
@@ -252,15 +267,44 @@ def quantized_linear(
         if not isinstance(q, Quantized8bit):
             raise ValueError("int8_activations needs an 8-bit weight; this one has 4 bits.")
         y = _Int8Product.apply(x, bias, spec, *leaves)
-    elif torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    elif torch.compiler.is_compiling() or not (torch.is_grad_enabled() or x.is_cuda or fused):
         # Dynamo (2.13) refuses a Function with a jvp; what the plain form keeps is the compiler's choice. Where nothing
         # is kept, the plain form has less overhead.
         _refuse_weight_derivative(any(map(_is_differentiated, leaves)))
         y = linear(x, _dequantize(spec, leaves, x.dtype), bias)
     else:
-        y = _Product.apply(x, bias, spec, False, *leaves)
+        y = _Product.apply(x, bias, spec, None if torch.is_grad_enabled() else fused, False, *leaves)
     # Under autocast, bitsandbytes' 4-bit layer returns the dtype of x, and its 8-bit layer that of the product.
     return y.to(dtype) if isinstance(q, Quantized4bit) else y
+
+
+def fused_weight(q: Quantized) -> FusedWeight | None:
+    """A second copy of a 4-bit weight, for bitsandbytes' fused kernel on CPUs with AVX512-BF16.
+
+    For up to `FUSED_ROWS` rows of bfloat16 the kernel is several times faster than dequantizing, because it reads the
+    packed weight only. The price is the memory, half a byte and 2 / blocksize a weight, and scales that are rounded to
+    bfloat16: by up to 0.4 %, or not at all if the weight was bfloat16 and its scales are not nested. bitsandbytes' own
+    modules replace their weight by such a copy without being asked, in eval mode; here `q` stays, and gradients are
+    taken through `q`.
+
+    Returns:
+        The copy, or None where nothing could use it: on another CPU, for 8 bits, or if `out` is not a multiple of 32 or
+        `in` not one of the block size.
+
+    Example:
+        >>> fused_weight(quantize_8bit(torch.ones(32, 64))) is None
+        True
+    """
+    if not isinstance(q, Quantized4bit) or q.packed.device.type != "cpu" or not _has_fused_kernel():
+        return None
+    out_features, in_features = q.shape
+    if out_features % 32 or in_features % q.blocksize:
+        return None
+    codes, absmax = unpack(q)
+    # 32 rows at a time, column pair by column pair; of 64 codes the first 32 are the low halves of 32 bytes.
+    codes = codes.reshape(out_features // 32, 32, in_features // 2, 2).transpose(1, 2).reshape(-1, 2, 32)
+    packed = ((codes[:, 1] << 4) | codes[:, 0]).reshape(out_features, in_features // 2)
+    return FusedWeight(packed, absmax.reshape(out_features, -1).T.to(torch.bfloat16).contiguous())
 
 
 def validate(q: Quantized) -> None:
@@ -294,7 +338,7 @@ def validate(q: Quantized) -> None:
     blocks = -(-values // q.blocksize)
     _check_leaf("absmax", q.absmax, (blocks,), torch.float32 if q.nested is None else torch.uint8)
     if q.nested is not None:
-        groups = -(-blocks // _NESTED_BLOCKSIZE)
+        groups = -(-blocks // NESTED_BLOCKSIZE)
         _check_leaf("nested.scale", q.nested.scale, (groups,), torch.float32)
         _check_leaf("nested.code", q.nested.code, (256,), torch.float32)
         _check_leaf("nested.offset", q.nested.offset, (), torch.float32)
@@ -347,112 +391,6 @@ def pack(q: Quantized4bit, codes: UInt8[Tensor, "out in"], absmax: Float[Tensor,
     return new
 
 
-def is_bnb_linear(module: nn.Module) -> bool:
-    """Whether a module is bitsandbytes' `Linear4bit` or `Linear8bitLt` (which need not be installed).
-
-    Example:
-        >>> is_bnb_linear(torch.nn.Linear(2, 3))
-        False
-    """
-    # No module can be an instance of a package that nobody has imported.
-    bnb = sys.modules.get("bitsandbytes")
-    return bnb is not None and isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
-
-
-def from_bnb(module: nn.Module) -> tuple[Quantized, Tensor | None]:
-    """Read `(q, bias)` from a bitsandbytes linear module, in whatever state it is, and leave it as it is.
-
-    The states: not yet quantized (quantized here as bitsandbytes would on moving it), fresh, after a forward in
-    training, after an 8-bit forward (statistics moved to `module.state`), and after an eval-mode forward on a
-    CPU with AVX512-BF16, which repacks a 4-bit weight in place: it is unpacked into a copy, and its statistics
-    are what bitsandbytes left of them, rounded to bfloat16 and no longer nested. In the others the tensors are
-    the module's own.
-
-    Args:
-        module: `bitsandbytes.nn.Linear4bit` or `Linear8bitLt`.
-
-    Returns:
-        The weight, and the bias (out,) or None.
-
-    Raises:
-        ValueError: If the module is another one, or its tensors contradict each other.
-
-    Example:
-        >>> import bitsandbytes as bnb
-        >>> q, bias = from_bnb(bnb.nn.Linear4bit(64, 32, quant_type="nf4").to("cpu"))
-        >>> q.shape, q.quant_type, bias.shape
-        ((32, 64), 'nf4', torch.Size([32]))
-    """
-    if not is_bnb_linear(module):
-        raise ValueError(f"expected bitsandbytes' Linear4bit or Linear8bitLt, got {type(module).__name__}.")
-    is_4bit = isinstance(module, sys.modules["bitsandbytes"].nn.Linear4bit)
-    q = _read_4bit(module) if is_4bit else _read_8bit(module)
-    validate(q)
-    bias = getattr(module, "bias", None)
-    return q, None if bias is None else bias.detach()
-
-
-def to_bnb(q: Quantized, bias: Tensor | None = None) -> nn.Module:
-    """An ordinary bitsandbytes module with a copy of this weight; `from_bnb(to_bnb(q))` is `q`.
-
-    Args:
-        q: A quantized weight.
-        bias: (out,), or None.
-
-    Returns:
-        `bitsandbytes.nn.Linear4bit` or `Linear8bitLt`, on the weight's device.
-
-    Raises:
-        ValueError: If the bias is not (out,).
-
-    Example:
-        >>> import torch
-        >>> to_bnb(quantize_4bit(torch.ones(32, 64)))
-        Linear4bit(in_features=64, out_features=32, bias=False)
-    """
-    validate(q)
-    out_features, in_features = q.shape
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias must be ({out_features},), got {tuple(bias.shape)}.")
-    import bitsandbytes as bnb
-
-    has_bias = bias is not None
-    module: Any
-    if isinstance(q, Quantized8bit):
-        module = bnb.nn.Linear8bitLt(
-            in_features, out_features, has_bias, has_fp16_weights=False, threshold=q.threshold, device="meta"
-        )
-        codes = q.codes.clone()
-        module.weight = bnb.nn.Int8Params(
-            codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=q.scale.clone()
-        )
-    else:
-        module = bnb.nn.Linear4bit(
-            in_features,
-            out_features,
-            has_bias,
-            compute_dtype=q.compute_dtype,
-            quant_storage=q.packed.dtype,
-            device="meta",
-        )
-        state = _to_state(q)
-        module.weight = bnb.nn.Params4bit(
-            q.packed.clone(),
-            requires_grad=False,
-            quant_state=state,
-            blocksize=q.blocksize,
-            compress_statistics=q.nested is not None,
-            quant_type=q.quant_type,
-            quant_storage=q.packed.dtype,
-            module=module,
-            bnb_quantized=True,
-        )
-        module.quant_state = state
-    if bias is not None:
-        module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return module
-
-
 class _Product(torch.autograd.Function):
     """`x Wᵀ + bias`, or `x W` if transposed, with W dequantized for the occasion.
 
@@ -461,13 +399,14 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x, bias, spec, transposed, *leaves):
-        weight = _dequantize(spec, leaves, x.dtype)
-        return torch.matmul(x, weight) if transposed else linear(x, weight, bias)
+    def forward(x, bias, spec, fused, transposed, *leaves):
+        if transposed:
+            return torch.matmul(x, _dequantize(spec, leaves, x.dtype))
+        return _multiply(x, bias, spec, fused, leaves)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, spec, transposed, *leaves = inputs
+        _, _, spec, _, transposed, *leaves = inputs
         ctx.spec, ctx.transposed = spec, transposed
         # An absent tangent stays None, so that one of the weight's can be told from zeros and refused.
         ctx.set_materialize_grads(False)
@@ -477,30 +416,30 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        _refuse_weight_derivative(any(ctx.needs_input_grad[4:]))
+        _refuse_weight_derivative(any(ctx.needs_input_grad[5:]))
         leaves = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor a single time
         grad_x = grad_bias = None
         if grad is not None and ctx.needs_input_grad[0]:
-            grad_x = _Product.apply(grad, None, ctx.spec, not ctx.transposed, *leaves)
+            grad_x = _Product.apply(grad, None, ctx.spec, None, not ctx.transposed, *leaves)
         if grad is not None and ctx.needs_input_grad[1]:
             grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
-        return grad_x, grad_bias, None, None, *[None] * len(leaves)
+        return grad_x, grad_bias, None, None, None, *[None] * len(leaves)
 
     @staticmethod
-    def jvp(ctx, x_t, bias_t, _spec, _transposed, *leaves_t):
+    def jvp(ctx, x_t, bias_t, _spec, _fused, _transposed, *leaves_t):
         _refuse_weight_derivative(any(tangent is not None for tangent in leaves_t))
         return _tangent(ctx, x_t, bias_t, ctx.transposed)
 
     @staticmethod
-    def vmap(info, in_dims, x, bias, spec, transposed, *leaves):
-        x_dim, bias_dim, _, _, *leaf_dims = in_dims
+    def vmap(info, in_dims, x, bias, spec, fused, transposed, *leaves):
+        x_dim, bias_dim, _, _, _, *leaf_dims = in_dims
         _refuse_weight_map(leaf_dims)
         # One product over all rows; a mapped bias is one a row.
         if x_dim is not None:
             x = x.movedim(x_dim, 0)
         if bias_dim is None:
-            return _Product.apply(x, bias, spec, transposed, *leaves), None if x_dim is None else 0
-        y = _Product.apply(x, None, spec, transposed, *leaves)
+            return _Product.apply(x, bias, spec, fused, transposed, *leaves), None if x_dim is None else 0
+        y = _Product.apply(x, None, spec, fused, transposed, *leaves)
         bias = bias.movedim(bias_dim, 0)
         inner = y.dim() - 1 if x_dim is None else y.dim() - 2
         return y + bias.reshape(bias.shape[0], *[1] * inner, bias.shape[-1]), 0
@@ -534,7 +473,7 @@ class _Int8Product(torch.autograd.Function):
         _refuse_weight_derivative(any(ctx.needs_input_grad[3:]))
         grad_x = grad_bias = None
         if grad is not None and ctx.needs_input_grad[0]:
-            grad_x = _Product.apply(grad, None, ctx.spec, True, *ctx.saved_tensors)
+            grad_x = _Product.apply(grad, None, ctx.spec, None, True, *ctx.saved_tensors)
         if grad is not None and ctx.needs_input_grad[1]:
             grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
         return grad_x, grad_bias, None, None, None
@@ -564,8 +503,59 @@ class _Int8Product(torch.autograd.Function):
 def _tangent(ctx: Any, x_t: Tensor | None, bias_t: Tensor | None, transposed: bool) -> Tensor | None:
     if x_t is None:
         return None if bias_t is None else bias_t.expand(ctx.output_shape)
-    y_t = _Product.apply(x_t, None, ctx.spec, transposed, *ctx.saved_tensors)
+    y_t = _Product.apply(x_t, None, ctx.spec, None, transposed, *ctx.saved_tensors)
     return y_t if bias_t is None else y_t + bias_t
+
+
+def _multiply(x: Tensor, bias: Tensor | None, spec: tuple, fused: FusedWeight | None, leaves: Any) -> Tensor:
+    """The product by the number of rows: by the packed weight for few, where there is a kernel, else by the dense one.
+
+    Only for tensors that no transform has wrapped: bitsandbytes' kernels have no derivatives, and don't say so.
+    """
+    cls, static = spec
+    rows = x.numel() // x.shape[-1]
+    if fused is not None and 0 < rows <= FUSED_ROWS and x.dtype == torch.bfloat16:
+        shape, _, quant_type, blocksize, _ = static
+        y = _fused_product(x.contiguous(), fused, shape, quant_type, blocksize)
+        return y if bias is None else y + bias
+    if x.is_cuda and cls is Quantized4bit and rows and x.dtype in _FLOATS and x.shape[-1] % static[3] == 0:
+        return _choose_product(x, bias, spec, leaves)
+    return linear(x, _dequantize(spec, leaves, x.dtype), bias)
+
+
+def _fused_product(x: Tensor, fused: FusedWeight, shape: tuple[int, int], quant_type: str, blocksize: int) -> Tensor:
+    from bitsandbytes import functional
+
+    code = functional.get_4bit_type(quant_type, device=x.device)  # tells the kernel which type it is
+    return _ops().gemv_4bit(x, fused.packed, shape, fused.absmax, code, blocksize)
+
+
+def _choose_product(x: Tensor, bias: Tensor | None, spec: tuple, leaves: Any) -> Tensor:
+    """bitsandbytes' own choice for this GPU, shape and number of rows."""
+    shape, _, quant_type, blocksize, _ = spec[1]
+    _check_sizes(spec, leaves)
+    packed, absmax, *nested = leaves
+    if not nested:
+        return _ops().gemm_4bit(x, packed, shape, absmax, blocksize, quant_type, bias=bias)
+    scale, code, offset = nested
+    return _ops().gemm_4bit(
+        x,
+        packed,
+        shape,
+        scale,
+        blocksize,
+        quant_type,
+        bias=bias,
+        absmax_8bit=absmax,
+        absmax_code=code,
+        absmax_offset=offset,
+    )
+
+
+def _has_fused_kernel() -> bool:
+    from bitsandbytes import functional
+
+    return functional.has_avx512bf16()
 
 
 def _dequantize(spec: tuple, leaves: Any, dtype: torch.dtype) -> Tensor:
@@ -590,7 +580,7 @@ def _check_sizes(spec: tuple, leaves: Any) -> None:
     else:
         blocks = -(-values // spec[1][3])
         right = leaves[0].nbytes == (values + 1) // 2 and leaves[1].shape == (blocks,)
-        right = right and (len(leaves) == 2 or leaves[2].shape == (-(-blocks // _NESTED_BLOCKSIZE),))
+        right = right and (len(leaves) == 2 or leaves[2].shape == (-(-blocks // NESTED_BLOCKSIZE),))
     if not right:
         validate(_unflatten(leaves, spec))
 
@@ -599,7 +589,7 @@ def _absmax(absmax: Tensor, *nested: Tensor) -> Tensor:
     if not nested:
         return absmax
     scale, code, offset = nested
-    return _ops().dequantize_blockwise(absmax, scale, code, _NESTED_BLOCKSIZE, torch.float32) + offset
+    return _ops().dequantize_blockwise(absmax, scale, code, NESTED_BLOCKSIZE, torch.float32) + offset
 
 
 def _flatten(q: Quantized) -> tuple[list[Tensor], tuple]:
@@ -632,94 +622,26 @@ def _ops() -> Any:
     return torch.ops.bitsandbytes
 
 
-def _read_4bit(module: Any) -> Quantized4bit:
-    weight = module.weight
-    state = getattr(weight, "quant_state", None) or module.quant_state
-    if state is None:
-        return quantize_4bit(
-            weight.data,
-            weight.quant_type,
-            weight.blocksize,
-            weight.compress_statistics,
-            quant_storage=weight.quant_storage,
-            compute_dtype=module.compute_dtype,
-        )
-    if getattr(state, "packing_format_for_cpu", False):
-        return _unpack_cpu_format(weight.data, state, module.compute_dtype)
-    return _from_state(weight.data, state, module.compute_dtype)
+def from_state(packed: Tensor, state: Any, compute_dtype: torch.dtype | None) -> Quantized4bit:
+    """A weight from bitsandbytes' bytes and `QuantState`, which keep their memory.
 
-
-def _read_8bit(module: Any) -> Quantized8bit:
-    weight, state = module.weight, module.state
-    if weight.dtype != torch.int8 and state.CB is None:
-        return quantize_8bit(weight.data, threshold=state.threshold)
-    codes = weight.CB if weight.CB is not None else state.CB
-    codes = weight.data if codes is None else codes
-    scale = weight.SCB if weight.SCB is not None else state.SCB
-    if scale is None:
-        raise ValueError("the Linear8bitLt holds int8 codes, but no row scales (SCB).")
-    return Quantized8bit(codes, scale, _shape2(codes.shape), float(state.threshold))
-
-
-def _from_state(packed: Tensor, state: Any, compute_dtype: torch.dtype | None) -> Quantized4bit:
+    Raises:
+        ValueError: If statistics are nested in blocks of another size.
+    """
     nested = None
     if state.nested:
-        if state.state2.blocksize != _NESTED_BLOCKSIZE:
+        if state.state2.blocksize != NESTED_BLOCKSIZE:
             raise ValueError(
                 f"nested statistics in blocks of {state.state2.blocksize} are not supported by bitsandbytes "
-                f"either; {_NESTED_BLOCKSIZE} is."
+                f"either; {NESTED_BLOCKSIZE} is."
             )
         nested = NestedStatistics(state.state2.absmax, state.state2.code, state.offset.float())
     absmax = state.absmax if state.nested else state.absmax.float()
     if absmax.dim() == 2:
         # A state_dict() of the module unpacked its weight, and forgot to turn these back.
         absmax = absmax.t().reshape(-1)
-    shape = _shape2(state.shape)
+    shape = shape2(state.shape)
     return Quantized4bit(packed, absmax, nested, shape, state.dtype, state.quant_type, state.blocksize, compute_dtype)
-
-
-def _to_state(q: Quantized4bit) -> Any:
-    from bitsandbytes import functional
-
-    code = functional.get_4bit_type(q.quant_type, device=q.packed.device)
-    offset = state2 = None
-    if q.nested is not None:
-        scale, nested_code, offset = (leaf.clone() for leaf in q.nested)
-        state2 = functional.QuantState(absmax=scale, code=nested_code, blocksize=_NESTED_BLOCKSIZE, dtype=torch.float32)
-    return functional.QuantState(
-        absmax=q.absmax.clone(),
-        shape=torch.Size(q.shape),
-        code=code,
-        blocksize=q.blocksize,
-        quant_type=q.quant_type,
-        dtype=q.dtype,
-        offset=offset,
-        state2=state2,
-    )
-
-
-def _unpack_cpu_format(packed: Tensor, state: Any, compute_dtype: torch.dtype | None) -> Quantized4bit:
-    """Undo bitsandbytes' layout for its AVX512-BF16 kernel, without touching the state.
-
-    That layout holds 32 rows at a time, column pair by column pair: of 64 neighbouring indices the first 32
-    are the low halves of 32 bytes, the last 32 the high ones.
-    """
-    out_features, in_features = state.shape
-    halves = packed.reshape(-1, 32)
-    indices = torch.cat([halves & 15, halves >> 4], dim=1)
-    indices = indices.reshape(out_features // 32, in_features // 2, 32, 2).transpose(1, 2)
-    pairs = indices.reshape(-1, 2)
-    storage = getattr(state, "original_storage_type", None) or torch.uint8
-    return Quantized4bit(
-        ((pairs[:, 0] << 4) | pairs[:, 1]).view(storage)[:, None],
-        state.absmax.t().reshape(-1).float(),
-        None,
-        _shape2(state.shape),
-        state.original_dtype,
-        state.quant_type,
-        state.blocksize,
-        compute_dtype,
-    )
 
 
 def _check_weight(weight: Tensor) -> None:
@@ -762,6 +684,7 @@ def _refuse_weight_map(dims: list) -> None:
         raise ValueError("a quantized weight can't be mapped over: give it in_dims None, or close over it.")
 
 
-def _shape2(shape: Any) -> tuple[int, int]:
+def shape2(shape: Any) -> tuple[int, int]:
+    """`(out, in)` as plain integers."""
     out_features, in_features = (int(size) for size in shape)
     return out_features, in_features
