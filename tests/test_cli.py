@@ -150,7 +150,10 @@ def test_train_is_the_same_without_the_talk(demo, capsys):
     demo.result = Result(after=0.75, loss=float("nan"), out=Path("there"), bank=None)
     train = ["train", "--data", "x.csv", "--out", "there"]
     assert cli.main([*train, "--adapters", "2"]) == 0
-    assert capsys.readouterr().out == "after: 0.75\nloss: nan\nout: there\n"
+    assert capsys.readouterr().out == (
+        "after: 0.75\nloss: nan\nout: there\n"
+        "Next: vera-func predict --adapter there 'A new text.'; vera-func inspect there\n"
+    )
     assert cli.main([*train, "--json"]) == 0
     assert cli.main(["demo", "--json"]) == 0
     one, other = capsys.readouterr().out.split("}\n{")
@@ -175,7 +178,7 @@ def test_a_missing_module_that_is_no_extra_is_a_bug(demo):
         cli.main(["demo"])
 
 
-COMMANDS = ["demo", "train", "evaluate", "generate", "merge", "export-lora", "inspect", "convert"]
+COMMANDS = ["demo", "train", "evaluate", "predict", "generate", "merge", "export-lora", "inspect", "convert"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

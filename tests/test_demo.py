@@ -1,6 +1,7 @@
 """The whole command line on a tiny model with a tiny tokenizer, and once the real thing, at CI size."""
 
 import csv
+import io
 import json
 import shutil
 
@@ -10,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import vera_func as vf
-from vera_func import cli, commands, demo
+from vera_func import cli, demo, inspection
 from vera_func.assets import load_snippets
 from vera_func.examples import polar_examples, read_examples
 from vera_func.many import unstack_adapters
@@ -321,6 +322,61 @@ def test_evaluate_a_bank(run, run_json, trained, reviews, tmp_path):
     assert [row["name"] for row in json.loads((tmp_path / "table.json").read_text())] == [row["name"] for row in rows]
     status, said, _ = run("evaluate", "--bank", bank, "--data", reviews)
     assert said.splitlines()[0].split() == ["name", "accuracy", "loss", "texts"]
+
+
+# predict
+
+
+def test_predictions_are_what_evaluate_counts(run_json, trained, reviews):
+    bank, examples = trained / "bank.safetensors", read_examples(reviews)
+    rows = run_json("predict", "--bank", bank, "--data", reviews, "--batch-size", "7", "--chunk", "3")
+    names = vf.open_bank(bank).names
+    assert [(row["adapter"], row["text"]) for row in rows] == [(n, e.text) for n in names for e in examples]
+    for score in run_json("evaluate", "--bank", bank, "--data", reviews):
+        own = [row for row in rows if row["adapter"] == score["name"]]
+        right = [row["label"] == example.label for row, example in zip(own, examples, strict=True)]
+        assert sum(right) / len(right) == pytest.approx(score["accuracy"])
+        # Of two labels the likelier one, so that the loss can be told from it.
+        p = torch.tensor([row["probability"] for row in own], dtype=torch.float64)
+        assert p.min() >= 0.5
+        loss = -torch.where(torch.tensor(right), p, 1 - p).log().mean()
+        assert loss.item() == pytest.approx(score["loss"], rel=1e-4)
+
+
+def test_predict_takes_texts_from_everywhere(run, run_json, trained, folder, tmp_path, monkeypatch):
+    texts = ["the film was joy", "the plot was dull and the end was dull"]
+    rows = run_json("predict", "--adapter", trained, *texts)
+    assert [row["text"] for row in rows] == texts
+    assert {row["adapter"] for row in rows} == {"sweep"}
+    file = tmp_path / "new.jsonl"
+    file.write_text("".join(json.dumps({"text": text, "id": 7}) + "\n" for text in texts))
+    assert run_json("predict", "--adapter", trained, "--data", file) == rows
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([texts[0], "", texts[1], ""])))
+    assert run_json("predict", "--adapter", trained) == rows
+    status, said, _ = run("predict", "--adapter", trained, *texts, "--out", tmp_path / "labels.csv")
+    assert (status, said) == (0, f"2 rows written to {tmp_path / 'labels.csv'}\n")
+    with (tmp_path / "labels.csv").open() as lines:
+        assert [(row["text"], row["label"]) for row in csv.DictReader(lines)] == [(r["text"], r["label"]) for r in rows]
+    # A base that nothing is known of can choose from labels that are given.
+    (row, _) = run_json("predict", "--model", folder, *texts, "--labels", "good,bad")
+    assert (row["adapter"], row["label"] in ("good", "bad")) == ("base", True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--adapter", "TRAINED", "a text", "--data", "new.csv"], "texts or --data, not both"),
+        (["--model", "FOLDER", "a text"], "does not say what it answers with: pass --labels a,b"),
+        (["--model", "FOLDER", "a text", "--labels", "good"], "pass --labels a,b"),
+        (["--adapter", "TRAINED", " "], "there is nothing to label"),
+        (["--adapter", "TRAINED", "a", "--out", "labels.txt"], "it must be .csv or .json"),
+    ],
+)
+def test_predictions_that_cannot_be_made(run, trained, folder, words, message):
+    words = [{"TRAINED": trained, "FOLDER": folder}.get(word, word) for word in words]
+    status, said, err = run("predict", *words)
+    assert (status, said) == (2, "")
+    assert message in err
 
 
 def test_evaluate_the_base_alone(run_json, folder, reviews):
@@ -667,4 +723,4 @@ def test_the_real_model_learns_at_ci_size(tmp_path):
     assert result.after > result.before + 0.05
     assert result.after > 0.8
     assert result.difference < 1e-3
-    assert commands.inspect_path(str(tmp_path / "out"))["quant"] == "nf4"
+    assert inspection.inspect_path(str(tmp_path / "out"))["quant"] == "nf4"

@@ -22,9 +22,10 @@ from torch.testing import assert_close
 import vera_func as vf
 from vera_func import cli, distributed
 from vera_func.bank import open_bank
-from vera_func.commands import base_of, evaluate, open_source
+from vera_func.commands import evaluate
 from vera_func.examples import read_examples
 from vera_func.pretrained import load_base
+from vera_func.sources import base_of, open_source
 
 import distributed_case
 from helpers import randomized, relative_error

@@ -16,7 +16,8 @@ PACKAGE = Path(vf.__file__).parent
 ORDER = [
     *("files", "projection", "adapter", "optim", "train", "distributed", "quantized", "bnb", "calibrate", "merge"),
     *("config", "layers", "model", "many", "algebra", "checkpoint", "bank", "export", "grams", "assets", "pretrained"),
-    *("examples", "report", "sentiment", "task", "answers", "demo", "commands", "options", "cli"),
+    *("examples", "report", "sentiment", "task", "answers", "demo", "sources", "commands", "inspection"),
+    *("options", "cli"),
 ]
 PUBLIC = {
     name: getattr(vf, name) for name in dir(vf) if not name.startswith("_") and not inspect.ismodule(getattr(vf, name))

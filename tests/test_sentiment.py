@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
 from vera_func.assets import Snippet
-from vera_func.examples import Example, polar_examples, read_examples, split
+from vera_func.examples import Example, polar_examples, read_examples, read_texts, split
 from vera_func.sentiment import (
     Encoded,
     accepted_arguments,
@@ -108,6 +108,18 @@ def test_bad_files_name_file_and_line(tmp_path, name):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone\.csv"):
         read_examples(tmp_path / "gone.csv")
+
+
+def test_texts_need_no_labels(tmp_path):
+    assert read_texts(write(tmp_path, "a.csv", "id,text\n1,A joy.\n2,Dull.\n")) == ["A joy.", "Dull."]
+    assert read_texts(write(tmp_path, "a.jsonl", '{"text": "A joy.", "label": 3}\n')) == ["A joy."]
+    for name, content, message in (
+        ("a.csv", "id,label\n1,x\n", "without \\['text'\\]; it names the columns, of which it must have text"),
+        ("a.csv", "text\nA joy.\n  \n", "line 3: 'text' must be a text that is not empty"),
+        ("a.jsonl", '{"text": 3}', "line 1: 'text' must be a text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_texts(write(tmp_path, name, content))
 
 
 def test_polar_examples():

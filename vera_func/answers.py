@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .grams import calibrated_weights, layer_grams
 from .model import Adapted, adapt
 from .quantized import Quantized
-from .sentiment import Encoded, answer_logits, collate
+from .sentiment import Encoded, answer_logits, batches_by_length
 from .task import Task
 
 
@@ -56,7 +56,8 @@ def calibrate_answers(
         ValueError: As for `calibrated_weights`.
     """
     batches = [
-        {name: batch[name] for name in batch.keys() & task.accepts} for batch in _batches(rows, task, batch_size)
+        {name: batch[name] for name in batch.keys() & task.accepts}
+        for batch in batches_by_length(rows, batch_size, task.pad_id)
     ]
     gap = partial(answer_gap, answers=task.answers)
     grams = layer_grams(adapted, progress(batches), readout=lambda output: gap(output.logits[:, -1]))
@@ -117,11 +118,6 @@ def _answers(
 ) -> Tensor:
     """The logits of the labels (texts, labels), less their mean, which answers nothing; in the order of length."""
     forward = partial(adapted.apply, params, adapted.frozen)
-    batches = progress(_batches(rows, task, 32))
+    batches = progress(batches_by_length(rows, 32, task.pad_id))
     logits = torch.cat([answer_logits(forward, batch, task.accepts)[:, task.answers].float() for batch in batches])
     return logits - logits.mean(1, keepdim=True)
-
-
-def _batches(rows: Sequence[Encoded], task: Task, size: int) -> list[dict[str, Any]]:
-    rows = sorted(rows, key=lambda row: len(row.ids))
-    return [collate(rows[i : i + size], task.pad_id) for i in range(0, len(rows), size)]

@@ -10,6 +10,10 @@ from .distributed import processes, rank
 from .options import DTYPES, QUANTS, data, model, names, newlines, positive, source
 
 
+COLUMNS = (
+    "kept: the part of the update that is in the merged weights (kept_least: of the worst module); error: what is off, "
+    "relative to the update; size: of the update, relative to the weight."
+)
 EXTRAS = {"transformers", "tokenizers", "tqdm", "gguf", "sentencepiece", "accelerate"}
 # What a user can put right in the command line or in a file, as opposed to what the world does.
 USER_MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
@@ -51,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vera-func {version('vera-func')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_train, _add_evaluate, _add_generate):
+    for add in (_add_demo, _add_train, _add_evaluate, _add_predict, _add_generate):
         add(commands)
     for add in (_add_merge, _add_export_lora, _add_inspect, _add_convert):
         add(commands)
@@ -125,7 +129,8 @@ def _run_demo(args: argparse.Namespace) -> None:
         say=_say if talk else lambda line: None,
     )
     if not talk:
-        _emit(args, result._asdict(), lambda: describe(result._asdict(), "sweep"))
+        following = f"Next: vera-func predict --adapter {args.out} 'A new text.'; vera-func inspect {args.out}"
+        _emit(args, result._asdict(), lambda: f"{describe(result._asdict(), 'sweep')}\n{following}")
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -146,14 +151,13 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _run_evaluate(args: argparse.Namespace) -> None:
-    from .commands import evaluate, open_source
+    from .commands import evaluate
     from .demo import HELD_OUT, demo_examples, split_examples
     from .examples import read_examples
-    from .report import check_table_path, format_table, write_table
+    from .sources import open_source
 
     adapters = open_source(args.adapter, args.bank, args.name)
-    if args.out:
-        check_table_path(args.out)
+    _check_out(args)
     examples = read_examples(args.data) if args.data else split_examples(demo_examples(), HELD_OUT, seed=0)[1]
     rows = evaluate(
         adapters,
@@ -163,9 +167,41 @@ def _run_evaluate(args: argparse.Namespace) -> None:
         chunk=args.chunk,
         batch_size=args.batch_size,
     )
-    if args.out and rank() == 0:
-        write_table(args.out, rows)
-    _emit(args, rows, lambda: f"{len(rows)} rows written to {args.out}" if args.out else format_table(rows))
+    _emit_table(args, rows)
+
+
+def _add_predict(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "predict",
+        _run_predict,
+        help="label texts, and say how probable the label is",
+        example="vera-func predict --adapter vera-demo 'A joy to watch.' 'Two hours too long.'\n"
+        "  vera-func predict --adapter vera-demo --data new.csv --out labelled.csv",
+    )
+    add = parser.add_argument
+    add("texts", nargs="*", metavar="TEXT", help="texts (default: those of --data, or the lines of stdin)")
+    source(parser)
+    data(parser, "JSONL or CSV with text")
+    add("--labels", metavar="NAMES", type=names, help="to choose from (default: those that the adapter was trained on)")
+    add("--chunk", type=positive(int), default=8, metavar="N", help="adapters at once, %(default)s")
+    add("--batch-size", type=positive(int), default=32, metavar="N", help="texts at once, %(default)s")
+    add("--out", metavar="FILE", help="write the table here, as CSV or JSON by the suffix")
+
+
+def _run_predict(args: argparse.Namespace) -> None:
+    from .commands import predict
+    from .examples import read_texts
+    from .sources import open_source
+
+    if args.texts and args.data:
+        raise ValueError("give texts or --data, not both.")
+    adapters = open_source(args.adapter, args.bank, args.name)
+    _check_out(args)
+    texts = args.texts or (read_texts(args.data) if args.data else _lines())
+    options = {name: getattr(args, name) for name in ("prompt", "chunk", "batch_size")}
+    rows = predict(adapters, _base(args, adapters), texts, labels=args.labels or (), **options)
+    _emit_table(args, rows)
 
 
 def _add_generate(commands: Any) -> None:
@@ -187,10 +223,11 @@ def _add_generate(commands: Any) -> None:
 
 
 def _run_generate(args: argparse.Namespace) -> None:
-    from .commands import generate, open_source
+    from .commands import generate
+    from .sources import open_source
 
     adapters = open_source(args.adapter, args.bank, args.name)
-    prompts = args.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    prompts = args.prompts or _lines()
     rows = generate(
         adapters,
         _base(args, adapters),
@@ -221,10 +258,12 @@ def _add_merge(commands: Any) -> None:
 
 
 def _run_merge(args: argparse.Namespace) -> None:
-    from .commands import merge_to, open_source, summarize_reports
+    from .commands import merge_to
     from .demo import HELD_OUT, demo_examples, split_examples
     from .examples import read_examples
+    from .inspection import summarize_reports
     from .report import format_table
+    from .sources import open_source
 
     if (args.data or args.prompt) and not args.calibrate:
         raise ValueError("--data and --prompt are for --calibrate: pass that, too.")
@@ -234,7 +273,7 @@ def _run_merge(args: argparse.Namespace) -> None:
         examples = read_examples(args.data) if args.data else split_examples(demo_examples(), HELD_OUT, seed=0)[0]
     options = {"calibrate": examples, "prompt": args.prompt}
     done = merge_to(adapters, _base(args, adapters), args.to, args.out, **options)
-    table = f"{format_table(summarize_reports(done['modules']))}\n" if "modules" in done else ""
+    table = f"{format_table(summarize_reports(done['modules']))}\n{COLUMNS}\n" if "modules" in done else ""
     _emit(
         args,
         done,
@@ -261,8 +300,9 @@ def _add_export_lora(commands: Any) -> None:
 
 
 def _run_export_lora(args: argparse.Namespace) -> None:
-    from .commands import lora_of, open_source
+    from .commands import lora_of
     from .report import describe
+    from .sources import open_source
 
     adapters = open_source(args.adapter, args.bank, args.name, one=True)
     done = lora_of(adapters, _base(args, adapters), args.out, args.rank)
@@ -287,7 +327,7 @@ def _add_inspect(commands: Any) -> None:
 
 
 def _run_inspect(args: argparse.Namespace) -> None:
-    from .commands import inspect_path
+    from .inspection import inspect_path
     from .report import describe
 
     options = {name: getattr(args, name) for name in ("model", "quant", "to", "r", "targets")}
@@ -340,7 +380,7 @@ def _dtype(name: str | None) -> Any:
 
 
 def _base(args: argparse.Namespace, source: Any) -> Any:
-    from .commands import base_of
+    from .sources import base_of
 
     return base_of(source, args.model, args.quant, _dtype(args.dtype))
 
@@ -349,6 +389,25 @@ def _emit(args: argparse.Namespace, result: Any, text: Callable[[], str]) -> Non
     from .report import to_json
 
     _say(to_json(result) if args.json else text())
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    from .report import check_table_path
+
+    if args.out:
+        check_table_path(args.out)  # before an hour's work
+
+
+def _emit_table(args: argparse.Namespace, rows: Any) -> None:
+    from .report import format_table, write_table
+
+    if args.out and rank() == 0:
+        write_table(args.out, rows)
+    _emit(args, rows, lambda: f"{len(rows)} rows written to {args.out}" if args.out else format_table(rows))
+
+
+def _lines() -> list[str]:
+    return [line.rstrip("\n") for line in sys.stdin if line.strip()]
 
 
 def _say(line: str) -> None:

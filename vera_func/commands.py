@@ -1,126 +1,29 @@
-"""The work of the commands, as functions of plain values that return plain values: rows and dicts of numbers and texts.
-
-What an adapter was trained over is read from its files where the command line does not say it: the model from
-PEFT's configuration, its format from the note that `vera-func` puts beside it.
-"""
+"""The work of the commands: functions of plain values that return rows and dicts of numbers and texts."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from .answers import Answers, calibrate_answers, compare_answers
 from .assets import quiet_transformers
 from .bank import export_adapters, import_adapters, open_bank
-from .checkpoint import CONFIG, WEIGHTS, load_adapter, read_files
-from .config import VeraConfig, linear_sizes, resolve
+from .checkpoint import CONFIG, WEIGHTS
 from .distributed import rank, spread, world_size
 from .examples import Example, split
 from .export import describe_reports, export_lora, merge, merge_advice, merge_reports
-from .many import select_adapters, stack_adapters
-from .model import Adapted, adapt
-from .pretrained import Base, Note, describe_base, load_base, read_note, write_note
+from .many import select_adapters
+from .pretrained import Base, Note, write_note
 from .report import bar
-from .sentiment import PROMPT, Encoded, Score, collate
-from .task import Task, encode_examples, make_task, score_of
+from .sentiment import Encoded, Score, batches_by_length, collate
+from .sources import Source, base_of, load_adapters, open_source, task_of
+from .task import encode_examples, logits_of, score_of
 
 
 CALIBRATION = 192  # texts, some 6,000 tokens of the demo's: more is hardly better
-
-
-class Source(NamedTuple):
-    """Where adapters come from, as files: a PEFT directory, some of a bank, or nothing (the base alone).
-
-    Attributes:
-        path: The directory or the file; None is the base alone.
-        names: Of the adapters.
-        config: Their configuration; None for the base alone.
-        note: What they were trained on.
-    """
-
-    path: Path | None
-    names: list[str]
-    config: VeraConfig | None
-    note: Note
-
-
-def open_source(
-    adapter: str | None = None, bank: str | None = None, names: Sequence[str] | None = None, *, one: bool = False
-) -> Source:
-    """Check an adapter directory or a bank, before a model is loaded.
-
-    Args:
-        adapter: A PEFT directory.
-        bank: A file.
-        names: Of adapters in the bank; None is all.
-        one: Whether it has to be a single adapter.
-
-    Raises:
-        ValueError: If both are given, names without a bank, an unknown name, not one adapter where it has to be, or the
-            files are not what they should be.
-        FileNotFoundError: If there is no such thing.
-    """
-    if adapter is not None and bank is not None:
-        raise ValueError("give either --adapter or --bank, not both.")
-    if names and bank is None:
-        raise ValueError("--name is the name of an adapter in a bank: pass --bank, too.")
-    if bank is not None:
-        if Path(bank).is_dir():
-            raise ValueError(f"{bank} is a folder; a bank is a file, and a PEFT directory goes with --adapter.")
-        opened = open_bank(bank)
-        names = list(names or opened.names)
-        for name in names:
-            opened.row(name)  # an unknown name raises
-        if one and len(names) != 1:
-            some = ", ".join([*names[:3], *["..."] * (len(names) > 3)])
-            raise ValueError(f"{bank} holds {len(names)} adapters: choose one with --name ({some}).")
-        return Source(Path(bank), names, opened.config, read_note(bank))
-    if adapter is None and one:
-        raise ValueError("which adapter? Pass --adapter DIR, or --bank FILE with --name.")
-    if adapter is None:
-        return Source(None, ["base"], None, Note())
-    config, _ = read_files(_adapter_directory(Path(adapter)))
-    return Source(Path(adapter), [Path(adapter).resolve().name], config, read_note(adapter))
-
-
-def base_of(
-    source: Source, model: str | None = None, quant: str | None = None, dtype: torch.dtype | None = None
-) -> Base:
-    """The model that adapters were trained over, unless something else is asked for.
-
-    Raises:
-        ValueError: If the files do not name a model, and `model` is None; or as for `load_base`.
-        OSError: If the model is not there.
-    """
-    if model is None and source.config is not None:
-        model = source.config.base_model_name_or_path
-        if not model:
-            raise ValueError(f"{source.path} does not say which model it adapts: pass --model.")
-    note = read_note(model) if source.path is None and model is not None else source.note
-    return load_base(model, quant or note.quant, dtype)
-
-
-def load_adapters(source: Source, model: nn.Module) -> tuple[Adapted, Callable[[Sequence[str]], dict[str, Tensor]]]:
-    """An `Adapted` with the params of the first adapter, and `names -> stacked params`, read when asked for.
-
-    Raises:
-        ValueError: If the adapters do not fit the model.
-    """
-    if source.path is None:
-        # An adapter that adds nothing is the base.
-        adapted = adapt(model, VeraConfig(r=1, target_modules="all-linear"))
-        return adapted, lambda names: stack_adapters([adapted.params] * len(names))
-    if source.path.is_dir():
-        adapted = load_adapter(source.path, model)
-        return adapted, lambda names: stack_adapters([adapted.params] * len(names))
-    bank = open_bank(source.path)
-    adapted = bank.adapted(model, source.names[:1])
-    adapted = adapted._replace(params={key: leaf[0] for key, leaf in adapted.params.items()})
-    device = next(model.parameters()).device
-    return adapted, lambda names: {key: leaf.to(device) for key, leaf in bank.read(names).items()}
 
 
 def evaluate(
@@ -150,7 +53,7 @@ def evaluate(
     Raises:
         ValueError: If the adapters do not fit the model, or a label was not trained.
     """
-    task = _task_of(source, base, examples, prompt)
+    task = task_of(source, base, {example.label for example in examples}, prompt)
     rows = encode_examples(base, task, examples)
     starts = range(0, len(source.names), chunk)
     by_chunk = len(starts) >= world_size()
@@ -170,6 +73,55 @@ def evaluate(
         {"name": name, "accuracy": right.item(), "loss": mean.item(), "texts": len(rows)}
         for name, right, mean in zip(source.names, accuracy, loss, strict=True)
     ]
+
+
+def predict(
+    source: Source,
+    base: Base,
+    texts: Sequence[str],
+    *,
+    labels: Sequence[str] = (),
+    prompt: str | None = None,
+    chunk: int = 8,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """The label of every text by every adapter, and its probability among the labels; a row for each pair.
+
+    Args:
+        source: From `open_source`.
+        base: From `base_of`.
+        texts: To be labelled.
+        labels: To choose from, where the adapters' files do not say it.
+        prompt: With `{text}` in it; None is what the adapters were trained with.
+        chunk: Adapters in a forward.
+        batch_size: Texts in a forward.
+        progress: Shows progress bars.
+
+    Raises:
+        ValueError: If there is no text, or an empty one, if labels are not known, or the adapters do not fit the model.
+    """
+    if not texts or not all(text.strip() for text in texts):
+        raise ValueError("there is nothing to label: give at least one text, and no empty one.")
+    task = task_of(source, base, labels, prompt)
+    rows = encode_examples(base, task, [Example(text, task.labels[0], text) for text in texts])
+    batches = batches_by_length(rows, batch_size, task.pad_id)
+    place = torch.cat([batch["row"] for batch in batches]).argsort()
+    adapted, read = load_adapters(source, base.model)
+    found = []
+    for start in range(0, len(source.names), chunk):
+        names = source.names[start : start + chunk]
+        logits = partial(logits_of(adapted, task, stacked=True), read(names))
+        title = f"adapters {start + 1}-{start + len(names)} of {len(source.names)}"
+        with torch.no_grad():
+            parts = [logits(batch)[..., task.answers] for batch in bar(title, progress)(batches)]
+        best, label = torch.cat(parts, dim=1)[:, place].double().softmax(-1).max(-1)  # (adapters, texts)
+        found += [
+            {"text": text, "adapter": name, "label": task.labels[label[i, j]], "probability": best[i, j].item()}
+            for i, name in enumerate(names)
+            for j, text in enumerate(texts)
+        ]
+    return found
 
 
 def generate(
@@ -269,7 +221,7 @@ def merge_to(
     else:
         if to != base.quant or to not in ("nf4", "fp4"):
             raise ValueError(f"calibration keeps the base's 4-bit format, and this base is {base.quant}: not for {to}.")
-        task = _task_of(source, base, calibrate, prompt)
+        task = task_of(source, base, {example.label for example in calibrate}, prompt)
         examples, others = split(calibrate, -(-len(calibrate) // 4), seed=0)
         rows = encode_examples(base, task, examples[:CALIBRATION])
         show = bar("calibrate", progress, "step")
@@ -371,194 +323,12 @@ def convert(
     return {"out": str(out), "kind": "bank", "names": list(bank.names), "bytes": _size(out)}
 
 
-def inspect_path(
-    path: str,
-    *,
-    model: str | None = None,
-    quant: str | None = None,
-    dtype: torch.dtype | None = None,
-    to: str | None = None,
-    names: Sequence[str] | None = None,
-    r: int = 256,
-    targets: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """What is in an adapter directory, a bank or a model folder.
-
-    Args:
-        path: One of these.
-        model: The base of an adapter, for the size of its updates and what a merge would keep.
-        quant: Format of that model; None is what the adapter was trained over.
-        dtype: Of its arithmetic.
-        to: Format to merge to; None is the model's.
-        names: Which adapters of a bank; None is all, and the first for a merge.
-        r: Of an adapter that a model folder would get.
-        targets: Of the same; None is the default of the model's type.
-
-    Raises:
-        ValueError: If it is none of them, or damaged.
-        FileNotFoundError: If it is not there.
-    """
-    folder = Path(path)
-    if not folder.exists():
-        raise FileNotFoundError(f"there is nothing at {path}.")
-    if folder.is_dir() and not (folder / CONFIG).is_file() and (folder / "config.json").is_file():
-        return _inspect_model(folder, r, targets)
-    if model is None and (to or quant or dtype):
-        raise ValueError("--to, --quant and --dtype are about merging into a model: pass --model, too.")
-    if names and not folder.is_file():
-        raise ValueError(f"--name chooses from a bank, and {path} is a folder.")
-    source = open_source(bank=path, names=names) if folder.is_file() else open_source(path)
-    assert source.config is not None
-    config = source.config
-    if folder.is_file():
-        bank = open_bank(folder)
-        stacked = bank.read(source.names)
-        projections: Mapping[str, Tensor] = bank.frozen()
-        size = _size(folder)
-    else:
-        _, tensors = read_files(folder)
-        projections = {key: value for key, value in tensors.items() if ".vera_A" in key or ".vera_B" in key}
-        stacked = {
-            key.removeprefix("base_model.model.").replace(".vera_lambda", ".lambda"): value[None]
-            for key, value in tensors.items()
-            if key not in projections
-        }
-        size = _size(folder / WEIGHTS)
-    found: dict[str, Any] = {
-        "path": path,
-        "kind": "bank" if folder.is_file() else "adapter",
-        "adapters": len(source.names),
-        "names": source.names,
-        "model": config.base_model_name_or_path,
-        "quant": source.note.quant,
-        "labels": source.note.labels,
-        "prompt": source.note.prompt,
-        "r": config.r,
-        "projection_key": config.projection_prng_key,
-        "projections_stored": bool(projections),
-        "trained": sum(value[0].numel() for value in stacked.values()),
-        "bytes": size,
-        "modules": _norms(stacked),
-    }
-    if model is not None:
-        base = base_of(source, model, quant, dtype)
-        adapted, _ = load_adapters(source, base.model)  # the first one's params
-        form = getattr(torch, to) if to in ("float32", "bfloat16", "float16") else to
-        reports = merge_reports(base.model, adapted.params, adapted.frozen, form)
-        found["merge"] = {
-            "name": source.names[0],
-            "base": describe_base(base),
-            "to": to or base.quant,
-            "advice": merge_advice(reports),
-            "modules": summarize_reports(describe_reports(reports)),
-        }
-    return found
-
-
-def summarize_reports(modules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Merge reports of many modules as a row for each kind of them, by the end of the name.
-
-    Example:
-        >>> summarize_reports([{"module": "0.q", "kept": 0.5, "error": 1.0, "size": 0.25},
-        ...                    {"module": "1.q", "kept": 1.0, "error": 0.5, "size": 0.25}])
-        [{'modules': 'q', 'count': 2, 'kept': 0.75, 'kept_least': 0.5, 'error': 0.75, 'size': 0.25}]
-    """
-    rows = []
-    for kind, group in _by_kind(modules, lambda row: row["module"]).items():
-        mean = {name: sum(row[name] for row in group) / len(group) for name in ("kept", "error", "size")}
-        least = min(row["kept"] for row in group)
-        rows.append({"modules": kind, "count": len(group), "kept": mean["kept"], "kept_least": least, **mean})
-    return rows
-
-
-def _task_of(source: Source, base: Base, examples: Sequence[Example], prompt: str | None) -> Task:
-    note = read_note(base.name) if source.path is None else source.note
-    labels = note.labels or sorted({example.label for example in examples})
-    return make_task(base, labels, prompt or note.prompt or PROMPT)
-
-
 def _calibrated_advice(kept: Answers) -> str:
     share, error = (f"{value:.{digits}%}".replace("%", " %") for value, digits in ((kept.same, 0), (kept.error, 1)))
     return (
         f"On {kept.texts} texts that it was not calibrated on, {share} of the answers stay as they were, and their "
         f"logits change by {error} of what the adapter changes."
     )
-
-
-def _inspect_model(folder: Path, r: int, targets: Sequence[str] | None) -> dict[str, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with quiet_transformers():
-        config = AutoConfig.from_pretrained(folder)
-        stored: Any = getattr(config, "quantization_config", None) or {}
-        stored = stored if isinstance(stored, dict) else stored.to_dict()
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):  # sizes without weights
-            model = AutoModelForCausalLM.from_config(config)
-    names, _ = resolve(model, VeraConfig(r=r, target_modules=list(targets) if targets else None))
-    modules = dict(model.named_modules())
-    sizes = {name: linear_sizes(module) for name, module in modules.items()}
-    widest_in, widest_out = (max(width) for width in zip(*(sizes[name] or (0, 0) for name in names), strict=True))
-    linear = [(name, *size) for name, size in sizes.items() if size is not None]
-    rows = []
-    for kind, group in _by_kind(linear, lambda row: row[0]).items():
-        adapted = [row for row in group if row[0] in names]
-        rows.append(
-            {
-                "modules": kind,
-                "count": len(group),
-                "in": ", ".join(str(size) for size in dict.fromkeys(row[1] for row in group)),
-                "out": ", ".join(str(size) for size in dict.fromkeys(row[2] for row in group)),
-                "weights": sum(row[1] * row[2] for row in group),
-                "would_adapt": len(adapted),
-                "would_train": sum(row[2] + r for row in adapted),
-            }
-        )
-    return {
-        "path": str(folder),
-        "kind": "model",
-        "type": config.model_type,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dtype": str(getattr(config, "dtype", None) or "").removeprefix("torch.") or None,
-        "quantization": stored.get("bnb_4bit_quant_type" if stored.get("load_in_4bit") else "quant_method"),
-        "bytes": sum(_size(file) for file in folder.glob("*.safetensors")),
-        "r": r,
-        "would_train": sum(row["would_train"] for row in rows),
-        "projections": r * (widest_in + widest_out),
-        "modules": rows,
-    }
-
-
-def _norms(stacked: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """A row for each kind of adapted module: how many, and the mean norms of their vectors."""
-    # A safetensors file gives them in no particular order.
-    layers = sorted(key.removesuffix("lambda_b").rstrip(".") for key in stacked if key.endswith("lambda_b"))
-    rows = []
-    for kind, group in _by_kind(layers, lambda name: name).items():
-        row: dict[str, Any] = {"modules": kind, "count": len(group)}
-        for leaf in ("lambda_b", "lambda_d"):
-            norms = torch.stack([stacked[f"{name}.{leaf}".lstrip(".")].float().norm(dim=1) for name in group])
-            row |= {f"{leaf}_norm": norms.mean().item(), f"{leaf}_norm_most": norms.max().item()}
-        rows.append(row)
-    own = [key for key in stacked if key.rpartition(".")[2] not in ("lambda_b", "lambda_d")]
-    return rows + [{"modules": key, "count": 1} for key in own]
-
-
-def _by_kind(items: Iterable[Any], name_of: Callable[[Any], str]) -> dict[str, list[Any]]:
-    groups: dict[str, list[Any]] = {}
-    for item in items:
-        groups.setdefault(name_of(item).rpartition(".")[2], []).append(item)
-    return groups
-
-
-def _adapter_directory(folder: Path) -> Path:
-    """The folder, if it can be an adapter's; `read_files` says what else is wrong."""
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; an adapter is a PEFT directory, and a bank goes with --bank.")
-    if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} holds a model, not an adapter; a model goes with --model.")
-    return folder
 
 
 def _size(file: Path) -> int:

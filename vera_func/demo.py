@@ -217,7 +217,7 @@ def demo(
     bank = None if found is None else Path(out) / BANK
     if bank is not None:
         say(f"All {adapters} are in {bank}: vera-func evaluate --bank {bank}")
-    say(f"Next: vera-func inspect {out}; vera-func generate --adapter {out} 'One day'; vera-func train --help")
+    say(f"Next: vera-func inspect {out}; vera-func predict --adapter {out} 'A new text.'; vera-func train --help")
     return DemoResult(
         before, after, len(test), values, seconds, difference, Path(out), bank, found.table if found else None
     )

@@ -3,13 +3,16 @@
 import csv
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 
 if TYPE_CHECKING:
     from .assets import Snippet
+
+Rows = Iterator[tuple[int, dict[str, Any]]]  # number of the line, columns
 
 
 class Example(NamedTuple):
@@ -39,20 +42,32 @@ def read_examples(path: str | Path) -> list[Example]:
         Example(text='A joy.', label='positive', group='A joy.')
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}.")
-    readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".ndjson": _json_rows}
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"{path}: the suffix says what a file is; it must be {' or '.join(readers)}.")
-    try:
-        rows = list(readers[path.suffix.lower()](path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}.") from error
-    examples = [_example(path, line, row) for line, row in rows]
+    examples = [
+        Example(_field(path, line, row, "text"), _field(path, line, row, "label").strip(), _group(row))
+        for line, row in _read_rows(path, {"text", "label"})
+    ]
     labels = sorted({example.label for example in examples})
     if len(labels) < 2:
         raise ValueError(f"{path} must have at least two labels, but has {labels}.")
     return examples
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The column `text` of a JSONL or CSV file, by its suffix; other columns are ignored.
+
+    Raises:
+        ValueError: If the suffix is another, or a text is missing or empty (file and line are named).
+        OSError: If the file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "reviews.csv"
+        >>> _ = path.write_text("id,text\\n7,A joy.\\n")
+        >>> read_texts(path)
+        ['A joy.']
+    """
+    path = Path(path)
+    return [_field(path, line, row, "text") for line, row in _read_rows(path, {"text"})]
 
 
 def polar_examples(snippets: "Iterable[Snippet]", threshold: float = 1.0) -> list[Example]:
@@ -105,15 +120,28 @@ def split(examples: Sequence[Example], held_out: int, *, seed: int) -> tuple[lis
     return train, test
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_rows(path: Path, columns: set[str]) -> list[tuple[int, dict[str, Any]]]:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}.")
+    csv_rows = partial(_csv_rows, columns=columns)
+    readers: dict[str, Callable[[Path], Rows]] = {".csv": csv_rows, ".jsonl": _json_rows, ".ndjson": _json_rows}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{path}: the suffix says what a file is; it must be {' or '.join(readers)}.")
+    try:
+        return list(readers[path.suffix.lower()](path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}.") from error
+
+
+def _csv_rows(path: Path, columns: set[str]) -> Rows:
     with open(path, encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         try:
             header = list(reader.fieldnames or ())
-            if missing := {"text", "label"} - set(header):
+            if missing := columns - set(header):
                 raise ValueError(
                     f"{path}, line 1: the header is {header}, without {sorted(missing)}; it names the columns, "
-                    "of which text and label are needed."
+                    f"of which it must have {' and '.join(sorted(columns, reverse=True))}."
                 )
             for row in reader:
                 if None in row:
@@ -127,7 +155,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise ValueError(f"{path}, line {reader.line_num + 1}: {error}.") from error
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(path: Path) -> Rows:
     with open(path, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -141,11 +169,15 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def _example(path: Path, line: int, row: dict[str, Any]) -> Example:
-    """A checked row. Labels may be numbers in JSON; texts may not."""
-    text, label = row.get("text"), row.get("label")
-    label = str(label) if isinstance(label, bool | int | float) else label
-    for name, value in (("text", text), ("label", label)):
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{path}, line {line}: {name!r} must be a text that is not empty, got {value!r}.")
-    return Example(str(text), str(label).strip(), str(row.get("group") or text))
+def _field(path: Path, line: int, row: dict[str, Any], name: str) -> str:
+    """A checked column. Labels may be numbers in JSON; texts may not."""
+    value = row.get(name)
+    if name == "label" and isinstance(value, bool | int | float):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{path}, line {line}: {name!r} must be a text that is not empty, got {value!r}.")
+    return value
+
+
+def _group(row: dict[str, Any]) -> str:
+    return str(row.get("group") or row["text"])

@@ -116,6 +116,19 @@ def collate(rows: Sequence[Encoded], pad_id: int = 0) -> Batch:
     }
 
 
+def batches_by_length(rows: Sequence[Encoded], batch_size: int, pad_id: int = 0) -> list[Batch]:
+    """All rows in batches of like length, so that little is padding; `"row"` (b,) says where each was.
+
+    Example:
+        >>> rows = [Encoded([5, 6, 7], 1), Encoded([8], 0), Encoded([5, 6], 0)]
+        >>> [batch["row"].tolist() for batch in batches_by_length(rows, 2)]
+        [[1, 2], [0]]
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [{**collate([rows[i] for i in part], pad_id), "row": torch.tensor(part)} for part in parts]
+
+
 def train_batches(
     rows: Sequence[Encoded], batch_size: int, *, seed: int, pad_id: int = 0, window: int = 16
 ) -> Callable[[int], Batch]:
@@ -223,17 +236,15 @@ def score(
         progress: Wraps the list of batches, as tqdm does.
         map: Computes the batches; `spread` deals them to several processes.
     """
-    order = sorted(rows, key=lambda row: len(row.ids))
 
-    def sums(start: int) -> tuple[Tensor, Tensor]:
-        batch = collate(order[start : start + batch_size], pad_id)
+    def sums(batch: Batch) -> tuple[Tensor, Tensor]:
         logits = logits_fn(batch)[..., answers].double()  # (*n, b, labels)
         wanted = batch["label"].expand(logits.shape[:-1])[..., None]
         loss = -logits.log_softmax(-1).gather(-1, wanted).sum((-2, -1))
         return (logits.argmax(-1) == batch["label"]).sum(-1), loss
 
-    starts = progress(range(0, len(order), batch_size))
-    right, loss = (sum(column) for column in zip(*map(sums, starts), strict=True))
+    batches = progress(batches_by_length(rows, batch_size, pad_id))
+    right, loss = (sum(column) for column in zip(*map(sums, batches), strict=True))
     return Score(right.double() / len(rows), loss / len(rows))
 
 

@@ -8,7 +8,7 @@ from vera_func.calibrate import calibrate_rows, output_error, output_kept
 from vera_func.demo import HELD_OUT, demo_examples, split_examples
 from vera_func.pretrained import load_base
 from vera_func.quantized import levels, unpack
-from vera_func.sentiment import collate
+from vera_func.sentiment import batches_by_length
 from vera_func.task import encode_examples, make_task
 
 from .common import table
@@ -59,7 +59,5 @@ def _judge(q, gram, unseen):
 
 
 def _batches(base, task, texts):
-    rows = sorted(encode_examples(base, task, texts), key=lambda row: len(row.ids))
-    for i in range(0, len(rows), 16):
-        batch = collate(rows[i : i + 16], task.pad_id)
+    for batch in batches_by_length(encode_examples(base, task, texts), 16, task.pad_id):
         yield {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
