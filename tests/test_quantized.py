@@ -584,6 +584,22 @@ class TestConstants:
         with pytest.raises(ValueError, match="a quantized weight is a constant"):
             grad(lambda x: jvp(lambda x: PRODUCTS[f](scaled(q, x.sum()), x).sum(), (x,), (x,))[1])(x)
 
+    @pytest.mark.parametrize("name", ["nf4", "nested"])
+    def test_not_differentiated_when_compiled(self, name):
+        """Also where the statistics are the argument itself, whose derivative Dynamo does not see."""
+        q, x = FORMATS[name](normal(13, 64)), normal(3, 64, seed=1)
+        leaf = q.absmax if q.nested is None else q.nested.scale
+
+        def put(leaf):
+            if q.nested is None:
+                return dataclasses.replace(q, absmax=leaf)
+            return dataclasses.replace(q, nested=q.nested._replace(scale=leaf))
+
+        for f in (lambda leaf: vf.quantized_linear(put(leaf), x), lambda leaf: vf.dequantize(put(leaf))):
+            compiled = torch.compile(grad(lambda leaf, f=f: f(leaf).sum()), fullgraph=True, backend="aot_eager")
+            with pytest.raises(torch._dynamo.exc.Unsupported, match="a quantized weight is a constant"):
+                compiled(leaf)
+
     @CASES
     def test_the_weight_cannot_be_mapped_over(self, name, f):
         q, x = FORMATS[name](normal(13, 64)), normal(3, 64, seed=1)

@@ -671,6 +671,8 @@ def _check_leaf(name: str, leaf: Tensor, shape: tuple[int, ...], dtype: torch.dt
 
 def _is_differentiated(leaf: Tensor) -> bool:
     # bitsandbytes' kernel has no derivative, and torch would take it for zero.
+    if torch.compiler.is_compiling():
+        leaf = leaf.view_as(leaf)  # Dynamo (2.13) does not see that an argument of grad itself is differentiated
     return leaf.requires_grad or forward_ad.unpack_dual(leaf).tangent is not None
 
 
