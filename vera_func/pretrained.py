@@ -115,20 +115,21 @@ def native_dtype() -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def quantize_model(model: "PreTrainedModel", quant: str, skip: Sequence[str] = ("lm_head",)) -> "PreTrainedModel":
+def quantize_model(model: "PreTrainedModel", quant: str, skip: Sequence[str] | None = None) -> "PreTrainedModel":
     """A copy of a model whose `nn.Linear`s are bitsandbytes modules; all other tensors are shared.
 
-    The model itself stays as it is, and so do linears that are bitsandbytes' already. The head is
-    left alone by default: it is often the embedding.
+    The model itself stays as it is, and so do linears that are bitsandbytes' already.
 
     Args:
         model: Any module.
         quant: "nf4", "fp4" or "int8".
-        skip: Ends of the names of modules to leave as they are.
+        skip: Ends of the names of modules to leave as they are. None is the head, which is often the embedding, and
+            what the model's class keeps in float32, such as T5's `wo`, whose dtype it looks at.
 
     Raises:
         ValueError: If nothing was quantized.
     """
+    skip = ("lm_head", *(getattr(model, "_keep_in_fp32_modules", None) or ())) if skip is None else skip
     shared = {id(leaf): leaf for leaf in (*model.parameters(), *model.buffers())}
     new = copy.deepcopy(model, memo=shared)
     linears = {
