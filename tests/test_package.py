@@ -15,8 +15,8 @@ PACKAGE = Path(vf.__file__).parent
 # From the ground up; a file imports only from those before it.
 ORDER = [
     *("files", "projection", "adapter", "optim", "train", "distributed", "quantized", "bnb", "calibrate", "merge"),
-    *("config", "layers", "model", "many", "algebra", "checkpoint", "bank", "export", "grams", "assets", "pretrained"),
-    *("examples", "report", "sentiment", "task", "answers", "demo", "sources", "commands", "inspection"),
+    *("config", "layers", "model", "many", "algebra", "checkpoint", "bank", "export", "lora", "grams", "assets"),
+    *("pretrained", "examples", "report", "sentiment", "task", "answers", "demo", "sources", "commands", "inspection"),
     *("options", "cli"),
 ]
 PUBLIC = {

@@ -21,13 +21,13 @@ from .config import VeraConfig as VeraConfig
 from .distributed import mean_over_parts as mean_over_parts, processes as processes, spread as spread
 from .export import (
     dequantize_model as dequantize_model,
-    export_lora as export_lora,
     merge as merge,
     merge_advice as merge_advice,
     merge_reports as merge_reports,
 )
 from .grams import calibrated_weights as calibrated_weights, layer_grams as layer_grams
 from .layers import Linear as Linear, Linear4bit as Linear4bit, Linear8bitLt as Linear8bitLt
+from .lora import export_lora as export_lora
 from .many import (
     num_adapters as num_adapters,
     pool_adapters as pool_adapters,

@@ -14,7 +14,8 @@ from .bank import export_adapters, import_adapters, open_bank
 from .checkpoint import CONFIG, WEIGHTS
 from .distributed import rank, spread, world_size
 from .examples import Example, split
-from .export import describe_reports, export_lora, merge, merge_advice, merge_reports
+from .export import describe_reports, merge, merge_advice, merge_reports
+from .lora import export_lora
 from .many import select_adapters
 from .pretrained import Base, Note, write_note
 from .report import bar
