@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 import vera_func as vf
 from vera_func.assets import Asset, fetch
 from vera_func.checkpoint import CONFIG, WEIGHTS
+from vera_func.files import filling
 from vera_func.pretrained import Note, read_note, write_note
 from vera_func.train import load_fit, save_fit
 
@@ -268,6 +269,31 @@ def assert_equal_runs(one, other):
     for a, b in zip(tree_leaves(one), tree_leaves(other), strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_is_filled_as_a_whole(there, tmp_path):
+    folder = tmp_path / "models" / "merged"
+    if there:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("old")
+        (folder / "mine.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+
+    def fail():
+        with filling(folder) as temporary:
+            (temporary / "config.json").write_text("new")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert [path for path in sorted(tmp_path.rglob("*")) if path != folder.parent] == before[1:]
+    if there:
+        assert (folder / "config.json").read_text() == "old"
+    with filling(folder) as temporary:
+        (temporary / "config.json").write_text("new")
+    assert (folder / "config.json").read_text() == "new"
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json"] + ["mine.txt"] * there
 
 
 @pytest.mark.parametrize("stop", [1, 3, 8, 26, 39])

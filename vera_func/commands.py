@@ -15,6 +15,7 @@ from .checkpoint import CONFIG, WEIGHTS
 from .distributed import rank, spread, world_size
 from .examples import Example, split
 from .export import describe_reports, merge, merge_advice, merge_reports
+from .files import filling
 from .lora import export_lora
 from .many import select_adapters
 from .pretrained import Base, Note, write_note
@@ -231,12 +232,12 @@ def merge_to(
         rows_kept = encode_examples(base, task, others[:CALIBRATION])
         kept = compare_answers(adapted, merged, task, rows_kept, progress=bar("compare", progress))
         done |= {"calibrated_on": len(rows), "advice": _calibrated_advice(kept), "answers": kept._asdict()}
-    with quiet_transformers():
-        merged.save_pretrained(out)
-        base.tokenizer.save_pretrained(out)
-    if source.note != Note():
-        # A merged model is asked as its adapter was, and 16 bits are not quantized again.
-        write_note(out, source.note._replace(quant=None if isinstance(form, str) else "none"))
+    with quiet_transformers(), filling(out) as folder:
+        merged.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
+        if source.note != Note():
+            # A merged model is asked as its adapter was, and 16 bits are not quantized again.
+            write_note(folder, source.note._replace(quant=None if isinstance(form, str) else "none"))
     return done
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,6 +44,41 @@ def replacing(file: Path) -> Iterator[Path]:
         if isinstance(error, SafetensorError):  # how safetensors reports a full disk
             raise OSError(f"{file} could not be written: {error}.") from error
         raise
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write to, which becomes `folder` at the end, or whose files do where there is one already.
+
+    A new folder is there whole or not at all. In an old one files of the same name are replaced one by one, each whole;
+    others stay.
+
+    Raises:
+        OSError: If it can't be written, or the disk is full.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     with filling(Path(parent) / "model") as temporary:
+        ...         _ = (temporary / "config.json").write_text("{}")
+        ...     sorted(path.name for path in (Path(parent) / "model").iterdir())
+        ['config.json']
+    """
+    folder = folder.resolve()
+    old = folder.is_dir()
+    temporary = (folder if old else folder.parent) / f".{folder.name}.{secrets.token_hex(8)}"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if old:
+            for file in sorted(temporary.iterdir()):
+                os.replace(file, folder / file.name)
+        else:
+            os.rename(temporary, folder)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(f"{folder} could not be written: {error}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
