@@ -514,11 +514,14 @@ def _multiply(x: Tensor, bias: Tensor | None, spec: tuple, fused: FusedWeight | 
     """
     cls, static = spec
     rows = x.numel() // x.shape[-1]
-    if fused is not None and 0 < rows <= FUSED_ROWS and x.dtype == torch.bfloat16:
+    # Kernels take addresses: tensors of another device are left to torch, which refuses them.
+    if fused is not None and 0 < rows <= FUSED_ROWS and x.dtype == torch.bfloat16 and x.device == fused.packed.device:
         shape, _, quant_type, blocksize, _ = static
         y = _fused_product(x.contiguous(), fused, shape, quant_type, blocksize)
         return y if bias is None else y + bias
-    if x.is_cuda and cls is Quantized4bit and rows and x.dtype in _FLOATS and x.shape[-1] % static[3] == 0:
+    whole = cls is Quantized4bit and x.shape[-1] % static[3] == 0
+    together = all(tensor is None or tensor.device == x.device for tensor in (bias, *leaves))
+    if x.is_cuda and whole and together and rows and x.dtype in _FLOATS:
         return _choose_product(x, bias, spec, leaves)
     return linear(x, _dequantize(spec, leaves, x.dtype), bias)
 
