@@ -119,3 +119,11 @@ def test_what_a_model_keeps_in_float32_is_not_quantized():
     assert all(type(module) is torch.nn.Linear for module in wo)
     plain = transformers.T5ForConditionalGeneration(model.config)
     assert hasattr(quantize_model(plain, "nf4", ["lm_head"]).encoder.block[0].layer[1].DenseReluDense.wo, "quant_state")
+
+
+def test_what_a_model_keeps_in_float32_is_not_merged_into_4_bits():
+    model, config, inputs = make("t5")
+    _, params, frozen, _ = vf.adapt(model, config)
+    with pytest.raises(ValueError, match=r"'encoder.*wo' can't be merged into nf4: a T5For.* keeps it in float32"):
+        vf.merge(model, params, frozen, "nf4")
+    assert torch.equal(vf.merge(model, params, frozen)(**inputs).logits, model(**inputs).logits)

@@ -54,7 +54,8 @@ def merge(
         weights: Merged weights to use instead of rounding, by module name (`merge_calibrated`'s, for instance).
 
     Raises:
-        ValueError: If the adapter does not fit the model or holds NaN or inf (nothing is merged then).
+        ValueError: If the adapter does not fit the model or holds NaN or inf (nothing is merged then), or a layer would
+            be quantized that the model's class keeps in float32.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -68,6 +69,12 @@ def merge(
     layers = adapted_layers(model, params)
     if odd := sorted((weights or {}).keys() - layers.keys()):
         raise ValueError(f"weights has {odd[0]!r}, which is no adapted module; those are {sorted(layers)[:3]}, ...")
+    float32 = tuple(f".{end}" for end in getattr(model, "_keep_in_fp32_modules", None) or ())
+    if isinstance(to, str) and (odd := [name for name in layers if f".{name}".endswith(float32)]):
+        raise ValueError(
+            f"{odd[0]!r} can't be merged into {to}: a {type(model).__name__} keeps it in float32, and reads its dtype. "
+            "Merge to a dtype, or keep each layer's format (to=None)."
+        )
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = parameter
