@@ -39,7 +39,12 @@ CASES = {
         {"vocab_size": 67, "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "num_labels": 3},
         ["q_lin", "v_lin"],
     ),
-    "vit": ("ViTForImageClassification", SIZES | IMAGE | {"num_attention_heads": 4}, ["q_proj", "v_proj"]),
+    # Its layers were renamed within transformers 5.
+    "vit": (
+        "ViTForImageClassification",
+        SIZES | IMAGE | {"num_attention_heads": 4},
+        r".*\.(query|value|q_proj|v_proj)",
+    ),
 }
 
 

