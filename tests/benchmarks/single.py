@@ -69,7 +69,11 @@ def measure(adapted, theirs, decoding, dtype, tokens):
         "tokens": tokens,
         "forward / PEFT's": best["forward"] / best["PEFT forward"],
         "training step / PEFT's": best["train"] / best["PEFT train"],
-        "the same, vectors in the model's dtype": best["small"] / best["PEFT train"],
+        **(
+            {}
+            if dtype == torch.float32
+            else {f"the same, vectors in {str(dtype)[6:]}": best["small"] / best["PEFT train"]}
+        ),
         "torch.func.grad / PEFT's step": best["grad"] / best["PEFT train"],
         "bytes kept for backward / PEFT's": _saved_bytes(lambda: loss(leaves)) / _saved_bytes(their_loss),
         "forward, ms": 1e3 * best["forward"],
