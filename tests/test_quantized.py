@@ -210,10 +210,11 @@ class TestModules:
         assert_same(back, q)
         assert torch.equal(bias, normal(13))
 
+    @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
     @pytest.mark.parametrize("double_quant", [False, True])
     @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
-    def test_made_modules_are_set_up_like_others(self, storage, double_quant):
-        options = {"compress_statistics": double_quant, "quant_type": "fp4", "quant_storage": storage}
+    def test_made_modules_are_set_up_like_others(self, storage, double_quant, quant_type):
+        options = {"compress_statistics": double_quant, "quant_type": quant_type, "quant_storage": storage}
         other = bnb.nn.Linear4bit(64, 32, False, compute_dtype=torch.float16, **options).to("cpu")
         made = vf.to_bnb(vf.from_bnb(other)[0])
         for name in ("blocksize", "bnb_quantized", "requires_grad", *options):
@@ -222,6 +223,16 @@ class TestModules:
         assert made.quant_state is made.weight.quant_state
         assert made.weight.module is made
         assert made.quant_state.as_dict().keys() == other.quant_state.as_dict().keys()
+        assert torch.equal(made.quant_state.code, other.quant_state.code)
+
+    def test_made_8_bit_modules_are_set_up_like_others(self):
+        other = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu")
+        made = vf.to_bnb(*vf.from_bnb(other))
+        for name in ("has_fp16_weights", "requires_grad"):
+            assert getattr(made.weight, name) == getattr(other.weight, name)
+        assert vars(made.state).keys() == vars(other.state).keys()
+        assert made.state.has_fp16_weights is other.state.has_fp16_weights is False
+        assert not made.bias.requires_grad
 
     @pytest.mark.parametrize("name", FORMATS)
     def test_made_modules_share_nothing(self, name):
