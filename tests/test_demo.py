@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import random
 import shutil
 
 import pytest
@@ -327,7 +328,11 @@ def test_evaluate_a_bank(run, run_json, trained, reviews, tmp_path):
 # predict
 
 
-def test_predictions_are_what_evaluate_counts(run_json, trained, reviews):
+def test_predictions_are_what_evaluate_counts(run_json, trained, reviews, tmp_path):
+    header, *lines = reviews.read_text().splitlines()
+    random.Random(0).shuffle(lines)  # predictions come in the order of the file, whatever that of the batches is
+    reviews = tmp_path / "shuffled.csv"
+    reviews.write_text("\n".join([header, *lines]) + "\n")
     bank, examples = trained / "bank.safetensors", read_examples(reviews)
     rows = run_json("predict", "--bank", bank, "--data", reviews, "--batch-size", "7", "--chunk", "3")
     names = vf.open_bank(bank).names

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import vera_func as vf
 from vera_func import bnb, quantized as module
+from vera_func.layers import QuantizedLinear
 from vera_func.quantized import FUSED_ROWS, fused_weight
 
 from helpers import FORMATS, llama, quantized, randomized, relative_error, repack
@@ -149,6 +150,13 @@ def test_a_model_decodes_with_fused_weights(calls):
     with ThreadPoolExecutor(2) as pool:
         for result in pool.map(lambda _: logits(fast, ids), range(8)):
             assert torch.equal(result, actual)
+
+
+def test_a_layer_that_is_moved_keeps_no_copy_of_elsewhere(calls):
+    layer = QuantizedLinear(weight("nf4"), None)
+    layer.fused = fused_weight(layer.quantized)
+    assert layer.bfloat16().fused is not None
+    assert layer.to("meta").fused is None
 
 
 @pytest.mark.parametrize("bias", [False, True])

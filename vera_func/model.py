@@ -110,7 +110,7 @@ class Apply:
         """The same function with a second copy of its 4-bit weights, for decoding in bfloat16 on a CPU.
 
         bitsandbytes has a kernel for CPUs with AVX512-BF16 that needs another layout. Where gradients are disabled it
-        multiplies up to 32 rows several times faster; see `quantized.fused_weight` for what that costs. On other
+        multiplies up to 32 rows without dequantizing; see `quantized.fused_weight` for what that costs. On other
         machines nothing is copied.
         """
         root: Any = copy.deepcopy(self.root, _shared(self.root))

@@ -25,7 +25,8 @@ from torch.utils._pytree import register_pytree_node
 from .adapter import require_float, require_rows_of_floats
 
 
-# Rows up to which bitsandbytes' fused CPU kernel is faster than dequantizing; above some 50 it is slower.
+# Up to so many rows bitsandbytes' fused CPU kernel is used: `python -m tests.benchmarks roofline` times it against
+# dequantizing, where there is one.
 FUSED_ROWS = 32
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -281,8 +282,8 @@ def quantized_linear(
 def fused_weight(q: Quantized) -> FusedWeight | None:
     """A second copy of a 4-bit weight, for bitsandbytes' fused kernel on CPUs with AVX512-BF16.
 
-    For up to `FUSED_ROWS` rows of bfloat16 the kernel is several times faster than dequantizing, because it reads the
-    packed weight only. The price is the memory, half a byte and 2 / blocksize a weight, and scales that are rounded to
+    For up to `FUSED_ROWS` rows of bfloat16 the kernel saves dequantizing, because it reads the packed weight only. The
+    price is the memory, half a byte and 2 / blocksize a weight, and scales that are rounded to
     bfloat16: by up to 0.4 %, or not at all if the weight was bfloat16 and its scales are not nested. bitsandbytes' own
     modules replace their weight by such a copy without being asked, in eval mode; here `q` stays, and gradients are
     taken through `q`.

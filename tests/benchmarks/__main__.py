@@ -25,6 +25,7 @@ def main():
     parser.add_argument(
         "--tokens", type=int, nargs="*", default=[1, 16, 128, 512, 2048], help="of single (%(default)s)"
     )
+    parser.add_argument("--restarts", type=int, default=0, help="of the search of layers, which then looks at two only")
     parser.add_argument("--adapters", type=int, default=10_000, help="of the bank (%(default)s)")
     parser.add_argument("--out", help="file for the plots of scaling, such as scaling.png")
     parser.add_argument("--dry-run", action="store_true", help="of gpu: tiny, on a CPU, to see that it runs")
@@ -48,7 +49,7 @@ def main():
     if "merging" in what:
         merging.run(args.adapter, args.texts)
     if "layers" in what:
-        layers.run()
+        layers.run(args.restarts)
     if "bank" in what:
         many.bank(args.adapters)
     if "processes" in what:

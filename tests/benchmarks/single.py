@@ -24,19 +24,16 @@ def run(dtype, tokens):
         theirs = peft.get_peft_model(copy.deepcopy(model), peft.VeraConfig(r=256, target_modules=targets))
         # In eval mode bitsandbytes repacks its weights for good, where the CPU has a kernel for that.
         decoding = copy.deepcopy(theirs).eval(), adapted.apply.with_fused_weights()
-        rows = [measure(adapted, theirs, decoding, dtype, count) for count in tokens]
+        rows = [measure(adapted, theirs, decoding, count) for count in tokens]
         table(f"One adapter, nf4, width 1024, 6 layers, r 256 on {name}, {str(dtype)[6:]}", rows)
 
 
-def measure(adapted, theirs, decoding, dtype, tokens):
+def measure(adapted, theirs, decoding, tokens):
     """One row: this many tokens in one sequence; the models in eval mode forward, in training mode in a step."""
     (apply, params, frozen, _), (their_eval, fused) = adapted, decoding
     ids = torch.randint(0, 512, (1, tokens), generator=torch.Generator().manual_seed(0))
 
-    # The vectors' dtype is that of the branch's arithmetic: float32, as in PEFT, or the model's if that is wished.
-    small, small_frozen = ({key: value.to(dtype) for key, value in tree.items()} for tree in (params, frozen))
-
-    def loss(params, frozen=frozen):
+    def loss(params):
         return apply(params, frozen, input_ids=ids).logits.float().square().mean()
 
     def their_loss():
@@ -50,16 +47,15 @@ def measure(adapted, theirs, decoding, dtype, tokens):
         with torch.no_grad():
             their_eval(input_ids=ids)
 
-    def train(params=params, frozen=frozen):  # a step of fit's
+    def train():  # a step of fit's
         leaves = {key: p.detach().requires_grad_() for key, p in params.items()}
-        torch.autograd.grad(loss(leaves, frozen), list(leaves.values()))
+        torch.autograd.grad(loss(leaves), list(leaves.values()))
 
     best = interleave(
         {
             "forward": forward,
             "PEFT forward": their_forward,
             "train": train,
-            "small": lambda: train(small, small_frozen),
             "grad": lambda: grad(loss)(params),
             "PEFT train": lambda: their_loss().backward(),
         }
@@ -69,11 +65,6 @@ def measure(adapted, theirs, decoding, dtype, tokens):
         "tokens": tokens,
         "forward / PEFT's": best["forward"] / best["PEFT forward"],
         "training step / PEFT's": best["train"] / best["PEFT train"],
-        **(
-            {}
-            if dtype == torch.float32
-            else {f"the same, vectors in {str(dtype)[6:]}": best["small"] / best["PEFT train"]}
-        ),
         "torch.func.grad / PEFT's step": best["grad"] / best["PEFT train"],
         "bytes kept for backward / PEFT's": _saved_bytes(lambda: loss(leaves)) / _saved_bytes(their_loss),
         "forward, ms": 1e3 * best["forward"],
