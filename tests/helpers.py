@@ -2,6 +2,7 @@
 
 import copy
 
+import bitsandbytes as bnb
 import torch
 from bitsandbytes import functional
 from torch import nn
@@ -149,6 +150,18 @@ def repack(module):
     weight = module.weight
     weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
     return module
+
+
+def exact(model):
+    """The model itself, its bitsandbytes layers in training mode: there they multiply by their weight as it is.
+
+    In eval mode a 4-bit layer rewrites its weight and multiplies in bfloat16 where the CPU has AVX512-BF16, and an
+    8-bit layer rounds its input to 8 bits. Neither can be the reference of a float32 product.
+    """
+    for module in model.modules():
+        if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+            module.train()
+    return model
 
 
 def randomized(params, seed=1, scale=0.1):
