@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 import vera_func as vf
-from vera_func import cli, demo
-from vera_func.distributed import furthest, rank
+from vera_func.cli import demo, main as cli
+from vera_func.train.distributed import furthest, rank
 
 
 ADAPTERS, GROUP, ROWS, LENGTH, STEPS = 5, 2, 23, 9, 20

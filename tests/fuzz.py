@@ -25,10 +25,10 @@ import torch
 from torch import nn
 
 import vera_func as vf
-from vera_func.checkpoint import WEIGHTS
-from vera_func.examples import read_examples
-from vera_func.pretrained import Note, read_note, write_note
-from vera_func.train import load_fit, save_fit
+from vera_func.data.examples import read_examples
+from vera_func.data.models import Note, read_note, write_note
+from vera_func.io.checkpoint import WEIGHTS
+from vera_func.train.fit import load_fit, save_fit
 
 
 VALUES = [

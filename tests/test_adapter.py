@@ -12,6 +12,7 @@ from torch.func import grad, vmap
 from torch.testing import assert_close
 
 import vera_func as vf
+from vera_func.core import autograd
 
 from helpers import IN, OUT, TOLERANCE, R, dense_forward, make_layer, row
 
@@ -492,7 +493,7 @@ class TestSharedProduct:
 
     @staticmethod
     def thrice(x, A):
-        shared = vf.adapter.SharedProduct()
+        shared = autograd.SharedProduct()
         first, second, third = (shared(x, A) for _ in range(3))
         return first.sin() * second * third.cos()
 
@@ -502,15 +503,15 @@ class TestSharedProduct:
 
     def test_the_product_is_computed_once(self, monkeypatch):
         calls = []
-        monkeypatch.setattr(vf.adapter, "project", lambda x, A: calls.append(x) or x @ A.mT)
-        shared = vf.adapter.SharedProduct()
+        monkeypatch.setattr(autograd, "project", lambda x, A: calls.append(x) or x @ A.mT)
+        shared = autograd.SharedProduct()
         shared(self.x, self.A), shared(self.x, self.A)
         assert len(calls) == 1
         shared(self.x.clone(), self.A)
         assert len(calls) == 2
 
     def test_a_changed_input_is_another_one(self):
-        shared, x = vf.adapter.SharedProduct(), self.x.clone()
+        shared, x = autograd.SharedProduct(), self.x.clone()
         shared(x, self.A)
         x += 1
         assert_close(shared(x, self.A), x @ self.A.mT)
@@ -539,19 +540,19 @@ class TestSharedProduct:
             x += 1
             return shared(x, self.A) - first
 
-        step = transform(lambda x: difference(vf.adapter.SharedProduct(), x))(self.x)
+        step = transform(lambda x: difference(autograd.SharedProduct(), x))(self.x)
         plain = transform(lambda x: difference(lambda x, A: x @ A.mT, x))(self.x)
         assert_close(step, plain)
 
     def test_a_product_without_gradients_is_another_one(self):
-        shared, x, A = vf.adapter.SharedProduct(), self.x.clone().requires_grad_(), self.A.clone().requires_grad_()
+        shared, x, A = autograd.SharedProduct(), self.x.clone().requires_grad_(), self.A.clone().requires_grad_()
         with torch.no_grad():
             shared(x, A)
         actual = torch.autograd.grad(shared(x, A).sin().sum(), (x, A))
         assert_close(actual, torch.autograd.grad((x @ A.mT).sin().sum(), (x, A)))
 
     def test_another_dtype_is_another_product(self):
-        shared = vf.adapter.SharedProduct()
+        shared = autograd.SharedProduct()
         shared(self.x, self.A)
         assert shared(self.x, self.A.float()).dtype == torch.float32
 
@@ -587,7 +588,7 @@ def test_layers_that_read_the_same_input_share_its_product(monkeypatch):
 
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     apply, params, frozen, _ = vf.adapt(llama(), vf.VeraConfig(r=4, target_modules=linears))
-    calls, original = [], vf.adapter.project
-    monkeypatch.setattr(vf.adapter, "project", lambda x, A: calls.append(x) or original(x, A))
+    calls, original = [], autograd.project
+    monkeypatch.setattr(autograd, "project", lambda x, A: calls.append(x) or original(x, A))
     apply(params, frozen, input_ids=torch.ones(1, 3, dtype=torch.long))
     assert len(calls) == len(params) // 2 // 7 * 4

@@ -9,7 +9,7 @@ import transformers
 from torch.func import grad
 
 import vera_func as vf
-from vera_func.pretrained import quantize_model
+from vera_func.model.convert import quantize_model
 
 from helpers import exact, randomized, relative_error
 

@@ -10,8 +10,8 @@ import zipfile
 import pytest
 import torch
 
-from vera_func import assets
-from vera_func.assets import Asset, fetch, load_snippets, pip_download
+from vera_func.data import assets
+from vera_func.data.assets import Asset, fetch, load_snippets, pip_download
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vera_func as vf
-from vera_func import assets
-from vera_func.checkpoint import CONFIG, WEIGHTS
-from vera_func.examples import read_examples
-from vera_func.pretrained import load_base, read_note
+from vera_func.data import assets
+from vera_func.data.examples import read_examples
+from vera_func.data.models import load_base, read_note
+from vera_func.io.checkpoint import CONFIG, WEIGHTS
 
 
 NAN, INF = float("nan"), float("inf")

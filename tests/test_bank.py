@@ -159,7 +159,7 @@ class TestLaziness:
                 return Slice()
 
         opened = vf.open_bank(path)
-        monkeypatch.setattr("vera_func.bank.safe_open", File)
+        monkeypatch.setattr("vera_func.io.bank.safe_open", File)
         assert_same(opened.read(chosen), {key: leaf[chosen] for key, leaf in stacked.items()})
         assert {key for key, _, _ in reads} == stacked.keys()
         for key in stacked:
@@ -370,7 +370,7 @@ class TestAtomicity:
             file.write_bytes(before[:50])
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("vera_func.bank.save_file", dying)
+        monkeypatch.setattr("vera_func.io.bank.save_file", dying)
         with pytest.raises(KeyboardInterrupt):
             vf.save_bank(path, several(adapted, 1), adapted.frozen, adapted.config, ["fox"])
         assert path.read_bytes() == before

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
-from vera_func.calibrate import (
+from vera_func.merging.calibrate import (
     _nearest_plane,
     _next_kappa,
     _Problem,

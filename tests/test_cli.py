@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from vera_func import cli
+from vera_func.cli import main as cli
 
 
 class Result(NamedTuple):
@@ -24,8 +24,8 @@ class Result(NamedTuple):
 
 @pytest.fixture
 def demo(monkeypatch):
-    """A stand-in for `vera_func.demo`: it records the call, and raises what it is told."""
-    stub = ModuleType("vera_func.demo")
+    """A stand-in for `vera_func.cli.demo`: it records the call, and raises what it is told."""
+    stub = ModuleType("vera_func.cli.demo")
     stub.calls, stub.error, stub.result = [], None, None
 
     def run(**options):
@@ -35,7 +35,7 @@ def demo(monkeypatch):
         return stub.result
 
     stub.demo = run
-    monkeypatch.setitem(sys.modules, "vera_func.demo", stub)
+    monkeypatch.setitem(sys.modules, "vera_func.cli.demo", stub)
     return stub
 
 
@@ -218,7 +218,7 @@ def test_an_option_means_the_same_everywhere():
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys; from vera_func import cli\n"
+        "import sys; from vera_func.cli import main as cli\n"
         f"for command in {COMMANDS}:\n"
         "    try: cli.main([command, '--help'])\n"
         "    except SystemExit: pass\n"

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import vera_func as vf
-from vera_func.config import DEFAULT_TARGETS, linear_sizes, resolve, trained_with
+from vera_func.model.targets import DEFAULT_TARGETS, linear_sizes, resolve, trained_with
 
 from helpers import bert, gpt2, llama, quantized
 

@@ -12,12 +12,14 @@ from torch import nn
 from torch.testing import assert_close
 
 import vera_func as vf
-from vera_func import cli, demo, inspection
-from vera_func.assets import load_snippets
-from vera_func.examples import polar_examples, read_examples
-from vera_func.many import unstack_adapters
-from vera_func.pretrained import Note, load_base, note_file, quantize_model, read_note, write_note
-from vera_func.task import check_prompt, encode_examples, fit_row, loss_of, make_task, score_of
+from vera_func.cli import demo, inspect as inspection, main as cli
+from vera_func.data.assets import load_snippets
+from vera_func.data.examples import polar_examples, read_examples
+from vera_func.data.models import Note, load_base, note_file, read_note, write_note
+from vera_func.data.task import check_prompt, encode_examples, loss_of, make_task, score_of
+from vera_func.model.batch import unstack_adapters
+from vera_func.model.convert import quantize_model
+from vera_func.train.sweep import fit_row
 
 from helpers import llama, quantized, snapshot
 

@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import vera_func as vf
-from vera_func import cli, distributed
-from vera_func.bank import open_bank
-from vera_func.commands import evaluate
-from vera_func.examples import read_examples
-from vera_func.pretrained import load_base
-from vera_func.sources import base_of, open_source
+from vera_func.cli import main as cli
+from vera_func.cli.commands import evaluate
+from vera_func.data.examples import read_examples
+from vera_func.data.models import load_base
+from vera_func.data.sources import base_of, open_source
+from vera_func.io.bank import open_bank
+from vera_func.train import distributed
 
 import distributed_case
 from helpers import randomized, relative_error
@@ -219,9 +220,9 @@ def test_several_give_what_one_gives(processes, bank, reviews, tmp_path):
 
 def test_each_process_reads_its_own_rows(bank, reviews, monkeypatch):
     names, read = open_bank(bank).names, []
-    monkeypatch.setattr("vera_func.commands.rank", lambda: 1)
-    monkeypatch.setattr("vera_func.commands.world_size", lambda: 2)
-    monkeypatch.setattr("vera_func.commands.spread", lambda f, items: [f(i) for i in list(items)[1::2]] * 2)
+    monkeypatch.setattr("vera_func.cli.commands.rank", lambda: 1)
+    monkeypatch.setattr("vera_func.cli.commands.world_size", lambda: 2)
+    monkeypatch.setattr("vera_func.cli.commands.spread", lambda f, items: [f(i) for i in list(items)[1::2]] * 2)
     whole = vf.Bank.read
     monkeypatch.setattr(vf.Bank, "read", lambda self, names=None: read.extend(names) or whole(self, names))
     line = f"evaluate --bank {bank} --data {reviews} --chunk 1 --dtype float32 --json"

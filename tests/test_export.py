@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import vera_func as vf
-from vera_func.lora import truncate
+from vera_func.io.lora import truncate
 
 from helpers import MODELS, TARGETS, llama, quantized, randomized, relative_error, snapshot
 

@@ -29,11 +29,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import vera_func as vf
-from vera_func.assets import Asset, fetch
-from vera_func.checkpoint import CONFIG, WEIGHTS
-from vera_func.files import filling
-from vera_func.pretrained import Note, read_note, write_note
-from vera_func.train import load_fit, save_fit
+from vera_func.data.assets import Asset, fetch
+from vera_func.data.models import Note, read_note, write_note
+from vera_func.io.checkpoint import CONFIG, WEIGHTS
+from vera_func.io.files import filling
+from vera_func.train.fit import load_fit, save_fit
 
 
 KILLS = int(os.environ.get("VERA_FUNC_KILLS", "20"))

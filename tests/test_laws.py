@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
 import vera_func as vf
-from vera_func.quantized import BLOCKSIZES
+from vera_func.quant.value import BLOCKSIZES
 
 from helpers import BASES, TRANSFORMS, make_base, make_layer, row, snapshot
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 import vera_func as vf
-from vera_func.layers import Projections, QuantizedLinear, RowwiseAffine, frozen_layer, layer_sizes, shell_class
+from vera_func.model.layers import Projections, QuantizedLinear, RowwiseAffine, frozen_layer, layer_sizes, shell_class
 
 from helpers import FORMATS, QUANTIZERS, R, randomized, relative_error, row, snapshot
 

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
 import vera_func as vf
-from vera_func.calibrate import gram
+from vera_func.merging.calibrate import gram
 
 
 OUT, IN, R = 96, 128, 16

@@ -7,14 +7,7 @@ from hypothesis import given, settings, strategies as st
 from torch.func import grad, hessian, jvp, vmap
 from torch.testing import assert_close
 
-from vera_func.optim import (
-    adamw_init,
-    adamw_update,
-    clip_by_norm,
-    constant,
-    global_norm,
-    linear_warmup_cosine,
-)
+from vera_func.train.optim import adamw_init, adamw_update, clip_by_norm, constant, global_norm, linear_warmup_cosine
 
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}

@@ -4,6 +4,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,27 +13,48 @@ import vera_func as vf
 
 
 PACKAGE = Path(vf.__file__).parent
-# From the ground up; a file imports only from those before it.
-ORDER = [
-    *("files", "projection", "adapter", "optim", "train", "distributed", "quantized", "bnb", "calibrate", "merge"),
-    *("config", "layers", "model", "many", "algebra", "checkpoint", "bank", "export", "lora", "grams", "assets"),
-    *("pretrained", "examples", "report", "sentiment", "task", "answers", "demo", "sources", "commands", "inspection"),
-    *("options", "cli"),
-]
+# From the ground up; a folder imports only from itself and from those before it.
+ROOMS = ["core", "quant", "model", "merging", "io", "train", "data", "cli"]
 PUBLIC = {
     name: getattr(vf, name) for name in dir(vf) if not name.startswith("_") and not inspect.ismodule(getattr(vf, name))
 }
 
 
-def test_every_file_has_its_place():
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"} == set(ORDER)
+def imports(path):
+    """The modules of the package that a file imports, anywhere in it, as parts below the package."""
+    package = path.relative_to(PACKAGE).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parts = (*package[: len(package) - node.level + 1], *(node.module or "").split("."))
+            names = [alias.name for alias in node.names] if not any(parts) else [""]
+            yield from (tuple(part for part in (*parts, name) if part) for name in names)
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_imports_only_from_below(name):
-    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
-    assert imported <= set(ORDER[: ORDER.index(name)])
+def test_every_file_has_its_room():
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(ROOMS)
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", "private"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_from_those_below(room):
+    allowed = {*ROOMS[: ROOMS.index(room) + 1], "private"}
+    for path in (PACKAGE / room).rglob("*.py"):
+        odd = [module for module in imports(path) if module[0] not in allowed]
+        assert not odd, f"{path.relative_to(PACKAGE)} imports {odd}"
+
+
+def test_no_two_files_import_each_other():
+    graph = {path.relative_to(PACKAGE).with_suffix("").parts: set(imports(path)) for path in PACKAGE.glob("*/*.py")}
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_private_names_of_others_stand_in_one_file():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "private.py":
+            text = path.read_text()
+            names = ("torch.utils._", "debug_unwrap", "torch.ops", "_keep_in_fp32", "torch._")
+            found = [name for name in names if name in text]
+            assert not found, f"{path.relative_to(PACKAGE)} names {found}"
 
 
 def test_import_is_light_and_silent():
@@ -67,7 +89,7 @@ def test_the_readme_names_every_public_name():
 
 
 def test_no_pickle():
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             called = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
             assert not (

@@ -15,9 +15,12 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_flatten, tree_map
 
 import vera_func as vf
-from vera_func import bnb, quantized as module
-from vera_func.layers import QuantizedLinear
-from vera_func.quantized import FUSED_ROWS, fused_weight
+from vera_func import private
+from vera_func.model.layers import QuantizedLinear
+from vera_func.quant import linear as module
+from vera_func.quant.cpu_layout import fused_weight, unpack_cpu_layout
+from vera_func.quant.linear import FUSED_ROWS
+from vera_func.quant.value import flatten
 
 from helpers import FORMATS, llama, quantized, randomized, relative_error, repack
 
@@ -40,17 +43,21 @@ def calls(monkeypatch):
     """A stand-in for the kernel, which reads the copy's layout as a module's, and notes the rows of each call."""
     rows = []
 
-    def product(x, fused, shape, quant_type, blocksize):
+    def product(x, fused, spec):
         assert x.is_contiguous()
         assert x.dtype == torch.bfloat16
         rows.append(x.numel() // x.shape[-1])
         state = SimpleNamespace(
-            shape=shape, absmax=fused.absmax, original_dtype=x.dtype, quant_type=quant_type, blocksize=blocksize
+            shape=spec.shape,
+            absmax=fused.absmax,
+            original_dtype=x.dtype,
+            quant_type=spec.quant_type,
+            blocksize=spec.blocksize,
         )
-        return torch.nn.functional.linear(x, vf.dequantize(bnb._unpack_cpu_format(fused.packed, state, None)))
+        return torch.nn.functional.linear(x, vf.dequantize(unpack_cpu_layout(fused.packed, state, None)))
 
-    monkeypatch.setattr(module, "_has_fused_kernel", lambda: True)
-    monkeypatch.setattr(module, "_fused_product", product)
+    monkeypatch.setattr(private, "bnb_has_avx512bf16", lambda: True)
+    monkeypatch.setattr(module, "fused_product", product)
     return rows
 
 
@@ -68,7 +75,7 @@ def test_no_copy_where_nothing_could_use_it(calls, monkeypatch):
     assert fused_weight(vf.quantize_4bit(narrow.T[:, :64])) is not None
     assert fused_weight(vf.quantize_4bit(narrow.T[:70, :64])) is None  # 32 rows at a time
     assert fused_weight(weight("int8")) is None
-    monkeypatch.setattr(module, "_has_fused_kernel", lambda: False)
+    monkeypatch.setattr(private, "bnb_has_avx512bf16", lambda: False)
     assert fused_weight(weight("nf4")) is None
 
 
@@ -164,10 +171,10 @@ def test_a_layer_that_is_moved_keeps_no_copy_of_elsewhere(calls):
 def test_bitsandbytes_choice_has_the_right_arguments(name, bias):
     """What a GPU is asked; on a CPU the same operation dequantizes, so that it may be compared bit by bit."""
     q, x, b = weight(name), normal(3, 5, IN, dtype=torch.float32), normal(OUT, dtype=torch.float32)
-    leaves, spec = module._flatten(q)
+    leaves, spec = flatten(q)
     assert len(leaves) == len(tree_flatten(q)[0])
     b = b if bias else None
-    assert torch.equal(module._choose_product(x, b, spec, leaves), vf.quantized_linear(q, x, b))
+    assert torch.equal(module._gpu_product(x, b, spec, leaves), vf.quantized_linear(q, x, b))
 
 
 @needs_kernel

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
-from vera_func.assets import Snippet
-from vera_func.examples import Example, polar_examples, read_examples, read_texts, split
-from vera_func.sentiment import (
+from vera_func.data.assets import Snippet
+from vera_func.data.examples import Example, polar_examples, read_examples, read_texts, split
+from vera_func.data.prompts import (
     Encoded,
     accepted_arguments,
     answer_ids,

@@ -17,7 +17,7 @@ from torch.func import grad, jvp
 from torch.testing import assert_close
 
 import vera_func as vf
-from vera_func.checkpoint import WEIGHTS
+from vera_func.io.checkpoint import WEIGHTS
 
 from helpers import QUANTIZERS, dense_forward, randomized, relative_error, repack, snapshot
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint as recompute
 
-from vera_func.optim import adamw_init, adamw_update, clip_by_norm, linear_warmup_cosine
-from vera_func.train import batch_indices, fit, load_fit, save_fit, sweep, sweep_table
+from vera_func.train.fit import batch_indices, fit, load_fit, save_fit
+from vera_func.train.optim import adamw_init, adamw_update, clip_by_norm, linear_warmup_cosine
+from vera_func.train.sweep import sweep, sweep_table
 
 
 N = 8

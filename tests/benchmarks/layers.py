@@ -4,12 +4,12 @@ import torch
 from tqdm import tqdm
 
 import vera_func as vf
-from vera_func.calibrate import calibrate_rows, output_error, output_kept
-from vera_func.demo import HELD_OUT, demo_examples, split_examples
-from vera_func.pretrained import load_base
-from vera_func.quantized import levels, unpack
-from vera_func.sentiment import batches_by_length
-from vera_func.task import encode_examples, make_task
+from vera_func.cli.demo import HELD_OUT, demo_examples, split_examples
+from vera_func.data.models import load_base
+from vera_func.data.prompts import batches_by_length
+from vera_func.data.task import encode_examples, make_task
+from vera_func.merging.calibrate import calibrate_rows, output_error, output_kept
+from vera_func.quant.value import levels, unpack
 
 from .common import table
 

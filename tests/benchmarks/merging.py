@@ -7,14 +7,14 @@ import torch
 from tqdm import tqdm
 
 import vera_func as vf
-from vera_func.answers import calibrate_answers
-from vera_func.assets import load_snippets
-from vera_func.commands import CALIBRATION
-from vera_func.demo import HELD_OUT, demo_examples, split_examples
-from vera_func.examples import polar_examples, split
-from vera_func.pretrained import load_base
-from vera_func.sentiment import answer_logits, collate
-from vera_func.task import encode_examples, make_task
+from vera_func.cli.commands import CALIBRATION
+from vera_func.cli.demo import HELD_OUT, demo_examples, split_examples
+from vera_func.data.answers import calibrate_answers
+from vera_func.data.assets import load_snippets
+from vera_func.data.examples import polar_examples, split
+from vera_func.data.models import load_base
+from vera_func.data.prompts import answer_logits, collate
+from vera_func.data.task import encode_examples, make_task
 
 from .common import table
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import vera_func as vf
-from vera_func.distributed import rank, world_size
+from vera_func.train.distributed import rank, world_size
 
 from .common import llama, table
 

@@ -6,7 +6,9 @@ import torch
 from torch.nn.functional import linear
 
 import vera_func as vf
-from vera_func.quantized import _fused_product, fused_weight
+from vera_func.quant.cpu_layout import fused_weight
+from vera_func.quant.linear import fused_product
+from vera_func.quant.value import flatten
 
 from .common import interleave, table
 
@@ -24,13 +26,13 @@ def run(dtype, width=1024, r=256, tokens=(1, 16, 128, 512, 2048)):
 def products(width, counts=(1, 4, 16, 32, 64, 128)):
     """Print where the fused kernel stops to be faster than dequantizing: what `FUSED_ROWS` was chosen by."""
     q = vf.quantize_4bit(torch.randn(width, width, generator=torch.Generator().manual_seed(0)).bfloat16())
-    fused, dense = fused_weight(q), vf.dequantize(q)
+    fused, dense, spec = fused_weight(q), vf.dequantize(q), flatten(q)[1]
     rows = []
     for count in counts:
         x = torch.randn(count, width).bfloat16()
         functions = {"dequantize, multiply": lambda x=x: vf.quantized_linear(q, x), "dense": lambda x=x: x @ dense.T}
         if fused is not None:
-            functions["fused"] = lambda x=x: _fused_product(x, fused, q.shape, q.quant_type, q.blocksize)
+            functions["fused"] = lambda x=x: fused_product(x, fused, spec)
         best = interleave({name: torch.no_grad()(function) for name, function in functions.items()}, repeats=20)
         rows.append({"rows": count, **{f"{name}, ms": 1e3 * seconds for name, seconds in best.items()}})
     missing = "" if fused is not None else "; this CPU has no fused kernel"

@@ -1,0 +1,338 @@
+"""The work of the commands: functions of plain values that return rows and dicts of numbers and texts."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.answers import Answers, calibrate_answers, compare_answers
+from ..data.assets import quiet_transformers
+from ..data.examples import Example, split
+from ..data.models import Base, Note, write_note
+from ..data.prompts import Encoded, Score, batches_by_length, collate
+from ..data.sources import Source, base_of, load_adapters, open_source, task_of
+from ..data.task import encode_examples, logits_of, score_of
+from ..io.bank import export_adapters, import_adapters, open_bank
+from ..io.checkpoint import CONFIG, WEIGHTS
+from ..io.files import filling
+from ..io.lora import export_lora
+from ..merging.model import merge, merge_reports
+from ..model.batch import select_adapters
+from ..train.distributed import rank, spread, world_size
+from .inspect import describe_reports, merge_advice
+from .report import bar
+
+
+CALIBRATION = 192  # texts, some 6,000 tokens of the demo's: more is hardly better
+
+
+def evaluate(
+    source: Source,
+    base: Base,
+    examples: Sequence[Example],
+    *,
+    prompt: str | None = None,
+    chunk: int = 8,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Accuracy and mean loss of every adapter on the same texts, a row for each.
+
+    Args:
+        source: From `open_source`.
+        base: From `base_of`.
+        examples: Texts and labels.
+        prompt: With `{text}` in it; None is what the adapters were trained with.
+        chunk: Adapters in a forward: it has `chunk` times `batch_size` rows.
+        batch_size: Texts in a forward.
+        progress: Shows progress bars.
+
+    Under `torchrun` each process evaluates every world-th chunk, and reads these adapters only; or every world-th
+    batch, where there are fewer chunks than processes. All of them get all rows, the same whatever their number is.
+
+    Raises:
+        ValueError: If the adapters do not fit the model, or a label was not trained.
+    """
+    task = task_of(source, base, {example.label for example in examples}, prompt)
+    rows = encode_examples(base, task, examples)
+    starts = range(0, len(source.names), chunk)
+    by_chunk = len(starts) >= world_size()
+    own = starts[rank()] if by_chunk else 0
+    adapted, read = load_adapters(source._replace(names=source.names[own : own + chunk]), base.model)
+
+    def evaluate_chunk(start: int) -> Score:
+        names = source.names[start : start + chunk]
+        params = read(names) if len(names) > 1 else {k: v[0] for k, v in read(names).items()}
+        title = f"adapters {start + 1}-{start + len(names)} of {len(source.names)}"
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": bar(title, progress)}
+        return score_of(adapted, task, params, rows, map=map if by_chunk else spread, **options)
+
+    scores = spread(evaluate_chunk, starts) if by_chunk else [evaluate_chunk(start) for start in starts]
+    accuracy, loss = (torch.cat([value.reshape(-1) for value in column]) for column in zip(*scores, strict=True))
+    return [
+        {"name": name, "accuracy": right.item(), "loss": mean.item(), "texts": len(rows)}
+        for name, right, mean in zip(source.names, accuracy, loss, strict=True)
+    ]
+
+
+def predict(
+    source: Source,
+    base: Base,
+    texts: Sequence[str],
+    *,
+    labels: Sequence[str] = (),
+    prompt: str | None = None,
+    chunk: int = 8,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """The label of every text by every adapter, and its probability among the labels; a row for each pair.
+
+    Args:
+        source: From `open_source`.
+        base: From `base_of`.
+        texts: To be labelled.
+        labels: To choose from, where the adapters' files do not say it.
+        prompt: With `{text}` in it; None is what the adapters were trained with.
+        chunk: Adapters in a forward.
+        batch_size: Texts in a forward.
+        progress: Shows progress bars.
+
+    Raises:
+        ValueError: If there is no text, or an empty one, if labels are not known, or the adapters do not fit the model.
+    """
+    if not texts or not all(text.strip() for text in texts):
+        raise ValueError("there is nothing to label: give at least one text, and no empty one.")
+    task = task_of(source, base, labels, prompt)
+    rows = encode_examples(base, task, [Example(text, task.labels[0], text) for text in texts])
+    batches = batches_by_length(rows, batch_size, task.pad_id)
+    place = torch.cat([batch["row"] for batch in batches]).argsort()
+    adapted, read = load_adapters(source, base.model)
+    found = []
+    for start in range(0, len(source.names), chunk):
+        names = source.names[start : start + chunk]
+        logits = partial(logits_of(adapted, task, stacked=True), read(names))
+        title = f"adapters {start + 1}-{start + len(names)} of {len(source.names)}"
+        with torch.no_grad():
+            parts = [logits(batch)[..., task.answers] for batch in bar(title, progress)(batches)]
+        best, label = torch.cat(parts, dim=1)[:, place].double().softmax(-1).max(-1)  # (adapters, texts)
+        found += [
+            {"text": text, "adapter": name, "label": task.labels[label[i, j]], "probability": best[i, j].item()}
+            for i, name in enumerate(names)
+            for j, text in enumerate(texts)
+        ]
+    return found
+
+
+def generate(
+    source: Source,
+    base: Base,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """What the model says after each prompt, with one adapter for all or one for each, a row for each prompt.
+
+    Args:
+        source: From `open_source`, with one name or as many as there are prompts.
+        base: From `base_of`.
+        prompts: Texts to continue.
+        max_new_tokens: Most tokens to generate.
+        temperature: 0 takes the likeliest token; else tokens are drawn.
+        seed: Of the draws.
+        batch_size: Prompts at once.
+        progress: Shows a progress bar.
+
+    Raises:
+        ValueError: If there is no prompt, an empty one, or the names do not match the prompts.
+    """
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ValueError("there is nothing to continue: give at least one prompt, and no empty one.")
+    names = source.names * len(prompts) if len(source.names) == 1 else source.names
+    if len(names) != len(prompts):
+        raise ValueError(
+            f"{len(prompts)} prompts need one adapter, or one for each, got {len(names)}: repeat --name, in the order "
+            f"of the prompts; the first of them is {names[0]!r}."
+        )
+    adapted, read = load_adapters(source, base.model)
+    pad_id, eos_id = base.tokenizer.pad_token_id, base.tokenizer.eos_token_id
+    pad_id = next((token for token in (pad_id, eos_id) if token is not None), 0)
+    encoded = [Encoded(ids, 0) for ids in base.tokenizer(list(prompts)).input_ids]
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id, "do_sample": temperature > 0}
+    if temperature > 0:
+        options["temperature"] = temperature
+    texts: list[str] = []
+    with quiet_transformers(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for start in bar("generate", progress)(range(0, len(prompts), batch_size)):
+            part = slice(start, start + batch_size)
+            unique = list(dict.fromkeys(names[part]))
+            params = select_adapters(read(unique), [unique.index(name) for name in names[part]])
+            batch = collate(encoded[part], pad_id)
+            inputs = {name: batch[name].to(base.model.device) for name in ("input_ids", "attention_mask")}
+            out = adapted.apply.generate(params, adapted.frozen, **inputs, **options)
+            new = out[:, inputs["input_ids"].shape[1] :]
+            texts += base.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [
+        {"prompt": prompt, "adapter": name, "text": text}
+        for prompt, name, text in zip(prompts, names, texts, strict=True)
+    ]
+
+
+def merge_to(
+    source: Source,
+    base: Base,
+    to: str,
+    out: str | os.PathLike[str],
+    *,
+    calibrate: Sequence[Example] | None = None,
+    prompt: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write a plain model with one adapter in its weights, with its tokenizer, and say what was lost.
+
+    Args:
+        source: From `open_source`, of one adapter.
+        base: From `base_of`, in the format that the adapter was trained over.
+        to: "nf4", "fp4", "int8", or the name of a dtype.
+        out: The folder.
+        calibrate: Labelled texts to choose 4-bit weights by, so that the answers stay; a quarter of them is kept to
+            judge by. None rounds.
+        prompt: With `{text}` in it, for these; None is what the adapter was trained with.
+        progress: Shows a progress bar.
+
+    Raises:
+        ValueError: If the adapter does not fit, `out` holds the base or an adapter, or one can't calibrate so.
+    """
+    adapted, _ = load_adapters(source, base.model)
+    out = Path(out)
+    if out.is_file() or (out / CONFIG).is_file() or (out.is_dir() and out.resolve() == Path(base.name).resolve()):
+        raise ValueError(f"--out {out} is in use: give a folder for the merged model alone.")
+    form = getattr(torch, to) if to in ("float32", "bfloat16", "float16") else to
+    done: dict[str, Any] = {"out": str(out), "to": to, "model": base.name, "quant": base.quant}
+    if calibrate is None:
+        merged: Any = merge(base.model, adapted.params, adapted.frozen, form)
+        reports = merge_reports(base.model, adapted.params, adapted.frozen, form)
+        done |= {"advice": merge_advice(reports), "modules": describe_reports(reports)}
+    else:
+        if to != base.quant or to not in ("nf4", "fp4"):
+            raise ValueError(f"calibration keeps the base's 4-bit format, and this base is {base.quant}: not for {to}.")
+        task = task_of(source, base, {example.label for example in calibrate}, prompt)
+        examples, others = split(calibrate, -(-len(calibrate) // 4), seed=0)
+        rows = encode_examples(base, task, examples[:CALIBRATION])
+        show = bar("calibrate", progress, "step")
+        weights = calibrate_answers(base.model, adapted, task, rows, progress=show)
+        merged = merge(base.model, adapted.params, adapted.frozen, weights=weights)
+        rows_kept = encode_examples(base, task, others[:CALIBRATION])
+        kept = compare_answers(adapted, merged, task, rows_kept, progress=bar("compare", progress))
+        done |= {"calibrated_on": len(rows), "advice": _calibrated_advice(kept), "answers": kept._asdict()}
+    with quiet_transformers(), filling(out) as folder:
+        merged.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
+        if source.note != Note():
+            # A merged model is asked as its adapter was, and 16 bits are not quantized again.
+            write_note(folder, source.note._replace(quant=None if isinstance(form, str) else "none"))
+    return done
+
+
+def lora_of(source: Source, base: Base, out: str | os.PathLike[str], rank: int | None = None) -> dict[str, Any]:
+    """Write one adapter as a PEFT LoRA directory; exact, unless the rank is less than r.
+
+    Args:
+        source: From `open_source`, of one adapter.
+        base: Of the same architecture, in any format.
+        out: The directory.
+        rank: None is the adapter's r.
+
+    Raises:
+        ValueError: If the adapter does not fit, or `out` is the adapter's own directory.
+    """
+    adapted, _ = load_adapters(source, base.model)
+    if source.path is not None and Path(out).resolve() == source.path.resolve():
+        raise ValueError(f"--out {out} is the adapter itself: give another folder.")
+    path, error = export_lora(out, *adapted[1:], base.model, rank=rank)
+    mean = sum(error.values()) / len(error)
+    return {
+        "out": str(path),
+        "rank": rank or adapted.config.r,
+        "modules": len(error),
+        "largest_error": max(error.values()),
+        "mean_error": mean,
+        "advice": None if mean < 0.1 else f"It leaves out {mean:.0%} of the update: use a higher rank, or r itself.",
+        "bytes": _size(path / WEIGHTS),
+    }
+
+
+def convert(
+    sources: Sequence[str],
+    out: str | os.PathLike[str],
+    *,
+    names: Sequence[str] | None = None,
+    model: str | None = None,
+    quant: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """PEFT directories to a bank, or a bank to PEFT directories, by what the sources are.
+
+    Args:
+        sources: Directories, whose own names become those in the bank; or one bank.
+        out: A file that is not there yet, ending in .safetensors; or a folder, for a sub-folder for each adapter.
+        names: Which adapters of a bank; None is all.
+        model: The base of the directories; None is what the first one names.
+        quant: Its format; None is what the first one was trained over.
+        dtype: Of its arithmetic.
+
+    Raises:
+        ValueError: If the sources are mixed or do not fit together, two have one name, or `out` is the wrong kind.
+        FileExistsError: If the bank is there already.
+        FileNotFoundError: If a source is not there.
+    """
+    out = Path(out)
+    for source_path in sources:
+        if not Path(source_path).exists():
+            raise FileNotFoundError(f"there is nothing at {source_path}.")
+    files = [source for source in sources if Path(source).is_file()]
+    if files:
+        if len(sources) > 1:
+            raise ValueError(f"{files[0]} is a bank: convert one at a time, or else directories only.")
+        if out.is_file():
+            raise ValueError(f"--out {out} is a file: a bank is converted to a folder of PEFT directories.")
+        source = open_source(bank=files[0], names=names)
+        written = export_adapters(open_bank(files[0]), out, source.names)
+        for folder in written:
+            write_note(folder, source.note)
+        return {"out": str(out), "kind": "directories", "names": source.names, "paths": [str(path) for path in written]}
+    if names:
+        raise ValueError("--name chooses from a bank; name the directories themselves.")
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out {out} must end in .safetensors: PEFT directories are converted to a bank.")
+    if out.exists():
+        raise FileExistsError(f"there is a bank {out} already: remove it, or give another name.")
+    opened = {source: open_source(source) for source in sources}
+    folders = {single.names[0]: source for source, single in opened.items()}
+    if len(folders) < len(sources):
+        raise ValueError(f"adapters in a bank have different names, but the directories are called {sorted(folders)}.")
+    first = next(iter(opened.values()))
+    bank = import_adapters(out, folders, base_of(first, model, quant, dtype).model)
+    if all(source.note == first.note for source in opened.values()):
+        write_note(out, first.note)
+    return {"out": str(out), "kind": "bank", "names": list(bank.names), "bytes": _size(out)}
+
+
+def _calibrated_advice(kept: Answers) -> str:
+    share, error = (f"{value:.{digits}%}".replace("%", " %") for value, digits in ((kept.same, 0), (kept.error, 1)))
+    return (
+        f"On {kept.texts} texts that it was not calibrated on, {share} of the answers stay as they were, and their "
+        f"logits change by {error} of what the adapter changes."
+    )
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size

@@ -1,0 +1,196 @@
+"""What is in an adapter directory, a bank or a model folder, as plain values for a screen or for machines."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.keys import VECTORS, adapted_modules, own_parameters, split_key
+from ..data.assets import quiet_transformers
+from ..data.models import describe_base
+from ..data.sources import base_of, load_adapters, open_source
+from ..io.bank import open_bank
+from ..io.checkpoint import CONFIG, WEIGHTS, read_files
+from ..merging.layer import MergeReport
+from ..merging.model import merge_advice, merge_reports
+from ..model.config import VeraConfig
+from ..model.targets import linear_sizes, resolve
+
+
+def inspect_path(
+    path: str,
+    *,
+    model: str | None = None,
+    quant: str | None = None,
+    dtype: torch.dtype | None = None,
+    to: str | None = None,
+    names: Sequence[str] | None = None,
+    r: int = 256,
+    targets: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """What is in an adapter directory, a bank or a model folder.
+
+    Args:
+        path: One of these.
+        model: The base of an adapter, for the size of its updates and what a merge would keep.
+        quant: Format of that model; None is what the adapter was trained over.
+        dtype: Of its arithmetic.
+        to: Format to merge to; None is the model's.
+        names: Which adapters of a bank; None is all, and the first for a merge.
+        r: Of an adapter that a model folder would get.
+        targets: Of the same; None is the default of the model's type.
+
+    Raises:
+        ValueError: If it is none of them, or damaged.
+        FileNotFoundError: If it is not there.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise FileNotFoundError(f"there is nothing at {path}.")
+    if folder.is_dir() and not (folder / CONFIG).is_file() and (folder / "config.json").is_file():
+        return _inspect_model(folder, r, targets)
+    if model is None and (to or quant or dtype):
+        raise ValueError("--to, --quant and --dtype are about merging into a model: pass --model, too.")
+    if names and not folder.is_file():
+        raise ValueError(f"--name chooses from a bank, and {path} is a folder.")
+    source = open_source(bank=path, names=names) if folder.is_file() else open_source(path)
+    assert source.config is not None
+    config = source.config
+    if folder.is_file():
+        bank = open_bank(folder)
+        stacked = bank.read(source.names)
+        projections: Mapping[str, Tensor] = bank.frozen()
+        size = folder.stat().st_size
+    else:
+        _, tensors = read_files(folder)
+        projections = {key: value for key, value in tensors.items() if ".vera_A" in key or ".vera_B" in key}
+        stacked = {
+            key.removeprefix("base_model.model.").replace(".vera_lambda", ".lambda"): value[None]
+            for key, value in tensors.items()
+            if key not in projections
+        }
+        size = (folder / WEIGHTS).stat().st_size
+    found: dict[str, Any] = {
+        "path": path,
+        "kind": "bank" if folder.is_file() else "adapter",
+        "adapters": len(source.names),
+        "names": source.names,
+        "model": config.base_model_name_or_path,
+        "quant": source.note.quant,
+        "labels": source.note.labels,
+        "prompt": source.note.prompt,
+        "r": config.r,
+        "projection_key": config.projection_prng_key,
+        "projections_stored": bool(projections),
+        "trained": sum(value[0].numel() for value in stacked.values()),
+        "bytes": size,
+        "modules": _norms(stacked),
+    }
+    if model is not None:
+        base = base_of(source, model, quant, dtype)
+        adapted, _ = load_adapters(source, base.model)  # the first one's params
+        form = getattr(torch, to) if to in ("float32", "bfloat16", "float16") else to
+        reports = merge_reports(base.model, adapted.params, adapted.frozen, form)
+        found["merge"] = {
+            "name": source.names[0],
+            "base": describe_base(base),
+            "to": to or base.quant,
+            "advice": merge_advice(reports),
+            "modules": summarize_reports(describe_reports(reports)),
+        }
+    return found
+
+
+def summarize_reports(modules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Merge reports of many modules as a row for each kind of them, by the end of the name.
+
+    Example:
+        >>> summarize_reports([{"module": "0.q", "kept": 0.5, "error": 1.0, "size": 0.25},
+        ...                    {"module": "1.q", "kept": 1.0, "error": 0.5, "size": 0.25}])
+        [{'modules': 'q', 'count': 2, 'kept': 0.75, 'kept_least': 0.5, 'error': 0.75, 'size': 0.25}]
+    """
+    rows = []
+    for kind, group in _by_kind(modules, lambda row: row["module"]).items():
+        mean = {name: sum(row[name] for row in group) / len(group) for name in ("kept", "error", "size")}
+        least = min(row["kept"] for row in group)
+        rows.append({"modules": kind, "count": len(group), "kept": mean["kept"], "kept_least": least, **mean})
+    return rows
+
+
+def _inspect_model(folder: Path, r: int, targets: Sequence[str] | None) -> dict[str, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(folder)
+        stored: Any = getattr(config, "quantization_config", None) or {}
+        stored = stored if isinstance(stored, dict) else stored.to_dict()
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):  # sizes without weights
+            model = AutoModelForCausalLM.from_config(config)
+    names, _ = resolve(model, VeraConfig(r=r, target_modules=list(targets) if targets else None))
+    modules = dict(model.named_modules())
+    sizes = {name: linear_sizes(module) for name, module in modules.items()}
+    widest_in, widest_out = (max(width) for width in zip(*(sizes[name] or (0, 0) for name in names), strict=True))
+    linear = [(name, *size) for name, size in sizes.items() if size is not None]
+    rows = []
+    for kind, group in _by_kind(linear, lambda row: row[0]).items():
+        adapted = [row for row in group if row[0] in names]
+        rows.append(
+            {
+                "modules": kind,
+                "count": len(group),
+                "in": ", ".join(str(size) for size in dict.fromkeys(row[1] for row in group)),
+                "out": ", ".join(str(size) for size in dict.fromkeys(row[2] for row in group)),
+                "weights": sum(row[1] * row[2] for row in group),
+                "would_adapt": len(adapted),
+                "would_train": sum(row[2] + r for row in adapted),
+            }
+        )
+    return {
+        "path": str(folder),
+        "kind": "model",
+        "type": config.model_type,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(getattr(config, "dtype", None) or "").removeprefix("torch.") or None,
+        "quantization": stored.get("bnb_4bit_quant_type" if stored.get("load_in_4bit") else "quant_method"),
+        "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "r": r,
+        "would_train": sum(row["would_train"] for row in rows),
+        "projections": r * (widest_in + widest_out),
+        "modules": rows,
+    }
+
+
+def _norms(stacked: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """A row for each kind of adapted module: how many, and the mean norms of their vectors."""
+    # A safetensors file gives them in no particular order.
+    layers = sorted(adapted_modules(stacked))
+    rows = []
+    for kind, group in _by_kind(layers, lambda name: name).items():
+        row: dict[str, Any] = {"modules": kind, "count": len(group)}
+        for leaf in VECTORS:
+            norms = torch.stack([stacked[f"{name}.{leaf}".lstrip(".")].float().norm(dim=1) for name in group])
+            row |= {f"{leaf}_norm": norms.mean().item(), f"{leaf}_norm_most": norms.max().item()}
+        rows.append(row)
+    own = own_parameters(stacked)
+    return rows + [{"modules": key, "count": 1} for key in own]
+
+
+def _by_kind(items: Iterable[Any], name_of: Callable[[Any], str]) -> dict[str, list[Any]]:
+    groups: dict[str, list[Any]] = {}
+    for item in items:
+        groups.setdefault(split_key(name_of(item))[1], []).append(item)
+    return groups
+
+
+def describe_reports(reports: Mapping[str, MergeReport]) -> Sequence[dict[str, Any]]:
+    """The reports as plain rows, one a module, for a table.
+
+    Example:
+        >>> describe_reports({"q_proj": MergeReport(0.5, 0.25, 0.125)})[0]["kept"]
+        0.5
+    """
+    return [{"module": name, **report._asdict()} for name, report in reports.items()]

@@ -1,0 +1,1 @@
+"""The maths of one adapted layer, on torch alone."""

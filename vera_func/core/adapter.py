@@ -1,0 +1,261 @@
+"""The VeRA update of one linear layer, as pure functions of dicts of tensors.
+
+    y = base(x) + lambda_b * (B (lambda_d * (A x)))          W' = W + diag(lambda_b) B diag(lambda_d) A
+
+An adapter, `params`, is what is trained: `{"lambda_b": (out,), "lambda_d": (r,)}`. `frozen` is what all
+adapters share: `{"vera_A": (r, in), "vera_B": (out, r)}`, possibly wider than this layer. The base layer is
+any callable; nothing here knows of quantization or of `nn.Module`.
+
+Shapes, here and in the whole package: `in` and `out` are the sizes of a layer, `r` the rank, `*batch` the
+leading axes of `x`, and `*rows` leading axes of the vectors, matched with those of `x` from the left: with
+`lambda_b` (rows, out), row `i` of an `x` (rows, in) or (rows, seq, in) goes through adapter `i`.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .autograd import expand, project
+from .keys import MIXTURE, VECTORS
+from .shapes import align_rows, require_float, require_rows_of_floats
+
+
+BaseFn = Callable[[Tensor], Tensor]
+
+
+def init_params(
+    r: int,
+    out_features: int,
+    d_initial: float = 0.1,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """A fresh adapter: `lambda_b = 0`, `lambda_d = d_initial`, so that the layer starts equal to its base.
+
+    Args:
+        r: Rank of the projections that it will be used with.
+        out_features: Output size of the layer.
+        d_initial: Value of every entry of `lambda_d`; the paper recommends at most 0.1 (its table 6c).
+        dtype: Dtype of both vectors, and so of the arithmetic of the update.
+        device: Device of both vectors.
+
+    Returns:
+        `{"lambda_b": (out,), "lambda_d": (r,)}`.
+
+    Raises:
+        ValueError: If `r` or `out_features` is not a positive integer, `d_initial` not finite, or the dtype not a
+            floating-point one.
+
+    Example:
+        >>> init_params(2, 3)
+        {'lambda_b': tensor([0., 0., 0.]), 'lambda_d': tensor([0.1000, 0.1000])}
+    """
+    for name, size in (("r", r), ("out_features", out_features)):
+        if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+            raise ValueError(f"{name} must be a positive integer, got {size!r}.")
+    if not abs(d_initial) < float("inf"):
+        raise ValueError(f"d_initial must be finite, got {d_initial}.")
+    require_float("dtype", dtype)
+    return {
+        "lambda_b": torch.zeros(out_features, dtype=dtype, device=device),
+        "lambda_d": torch.full((r,), d_initial, dtype=dtype, device=device),
+    }
+
+
+def vera_forward(
+    params: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
+    x: Float[Tensor, "*batch in"],
+    base_fn: BaseFn,
+    *,
+    dropout_mask: Tensor | None = None,
+    project: Callable[[Tensor, Tensor], Tensor] = project,
+) -> Float[Tensor, "*batch out"]:
+    """The adapted layer: `base_fn(x) + lambda_b * (B (lambda_d * (A x)))`.
+
+    Costs `r (in + out)` multiply-adds per row of `x` on top of the base; the (out, in) update is never formed.
+    What it keeps for backward is `A x`, r numbers a row; backward multiplies by `B` once more.
+    Products and sum are computed in the vectors' dtype and cast once, to the base output's dtype and
+    then to that of `x`, which is PEFT's arithmetic.
+
+    Args:
+        params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`. Leading axes are matched with those
+            of `x` from the left, each vector by itself. With `"mixture"` (*rows, k), the vectors are
+            (*rows, k, ...), and a row gets the sum of `k` updates with these weights.
+        frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`; the first columns and rows are used.
+        x: Input rows.
+        base_fn: The frozen layer, `(*batch, in) -> (*batch, out)`.
+        dropout_mask: Multiplies the input of `A` (not of the base) and broadcasts to the shape of `x`;
+            see `dropout_mask`. None drops nothing.
+        project: `(x, A) -> A x`. Layers that read the same `x` may share it, with a function that remembers
+            (`SharedProduct`); with a dropout mask nothing is shared, and it is not called.
+
+    Raises:
+        ValueError: If leading axes cannot be matched (both shapes are named), if `frozen` has another
+            rank or is too narrow, if the mask does not broadcast to `x`, if the base gives another size than `out`,
+            if a key is missing, or something is of integers.
+
+    Example:
+        >>> import torch
+        >>> frozen = {"vera_A": torch.ones(2, 3), "vera_B": torch.ones(4, 2)}
+        >>> params = {"lambda_b": torch.ones(4), "lambda_d": torch.full((2,), 0.5)}
+        >>> weight = torch.zeros(4, 3)
+        >>> vera_forward(params, frozen, torch.ones(3), lambda x: x @ weight.T)
+        tensor([3., 3., 3., 3.])
+
+    Reference:
+        Equation 2 of https://arxiv.org/abs/2310.11454.
+    """
+    lambda_b, lambda_d, mixture = _vectors(params)
+    require_rows_of_floats(x)
+    A, B = _projections(frozen, lambda_b, lambda_d, x.shape[-1])
+    base = base_fn(x)
+    if base.shape[-1] != lambda_b.shape[-1]:  # one of them could be 1, and broadcast
+        raise ValueError(
+            f"lambda_b {tuple(lambda_b.shape)} is for {lambda_b.shape[-1]} outputs, but base_fn(x) is "
+            f"{tuple(base.shape)}."
+        )
+    masked = None if dropout_mask is None else x.to(A.dtype) * _checked_mask(dropout_mask, x)
+    z = project(x, A) if masked is None else linear(masked, A)  # (*batch, r)
+    if mixture is None:
+        update = expand(z, align_rows("lambda_b", lambda_b, x), align_rows("lambda_d", lambda_d, x), B)
+    else:
+        hidden = align_rows("lambda_d", lambda_d, x, inner=2) * z[..., None, :]  # (*batch, k, r)
+        weighted = mixture[..., None] * lambda_b
+        update = align_rows("lambda_b", weighted, x, inner=2) * linear(hidden, B)  # (*batch, k, out)
+        update = update.sum(-2)
+    return (base + update).to(base.dtype).to(x.dtype)
+
+
+def delta_weight(
+    params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], in_features: int
+) -> Float[Tensor, "*rows out in"]:
+    """The dense update `diag(lambda_b) B diag(lambda_d) A`, in the vectors' dtype.
+
+    Costs `r out in` multiply-adds and an (out, in) tensor: for merging and inspection, not for the forward pass.
+
+    Args:
+        params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`.
+        frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
+        in_features: Input size of the layer, which `params` cannot tell.
+
+    Raises:
+        ValueError: If the projections have another rank or are too narrow.
+
+    Example:
+        >>> import torch
+        >>> frozen = {"vera_A": torch.ones(2, 3), "vera_B": torch.ones(4, 2)}
+        >>> params = {"lambda_b": torch.ones(4), "lambda_d": torch.full((2,), 0.5)}
+        >>> delta_weight(params, frozen, in_features=3).shape
+        torch.Size([4, 3])
+    """
+    lambda_b, lambda_d, mixture = _vectors(params)
+    A, B = _projections(frozen, lambda_b, lambda_d, in_features)
+    if mixture is None:
+        return (lambda_b[..., None] * B) @ (lambda_d[..., None] * A)
+    weighted = mixture[..., None] * lambda_b
+    return ((weighted[..., None] * B) @ (lambda_d[..., None] * A)).sum(-3)
+
+
+def dropout_mask(
+    p: float,
+    shape: tuple[int, ...],
+    *,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """A mask of zeros (with probability `p`) and `1 / (1 - p)`, on the generator's device.
+
+    Under `torch.func.vmap(..., randomness="different")` every adapter draws its own.
+
+    Args:
+        p: Probability of a zero, 0 <= p < 1.
+        shape: Shape of the mask, that of the layer's input.
+        generator: Where the randomness comes from; there is no default.
+        dtype: Dtype of the mask.
+
+    Raises:
+        ValueError: If `p` is out of range.
+
+    Example:
+        >>> import torch
+        >>> mask = dropout_mask(0.5, (2, 100), generator=torch.Generator().manual_seed(0))
+        >>> sorted(mask.unique().tolist())
+        [0.0, 2.0]
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"p must be at least 0 and below 1, got {p}.")
+    draw = torch.rand(shape, generator=generator, device=generator.device)
+    return (draw >= p).to(dtype) / (1 - p)
+
+
+def _vectors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    if params.keys() - {MIXTURE} != {*VECTORS}:
+        raise ValueError(
+            "params of one layer must have the keys 'lambda_b' and 'lambda_d' (and, for a weighted sum of "
+            f"adapters, 'mixture'), got {sorted(params)}."
+        )
+    lambda_b, lambda_d, mixture = params["lambda_b"], params["lambda_d"], params.get("mixture")
+    for name, vector in (("lambda_b", lambda_b), ("lambda_d", lambda_d)):
+        if not isinstance(vector, Tensor) or not vector.is_floating_point():
+            what = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
+            raise ValueError(f"{name} must be a tensor of floating-point numbers, got {what}.")
+    if lambda_b.dim() < 1 or lambda_d.dim() < 1:
+        raise ValueError(
+            f"lambda_b {tuple(lambda_b.shape)} and lambda_d {tuple(lambda_d.shape)} must be (*rows, out) and "
+            "(*rows, r)."
+        )
+    if mixture is not None and not mixture.shape == lambda_b.shape[:-1] == lambda_d.shape[:-1]:
+        raise ValueError(
+            f"mixture {tuple(mixture.shape)} must be (*rows, k), and lambda_b {tuple(lambda_b.shape)} and lambda_d "
+            f"{tuple(lambda_d.shape)} (*rows, k, out) and (*rows, k, r)."
+        )
+    return lambda_b, lambda_d, mixture
+
+
+def _projections(
+    frozen: Mapping[str, Tensor], lambda_b: Tensor, lambda_d: Tensor, in_features: int
+) -> tuple[Tensor, Tensor]:
+    """The part of the shared pair that belongs to this layer, as views, in the vectors' dtype."""
+    missing = {"vera_A", "vera_B"} - frozen.keys()
+    if missing:
+        raise ValueError(f"frozen lacks {sorted(missing)}; init_projections makes it.")
+    A, B = frozen["vera_A"], frozen["vera_B"]
+    out_features, r = lambda_b.shape[-1], lambda_d.shape[-1]
+    if in_features < 1 or A.dim() != 2 or B.dim() != 2:
+        raise ValueError(
+            f"vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} must be (r, >= in) and (>= out, r), for a positive "
+            f"in, here {in_features}."
+        )
+    # torch 2.13 multiplies a CPU tensor by one on the meta device, and gives uninitialised memory.
+    if not A.device == B.device == lambda_d.device == lambda_b.device:
+        raise ValueError(
+            f"vera_A and vera_B are on {A.device} and {B.device}, but lambda_b and lambda_d on {lambda_b.device} and "
+            f"{lambda_d.device}; move them to one device."
+        )
+    if A.shape[0] != r or B.shape[1] != r:
+        raise ValueError(
+            f"lambda_d {tuple(lambda_d.shape)} implies rank {r}, but vera_A {tuple(A.shape)} and vera_B "
+            f"{tuple(B.shape)} have rank {A.shape[0]} and {B.shape[1]}. Projections of another rank are "
+            "another random draw, not a part of this one."
+        )
+    if A.shape[1] < in_features or B.shape[0] < out_features:
+        raise ValueError(
+            f"the layer is {in_features} -> {out_features}, but vera_A {tuple(A.shape)} and vera_B "
+            f"{tuple(B.shape)} were drawn for at most {A.shape[1]} -> {B.shape[0]}."
+        )
+    return A[:, :in_features].to(lambda_d.dtype), B[:out_features].to(lambda_d.dtype)
+
+
+def _checked_mask(mask: Tensor, x: Tensor) -> Tensor:
+    try:
+        fits = torch.broadcast_shapes(mask.shape, x.shape) == x.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"dropout_mask {tuple(mask.shape)} does not broadcast to x {tuple(x.shape)}.")
+    return mask

@@ -1,0 +1,183 @@
+"""Labelled texts: read from a file or made from rated snippets, and split without leaks."""
+
+import csv
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+
+if TYPE_CHECKING:
+    from .assets import Snippet
+
+Rows = Iterator[tuple[int, dict[str, Any]]]  # number of the line, columns
+
+
+class Example(NamedTuple):
+    """A text, its label, and what it was taken from, a group, which a split keeps together."""
+
+    text: str
+    label: str
+    group: str
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """The examples of a JSONL or CSV file with the columns `text` and `label`, by its suffix.
+
+    A column `group`, if there is one, names what a text was taken from; without it, only equal
+    texts form a group. Other columns are ignored, as are empty lines.
+
+    Raises:
+        ValueError: If the suffix is another, or a row is not complete (file and line are named), or
+            there are fewer than two labels.
+        OSError: If the file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "reviews.csv"
+        >>> _ = path.write_text("text,label\\nA joy.,positive\\nToo long.,negative\\n")
+        >>> read_examples(path)[0]
+        Example(text='A joy.', label='positive', group='A joy.')
+    """
+    path = Path(path)
+    examples = [
+        Example(_field(path, line, row, "text"), _field(path, line, row, "label").strip(), _group(row))
+        for line, row in _read_rows(path, {"text", "label"})
+    ]
+    labels = sorted({example.label for example in examples})
+    if len(labels) < 2:
+        raise ValueError(f"{path} must have at least two labels, but has {labels}.")
+    return examples
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The column `text` of a JSONL or CSV file, by its suffix; other columns are ignored.
+
+    Raises:
+        ValueError: If the suffix is another, or a text is missing or empty (file and line are named).
+        OSError: If the file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "reviews.csv"
+        >>> _ = path.write_text("id,text\\n7,A joy.\\n")
+        >>> read_texts(path)
+        ['A joy.']
+    """
+    path = Path(path)
+    return [_field(path, line, row, "text") for line, row in _read_rows(path, {"text"})]
+
+
+def polar_examples(snippets: "Iterable[Snippet]", threshold: float = 1.0) -> list[Example]:
+    """Rated snippets as examples, "positive" or "negative", without those within `threshold` of 0.
+
+    Of snippets with the same text only the first is taken.
+
+    Example:
+        >>> from vera_func.data.assets import Snippet
+        >>> polar_examples([Snippet("7_1", 2.5, "A joy."), Snippet("7_2", -0.2, "It is a film.")])
+        [Example(text='A joy.', label='positive', group='7')]
+    """
+    first: dict[str, Snippet] = {}
+    for snippet in snippets:
+        first.setdefault(snippet.text, snippet)
+    return [
+        Example(text, "positive" if rating > 0 else "negative", id.partition("_")[0])
+        for id, rating, text in first.values()
+        if abs(rating) > threshold
+    ]
+
+
+def split(examples: Sequence[Example], held_out: int, *, seed: int) -> tuple[list[Example], list[Example]]:
+    """Shuffled (training, held-out) examples; a group lies on one side.
+
+    Args:
+        examples: All of them.
+        held_out: The least number of examples to hold out: groups are added until it is reached.
+        seed: Of the shuffles. The held-out part does not depend on how many of the others are used.
+
+    Raises:
+        ValueError: If that leaves nothing to train on, or nothing is held out.
+    """
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.group, []).append(example)
+    rng = random.Random(seed)
+    names = list(groups)
+    rng.shuffle(names)
+    train: list[Example] = []
+    test: list[Example] = []
+    for name in names:
+        (test if len(test) < held_out else train).extend(groups[name])
+    if not train or not test:
+        raise ValueError(
+            f"{len(examples)} examples in {len(groups)} groups cannot be split into at least "
+            f"{held_out} held-out ones and some to train on."
+        )
+    rng.shuffle(train)
+    return train, test
+
+
+def _read_rows(path: Path, columns: set[str]) -> list[tuple[int, dict[str, Any]]]:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}.")
+    csv_rows = partial(_csv_rows, columns=columns)
+    readers: dict[str, Callable[[Path], Rows]] = {".csv": csv_rows, ".jsonl": _json_rows, ".ndjson": _json_rows}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{path}: the suffix says what a file is; it must be {' or '.join(readers)}.")
+    try:
+        return list(readers[path.suffix.lower()](path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}.") from error
+
+
+def _csv_rows(path: Path, columns: set[str]) -> Rows:
+    with open(path, encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            header = list(reader.fieldnames or ())
+            if missing := columns - set(header):
+                raise ValueError(
+                    f"{path}, line 1: the header is {header}, without {sorted(missing)}; it names the columns, "
+                    f"of which it must have {' and '.join(sorted(columns, reverse=True))}."
+                )
+            for row in reader:
+                if None in row:
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: more fields than the header has; "
+                        "a text with commas must stand in double quotes."
+                    )
+                yield reader.line_num, row
+        except csv.Error as error:
+            # Lines are counted when they have been parsed.
+            raise ValueError(f"{path}, line {reader.line_num + 1}: {error}.") from error
+
+
+def _json_rows(path: Path) -> Rows:
+    with open(path, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a plain ValueError
+                raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: expected an object, got {line.strip()[:60]}.")
+            yield number, row
+
+
+def _field(path: Path, line: int, row: dict[str, Any], name: str) -> str:
+    """A checked column. Labels may be numbers in JSON; texts may not."""
+    value = row.get(name)
+    if name == "label" and isinstance(value, bool | int | float):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{path}, line {line}: {name!r} must be a text that is not empty, got {value!r}.")
+    return value
+
+
+def _group(row: dict[str, Any]) -> str:
+    return str(row.get("group") or row["text"])

@@ -1,0 +1,159 @@
+"""A pretrained causal language model, quantized as asked, and the note beside an adapter of what it was trained on.
+
+An adapter belongs to the weights that it was trained over: the same model in another format is another base. PEFT's
+files name the model, not its format. So a small JSON file goes with an adapter or a bank and holds the format, the
+labels and the prompt; PEFT does not look at it, and what it says can be said on the command line instead.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from ..io.files import parse_json, replacing
+from ..model.convert import quantize_model
+from ..quant.bnb import from_bnb, is_bnb_linear
+from ..quant.value import QUANTIZERS, format_of
+from .assets import load_smollm2, quiet_transformers
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+class Base(NamedTuple):
+    """A model that adapters are for.
+
+    Attributes:
+        model: In eval mode, its linears bitsandbytes modules unless `quant` is "none".
+        tokenizer: The model's.
+        name: A folder or a hub id.
+        quant: "nf4", "fp4", "int8" or "none".
+        dtype: Of what is not quantized, and of the arithmetic.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    name: str
+    quant: str
+    dtype: torch.dtype
+
+
+class Note(NamedTuple):
+    """What an adapter was trained on; None is unknown.
+
+    Attributes:
+        quant: Format of the base.
+        labels: The answers, all of them.
+        prompt: With `{text}` in it.
+    """
+
+    quant: str | None = None
+    labels: list[str] | None = None
+    prompt: str | None = None
+
+
+def load_base(name: str | None = None, quant: str | None = None, dtype: torch.dtype | None = None) -> Base:
+    """Load a causal language model and quantize its linears, the head aside.
+
+    Args:
+        name: A folder or a hub id; None is SmolLM2-135M-Instruct, which comes from PyPI.
+        quant: "nf4", "fp4", "int8", or "none" for the model as it is stored; None is the format that it is stored
+            in, or nf4 if it is not quantized.
+        dtype: None is `native_dtype()`.
+
+    Raises:
+        ValueError: If the name is of no model, or the model is quantized in another format already.
+        OSError: If the model is not there, or (ConnectionError) the network is missing.
+    """
+    if quant not in (None, "none", *QUANTIZERS):
+        raise ValueError(f"quant must be one of {[*QUANTIZERS, 'none']}, got {quant!r}.")
+    dtype = dtype or native_dtype()
+    if name is None or (name == SMOLLM2 and not Path(name).is_dir()):
+        model, tokenizer = load_smollm2(dtype)
+    else:
+        model, tokenizer = _load(name, dtype)
+    own = next((format_of(from_bnb(module)[0]) for module in model.modules() if is_bnb_linear(module)), None)
+    if own is not None and quant not in (None, "none", own):
+        raise ValueError(f"{name} is quantized already, to {own}, and can't be quantized to {quant} again.")
+    if own is None and quant != "none":
+        model = quantize_model(model, quant or "nf4")
+    return Base(model, tokenizer, name or SMOLLM2, own or quant or "nf4", dtype)
+
+
+def describe_base(base: Base) -> str:
+    """In a sentence: name, format, bytes, arithmetic."""
+    leaves = {id(leaf): leaf for leaf in (*base.model.parameters(), *base.model.buffers())}
+    size = sum(leaf.numel() * leaf.element_size() for leaf in leaves.values())
+    what = "not quantized" if base.quant == "none" else f"linears in {base.quant}"
+    return f"Model: {base.name}, {what}, {size / 2**20:,.0f} MiB; arithmetic in {str(base.dtype)[6:]}."
+
+
+def native_dtype() -> torch.dtype:
+    """bfloat16 on a CPU that multiplies it in hardware, float32 elsewhere, where PyTorch emulates it and is slower.
+
+    Hardware means AVX512-BF16, AMX, or the bf16 extension of ARM.
+
+    Example:
+        >>> native_dtype() in (torch.bfloat16, torch.float32)
+        True
+    """
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def note_file(path: str | os.PathLike[str]) -> Path:
+    """Where the note of an adapter directory or of a bank is: in the directory, or beside the file.
+
+    Example:
+        >>> note_file("banks/all.safetensors").as_posix()
+        'banks/all.json'
+    """
+    path = Path(path)
+    return path.with_suffix(".json") if path.suffix == ".safetensors" else path / "vera_func.json"
+
+
+def write_note(path: str | os.PathLike[str], note: Note) -> None:
+    """Put the note beside an adapter or a bank, which has to be there."""
+    with replacing(note_file(path)) as file:
+        file.write_text(json.dumps(note._asdict(), indent=2), encoding="utf-8")
+
+
+def read_note(path: str | os.PathLike[str]) -> Note:
+    """The note of an adapter or a bank; an empty one if there is none.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    file = note_file(path)
+    if not file.is_file():
+        return Note()
+    fields = parse_json(file, file.read_text(encoding="utf-8", errors="replace"))
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(fields).__name__}.")
+    note = Note(**{name: fields.get(name) for name in Note._fields})
+    labels = [] if note.labels is None else note.labels
+    texts = [text for text in (note.quant, note.prompt) if text is not None]
+    if not isinstance(labels, list) or not all(isinstance(text, str) for text in (*texts, *labels)):
+        raise ValueError(f"{file}: quant and prompt must be texts and labels a list of texts, got {fields}.")
+    return note
+
+
+def _load(name: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # transformers takes a folder that is not there for a malformed hub id, and an adapter for its model.
+    folder = Path(name)
+    if (folder.is_absolute() or name.startswith(".")) and not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {name} to load a model from.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        what = "an adapter, not a model" if (folder / "adapter_config.json").is_file() else "no model: no config.json"
+        raise ValueError(f"the folder {name} holds {what}.")
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval(), tokenizer

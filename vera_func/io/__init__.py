@@ -1,0 +1,1 @@
+"""Files: PEFT's adapter directories, adapter banks, LoRA directories."""

@@ -1,0 +1,378 @@
+"""Thousands of adapters of the same projections in one safetensors file, read row by row.
+
+The file holds the leaves of stacked params under their own names, (n, ...), the projections, and in its metadata
+the names of the adapters and their common configuration; `safetensors.torch.load_file` reads it, too.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..core.keys import adapted_modules, own_parameters, split_key
+from ..model.adapt import Adapted, make_apply
+from ..model.batch import num_adapters, stack_adapters
+from ..model.config import VeraConfig
+from .checkpoint import check_adapter, config_from_json, config_to_json, load_adapter, save_adapter
+from .files import parse_json, replacing
+
+
+_PROJECTIONS = ("vera_A", "vera_B")
+_FORMAT = "vera_func.bank"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bank:
+    """An adapter bank that is open: names and configuration are in memory, the tensors are in the file.
+
+    Attributes:
+        path: The file.
+        names: Of the adapters, in the order of their rows.
+        config: Common to all of them.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+    config: VeraConfig
+    rows: Mapping[str, int] = dataclasses.field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, names: Sequence[str | int] | None = None) -> dict[str, Tensor]:
+        """Stacked params of these adapters, by name or row, in this order; None is all.
+
+        Reads the rows asked for and nothing else. Neighbouring rows are mapped from the file, not copied: nothing
+        here ever overwrites a file, and no other program should while they are in use.
+
+        Raises:
+            ValueError: If a name is unknown, a row out of range, or the file is damaged.
+        """
+        _require_no_text(names)
+        runs = [(0, len(self))] if names is None else list(_runs([self.row(name) for name in names])) or [(0, 0)]
+        with _open(self.path) as file:
+            keys = [key for key in file.keys() if key not in _PROJECTIONS]  # noqa: SIM118  (no mapping)
+            if len(runs) == 1:
+                start, stop = runs[0]
+                return {key: file.get_slice(key)[start:stop] for key in keys}
+            slices = {key: file.get_slice(key) for key in keys}
+            return {key: torch.cat([part[start:stop] for start, stop in runs]) for key, part in slices.items()}
+
+    def frozen(self) -> dict[str, Tensor]:
+        """The projections, which all adapters share."""
+        with _open(self.path) as file:
+            return {name: file.get_tensor(name) for name in _PROJECTIONS}
+
+    def adapted(self, model: nn.Module, names: Sequence[str | int] | None = None) -> Adapted:
+        """These adapters over a model: `(apply, stacked params, frozen, config)`.
+
+        Raises:
+            ValueError: If the bank does not fit the model.
+        """
+        params, frozen = self.read(names), self.frozen()
+        targets = adapted_modules(params)
+        modules = dict(model.named_modules())
+        missing = [name for name in targets if name not in modules]
+        if missing:
+            raise ValueError(f"{self.path} adapts {missing[0]!r}, which is no module of this model.")
+        targets.sort(key=list(modules).index)
+        trained = own_parameters(params)
+        apply = make_apply(model, self.config.r, targets, trained, vera_dropout=self.config.vera_dropout)
+        for key, value in params.items():
+            if key not in apply.slots or value.shape[1:] != apply.slots[key].shape:
+                raise ValueError(f"{self.path}: {key!r} {tuple(value.shape)} does not fit this model.")
+        device = next(model.parameters()).device
+        order = {key: i for i, key in enumerate(apply.slots)}
+        params = {key: params[key].to(device) for key in sorted(params, key=order.__getitem__)}
+        return Adapted(apply, params, {name: value.to(device) for name, value in frozen.items()}, self.config)
+
+    def row(self, name: str | int) -> int:
+        """The row of an adapter, by name or row.
+
+        Raises:
+            ValueError: If a name is unknown, or a row out of range.
+        """
+        if isinstance(name, int) and 0 <= name < len(self):
+            return name
+        if name not in self.rows:
+            some = ", ".join([*self.names[:3], *["..."] * (len(self) > 3)])
+            raise ValueError(f"{self.path} has no adapter {name!r}; it holds {len(self)}: {some}.")
+        return self.rows[name]  # type: ignore[index]
+
+
+def save_bank(
+    path: str | os.PathLike[str],
+    stacked: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
+    config: VeraConfig,
+    names: Sequence[str],
+) -> Path:
+    """Write stacked adapters as a bank; an old file is replaced as a whole.
+
+    Args:
+        path: The file, by custom with the ending `.safetensors`.
+        stacked: Leaves (n, ...).
+        frozen: The projections, stored in any case.
+        config: As `adapt` returned it.
+        names: `n` different names.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the names, leaves, projections and configuration do not fit together, or a value is NaN or inf;
+            nothing is written then.
+
+    Example:
+        >>> import tempfile
+        >>> from vera_func import adapt, stack_adapters
+        >>> adapted = adapt(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     stacked = stack_adapters([adapted.params] * 3)
+        ...     path = save_bank(f"{folder}/bank.safetensors", stacked, *adapted[2:], names=["a", "b", "c"])
+        ...     open_bank(path).read(["c", "a"])["0.lambda_d"].shape
+        torch.Size([2, 4])
+    """
+    path, n = Path(path), num_adapters(stacked)
+    _require_no_text(names)
+    if len(names) != n or len(set(names)) != n or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(
+            f"{n} adapters need {n} different names, got {len(names)}, {len(set(names))} of them different."
+        )
+    if frozen.keys() != set(_PROJECTIONS):
+        raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
+    for key, leaf in stacked.items():
+        if split_key(key)[1] == "lambda_d" and leaf.shape[1:] != (config.r,):
+            raise ValueError(f"{key!r} must be ({n}, {config.r}), got {tuple(leaf.shape)}.")
+        if key.endswith("mixture") or key in _PROJECTIONS:
+            raise ValueError(f"{key!r} is not a leaf of plain adapters.")
+    if not n:
+        raise ValueError("there is nothing to save: the stack has no adapters.")
+    check_adapter({key: leaf[0] for key, leaf in stacked.items()}, frozen, config)
+    for key, leaf in stacked.items():
+        if not leaf.isfinite().all():
+            broken = names[int((~leaf.isfinite()).flatten(1).any(1).nonzero()[0])]
+            raise ValueError(f"{key!r} of {broken!r} holds NaN or inf; nothing was written.")
+    tensors = {key: leaf.detach().cpu().contiguous() for key, leaf in (*stacked.items(), *frozen.items())}
+    metadata = {
+        "format": _FORMAT,
+        "config": json.dumps(config_to_json(config)),
+        "names": json.dumps(list(names)),
+    }
+    with replacing(path) as file:
+        save_file(tensors, file, metadata)
+    return path
+
+
+def open_bank(path: str | os.PathLike[str]) -> Bank:
+    """Open a bank without reading its tensors.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a bank, is damaged, or its index and its data disagree.
+
+    Example:
+        >>> import tempfile
+        >>> from vera_func import adapt
+        >>> adapted = adapt(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save_bank(f"{folder}/bank", stack_adapters([adapted.params]), *adapted[2:], names=["a"])
+        ...     len(open_bank(path))
+        1
+    """
+    path = Path(path)
+    with _open(path) as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{path} is a safetensors file, but not a bank of adapters (save_bank writes one).")
+        names = parse_json(path, metadata.get("names", "null"))
+        config = config_from_json(parse_json(path, metadata.get("config", "null")), str(path))
+        if (
+            not isinstance(names, list)
+            or not all(isinstance(n, str) and n for n in names)
+            or len(set(names)) != len(names)
+        ):
+            raise ValueError(f"{path}: the index must be a list of different names.")
+        keys = list(file.keys())
+        if not set(_PROJECTIONS) <= set(keys) or not adapted_modules(keys):
+            raise ValueError(f"{path} lacks projections or vectors; it holds {keys[:3]}.")
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
+        for key, shape in shapes.items():
+            if key not in _PROJECTIONS and shape[:1] != (len(names),):
+                raise ValueError(f"{path}: {key!r} is {shape}, but the index names {len(names)} adapters.")
+            if (dtype := file.get_slice(key).get_dtype()) not in ("F16", "BF16", "F32", "F64"):
+                raise ValueError(f"{path}: {key!r} is {dtype}, and must be of floating-point numbers.")
+        _check_ranks(path, shapes, config.r)
+    return Bank(path, tuple(names), config, {name: i for i, name in enumerate(names)})
+
+
+def append_to_bank(
+    path: str | os.PathLike[str], stacked: Mapping[str, Tensor], names: Sequence[str], *, replace: bool = False
+) -> Bank:
+    """Add adapters to a bank, or put them in the place of those of the same name; all at once or not at all.
+
+    Costs a rewrite of the file.
+
+    Args:
+        path: The bank.
+        stacked: Leaves (n, ...) with the keys and shapes of the bank's.
+        names: Of the adapters.
+        replace: Whether a name may be in the bank already.
+
+    Raises:
+        ValueError: If a name is there and `replace` is False, or the leaves do not fit; the bank is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> from vera_func import adapt, stack_adapters
+        >>> adapted = adapt(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     one = stack_adapters([adapted.params])
+        ...     path = save_bank(f"{folder}/bank.safetensors", one, *adapted[2:], names=["a"])
+        ...     append_to_bank(path, one, ["b"]).names
+        ('a', 'b')
+    """
+    bank = open_bank(path)
+    known = [name for name in names if name in bank.rows]
+    if known and not replace:
+        raise ValueError(f"{path} has an adapter {known[0]!r} already; pass replace=True to put this in its place.")
+    if len(names) != num_adapters(stacked) or len(set(names)) != len(names):
+        raise ValueError(f"{num_adapters(stacked)} adapters need as many different names, got {len(names)}.")
+    old = bank.read()
+    odd = sorted(old.keys() ^ stacked.keys())
+    if odd:
+        raise ValueError(f"the adapters and those of {path} differ in {len(odd)} keys, first {odd[0]!r}.")
+    everything = [*bank.names, *(name for name in names if name not in bank.rows)]
+    row = {name: i for i, name in enumerate(everything)}
+    rows = torch.tensor([row[name] for name in names])
+    tensors = {}
+    for key, leaf in old.items():
+        if stacked[key].shape[1:] != leaf.shape[1:]:
+            raise ValueError(f"{key!r} is {tuple(stacked[key].shape)}, and {tuple(leaf.shape)} in {path}.")
+        grown = leaf.new_empty(len(everything), *leaf.shape[1:])
+        grown[: len(leaf)] = leaf
+        grown[rows] = stacked[key].detach().to(grown)
+        tensors[key] = grown
+    save_bank(path, tensors, bank.frozen(), bank.config, everything)
+    return open_bank(path)
+
+
+def import_adapters(
+    path: str | os.PathLike[str], folders: Mapping[str, str | os.PathLike[str]], model: nn.Module
+) -> Bank:
+    """Write PEFT directories of the same projections and targets, by name, as a bank.
+
+    Args:
+        path: The bank to write.
+        folders: Name -> directory.
+        model: The base model, against which the directories are checked.
+
+    Raises:
+        ValueError: If an adapter has other projections, targets or shapes than the first (pool_adapters takes those).
+
+    Example:
+        >>> import tempfile
+        >>> from vera_func import adapt
+        >>> model = nn.Sequential(nn.Linear(8, 6))
+        >>> adapted = adapt(model, VeraConfig(r=4, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     one = save_adapter(f"{folder}/one", *adapted[1:])
+        ...     import_adapters(f"{folder}/bank", {"one": one}, model).names
+        ('one',)
+    """
+    loaded = {name: load_adapter(folder, model) for name, folder in folders.items()}
+    if not loaded:
+        raise ValueError("there is nothing to import: name at least one directory.")
+    first_name, first = next(iter(loaded.items()))
+    for name, adapted in loaded.items():
+        if any(not torch.equal(adapted.frozen[k], first.frozen[k]) for k in _PROJECTIONS):
+            raise ValueError(f"{folders[name]} has other projections than {folders[first_name]}; see pool_adapters.")
+    stacked = stack_adapters([adapted.params for adapted in loaded.values()])
+    save_bank(path, stacked, first.frozen, first.config, list(loaded))
+    return open_bank(path)
+
+
+def export_adapters(bank: Bank, folder: str | os.PathLike[str], names: Sequence[str | int] | None = None) -> list[Path]:
+    """Write adapters of a bank as PEFT directories, each in a sub-folder of its name.
+
+    Args:
+        bank: From `open_bank`.
+        folder: The directory above the sub-folders, made if needed.
+        names: Names or rows; None is all.
+
+    Raises:
+        ValueError: If a name is unknown, or no name for a folder.
+
+    Example:
+        >>> import tempfile
+        >>> from vera_func import adapt
+        >>> adapted = adapt(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save_bank(f"{folder}/bank", stack_adapters([adapted.params]), *adapted[2:], names=["a"])
+        ...     [p.name for p in export_adapters(open_bank(path), folder)]
+        ['a']
+    """
+    frozen, written = bank.frozen(), []
+    for name in bank.names if names is None else names:
+        row = bank.row(name)
+        params = {key: leaf[0] for key, leaf in bank.read([row]).items()}
+        title = bank.names[row]
+        written.append(save_adapter(folder, params, frozen, bank.config, adapter_name=title))
+    return written
+
+
+def _require_no_text(names: Any) -> None:
+    if isinstance(names, str):
+        raise ValueError(f"names must be a sequence of names, got the text {names!r}: pass [{names!r}].")
+
+
+def _check_ranks(path: Path, shapes: Mapping[str, tuple[int, ...]], r: int) -> None:
+    """The shapes of a bank's tensors against each other and its configuration."""
+    A, B = (shapes[name] for name in _PROJECTIONS)
+    if len(A) != 2 or len(B) != 2 or A[0] != r or B[1] != r:
+        raise ValueError(f"{path}: vera_A {A} and vera_B {B} must be ({r}, in) and (out, {r}), by the configuration.")
+    other = {"lambda_b": "lambda_d", "lambda_d": "lambda_b"}
+    for key, shape in shapes.items():
+        leaf = split_key(key)[1]
+        if leaf == "lambda_d" and shape[1:] != (r,):
+            raise ValueError(f"{path}: {key!r} is {shape}, and must be ({shape[0]}, {r}), by the configuration.")
+        if leaf == "lambda_b" and (len(shape) != 2 or shape[1] > B[0]):
+            raise ValueError(
+                f"{path}: {key!r} is {shape}, and must be ({shape[0]}, out) with out <= {B[0]}, as vera_B has."
+            )
+        if leaf in other and key.removesuffix(leaf) + other[leaf] not in shapes:
+            raise ValueError(f"{path} has {key!r}, but not the other vector of that layer.")
+
+
+def _open(path: Path) -> Any:
+    if path.is_dir():
+        raise FileNotFoundError(f"there is no bank {path}: it is a folder, and a bank is a file (import_adapters).")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no bank {path}.")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}.") from error
+
+
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Rows in order as half-open ranges, so that neighbours are read at once."""
+    start = stop = None
+    for row in rows:
+        if row != stop:
+            if start is not None:
+                yield start, stop  # type: ignore[misc]
+            start = row
+        stop = row + 1
+    if start is not None:
+        yield start, stop  # type: ignore[misc]

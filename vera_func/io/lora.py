@@ -1,0 +1,152 @@
+"""A VeRA adapter as a LoRA directory, for tools that know LoRA only.
+
+A' = lambda_d ∘ A,  B' = lambda_b ∘ B      (ΔW = B' A', exactly)
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..core.keys import VECTORS, split_key
+from ..model.config import VeraConfig
+from ..model.targets import adapted_layers, is_conv1d, linear_sizes
+from .checkpoint import CONFIG, WEIGHTS, adapter_folder, check_adapter
+from .files import replacing
+
+
+class LoraExport(NamedTuple):
+    """What `export_lora` wrote.
+
+    Attributes:
+        path: The directory.
+        error: For each module, ‖ΔW - B'A'‖ / ‖ΔW‖ of the truncation; 0 where it is exact or ΔW is 0.
+    """
+
+    path: Path
+    error: dict[str, float]
+
+
+def export_lora(
+    path: str | os.PathLike[str],
+    params: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
+    config: VeraConfig,
+    model: nn.Module,
+    *,
+    rank: int | None = None,
+) -> LoraExport:
+    """Write the adapter as a PEFT LoRA directory, which PEFT, vLLM and LoRAX read: exact, unless `rank` is less than r.
+
+    A smaller rank is the truncated singular value decomposition of ΔW, done in r dimensions: an adapter of
+    `out` and `in` in the thousands costs QR decompositions of (out, r) and (in, r), and ΔW is never formed.
+
+    Args:
+        path: The directory, made if needed.
+        params: Of a single adapter.
+        frozen: The projections.
+        config: As `adapt` returned it.
+        model: The base model, for the layers' sizes.
+        rank: Rank of the LoRA; None is `config.r`.
+
+    Returns:
+        The directory, and the relative error of each module.
+
+    Raises:
+        ValueError: If the adapter does not fit the model, holds NaN or inf, or the rank is out of range.
+
+    Example:
+        >>> import tempfile
+        >>> from vera_func import adapt
+        >>> model = nn.Sequential(nn.Linear(8, 6))
+        >>> adapted = adapt(model, VeraConfig(r=4, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_lora(folder, *adapted[1:], model).error
+        {'0': 0.0}
+
+    Reference:
+        https://arxiv.org/abs/2106.09685 (LoRA); section 3.2 of https://arxiv.org/abs/2310.11454.
+    """
+    check_adapter(params, frozen, config)
+    rank = config.r if rank is None else rank
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= config.r:
+        raise ValueError(f"rank must be in 1 ... {config.r}, the adapter's own, got {rank}.")
+    layers = adapted_layers(model, params)
+    widest = max((linear_sizes(model.get_submodule(name)) or (0, 0))[0] for name in layers)
+    if frozen["vera_A"].shape[1] < widest:
+        raise ValueError(f"vera_A {tuple(frozen['vera_A'].shape)} is too narrow: a layer has {widest} inputs.")
+    tensors: dict[str, Tensor] = {}
+    error: dict[str, float] = {}
+    for name, vectors in layers.items():
+        sizes = linear_sizes(model.get_submodule(name))
+        assert sizes is not None, name
+        in_features, out_features = sizes
+        lora_A = vectors["lambda_d"][:, None] * frozen["vera_A"][:, :in_features]  # (r, in)
+        lora_B = vectors["lambda_b"][:, None] * frozen["vera_B"][:out_features]  # (out, r)
+        error[name] = 0.0
+        if rank < config.r:
+            lora_A, lora_B, error[name] = truncate(lora_A, lora_B, rank)
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = lora_A, lora_B
+    for key, value in params.items():
+        owner, leaf = split_key(key)
+        if leaf not in VECTORS:
+            tensors[f"{owner}.base_layer.{leaf}" if owner in layers else key] = value
+    fields = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,  # so that PEFT's factor, lora_alpha / r, is 1
+        "lora_dropout": 0.0,
+        "target_modules": sorted(layers),
+        "bias": "lora_only" if config.bias.endswith("_only") else config.bias,
+        "fan_in_fan_out": any(is_conv1d(model.get_submodule(name)) for name in layers),
+        "modules_to_save": None if config.modules_to_save is None else list(config.modules_to_save),
+        "task_type": config.task_type,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "revision": config.revision,
+        "inference_mode": True,
+    }
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{key!r} overflows {tensor.dtype}; nothing was written.")
+    folder = adapter_folder(path, "default")
+    folder.mkdir(parents=True, exist_ok=True)
+    cpu = {f"base_model.model.{key}": t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+    text, data = json.dumps(fields, indent=2, sort_keys=True), save(cpu, {"format": "pt"})
+    with replacing(folder / CONFIG) as config_file, replacing(folder / WEIGHTS) as file:
+        config_file.write_text(text)
+        file.write_bytes(data)
+        # PEFT would read new weights with an old configuration; killed in between, there is none to read.
+        (folder / CONFIG).unlink(missing_ok=True)
+    return LoraExport(folder, error)
+
+
+def truncate(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best factors of a smaller rank, and ‖BA - B'A'‖ / ‖BA‖.
+
+    Args:
+        lora_A: (r, in).
+        lora_B: (out, r).
+        rank: Rank of the result.
+
+    Example:
+        >>> A, B = torch.eye(2, 3), torch.diag(torch.tensor([3.0, 4.0]))
+        >>> truncate(A, B, 1)[2]
+        0.6000000238418579
+    """
+    q_A, r_A = torch.linalg.qr(lora_A.double().T)  # (in, k), (k, r)
+    q_B, r_B = torch.linalg.qr(lora_B.double())  # (out, l), (l, r)
+    U, S, Vh = torch.linalg.svd(r_B @ r_A.T, full_matrices=False)
+    total = S.norm()
+    if total == 0:
+        return torch.zeros_like(lora_A[:rank]), torch.zeros_like(lora_B[:, :rank]), 0.0
+    root = torch.zeros(rank, dtype=S.dtype, device=S.device)
+    root[: S.numel()] = S[:rank].sqrt()
+    left = nn.functional.pad(q_B @ U[:, :rank], (0, max(0, rank - S.numel())))
+    right = nn.functional.pad(q_A @ Vh[:rank].T, (0, max(0, rank - S.numel())))
+    error = (S[rank:].norm() / total).float().item()
+    return (right * root).T.to(lora_A.dtype), (left * root).to(lora_B.dtype), error

@@ -1,0 +1,251 @@
+"""From a model and a configuration to a pure function and a fresh adapter.
+
+    apply, params, frozen, config = adapt(model, VeraConfig(r=256, target_modules=["q_proj", "v_proj"]))
+    apply(params, frozen, input_ids=ids)  ==  model(input_ids=ids)  +  the adapter's update
+
+The user's model is read, never called and never changed.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import private
+from ..core.keys import MIXTURE, join_key, split_key
+from ..core.projection import init_projections
+from ..core.shapes import require_float
+from ..quant.bnb import from_bnb, is_bnb_linear
+from .apply import Apply, Root, Slot
+from .config import VeraConfig
+from .layers import Projections, QuantizedLinear, RowwiseAffine, shell_class
+from .targets import is_conv1d, linear_sizes, peft_dtype, resolve, trained_with
+from .tree import copy_tree
+
+
+class Adapted(NamedTuple):
+    """A model and an adapter of it, as data and a pure function.
+
+    Attributes:
+        apply: `apply(params, frozen, *args, **kwargs)`, what the adapted model returns.
+        params: What is trained: `"{module}.lambda_b"` (out,), `"{module}.lambda_d"` (r,), and the model's own
+            parameters that the configuration trains.
+        frozen: `{"vera_A": (r, max in), "vera_B": (max out, r)}`, shared by all layers and adapters.
+        config: The configuration, with the targets spelled out.
+    """
+
+    apply: Apply
+    params: dict[str, Tensor]
+    frozen: dict[str, Tensor]
+    config: VeraConfig
+
+
+def adapt(
+    model: nn.Module,
+    config: VeraConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    int8_activations: bool = False,
+    generator: torch.Generator | None = None,
+) -> Adapted:
+    """Make a pure function of a model and a fresh adapter of it; the model stays as it was.
+
+    The adapter starts as PEFT's would: `lambda_b` 0, so that the output is the base's. The copy of the module
+    tree shares the parameters' memory; buffers are copied. Move the model to its device first, and choose
+    `model.eval()` or `model.train()`, which decides over the base's own dropout, before the call.
+
+    Args:
+        model: Any module with `nn.Linear`, bitsandbytes' linear layers or transformers' `Conv1D`.
+        config: What to adapt.
+        dtype: Dtype of the vectors and of the adapter's arithmetic, whatever the base computes in.
+        int8_activations: Multiply 8-bit layers as LLM.int8() does; see `quantized_linear`.
+        generator: Where the vectors are drawn from if `config.init_weights` is False; not used otherwise.
+
+    Returns:
+        `(apply, params, frozen, config)`.
+
+    Raises:
+        ValueError: If nothing in the model matches the configuration, a match cannot be adapted, or `dtype` is not a
+            floating-point one.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+        >>> apply, params, frozen, config = adapt(model, VeraConfig(r=4, target_modules=["0"]))
+        >>> x = torch.ones(3, 8)
+        >>> torch.equal(apply(params, frozen, x), model(x))
+        True
+        >>> {name: tuple(value.shape) for name, value in params.items()}
+        {'0.lambda_b': (6,), '0.lambda_d': (4,)}
+
+    Reference:
+        https://arxiv.org/abs/2310.11454
+    """
+    targets, config = resolve(model, config)
+    require_float("dtype", dtype)
+    if not config.init_weights and not isinstance(generator, torch.Generator):
+        raise ValueError("init_weights=False draws the vectors: pass adapt(..., generator=torch.Generator()).")
+    frozen = draw_projections(model, config, targets, dtype=dtype)
+    trained = trained_with(model, config, targets)
+    apply = make_apply(
+        model, config.r, targets, trained, vera_dropout=config.vera_dropout, int8_activations=int8_activations
+    )
+    params = {}
+    for name in targets:
+        layer = model.get_submodule(name)
+        device = frozen["vera_A"].device
+        via = peft_dtype(layer) or torch.float32
+        out_features = apply.slots[join_key(name, "lambda_b")].shape[0]
+        if config.init_weights:
+            lambda_b = torch.zeros(out_features)
+            lambda_d = torch.full((config.r,), config.d_initial)
+        else:
+            lambda_b = torch.ones(out_features)
+            lambda_d = torch.randn(config.r, generator=generator)
+        params[join_key(name, "lambda_b")] = lambda_b.to(device, via).to(dtype)
+        params[join_key(name, "lambda_d")] = lambda_d.to(device, via).to(dtype)
+    for name in trained:
+        params[name] = model.get_parameter(name).detach().clone()
+    return Adapted(apply, params, frozen, config)
+
+
+def draw_projections(
+    model: nn.Module, config: VeraConfig, targets: Sequence[str], *, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The shared pair that PEFT would draw for these targets, on the device of the first.
+
+    Over a 16-bit base they are draws rounded to 16 bits (see `peft_dtype`), then held in `dtype`.
+
+    Args:
+        model: The base model.
+        config: Its `r` and `projection_prng_key`.
+        targets: Names of the adapted modules; the widest decide the sizes.
+        dtype: Of the result.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 20))
+        >>> {k: tuple(v.shape) for k, v in draw_projections(model, VeraConfig(r=4), ["0", "1"]).items()}
+        {'vera_A': (4, 8), 'vera_B': (20, 4)}
+    """
+    layers = [model.get_submodule(name) for name in targets]
+    sizes = [linear_sizes(layer) or (0, 0) for layer in layers]
+    frozen = init_projections(
+        config.r, max(size[0] for size in sizes), max(size[1] for size in sizes), config.projection_prng_key
+    )
+    for via in dict.fromkeys(peft_dtype(layer) for layer in layers):
+        if via is not None:
+            frozen = {name: value.to(via) for name, value in frozen.items()}
+    device = next(layers[0].parameters()).device
+    return {name: value.to(device, dtype) for name, value in frozen.items()}
+
+
+def make_apply(
+    model: nn.Module,
+    r: int,
+    targets: Sequence[str],
+    trained: Sequence[str] = (),
+    *,
+    vera_dropout: float = 0.0,
+    int8_activations: bool = False,
+) -> Apply:
+    """Copy the module tree with shells in it; see `adapt`, which also makes the params.
+
+    Args:
+        model: The base model.
+        r: Rank of the projections.
+        targets: Names of the modules to adapt.
+        trained: Names of the model's own parameters that `params` must hold, and may hold row by row.
+        vera_dropout: What `Apply.with_dropout` drops with.
+        int8_activations: See `quantized_linear`.
+
+    Raises:
+        ValueError: If a target cannot be adapted.
+
+    Example:
+        >>> make_apply(nn.Sequential(nn.Linear(8, 6)), 4, ["0"])
+        Apply(Sequential, 1 adapted layers)
+    """
+    modules = dict(model.named_modules())
+    owners = {split_key(name)[0] for name in trained}
+    memo: dict[int, Any] = {id(p): _frozen_alias(p) for p in model.parameters()}
+    widest_in = max((linear_sizes(modules[name]) or (0, 0))[0] for name in targets)
+    widest_out = max((linear_sizes(modules[name]) or (0, 0))[1] for name in targets)
+    # Placeholders: whatever runs without bound tensors fails, rather than computing something.
+    projections = Projections(torch.empty(r, widest_in, device="meta"), torch.empty(widest_out, r, device="meta"))
+    slots: dict[str, Slot] = {}
+    inner: dict[str, str] = {}
+
+    def replace(name: str, module: nn.Module) -> nn.Module | None:
+        if is_bnb_linear(module):
+            layer: Any = QuantizedLinear(*from_bnb(module), int8_activations=_int8(module, int8_activations))
+        elif name in owners and (is_conv1d(module) or type(module) in (nn.Linear, nn.LayerNorm)):
+            layer = RowwiseAffine(copy.deepcopy(module, memo))
+            inner[name] = join_key(name, "base_layer")
+        elif name in targets:
+            layer = copy.deepcopy(module, memo)
+        else:
+            return None
+        if name in targets:
+            _require_called(name, modules)
+            shell: Any = shell_class(layer)(layer, "default", projections.vera_A, projections.vera_B, r, vera_dropout)
+            shell.projections = projections
+            for leaf, size in (("lambda_b", shell.out_features), ("lambda_d", r)):
+                slots[join_key(name, leaf)] = Slot((join_key("model", name, leaf),), (size,), True, True)
+            slots[join_key(name, MIXTURE)] = Slot((join_key("model", name, MIXTURE),), (), True, False)
+            inner[name] = join_key(name, "base_layer", *(["base_layer"] if name in inner else []))
+            layer = shell
+        return layer
+
+    tree = copy_tree(model, replace, memo)
+    for module in tree.modules():
+        private.skip_fused_encoder_path(module)
+    for name, aliases in _parameter_aliases(model, trained).items():
+        owner, leaf = split_key(name)
+        if is_bnb_linear(modules[owner]) and leaf == "weight":
+            continue
+        places = map(split_key, aliases)
+        names = tuple(join_key("model", inner.get(module, module), leaf) for module, leaf in places)
+        rows = owner in inner or is_bnb_linear(modules[owner])
+        shape = tuple(model.get_parameter(name).shape)
+        slots[name] = Slot(names, shape, rows and name in trained, name in trained)
+    return Apply(model, tuple(targets), slots, Root(tree, projections), int8_activations)
+
+
+def _frozen_alias(parameter: nn.Parameter) -> nn.Parameter:
+    """The same memory without `requires_grad`, so that no backward reaches the user's parameter."""
+    if type(parameter) is not nn.Parameter:
+        return parameter
+    return nn.Parameter(parameter.detach(), requires_grad=False)
+
+
+def _parameter_aliases(model: nn.Module, trained: Sequence[str]) -> dict[str, list[str]]:
+    """Key of each parameter -> all its names, of which a tied one has several.
+
+    A weight that is trained whole is a copy of its own, as in PEFT: training a head leaves the embeddings alone
+    that it was tied to. A bias stays tied.
+    """
+
+    def place(name: str) -> tuple[int, str]:
+        owner, leaf = split_key(name)
+        return id(model.get_submodule(owner)), leaf
+
+    first = {name for name, _ in model.named_parameters()}
+    untied = {place(name) for name in trained if name not in first or not name.endswith("bias")}
+    aliases: dict[Any, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(place(name) if place(name) in untied else id(parameter), []).append(name)
+    return {next((name for name in names if name in trained), names[0]): names for names in aliases.values()}
+
+
+def _int8(module: nn.Module, wanted: bool) -> bool:
+    return wanted and hasattr(module.weight, "SCB")
+
+
+def _require_called(name: str, modules: Mapping[str, nn.Module]) -> None:
+    parent = modules[split_key(name)[0]] if name else None
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(
+            f"target module {name!r} is never called: nn.MultiheadAttention reads its weight, so an adapter would "
+            "have no effect. Leave it out of target_modules."
+        )

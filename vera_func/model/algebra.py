@@ -1,0 +1,111 @@
+"""Arithmetic of adapters that stay adapters.
+
+    scale:  c ΔW = diag(c lambda_b) B diag(lambda_d) A
+    add:    Σ c_i diag(b_i) B diag(d_i) A,   a VeRA of the same projections if all d_i, or all b_i, are parallel
+
+Most sums are no VeRA of rank r. `select_adapters` with ids (rows, k) adds the outputs of any adapters as they run,
+`pool_adapters` puts them side by side in one of a larger rank, and merging or LoRA export writes a sum down.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.keys import VECTORS, adapted_modules, is_vector, join_key, split_key
+
+
+def scale_adapter(params: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """The adapter whose update is `factor` times this one's: `lambda_b` is multiplied, nothing else.
+
+    Args:
+        params: `"{module}.lambda_b"` and `"{module}.lambda_d"`, of one adapter or stacked.
+        factor: Any finite number; 0 gives the base, -1 what undoes the adapter.
+
+    Raises:
+        ValueError: If the factor is not finite, or the adapter has parameters of the model itself, whose change is not
+            known.
+
+    Example:
+        >>> scale_adapter({"q.lambda_b": torch.ones(3), "q.lambda_d": torch.ones(2)}, 0.5)["q.lambda_b"]
+        tensor([0.5000, 0.5000, 0.5000])
+    """
+    if not abs(factor) < float("inf"):
+        raise ValueError(f"factor must be finite, got {factor}.")
+    _check_vectors(params)
+    return {key: factor * value if split_key(key)[1] == "lambda_b" else value for key, value in params.items()}
+
+
+def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
+    """The adapter whose update is `Σ weights[i] ΔW_i`, where there is one of the same projections and rank.
+
+    There is where, layer by layer, the `lambda_d` are multiples of each other (they are if they were not trained), or
+    the `lambda_b` are. All must belong to the same `frozen`, which params can't tell.
+
+    Args:
+        adapters: Params of single adapters with the same keys.
+        weights: One for each; None is 1 for all, which adds the updates as PEFT's several active adapters do.
+
+    Raises:
+        ValueError: If the sum of a layer is no VeRA of this rank; if keys or shapes differ, an adapter has parameters
+            of the model itself, or the weights do not fit.
+
+    Example:
+        >>> a = {"q.lambda_b": torch.tensor([1.0, 0.0]), "q.lambda_d": torch.full((3,), 0.1)}
+        >>> b = {"q.lambda_b": torch.tensor([1.0, 2.0]), "q.lambda_d": torch.full((3,), 0.2)}
+        >>> add_adapters([a, b])["q.lambda_b"]
+        tensor([3., 4.])
+    """
+    weights = [1.0] * len(adapters) if weights is None else list(weights)
+    if not adapters or len(weights) != len(adapters):
+        raise ValueError(f"give at least one adapter and a weight for each, got {len(adapters)} and {len(weights)}.")
+    if not all(abs(weight) < float("inf") for weight in weights):
+        raise ValueError(f"weights must be finite, got {weights}.")
+    first = adapters[0]
+    for i, params in enumerate(adapters):
+        _check_vectors(params)
+        shapes = {key: tuple(leaf.shape) for key, leaf in params.items()}
+        wanted = {key: tuple(leaf.shape[-1:]) for key, leaf in first.items()}
+        if shapes != wanted:
+            odd = sorted(shapes.items() ^ wanted.items())[0][0]
+            raise ValueError(
+                f"adapter {i} has {odd!r} {shapes.get(odd)}, where adapter 0 has {wanted.get(odd)}: a sum needs single "
+                "adapters of the same layers and rank. pool_adapters takes different ones."
+            )
+    total: dict[str, Tensor] = {}
+    for module in adapted_modules(first):
+        bs, ds = ([params[join_key(module, leaf)] for params in adapters] for leaf in VECTORS)
+        # An adapter that adds nothing here is parallel to everything.
+        some = [i for i in range(len(adapters)) if weights[i] and bs[i].any() and ds[i].any()] or [0]
+        for own, other, names in ((bs, ds, ("lambda_b", "lambda_d")), (ds, bs, ("lambda_d", "lambda_b"))):
+            factors = [_multiple(other[i], other[some[0]]) for i in some]
+            if None not in factors:
+                terms = [weights[i] * f * own[i] for i, f in zip(some, factors, strict=True) if f is not None]
+                total |= {
+                    join_key(module, names[0]): torch.stack(terms).sum(0),
+                    join_key(module, names[1]): other[some[0]],
+                }
+                break
+        else:
+            raise ValueError(
+                f"the sum is no VeRA of this rank: in {module!r} neither the lambda_d nor the lambda_b are "
+                "multiples of each other. select_adapters with ids (rows, k) adds outputs, pool_adapters makes a VeRA "
+                "of a larger rank, and export_lora writes each as a LoRA, which can be concatenated."
+            )
+    return {key: total[key] for key in first}
+
+
+def _check_vectors(params: Mapping[str, Tensor]) -> None:
+    own = [key for key in params if not is_vector(key)]
+    if own:
+        raise ValueError(f"{own[0]!r} is no vector of an adapter: what it adds to the model is not known from it.")
+
+
+def _multiple(vector: Tensor, of: Tensor) -> float | None:
+    """The number `c` with `vector = c * of` but for rounding, or None."""
+    if torch.equal(vector, of):
+        return 1.0
+    i = of.abs().argmax()
+    factor = (vector[i].double() / of[i].double()).item()
+    fits = (vector.double() - factor * of.double()).abs() <= 4 * torch.finfo(of.dtype).eps * vector.double().abs()
+    return factor if fits.all() else None

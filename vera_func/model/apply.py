@@ -1,0 +1,183 @@
+"""Any `nn.Module` to a pure `apply(params, frozen, *inputs)`, by shells around the layers that a config targets.
+
+    apply, params, frozen, config = adapt(model, VeraConfig(r=256, target_modules=["q_proj", "v_proj"]))
+    apply(params, frozen, input_ids=ids)  ==  model(input_ids=ids)  +  what the adapter adds
+
+The user's model is read, never called and never changed: `apply` runs a copy of its module tree that shares
+the tensors, with every bitsandbytes layer replaced by the value it holds (so that transforms are safe also
+where nothing is adapted), and binds the given tensors to it with `torch.func.functional_call`.
+"""
+
+import copy
+import dataclasses
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..core.autograd import SharedProduct, project
+from ..core.keys import join_key
+from ..quant.cpu_layout import fused_weight
+from .layers import Projections, QuantizedLinear
+from .tree import shared_memo
+
+
+class Slot(NamedTuple):
+    """Where a key of `params` goes in the module tree, and what may be put there."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    rows: bool
+    required: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Apply:
+    """A model as a pure function of an adapter: `apply(params, frozen, *args, **kwargs)`.
+
+    Returns what `model(*args, **kwargs)` returns. It composes with the transforms of `torch.func` as far as
+    the model's own operations do, may be called from several threads at once, and has no state: dropout of
+    the adapter happens only through `with_dropout`, and whether the base is in training mode was settled when
+    `adapt` was called.
+
+    Raises:
+        ValueError: If `params` lacks a key, has an unknown one, or a value has the wrong shape; if rows of
+            stacked vectors do not match the batch; if `frozen` is of another rank or too narrow.
+
+    Example:
+        >>> from vera_func import VeraConfig, adapt
+        >>> adapted = adapt(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4, target_modules=["0"]))
+        >>> adapted.apply(adapted.params, adapted.frozen, torch.ones(3, 8)).shape
+        torch.Size([3, 6])
+    """
+
+    model: nn.Module
+    targets: tuple[str, ...]
+    slots: Mapping[str, Slot]
+    root: nn.Module
+    int8_activations: bool = False
+    generator: torch.Generator | None = None
+    # functional_call binds tensors to a tree while it runs, so every thread runs a copy of its own of `root`.
+    local: threading.local = dataclasses.field(default_factory=threading.local)
+
+    def __call__(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        return self.method("__call__", params, frozen, *args, **kwargs)
+
+    def generate(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """`model.generate(*args, **kwargs)` with the adapter, or with one adapter for each row of the batch.
+
+        transformers repeats rows for beam search and `num_return_sequences`: repeat the adapters, too, with
+        `select_adapters`; rows that do not match are an error.
+        """
+        return self.method("generate", params, frozen, *args, **kwargs)
+
+    def method(
+        self, name: str, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Any method of the model with the adapter: `apply.method("generate", params, frozen, ...)`."""
+        tensors = self._bind(params, frozen)
+        root = self._tree()
+        shells: list[Any] = (
+            [] if self.generator is None else [root.get_submodule(join_key("model", t)) for t in self.targets]
+        )
+        projections: Any = root.projections
+        try:
+            # The compiler sees by itself what products have in common.
+            projections.product = project if torch.compiler.is_compiling() else SharedProduct()
+            for shell in shells:
+                shell.generator = self.generator
+            return functional_call(root, tensors, (name, args, kwargs), tie_weights=False)
+        finally:
+            projections.product = project
+            for shell in shells:
+                shell.generator = None
+
+    def with_dropout(self, generator: torch.Generator) -> "Apply":
+        """The same function with `config.vera_dropout` applied to the inputs of `A`, drawn from `generator`.
+
+        Under `torch.func.vmap(..., randomness="different")` every adapter draws its own.
+        """
+        if not isinstance(generator, torch.Generator):
+            raise ValueError(
+                f"with_dropout needs a torch.Generator, got {type(generator).__name__}; there is no default."
+            )
+        return dataclasses.replace(self, generator=generator)
+
+    def with_fused_weights(self) -> "Apply":
+        """The same function with a second copy of its 4-bit weights, for decoding in bfloat16 on a CPU.
+
+        bitsandbytes has a kernel for CPUs with AVX512-BF16 that needs another layout. Where gradients are disabled it
+        multiplies up to 32 rows without dequantizing; see `quantized.fused_weight` for what that costs. On other
+        machines nothing is copied.
+        """
+        root: Any = copy.deepcopy(self.root, shared_memo(self.root))
+        for module in root.modules():
+            if isinstance(module, QuantizedLinear):
+                module.fused = fused_weight(module.quantized)
+        return dataclasses.replace(self, root=root, local=threading.local())
+
+    def __repr__(self) -> str:
+        return f"Apply({type(self.model).__name__}, {len(self.targets)} adapted layers)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "local": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, local=threading.local())
+
+    def _bind(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        slots = self.slots
+        missing = [key for key, slot in slots.items() if slot.required and key not in params]
+        unknown = [key for key in params if key not in slots]
+        if missing or unknown:
+            raise ValueError(_key_error(missing, unknown, slots))
+        if frozen.keys() != {"vera_A", "vera_B"}:
+            raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
+        tensors = {}
+        for key, value in params.items():
+            names, shape, rows, _ = slots[key]
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{key!r} must be a tensor, got {type(value).__name__}.")
+            if value.shape != shape and not (rows and value.shape[value.dim() - len(shape) :] == shape):
+                expected = f"(*rows, {', '.join(map(str, shape))})" if rows else str(shape)
+                raise ValueError(f"{key!r} must be {expected}, got {tuple(value.shape)}.")
+            tensors.update(dict.fromkeys(names, value))
+        for key, value in frozen.items():
+            tensors[f"projections.{key}"] = value
+        return tensors
+
+    def _tree(self) -> nn.Module:
+        # Dynamo can't follow thread-local storage, and binds nothing to the tree that it traces.
+        if torch.compiler.is_compiling():
+            return self.root
+        if not hasattr(self.local, "root"):
+            self.local.root = copy.deepcopy(self.root, shared_memo(self.root))
+        return self.local.root
+
+
+class Root(nn.Module):
+    def __init__(self, model: nn.Module, projections: Projections) -> None:
+        super().__init__()
+        self.model = model
+        self.projections = projections
+
+    def forward(self, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if method == "__call__":
+            return self.model(*args, **kwargs)
+        return getattr(self.model, method)(*args, **kwargs)
+
+
+def _key_error(missing: list[str], unknown: list[str], slots: Mapping[str, Slot]) -> str:
+    required = [key for key, slot in slots.items() if slot.required]
+    problems = []
+    if missing:
+        problems.append(f"lacks {len(missing)} of its {len(required)} keys, first {missing[0]!r}")
+    if unknown:
+        problems.append(f"has {len(unknown)} unknown keys, first {unknown[0]!r}")
+    return (
+        f"params {', and '.join(problems)}. It must have the keys that adapt returned "
+        f"({required[0]!r}, ...); names of the model's own parameters may be added."
+    )

@@ -1,0 +1,163 @@
+"""What to adapt: `VeraConfig` and the modules of a model that it targets.
+
+The fields, their names and the matching rules are PEFT's, so that a configuration means the same here and there;
+where PEFT takes a contradictory one and ignores half of it, this raises.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import torch
+
+
+_Names = str | Sequence[str] | None
+
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VeraConfig:
+    """Which layers of a model are adapted, and how; the fields of PEFT's `VeraConfig`.
+
+    Attributes:
+        r: Rank of the shared projections.
+        target_modules: Modules to adapt: names or their endings after a dot (a sequence), a regular expression
+            for the whole name (a string), "all-linear" (every linear layer but the output head), or None, the usual
+            ones of the model's type.
+        projection_prng_key: Seed of the shared projections.
+        save_projection: Whether a saved adapter holds the projections, or only their seed. They can be
+            redrawn exactly for a base of the same dtype; storing them is PEFT's default.
+        vera_dropout: Probability with which an input of `A` is dropped, where an explicit generator asks
+            for dropout (`apply.with_dropout`); nothing here looks at `module.training`.
+        d_initial: Initial value of `lambda_d`.
+        fan_in_fan_out: PEFT's mark for weights stored (in, out); found from the layer, and only kept for the file.
+        bias: "none", "vera_only" (also train the biases of adapted layers) or "all" (every bias of the model).
+        modules_to_save: Names or endings of further modules to train whole, such as a new classifier. The
+            heads of `task_type` are added to them.
+        init_weights: True starts at the base model; False draws `lambda_d` and sets `lambda_b = 1` (for tests).
+        layers_to_transform: Indices of the layers to adapt, among those matched by an ending.
+        layers_pattern: Name of the list of layers that the index is looked for in.
+        task_type: None or one of "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS",
+            "FEATURE_EXTRACTION".
+        base_model_name_or_path: Noted in a saved adapter.
+        revision: Noted in a saved adapter.
+
+    Raises:
+        ValueError: If a value is out of range or contradicts another; the message names the field.
+
+    Example:
+        >>> VeraConfig(r=64, target_modules=["q_proj", "v_proj"]).target_modules
+        ('q_proj', 'v_proj')
+
+    Reference:
+        https://huggingface.co/docs/peft/package_reference/vera
+    """
+
+    r: int = 256
+    target_modules: _Names = None
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: Sequence[str] | None = None
+    init_weights: bool = True
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: _Names = None
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_integer("r", self.r)
+        _require_integer("projection_prng_key", self.projection_prng_key)
+        if not 0 < self.r < 2**31:
+            wanted = "positive" if self.r <= 0 else "below 2**31"
+            raise ValueError(f"r must be {wanted}, got {self.r}.")
+        for name in ("save_projection", "fan_in_fan_out", "init_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        if not 0 <= _number("vera_dropout", self.vera_dropout) < 1:
+            raise ValueError(f"vera_dropout must be at least 0 and below 1, got {self.vera_dropout}.")
+        if not abs(_number("d_initial", self.d_initial)) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"d_initial must be finite in float32, got {self.d_initial}.")
+        if self.bias not in ("none", "all") and not str(self.bias).endswith("_only"):
+            raise ValueError(f"bias must be 'none', 'vera_only' or 'all', got {self.bias!r}.")
+        if self.task_type is not None and self.task_type not in _TASKS:
+            raise ValueError(f"task_type must be None or one of {_TASKS}, got {self.task_type!r}.")
+        for name in ("base_model_name_or_path", "revision"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} must be a text or None, got {getattr(self, name)!r}.")
+        self._set("target_modules", _names("target_modules", self.target_modules))
+        self._set("layers_pattern", _names("layers_pattern", self.layers_pattern))
+        saved = _names("modules_to_save", self.modules_to_save)
+        if isinstance(saved, str):
+            raise ValueError(f"modules_to_save must be a sequence of names, got the string {saved!r}.")
+        heads = tuple(name for name in HEADS.get(self.task_type or "", ()) if name not in (saved or ()))
+        self._set("modules_to_save", (*(saved or ()), *heads) or None)
+        layers = self.layers_to_transform
+        if layers is not None:
+            if not isinstance(layers, int | Sequence):
+                raise ValueError(f"layers_to_transform must be an index or a sequence of them, got {layers!r}.")
+            layers = [layers] if isinstance(layers, int) else list(layers)
+            for index in layers:
+                _require_integer("layers_to_transform", index)
+            self._set("layers_to_transform", tuple(layers) or None)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where layer indices are; give layers_to_transform, too.")
+        if isinstance(self.target_modules, str):
+            if self.layers_to_transform is not None and not is_all_linear(self.target_modules):
+                raise ValueError(
+                    "layers_to_transform does not apply to a regular expression; put the indices into "
+                    f"target_modules={self.target_modules!r}, or give a list of names."
+                )
+            _require_expression("target_modules", self.target_modules)
+        patterns = self.layers_pattern or ()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            _require_expression("layers_pattern", pattern)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+def is_all_linear(targets: str) -> bool:
+    return targets.lower() == "all-linear"
+
+
+def _names(field: str, value: _Names) -> str | tuple[str, ...] | None:
+    if value is None or isinstance(value, str):
+        return value or None
+    if not isinstance(value, Sequence | set | frozenset):
+        raise ValueError(f"{field} must be a name or a sequence of names, got {value!r}.")
+    names = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+    if not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{field} must hold names, got {value!r}.")
+    return names or None
+
+
+def _require_expression(field: str, value: str) -> None:
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{field}={value!r} is not a regular expression: {error}.") from error
+
+
+def _require_integer(field: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{field} must be an integer, got {value!r}.")
+
+
+def _number(field: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{field} must be a number, got {value!r}.")
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf")

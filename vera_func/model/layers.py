@@ -1,0 +1,313 @@
+"""Thin modules over the pure functions: one adapted linear layer, over a dense, 4-bit or 8-bit base.
+
+The arithmetic is `vera_forward` and `quantized_linear`; a shell only holds what they are called with. Its
+parameters are `lambda_b` and `lambda_d`; the projections are references to the shared pair, and no part of a
+state dict. `shell_class` chooses the class from that of the base layer.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear
+
+from ..core.adapter import delta_weight, dropout_mask, init_params, vera_forward
+from ..core.autograd import project
+from ..core.shapes import align_rows
+from ..private import tree_leaves, tree_map
+from ..quant.bnb import from_bnb, is_bnb_linear
+from ..quant.cpu_layout import FusedWeight, fused_weight
+from ..quant.linear import quantized_linear
+from ..quant.value import Quantized, Quantized4bit
+from .targets import is_conv1d, linear_sizes
+
+
+class Projections(nn.Module):
+    """The shared pair as a module, so that many shells can hold one instance of it; not in any state dict.
+
+    Example:
+        >>> import torch
+        >>> Projections(torch.ones(2, 3), torch.ones(4, 2)).state_dict()
+        OrderedDict()
+    """
+
+    vera_A: Tensor
+    vera_B: Tensor
+
+    def __init__(self, vera_A: Tensor, vera_B: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("vera_A", vera_A, persistent=False)
+        self.register_buffer("vera_B", vera_B, persistent=False)
+        self.product: Callable[[Tensor, Tensor], Tensor] = project
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen quantized layer: `quantized_linear(quantized, x, bias)`, in place of a bitsandbytes module.
+
+    Args:
+        quantized: The weight.
+        bias: (out,) or None; becomes a frozen parameter, and may be given one for each row of the batch.
+        int8_activations: See `quantized_linear`.
+
+    Example:
+        >>> import torch
+        >>> from vera_func import quantize_8bit
+        >>> QuantizedLinear(quantize_8bit(torch.ones(2, 3)), None)(torch.ones(3))
+        tensor([3., 3.])
+    """
+
+    def __init__(self, quantized: Quantized, bias: Tensor | None, *, int8_activations: bool = False) -> None:
+        super().__init__()
+        self.quantized = quantized
+        self.fused: FusedWeight | None = None  # see `fused_weight`
+        self.int8_activations = int8_activations
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The packed weight: what models look at when they ask a layer for its device or dtype."""
+        return tree_leaves(self.quantized)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        options: Any = {"int8_activations": self.int8_activations, "fused": self.fused}
+        if self.bias is None or self.bias.dim() == 1:
+            return quantized_linear(self.quantized, x, self.bias, **options)
+        y = quantized_linear(self.quantized, x, **options)
+        return y + align_rows("bias", self.bias, x).to(y.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
+        super()._apply(fn, recurse)
+        # Move the weight's tensors, but never cast them: `fn` may be `.half()`, and absmax stays float32.
+        self.quantized = tree_map(lambda leaf: leaf.to(fn(leaf).device), self.quantized)
+        self.fused = None if self.fused is None else fused_weight(self.quantized)
+        return self
+
+
+class RowwiseAffine(nn.Module):
+    """An affine layer whose weight and bias may have leading axes, one value for each row of the batch.
+
+    It stands in for `nn.Linear`, `Conv1D` or `nn.LayerNorm` where these are trained with an adapter, so that
+    a mixed batch can give every row its own classifier or bias.
+
+    Args:
+        base_layer: The layer, called as it is while its parameters have their usual shape.
+
+    Example:
+        >>> import torch
+        >>> layer = RowwiseAffine(nn.Linear(3, 2))
+        >>> own = {"base_layer.weight": torch.ones(5, 2, 3), "base_layer.bias": torch.zeros(5, 2)}
+        >>> torch.func.functional_call(layer, own, torch.ones(5, 7, 3)).shape
+        torch.Size([5, 7, 2])
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        base: Any = self.base_layer
+        if isinstance(base, nn.LayerNorm):
+            if base.weight is None or max(base.weight.dim(), base.bias.dim()) == len(base.normalized_shape):
+                return base(x)
+            normal = layer_norm(x, base.normalized_shape, eps=base.eps)
+            return normal * align_rows("weight", base.weight, x) + align_rows("bias", base.bias, x)
+        weight, bias = base.weight, base.bias
+        if weight.dim() == 2 and (bias is None or bias.dim() == 1):
+            return base(x)
+        weight = weight.mT if is_conv1d(base) else weight
+        if weight.dim() == 2:
+            y = linear(x, weight)
+        else:
+            align_rows("weight", weight, x, inner=2)
+            rows, (out_features, in_features) = weight.shape[:-2], weight.shape[-2:]
+            y = x.reshape(*rows, -1, in_features) @ weight.mT
+            y = y.reshape(*x.shape[:-1], out_features)
+        return y if bias is None else y + align_rows("bias", bias, x)
+
+
+def frozen_layer(module: nn.Module) -> nn.Module:
+    """The layer that a shell calls: a bitsandbytes module's value as `QuantizedLinear`, any other as it is.
+
+    Example:
+        >>> frozen_layer(nn.Linear(3, 2))
+        Linear(in_features=3, out_features=2, bias=True)
+    """
+    return QuantizedLinear(*from_bnb(module)) if is_bnb_linear(module) else module
+
+
+def shell_class(module: nn.Module) -> type["Linear"] | type["Linear4bit"] | type["Linear8bitLt"]:
+    """The shell for a base layer: `Linear`, `Linear4bit` or `Linear8bitLt`.
+
+    Raises:
+        ValueError: If the layer cannot be adapted.
+
+    Example:
+        >>> shell_class(nn.Linear(3, 2)).__name__
+        'Linear'
+    """
+    if isinstance(module, QuantizedLinear):
+        return Linear4bit if isinstance(module.quantized, Quantized4bit) else Linear8bitLt
+    if is_bnb_linear(module):
+        return Linear4bit if hasattr(module.weight, "quant_state") else Linear8bitLt
+    if linear_sizes(module) is None and not isinstance(module, RowwiseAffine):
+        raise ValueError(
+            f"a {type(module).__name__} cannot be adapted; nn.Linear, bitsandbytes' linears and transformers' "
+            "Conv1D can."
+        )
+    return Linear
+
+
+def _init(
+    self: Any,
+    base_layer: nn.Module,
+    adapter_name: str,
+    vera_A: Tensor | Mapping[str, Tensor],
+    vera_B: Tensor | Mapping[str, Tensor],
+    r: int,
+    vera_dropout: float = 0.0,
+    d_initial: float = 0.1,
+) -> None:
+    nn.Module.__init__(self)
+    right: Any = shell_class(base_layer)
+    if type(self) is not right:
+        raise ValueError(f"a {type(base_layer).__name__} needs the shell {right.__name__}.")
+    if not 0 <= vera_dropout < 1:
+        raise ValueError(f"vera_dropout must be at least 0 and below 1, got {vera_dropout}.")
+    A = vera_A if isinstance(vera_A, Tensor) else vera_A[adapter_name]
+    B = vera_B if isinstance(vera_B, Tensor) else vera_B[adapter_name]
+    in_features, out_features = layer_sizes(base_layer)
+    if (
+        A.dim() != 2
+        or B.dim() != 2
+        or A.shape[0] != r
+        or B.shape[1] != r
+        or A.shape[1] < in_features
+        or B.shape[0] < out_features
+    ):
+        raise ValueError(
+            f"vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} do not fit a layer {in_features} -> {out_features} "
+            f"at rank {r}: they must be ({r}, >= {in_features}) and (>= {out_features}, {r})."
+        )
+    self.base_layer = frozen_layer(base_layer)
+    self.adapter_name = adapter_name
+    self.in_features, self.out_features, self.r = in_features, out_features, r
+    self.vera_dropout = vera_dropout
+    self.generator = None
+    self.projections = Projections(A, B)
+    params = init_params(r, out_features, d_initial, device=A.device)
+    self.lambda_b = nn.Parameter(params["lambda_b"])
+    self.lambda_d = nn.Parameter(params["lambda_d"])
+    self.register_buffer("mixture", None, persistent=False)
+
+
+def _forward(self: Any, x: Tensor) -> Tensor:
+    params = {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d}
+    if self.mixture is not None:
+        params["mixture"] = self.mixture
+    # No copy where the projections are on the layer's device, which is the rule.
+    frozen = {
+        "vera_A": self.projections.vera_A.to(x.device),
+        "vera_B": self.projections.vera_B.to(x.device),
+    }
+    mask = None
+    if self.generator is not None and self.vera_dropout > 0:
+        mask = dropout_mask(self.vera_dropout, tuple(x.shape), generator=self.generator, dtype=self.lambda_d.dtype)
+    return vera_forward(params, frozen, x, self.base_layer, dropout_mask=mask, project=self.projections.product)
+
+
+def _get_delta_weight(self: Any, adapter: str) -> Tensor:
+    """The dense update that `adapter` makes to the base layer's weight, in that weight's layout."""
+    if adapter != self.adapter_name:
+        raise ValueError(f"this layer has the adapter {self.adapter_name!r}, not {adapter!r}.")
+    params = {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d}
+    frozen = {"vera_A": self.projections.vera_A, "vera_B": self.projections.vera_B}
+    delta = delta_weight(params, frozen, self.in_features)
+    return delta.mT if is_conv1d(self.base_layer) else delta
+
+
+class Linear(nn.Module):
+    """An adapted dense layer: `vera_forward` over `nn.Linear` or transformers' `Conv1D`.
+
+    Args:
+        base_layer: The frozen layer; it is called, never changed.
+        adapter_name: A name for the adapter.
+        vera_A: (r, >= in), or a mapping from adapter names to it.
+        vera_B: (>= out, r), or a mapping from adapter names to it.
+        r: Rank.
+        vera_dropout: Probability of dropping an input of `A`, where `generator` is set to a `torch.Generator`.
+        d_initial: Initial value of `lambda_d`.
+
+    Raises:
+        ValueError: If the base layer is of another class, or the projections have another rank or are too narrow.
+
+    Example:
+        >>> import torch
+        >>> from vera_func import init_projections
+        >>> frozen = init_projections(4, 8, 6)
+        >>> layer = Linear(nn.Linear(8, 6), "default", frozen["vera_A"], frozen["vera_B"], r=4)
+        >>> layer(torch.ones(3, 8)).shape, layer.get_delta_weight("default").shape
+        (torch.Size([3, 6]), torch.Size([6, 8]))
+    """
+
+    __init__ = _init
+    forward = _forward
+    get_delta_weight = _get_delta_weight
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
+
+
+class Linear4bit(nn.Module):
+    """An adapted 4-bit layer: `vera_forward` over the value of a bitsandbytes `Linear4bit`.
+
+    Args and errors are those of `Linear`; `base_layer` is read once and never called or changed.
+
+    Example:
+        >>> import torch, bitsandbytes as bnb
+        >>> from vera_func import init_projections
+        >>> frozen = init_projections(4, 64, 32)
+        >>> base = bnb.nn.Linear4bit(64, 32, quant_type="nf4").to("cpu")
+        >>> layer = Linear4bit(base, "default", frozen["vera_A"], frozen["vera_B"], r=4)
+        >>> torch.func.grad(lambda x: layer(x).sum())(torch.ones(64)).shape
+        torch.Size([64])
+    """
+
+    __init__ = _init
+    forward = _forward
+    get_delta_weight = _get_delta_weight
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
+
+
+class Linear8bitLt(nn.Module):
+    """An adapted 8-bit layer: `vera_forward` over the value of a bitsandbytes `Linear8bitLt`.
+
+    Args and errors are those of `Linear`; `base_layer` is read once and never called or changed.
+
+    Example:
+        >>> import torch, bitsandbytes as bnb
+        >>> from vera_func import init_projections
+        >>> frozen = init_projections(4, 64, 32)
+        >>> base = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu")
+        >>> layer = Linear8bitLt(base, "default", frozen["vera_A"], frozen["vera_B"], r=4)
+        >>> layer(torch.ones(3, 64)).shape
+        torch.Size([3, 32])
+    """
+
+    __init__ = _init
+    forward = _forward
+    get_delta_weight = _get_delta_weight
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
+
+
+def layer_sizes(module: nn.Module) -> tuple[int, int]:
+    """`(in_features, out_features)` of a layer that a shell can hold."""
+    if isinstance(module, QuantizedLinear):
+        out_features, in_features = module.quantized.shape
+        return in_features, out_features
+    sizes = linear_sizes(module.base_layer if isinstance(module, RowwiseAffine) else module)
+    assert sizes is not None, type(module)
+    return sizes

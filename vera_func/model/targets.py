@@ -1,0 +1,264 @@
+"""Which modules of a model a configuration targets, and what these layers are: sizes, dtype, own parameters.
+
+The matching rules are PEFT's.
+"""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.keys import MIXTURE, VECTORS, split_key
+from ..quant.bnb import is_bnb_linear
+from .config import HEADS, VeraConfig, is_all_linear
+
+
+# Which linear layers are adapted where a configuration names none, by `model.config.model_type`.
+DEFAULT_TARGETS: dict[str, tuple[str, ...] | str] = {
+    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    **dict.fromkeys(
+        (
+            *("bart", "gemma", "gemma2", "gemma3_text", "gpt_neo", "gptj", "llama", "llama4", "mistral"),
+            *("mixtral", "opt", "phi", "qwen2", "qwen3", "stablelm"),
+        ),
+        ("q_proj", "v_proj"),
+    ),
+    **dict.fromkeys(("bert", "electra", "layoutlm", "roberta", "xlm-roberta"), ("query", "value")),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    **dict.fromkeys(("RefinedWeb", "RefinedWebModel", "bloom", "chatglm", "falcon", "gpt_neox"), ("query_key_value",)),
+    "blip-2": ("q", "v", "q_proj", "v_proj"),
+    "btlm": ("c_proj", "c_attn"),
+    "codegen": ("qkv_proj",),
+    "deberta": ("in_proj",),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "mpt": ("Wqkv",),
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "rwkv": ("key", "value", "receptance", "output"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+}
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """`(in_features, out_features)` of a layer that can be adapted, or None.
+
+    These are `nn.Linear`, bitsandbytes' linears and transformers' `Conv1D`.
+
+    Example:
+        >>> linear_sizes(nn.Linear(3, 5)), linear_sizes(nn.ReLU())
+        ((3, 5), None)
+    """
+    if isinstance(module, nn.Linear):  # bitsandbytes' are, too
+        return module.in_features, module.out_features
+    if is_conv1d(module):
+        weight: Any = module.weight
+        in_features, out_features = weight.shape
+        return in_features, out_features
+    return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' `Conv1D`, a linear layer whose weight is (in, out).
+
+    Example:
+        >>> is_conv1d(nn.Linear(3, 5))
+        False
+    """
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    return transformers is not None and isinstance(module, transformers.Conv1D)
+
+
+def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tuple[list[str], VeraConfig]:
+    """The names of the modules that a configuration targets, in the model's order, and that configuration
+    with `target_modules` spelled out where it was None or "all-linear".
+
+    Args:
+        model: Any module.
+        config: What to match.
+        strict: Whether an entry of a list that matches nothing is an error; files that PEFT wrote may have one.
+
+    Raises:
+        ValueError: If nothing matches, an entry matches nothing, a match is not a linear layer, or the
+            model's type has no default.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+        >>> resolve(model, VeraConfig(r=2, target_modules=["0"]))[0]
+        ['0']
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}.")
+    if not isinstance(config, VeraConfig):
+        raise ValueError(f"config must be vera_func's VeraConfig, got {type(config).__name__}.")
+    targets = config.target_modules
+    is_default = targets is None
+    if targets is None:
+        targets = _default_targets(model)
+        config = dataclasses.replace(config, target_modules=targets)
+    modules = dict(model.named_modules())
+    if isinstance(targets, str) and is_all_linear(targets):
+        names = [name for name in _all_linear(model, config) if _in_layers(name, config)]
+        config = dataclasses.replace(
+            config, target_modules=tuple(names) if any(names) else ".*", layers_to_transform=None, layers_pattern=None
+        )
+    else:
+        names = [name for name in modules if _matches(name, targets, config)]
+    if not names:
+        raise ValueError(f"no module matches target_modules={targets!r}. {_linear_ends(model)}")
+    if strict and not is_default and not isinstance(targets, str):
+        idle = [t for t in targets if not any(name == t or name.endswith("." + t) for name in modules)]
+        if idle:
+            raise ValueError(f"target_modules has {idle}, which no module of this model ends in. {_linear_ends(model)}")
+    heads = HEADS.get(config.task_type or "", ())
+    idle = [s for s in config.modules_to_save or () if s not in heads and not any(_contains(n, s) for n in modules)]
+    if strict and idle:
+        raise ValueError(f"modules_to_save has {idle}, which no module of this model ends in.")
+    for name in names:
+        if linear_sizes(modules[name]) is None:
+            raise ValueError(
+                f"target module {name!r} is a {type(modules[name]).__name__}; nn.Linear, bitsandbytes' linears and "
+                "transformers' Conv1D can be adapted."
+            )
+    return names, config
+
+
+def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -> list[str]:
+    """The model's own parameters that are trained beside the vectors: biases and `modules_to_save`.
+
+    Args:
+        model: Any module.
+        config: Its `bias` and `modules_to_save`.
+        targets: Names of the adapted modules.
+
+    Raises:
+        ValueError: If a module to save is quantized.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+        >>> trained_with(model, VeraConfig(target_modules=["0"], modules_to_save=["1"]), ["0"])
+        ['1.weight', '1.bias']
+    """
+    own = []
+    modules = dict(model.named_modules())
+    first_names = {name for name, _ in model.named_parameters()}
+    # A head that shares its weight with the embeddings has a second name for it.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        module, leaf = split_key(name)
+        whole = module in modules and _is_saved(module, config)
+        if whole and not parameter.is_floating_point():
+            raise ValueError(f"modules_to_save trains {name!r}, but it is quantized ({parameter.dtype}).")
+        is_bias = leaf == "bias" and (config.bias == "all" or (config.bias != "none" and module in targets))
+        if whole or (is_bias and name in first_names):
+            own.append(name)
+    return own
+
+
+def _matches(name: str, targets: str | Sequence[str], config: VeraConfig) -> bool:
+    if _is_saved(name, config):
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    if name in targets:
+        return True
+    return any(name.endswith("." + t) for t in targets) and _in_layers(name, config)
+
+
+def _in_layers(name: str, config: VeraConfig) -> bool:
+    if config.layers_to_transform is None:
+        return True
+    patterns = config.layers_pattern or (r"[^.]*",)
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        # The first numbered part is the layer; a later one may be an expert of it.
+        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+        if found:
+            return int(found[1]) in config.layers_to_transform  # type: ignore[operator]
+    return False
+
+
+def _is_saved(name: str, config: VeraConfig) -> bool:
+    return any(_contains(name, saved) for saved in config.modules_to_save or ())
+
+
+def _contains(name: str, saved: str) -> bool:
+    return f".{saved}." in f".{name}."
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if linear_sizes(module) is not None]
+
+
+def _linear_ends(model: nn.Module) -> str:
+    return f"The linear layers of this model end in {sorted({split_key(name)[1] for name in _linear_names(model)})}."
+
+
+def _all_linear(model: nn.Module, config: VeraConfig) -> list[str]:
+    find_head = getattr(model, "get_output_embeddings", None)  # transformers' convention
+    head = find_head() if find_head is not None else None
+    modules = dict(model.named_modules())
+    return [name for name in _linear_names(model) if modules[name] is not head and not _is_saved(name, config)]
+
+
+def _default_targets(model: nn.Module) -> tuple[str, ...] | str:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in DEFAULT_TARGETS:
+        raise ValueError(
+            f"no default target_modules are known for model type {model_type!r}; name them, for instance "
+            f"target_modules={sorted({split_key(name)[1] for name in _linear_names(model)})} or 'all-linear'."
+        )
+    return DEFAULT_TARGETS[model_type]
+
+
+def peft_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype through which PEFT passes the vectors and projections of an adapter of this layer, if any.
+
+    PEFT casts them to the layer's dtype (for 4 bits, its compute dtype; for 8 bits, not at all) and then to
+    float32, so over a 16-bit base the projections are draws rounded to 16 bits.
+
+    Example:
+        >>> peft_dtype(nn.Linear(2, 3, dtype=torch.bfloat16))
+        torch.bfloat16
+    """
+    layer: Any = module
+    dtype = getattr(layer, "compute_dtype", None) if is_bnb_linear(layer) else layer.weight.dtype
+    return dtype if dtype is not None and dtype.is_floating_point else None
+
+
+def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The vectors of each adapted module, `{name: {"lambda_b", "lambda_d"}}`, checked against the model.
+
+    Raises:
+        ValueError: If a module is missing, can't be adapted, or lacks one of its vectors, or a value is not finite.
+
+    Example:
+        >>> params = {"0.lambda_b": torch.ones(6), "0.lambda_d": torch.ones(4)}
+        >>> list(adapted_layers(nn.Sequential(nn.Linear(8, 6)), params))
+        ['0']
+    """
+    modules = dict(model.named_modules())
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, value in params.items():
+        name, leaf = split_key(key)
+        if leaf == MIXTURE:
+            raise ValueError(f"{key!r} marks a sum of adapters; merge or export them one by one.")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key!r} must be a tensor, got {type(value).__name__}.")
+        if not value.isfinite().all():
+            raise ValueError(f"{key!r} holds NaN or inf: the adapter is broken, and nothing was written.")
+        if leaf in VECTORS:
+            if name not in modules or linear_sizes(modules[name]) is None:
+                raise ValueError(f"params has {key!r}, but the model has no linear layer {name!r}.")
+            layers.setdefault(name, {})[leaf] = value
+    for name, vectors in layers.items():
+        sizes = linear_sizes(modules[name])
+        if vectors.keys() != {*VECTORS} or vectors["lambda_b"].shape != (sizes or (0, 0))[1:]:
+            shapes = {leaf: tuple(value.shape) for leaf, value in vectors.items()}
+            raise ValueError(
+                f"{name!r} needs lambda_b ({(sizes or (0, 0))[1]},) and lambda_d (r,) of one adapter, got {shapes}."
+            )
+    if not layers:
+        raise ValueError(f"params has no 'lambda_b' of any layer, only {sorted(params)[:3]}.")
+    return layers

@@ -1,0 +1,124 @@
+"""Names of other libraries that are not public, each with the reason why it is used.
+
+Nothing else in the package names them, and a test fails when one of them moves. Imports are inside the functions, so
+that importing this module costs nothing and a missing name fails where it is needed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def register_pytree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], unflatten: Callable[..., Any]) -> None:
+    """Make a class a pytree node for torch's transforms.
+
+    torch has no public registration that keeps static fields: `register_dataclass(drop_field_names=...)` resets them.
+    """
+    from torch.utils._pytree import register_pytree_node
+
+    register_pytree_node(cls, flatten, unflatten)
+
+
+def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Apply a function to the leaves of torch's pytrees: the containers that `torch.func` itself sees."""
+    from torch.utils import _pytree
+
+    return _pytree.tree_map(function, tree, *rest)
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """The leaves of a pytree."""
+    from torch.utils import _pytree
+
+    return _pytree.tree_leaves(tree)
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves of a pytree, and its structure."""
+    from torch.utils import _pytree
+
+    return _pytree.tree_flatten(tree)
+
+
+def tree_unflatten(leaves: list[Any], spec: Any) -> Any:
+    """The pytree of a structure with these leaves."""
+    from torch.utils import _pytree
+
+    return _pytree.tree_unflatten(leaves, spec)
+
+
+def tree_flatten_with_path(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a pytree, each with its place as an expression such as `['logits']`.
+
+    Raises:
+        ValueError: If a class in it was registered without the names of its fields.
+    """
+    from torch.utils import _pytree
+
+    return [(_pytree.keystr(path), leaf) for path, leaf in _pytree.tree_flatten_with_path(tree)[0]]
+
+
+def unwrap(x: Tensor) -> Tensor:
+    """The tensor below the wrappers of `torch.func`'s transforms; `x` itself outside of them.
+
+    Only the innermost tensor counts its in-place changes, and only there can be seen that no transform is active.
+    """
+    from torch.func import debug_unwrap
+
+    return debug_unwrap(x)
+
+
+def skip_fused_encoder_path(module: nn.Module) -> None:
+    """Make an `nn.TransformerEncoderLayer` call its linear layers.
+
+    Its fused inference path reads their weights, and would pass over adapters. No public switch turns it off for one
+    module.
+    """
+    if isinstance(module, nn.TransformerEncoderLayer):
+        module.activation_relu_or_gelu = 0
+
+
+def bnb_ops() -> Any:
+    """bitsandbytes' operations, `torch.ops.bitsandbytes`: what its modules call, without their state.
+
+    bitsandbytes documents the functions around them, which refuse tensors inside of transforms.
+    """
+    import bitsandbytes  # noqa: F401  (it registers the operations)
+
+    return torch.ops.bitsandbytes
+
+
+def bnb_levels(quant_type: str, device: torch.device) -> Tensor:
+    """The table of 16 levels of a 4-bit format, (16,) float32; bitsandbytes publishes it inside of a state only."""
+    from bitsandbytes import functional
+
+    return functional.get_4bit_type(quant_type, device=device)
+
+
+def bnb_has_avx512bf16() -> bool:
+    """Whether bitsandbytes would use its kernel for CPUs with AVX512-BF16, for which it repacks weights."""
+    from bitsandbytes import functional
+
+    return functional.has_avx512bf16()
+
+
+def float32_modules(model: nn.Module) -> tuple[str, ...]:
+    """Ends of the names of modules that a transformers model keeps in float32, such as T5's `wo`.
+
+    The model's own forward reads the dtype of these weights, so that they can't be quantized.
+    """
+    return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
+def forget_quantization(model: Any) -> None:
+    """Remove from a transformers model the marks of having been loaded quantized.
+
+    With them `save_pretrained`, `.to` and Trainer treat it as quantized; transformers has no public way to unset them.
+    """
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        model.__dict__.pop(name, None)

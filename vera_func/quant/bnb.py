@@ -1,0 +1,202 @@
+"""bitsandbytes' modules to values and back, without running one.
+
+A `Linear4bit` or `Linear8bitLt` rewrites itself as it runs. `from_bnb` reads it in whatever state it is and leaves it
+alone; `to_bnb` makes an ordinary one.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cpu_layout import unpack_cpu_layout
+from .value import (
+    NESTED_BLOCKSIZE,
+    NestedStatistics,
+    Quantized,
+    Quantized4bit,
+    Quantized8bit,
+    levels,
+    quantize_4bit,
+    quantize_8bit,
+    shape2,
+    validate,
+)
+
+
+def is_bnb_linear(module: nn.Module) -> bool:
+    """Whether a module is bitsandbytes' `Linear4bit` or `Linear8bitLt` (which need not be installed).
+
+    Example:
+        >>> is_bnb_linear(torch.nn.Linear(2, 3))
+        False
+    """
+    # No module can be an instance of a package that nobody has imported.
+    bnb = sys.modules.get("bitsandbytes")
+    return bnb is not None and isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+
+
+def from_bnb(module: nn.Module) -> tuple[Quantized, Tensor | None]:
+    """Read `(q, bias)` from a bitsandbytes linear module, in whatever state it is, and leave it as it is.
+
+    The states: not yet quantized (quantized here as bitsandbytes would on moving it), fresh, after a forward in
+    training, after an 8-bit forward (statistics moved to `module.state`), and after an eval-mode forward on a
+    CPU with AVX512-BF16, which repacks a 4-bit weight in place: it is unpacked into a copy, and its statistics
+    are what bitsandbytes left of them, rounded to bfloat16 and no longer nested. In the others the tensors are
+    the module's own.
+
+    Args:
+        module: `bitsandbytes.nn.Linear4bit` or `Linear8bitLt`.
+
+    Returns:
+        The weight, and the bias (out,) or None.
+
+    Raises:
+        ValueError: If the module is another one, or its tensors contradict each other.
+
+    Example:
+        >>> import bitsandbytes as bnb
+        >>> q, bias = from_bnb(bnb.nn.Linear4bit(64, 32, quant_type="nf4").to("cpu"))
+        >>> q.shape, q.quant_type, bias.shape
+        ((32, 64), 'nf4', torch.Size([32]))
+    """
+    if not is_bnb_linear(module):
+        raise ValueError(f"expected bitsandbytes' Linear4bit or Linear8bitLt, got {type(module).__name__}.")
+    is_4bit = isinstance(module, sys.modules["bitsandbytes"].nn.Linear4bit)
+    q = _read_4bit(module) if is_4bit else _read_8bit(module)
+    validate(q)
+    bias = getattr(module, "bias", None)
+    return q, None if bias is None else bias.detach()
+
+
+def to_bnb(q: Quantized, bias: Tensor | None = None) -> nn.Module:
+    """An ordinary bitsandbytes module with a copy of this weight; `from_bnb(to_bnb(q))` is `q`.
+
+    Args:
+        q: A quantized weight.
+        bias: (out,), or None.
+
+    Returns:
+        `bitsandbytes.nn.Linear4bit` or `Linear8bitLt`, on the weight's device.
+
+    Raises:
+        ValueError: If the bias is not (out,).
+
+    Example:
+        >>> import torch
+        >>> to_bnb(quantize_4bit(torch.ones(32, 64)))
+        Linear4bit(in_features=64, out_features=32, bias=False)
+    """
+    validate(q)
+    out_features, in_features = q.shape
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must be ({out_features},), got {tuple(bias.shape)}.")
+    import bitsandbytes as bnb
+
+    has_bias = bias is not None
+    module: Any
+    if isinstance(q, Quantized8bit):
+        module = bnb.nn.Linear8bitLt(
+            in_features, out_features, has_bias, has_fp16_weights=False, threshold=q.threshold, device="meta"
+        )
+        codes = q.codes.clone()
+        module.weight = bnb.nn.Int8Params(
+            codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=q.scale.clone()
+        )
+    else:
+        module = bnb.nn.Linear4bit(
+            in_features,
+            out_features,
+            has_bias,
+            compute_dtype=q.compute_dtype,
+            quant_storage=q.packed.dtype,
+            device="meta",
+        )
+        state = _to_state(q)
+        module.weight = bnb.nn.Params4bit(
+            q.packed.clone(),
+            requires_grad=False,
+            quant_state=state,
+            blocksize=q.blocksize,
+            compress_statistics=q.nested is not None,
+            quant_type=q.quant_type,
+            quant_storage=q.packed.dtype,
+            module=module,
+            bnb_quantized=True,
+        )
+        module.quant_state = state
+    if bias is not None:
+        module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return module
+
+
+def _read_4bit(module: Any) -> Quantized4bit:
+    weight = module.weight
+    state = getattr(weight, "quant_state", None) or module.quant_state
+    if state is None:
+        return quantize_4bit(
+            weight.data,
+            weight.quant_type,
+            weight.blocksize,
+            weight.compress_statistics,
+            quant_storage=weight.quant_storage,
+            compute_dtype=module.compute_dtype,
+        )
+    if getattr(state, "packing_format_for_cpu", False):
+        return unpack_cpu_layout(weight.data, state, module.compute_dtype)
+    return _from_state(weight.data, state, module.compute_dtype)
+
+
+def _read_8bit(module: Any) -> Quantized8bit:
+    weight, state = module.weight, module.state
+    if weight.dtype != torch.int8 and state.CB is None:
+        return quantize_8bit(weight.data, threshold=state.threshold)
+    codes = weight.CB if weight.CB is not None else state.CB
+    codes = weight.data if codes is None else codes
+    scale = weight.SCB if weight.SCB is not None else state.SCB
+    if scale is None:
+        raise ValueError("the Linear8bitLt holds int8 codes, but no row scales (SCB).")
+    return Quantized8bit(codes, scale, shape2(codes.shape), float(state.threshold))
+
+
+def _to_state(q: Quantized4bit) -> Any:
+    from bitsandbytes import functional
+
+    code = levels(q)
+    offset = state2 = None
+    if q.nested is not None:
+        scale, nested_code, offset = (leaf.clone() for leaf in q.nested)
+        state2 = functional.QuantState(absmax=scale, code=nested_code, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
+    return functional.QuantState(
+        absmax=q.absmax.clone(),
+        shape=torch.Size(q.shape),
+        code=code,
+        blocksize=q.blocksize,
+        quant_type=q.quant_type,
+        dtype=q.dtype,
+        offset=offset,
+        state2=state2,
+    )
+
+
+def _from_state(packed: Tensor, state: Any, compute_dtype: torch.dtype | None) -> Quantized4bit:
+    """A weight from bitsandbytes' bytes and `QuantState`, which keep their memory.
+
+    Raises:
+        ValueError: If statistics are nested in blocks of another size.
+    """
+    nested = None
+    if state.nested:
+        if state.state2.blocksize != NESTED_BLOCKSIZE:
+            raise ValueError(
+                f"nested statistics in blocks of {state.state2.blocksize} are not supported by bitsandbytes "
+                f"either; {NESTED_BLOCKSIZE} is."
+            )
+        nested = NestedStatistics(state.state2.absmax, state.state2.code, state.offset.float())
+    absmax = state.absmax if state.nested else state.absmax.float()
+    if absmax.dim() == 2:
+        # A state_dict() of the module unpacked its weight, and forgot to turn these back.
+        absmax = absmax.t().reshape(-1)
+    shape = shape2(state.shape)
+    return Quantized4bit(packed, absmax, nested, shape, state.dtype, state.quant_type, state.blocksize, compute_dtype)

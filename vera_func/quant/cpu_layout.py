@@ -1,0 +1,69 @@
+"""bitsandbytes' layout of 4-bit weights for its kernel on CPUs with AVX512-BF16, and its inverse."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import private
+from .value import Quantized, Quantized4bit, quantize_8bit, shape2, unpack  # noqa: F401
+
+
+class FusedWeight(NamedTuple):
+    """A 4-bit weight once more, in the layout of bitsandbytes' kernel for CPUs with AVX512-BF16; see `fused_weight`."""
+
+    packed: Tensor  # (out, in / 2)
+    absmax: Tensor  # (in / blocksize, out) bfloat16
+
+
+def fused_weight(q: Quantized) -> FusedWeight | None:
+    """A second copy of a 4-bit weight, for bitsandbytes' fused kernel on CPUs with AVX512-BF16.
+
+    For up to `FUSED_ROWS` rows of bfloat16 the kernel saves dequantizing, because it reads the packed weight only. The
+    price is the memory, half a byte and 2 / blocksize a weight, and scales that are rounded to
+    bfloat16: by up to 0.4 %, or not at all if the weight was bfloat16 and its scales are not nested. bitsandbytes' own
+    modules replace their weight by such a copy without being asked, in eval mode; here `q` stays, and gradients are
+    taken through `q`.
+
+    Returns:
+        The copy, or None where nothing could use it: on another CPU, for 8 bits, or if `out` is not a multiple of 32 or
+        `in` not one of the block size.
+
+    Example:
+        >>> fused_weight(quantize_8bit(torch.ones(32, 64))) is None
+        True
+    """
+    if not isinstance(q, Quantized4bit) or q.packed.device.type != "cpu" or not private.bnb_has_avx512bf16():
+        return None
+    out_features, in_features = q.shape
+    if out_features % 32 or in_features % q.blocksize:
+        return None
+    codes, absmax = unpack(q)
+    # 32 rows at a time, column pair by column pair; of 64 codes the first 32 are the low halves of 32 bytes.
+    codes = codes.reshape(out_features // 32, 32, in_features // 2, 2).transpose(1, 2).reshape(-1, 2, 32)
+    packed = ((codes[:, 1] << 4) | codes[:, 0]).reshape(out_features, in_features // 2)
+    return FusedWeight(packed, absmax.reshape(out_features, -1).T.to(torch.bfloat16).contiguous())
+
+
+def unpack_cpu_layout(packed: Tensor, state: Any, compute_dtype: torch.dtype | None) -> Quantized4bit:
+    """Undo bitsandbytes' layout for its AVX512-BF16 kernel, without touching the state.
+
+    That layout holds 32 rows at a time, column pair by column pair: of 64 neighbouring indices the first 32
+    are the low halves of 32 bytes, the last 32 the high ones.
+    """
+    out_features, in_features = state.shape
+    halves = packed.reshape(-1, 32)
+    indices = torch.cat([halves & 15, halves >> 4], dim=1)
+    indices = indices.reshape(out_features // 32, in_features // 2, 32, 2).transpose(1, 2)
+    pairs = indices.reshape(-1, 2)
+    storage = getattr(state, "original_storage_type", None) or torch.uint8
+    return Quantized4bit(
+        ((pairs[:, 0] << 4) | pairs[:, 1]).view(storage)[:, None],
+        state.absmax.t().reshape(-1).float(),
+        None,
+        shape2(state.shape),
+        state.original_dtype,
+        state.quant_type,
+        state.blocksize,
+        compute_dtype,
+    )

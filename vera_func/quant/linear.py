@@ -1,0 +1,267 @@
+"""The linear layer over a quantized weight.
+
+    y = x dequantize(q)ᵀ + bias
+
+bitsandbytes multiplies by a quantized weight with operations that `torch.func` refuses or differentiates to zero. Here
+the product is linear in `x` under every transform: `grad`, `jvp`, `vmap` to any depth, forward and reverse. Saved for
+backward is the packed weight.
+
+Shapes are those of `core.adapter`: a weight is (out, in), its input (*batch, in).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .. import private
+from ..core.shapes import require_rows_of_floats
+from .cpu_layout import FusedWeight
+from .value import (
+    FLOATS,
+    Quantized,
+    Quantized4bit,
+    Quantized8bit,
+    Spec,
+    Spec4bit,
+    check_sizes,
+    dequantize_leaves,
+    flatten,
+    is_differentiated,
+    refuse_weight_derivative,
+)
+
+
+# Up to so many rows bitsandbytes' fused CPU kernel is used: `python -m tests.benchmarks roofline` times it against
+# dequantizing, where there is one.
+FUSED_ROWS = 32
+
+
+def quantized_linear(
+    q: Quantized,
+    x: Float[Tensor, "*batch in"],
+    bias: Float[Tensor, " out"] | None = None,
+    *,
+    int8_activations: bool = False,
+    fused: FusedWeight | None = None,
+) -> Float[Tensor, "*batch out"]:
+    """`x dequantize(q)ᵀ + bias`, differentiable in `x` and `bias` to any order.
+
+    The weight is dequantized for the product and dropped; backward dequantizes it again. This is the
+    arithmetic of bitsandbytes' modules in training. Use it as a `base_fn`: `functools.partial(quantized_linear, q)`.
+    On a GPU, bitsandbytes chooses for few rows a kernel that multiplies by the packed weight itself.
+    Inside `torch.compile` the compiler decides what is kept for backward, and it may keep dense weights.
+
+    Args:
+        q: A quantized weight.
+        x: Input; multiplied in `q.compute_dtype` if that is given, else in its own dtype.
+        bias: Added in the product's dtype, or None.
+        int8_activations: For an 8-bit `q`: round the rows of `x` to 8 bits, too, and multiply integers
+            (LLM.int8()), except for features with a value above `q.threshold`, if it is not 0. Faster on
+            GPUs and off by a percent or two; its derivative is taken to be that of the exact product.
+        fused: `fused_weight(q)`, to multiply up to `FUSED_ROWS` rows of bfloat16 by where gradients are disabled.
+
+    Raises:
+        ValueError: If `x` is not (*batch, in) or not of floating-point numbers, if a bias is not (out,), if
+            `int8_activations` is asked of a 4-bit weight, if `fused` is of another weight, or if the weight itself is
+            to be differentiated or mapped over.
+
+    Example:
+        >>> import torch
+        >>> from vera_func import quantize_4bit
+        >>> q = quantize_4bit(torch.eye(64))
+        >>> x = torch.arange(64.0)
+        >>> torch.equal(torch.func.grad(lambda x: quantized_linear(q, x).sum())(x), torch.ones(64))
+        True
+    """
+    leaves, spec = flatten(q)
+    require_rows_of_floats(x)
+    out_features, in_features = q.shape
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x {tuple(x.shape)} must end in the weight's in_features {in_features} (weight {q.shape}).")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must be ({out_features},), got {tuple(bias.shape)}.")
+    if fused is not None and (isinstance(q, Quantized8bit) or fused.packed.shape != (out_features, in_features // 2)):
+        raise ValueError(
+            f"fused {tuple(fused.packed.shape)} is no copy of the weight {q.shape}; fused_weight makes it."
+        )
+    dtype = x.dtype
+    if isinstance(q, Quantized4bit) and q.compute_dtype is not None:
+        x = x.to(q.compute_dtype)
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    if int8_activations:
+        if not isinstance(q, Quantized8bit):
+            raise ValueError("int8_activations needs an 8-bit weight; this one has 4 bits.")
+        y = _Int8Product.apply(x, bias, spec, *leaves)
+    elif torch.compiler.is_compiling() or not (torch.is_grad_enabled() or x.is_cuda or fused):
+        # Dynamo (2.13) refuses a Function with a jvp; what the plain form keeps is the compiler's choice. Where nothing
+        # is kept, the plain form has less overhead.
+        refuse_weight_derivative(any(map(is_differentiated, leaves)))
+        y = linear(x, dequantize_leaves(spec, leaves, x.dtype), bias)
+    else:
+        y = _Product.apply(x, bias, spec, None if torch.is_grad_enabled() else fused, False, *leaves)
+    # Under autocast, bitsandbytes' 4-bit layer returns the dtype of x, and its 8-bit layer that of the product.
+    return y.to(dtype) if isinstance(q, Quantized4bit) else y
+
+
+class _Product(torch.autograd.Function):
+    """`x Wᵀ + bias`, or `x W` if transposed, with W dequantized for the occasion.
+
+    The packed leaves are arguments (not hidden in `spec`), because inside a transform they may be wrapped, too.
+    Every rule is again this function, so that derivatives of all orders and directions exist.
+    """
+
+    @staticmethod
+    def forward(x, bias, spec, fused, transposed, *leaves):
+        if transposed:
+            return torch.matmul(x, dequantize_leaves(spec, leaves, x.dtype))
+        return _multiply(x, bias, spec, fused, leaves)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, spec, _, transposed, *leaves = inputs
+        ctx.spec, ctx.transposed = spec, transposed
+        # An absent tangent stays None, so that one of the weight's can be told from zeros and refused.
+        ctx.set_materialize_grads(False)
+        ctx.output_shape = output.shape
+        ctx.save_for_backward(*leaves)
+        ctx.save_for_forward(*leaves)
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_weight_derivative(any(ctx.needs_input_grad[5:]))
+        leaves = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor a single time
+        grad_x = grad_bias = None
+        if grad is not None and ctx.needs_input_grad[0]:
+            grad_x = _Product.apply(grad, None, ctx.spec, None, not ctx.transposed, *leaves)
+        if grad is not None and ctx.needs_input_grad[1]:
+            grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
+        return grad_x, grad_bias, None, None, None, *[None] * len(leaves)
+
+    @staticmethod
+    def jvp(ctx, x_t, bias_t, _spec, _fused, _transposed, *leaves_t):
+        refuse_weight_derivative(any(tangent is not None for tangent in leaves_t))
+        return _tangent(ctx, x_t, bias_t, ctx.transposed)
+
+    @staticmethod
+    def vmap(info, in_dims, x, bias, spec, fused, transposed, *leaves):
+        x_dim, bias_dim, _, _, _, *leaf_dims = in_dims
+        _refuse_weight_map(leaf_dims)
+        # One product over all rows; a mapped bias is one a row.
+        if x_dim is not None:
+            x = x.movedim(x_dim, 0)
+        if bias_dim is None:
+            return _Product.apply(x, bias, spec, fused, transposed, *leaves), None if x_dim is None else 0
+        y = _Product.apply(x, None, spec, fused, transposed, *leaves)
+        bias = bias.movedim(bias_dim, 0)
+        inner = y.dim() - 1 if x_dim is None else y.dim() - 2
+        return y + bias.reshape(bias.shape[0], *[1] * inner, bias.shape[-1]), 0
+
+
+class _Int8Product(torch.autograd.Function):
+    """LLM.int8(): both factors rounded to 8 bits. Derivatives are those of the exact product (straight-through)."""
+
+    @staticmethod
+    def forward(x, bias, spec, codes, scale):
+        ops, threshold = private.bnb_ops(), spec.threshold
+        rows = x.reshape(-1, x.shape[-1])
+        x_codes, x_scale, outliers = ops.int8_vectorwise_quant(rows.to(torch.float16), threshold)
+        if threshold > 0:
+            y, _ = ops.int8_mixed_scaled_mm(rows, x_codes, codes, x_scale, scale, outliers, bias)
+        else:
+            y = ops.int8_scaled_mm(x_codes, codes, x_scale, scale, bias=bias, dtype=x.dtype)
+        return y.reshape(*x.shape[:-1], codes.shape[0])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, spec, *leaves = inputs
+        ctx.spec = spec
+        ctx.set_materialize_grads(False)
+        ctx.output_shape = output.shape
+        ctx.save_for_backward(*leaves)
+        ctx.save_for_forward(*leaves)
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_weight_derivative(any(ctx.needs_input_grad[3:]))
+        grad_x = grad_bias = None
+        if grad is not None and ctx.needs_input_grad[0]:
+            grad_x = _Product.apply(grad, None, ctx.spec, None, True, *ctx.saved_tensors)
+        if grad is not None and ctx.needs_input_grad[1]:
+            grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
+        return grad_x, grad_bias, None, None, None
+
+    @staticmethod
+    def jvp(ctx, x_t, bias_t, _spec, *leaves_t):
+        refuse_weight_derivative(any(tangent is not None for tangent in leaves_t))
+        return _tangent(ctx, x_t, bias_t, False)
+
+    @staticmethod
+    def vmap(info, in_dims, x, bias, spec, *leaves):
+        x_dim, bias_dim, _, *leaf_dims = in_dims
+        _refuse_weight_map(leaf_dims)
+        # Which features are outliers depends on all rows of one call, so every call is made by itself.
+        ys = [
+            _Int8Product.apply(
+                x if x_dim is None else x.select(x_dim, i),
+                bias if bias_dim is None else bias.select(bias_dim, i),
+                spec,
+                *leaves,
+            )
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(ys), 0
+
+
+def _tangent(ctx: Any, x_t: Tensor | None, bias_t: Tensor | None, transposed: bool) -> Tensor | None:
+    if x_t is None:
+        return None if bias_t is None else bias_t.expand(ctx.output_shape)
+    y_t = _Product.apply(x_t, None, ctx.spec, None, transposed, *ctx.saved_tensors)
+    return y_t if bias_t is None else y_t + bias_t
+
+
+def _multiply(
+    x: Tensor, bias: Tensor | None, spec: Spec, fused: FusedWeight | None, leaves: Sequence[Tensor]
+) -> Tensor:
+    """The product, by the kernel that suits the number of rows.
+
+    Only for tensors that no transform has wrapped: bitsandbytes' kernels have no derivatives, and don't say so.
+    """
+    rows = x.numel() // x.shape[-1]
+    # Kernels take addresses: tensors of another device are left to torch, which refuses them.
+    if fused is not None and 0 < rows <= FUSED_ROWS and x.dtype == torch.bfloat16 and x.device == fused.packed.device:
+        assert isinstance(spec, Spec4bit)
+        y = fused_product(x.contiguous(), fused, spec)
+        return y if bias is None else y + bias
+    if isinstance(spec, Spec4bit) and x.is_cuda and rows and x.dtype in FLOATS and not spec.shape[1] % spec.blocksize:
+        together = all(tensor is None or tensor.device == x.device for tensor in (bias, *leaves))
+        if together:
+            return _gpu_product(x, bias, spec, leaves)
+    return linear(x, dequantize_leaves(spec, leaves, x.dtype), bias)
+
+
+def fused_product(x: Tensor, fused: FusedWeight, spec: Spec4bit) -> Tensor:
+    """`x Wᵀ` by bitsandbytes' kernel for CPUs with AVX512-BF16; `x` is contiguous and bfloat16."""
+    code = private.bnb_levels(spec.quant_type, x.device)  # tells the kernel which format it is
+    return private.bnb_ops().gemv_4bit(x, fused.packed, spec.shape, fused.absmax, code, spec.blocksize)
+
+
+def _gpu_product(x: Tensor, bias: Tensor | None, spec: Spec4bit, leaves: Sequence[Tensor]) -> Tensor:
+    """The product by bitsandbytes' `gemm_4bit`, which chooses by GPU, shape and number of rows."""
+    check_sizes(spec, leaves)
+    packed, absmax, *nested = leaves
+    arguments: dict[str, Any] = {"bias": bias}
+    if nested:
+        scale, code, offset = nested
+        arguments |= {"absmax_8bit": absmax, "absmax_code": code, "absmax_offset": offset}
+        absmax = scale
+    return private.bnb_ops().gemm_4bit(x, packed, spec.shape, absmax, spec.blocksize, spec.quant_type, **arguments)
+
+
+def _refuse_weight_map(dims: list) -> None:
+    if any(dim is not None for dim in dims):
+        raise ValueError("a quantized weight can't be mapped over: give it in_dims None, or close over it.")

@@ -1,0 +1,1 @@
+"""Training: a pure AdamW, the loop `fit`, sweeps, and the processes of torchrun."""

@@ -1,0 +1,98 @@
+"""Many adapters over a grid of settings: the rows of a sweep, its table, and its runs taken apart and joined."""
+
+from collections.abc import Mapping, Sequence, Sized
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..private import tree_map
+from .fit import Fit
+from .optim import AdamWState
+
+
+def sweep(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the values of a grid, as rows; the last name varies fastest.
+
+    Row `i` is for adapter `i`: `learning_rate=[row["learning_rate"] for row in rows]`.
+
+    Raises:
+        ValueError: If a name has no values, or a str for them.
+
+    Example:
+        >>> sweep({"learning_rate": [0.1, 0.01], "seed": [0]})
+        [{'learning_rate': 0.1, 'seed': 0}, {'learning_rate': 0.01, 'seed': 0}]
+    """
+    for name, values in grid.items():
+        if isinstance(values, str) or not isinstance(values, Sized) or len(values) == 0:
+            raise ValueError(f"grid[{name!r}] must be a list of values, got {values!r}.")
+    return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+
+
+def sweep_table(
+    rows: Sequence[Mapping[str, Any]], results: Mapping[str, Tensor | Sequence[Any]]
+) -> list[dict[str, Any]]:
+    """The rows of a sweep with a column per result, as plain numbers; `pandas.DataFrame` takes it.
+
+    Args:
+        rows: From `sweep`, one for each adapter.
+        results: Name of a column -> its values, one for each row.
+
+    Raises:
+        ValueError: If a result has not one value per row, or the name of a column that is there.
+
+    Example:
+        >>> sweep_table(sweep({"seed": [3, 4]}), {"loss": torch.tensor([0.5, 0.25])})
+        [{'seed': 3, 'loss': 0.5}, {'seed': 4, 'loss': 0.25}]
+    """
+    columns = {k: v.tolist() if isinstance(v, Tensor) else list(v) for k, v in results.items()}
+    for name, column in columns.items():
+        if len(column) != len(rows) or any(name in row for row in rows):
+            wanted = f"a new name with {len(rows)} values, got {len(column)}"
+            raise ValueError(f"{name!r} must be {wanted} beside {sorted(set().union(*rows))}.")
+    return [{**row, **{k: c[i] for k, c in columns.items()}} for i, row in enumerate(rows)]
+
+
+def fit_row(run: Fit, i: int) -> Fit:
+    """The run of adapter `i` of stacked ones: what it would be, had it been trained alone.
+
+    Example:
+        >>> from vera_func import fit
+        >>> loss = lambda params, batch: params["p"].square().sum(-1)
+        >>> start, rates = {"p": torch.ones(2, 3)}, [0.1, 0.2]
+        >>> run = fit(loss, start, int, steps=4, learning_rate=rates, num_adapters=2, progress=False)
+        >>> fit_row(run, 1).losses.shape
+        torch.Size([4])
+    """
+    state = AdamWState(
+        run.state.step[i],
+        {key: leaf[i] for key, leaf in run.state.mean.items()},
+        {key: leaf[i] for key, leaf in run.state.var.items()},
+    )
+    params = {key: leaf[i] for key, leaf in run.params.items()}
+    return Fit(params, state, run.losses[:, i], run.metrics[:, i], run.stopped[i], run.diverged[i])
+
+
+def join_fits(runs: Sequence[Fit]) -> Fit:
+    """The runs of groups of stacked adapters as one; NaN stands for the losses of a group that ended earlier.
+
+    Example:
+        >>> from vera_func import fit
+        >>> loss = lambda params, batch: params["p"].square().sum(-1)
+        >>> options = {"steps": 4, "learning_rate": 0.1, "progress": False}
+        >>> runs = [fit(loss, {"p": torch.ones(n, 3)}, int, num_adapters=n, **options) for n in (2, 1)]
+        >>> join_fits(runs).losses.shape
+        torch.Size([4, 3])
+    """
+
+    def history(leaves: Sequence[Tensor]) -> Tensor:
+        longest = max(map(len, leaves))
+        return torch.cat([pad(leaf, (0, 0, 0, longest - len(leaf)), value=torch.nan) for leaf in leaves], dim=1)
+
+    joined: Fit = tree_map(
+        lambda *leaves: torch.cat(leaves), *(run._replace(losses=run.stopped, metrics=run.stopped) for run in runs)
+    )
+    losses, metrics = (history([getattr(run, name) for run in runs]) for name in ("losses", "metrics"))
+    return joined._replace(losses=losses, metrics=metrics)
