@@ -1,7 +1,7 @@
 """Several processes give what one gives, bit for bit; the death of one ends the others, and the run goes on from there.
 
-A small part runs by default. `VERA_FUNC_FAULTS=20 pytest tests/test_distributed.py` kills 20 random processes at random
-steps, tries 1, 2 and 4 processes, and as root three hosts as network namespaces, one of which is cut off.
+A small part runs by default. `VERA_FUNC_FAULTS=20 pytest tests/train/test_distributed.py` kills 20 random processes at
+random steps, tries 1, 2 and 4 processes, and as root three hosts as network namespaces, one of which is cut off.
 """
 
 import os
@@ -30,10 +30,9 @@ from vera_func.train import distributed
 
 import distributed_case
 from helpers import randomized, relative_error
-from test_demo import folder as folder, reviews as reviews
 
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 FAULTS = int(os.environ.get("VERA_FUNC_FAULTS", "0"))
 CASE = [str(TESTS / "distributed_case.py")]
 everything = pytest.mark.skipif(not FAULTS, reason="set VERA_FUNC_FAULTS=20")
