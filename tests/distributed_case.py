@@ -11,7 +11,9 @@ from torch.nn.functional import cross_entropy
 
 import vera_func as vf
 from vera_func.cli import demo, main as cli
-from vera_func.train.distributed import furthest, rank
+from vera_func.model.batch import num_adapters
+from vera_func.train.distributed import furthest, map_sharded, mean_over_micro_batches, process_group, rank
+from vera_func.train.fit import batch_indices
 
 
 ADAPTERS, GROUP, ROWS, LENGTH, STEPS = 5, 2, 23, 9, 20
@@ -34,7 +36,7 @@ def results():
         return {key: leaf[i : i + GROUP] for key, leaf in stacked.items()}
 
     def losses(params, step):
-        rows = ids[vf.batch_indices(step, num_examples=ROWS, batch_size=6, key=0)]
+        rows = ids[batch_indices(step, num_examples=ROWS, batch_size=6, key=0)]
         logits = many(params, frozen, rows)[..., :-1, :]  # (n, rows, tokens - 1, vocab)
         wanted = rows[:, 1:].expand(logits.shape[:-1])
         return cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="none").view(len(logits), -1).mean(1)
@@ -47,22 +49,22 @@ def results():
         return int(real[rows][:, 1:].sum())
 
     def batch(step):  # the last one of an epoch is smaller
-        return vf.batch_indices(step, num_examples=ROWS, batch_size=7, key=1)
+        return batch_indices(step, num_examples=ROWS, batch_size=7, key=1)
 
     starts = range(0, ADAPTERS, GROUP)
     train = partial(vf.fit, steps=STEPS, learning_rate=2e-2, max_norm=1.0, progress=False)
-    by_adapter = vf.spread(
-        lambda i: train(losses, group(i), int, num_adapters=vf.num_adapters(group(i)), steps=4), starts
+    by_adapter = map_sharded(
+        lambda i: train(losses, group(i), int, num_adapters=num_adapters(group(i)), steps=4), starts
     )
     by_part = train(
-        loss, params, lambda step: batch(step).split(2), accumulate=partial(vf.mean_over_parts, weight=tokens)
+        loss, params, lambda step: batch(step).split(2), accumulate=partial(mean_over_micro_batches, weight=tokens)
     )
     with torch.no_grad():
-        logits = vf.spread(lambda i: many(group(i), frozen, ids[:4]), starts)
+        logits = map_sharded(lambda i: many(group(i), frozen, ids[:4]), starts)
     found = {
         "logits": torch.cat(logits),
         "furthest": torch.tensor(furthest(rank(), rank())),
-        "lazily": torch.tensor(vf.spread(lambda i: 10 * i, (i for i in range(7)))),
+        "lazily": torch.tensor(map_sharded(lambda i: 10 * i, (i for i in range(7)))),
         **{f"adapters.{key}": torch.cat([run.params[key] for run in by_adapter]) for key in params},
         **{f"parts.{key}": leaf for key, leaf in by_part.params.items()},
         "parts.losses": by_part.losses,
@@ -98,7 +100,7 @@ if __name__ == "__main__":
         sys.exit(cli.main(line))
     torch.set_num_threads(1)
     status = cli.main(line)
-    with vf.processes():  # a second time, in the store that the first one left
+    with process_group():  # a second time, in the store that the first one left
         found, _ = results()
         save_file({key: value.contiguous() for key, value in found.items()}, f"{where}/{rank()}.safetensors")
     sys.exit(status)

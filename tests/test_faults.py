@@ -31,9 +31,11 @@ from torch.utils._pytree import tree_leaves
 import vera_func as vf
 from vera_func.data.assets import Asset, fetch
 from vera_func.data.models import Note, read_note, write_note
+from vera_func.io.bank import append_to_bank
 from vera_func.io.checkpoint import CONFIG, WEIGHTS
 from vera_func.io.files import filling
-from vera_func.train.fit import load_fit, save_fit
+from vera_func.train.fit import batch_indices, load_fit, save_fit
+from vera_func.train.optim import linear_warmup_cosine
 
 
 KILLS = int(os.environ.get("VERA_FUNC_KILLS", "20"))
@@ -99,7 +101,7 @@ def write(kind, folder, value):
         params, frozen, config = state(1)
         if not (folder / "bank").exists():
             vf.save_bank(folder / "bank", stack(params, 1), frozen, config, names(1))
-        vf.append_to_bank(folder / "bank", stack(params, value), names(1), replace=True)
+        append_to_bank(folder / "bank", stack(params, value), names(1), replace=True)
     elif kind == "run":
         save_fit(folder / "run", finished_run(value))
     elif kind == "note":
@@ -175,7 +177,7 @@ def train(folder, resume=None, *, stop=None, **options):
     def batch(step):
         if step == stop:
             raise KeyboardInterrupt
-        rows = vf.batch_indices(step, num_examples=37, batch_size=5, key=1)
+        rows = batch_indices(step, num_examples=37, batch_size=5, key=1)
         return DATA[rows], torch.Generator().manual_seed(step)
 
     def loss(params, batch):
@@ -183,7 +185,7 @@ def train(folder, resume=None, *, stop=None, **options):
         return (apply.with_dropout(generator)(params, frozen, x) - x[:, :5]).square().mean()
 
     options = {"checkpoint": folder / "run", "checkpoint_every": 3, "progress": False} | options
-    schedule = partial(vf.linear_warmup_cosine, warmup=5, total=STEPS)
+    schedule = partial(linear_warmup_cosine, warmup=5, total=STEPS)
     return vf.fit(
         loss, params, batch, steps=STEPS, learning_rate=0.1, max_norm=1.0, schedule=schedule, resume=resume, **options
     )

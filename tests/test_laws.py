@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
 import vera_func as vf
+from vera_func.merging.layer import merge_stochastic
 from vera_func.quant.value import BLOCKSIZES
 
 from helpers import BASES, TRANSFORMS, make_base, make_layer, row, snapshot
@@ -189,7 +190,7 @@ def test_merging_zero_changes_nothing(out, in_, r, form, dtype, which, seed):
     assert_same(vf.merge_dense(q, params, frozen, torch.float32), vf.dequantize(q, torch.float32))
     if isinstance(q, vf.Quantized4bit):
         assert_same(vf.merge_calibrated(q, params, frozen, torch.ones(2, in_)), q)
-        assert_same(vf.merge_stochastic(q, params, frozen, generator=torch.Generator()), q)
+        assert_same(merge_stochastic(q, params, frozen, generator=torch.Generator()), q)
 
 
 @laws

@@ -15,6 +15,7 @@ from torch import nn
 from torch.func import grad
 
 import vera_func as vf
+from vera_func.io.bank import append_to_bank
 
 from helpers import TARGETS, llama, quantized, randomized
 
@@ -124,7 +125,7 @@ def test_a_bank_of_100_000(tmp_path):
     read = bank.read([names[i] for i in rows])
     assert all(torch.equal(read[key], stacked[key][rows]) for key in stacked)
     more = {key: -leaf[:2] for key, leaf in stacked.items()}
-    bank = vf.append_to_bank(path, more, ["user 7", "new"], replace=True)
+    bank = append_to_bank(path, more, ["user 7", "new"], replace=True)
     assert (len(bank), bank.names[-1]) == (n + 1, "new")
     read = bank.read(["user 7", "new", "user 8", f"user {n - 1}"])
     for key, leaf in stacked.items():

@@ -1,7 +1,9 @@
 """The package as a whole: what importing it does, which file may import which, whether its names are explained."""
 
 import ast
+import importlib
 import inspect
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -15,9 +17,7 @@ import vera_func as vf
 PACKAGE = Path(vf.__file__).parent
 # From the ground up; a folder imports only from itself and from those before it.
 ROOMS = ["core", "quant", "model", "merging", "io", "train", "data", "cli"]
-PUBLIC = {
-    name: getattr(vf, name) for name in dir(vf) if not name.startswith("_") and not inspect.ismodule(getattr(vf, name))
-}
+PUBLIC = {name: getattr(vf, name) for name in vf.__all__}
 
 
 def imports(path):
@@ -83,9 +83,27 @@ def test_public_names_are_explained(name):
                 assert parameter in doc, f"{name} does not say what {parameter} is"
 
 
-def test_the_readme_names_every_public_name():
-    readme = (PACKAGE.parent / "README.md").read_text()
-    assert not [name for name in PUBLIC if name not in readme]
+def test_the_reference_names_every_public_name():
+    reference = set(re.findall(r"\w+", vf.__doc__))
+    assert not [name for name in PUBLIC if name not in reference]
+    assert len(PUBLIC) <= 65
+
+
+def test_type_checkers_see_the_names_that_are_imported_when_they_are_used():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {(node.module, alias.name) for node in block.body for alias in node.names}
+    assert seen == {(module, name) for module, names in vf._MODULES.items() for name in names}
+
+
+@pytest.mark.parametrize("name", vf._RENAMED)
+def test_a_name_that_is_gone_says_what_to_use(name):
+    with pytest.raises(AttributeError, match=f"vera_func.{name} was renamed in version 0.2: use ") as error:
+        getattr(vf, name)
+    for module, new in re.findall(r"(vera_func\.[\w.]+)\.(\w+)", vf._RENAMED[name]):
+        assert callable(getattr(importlib.import_module(module), new)), error
+    for new in re.findall(r"\bvf\.(\w+)", vf._RENAMED[name]):
+        assert new in vf.__all__
 
 
 def test_no_pickle():

@@ -17,6 +17,7 @@ from torch.func import grad, jvp
 from torch.testing import assert_close
 
 import vera_func as vf
+from vera_func.cli.report import merge_advice
 from vera_func.io.checkpoint import WEIGHTS
 
 from helpers import QUANTIZERS, dense_forward, randomized, relative_error, repack, snapshot
@@ -190,12 +191,12 @@ def test_unmerging(name):
 
 
 def test_a_small_update_vanishes():
-    base, each = quantized_layer("nf4")
+    each = quantized_layer("nf4")[1]
     params = each.params | {"0.lambda_b": 1e-3 * each.params["0.lambda_b"]}
-    reports = vf.merge_reports(base, params, each.frozen)
+    reports = vf.model_merge_report(each._replace(params=params))
     assert reports["0"].kept < 0.2
-    assert vf.merge_advice(reports).startswith("Do not merge like this")
-    assert vf.merge_reports(base, params, each.frozen, torch.float32)["0"].kept > 0.99
+    assert merge_advice(reports).startswith("Do not merge like this")
+    assert vf.model_merge_report(each._replace(params=params), torch.float32)["0"].kept > 0.99
 
 
 # ---------------------------------------------------------------------------------- bitsandbytes, torch.func, torch

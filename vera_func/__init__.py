@@ -1,63 +1,157 @@
-"""VeRA adapters as pure functions on `torch.func`, over bitsandbytes 4-bit and 8-bit weights."""
+"""VeRA adapters as pure functions on `torch.func`, over bitsandbytes 4-bit and 8-bit weights.
 
-from .core.adapter import (
-    delta_weight as delta_weight,
-    dropout_mask as dropout_mask,
-    init_params as init_params,
-    vera_forward as vera_forward,
-)
-from .core.projection import init_projections as init_projections
-from .io.bank import (
-    Bank as Bank,
-    append_to_bank as append_to_bank,
-    export_adapters as export_adapters,
-    import_adapters as import_adapters,
-    open_bank as open_bank,
-    save_bank as save_bank,
-)
-from .io.checkpoint import load_adapter as load_adapter, save_adapter as save_adapter
-from .io.lora import export_lora as export_lora
-from .merging.layer import (
-    MergeReport as MergeReport,
-    merge_calibrated as merge_calibrated,
-    merge_dense as merge_dense,
-    merge_quantized as merge_quantized,
-    merge_report as merge_report,
-    merge_stochastic as merge_stochastic,
-)
-from .merging.model import merge as merge, merge_advice as merge_advice, merge_reports as merge_reports
-from .merging.second_moments import calibrated_weights as calibrated_weights, layer_grams as layer_grams
-from .model.adapt import Adapted as Adapted, adapt as adapt
-from .model.algebra import add_adapters as add_adapters, scale_adapter as scale_adapter
-from .model.batch import (
-    num_adapters as num_adapters,
-    pool_adapters as pool_adapters,
-    select_adapters as select_adapters,
-    stack_adapters as stack_adapters,
-    unstack_adapters as unstack_adapters,
-    vmap_adapters as vmap_adapters,
-)
-from .model.config import VeraConfig as VeraConfig
-from .model.convert import dequantize_model as dequantize_model
-from .model.layers import Linear as Linear, Linear4bit as Linear4bit, Linear8bitLt as Linear8bitLt
-from .model.module import to_module as to_module
-from .quant.bnb import from_bnb as from_bnb, to_bnb as to_bnb
-from .quant.linear import quantized_linear as quantized_linear
-from .quant.value import (
-    Quantized4bit as Quantized4bit,
-    Quantized8bit as Quantized8bit,
-    dequantize as dequantize,
-    quantize_4bit as quantize_4bit,
-    quantize_8bit as quantize_8bit,
-)
-from .train.distributed import mean_over_parts as mean_over_parts, processes as processes, spread as spread
-from .train.fit import Fit as Fit, batch_indices as batch_indices, fit as fit
-from .train.optim import (
-    adamw_init as adamw_init,
-    adamw_update as adamw_update,
-    clip_by_norm as clip_by_norm,
-    constant as constant,
-    global_norm as global_norm,
-    linear_warmup_cosine as linear_warmup_cosine,
-)
-from .train.sweep import sweep as sweep, sweep_table as sweep_table
+    y = W x + lambda_b * (B (lambda_d * (A x)))
+
+`W` is frozen and may be quantized; `A` and `B` are random, frozen, and shared by all layers and all adapters. An
+adapter is the pair of vectors `lambda_b` (out,) and `lambda_d` (r,) of each layer: data, a flat dict of tensors.
+`help(vf.X)` gives the shapes, errors and an example of each name below.
+
+One layer:
+    init_projections    draw the shared pair `{"vera_A": (r, in), "vera_B": (out, r)}`, PEFT's draw bit for bit
+    init_params         a fresh adapter, `{"lambda_b": (out,), "lambda_d": (r,)}`
+    vera_forward        the adapted layer over any `base_fn`
+    delta_weight        the dense update (out, in)
+    dropout_mask        a mask for the input of `A`
+
+Quantized weights:
+    quantize_4bit, quantize_8bit    a weight as an immutable value, with bitsandbytes' bytes
+    Quantized4bit, Quantized8bit    these values; pytrees
+    dequantize          the dense weight of a value
+    quantized_linear    the product with `x`, under every transform
+    validate            check a value that was made by hand
+    from_bnb, to_bnb    bitsandbytes' modules to values, and back
+
+A model:
+    VeraConfig          what is adapted; PEFT's fields
+    adapt               a model and a configuration to `(apply, params, frozen, config)`
+    Adapted, Apply      this tuple, and the model as a pure function
+    to_module           the adapted model as an `nn.Module`, for Trainer and activation checkpointing
+    quantize_model      a copy of a model with quantized linear layers
+    dequantize_model    a copy of a model with dense ones
+    num_parameters      trainable and total parameters
+    Linear, Linear4bit, Linear8bitLt    one adapted layer as a module
+
+Many adapters:
+    stack_adapters, unstack_adapters    adapters to one dict with a leading axis (n,), and back
+    select_adapters     an adapter, or a weighted sum of several, for each row of a batch
+    vmap_adapters       all adapters on one batch, in one forward
+    pool_adapters       adapters of different rank, targets and projections as one stack
+    scale_adapter, add_adapters         arithmetic that stays an adapter
+
+Training:
+    fit, Fit            a training loop for one adapter or many, and its state as a value
+    save_fit, load_fit  checkpoints of it
+
+Merging:
+    merge_quantized, merge_dense, merge_calibrated    one layer's update in its weight
+    merge_report, MergeReport    how much of the update a merged weight retains
+    merge               a plain model with the adapter in its weights
+    model_merge_report  `merge_report` for each layer of a model
+
+Files:
+    save_adapter, load_adapter   PEFT's directories, both ways
+    export_lora         the same update as a PEFT LoRA directory, exactly
+    save_bank, open_bank, Bank   many adapters in one file
+
+In submodules: `vera_func.train.optim` (AdamW and schedules as pure functions), `vera_func.train.sweep` (grids),
+`vera_func.train.distributed` (torchrun), `vera_func.merging.second_moments` (calibrated merging of a model),
+`vera_func.io.bank` (converting banks), `vera_func.data` and `vera_func.cli` (the command `vera-func`).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .core.adapter import delta_weight, dropout_mask, init_params, vera_forward
+    from .core.projection import init_projections
+    from .io.bank import Bank, open_bank, save_bank
+    from .io.checkpoint import load_adapter, save_adapter
+    from .io.lora import export_lora
+    from .merging.layer import (
+        MergeReport,
+        merge_calibrated,
+        merge_dense,
+        merge_quantized,
+        merge_report,
+    )
+    from .merging.model import merge, model_merge_report
+    from .model.adapt import Adapted, adapt, num_parameters
+    from .model.algebra import add_adapters, scale_adapter
+    from .model.apply import Apply
+    from .model.batch import (
+        pool_adapters,
+        select_adapters,
+        stack_adapters,
+        unstack_adapters,
+        vmap_adapters,
+    )
+    from .model.config import VeraConfig
+    from .model.convert import dequantize_model, quantize_model
+    from .model.layers import Linear, Linear4bit, Linear8bitLt
+    from .model.module import to_module
+    from .quant.bnb import from_bnb, to_bnb
+    from .quant.linear import quantized_linear
+    from .quant.value import Quantized4bit, Quantized8bit, dequantize, quantize_4bit, quantize_8bit, validate
+    from .train.fit import Fit, fit, load_fit, save_fit
+
+# Public names by the module that defines them; imported when they are first used, so that `import vera_func` is light.
+_MODULES = {
+    "core.projection": ("init_projections",),
+    "core.adapter": ("init_params", "vera_forward", "delta_weight", "dropout_mask"),
+    "quant.value": ("quantize_4bit", "quantize_8bit", "Quantized4bit", "Quantized8bit", "dequantize", "validate"),
+    "quant.linear": ("quantized_linear",),
+    "quant.bnb": ("from_bnb", "to_bnb"),
+    "model.config": ("VeraConfig",),
+    "model.apply": ("Apply",),
+    "model.adapt": ("adapt", "Adapted", "num_parameters"),
+    "model.module": ("to_module",),
+    "model.convert": ("quantize_model", "dequantize_model"),
+    "model.layers": ("Linear", "Linear4bit", "Linear8bitLt"),
+    "model.batch": (*("stack_adapters", "unstack_adapters", "select_adapters", "vmap_adapters", "pool_adapters"),),
+    "model.algebra": ("scale_adapter", "add_adapters"),
+    "train.fit": ("fit", "Fit", "save_fit", "load_fit"),
+    "merging.layer": (*("merge_quantized", "merge_dense", "merge_calibrated", "merge_report", "MergeReport"),),
+    "merging.model": ("merge", "model_merge_report"),
+    "io.checkpoint": ("save_adapter", "load_adapter"),
+    "io.lora": ("export_lora",),
+    "io.bank": ("save_bank", "open_bank", "Bank"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+# Names of version 0.1 that are gone, and what stands in their place.
+_RENAMED = {
+    "merge_reports": "vf.model_merge_report(adapted)",
+    "merge_advice": "vf.model_merge_report(adapted), whose figures it judged; the command line prints a judgement",
+    "layer_grams": "vera_func.merging.second_moments.second_moments",
+    "calibrated_weights": "vera_func.merging.second_moments.calibrate_weights(adapted, moments)",
+    "merge_stochastic": "vera_func.merging.layer.merge_stochastic",
+    "num_adapters": "vera_func.model.batch.num_adapters",
+    "processes": "vera_func.train.distributed.process_group",
+    "spread": "vera_func.train.distributed.map_sharded",
+    "mean_over_parts": "vera_func.train.distributed.mean_over_micro_batches",
+    **{name: f"vera_func.io.bank.{name}" for name in ("append_to_bank", "import_adapters", "export_adapters")},
+    **{name: f"vera_func.train.sweep.{name}" for name in ("sweep", "sweep_table")},
+    **{
+        name: f"vera_func.train.optim.{name}"
+        for name in ("adamw_init", "adamw_update", "clip_by_norm", "constant", "global_norm", "linear_warmup_cosine")
+    },
+    "batch_indices": "vera_func.train.fit.batch_indices",
+}
+
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    if name == "__version__":
+        return import_module("importlib.metadata").version("vera-func")
+    if name in _RENAMED:
+        raise AttributeError(f"vera_func.{name} was renamed in version 0.2: use {_RENAMED[name]}.")
+    raise AttributeError(f"module 'vera_func' has no attribute {name!r}.")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

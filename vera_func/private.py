@@ -4,6 +4,8 @@ Nothing else in the package names them, and a test fails when one of them moves.
 that importing this module costs nothing and a missing name fails where it is needed.
 """
 
+import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -80,28 +82,46 @@ def skip_fused_encoder_path(module: nn.Module) -> None:
         module.activation_relu_or_gelu = 0
 
 
+def bitsandbytes() -> Any:
+    """The module bitsandbytes, imported without one line of its log.
+
+    On CPUs with AVX512-BF16 it logs at import that an optional package, `kernels`, is not installed. Nothing here needs
+    it, and users take the line for an error. Other messages are passed on.
+    """
+    import importlib
+
+    loaded = sys.modules.get("bitsandbytes")
+    if loaded is not None:
+        return loaded
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.addFilter(_is_not_about_kernels)
+    try:
+        return importlib.import_module("bitsandbytes")
+    finally:
+        logger.removeFilter(_is_not_about_kernels)
+
+
+def _is_not_about_kernels(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+
+
 def bnb_ops() -> Any:
     """bitsandbytes' operations, `torch.ops.bitsandbytes`: what its modules call, without their state.
 
     bitsandbytes documents the functions around them, which refuse tensors inside of transforms.
     """
-    import bitsandbytes  # noqa: F401  (it registers the operations)
-
+    bitsandbytes()  # registers the operations
     return torch.ops.bitsandbytes
 
 
 def bnb_levels(quant_type: str, device: torch.device) -> Tensor:
     """The table of 16 levels of a 4-bit format, (16,) float32; bitsandbytes publishes it inside of a state only."""
-    from bitsandbytes import functional
-
-    return functional.get_4bit_type(quant_type, device=device)
+    return bitsandbytes().functional.get_4bit_type(quant_type, device=device)
 
 
 def bnb_has_avx512bf16() -> bool:
     """Whether bitsandbytes would use its kernel for CPUs with AVX512-BF16, for which it repacks weights."""
-    from bitsandbytes import functional
-
-    return functional.has_avx512bf16()
+    return bitsandbytes().functional.has_avx512bf16()
 
 
 def float32_modules(model: nn.Module) -> tuple[str, ...]:

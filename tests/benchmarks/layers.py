@@ -9,6 +9,7 @@ from vera_func.data.models import load_base
 from vera_func.data.prompts import batches_by_length
 from vera_func.data.task import encode_examples, make_task
 from vera_func.merging.calibrate import calibrate_rows, output_error, output_kept
+from vera_func.merging.second_moments import second_moments
 from vera_func.quant.value import levels, unpack
 
 from .common import table
@@ -25,7 +26,7 @@ def run(restarts=0, depths=(2, 15, 28)):
     task = make_task(base, ["negative", "positive"])
     train, held_out = split_examples(demo_examples(), HELD_OUT, seed=0)
     seen, unseen = (
-        vf.layer_grams(adapted, _batches(base, task, texts)) for texts in (train[:CALIBRATION], held_out[:JUDGES])
+        second_moments(adapted, _batches(base, task, texts)) for texts in (train[:CALIBRATION], held_out[:JUDGES])
     )
 
     def layer(kind, depth):

@@ -10,6 +10,7 @@ import peft
 import torch
 
 import vera_func as vf
+from vera_func.model.batch import num_adapters
 
 from .common import bare, interleave, llama, table
 
@@ -108,7 +109,7 @@ def bank(n):
         "peak above the start / own bytes": max(0.0, grown / size),
     }  # fmt: skip
     table("A bank of adapters", [row])
-    assert vf.num_adapters(everything) == n
+    assert num_adapters(everything) == n
 
 
 def _peft(model, config, r):

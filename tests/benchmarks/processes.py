@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import vera_func as vf
-from vera_func.train.distributed import rank, world_size
+from vera_func.train.distributed import map_sharded, process_group, rank, world_size
 
 from .common import llama, table
 
@@ -90,13 +90,13 @@ def evaluation():
     clocks = {"wall": time.perf_counter, "CPU": time.process_time}
     best = {name: [math.inf, math.inf] for name in clocks}
     for _ in range(REPEATS):
-        for i, mapped in enumerate((map, vf.spread)):
+        for i, mapped in enumerate((map, map_sharded)):
             dist.barrier()
             begin = {name: clock() for name, clock in clocks.items()}
             if i == 1 or rank() == 0:
                 list(mapped(loss, starts))
             took = {name: clock() - begin[name] for name, clock in clocks.items()}
-            both = vf.spread(lambda _, took=took: took, range(world_size()))
+            both = map_sharded(lambda _, took=took: took, range(world_size()))
             for name in clocks:
                 best[name][i] = min(best[name][i], max(seconds[name] for seconds in both))
     return best
@@ -118,7 +118,7 @@ def all_reduce():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with vf.processes():
+    with process_group():
         assert world_size() == 2
         result = {"evaluation": evaluation(), "all_reduce": all_reduce()}
         if rank() == 0:

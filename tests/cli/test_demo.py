@@ -19,6 +19,7 @@ from vera_func.data.models import Note, load_base, note_file, read_note, write_n
 from vera_func.data.task import check_prompt, encode_examples, loss_of, make_task, score_of
 from vera_func.model.batch import unstack_adapters
 from vera_func.model.convert import quantize_model
+from vera_func.train.optim import linear_warmup_cosine
 from vera_func.train.sweep import fit_row
 
 from helpers import llama, quantized, snapshot
@@ -221,7 +222,7 @@ def test_the_best_of_a_sweep_is_what_it_would_be_alone(sweeping):
     alone = vf.fit(
         loss_of(adapted, task), start, lambda step: (small if step < 3 else full)(step), steps=9, progress=False,
         learning_rate=grid["learning_rate"], max_norm=1.0,
-        schedule=lambda step: vf.linear_warmup_cosine(step, warmup=0, total=9),
+        schedule=lambda step: linear_warmup_cosine(step, warmup=0, total=9),
     )  # fmt: skip
     assert_close(found.best, alone.params, rtol=1e-3, atol=1e-5)
 

@@ -12,6 +12,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import vera_func as vf
+from vera_func.io.bank import append_to_bank, export_adapters, import_adapters
+from vera_func.model.batch import num_adapters
 
 from helpers import TARGETS, llama, quantized, randomized, row, snapshot
 
@@ -196,7 +198,7 @@ class TestAppending:
     def test_adds_rows(self, bank):
         path, adapted, stacked = bank
         more = several(adapted, 2, first=20)
-        opened = vf.append_to_bank(path, more, FOX_GNU)
+        opened = append_to_bank(path, more, FOX_GNU)
         assert opened.names == (*NAMES, "fox", "gnu") == vf.open_bank(path).names
         assert_same(opened.read(), {key: torch.cat([stacked[key], more[key]]) for key in stacked})
         assert_same(opened.frozen(), adapted.frozen)
@@ -205,7 +207,7 @@ class TestAppending:
     def test_replaces_rows(self, bank):
         path, adapted, stacked = bank
         more = several(adapted, 3, first=20)
-        opened = vf.append_to_bank(path, more, ["fox", "cat", "ant"], replace=True)
+        opened = append_to_bank(path, more, ["fox", "cat", "ant"], replace=True)
         assert opened.names == (*NAMES, "fox")
         for name, i in (("fox", 0), ("cat", 1), ("ant", 2)):
             assert_same(row(opened.read([name]), 0), row(more, i))
@@ -215,7 +217,7 @@ class TestAppending:
     def test_a_bank_that_is_open_sees_the_old_names(self, bank):
         path, adapted, stacked = bank
         opened = vf.open_bank(path)
-        vf.append_to_bank(path, several(adapted, 1), ["fox"])
+        append_to_bank(path, several(adapted, 1), ["fox"])
         assert len(opened) == N
         assert_same(opened.read(), stacked)
 
@@ -223,7 +225,7 @@ class TestAppending:
         path, adapted, _ = bank
         more = several(adapted, 2, first=20)
         before = snapshot(more)
-        vf.append_to_bank(path, more, ["ant", "fox"], replace=True)
+        append_to_bank(path, more, ["ant", "fox"], replace=True)
         assert_same(snapshot(more), before)
 
     @pytest.mark.parametrize(
@@ -242,7 +244,7 @@ class TestAppending:
         path, adapted, _ = bank
         before = path.read_bytes()
         with pytest.raises(ValueError, match=message):
-            vf.append_to_bank(path, change(several(adapted, 2)), names, replace=replace)
+            append_to_bank(path, change(several(adapted, 2)), names, replace=replace)
         assert path.read_bytes() == before
 
 
@@ -281,7 +283,7 @@ class TestErrors:
             with pytest.raises(FileNotFoundError, match="there is no bank"):
                 vf.open_bank(path)
         with pytest.raises(FileNotFoundError):
-            vf.append_to_bank(tmp_path / "bank", several(small()), NAMES)
+            append_to_bank(tmp_path / "bank", several(small()), NAMES)
 
     @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, -1, -100])
     def test_truncated_files(self, bank, length):
@@ -354,7 +356,7 @@ class TestAtomicity:
 
         monkeypatch.setattr(os, call, dying)
         with pytest.raises(OSError, match="no space left"):
-            vf.append_to_bank(path, several(adapted, 1), ["fox"])
+            append_to_bank(path, several(adapted, 1), ["fox"])
         with pytest.raises(OSError, match="no space left"):
             vf.save_bank(path, several(adapted, 1), adapted.frozen, adapted.config, ["fox"])
         assert path.read_bytes() == before
@@ -398,24 +400,24 @@ class TestDirectories:
     def test_import_and_export_are_inverse(self, fields, tmp_path):
         model = llama()
         folders, written, frozen = write_adapters(tmp_path / "in", model, **fields)
-        imported = vf.import_adapters(tmp_path / "bank", folders, model)
+        imported = import_adapters(tmp_path / "bank", folders, model)
         assert imported.names == tuple(folders)
         assert_same(imported.read(), vf.stack_adapters(written))
         assert_same(imported.frozen(), frozen)
-        exported = vf.export_adapters(imported, tmp_path / "out")
+        exported = export_adapters(imported, tmp_path / "out")
         assert exported == [tmp_path / "out" / name for name in folders]
         for folder, params in zip(exported, written, strict=True):
             loaded = vf.load_adapter(folder, model)
             assert_same(loaded.params, params)
             assert_same(loaded.frozen, frozen)
-        again = vf.import_adapters(tmp_path / "again", dict(zip(folders, exported, strict=True)), model)
+        again = import_adapters(tmp_path / "again", dict(zip(folders, exported, strict=True)), model)
         assert_same(again.read(), imported.read())
         assert again.config == imported.config
 
     def test_a_default_adapter_is_at_the_top(self, bank, tmp_path):
         path, adapted, stacked = bank
-        vf.append_to_bank(path, several(adapted, 1, first=30), ["default"])
-        written = vf.export_adapters(vf.open_bank(path), tmp_path / "out", ["default", "bee", 0])
+        append_to_bank(path, several(adapted, 1, first=30), ["default"])
+        written = export_adapters(vf.open_bank(path), tmp_path / "out", ["default", "bee", 0])
         assert written == [tmp_path / "out", tmp_path / "out" / "bee", tmp_path / "out" / "ant"]
         assert_same(vf.load_adapter(tmp_path / "out", adapted.apply.model, adapter_name="ant").params, row(stacked, 0))
 
@@ -423,9 +425,9 @@ class TestDirectories:
     def test_an_adapted_bank_is_what_the_directories_hold(self, base, tmp_path):
         model = quantized(llama(), base)
         folders, *_ = write_adapters(tmp_path, model)
-        imported = vf.import_adapters(tmp_path / "bank", folders, model)
+        imported = import_adapters(tmp_path / "bank", folders, model)
         apply, stacked, frozen, config = imported.adapted(model)
-        assert vf.num_adapters(stacked) == 3
+        assert num_adapters(stacked) == 3
         chosen = imported.adapted(model, ["cat", "ant"])
         for i, (name, folder) in enumerate(folders.items()):
             loaded = vf.load_adapter(folder, model)
@@ -474,11 +476,11 @@ class TestDirectories:
         for name, (fields, message) in others.items():
             more, *_ = write_adapters(tmp_path / name, model, 1, **fields)
             with pytest.raises(ValueError, match=message):
-                vf.import_adapters(tmp_path / "bank", {**folders, name: more["ant"]}, model)
+                import_adapters(tmp_path / "bank", {**folders, name: more["ant"]}, model)
         with pytest.raises(ValueError, match="nothing to import"):
-            vf.import_adapters(tmp_path / "bank", {}, model)
+            import_adapters(tmp_path / "bank", {}, model)
         with pytest.raises(FileNotFoundError):
-            vf.import_adapters(tmp_path / "bank", {**folders, "fox": tmp_path / "fox"}, model)
+            import_adapters(tmp_path / "bank", {**folders, "fox": tmp_path / "fox"}, model)
         assert not (tmp_path / "bank").exists()
 
     def test_names_that_are_no_folders_raise(self, tmp_path):
@@ -487,7 +489,7 @@ class TestDirectories:
         path = vf.save_bank(tmp_path / "bank", several(adapted), adapted.frozen, adapted.config, names)
         for name in ("a/b", ".."):
             with pytest.raises(ValueError, match="must be a plain name"):
-                vf.export_adapters(vf.open_bank(path), tmp_path / "out", [name])
+                export_adapters(vf.open_bank(path), tmp_path / "out", [name])
         assert not (tmp_path / "out").exists()
 
 

@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 import vera_func as vf
 from vera_func.merging.calibrate import gram
+from vera_func.merging.layer import merge_stochastic
 
 
 OUT, IN, R = 96, 128, 16
@@ -196,7 +197,7 @@ def test_stochastic_is_right_on_average():
     q = vf.quantize_4bit(weight)
     params, frozen = make_adapter(0.01, weight)
     generator = torch.Generator().manual_seed(0)
-    draws = [vf.dequantize(vf.merge_stochastic(q, params, frozen, generator=generator)) for _ in range(200)]
+    draws = [vf.dequantize(merge_stochastic(q, params, frozen, generator=generator)) for _ in range(200)]
     delta = vf.delta_weight(params, frozen, IN)
     moved = torch.stack(draws).mean(0) - vf.dequantize(q)
     # Beyond the largest level of a block there is nothing to round to, so a little is lost there.

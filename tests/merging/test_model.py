@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import vera_func as vf
+from vera_func.cli.report import merge_advice
 from vera_func.io.lora import truncate
 
 from helpers import MODELS, TARGETS, llama, quantized, randomized, relative_error, snapshot
@@ -123,17 +124,17 @@ def test_running_the_merged_model_leaves_the_users_alone():
 def test_advice():
     model, adapted = make_adapted("llama", "nf4")
     small = {k: v * 0.01 if k.endswith("lambda_b") else v for k, v in adapted.params.items()}
-    reports = vf.merge_reports(model, small, adapted.frozen)
+    reports = vf.model_merge_report(adapted._replace(params=small))
     assert len(reports) == 4
-    assert "Do not merge" in vf.merge_advice(reports)
-    assert "safe" in vf.merge_advice(vf.merge_reports(model, adapted.params, adapted.frozen, torch.bfloat16))
+    assert "Do not merge" in merge_advice(reports)
+    assert "safe" in merge_advice(vf.model_merge_report(adapted, torch.bfloat16))
     for kept, error, says in (
         (1.0, 0.25, "keeps the update: 100 %"),
         (0.8, 0.25, "changes the adapter's effect: 80 %"),
     ):
-        assert says in vf.merge_advice({"q": vf.MergeReport(kept, error, size=0.01)})
+        assert says in merge_advice({"q": vf.MergeReport(kept, error, size=0.01)})
     nothing = vf.adapt(model, adapted.config)
-    assert "adds nothing" in vf.merge_advice(vf.merge_reports(model, nothing.params, nothing.frozen))
+    assert "adds nothing" in merge_advice(vf.model_merge_report(nothing))
 
 
 @pytest.mark.parametrize(

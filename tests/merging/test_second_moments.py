@@ -3,6 +3,7 @@ import torch
 from torch.testing import assert_close
 
 import vera_func as vf
+from vera_func.merging.second_moments import calibrate_weights, second_moments
 
 from helpers import llama, quantized, randomized, snapshot
 
@@ -42,7 +43,7 @@ def test_gram_is_the_mean_over_tokens():
         module(**batch)
     tokens = torch.cat([x[batch["attention_mask"].bool()] for x, batch in zip(seen, batches(), strict=True)])
     before = snapshot(model)
-    grams = vf.layer_grams(adapted, batches())
+    grams = second_moments(adapted, batches())
     assert set(grams) == set(adapted.apply.targets)
     assert_close(grams["model.layers.1.self_attn.q_proj"], tokens.T @ tokens / len(tokens))
     assert_close(snapshot(model), before, rtol=0, atol=0)
@@ -51,7 +52,7 @@ def test_gram_is_the_mean_over_tokens():
 def test_padding_is_left_out():
     _, adapted = make_adapted()
     changed = [{**b, "input_ids": torch.where(b["attention_mask"].bool(), b["input_ids"], 9)} for b in batches()]
-    grams, others = (vf.layer_grams(adapted, b, readout=gap) for b in (batches(), changed))
+    grams, others = (second_moments(adapted, b, readout=gap) for b in (batches(), changed))
     assert_close(others, grams, rtol=1e-4, atol=1e-5)
 
 
@@ -60,7 +61,7 @@ def test_readout_weighs_tokens():
     # In the last layer's q only the last token matters for what is read off the last position.
     batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
     name = "model.layers.1.self_attn.q_proj"
-    plain, weighted = vf.layer_grams(adapted, [batch])[name], vf.layer_grams(adapted, [batch], readout=gap)[name]
+    plain, weighted = second_moments(adapted, [batch])[name], second_moments(adapted, [batch], readout=gap)[name]
     seen = []
     module = vf.to_module(adapted)
     module.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -73,8 +74,8 @@ def test_readout_weighs_tokens():
 
 def test_calibrated_model_is_closer_than_a_rounded_one():
     model, adapted = make_adapted()
-    grams = vf.layer_grams(adapted, batches(), readout=gap)
-    weights = vf.calibrated_weights(model, *adapted[1:3], grams)
+    grams = second_moments(adapted, batches(), readout=gap)
+    weights = calibrate_weights(adapted, grams)
     errors = {}
     for name, merged in {
         "rounded": vf.merge(model, *adapted[1:3]),
@@ -88,16 +89,16 @@ def test_calibrated_model_is_closer_than_a_rounded_one():
 
 
 def test_what_can_not_be_calibrated():
-    model, adapted = make_adapted()
+    adapted = make_adapted()[1]
     with pytest.raises(ValueError, match="nothing to calibrate with"):
-        vf.layer_grams(adapted, [])
+        second_moments(adapted, [])
     with pytest.raises(ValueError, match="does not depend on"):
-        vf.layer_grams(adapted, batches(), readout=lambda output: output.logits.sum((1, 2)) * 0)
-    with pytest.raises(ValueError, match="grams has nothing for"):
-        vf.calibrated_weights(model, *adapted[1:3], {})
+        second_moments(adapted, batches(), readout=lambda output: output.logits.sum((1, 2)) * 0)
+    with pytest.raises(ValueError, match="moments has nothing for"):
+        calibrate_weights(adapted, {})
     int8 = quantized(llama(), "int8")
     with pytest.raises(ValueError, match="calibration is for 4-bit layers"):
-        vf.calibrated_weights(int8, *adapted[1:3], {})
+        calibrate_weights(vf.adapt(int8, adapted.config), {})
 
 
 @pytest.mark.parametrize("base", ["nf4", "nested", "fp4"])
@@ -106,7 +107,7 @@ def test_a_calibrated_model_is_an_ordinary_one(base, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model, adapted = make_adapted(base)
-    weights = vf.calibrated_weights(model, *adapted[1:3], vf.layer_grams(adapted, batches()))
+    weights = calibrate_weights(adapted, second_moments(adapted, batches()))
     merged = vf.merge(model, *adapted[1:3], weights=weights)
     merged.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -11,6 +11,7 @@ from torch.func import grad, vmap
 from torch.testing import assert_close
 
 import vera_func as vf
+from vera_func.model.batch import num_adapters
 
 from helpers import MODELS, TARGETS, bert, gpt2, llama, quantized, randomized, relative_error, row, snapshot
 
@@ -67,7 +68,7 @@ class TestStacking:
     def test_is_undone(self):
         adapters = [randomized(small().params, seed) for seed in range(3)]
         stacked = vf.stack_adapters(adapters)
-        assert vf.num_adapters(stacked) == 3
+        assert num_adapters(stacked) == 3
         for one, other in zip(vf.unstack_adapters(stacked), adapters, strict=True):
             assert_same(one, other)
             assert list(one) == list(other)
@@ -102,8 +103,8 @@ class TestStacking:
             (lambda p: vf.stack_adapters([p, p | {"0.lambda_d": torch.ones(3)}]), r"is \(3,\) in adapter 1 and \(8,\)"),
             (lambda p: vf.unstack_adapters({}), "empty"),
             (lambda p: vf.unstack_adapters(p), "common leading axis"),
-            (lambda p: vf.num_adapters({"a": torch.ones(2), "b": torch.ones(3)}), r"'a' is \(2,\) and 'b' is \(3,\)"),
-            (lambda p: vf.num_adapters({"a": torch.ones(()), "b": torch.ones(3)}), r"'a' is \(\)"),
+            (lambda p: num_adapters({"a": torch.ones(2), "b": torch.ones(3)}), r"'a' is \(2,\) and 'b' is \(3,\)"),
+            (lambda p: num_adapters({"a": torch.ones(()), "b": torch.ones(3)}), r"'a' is \(\)"),
         ],
     )
     def test_refuses(self, call, message):

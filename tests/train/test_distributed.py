@@ -27,6 +27,7 @@ from vera_func.data.models import load_base
 from vera_func.data.sources import base_of, open_source
 from vera_func.io.bank import open_bank
 from vera_func.train import distributed
+from vera_func.train.distributed import map_sharded, mean_over_micro_batches, process_group
 
 import distributed_case
 from helpers import randomized, relative_error
@@ -83,24 +84,24 @@ def gradient(x):
 
 def test_the_mean_over_parts_is_that_of_the_whole():
     x = torch.randn(11, generator=torch.Generator().manual_seed(0))
-    grads, loss = vf.mean_over_parts(gradient, x.split([1, 0, 3, 7]), weight=len)
+    grads, loss = mean_over_micro_batches(gradient, x.split([1, 0, 3, 7]), weight=len)
     expected, expected_loss = gradient(x)
     assert_close((grads, loss), (expected, expected_loss))
-    one, _ = vf.mean_over_parts(gradient, [x], weight=len)
+    one, _ = mean_over_micro_batches(gradient, [x], weight=len)
     assert torch.equal(one["p"], expected["p"])  # a single part keeps its bits
-    backwards, _ = vf.mean_over_parts(gradient, x.split([1, 0, 3, 7])[::-1], weight=len)
+    backwards, _ = mean_over_micro_batches(gradient, x.split([1, 0, 3, 7])[::-1], weight=len)
     assert torch.equal(backwards["p"], grads["p"])
     with pytest.raises(ValueError, match="none of the 2 parts"):
-        vf.mean_over_parts(gradient, [x[:0], x[:0]], weight=len)
+        mean_over_micro_batches(gradient, [x[:0], x[:0]], weight=len)
 
 
 def test_alone_there_is_one_process():
     assert (distributed.rank(), distributed.world_size(), distributed.under_torchrun()) == (0, 1, False)
     view = torch.ones(3, 1000, requires_grad=True)[1]
-    (got,) = vf.spread(lambda leaf: {"a": leaf}, [view])
+    (got,) = map_sharded(lambda leaf: {"a": leaf}, [view])
     assert not got["a"].requires_grad
     assert got["a"].untyped_storage().nbytes() == 4000
-    with vf.processes():
+    with process_group():
         assert not distributed.under_torchrun()
 
 

@@ -19,11 +19,11 @@ from ..io.bank import export_adapters, import_adapters, open_bank
 from ..io.checkpoint import CONFIG, WEIGHTS
 from ..io.files import filling
 from ..io.lora import export_lora
-from ..merging.model import merge, merge_reports
+from ..merging.model import merge, model_merge_report
 from ..model.batch import select_adapters
-from ..train.distributed import rank, spread, world_size
-from .inspect import describe_reports, merge_advice
-from .report import bar
+from ..train.distributed import map_sharded, rank, world_size
+from .inspect import describe_reports
+from .report import bar, merge_advice
 
 
 CALIBRATION = 192  # texts, some 6,000 tokens of the demo's: more is hardly better
@@ -68,9 +68,9 @@ def evaluate(
         params = read(names) if len(names) > 1 else {k: v[0] for k, v in read(names).items()}
         title = f"adapters {start + 1}-{start + len(names)} of {len(source.names)}"
         options: dict[str, Any] = {"batch_size": batch_size, "progress": bar(title, progress)}
-        return score_of(adapted, task, params, rows, map=map if by_chunk else spread, **options)
+        return score_of(adapted, task, params, rows, map=map if by_chunk else map_sharded, **options)
 
-    scores = spread(evaluate_chunk, starts) if by_chunk else [evaluate_chunk(start) for start in starts]
+    scores = map_sharded(evaluate_chunk, starts) if by_chunk else [evaluate_chunk(start) for start in starts]
     accuracy, loss = (torch.cat([value.reshape(-1) for value in column]) for column in zip(*scores, strict=True))
     return [
         {"name": name, "accuracy": right.item(), "loss": mean.item(), "texts": len(rows)}
@@ -219,7 +219,7 @@ def merge_to(
     done: dict[str, Any] = {"out": str(out), "to": to, "model": base.name, "quant": base.quant}
     if calibrate is None:
         merged: Any = merge(base.model, adapted.params, adapted.frozen, form)
-        reports = merge_reports(base.model, adapted.params, adapted.frozen, form)
+        reports = model_merge_report(adapted, form)
         done |= {"advice": merge_advice(reports), "modules": describe_reports(reports)}
     else:
         if to != base.quant or to not in ("nf4", "fp4"):

@@ -35,7 +35,7 @@ from ..model.adapt import Adapted, adapt
 from ..model.batch import num_adapters, stack_adapters
 from ..model.config import VeraConfig
 from ..model.convert import quantize_model as quantize_model
-from ..train.distributed import furthest, mean_over_parts, rank, spread, under_torchrun, world_size
+from ..train.distributed import furthest, map_sharded, mean_over_micro_batches, rank, under_torchrun, world_size
 from ..train.fit import Fit, fit, load_fit
 from ..train.optim import linear_warmup_cosine
 from ..train.sweep import fit_row, join_fits, sweep, sweep_table
@@ -162,7 +162,7 @@ def demo(
     )
     adapted = adapt(base.model, config)
     rows = encode_examples(base, task, test)
-    measure = partial(score_of, adapted, task, rows=rows, map=spread)
+    measure = partial(score_of, adapted, task, rows=rows, map=map_sharded)
     before = measure(adapted.params, progress=bar("before", progress)).accuracy.item()
     say(f"Before: {before:.1%} of {len(test):,} held-out texts answered rightly.")
 
@@ -205,7 +205,7 @@ def demo(
             write_note(save_bank(Path(out) / BANK, found.stacked, adapted.frozen, adapted.config, names), note)
         return _reload_difference(out, adapted, task, params, collate(rows[:batch_size], task.pad_id))
 
-    (difference,) = spread(write, [Note(base.quant, task.labels, task.prompt)])  # the first process does it
+    (difference,) = map_sharded(write, [Note(base.quant, task.labels, task.prompt)])  # the first process does it
     # Also what a process that was killed had begun to write.
     for file in (*checkpoint.parent.glob(f"{checkpoint.name}*"), *checkpoint.parent.glob(f".{checkpoint.name}*")):
         file.unlink(missing_ok=True)
@@ -333,8 +333,8 @@ def train_sweep(
         loss = loss_of(adapted, task, stacked=True)
         return _fit(loss, stacks[i], small, learning_rate=rates[groups[i]], steps=half, **options)
 
-    run = join_fits(spread(train_group, range(len(groups))))
-    options = {"batch_size": max(1, 256 // n), "progress": bar("choosing", progress), "map": spread}
+    run = join_fits(map_sharded(train_group, range(len(groups))))
+    options = {"batch_size": max(1, 256 // n), "progress": bar("choosing", progress), "map": map_sharded}
     score = score_of(adapted, task, run.params, choosing, **options)
     loss = torch.where(run.diverged, torch.inf, score.loss).nan_to_num(nan=torch.inf)
     row = int(loss.argmin())
@@ -373,7 +373,7 @@ def _fit_parts(
 ) -> Fit:
     """A run whose steps are shared by all processes; the first of them writes the checkpoint."""
     options |= {"resume": _resume(checkpoint, params) or resume, "checkpoint": None if rank() else checkpoint}
-    accumulate = partial(mean_over_parts, weight=num_rows)
+    accumulate = partial(mean_over_micro_batches, weight=num_rows)
     return _fit(loss, params, lambda step: split_batch(batches(step), parts), accumulate=accumulate, **options)
 
 

@@ -14,9 +14,10 @@ from ..data.sources import base_of, load_adapters, open_source
 from ..io.bank import open_bank
 from ..io.checkpoint import CONFIG, WEIGHTS, read_files
 from ..merging.layer import MergeReport
-from ..merging.model import merge_advice, merge_reports
+from ..merging.model import model_merge_report
 from ..model.config import VeraConfig
 from ..model.targets import linear_sizes, resolve
+from .report import merge_advice
 
 
 def inspect_path(
@@ -92,7 +93,7 @@ def inspect_path(
         base = base_of(source, model, quant, dtype)
         adapted, _ = load_adapters(source, base.model)  # the first one's params
         form = getattr(torch, to) if to in ("float32", "bfloat16", "float16") else to
-        reports = merge_reports(base.model, adapted.params, adapted.frozen, form)
+        reports = model_merge_report(adapted, form)
         found["merge"] = {
             "name": source.names[0],
             "base": describe_base(base),

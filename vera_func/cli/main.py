@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from ..train.distributed import processes, rank
+from ..train.distributed import process_group, rank
 from .options import DTYPES, QUANTS, data, model, names, newlines, positive, source
 
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        with processes():
+        with process_group():
             args.run(args)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRAS:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..io.files import replacing
+from ..merging.layer import MergeReport
 from ..train.distributed import rank
 
 
@@ -135,6 +136,48 @@ def check_table_path(path: str | os.PathLike[str]) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to.")
     return path
+
+
+def merge_advice(reports: Mapping[str, MergeReport]) -> str:
+    """In a sentence or two, whether to merge.
+
+    Args:
+        reports: From `model_merge_report`.
+
+    Raises:
+        ValueError: If they are not by module.
+
+    Example:
+        >>> from vera_func import MergeReport
+        >>> merge_advice({"q_proj": MergeReport(kept=0.02, error=1.07, size=0.01)})[:55]
+        'Do not merge like this: 2 % of the update is kept on av'
+    """
+    if not isinstance(reports, Mapping):
+        raise ValueError(f"reports must be those of model_merge_report, by module, got {type(reports).__name__}.")
+    if not reports:
+        return "There is nothing to merge: the adapter adds nothing to any layer."
+    kept = sum(report.kept for report in reports.values()) / len(reports)
+    error = sum(report.error for report in reports.values()) / len(reports)
+    worst = min(reports, key=lambda name: reports[name].kept)
+    share = f"{kept:.0%} of the update is kept on average (at worst {reports[worst].kept:.0%}, in {worst})".replace(
+        "%", " %"
+    )
+    if error < 0.1:
+        return f"Merging is safe: {share}, with an error of {error:.2g} times the update."
+    if error < 0.5 and kept > 0.95:
+        return (
+            f"Merging keeps the update: {share}. Rounding adds noise of {error:.2f} times its size, spread over all "
+            "weights, which the outputs hardly show as a rule: vera-func evaluate compares them."
+        )
+    if error < 0.5:
+        return (
+            f"Merging changes the adapter's effect: {share}, with an error of {error:.2f} times the update. Compare "
+            "the outputs before you use it (vera-func evaluate)."
+        )
+    return (
+        f"Do not merge like this: {share}, and the rounding adds an error of {error:.2f} times the update. Merge to a "
+        "16-bit dtype, merge with calibration, or export a LoRA, which is exact."
+    )
 
 
 def _finite(value: Any) -> Any:

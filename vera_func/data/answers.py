@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.keys import split_key
-from ..merging.second_moments import calibrated_weights, layer_grams
+from ..merging.second_moments import calibrate_weights, second_moments
 from ..model.adapt import Adapted, adapt
 from ..quant.value import Quantized
 from .prompts import Encoded, answer_logits, batches_by_length
@@ -54,15 +54,15 @@ def calibrate_answers(
         progress: Wraps the batches, and then the names of the layers, as tqdm does.
 
     Raises:
-        ValueError: As for `calibrated_weights`.
+        ValueError: As for `calibrate_weights`.
     """
     batches = [
         {name: batch[name] for name in batch.keys() & task.accepts}
         for batch in batches_by_length(rows, batch_size, task.pad_id)
     ]
     gap = partial(answer_gap, answers=task.answers)
-    grams = layer_grams(adapted, progress(batches), readout=lambda output: gap(output.logits[:, -1]))
-    return calibrated_weights(model, adapted.params, adapted.frozen, grams, progress=progress)
+    moments = second_moments(adapted, progress(batches), readout=lambda output: gap(output.logits[:, -1]))
+    return calibrate_weights(adapted, moments, progress=progress)
 
 
 def answer_gap(logits: Float[Tensor, "b vocab"], answers: Tensor) -> Float[Tensor, " b"]:

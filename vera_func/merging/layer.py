@@ -103,7 +103,7 @@ def merge_calibrated(
         params: `{"lambda_b": (out,), "lambda_d": (r,)}`.
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         inputs: Of the layer, from real use and without padding; several thousand tokens are enough.
-        gram: The mean of `x xᵀ` instead of the inputs, as `layer_grams` makes it.
+        gram: The mean of `x xᵀ` instead of the inputs, as `second_moments` makes it.
         damping: See `calibrate_rows`; None is 0.01, or 0.1 below 1,000 tokens.
         max_kappa: Bound of the overshoot; 1 minimises the output's error instead, which shrinks the update.
 

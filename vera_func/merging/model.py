@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import private
 from ..core.keys import is_vector
+from ..model.adapt import Adapted
 from ..model.convert import Format, check_format
 from ..model.targets import adapted_layers, is_conv1d, linear_sizes
 from ..model.tree import copy_with_weights
@@ -31,7 +32,7 @@ def merge(
 
     What is neither merged nor quantized shares its memory with the user's model. transformers' `save_pretrained`
     writes the result and `from_pretrained` reads it back. To unmerge, go on with the old model.
-    `merge_reports` tells what a merge to 4 or 8 bits loses; a merge to 16 bits loses next to nothing.
+    `model_merge_report` tells what a merge to 4 or 8 bits loses; a merge to 16 bits loses next to nothing.
 
     Args:
         model: The base model.
@@ -86,32 +87,35 @@ def merge(
     return merged
 
 
-def merge_reports(
-    model: nn.Module,
-    params: Mapping[str, Tensor],
-    frozen: Mapping[str, Tensor],
-    to: Format | None = None,
-    inputs: Mapping[str, Tensor] | None = None,
+def model_merge_report(
+    adapted: Adapted, to: Format | None = None, inputs: Mapping[str, Tensor] | None = None
 ) -> dict[str, MergeReport]:
-    """What `merge(model, params, frozen, to)` would keep of the adapter, module by module.
+    """The `merge_report` of each adapted layer, for `merge(model, params, frozen, to)`.
+
+    Layers whose update is zero are left out.
 
     Args:
-        model: The base model.
-        params: Of a single adapter.
-        frozen: The projections.
+        adapted: From `adapt` or `load_adapter`, with a single adapter.
         to: As for `merge`.
-        inputs: Inputs (tokens, in) of the modules, by name, for the errors of their outputs.
+        inputs: Inputs (tokens, in) of the layers, by name, for the errors of their outputs.
+
+    Returns:
+        Reports by the name of the layer.
+
+    Raises:
+        ValueError: If the adapter does not fit the model or holds NaN or inf, or `inputs` names another layer.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
         >>> model = nn.Sequential(nn.Linear(64, 64))
         >>> adapted = adapt(model, VeraConfig(r=4, target_modules=["0"]))
         >>> params = {key: torch.ones_like(value) for key, value in adapted.params.items()}
-        >>> merge_reports(model, params, adapted.frozen, to=torch.float32)["0"].kept > 0.99
+        >>> model_merge_report(adapted._replace(params=params), torch.float32)["0"].kept > 0.99
         True
     """
     check_format(to)
-    layers = adapted_layers(model, params)
+    model, frozen = adapted.apply.model, adapted.frozen
+    layers = adapted_layers(model, adapted.params)
     if odd := sorted((inputs or {}).keys() - layers.keys()):
         raise ValueError(f"inputs has {odd[0]!r}, which is no adapted module; those are {sorted(layers)[:3]}, ...")
     reports = {}
@@ -123,47 +127,6 @@ def merge_reports(
             continue
         reports[name] = merge_report(base, vectors, frozen, (inputs or {}).get(name), merged=merged)
     return reports
-
-
-def merge_advice(reports: Mapping[str, MergeReport]) -> str:
-    """In a sentence or two, whether to merge.
-
-    Args:
-        reports: From `merge_reports`.
-
-    Raises:
-        ValueError: If they are not by module.
-
-    Example:
-        >>> merge_advice({"q_proj": MergeReport(kept=0.02, error=1.07, size=0.01)})[:55]
-        'Do not merge like this: 2 % of the update is kept on av'
-    """
-    if not isinstance(reports, Mapping):
-        raise ValueError(f"reports must be those of merge_reports, by module, got {type(reports).__name__}.")
-    if not reports:
-        return "There is nothing to merge: the adapter adds nothing to any layer."
-    kept = sum(report.kept for report in reports.values()) / len(reports)
-    error = sum(report.error for report in reports.values()) / len(reports)
-    worst = min(reports, key=lambda name: reports[name].kept)
-    share = f"{kept:.0%} of the update is kept on average (at worst {reports[worst].kept:.0%}, in {worst})".replace(
-        "%", " %"
-    )
-    if error < 0.1:
-        return f"Merging is safe: {share}, with an error of {error:.2g} times the update."
-    if error < 0.5 and kept > 0.95:
-        return (
-            f"Merging keeps the update: {share}. Rounding adds noise of {error:.2f} times its size, spread over all "
-            "weights, which the outputs hardly show as a rule: vera-func evaluate compares them."
-        )
-    if error < 0.5:
-        return (
-            f"Merging changes the adapter's effect: {share}, with an error of {error:.2f} times the update. Compare "
-            "the outputs before you use it (vera-func evaluate)."
-        )
-    return (
-        f"Do not merge like this: {share}, and the rounding adds an error of {error:.2f} times the update. Merge to a "
-        "16-bit dtype, merge with calibration, or export a LoRA, which is exact."
-    )
 
 
 def _base_weight(module: Any) -> Quantized | Tensor:

@@ -25,7 +25,7 @@ from .layer import merge_calibrated
 UNIFORM = 0.1  # share of equal weights beside those of the derivative, so that no direction is free
 
 
-def layer_grams(
+def second_moments(
     adapted: Adapted,
     batches: Iterable[Mapping[str, Any]],
     *,
@@ -50,7 +50,7 @@ def layer_grams(
     Example:
         >>> from vera_func import VeraConfig, adapt
         >>> adapted = adapt(nn.Sequential(nn.Linear(2, 3)), VeraConfig(r=4, target_modules=["0"]))
-        >>> layer_grams(adapted, [{"input": torch.eye(2)}])["0"]
+        >>> second_moments(adapted, [{"input": torch.eye(2)}])["0"]
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]])
 
@@ -97,25 +97,23 @@ def layer_grams(
                 total[2] = total[2] + (rows.T * weights) @ rows
                 total[3] = total[3] + weights.sum()
         seen.clear()
-    grams = {}
+    moments = {}
     for name, (plain, count, weighted, mass) in sums.items():
         if not count:
             raise ValueError("there is nothing to calibrate with: batches are empty, or hold no token.")
-        grams[name] = plain / count
+        moments[name] = plain / count
         if readout is not None:
             if not mass > 0:
                 raise ValueError(f"the readout does not depend on {name!r}; see that it is not detached.")
-            grams[name] = UNIFORM * grams[name] + (1 - UNIFORM) * weighted / mass
-        if not grams[name].isfinite().all():
+            moments[name] = UNIFORM * moments[name] + (1 - UNIFORM) * weighted / mass
+        if not moments[name].isfinite().all():
             raise ValueError(f"what {name!r} reads is not finite: a batch, the model or the adapter holds NaN or inf.")
-    return grams
+    return moments
 
 
-def calibrated_weights(
-    model: nn.Module,
-    params: Mapping[str, Tensor],
-    frozen: Mapping[str, Tensor],
-    grams: Mapping[str, Float[Tensor, "in in"]],
+def calibrate_weights(
+    adapted: Adapted,
+    moments: Mapping[str, Float[Tensor, "in in"]],
     *,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> dict[str, Quantized]:
@@ -124,34 +122,32 @@ def calibrated_weights(
     Costs about a second a layer of width 576 on two cores.
 
     Args:
-        model: The base model.
-        params: Of a single adapter.
-        frozen: The projections.
-        grams: From `layer_grams`.
+        adapted: The model, its adapted layers in 4 bits, and a single adapter.
+        moments: From `second_moments`.
         progress: Wraps the names, such as `tqdm.tqdm`.
 
     Raises:
-        ValueError: If an adapted layer is not a 4-bit one, or has no gram.
+        ValueError: If an adapted layer is not a 4-bit one, or has no second moments.
 
     Example:
         >>> from vera_func import VeraConfig, adapt, merge, quantize_4bit, to_bnb
         >>> model = nn.Sequential(to_bnb(quantize_4bit(torch.randn(32, 64))))
         >>> adapted = adapt(model, VeraConfig(r=4, target_modules=["0"]))
-        >>> grams = layer_grams(adapted, [{"input": torch.randn(99, 64)}])
-        >>> weights = calibrated_weights(model, adapted.params, adapted.frozen, grams)
+        >>> moments = second_moments(adapted, [{"input": torch.randn(99, 64)}])
+        >>> weights = calibrate_weights(adapted, moments)
         >>> type(merge(model, adapted.params, adapted.frozen, weights=weights)[0]).__name__
         'Linear4bit'
     """
-    layers = adapted_layers(model, params)
+    layers = adapted_layers(adapted.apply.model, adapted.params)
     weights: dict[str, Quantized] = {}
     for name in progress(list(layers)):
-        module = model.get_submodule(name)
+        module = adapted.apply.model.get_submodule(name)
         q = from_bnb(module)[0] if is_bnb_linear(module) else None
         if not isinstance(q, Quantized4bit):
             raise ValueError(f"{name!r} is a {type(module).__name__}; calibration is for 4-bit layers.")
-        if name not in grams:
-            raise ValueError(f"grams has nothing for {name!r}, only for {sorted(grams)[:3]}.")
-        weights[name] = merge_calibrated(q, layers[name], frozen, gram=grams[name])
+        if name not in moments:
+            raise ValueError(f"moments has nothing for {name!r}, only for {sorted(moments)[:3]}.")
+        weights[name] = merge_calibrated(q, layers[name], adapted.frozen, gram=moments[name])
     return weights
 
 

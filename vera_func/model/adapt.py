@@ -7,6 +7,7 @@ The user's model is read, never called and never changed.
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import private
-from ..core.keys import MIXTURE, join_key, split_key
+from ..core.keys import MIXTURE, is_vector, join_key, split_key
 from ..core.projection import init_projections
 from ..core.shapes import require_float
 from ..quant.bnb import from_bnb, is_bnb_linear
@@ -108,6 +109,50 @@ def adapt(
     for name in trained:
         params[name] = model.get_parameter(name).detach().clone()
     return Adapted(apply, params, frozen, config)
+
+
+class ParameterCount(NamedTuple):
+    """How many parameters are trained.
+
+    Attributes:
+        trainable: Values in `params`.
+        total: The model's parameters, a quantized weight counted by its values, and the adapter's vectors.
+        percent: `100 * trainable / total`.
+    """
+
+    trainable: int
+    total: int
+    percent: float
+
+
+def num_parameters(adapted: Adapted) -> ParameterCount:
+    """Count the parameters that an adapter trains, and all of them.
+
+    The frozen projections are in neither number, as in PEFT's `print_trainable_parameters`.
+
+    Args:
+        adapted: From `adapt` or `load_adapter`, with a single adapter.
+
+    Raises:
+        ValueError: If `adapted` is something else, such as params.
+
+    Example:
+        >>> adapted = adapt(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4, target_modules=["0"]))
+        >>> num_parameters(adapted)
+        ParameterCount(trainable=10, total=64, percent=15.625)
+    """
+    if not isinstance(adapted, Adapted):
+        raise ValueError(
+            f"adapted must be an Adapted, as adapt and load_adapter return it, got {type(adapted).__name__}."
+        )
+    model, params = adapted.apply.model, adapted.params
+    trainable = sum(value.numel() for value in params.values())
+    vectors = sum(value.numel() for key, value in params.items() if is_vector(key))
+    packed = {
+        id(module.weight): math.prod(from_bnb(module)[0].shape) for module in model.modules() if is_bnb_linear(module)
+    }
+    total = vectors + sum(packed.get(id(leaf), leaf.numel()) for leaf in model.parameters())
+    return ParameterCount(trainable, total, 100 * trainable / total)
 
 
 def draw_projections(

@@ -71,8 +71,14 @@ def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) 
             what the model's class keeps in float32, such as T5's `wo`, whose dtype it looks at.
 
     Raises:
-        ValueError: If nothing was quantized.
+        ValueError: If the format is unknown, or nothing was quantized.
+
+    Example:
+        >>> quantize_model(nn.Sequential(nn.Linear(64, 32)), "nf4")[0]
+        Linear4bit(in_features=64, out_features=32, bias=True)
     """
+    if quant not in QUANTIZERS:
+        raise ValueError(f"quant must be one of {sorted(QUANTIZERS)}, got {quant!r}.")
     skip = ("lm_head", *private.float32_modules(model)) if skip is None else skip
     ends = tuple(f".{end}" for end in skip)
     found = []

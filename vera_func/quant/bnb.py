@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import private
 from .cpu_layout import unpack_cpu_layout
 from .value import (
     NESTED_BLOCKSIZE,
@@ -92,7 +93,7 @@ def to_bnb(q: Quantized, bias: Tensor | None = None) -> nn.Module:
     out_features, in_features = q.shape
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias must be ({out_features},), got {tuple(bias.shape)}.")
-    import bitsandbytes as bnb
+    bnb = private.bitsandbytes()
 
     has_bias = bias is not None
     module: Any
@@ -161,8 +162,7 @@ def _read_8bit(module: Any) -> Quantized8bit:
 
 
 def _to_state(q: Quantized4bit) -> Any:
-    from bitsandbytes import functional
-
+    functional = private.bitsandbytes().functional
     code = levels(q)
     offset = state2 = None
     if q.nested is not None:

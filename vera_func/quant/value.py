@@ -34,7 +34,27 @@ class NestedStatistics(NamedTuple):
     offset: Tensor
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+def _device(self: "Quantized") -> torch.device:
+    """The device of the tensors."""
+    return private.tree_leaves(self)[0].device
+
+
+def _nbytes(self: "Quantized") -> int:
+    """Memory of the tensors, in bytes."""
+    return sum(leaf.nbytes for leaf in private.tree_leaves(self))
+
+
+def _to(self: "Quantized", device: torch.device | str) -> Any:
+    """This weight on another device. Dtypes stay: they belong to the format."""
+    target = torch.device(device)
+    return private.tree_map(lambda leaf: leaf.to(target), self)
+
+
+def _repr(self: "Quantized") -> str:
+    return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]}, {format_of(self)}, {self.nbytes:,} bytes)"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Quantized4bit:
     """A weight (out, in) in blocks of 4-bit indices into a table of 16 levels, as bitsandbytes stores it.
 
@@ -51,6 +71,12 @@ class Quantized4bit:
         quant_type: "nf4" or "fp4".
         blocksize: Values a block, one of `BLOCKSIZES`.
         compute_dtype: Dtype in which `quantized_linear` multiplies; None is that of `x`.
+        device: The device of the tensors; `to(device)` moves them and keeps their dtypes.
+        nbytes: Memory of the tensors, in bytes.
+
+    Example:
+        >>> quantize_4bit(torch.ones(32, 64))
+        Quantized4bit(32 x 64, nf4, 1,152 bytes)
     """
 
     packed: Tensor
@@ -62,8 +88,13 @@ class Quantized4bit:
     blocksize: int
     compute_dtype: torch.dtype | None = None
 
+    device = property(_device)
+    nbytes = property(_nbytes)
+    to = _to
+    __repr__ = _repr
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Quantized8bit:
     """A weight (out, in) in 8-bit integers with one scale a row: `codes * scale / 127`.
 
@@ -72,12 +103,23 @@ class Quantized8bit:
         scale: Largest absolute value of each row, (out,) float32.
         shape: (out, in).
         threshold: Activations above it are outliers to `int8_activations`; 0 means none are.
+        device: The device of the tensors; `to(device)` moves them and keeps their dtypes.
+        nbytes: Memory of the tensors, in bytes.
+
+    Example:
+        >>> quantize_8bit(torch.ones(32, 64)).nbytes
+        2176
     """
 
     codes: Tensor
     scale: Tensor
     shape: tuple[int, int]
     threshold: float = 0.0
+
+    device = property(_device)
+    nbytes = property(_nbytes)
+    to = _to
+    __repr__ = _repr
 
 
 class Spec4bit(NamedTuple):
@@ -144,9 +186,7 @@ def quantize_4bit(
             f"a weight {tuple(weight.shape)} does not fill whole elements of quant_storage={quant_storage}; "
             "use torch.uint8."
         )
-    from bitsandbytes import functional
-
-    packed, state = functional.quantize_4bit(
+    packed, state = private.bitsandbytes().functional.quantize_4bit(
         weight.detach().contiguous(),
         blocksize=blocksize,
         compress_statistics=double_quant,

@@ -1,7 +1,7 @@
 """The processes of one `torchrun`: work dealt to them, one all-reduce a step, and a death that all learn of.
 
     spread             process k of w computes items k, k + w, ...; all get all results, in order
-    mean_over_parts    sum over parts of w_i grad_i / sum of w_i, by one all-reduce of one flat float64 buffer
+    mean_over_micro_batches    sum over parts of w_i grad_i / sum of w_i, by one all-reduce of one flat float64 buffer
 
 What is dealt are items and parts that do not depend on the number of processes. So no result does: an item is computed
 from beginning to end by one process, and the sum of a few products of float32 and a count is nearly always exact in
@@ -55,7 +55,7 @@ def under_torchrun() -> bool:
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Joins the processes of `torchrun` for a while: gloo on CPUs, NCCL on GPUs. Does nothing without `torchrun`.
 
     When a process dies, stops, or can't be reached any more, each of the others ends with status 1 and one sentence
@@ -66,8 +66,8 @@ def processes() -> Iterator[None]:
         RuntimeError: If not all processes arrive within 5 minutes.
 
     Example:
-        >>> with processes():
-        ...     spread(abs, [-1, -2, -3])
+        >>> with process_group():
+        ...     map_sharded(abs, [-1, -2, -3])
         [1, 2, 3]
     """
     if under_torchrun() or not dist.is_available() or not dist.is_torchelastic_launched():
@@ -113,7 +113,7 @@ def processes() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def spread(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+def map_sharded(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """`list(map(function, items))`, each item computed by one process; every process gets all results.
 
     Process k of w takes items k, k + w, ...; nothing is sent before the end. The items must be the same everywhere and
@@ -131,7 +131,7 @@ def spread(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Re
         >>> from vera_func import fit
         >>> loss_fn = lambda params, batch: params["p"].square().sum()
         >>> train = lambda p: fit(loss_fn, {"p": p}, int, steps=5, learning_rate=0.1, progress=False)
-        >>> [run.params["p"].shape for run in spread(train, torch.ones(2, 3))]
+        >>> [run.params["p"].shape for run in map_sharded(train, torch.ones(2, 3))]
         [torch.Size([3]), torch.Size([3])]
     """
     if not callable(function):
@@ -152,7 +152,7 @@ def spread(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Re
     return [gathered[i % world][i // world] for i in range(total)]
 
 
-def mean_over_parts(
+def mean_over_micro_batches(
     gradient: Callable[[Any], Gradient], parts: Sequence[Any], *, weight: Callable[[Any], float]
 ) -> Gradient:
     """The gradient and the loss of a batch from those of its parts, for `fit(..., accumulate=...)`.
@@ -177,7 +177,7 @@ def mean_over_parts(
         >>> from vera_func import fit
         >>> loss_fn = lambda params, x: (params["p"] - x).square().mean()
         >>> run = fit(loss_fn, {"p": torch.zeros(())}, lambda step: torch.arange(5.0).split(2), steps=1,
-        ...           learning_rate=0.1, accumulate=partial(mean_over_parts, weight=len), progress=False)
+        ...           learning_rate=0.1, accumulate=partial(mean_over_micro_batches, weight=len), progress=False)
         >>> run.losses
         tensor([6.], dtype=torch.float64)
     """
@@ -204,7 +204,7 @@ def furthest(value: Any, progress: int) -> Any:
     """The value of the process that is furthest, for all: a checkpoint that only one machine has.
 
     Args:
-        value: As `spread` sends it.
+        value: As `map_sharded` sends it.
         progress: How far it is; of equal ones the first is taken.
 
     Example:
@@ -214,9 +214,9 @@ def furthest(value: Any, progress: int) -> Any:
     world = world_size()
     if world == 1:
         return value
-    steps = spread(lambda _: progress, range(world))
+    steps = map_sharded(lambda _: progress, range(world))
     best = max(range(world), key=lambda k: steps[k])
-    return spread(lambda k: value if k == best else None, range(world))[best]
+    return map_sharded(lambda k: value if k == best else None, range(world))[best]
 
 
 def _meet(store: Any, me: int, world: int) -> Any:

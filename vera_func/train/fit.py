@@ -98,7 +98,7 @@ def fit(
         resume: A run to go on from, or its checkpoint. All other arguments should be as they were.
         checkpoint, checkpoint_every: File to hold the run, always whole, and steps between writes.
         accumulate: `(gradient, batch)` to the grads and losses of a step, where `gradient(part)` gives those of a
-            part of the batch, as plain tensors; None is `gradient(batch)`. See `mean_over_parts`.
+            part of the batch, as plain tensors; None is `gradient(batch)`. See `mean_over_micro_batches`.
         progress: Shows a bar if tqdm is installed, and nothing if it is not.
 
     Raises:
@@ -192,7 +192,15 @@ def batch_indices(step: int, *, num_examples: int, batch_size: int, key: int) ->
 
 
 def save_fit(path: PathLike, run: Fit) -> None:
-    """Writes a run as one safetensors file; a crash leaves the old file or the new one.
+    """Write a run as one safetensors file, atomically.
+
+    Args:
+        path: The file.
+        run: From `fit`.
+
+    Raises:
+        ValueError: If it is not a `Fit`.
+        OSError: If the file can't be written; an old one is still there.
 
     Example:
         >>> import tempfile
@@ -203,6 +211,8 @@ def save_fit(path: PathLike, run: Fit) -> None:
         ...     load_fit(f"{folder}/run.safetensors", params).losses
         tensor([3.0000, 2.7000], dtype=torch.float64)
     """
+    if not isinstance(run, Fit):
+        raise ValueError(f"run must be a Fit, as fit returns it, got {type(run).__name__}.")
     # Cloned, since safetensors refuses tensors that share memory.
     tensors = {k: t.contiguous().cpu().clone() for k, t in _flatten(run).items()}
     with replacing(Path(path)) as file:
@@ -210,10 +220,24 @@ def save_fit(path: PathLike, run: Fit) -> None:
 
 
 def load_fit(path: PathLike, params: Tree, *, num_adapters: int | None = None) -> Fit:
-    """Reads what `save_fit` wrote, onto the device of `params`, whose values do not matter.
+    """Read a run that `save_fit` wrote, onto the device of `params`.
+
+    Args:
+        path: The file.
+        params: Params of the same keys, shapes and dtypes; their values do not matter.
+        num_adapters: `n`, if they are stacked.
 
     Raises:
         ValueError: If the file is damaged or of other params; the file and the key are named.
+
+    Example:
+        >>> import tempfile
+        >>> params, loss_fn = {"p": torch.ones(3)}, lambda params, batch: params["p"].sum()
+        >>> run = fit(loss_fn, params, int, steps=2, learning_rate=0.1, progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_fit(f"{folder}/run.safetensors", run)
+        ...     load_fit(f"{folder}/run.safetensors", params).params["p"]
+        tensor([0.8000, 0.8000, 0.8000])
     """
     _, tensors = read_safetensors(Path(path))
     like = _start(params, () if num_adapters is None else (num_adapters,))
