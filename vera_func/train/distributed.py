@@ -1,12 +1,56 @@
-"""The processes of one `torchrun`: work dealt to them, one all-reduce a step, and a death that all learn of.
+"""Adapter- and data-parallel work under torchrun, with failure detection.
 
-    spread             process k of w computes items k, k + w, ...; all get all results, in order
-    mean_over_micro_batches    sum over parts of w_i grad_i / sum of w_i, by one all-reduce of one flat float64 buffer
+    process_group             joins the processes of torchrun
+    map_sharded               shards items across ranks: rank k of w computes items k, k + w, ...; all get all results
+    mean_over_micro_batches   sum of w_i grad_i / sum of w_i over micro-batches, by one all-reduce of one float64 buffer
 
-What is dealt are items and parts that do not depend on the number of processes. So no result does: an item is computed
-from beginning to end by one process, and the sum of a few products of float32 and a count is nearly always exact in
-float64, in whatever order. Collectives get plain tensors and stay outside of `torch.func`'s transforms, where they
-raise or are wrong. The quantized base is replicated. Without `torchrun` every function does its work alone.
+Items and micro-batches do not depend on the number of processes, so neither does any result: an item is computed from
+beginning to end by one process, and the float64 sum of a few products of a float32 and a count is nearly always exact,
+in any order. Collectives get plain tensors and stay outside of `torch.func`'s transforms, where they raise or are
+wrong. The quantized base is replicated. Without torchrun every function does its work alone.
+
+The commands `train` and `evaluate` run under torchrun, on one machine or on several:
+
+    torchrun --nproc-per-node 4 -m vera_func evaluate --bank all.safetensors --data reviews.csv --out table.csv
+    torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint host-1:29500 \\
+        -m vera_func train --data reviews.csv --out my-adapter --parts 16
+
+Evaluation shards adapters across ranks in chunks (`--chunk`); the only communication is one final all-gather. Training
+shards the `--parts` micro-batches of each batch and all-reduces 8 bytes per trained parameter at each step. Only rank 0
+writes files and shows progress. When a process dies or can't be reached, the others exit within about half a minute and
+name it; `--max-restarts`, or the same command given again, resumes from the last checkpoint.
+
+In Python:
+
+    with process_group():
+        tables = map_sharded(evaluate_group, groups)  # in order, on every rank
+        mean = partial(mean_over_micro_batches, weight=num_tokens)
+        run = vf.fit(loss, params, lambda step: batch(step).split(2), accumulate=mean, steps=100, learning_rate=1e-2)
+
+On a Ray cluster (`pip install "vera-func[ray]"`) an actor holds the base, and adapters are the data:
+
+    import numpy as np
+    import ray
+
+    from vera_func import open_bank
+    from vera_func.cli.commands import evaluate
+    from vera_func.data.examples import read_examples
+    from vera_func.data.sources import base_of, open_source
+
+    class Evaluate:
+        def __init__(self, bank, data):
+            self.source, self.examples = open_source(bank=bank), read_examples(data)
+            self.base = base_of(self.source)
+
+        def __call__(self, batch):
+            source = self.source._replace(names=[str(name) for name in batch["name"]])
+            rows = evaluate(source, self.base, self.examples, progress=False)
+            return {key: np.array([row[key] for row in rows]) for key in rows[0]}
+
+    def evaluate_bank(bank, data, actors=1):
+        names = ray.data.from_items([{"name": name} for name in open_bank(bank).names])
+        pool = ray.data.ActorPoolStrategy(size=actors)
+        return names.map_batches(Evaluate, fn_constructor_args=(bank, data), batch_size=8, compute=pool).take_all()
 """
 
 import contextlib
