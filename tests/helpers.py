@@ -7,6 +7,7 @@ import torch
 from bitsandbytes import functional
 from torch import nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp
+from torch.testing import assert_close
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -22,6 +23,8 @@ import vera_func as vf
 
 # Prime sizes, so that no transposition can cancel; `in` fills whole blocks of 32 only together with `out`.
 OUT, IN, R = 13, 37, 5
+# Of the models below: the rank of an adapter, and how many there are.
+RANK, ADAPTERS = 8, 4
 
 
 def squared(f):
@@ -86,6 +89,21 @@ def dense_forward(params, frozen, x, weight, bias=0.0):
     A, B = frozen["vera_A"][:, :in_], frozen["vera_B"][:out]
     delta = torch.diag(params["lambda_b"]) @ B @ torch.diag(params["lambda_d"]) @ A
     return x @ (weight + delta).T + bias
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tokens(*shape, seed=0):
+    """Ids that are none of the special ones; three rows of seven by default."""
+    return torch.randint(3, 67, shape or (3, 7), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(*shape):
+    """A mask of rows that begin with 0, 1 or 2 tokens of padding."""
+    rows, padding = torch.Size(shape[:-1]).numel(), torch.arange(shape[-1])
+    return (padding >= torch.arange(rows)[:, None] % 3).long().reshape(shape)
 
 
 def row(tree, i):
@@ -179,3 +197,81 @@ def snapshot(*trees):
 
 def relative_error(actual, expected):
     return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def assert_near(actual, expected, bound=1e-5):
+    assert actual.shape == expected.shape
+    assert relative_error(actual, expected) <= bound
+
+
+def assert_same(actual, expected):
+    assert_close(actual, expected, rtol=0, atol=0)
+
+
+class TiedWeight(nn.Module):
+    """Two layers with one weight, of which the first is adapted."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.other = nn.Linear(7, 7), nn.Linear(7, 7)
+        self.other.weight = self.layer.weight
+
+    def forward(self, x):
+        return self.other(self.layer(x).tanh())
+
+
+def language(name, base, **fields):
+    # In training mode (without dropout), as bitsandbytes rewrites 4-bit weights in the other.
+    model = quantized(MODELS[name](), base).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    adapted = vf.adapt(model, vf.VeraConfig(r=RANK, **({"target_modules": TARGETS[name]} | fields)))
+    return model, adapted._replace(params=randomized(adapted.params))
+
+
+def logits(output):
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def loss_of(adapted, *args, **kwargs):
+    return lambda params: logits(adapted.apply(params, adapted.frozen, *args, **kwargs)).square().sum()
+
+
+def merged(model, adapted):
+    """The oracle: a dense copy of the model whose weights have the update added."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        dense = module
+        if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+            q, bias = vf.from_bnb(module)
+            dense = nn.Linear(q.shape[1], q.shape[0], bias=bias is not None)
+            dense.weight.data = vf.dequantize(q, torch.float32)
+            if bias is not None:
+                dense.bias.data = bias.clone()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, dense)
+        prefix = f"{name}." if name else ""
+        if f"{prefix}lambda_b" in adapted.params:
+            vectors = {key: adapted.params[prefix + key] for key in ("lambda_b", "lambda_d")}
+            transposed = isinstance(dense, Conv1D)
+            in_features = dense.weight.shape[0 if transposed else 1]
+            delta = vf.delta_weight(vectors, adapted.frozen, in_features)
+            # A new parameter: one that was tied stays as it was for the other layer.
+            dense.weight = nn.Parameter(dense.weight.detach() + (delta.T if transposed else delta))
+    return model
+
+
+def build(name="llama", base="dense", attention="sdpa", **fields):
+    model = quantized(MODELS[name](attention=attention), base)
+    return vf.adapt(model, vf.VeraConfig(r=RANK, **({"target_modules": TARGETS[name]} | fields)))
+
+
+def several(adapted, n=ADAPTERS, scale=0.3):
+    return vf.stack_adapters([randomized(adapted.params, seed, scale) for seed in range(n)])
+
+
+def small(*, bias=True, targets=("0", "2"), **fields):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5, bias=bias), nn.Tanh(), nn.Linear(5, 3))
+    return vf.adapt(model, vf.VeraConfig(r=RANK, target_modules=list(targets), **fields))

@@ -1,8 +1,6 @@
-"""One layer: shapes, dtypes, sums, dropout, and the draw of the projections."""
+"""One layer: rows and their shapes, dtypes, sums, dropout."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from torch.func import grad, vmap
 from torch.testing import assert_close
 
 import vera_func as vf
-from vera_func.core import autograd
 
 from helpers import IN, OUT, TOLERANCE, R, dense_forward, make_layer, row
 
@@ -200,89 +197,6 @@ class TestErrors:
         for sizes in ((0, 3), (3, 0), (-1, 3)):
             with pytest.raises(ValueError, match="must be a positive integer"):
                 vf.init_params(*sizes)
-
-
-class TestProjections:
-    def test_wider_ones_are_sliced(self):
-        params, frozen, _, x, base_fn = rows_of(x=(3,))
-        narrow = {"vera_A": frozen["vera_A"][:, :IN], "vera_B": frozen["vera_B"][:OUT]}
-        assert frozen["vera_A"].shape != narrow["vera_A"].shape
-        expected = vf.vera_forward(params, narrow, x, base_fn)
-        assert torch.equal(vf.vera_forward(params, frozen, x, base_fn), expected)
-
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-    def test_the_draw_does_not_depend_on_the_default_dtype(self, dtype):
-        expected = vf.init_projections(5, 37, 13, key=3)
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            drawn = vf.init_projections(5, 37, 13, key=3)
-        finally:
-            torch.set_default_dtype(default)
-        assert_close(drawn, expected, rtol=0, atol=0)
-        assert drawn["vera_A"].dtype == torch.float32
-
-    def test_the_draw_is_on_the_cpu_whatever_the_default_device(self):
-        with torch.device("meta"):
-            drawn = vf.init_projections(5, 37, 13)
-        assert_close(drawn, vf.init_projections(5, 37, 13), rtol=0, atol=0)
-
-    def test_the_draw_and_the_global_generator_leave_each_other_alone(self):
-        torch.manual_seed(0)
-        expected, state = vf.init_projections(5, 37, 13), torch.get_rng_state()
-        assert torch.equal(state, torch.Generator().manual_seed(0).get_state())
-        torch.manual_seed(1)
-        assert_close(vf.init_projections(5, 37, 13), expected, rtol=0, atol=0)
-
-    def test_the_draw_does_not_depend_on_the_number_of_threads(self):
-        # Large enough for torch to split the work, if it would.
-        expected, threads = vf.init_projections(64, 1021, 1031), torch.get_num_threads()
-        for number in (1, 2, 4):
-            torch.set_num_threads(number)
-            try:
-                drawn = vf.init_projections(64, 1021, 1031)
-            finally:
-                torch.set_num_threads(threads)
-            assert_close(drawn, expected, rtol=0, atol=0)
-
-    def test_the_draw_is_the_same_in_another_process(self):
-        code = (
-            "import torch, vera_func as vf; torch.set_default_dtype(torch.float64); torch.manual_seed(5);"
-            "print(*(t.view(torch.int32).long().sum().item() for t in vf.init_projections(5, 37, 13, key=3).values()))"
-        )
-        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        sums = [t.view(torch.int32).long().sum().item() for t in vf.init_projections(5, 37, 13, key=3).values()]
-        assert [int(part) for part in found.split()] == sums
-
-    def test_the_draw_is_uniform_and_of_the_key(self):
-        drawn, other = vf.init_projections(64, 1021, 1031, key=0), vf.init_projections(64, 1021, 1031, key=1)
-        for name, fan_in in (("vera_A", 1021), ("vera_B", 64)):
-            bound = (6 / fan_in) ** 0.5
-            assert 0.999 * bound < drawn[name].abs().max() <= bound
-            assert abs(drawn[name].std() - bound / 3**0.5) < 0.01 * bound
-            assert not torch.equal(drawn[name], other[name])
-        assert_close(vf.init_projections(64, 1021, 1031), drawn, rtol=0, atol=0)
-        # A first, then B, from one generator: a taller B continues a shorter one, a wider A is another draw.
-        taller = vf.init_projections(64, 1021, 2000, key=0)
-        assert torch.equal(taller["vera_A"], drawn["vera_A"])
-        assert torch.equal(taller["vera_B"][:1031], drawn["vera_B"])
-        wider = vf.init_projections(64, 1022, 1031, key=0)
-        assert not torch.equal(wider["vera_A"][:, :1021] * (1022 / 1021) ** 0.5, drawn["vera_A"])
-
-    @pytest.mark.parametrize(
-        "sizes", [(0, 3, 3), (3, 0, 3), (3, 3, -1), (3.0, 3, 3), (True, 3, 3), (3, "3", 3)], ids=str
-    )
-    def test_sizes_must_be_positive_integers(self, sizes):
-        with pytest.raises(ValueError, match="must be a positive integer, got"):
-            vf.init_projections(*sizes)
-
-    def test_keys_must_be_integers_of_64_bits(self):
-        for key in (1.0, "1", True, None):
-            with pytest.raises(ValueError, match="key must be an integer seed"):
-                vf.init_projections(2, 3, 4, key=key)
-        for key in (2**70, -(2**70)):
-            with pytest.raises(ValueError, match=r"64 bits|long long"):
-                vf.init_projections(2, 3, 4, key=key)
 
 
 class TestDropout:
@@ -483,112 +397,3 @@ class TestDtypes:
         # The cast at the end passes the gradient on unrounded, as it is one in every entry.
         expected = grad(lambda p: (x.float() @ vf.delta_weight(p, frozen, IN).T).sum())(params)
         assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
-
-
-class TestSharedProduct:
-    """`A x` for several layers with the same x: a value computed once, differentiated by each layer."""
-
-    A = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    x = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-
-    @staticmethod
-    def thrice(x, A):
-        shared = autograd.SharedProduct()
-        first, second, third = (shared(x, A) for _ in range(3))
-        return first.sin() * second * third.cos()
-
-    @staticmethod
-    def plain(x, A):
-        return (x @ A.mT).sin() * (x @ A.mT) * (x @ A.mT).cos()
-
-    def test_the_product_is_computed_once(self, monkeypatch):
-        calls = []
-        monkeypatch.setattr(autograd, "project", lambda x, A: calls.append(x) or x @ A.mT)
-        shared = autograd.SharedProduct()
-        shared(self.x, self.A), shared(self.x, self.A)
-        assert len(calls) == 1
-        shared(self.x.clone(), self.A)
-        assert len(calls) == 2
-
-    def test_a_changed_input_is_another_one(self):
-        shared, x = autograd.SharedProduct(), self.x.clone()
-        shared(x, self.A)
-        x += 1
-        assert_close(shared(x, self.A), x @ self.A.mT)
-        with torch.inference_mode():
-            x = self.x.clone()
-            shared(x, self.A)
-            x += 1
-            assert_close(shared(x, self.A), x @ self.A.mT)
-
-    @pytest.mark.parametrize(
-        "transform",
-        [
-            lambda f: torch.func.vmap(f),
-            lambda f: torch.no_grad()(torch.func.vmap(f)),
-            lambda f: lambda x: torch.func.grad_and_value(lambda x: f(x).sum())(x)[1],
-            lambda f: lambda x: torch.func.grad_and_value(lambda x: torch.func.vmap(f)(x).sum())(x)[1],
-            lambda f: torch.func.vmap(torch.func.grad_and_value(lambda x: f(x).sum())),
-            lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[0],
-        ],
-        ids=["vmap", "no_grad", "grad", "grad(vmap)", "vmap(grad)", "jvp"],
-    )
-    def test_a_changed_input_is_seen_in_a_transform(self, transform):
-        def difference(shared, x):
-            x = x * 1
-            first = shared(x, self.A)
-            x += 1
-            return shared(x, self.A) - first
-
-        step = transform(lambda x: difference(autograd.SharedProduct(), x))(self.x)
-        plain = transform(lambda x: difference(lambda x, A: x @ A.mT, x))(self.x)
-        assert_close(step, plain)
-
-    def test_a_product_without_gradients_is_another_one(self):
-        shared, x, A = autograd.SharedProduct(), self.x.clone().requires_grad_(), self.A.clone().requires_grad_()
-        with torch.no_grad():
-            shared(x, A)
-        actual = torch.autograd.grad(shared(x, A).sin().sum(), (x, A))
-        assert_close(actual, torch.autograd.grad((x @ A.mT).sin().sum(), (x, A)))
-
-    def test_another_dtype_is_another_product(self):
-        shared = autograd.SharedProduct()
-        shared(self.x, self.A)
-        assert shared(self.x, self.A.float()).dtype == torch.float32
-
-    def test_derivatives(self):
-        x, A = self.x.clone().requires_grad_(), self.A.clone().requires_grad_()
-        assert torch.autograd.gradcheck(self.thrice, (x, A), check_forward_ad=True, check_batched_grad=True)
-        assert torch.autograd.gradgradcheck(self.thrice, (x, A), check_fwd_over_rev=True)
-
-    def test_gradients_are_those_of_unshared_products_to_the_bit(self):
-        x, A = self.x.float(), self.A.float()
-        shared, plain = (grad(lambda x, f=f: f(x, A).sum())(x) for f in (self.thrice, self.plain))
-        assert torch.equal(shared, plain)
-
-    @pytest.mark.parametrize("argnums", [0, 1])
-    @pytest.mark.parametrize(
-        "transform",
-        [
-            lambda f, a: torch.func.jacrev(f, a),
-            lambda f, a: torch.func.jacfwd(f, a),
-            lambda f, a: torch.func.hessian(lambda *args: f(*args).sum(), a),
-            lambda f, a: torch.func.jacrev(torch.func.jacrev(lambda *args: f(*args).sum(), a), 1 - a),
-            lambda f, a: torch.func.vmap(torch.func.grad(lambda *args: f(*args).sum(), a), (0, None)),
-        ],
-        ids=["jacrev", "jacfwd", "hessian", "mixed", "vmap(grad)"],
-    )
-    def test_transforms(self, transform, argnums):
-        assert_close(transform(self.thrice, argnums)(self.x, self.A), transform(self.plain, argnums)(self.x, self.A))
-
-
-def test_layers_that_read_the_same_input_share_its_product(monkeypatch):
-    """q, k and v; gate and up: four products a layer for all seven."""
-    from helpers import llama
-
-    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    apply, params, frozen, _ = vf.adapt(llama(), vf.VeraConfig(r=4, target_modules=linears))
-    calls, original = [], autograd.project
-    monkeypatch.setattr(autograd, "project", lambda x, A: calls.append(x) or original(x, A))
-    apply(params, frozen, input_ids=torch.ones(1, 3, dtype=torch.long))
-    assert len(calls) == len(params) // 2 // 7 * 4

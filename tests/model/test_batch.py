@@ -1,7 +1,6 @@
-"""Many adapters at once: a mixed batch, the folded axis, torch's vmap and one at a time are the same function."""
+"""Many adapters: stacks, an adapter for each row, sums, and that folding, `vmap` and a loop agree."""
 
 import copy
-from functools import partial
 
 import peft
 import pytest
@@ -13,55 +12,37 @@ from torch.testing import assert_close
 import vera_func as vf
 from vera_func.model.batch import num_adapters
 
-from helpers import MODELS, TARGETS, bert, gpt2, llama, quantized, randomized, relative_error, row, snapshot
+from helpers import (
+    TARGETS,
+    assert_near,
+    assert_same,
+    build,
+    left_padded,
+    llama,
+    normal,
+    quantized,
+    randomized,
+    relative_error,
+    row,
+    several,
+    small,
+    snapshot,
+    tokens,
+)
 
 
 R, N = 8, 4
+
+
 # torch's vmap goes through fused attention in a loop, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+
+
 CASES = [
     *(("llama", base, attention) for base in ("dense", "nested", "int8") for attention in ("sdpa", "eager")),
     *(("bert", base, "sdpa") for base in ("dense", "nested", "int8")),
     *(("bert", "dense", "eager"), ("gpt2", "dense", "sdpa"), ("gpt2", "dense", "eager")),
 ]
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def tokens(*shape, seed=0):
-    return torch.randint(3, 67, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def left_padded(*shape):
-    """A mask of rows that begin with 0, 1 or 2 tokens of padding."""
-    rows, padding = torch.Size(shape[:-1]).numel(), torch.arange(shape[-1])
-    return (padding >= torch.arange(rows)[:, None] % 3).long().reshape(shape)
-
-
-def build(name="llama", base="dense", attention="sdpa", **fields):
-    model = quantized(MODELS[name](attention=attention), base)
-    return vf.adapt(model, vf.VeraConfig(r=R, **({"target_modules": TARGETS[name]} | fields)))
-
-
-def several(adapted, n=N, scale=0.3):
-    return vf.stack_adapters([randomized(adapted.params, seed, scale) for seed in range(n)])
-
-
-def small(*, bias=True, targets=("0", "2"), **fields):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(7, 5, bias=bias), nn.Tanh(), nn.Linear(5, 3))
-    return vf.adapt(model, vf.VeraConfig(r=R, target_modules=list(targets), **fields))
-
-
-def assert_near(actual, expected, bound=1e-5):
-    assert actual.shape == expected.shape
-    assert relative_error(actual, expected) <= bound
-
-
-def assert_same(actual, expected):
-    assert_close(actual, expected, rtol=0, atol=0)
 
 
 class TestStacking:
@@ -461,359 +442,3 @@ class TestGenerate:
         together = apply.generate(vf.select_adapters(stacked, chosen), frozen, ids, **options)
         assert torch.equal(together[1], apply.generate(params, frozen, ids, **options)[1])
         assert torch.equal(together[2], apply.generate(row(stacked, 2), frozen, ids, **options)[2])
-
-
-# in_dims, the positional and the keyword arguments; four adapters over a batch of three.
-FOLDS = {
-    "mapped": (0, (normal(N, 3, 7),), {}),
-    "shared": (None, (normal(3, 7),), {}),
-    "one row shared": (None, (normal(1, 7),), {}),
-    "another axis": (1, (normal(3, N, 7),), {}),
-    "the last axis": (2, (normal(3, 7, N),), {}),
-    "a negative axis": (-1, (normal(3, 7, N),), {}),
-    "a sequence": ((1, None), (normal(3, N, 7), normal(3, 7, seed=1)), {}),
-    "a list": ([None, 0], (normal(3, 7), normal(N, 3, 7, seed=1)), {}),
-    "one row for all, of one of them": ((0, None), (normal(N, 3, 7), normal(1, 7, seed=1)), {}),
-    "keywords": (0, (), {"x": normal(N, 3, 7), "z": normal(N, 3, 7, seed=1)}),
-    "keywords by name": ({"z": None}, (), {"x": normal(N, 3, 7), "z": normal(3, 7, seed=1)}),
-    "a keyword on another axis": ({"x": 1}, (), {"x": normal(3, N, 7), "z": normal(N, 3, 7, seed=1)}),
-    "both": (None, (normal(3, 7),), {"z": normal(3, 7, seed=1)}),
-    "single inputs": (0, (normal(N, 7),), {}),
-    "a single shared input": (None, (normal(7),), {}),
-    "single inputs on another axis": (1, (normal(7, N),), {}),
-    "more axes": (0, (normal(N, 3, 2, 7),), {}),
-    "a batch as large as there are adapters": (0, (normal(N, N, 7),), {}),
-    "a batch of one": (0, (normal(N, 1, 7),), {}),
-    "no rows": (0, (normal(N, 0, 7),), {}),
-}
-
-
-class TestVmapAdapters:
-    @pytest.mark.parametrize("chunk_size", [None, 1, 3, 4, 100])
-    @pytest.mark.parametrize("case", FOLDS)
-    def test_means_vmap(self, case, chunk_size):
-        in_dims, args, kwargs = FOLDS[case]
-        adapted = small()
-        stacked, frozen = several(adapted), adapted.frozen
-        f = lambda p, frozen, x, z=0.0: adapted.apply(p, frozen, x + z)
-        before = snapshot(stacked, list(args), kwargs)
-        actual = vf.vmap_adapters(f, in_dims, chunk_size=chunk_size)(stacked, frozen, *args, **kwargs)
-        # torch.func.vmap maps keyword arguments over axis 0, always.
-        names = list(kwargs)
-        by_position = list(in_dims) if isinstance(in_dims, tuple | list) else [in_dims] * len(args)
-        by_name = [in_dims.get(name, 0) if isinstance(in_dims, dict) else in_dims for name in names]
-        call = lambda p, *rest: f(p, frozen, *rest[: len(args)], **dict(zip(names, rest[len(args) :], strict=True)))
-        expected = vmap(call, (0, *by_position, *by_name))(stacked, *args, *kwargs.values())
-        assert_close(actual, expected)
-        assert_same(snapshot(stacked, list(args), kwargs), before)
-
-    def test_nested_inputs_and_outputs(self):
-        adapted = small()
-        stacked = several(adapted)
-
-        def f(params, frozen, batch, scale):
-            y = adapted.apply(params, frozen, batch["x"][0] + batch["y"])
-            return {"y": (y, [y.sum(-1)]), "scaled": y * scale, "name": "f", "none": None}
-
-        batch = {"x": [normal(N, 3, 7)], "y": normal(N, 3, 7, seed=1)}
-        for chunk_size in (None, 3):
-            out = vf.vmap_adapters(f, chunk_size=chunk_size)(stacked, adapted.frozen, batch, 2.5)
-            assert out["name"] == "f"
-            assert out["none"] is None
-            for i in range(N):
-                expected = f(row(stacked, i), adapted.frozen, {"x": [batch["x"][0][i]], "y": batch["y"][i]}, 2.5)
-                assert_close(out["y"][0][i], expected["y"][0])
-                assert_close(out["y"][1][0][i], expected["y"][1][0])
-                assert_close(out["scaled"][i], expected["scaled"])
-
-    def test_model_outputs(self):
-        apply, _, frozen, _ = adapted = build()
-        stacked, ids = several(adapted), tokens(N, 2, 6)
-        for chunk_size in (None, 3):
-            out = vf.vmap_adapters(apply, chunk_size=chunk_size)(
-                stacked, frozen, input_ids=ids, output_hidden_states=True
-            )
-            one = apply(row(stacked, 3), frozen, input_ids=ids[3], output_hidden_states=True)
-            assert type(out) is type(one)
-            assert len(out.hidden_states) == len(one.hidden_states) == 3
-            for actual, expected in zip(out.hidden_states, one.hidden_states, strict=True):
-                assert_near(actual[3], expected)
-
-    def test_labels_and_losses(self):
-        apply, _, frozen, _ = adapted = build("bert", task_type="SEQ_CLS")
-        stacked, ids, labels = several(adapted), tokens(N, 2, 6), torch.tensor([[0, 1], [2, 0], [1, 1], [0, 2]])
-
-        def losses(params, frozen, ids, labels):
-            logits = apply(params, frozen, input_ids=ids).logits
-            return nn.functional.cross_entropy(logits, labels, reduction="none")
-
-        actual = vf.vmap_adapters(losses)(stacked, frozen, ids, labels)
-        assert actual.shape == (N, 2)
-        mean = lambda p, i: losses(p, frozen, ids[i], labels[i]).mean()
-        assert_near(actual.mean(1), torch.stack([mean(row(stacked, i), i) for i in range(N)]))
-        gradient = grad(lambda s: vf.vmap_adapters(losses)(s, frozen, ids, labels).mean(1).sum())(stacked)
-        for i in range(N):
-            expected = grad(mean)(row(stacked, i), i)
-            scale = max(value.abs().max() for value in expected.values())
-            for key, value in expected.items():
-                assert (gradient[key][i] - value).abs().max() <= 1e-5 * scale
-
-    def test_a_mean_loss_raises(self):
-        apply, _, frozen, _ = adapted = build()
-        stacked, ids = several(adapted), tokens(N, 2, 6)
-        with pytest.raises(ValueError, match=r"output.*loss.* \(\) has no axis of 8 rows, so it mixes adapters"):
-            vf.vmap_adapters(apply)(stacked, frozen, input_ids=ids, labels=ids)
-        with pytest.raises(ValueError, match="mixes adapters"):
-            vf.vmap_adapters(lambda *a: small().apply(*a).mean(0))(several(small()), small().frozen, normal(N, 3, 7))
-        # torch's own map gives each adapter its mean.
-        losses = vmap(lambda p, ids: apply(p, frozen, input_ids=ids, labels=ids).loss)(stacked, ids)
-        expected = torch.stack([apply(row(stacked, i), frozen, input_ids=ids[i], labels=ids[i]).loss for i in range(N)])
-        assert_near(losses, expected)
-
-    # transformers 5.24 calls it `cache`, which older ones do not know.
-    @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
-    @pytest.mark.parametrize("base", ["dense", "nested"])
-    def test_decodes_with_the_folded_cache(self, base):
-        apply, _, frozen, _ = adapted = build(base=base)
-        stacked, ids, mask = several(adapted), tokens(N, 2, 6), left_padded(N, 2, 6)
-        f = vf.vmap_adapters(apply)
-        whole = torch.stack(
-            [apply(row(stacked, i), frozen, input_ids=ids[i], attention_mask=mask[i]).logits for i in range(N)]
-        )
-        out = f(stacked, frozen, input_ids=ids[..., :3], attention_mask=mask[..., :3], use_cache=True)
-        # Positions are the mask's, as transformers' generate passes them; here, none is padded after the third token.
-        assert mask[..., 3:].all()
-        for step in range(3, 6):
-            out = f(
-                stacked, frozen, input_ids=ids[..., step : step + 1], attention_mask=mask[..., : step + 1],
-                past_key_values=out.past_key_values, use_cache=True,
-            )  # fmt: skip
-            assert_near(out.logits[..., -1, :], whole[..., step, :])
-
-    def test_generates(self):
-        apply, _, frozen, _ = adapted = build()
-        stacked, ids = several(adapted, scale=2.0), tokens(N, 2, 5)
-        options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        together = vf.vmap_adapters(apply.generate)(
-            stacked, frozen, ids, attention_mask=torch.ones_like(ids), **options
-        )
-        for i in range(N):
-            alone = apply.generate(row(stacked, i), frozen, ids[i], attention_mask=torch.ones_like(ids[i]), **options)
-            assert torch.equal(together[i], alone)
-
-    def test_is_one_call(self):
-        adapted = small()
-        calls = []
-
-        def f(params, frozen, x):
-            calls.append(x.shape)
-            return adapted.apply(params, frozen, x)
-
-        vf.vmap_adapters(f)(several(adapted), adapted.frozen, normal(N, 3, 7))
-        vf.vmap_adapters(f, chunk_size=3)(several(adapted), adapted.frozen, normal(N, 3, 7))
-        assert calls == [(12, 7), (9, 7), (3, 7)]
-
-    @pytest.mark.parametrize(
-        ("options", "args", "kwargs", "message"),
-        [
-            ({}, (normal(3, 2, 7),), {}, r"an input \(3, 2, 7\) must have 4 adapters along axis 0"),
-            ({"in_dims": 1}, (normal(N, 2, 7),), {}, r"\(4, 2, 7\) must have 4 adapters along axis 1"),
-            ({"in_dims": (0, 0)}, (normal(N, 2, 7),), {}, "2 entries for 1 positional"),
-            ({"in_dims": {"y": 0}}, (), {"x": normal(N, 2, 7)}, r"in_dims names \['y'\]"),
-            ({}, (normal(N, 3, 7), normal(N, 2, 7)), {}, "3 and 2 rows|2 and 3 rows"),
-            ({}, (normal(N, 3, 7), torch.ones(N)), {}, "one number for each adapter"),
-            ({}, (torch.ones(()),), {}, r"an input \(\) must have 4"),
-            ({"in_dims": 3}, (normal(N, 3, 7),), {}, "along axis 3"),
-        ],
-    )  # fmt: skip
-    def test_refuses(self, options, args, kwargs, message):
-        adapted = small()
-        f = lambda p, frozen, x, z=0.0: adapted.apply(p, frozen, x + z)
-        with pytest.raises(ValueError, match=message):
-            vf.vmap_adapters(f, **options)(several(adapted), adapted.frozen, *args, **kwargs)
-
-    def test_refuses_chunks(self):
-        adapted = small()
-        for size in (0, -1):
-            with pytest.raises(ValueError, match=f"got {size}"):
-                vf.vmap_adapters(adapted.apply, chunk_size=size)
-        counter = iter(range(9))
-        f = lambda p, frozen, x: (adapted.apply(p, frozen, x), next(counter))
-        with pytest.raises(ValueError, match="a int can't be joined"):
-            vf.vmap_adapters(f, chunk_size=2)(several(adapted), adapted.frozen, normal(N, 3, 7))
-
-    def test_dropout_differs_by_adapter(self):
-        adapted = small(vera_dropout=0.5)
-        stacked = vf.stack_adapters([randomized(adapted.params)] * N)
-        x = normal(3, 7)
-        folded = vf.vmap_adapters(adapted.apply.with_dropout(torch.Generator().manual_seed(0)), None)
-        assert len(folded(stacked, adapted.frozen, x).unique(dim=0)) == N
-        exact = vf.vmap_adapters(adapted.apply, None)(stacked, adapted.frozen, x)
-        assert_close(exact, exact[:1].expand(N, 3, 3))
-
-    def test_under_transforms(self):
-        adapted = small()
-        stacked, x = several(adapted), normal(N, 3, 7)
-        f = lambda s, x: vf.vmap_adapters(adapted.apply)(s, adapted.frozen, x)
-        populations = {key: torch.stack([leaf, 2 * leaf]) for key, leaf in stacked.items()}
-        expected = torch.stack([f(row(populations, i), x) for i in range(2)])
-        assert_close(vmap(f, (0, None))(populations, x), expected)
-        compiled = torch.compile(partial(f, x=x), fullgraph=True, backend="aot_eager")
-        assert_close(compiled(stacked), f(stacked, x))
-
-
-def directories(base, tmp_path):
-    """Four unlike adapters over one model, saved as PEFT directories, and how PEFT reads them."""
-    model = quantized(llama(), base)
-    configs = [
-        {"r": 4, "target_modules": ["q_proj", "v_proj"], "save_projection": False},
-        {"r": 8, "target_modules": ["down_proj", "q_proj"], "projection_prng_key": 3, "save_projection": False},
-        {"r": 8, "target_modules": ["v_proj"], "projection_prng_key": 5},
-        {"r": 16, "target_modules": r".*layers\.1\..*(gate|o)_proj"},
-    ]
-    for i, fields in enumerate(configs):
-        _, params, frozen, config = vf.adapt(model, vf.VeraConfig(**fields))
-        if config.save_projection:
-            frozen = randomized(frozen, seed=9)  # no draw: the file's are to be read
-        vf.save_adapter(tmp_path / str(i), randomized(params, seed=i, scale=0.5), frozen, config)
-    return model, [tmp_path / str(i) for i in range(len(configs))]
-
-
-class TestPools:
-    @pytest.mark.parametrize("base", ["dense", "nested", "int8"])
-    def test_give_each_row_what_peft_gives(self, base, tmp_path):
-        model, folders = directories(base, tmp_path)
-        pool = vf.pool_adapters([vf.load_adapter(folder, model) for folder in folders])
-        assert pool.config.r == pool.frozen["vera_A"].shape[0] == 4 + 8 + 8 + 16
-        x = tokens(4, 6)
-        rows = pool.apply(vf.select_adapters(pool.params, [3, 2, 1, 0]), pool.frozen, input_ids=x).logits
-        none = pool.apply(vf.select_adapters(pool.params, [-1] * 4), pool.frozen, input_ids=x).logits
-        for i, chosen in enumerate([3, 2, 1, 0]):
-            theirs = peft.PeftModel.from_pretrained(quantized(llama(), base), folders[chosen]).train()
-            expected = theirs(input_ids=x[i : i + 1]).logits.detach()
-            assert_near(rows[i : i + 1], expected, 5e-6)
-            assert relative_error(none[i : i + 1], expected) > 1e-3
-            # Over the whole batch, and summed with another one.
-            assert_near(
-                pool.apply(row(pool.params, chosen), pool.frozen, input_ids=x).logits[i : i + 1], expected, 5e-6
-            )
-
-    def test_gradients_are_each_adapters_own(self, tmp_path):
-        model, folders = directories("dense", tmp_path)
-        adapters = [vf.load_adapter(folder, model) for folder in folders]
-        pool, x = vf.pool_adapters(adapters), tokens(2, 6)
-        f = vf.vmap_adapters(pool.apply, None)
-        gradient = grad(lambda s: f(s, pool.frozen, input_ids=x).logits.square().sum())(pool.params)
-        start = 0
-        for i, adapted in enumerate(adapters):
-            own = grad(lambda p, a=adapted: a.apply(p, a.frozen, input_ids=x).logits.square().sum())(adapted.params)
-            for key, value in own.items():
-                part = gradient[key][i]
-                part = part[start : start + len(value)] if key.endswith("lambda_d") else part
-                assert_near(part, value)
-            start += adapted.config.r
-
-    def test_equal_projections_are_held_once(self):
-        model = small().apply.model
-        a = vf.adapt(model, vf.VeraConfig(r=4, target_modules=["0", "2"]))
-        b = a._replace(params=randomized(a.params))
-        c = vf.adapt(model, vf.VeraConfig(r=4, target_modules=["0", "2"], projection_prng_key=1))
-        pool = vf.pool_adapters([a, c._replace(params=randomized(c.params, 2)), b])
-        assert pool.config.r == 8
-        for i, adapted in enumerate((a, c._replace(params=randomized(c.params, 2)), b)):
-            expected = adapted.apply(adapted.params, adapted.frozen, normal(3, 7))
-            assert_close(pool.apply(row(pool.params, i), pool.frozen, normal(3, 7)), expected)
-
-    def test_inputs_are_left_alone(self):
-        model = small().apply.model
-        adapters = [vf.adapt(model, vf.VeraConfig(r=r, target_modules=[t])) for r, t in ((4, "0"), (8, "2"))]
-        before = snapshot(*(tree for a in adapters for tree in (a.params, a.frozen)), model)
-        pool = vf.pool_adapters(adapters)
-        for leaf in (*pool.params.values(), *pool.frozen.values()):
-            leaf.fill_(7.0)
-        assert_same(snapshot(*(tree for a in adapters for tree in (a.params, a.frozen)), model), before)
-
-    def test_of_one_is_that_one(self):
-        adapted = small()
-        pool = vf.pool_adapters([adapted])
-        assert_same(row(pool.params, 0), adapted.params)
-        assert_same(pool.frozen, adapted.frozen)
-
-    def test_heads_and_biases(self):
-        model = bert()
-        configs = [
-            {"r": 4, "target_modules": ["query"], "task_type": "SEQ_CLS"},
-            {"r": 8, "target_modules": ["value"], "bias": "vera_only"},
-            {"r": 4, "target_modules": ["key", "query"]},
-        ]
-        adapters = [vf.adapt(model, vf.VeraConfig(**fields)) for fields in configs]
-        adapters = [a._replace(params=randomized(a.params, i)) for i, a in enumerate(adapters)]
-        pool, x = vf.pool_adapters(adapters), tokens(3, 6)
-        rows = pool.apply(pool.params, pool.frozen, input_ids=x).logits
-        for i, a in enumerate(adapters):
-            assert_near(rows[i : i + 1], a.apply(a.params, a.frozen, input_ids=x[i : i + 1]).logits)
-
-    @pytest.mark.parametrize("own", [False, True])
-    def test_a_row_can_be_saved(self, own, tmp_path):
-        model = bert()
-        more = {"modules_to_save": ["classifier"]} if own else {}
-        configs = [{"r": 4, "target_modules": ["query"], **more}, {"r": 8, "target_modules": ["value"]}]
-        adapters = [vf.adapt(model, vf.VeraConfig(**fields)) for fields in configs]
-        adapters = [a._replace(params=randomized(a.params, i)) for i, a in enumerate(adapters)]
-        pool, x = vf.pool_adapters(adapters), tokens(3, 6)
-        for i, a in enumerate(adapters):
-            vf.save_adapter(tmp_path, row(pool.params, i), pool.frozen, pool.config, adapter_name=str(i))
-            expected = a.apply(a.params, a.frozen, input_ids=x).logits
-            loaded = vf.load_adapter(tmp_path, model, adapter_name=str(i))
-            assert_near(loaded.apply(loaded.params, loaded.frozen, input_ids=x).logits, expected)
-            theirs = peft.PeftModel.from_pretrained(bert(), tmp_path / str(i)).eval()
-            assert_near(theirs(input_ids=x).logits.detach(), expected)
-
-    def test_dropout_of_one_rate(self):
-        model = small().apply.model
-        rates = [(0.5, 0.5), (0.5, 0.0)]
-        for pair in rates:
-            adapters = [vf.adapt(model, vf.VeraConfig(r=4, target_modules=["0"], vera_dropout=rate)) for rate in pair]
-            pool = vf.pool_adapters([a._replace(params=randomized(a.params)) for a in adapters])
-            dropped = pool.apply.with_dropout(torch.Generator().manual_seed(0))
-            exact = pool.apply(row(pool.params, 0), pool.frozen, normal(3, 7))
-            assert torch.equal(dropped(row(pool.params, 0), pool.frozen, normal(3, 7)), exact) == (pair[0] != pair[1])
-
-    def test_targets_are_in_the_models_order(self):
-        model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(11)))
-        adapters = [vf.adapt(model, vf.VeraConfig(r=4, target_modules=[name])) for name in ("10", "2")]
-        assert list(vf.pool_adapters(adapters).apply.targets) == ["2", "10"]
-
-    def test_keep_int8_activations(self):
-        model = nn.Sequential(vf.to_bnb(vf.quantize_8bit(normal(13, 32))))
-        adapted = vf.adapt(model, vf.VeraConfig(r=4, target_modules=["0"]), int8_activations=True)
-        pool, x = vf.pool_adapters([adapted, adapted]), normal(3, 32)
-        rows = pool.apply(row(pool.params, 1), pool.frozen, x)
-        assert_near(rows, vf.quantized_linear(vf.from_bnb(model[0])[0], x, int8_activations=True))
-        assert relative_error(rows, vf.quantized_linear(vf.from_bnb(model[0])[0], x)) > 1e-4
-
-    def test_refuses(self):
-        adapted = small()
-        other = small()
-        int8 = vf.adapt(adapted.apply.model, adapted.config, int8_activations=True)
-        with pytest.raises(ValueError, match="nothing to pool"):
-            vf.pool_adapters([])
-        with pytest.raises(ValueError, match="adapter 1 belongs to another model object"):
-            vf.pool_adapters([adapted, other])
-        with pytest.raises(ValueError, match="int8_activations"):
-            vf.pool_adapters([adapted, int8])
-        with pytest.raises(ValueError, match=r"'0\.lambda_b' of adapter 1 is stacked"):
-            vf.pool_adapters([adapted, adapted._replace(params=several(adapted))])
-
-
-def test_gpt2_pools_conv1d():
-    model = gpt2()
-    adapters = [
-        vf.adapt(model, vf.VeraConfig(r=r, target_modules=[target], projection_prng_key=r))
-        for r, target in ((4, "c_attn"), (8, "c_fc"))
-    ]
-    adapters = [a._replace(params=randomized(a.params, i)) for i, a in enumerate(adapters)]
-    pool, x = vf.pool_adapters(adapters), tokens(2, 6)
-    rows = pool.apply(pool.params, pool.frozen, input_ids=x).logits
-    for i, a in enumerate(adapters):
-        assert_near(rows[i : i + 1], a.apply(a.params, a.frozen, input_ids=x[i : i + 1]).logits)

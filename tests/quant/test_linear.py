@@ -1,206 +1,294 @@
-"""The product by the number of rows: bitsandbytes' fused kernels where they may be used, and nowhere else.
+"""The product: exact and linear in x, its derivatives, what it keeps for them, and weights that are constants."""
 
-Few machines have them. So their layouts and arguments are tested everywhere, with a kernel in Python that reads them,
-and the kernels themselves where they are.
-"""
-
+import copy
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
-from bitsandbytes import functional
+from torch import nn
 from torch.func import grad, jvp, vmap
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import vera_func as vf
-from vera_func import private
-from vera_func.model.layers import QuantizedLinear
-from vera_func.quant import linear as module
-from vera_func.quant.cpu_layout import fused_weight, unpack_cpu_layout
-from vera_func.quant.linear import FUSED_ROWS
-from vera_func.quant.value import flatten
 
-from helpers import FORMATS, llama, quantized, randomized, relative_error, repack
+from helpers import FORMATS, llama, normal, quantized, randomized, relative_error
 
 
-OUT, IN = 64, 128
-FOUR_BITS = [name for name in FORMATS if name != "int8"]
-needs_kernel = pytest.mark.skipif(not functional.has_avx512bf16(), reason="needs a CPU with AVX512-BF16")
+class Products(TorchDispatchMode):
+    """Remembers the large floating-point tensors that operations make, without keeping them alive."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.made = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.numel() >= self.size:
+                self.made.append(StorageWeakRef(leaf.untyped_storage()))
+        return out
+
+    def alive(self):
+        return [ref for ref in self.made if not ref.expired()]
 
 
-def normal(*shape, seed=0, dtype=torch.bfloat16):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+class TestSavedForBackward:
+    SIZE = 1024 * 1024
+    CASES = pytest.mark.parametrize("name", FORMATS)
+
+    @CASES
+    def test_nothing_dense_is_saved(self, name):
+        q, saved = FORMATS[name](normal(1024, 1024)), []
+        x, bias = normal(2, 1024).requires_grad_(), normal(1024).requires_grad_()
+
+        def keep(tensor):
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = vf.quantized_linear(q, x, bias)
+        assert saved
+        on_node = [leaf for value in vars(y.grad_fn).values() for leaf in tree_leaves(value)]
+        for tensor in (*saved, *(leaf for leaf in on_node if isinstance(leaf, torch.Tensor))):
+            # Bytes of a bfloat16 storage are no dense weight: there are a quarter as many.
+            assert not (tensor.is_floating_point() and tensor.numel() >= self.SIZE)
+            assert any(tensor.data_ptr() == leaf.data_ptr() for leaf in tree_leaves(q))
+
+    @pytest.mark.parametrize("transform", ["autograd", "vjp", "vmap of vjp", "jvp of vjp"])
+    @CASES
+    def test_no_dense_weight_stays_alive(self, name, transform):
+        q, x = FORMATS[name](normal(1024, 1024)), normal(2, 1024)
+
+        def alive(f):
+            if transform == "autograd":
+                with Products(self.SIZE) as products:
+                    y = f(x.clone().requires_grad_())
+            else:
+                with Products(self.SIZE) as products:
+                    mapped = vmap(f) if transform == "vmap of vjp" else f
+                    y = torch.func.vjp(mapped, x)
+                    if transform == "jvp of vjp":
+                        y = (y, jvp(lambda x: torch.func.vjp(f, x)[1](x), (x,), (x,)))
+            assert products.made
+            return len(products.alive()) if y is not None else 0
+
+        assert alive(partial(vf.quantized_linear, q)) == 0
+        # The measure sees it where it is kept.
+        assert alive(lambda x: nn.functional.linear(x, vf.dequantize(q))) > 0
+
+    def test_a_model_keeps_no_dense_weight(self):
+        model = quantized(llama(hidden_size=64, intermediate_size=128), "nf4")
+        for layer in model.model.layers:
+            layer.mlp.down_proj = vf.to_bnb(vf.quantize_4bit(normal(64, 128)))
+        apply, params, frozen, _ = vf.adapt(model, vf.VeraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+        leaves = {key: value.requires_grad_() for key, value in randomized(params).items()}
+        shapes = {(64, 128), (128, 64)}  # of no activation: there are 2 x 3 tokens
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            apply(leaves, frozen, input_ids=torch.ones(2, 3, dtype=torch.long)).logits.sum().backward()
+        assert saved
+        assert not [t for t in saved if tuple(t.shape) in shapes]
 
 
-def weight(name):
-    return FORMATS[name](normal(OUT, IN, seed=1, dtype=torch.float32))
+class TestInt8Activations:
+    @pytest.mark.parametrize("threshold", [0.0, 3.0])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("batch", [(5,), (2, 3)], ids=str)
+    def test_equal_the_module_in_eval_mode(self, batch, dtype, threshold):
+        q = vf.quantize_8bit(normal(64, 96), threshold=threshold)
+        x = normal(*batch, 96, seed=1, dtype=dtype)
+        x[..., 7] *= 20
+        bias = normal(64, dtype=dtype)
+        expected = vf.to_bnb(q, bias).eval()(x)
+        actual = vf.quantized_linear(q, x, bias, int8_activations=True)
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
+        # It is another product than the exact one, and the threshold brings it nearer.
+        error = relative_error(actual.float(), vf.quantized_linear(q, x, bias).float())
+        assert 1e-4 < error < (0.03 if threshold == 0 else 0.01)
+
+    @pytest.mark.parametrize("threshold", [0.0, 3.0])
+    def test_derivatives_are_the_exact_products(self, threshold):
+        q = vf.quantize_8bit(normal(13, 32), threshold=threshold)
+        x, bias = normal(3, 32, seed=1), normal(13)
+        exact = lambda x, b: vf.quantized_linear(q, x, b)
+        straight = lambda x, b: vf.quantized_linear(q, x, b, int8_activations=True)
+        w = normal(3, 13, seed=2)
+        for argnums in (0, 1):
+            expected = grad(lambda *a: (exact(*a) * w).sum(), argnums)(x, bias)
+            assert_close(grad(lambda *a: (straight(*a) * w).sum(), argnums)(x, bias), expected)
+        tangents = (normal(3, 32, seed=3), normal(13, seed=4))
+        assert_close(jvp(straight, (x, bias), tangents)[1], jvp(exact, (x, bias), tangents)[1])
+        for f in (straight, exact):
+            assert torch.equal(jvp(lambda b, f=f: f(x, b), (bias,), tangents[1:])[1], tangents[1].expand(3, 13))
+        leaf = x.clone().requires_grad_()
+        (straight(leaf, bias) * w).sum().backward()
+        assert_close(leaf.grad, grad(lambda x: (exact(x, bias) * w).sum())(x))
+
+    def test_vmap_is_a_loop(self):
+        q = vf.quantize_8bit(normal(13, 32), threshold=2.0)
+        xs, biases = normal(4, 3, 32, seed=1), normal(4, 13, seed=2)
+        f = lambda x, b: vf.quantized_linear(q, x, b, int8_activations=True)
+        assert torch.equal(vmap(f)(xs, biases), torch.stack([f(x, b) for x, b in zip(xs, biases, strict=True)]))
+        assert torch.equal(vmap(f, (1, None))(xs.movedim(0, 1), biases[0]), torch.stack([f(x, biases[0]) for x in xs]))
+        gradients = vmap(grad(lambda x, b: f(x, b).square().sum()))(xs, biases)
+        for i, (x, b) in enumerate(zip(xs, biases, strict=True)):
+            assert_close(gradients[i], grad(lambda x, b: f(x, b).square().sum())(x, b))
+
+    def test_needs_8_bits(self):
+        with pytest.raises(ValueError, match="4 bits"):
+            vf.quantized_linear(vf.quantize_4bit(normal(3, 64)), normal(64), int8_activations=True)
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """A stand-in for the kernel, which reads the copy's layout as a module's, and notes the rows of each call."""
-    rows = []
-
-    def product(x, fused, spec):
-        assert x.is_contiguous()
-        assert x.dtype == torch.bfloat16
-        rows.append(x.numel() // x.shape[-1])
-        state = SimpleNamespace(
-            shape=spec.shape,
-            absmax=fused.absmax,
-            original_dtype=x.dtype,
-            quant_type=spec.quant_type,
-            blocksize=spec.blocksize,
-        )
-        return torch.nn.functional.linear(x, vf.dequantize(unpack_cpu_layout(fused.packed, state, None)))
-
-    monkeypatch.setattr(private, "bnb_has_avx512bf16", lambda: True)
-    monkeypatch.setattr(module, "fused_product", product)
-    return rows
+def scaled(q, factor):
+    """The weight with its statistics as a function of something."""
+    if isinstance(q, vf.Quantized8bit):
+        return dataclasses.replace(q, scale=q.scale * factor)
+    if q.nested is not None:
+        return dataclasses.replace(q, nested=q.nested._replace(scale=q.nested.scale * factor))
+    return dataclasses.replace(q, absmax=q.absmax * factor)
 
 
-@pytest.mark.parametrize("name", FOUR_BITS)
-def test_the_copy_is_bitsandbytes_layout(calls, name):
-    q = weight(name)
-    fused, layer = fused_weight(q), repack(vf.to_bnb(q))
-    assert torch.equal(fused.packed, layer.weight.data)
-    assert torch.equal(fused.absmax, layer.weight.quant_state.absmax)
+PRODUCTS = {
+    "product": lambda q, x: vf.quantized_linear(q, x),
+    "int8 product": lambda q, x: vf.quantized_linear(q, x, int8_activations=True),
+}
 
 
-def test_no_copy_where_nothing_could_use_it(calls, monkeypatch):
-    narrow = normal(OUT, 96, dtype=torch.float32)
-    assert fused_weight(vf.quantize_4bit(narrow)) is None  # rows are no whole blocks
-    assert fused_weight(vf.quantize_4bit(narrow.T[:, :64])) is not None
-    assert fused_weight(vf.quantize_4bit(narrow.T[:70, :64])) is None  # 32 rows at a time
-    assert fused_weight(weight("int8")) is None
-    monkeypatch.setattr(private, "bnb_has_avx512bf16", lambda: False)
-    assert fused_weight(weight("nf4")) is None
+class TestConstants:
+    CASES = pytest.mark.parametrize(("name", "f"), [*product(FORMATS, ["product"]), ("int8", "int8 product")])
+
+    @CASES
+    def test_the_weight_cannot_be_differentiated(self, name, f):
+        q, x, one = FORMATS[name](normal(13, 64)), normal(3, 64, seed=1), torch.ones(())
+        g = lambda factor: PRODUCTS[f](scaled(q, factor), x).sum()
+        with pytest.raises(ValueError, match="a quantized weight is a constant"):
+            grad(g)(one)
+        with pytest.raises(ValueError, match="a quantized weight is a constant"):
+            jvp(g, (one,), (one,))
+        with pytest.raises(ValueError, match="a quantized weight is a constant"):
+            g(one.clone().requires_grad_()).backward()
+        with pytest.raises(ValueError, match="a quantized weight is a constant"):
+            grad(lambda x: jvp(lambda x: PRODUCTS[f](scaled(q, x.sum()), x).sum(), (x,), (x,))[1])(x)
+
+    @pytest.mark.parametrize("name", ["nf4", "nested"])
+    def test_not_differentiated_when_compiled(self, name):
+        """Also where the statistics are the argument itself, whose derivative Dynamo does not see."""
+        q, x = FORMATS[name](normal(13, 64)), normal(3, 64, seed=1)
+        leaf = q.absmax if q.nested is None else q.nested.scale
+
+        def put(leaf):
+            if q.nested is None:
+                return dataclasses.replace(q, absmax=leaf)
+            return dataclasses.replace(q, nested=q.nested._replace(scale=leaf))
+
+        for f in (lambda leaf: vf.quantized_linear(put(leaf), x), lambda leaf: vf.dequantize(put(leaf))):
+            compiled = torch.compile(grad(lambda leaf, f=f: f(leaf).sum()), fullgraph=True, backend="aot_eager")
+            with pytest.raises(torch._dynamo.exc.Unsupported, match="a quantized weight is a constant"):
+                compiled(leaf)
+
+    @CASES
+    def test_the_weight_cannot_be_mapped_over(self, name, f):
+        q, x = FORMATS[name](normal(13, 64)), normal(3, 64, seed=1)
+        stacked = tree_map(lambda *leaves: torch.stack(leaves), q, q)
+        for dims, inputs in (((0, None), x), ((0, 0), torch.stack([x, x]))):
+            with pytest.raises(ValueError, match="can't be mapped over"):
+                vmap(PRODUCTS[f], dims)(stacked, inputs)
+            with pytest.raises(ValueError, match="can't be mapped over"):
+                vmap(grad(lambda q, x: PRODUCTS[f](q, x).sum(), 1), dims)(stacked, inputs)
+
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_dequantizing_is_not_differentiated_to_zero(self, name):
+        q, one = FORMATS[name](normal(13, 64)), torch.ones(())
+        g = lambda factor: vf.dequantize(scaled(q, factor)).square().sum()
+        if name == "int8":  # ordinary arithmetic, with ordinary derivatives
+            expected = 2 * vf.dequantize(q).square().sum()
+            assert_close(grad(g)(one), expected)
+            assert_close(jvp(g, (one,), (one,))[1], expected)
+            return
+        for derivative in (grad(g), lambda one: jvp(g, (one,), (one,)), lambda one: g(one.clone().requires_grad_())):
+            with pytest.raises(ValueError, match="a quantized weight is a constant"):
+                derivative(one)
+
+    @CASES
+    def test_may_be_an_argument(self, name, f):
+        q, xs = FORMATS[name](normal(13, 64)), normal(4, 3, 64, seed=1)
+        g = lambda q, x: PRODUCTS[f](q, x).square().sum()
+        outputs = torch.stack([g(q, x) for x in xs])
+        gradients = torch.stack([grad(partial(g, q))(x) for x in xs])
+        close = partial(assert_close, rtol=1e-5, atol=1e-3)  # of gradients of about 100
+        close(grad(g, argnums=1)(q, xs[0]), gradients[0])
+        close(vmap(g, (None, 0))(q, xs), outputs)
+        close(vmap(grad(g, argnums=1), (None, 0))(q, xs), gradients)
+        close(grad(lambda q, x: vmap(g, (None, 0))(q, x).sum(), 1)(q, xs), gradients)
+        close(jvp(lambda x: g(q, x), (xs[0],), (xs[1],))[1], (gradients[0] * xs[1]).sum())
+
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_are_pytrees(self, name):
+        q = FORMATS[name](normal(13, 64, dtype=torch.bfloat16))
+        if name == "nf4":
+            q = dataclasses.replace(q, compute_dtype=torch.float16)
+        leaves, spec = tree_flatten(q)
+        assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        assert len(leaves) == {"int8": 2, "nested": 5}.get(name, 2)
+        again = tree_unflatten(leaves, spec)
+        assert all(a is b for a, b in zip(tree_leaves(again), leaves, strict=True))
+        mapped = tree_map(torch.clone, q)
+        for field in dataclasses.fields(q):
+            value = getattr(q, field.name)
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(getattr(mapped, field.name).view(torch.uint8), value.view(torch.uint8))
+            elif field.name != "nested":
+                assert getattr(mapped, field.name) == getattr(again, field.name) == value
+        assert type(mapped.nested if name != "int8" else None) is type(q.nested if name != "int8" else None)
+        # Metadata is part of the structure: unlike values are unlike trees.
+        changed = {"threshold": 1.0} if name == "int8" else {"blocksize": 128}
+        assert tree_flatten(dataclasses.replace(q, **changed))[1] != spec
+
+    def test_is_immutable(self):
+        for quantize in FORMATS.values():
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                quantize(normal(13, 64)).shape = (1, 2)
 
 
-@pytest.mark.parametrize("batch", [(), (1,), (4, 8), (FUSED_ROWS,)], ids=str)
-@pytest.mark.parametrize("name", FOUR_BITS)
-def test_few_rows_without_gradients_are_fused(calls, name, batch):
-    q, x, bias = weight(name), normal(*batch, IN), normal(OUT, seed=2)
-    fused, plain = fused_weight(q), vf.quantized_linear(q, x, bias)
-    assert torch.equal(vf.quantized_linear(q, x, bias, fused=fused), plain)  # gradients may be asked for
-    assert calls == []
-    with torch.no_grad():
-        y = vf.quantized_linear(q, x, bias, fused=fused)
-    assert calls == [max(1, x.numel() // IN)]
-    assert relative_error(y.float(), plain.float()) < 0.02
-    if name != "bf16 storage":
-        assert not torch.equal(y, plain)  # its scales are rounded
+@pytest.mark.parametrize("batch", [(), (0,), (1,), (2, 3), (2, 0, 3), (2, 1, 3, 2)], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_batch(name, batch):
+    q = FORMATS[name](normal(64, 96))
+    x = normal(*batch, 96, seed=1)
+    expected = nn.functional.linear(x, vf.dequantize(q), normal(64))
+    actual = vf.quantized_linear(q, x, normal(64))
+    assert actual.shape == expected.shape
+    assert_close(actual, expected)
 
 
-@pytest.mark.parametrize(
-    ("batch", "dtype"), [((FUSED_ROWS + 1,), torch.bfloat16), ((0,), torch.bfloat16), ((1,), torch.float32)], ids=str
-)
-def test_others_are_not(calls, batch, dtype):
-    q, x = weight("nf4"), normal(*batch, IN, dtype=dtype)
-    with torch.no_grad():
-        assert torch.equal(vf.quantized_linear(q, x, fused=fused_weight(q)), vf.quantized_linear(q, x))
-    assert calls == []
+@pytest.mark.parametrize("batch", [(), (3,), (3, 2)], ids=str)
+@pytest.mark.parametrize(("x_dim", "bias_dim"), [(None, 0), (None, 1), (0, 0), (-1, 0), (0, 1)])
+def test_biases_may_be_mapped_over(x_dim, bias_dim, batch):
+    q, biases = FORMATS["nf4"](normal(64, 96)), normal(4, 64)
+    x = normal(*(() if x_dim is None else (4,)), *batch, 96, seed=1)
+    actual = vmap(lambda x, b: vf.quantized_linear(q, x, b), (x_dim, bias_dim))(
+        x if x_dim is None else x.movedim(0, x_dim), biases.movedim(0, bias_dim)
+    )
+    for i in range(4):
+        one = x if x_dim is None else x[i]
+        assert_close(actual[i], nn.functional.linear(one, vf.dequantize(q), biases[i]))
 
 
-def test_rows_are_counted_after_folding(calls):
-    q, xs = weight("nf4"), normal(5, 2, IN)
-    f = lambda x: vf.quantized_linear(q, x, fused=fused_weight(q))
-    with torch.no_grad():
-        assert_close(vmap(f)(xs), torch.stack([f(x) for x in xs]))
-        assert calls == [10, 2, 2, 2, 2, 2]
-        assert_close(vmap(f, 1, 1)(xs), f(xs))
-
-
-def test_derivatives_are_those_of_the_weight_itself(calls):
-    q, x, tangent = weight("nf4"), normal(3, IN), normal(3, IN, seed=3)
-    fused = fused_weight(q)
-    loss = lambda x, fused=fused: vf.quantized_linear(q, x, fused=fused).float().square().sum()
-    assert torch.equal(grad(loss)(x), grad(lambda x: loss(x, None))(x))
-    with torch.no_grad():  # torch.func.grad is not told by it
-        assert torch.equal(grad(loss)(x), grad(lambda x: loss(x, None))(x))
-        y, y_t = jvp(lambda x: vf.quantized_linear(q, x, fused=fused), (x,), (tangent,))
-    assert calls == [3]
-    assert relative_error(y.float(), vf.quantized_linear(q, x).float()) < 0.02
-    assert torch.equal(y_t, vf.quantized_linear(q, tangent))
-
-
-def test_a_copy_of_another_weight_is_refused(calls):
-    q = weight("nf4")
-    with pytest.raises(ValueError, match=r"fused \(128, 32\) is no copy of the weight \(64, 128\)"):
-        vf.quantized_linear(q, normal(IN), fused=fused_weight(vf.quantize_4bit(normal(IN, OUT), blocksize=32)))
-    with pytest.raises(ValueError, match="is no copy"):
-        vf.quantized_linear(weight("int8"), normal(IN), fused=fused_weight(q))
-
-
-def test_a_model_decodes_with_fused_weights(calls):
-    model = quantized(llama(torch.bfloat16, hidden_size=64, intermediate_size=128), "nested")
-    apply, params, frozen, _ = vf.adapt(model, vf.VeraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-    params, fast = randomized(params), apply.with_fused_weights()
-    ids = torch.randint(3, 60, (2, 3), generator=torch.Generator().manual_seed(0))
-
-    def logits(apply, ids):
-        with torch.no_grad():
-            return apply(params, frozen, input_ids=ids).logits.float()
-
-    expected = logits(apply, ids)
-    assert calls == []
-    actual = logits(fast, ids)
-    assert calls == [6] * 2 * len(["q", "k", "v", "o", "gate", "up", "down"])  # adapted or not
-    assert 0 < relative_error(actual, expected) < 0.05
-    # A gradient goes through the weights as they are, and the first function knows nothing of all this.
-    loss = lambda params, apply: apply(params, frozen, input_ids=ids).logits.float().square().sum()
-    for key, value in grad(loss)(params, fast).items():
-        assert torch.equal(value, grad(loss)(params, apply)[key])
-    assert torch.equal(logits(apply, ids), expected)
-    with ThreadPoolExecutor(2) as pool:
-        for result in pool.map(lambda _: logits(fast, ids), range(8)):
-            assert torch.equal(result, actual)
-
-
-def test_a_layer_that_is_moved_keeps_no_copy_of_elsewhere(calls):
-    layer = QuantizedLinear(weight("nf4"), None)
-    layer.fused = fused_weight(layer.quantized)
-    assert layer.bfloat16().fused is not None
-    assert layer.to("meta").fused is None
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", FOUR_BITS)
-def test_bitsandbytes_choice_has_the_right_arguments(name, bias):
-    """What a GPU is asked; on a CPU the same operation dequantizes, so that it may be compared bit by bit."""
-    q, x, b = weight(name), normal(3, 5, IN, dtype=torch.float32), normal(OUT, dtype=torch.float32)
-    leaves, spec = flatten(q)
-    assert len(leaves) == len(tree_flatten(q)[0])
-    b = b if bias else None
-    assert torch.equal(module._gpu_product(x, b, spec, leaves), vf.quantized_linear(q, x, b))
-
-
-@needs_kernel
-@pytest.mark.parametrize("rows", [1, 3, FUSED_ROWS])
-@pytest.mark.parametrize("name", FOUR_BITS)
-def test_the_kernel_itself(name, rows):
-    q, x, bias = weight(name), normal(rows, IN), normal(OUT, seed=2)
-    with torch.no_grad():
-        y = vf.quantized_linear(q, x, bias, fused=fused_weight(q))
-    assert relative_error(y.float(), vf.quantized_linear(q, x, bias).float()) < 0.02
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("rows", [1, 4, 64, 2000])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", FOUR_BITS)
-def test_on_a_gpu(name, dtype, rows):
-    q = tree_map(lambda leaf: leaf.cuda(), weight(name))
-    x, bias = normal(rows, IN, dtype=dtype).cuda(), normal(OUT, seed=2, dtype=dtype).cuda()
-    dense = vf.dequantize(q, torch.float64)
-    expected = x.double() @ dense.T + bias.double()
-    tolerance = {torch.bfloat16: 0.02, torch.float16: 3e-3, torch.float32: 3e-3}[dtype]  # TF32, where it is on
-    assert relative_error(vf.quantized_linear(q, x, bias).double(), expected) < tolerance
-    with torch.no_grad():
-        assert relative_error(vf.quantized_linear(q, x, bias).double(), expected) < tolerance
-        _, tangent = jvp(lambda x: vf.quantized_linear(q, x), (x,), (x,))
-    assert relative_error(tangent.double(), x.double() @ dense.T) < tolerance
-    mapped = vmap(grad(lambda x: vf.quantized_linear(q, x).float().sum()))(x)
-    assert relative_error(mapped.double(), dense.sum(0).expand_as(x)) < tolerance
+@pytest.mark.parametrize("name", FORMATS)
+def test_threads_share_one_weight(name):
+    q = FORMATS[name](normal(64, 96))
+    before = copy.deepcopy(q)
+    xs = [normal(3, 96, seed=seed) for seed in range(16)]
+    f = lambda x: grad(lambda x: vf.quantized_linear(q, x).square().sum())(x)
+    with ThreadPoolExecutor(4) as pool:
+        actual = list(pool.map(f, xs))
+    for x, gradient in zip(xs, actual, strict=True):
+        assert_close(gradient, f(x))
+    assert torch.equal(vf.dequantize(q), vf.dequantize(before))

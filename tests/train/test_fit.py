@@ -1,3 +1,5 @@
+"""`fit` is the loop that a user would write, for one adapter or many; it stops, resumes and diverges one by one."""
+
 import os
 import sys
 from functools import partial
@@ -10,7 +12,6 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from vera_func.train.fit import batch_indices, fit, load_fit, save_fit
 from vera_func.train.optim import adamw_init, adamw_update, clip_by_norm, linear_warmup_cosine
-from vera_func.train.sweep import sweep, sweep_table
 
 
 N = 8
@@ -18,6 +19,8 @@ RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
 GENERATOR = torch.Generator().manual_seed(0)
 A, B, W = (torch.randn(*s, generator=GENERATOR) for s in ((3, 5), (7, 3), (7, 5)))
 INPUTS, TARGETS = torch.randn(11, 5, generator=GENERATOR), torch.randn(11, 7, generator=GENERATOR)
+
+
 fit = partial(fit, progress=False)
 
 
@@ -363,18 +366,3 @@ def test_orders_are_independent_and_global_randomness_untouched():
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(ValueError, match="batch_size=0"):
         batch_indices(0, num_examples=3, batch_size=0, key=0)
-
-
-def test_sweep_and_its_table():
-    rows = sweep({"rate": [0.1, 0.2], "seed": (0, 1, 2)})
-    assert [tuple(r.values()) for r in rows] == [(r, s) for r in (0.1, 0.2) for s in (0, 1, 2)]
-    table = sweep_table(rows, {"loss": torch.arange(6) / 2, "name": list("abcdef")})
-    assert table[5] == {"rate": 0.2, "seed": 2, "loss": 2.5, "name": "f"}
-    assert rows[5] == {"rate": 0.2, "seed": 2}
-    for grid in ({"seed": []}, {"seed": "abc"}):
-        with pytest.raises(ValueError, match=r"grid\['seed'\]"):
-            sweep(grid)
-    with pytest.raises(ValueError, match=r"'loss' must .* 6 values, got 2"):
-        sweep_table(rows, {"loss": [1, 2]})
-    with pytest.raises(ValueError, match="'seed' must be a new name"):
-        sweep_table(rows, {"seed": range(6)})

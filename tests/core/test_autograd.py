@@ -1,0 +1,118 @@
+"""The product `A x` that several layers share, and what a layer keeps for its backward."""
+
+import pytest
+import torch
+from torch.func import grad
+from torch.testing import assert_close
+
+import vera_func as vf
+from vera_func.core import autograd
+
+
+class TestSharedProduct:
+    """`A x` for several layers with the same x: a value computed once, differentiated by each layer."""
+
+    A = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    @staticmethod
+    def thrice(x, A):
+        shared = autograd.SharedProduct()
+        first, second, third = (shared(x, A) for _ in range(3))
+        return first.sin() * second * third.cos()
+
+    @staticmethod
+    def plain(x, A):
+        return (x @ A.mT).sin() * (x @ A.mT) * (x @ A.mT).cos()
+
+    def test_the_product_is_computed_once(self, monkeypatch):
+        calls = []
+        monkeypatch.setattr(autograd, "project", lambda x, A: calls.append(x) or x @ A.mT)
+        shared = autograd.SharedProduct()
+        shared(self.x, self.A), shared(self.x, self.A)
+        assert len(calls) == 1
+        shared(self.x.clone(), self.A)
+        assert len(calls) == 2
+
+    def test_a_changed_input_is_another_one(self):
+        shared, x = autograd.SharedProduct(), self.x.clone()
+        shared(x, self.A)
+        x += 1
+        assert_close(shared(x, self.A), x @ self.A.mT)
+        with torch.inference_mode():
+            x = self.x.clone()
+            shared(x, self.A)
+            x += 1
+            assert_close(shared(x, self.A), x @ self.A.mT)
+
+    @pytest.mark.parametrize(
+        "transform",
+        [
+            lambda f: torch.func.vmap(f),
+            lambda f: torch.no_grad()(torch.func.vmap(f)),
+            lambda f: lambda x: torch.func.grad_and_value(lambda x: f(x).sum())(x)[1],
+            lambda f: lambda x: torch.func.grad_and_value(lambda x: torch.func.vmap(f)(x).sum())(x)[1],
+            lambda f: torch.func.vmap(torch.func.grad_and_value(lambda x: f(x).sum())),
+            lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[0],
+        ],
+        ids=["vmap", "no_grad", "grad", "grad(vmap)", "vmap(grad)", "jvp"],
+    )
+    def test_a_changed_input_is_seen_in_a_transform(self, transform):
+        def difference(shared, x):
+            x = x * 1
+            first = shared(x, self.A)
+            x += 1
+            return shared(x, self.A) - first
+
+        step = transform(lambda x: difference(autograd.SharedProduct(), x))(self.x)
+        plain = transform(lambda x: difference(lambda x, A: x @ A.mT, x))(self.x)
+        assert_close(step, plain)
+
+    def test_a_product_without_gradients_is_another_one(self):
+        shared, x, A = autograd.SharedProduct(), self.x.clone().requires_grad_(), self.A.clone().requires_grad_()
+        with torch.no_grad():
+            shared(x, A)
+        actual = torch.autograd.grad(shared(x, A).sin().sum(), (x, A))
+        assert_close(actual, torch.autograd.grad((x @ A.mT).sin().sum(), (x, A)))
+
+    def test_another_dtype_is_another_product(self):
+        shared = autograd.SharedProduct()
+        shared(self.x, self.A)
+        assert shared(self.x, self.A.float()).dtype == torch.float32
+
+    def test_derivatives(self):
+        x, A = self.x.clone().requires_grad_(), self.A.clone().requires_grad_()
+        assert torch.autograd.gradcheck(self.thrice, (x, A), check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(self.thrice, (x, A), check_fwd_over_rev=True)
+
+    def test_gradients_are_those_of_unshared_products_to_the_bit(self):
+        x, A = self.x.float(), self.A.float()
+        shared, plain = (grad(lambda x, f=f: f(x, A).sum())(x) for f in (self.thrice, self.plain))
+        assert torch.equal(shared, plain)
+
+    @pytest.mark.parametrize("argnums", [0, 1])
+    @pytest.mark.parametrize(
+        "transform",
+        [
+            lambda f, a: torch.func.jacrev(f, a),
+            lambda f, a: torch.func.jacfwd(f, a),
+            lambda f, a: torch.func.hessian(lambda *args: f(*args).sum(), a),
+            lambda f, a: torch.func.jacrev(torch.func.jacrev(lambda *args: f(*args).sum(), a), 1 - a),
+            lambda f, a: torch.func.vmap(torch.func.grad(lambda *args: f(*args).sum(), a), (0, None)),
+        ],
+        ids=["jacrev", "jacfwd", "hessian", "mixed", "vmap(grad)"],
+    )
+    def test_transforms(self, transform, argnums):
+        assert_close(transform(self.thrice, argnums)(self.x, self.A), transform(self.plain, argnums)(self.x, self.A))
+
+
+def test_layers_that_read_the_same_input_share_its_product(monkeypatch):
+    """q, k and v; gate and up: four products a layer for all seven."""
+    from helpers import llama
+
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    apply, params, frozen, _ = vf.adapt(llama(), vf.VeraConfig(r=4, target_modules=linears))
+    calls, original = [], autograd.project
+    monkeypatch.setattr(autograd, "project", lambda x, A: calls.append(x) or original(x, A))
+    apply(params, frozen, input_ids=torch.ones(1, 3, dtype=torch.long))
+    assert len(calls) == len(params) // 2 // 7 * 4

@@ -1,0 +1,97 @@
+"""Adapters as PEFT's LoRA directories: exact, or the best of a smaller rank."""
+
+import copy
+
+import peft
+import pytest
+import torch
+
+import vera_func as vf
+from vera_func.io.lora import truncate
+
+from helpers import MODELS, TARGETS, llama, quantized, randomized, relative_error
+
+
+IDS = torch.randint(3, 67, (2, 9), generator=torch.Generator().manual_seed(0))
+OPTIONS = {"llama": {}, "gpt2": {"bias": "vera_only"}, "bert": {"bias": "vera_only", "task_type": "SEQ_CLS"}}
+
+
+def make_adapted(name, base="dense", **options):
+    model = quantized(MODELS[name](), base)
+    adapted = vf.adapt(model, vf.VeraConfig(r=16, target_modules=TARGETS[name], **OPTIONS[name], **options))
+    return model, adapted._replace(params=randomized(adapted.params))
+
+
+def logits_of(adapted):
+    with torch.no_grad():
+        return adapted.apply(adapted.params, adapted.frozen, input_ids=IDS).logits
+
+
+def logits_without_bnb(model):
+    """A quantized model's own forward rounds the activations or repacks; read the weights it holds instead."""
+    nothing = vf.adapt(model, vf.VeraConfig(r=1, target_modules="all-linear"))
+    return logits_of(nothing)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4", "int8"])
+@pytest.mark.parametrize("name", MODELS)
+def test_lora_is_exact(name, base, tmp_path):
+    model, adapted = make_adapted(name, base)
+    report = vf.export_lora(tmp_path, *adapted[1:], model)
+    assert set(report.error.values()) == {0.0}
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    # In training mode PEFT multiplies by the dequantized weights; there is no dropout left to matter.
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    logits = theirs.train()(input_ids=IDS).logits
+    assert relative_error(logits, logits_of(adapted)) < 1e-5
+
+
+def test_lora_of_a_smaller_rank(tmp_path):
+    model, adapted = make_adapted("llama")
+    report = vf.export_lora(tmp_path, *adapted[1:], model, rank=5)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path)
+    for name, error in report.error.items():
+        layer = theirs.base_model.model.get_submodule(name)
+        vectors = {leaf: adapted.params[f"{name}.{leaf}"] for leaf in ("lambda_b", "lambda_d")}
+        delta = vf.delta_weight(vectors, adapted.frozen, layer.in_features)
+        singular = torch.linalg.svdvals(delta)
+        assert error == pytest.approx((singular[5:].norm() / singular.norm()).item(), rel=1e-3)
+        actual = ((layer.get_delta_weight("default") - delta).norm() / delta.norm()).item()
+        assert actual == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("sizes", [(3, 7, 5, 4), (7, 3, 5, 4), (2, 3, 5, 4), (11, 13, 5, 5)])
+def test_truncate_is_the_best_approximation(sizes):
+    in_, out, r, rank = sizes
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(r, in_, generator=generator), torch.randn(out, r, generator=generator)
+    left, right, error = truncate(A, B, rank)
+    assert (left.shape, right.shape) == ((rank, in_), (out, rank))
+    S = torch.linalg.svdvals(B @ A)
+    assert error == pytest.approx((S[rank:].norm() / S.norm()).item(), abs=1e-5)
+    assert ((right @ left - B @ A).norm() / S.norm()).item() == pytest.approx(error, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.layers.9.self_attn.q_proj.lambda_b": torch.ones(64)}, "no linear layer"),
+        ({"model.layers.0.self_attn.q_proj.lambda_b": torch.ones(63)}, "needs lambda_b"),
+        ({"model.layers.0.self_attn.q_proj.lambda_b": torch.full((64,), torch.nan)}, "q_proj.lambda_b.*NaN"),
+        ({"model.norm.weights": torch.ones(64)}, "no parameter of the model"),
+        ({"model.norm.weight": torch.ones(63)}, r"must be \(64,\)"),
+    ],
+)
+def test_params_that_do_not_fit(change, message):
+    model, adapted = make_adapted("llama")
+    with pytest.raises(ValueError, match=message):
+        vf.merge(model, adapted.params | change, adapted.frozen)
+
+
+def test_sizes_of_a_model_are_checked_before_anything_is_written(tmp_path):
+    _, adapted = make_adapted("llama")
+    with pytest.raises(ValueError, match="needs lambda_b"):
+        vf.export_lora(tmp_path / "lora", *adapted[1:], llama(hidden_size=128))
+    assert not (tmp_path / "lora").exists()
