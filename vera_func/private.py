@@ -67,9 +67,7 @@ def unwrap(x: Tensor) -> Tensor:
 
     Only the innermost tensor counts its in-place changes, and only there can be seen that no transform is active.
     """
-    from torch.func import debug_unwrap
-
-    return debug_unwrap(x)
+    return torch.func.debug_unwrap(x)
 
 
 def skip_fused_encoder_path(module: nn.Module) -> None:

@@ -1,5 +1,7 @@
 """The product `A x` that several layers share, and what a layer keeps for its backward."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.func import grad
@@ -7,6 +9,7 @@ from torch.testing import assert_close
 
 import vera_func as vf
 from vera_func.core import autograd
+from vera_func.core.autograd import SharedProduct, project
 
 
 class TestSharedProduct:
@@ -17,7 +20,7 @@ class TestSharedProduct:
 
     @staticmethod
     def thrice(x, A):
-        shared = autograd.SharedProduct()
+        shared = SharedProduct()
         first, second, third = (shared(x, A) for _ in range(3))
         return first.sin() * second * third.cos()
 
@@ -28,14 +31,14 @@ class TestSharedProduct:
     def test_the_product_is_computed_once(self, monkeypatch):
         calls = []
         monkeypatch.setattr(autograd, "project", lambda x, A: calls.append(x) or x @ A.mT)
-        shared = autograd.SharedProduct()
+        shared = SharedProduct()
         shared(self.x, self.A), shared(self.x, self.A)
         assert len(calls) == 1
         shared(self.x.clone(), self.A)
         assert len(calls) == 2
 
     def test_a_changed_input_is_another_one(self):
-        shared, x = autograd.SharedProduct(), self.x.clone()
+        shared, x = SharedProduct(), self.x.clone()
         shared(x, self.A)
         x += 1
         assert_close(shared(x, self.A), x @ self.A.mT)
@@ -44,6 +47,39 @@ class TestSharedProduct:
             shared(x, self.A)
             x += 1
             assert_close(shared(x, self.A), x @ self.A.mT)
+
+    @pytest.mark.parametrize("inference", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    @pytest.mark.parametrize("width", [7, 8])
+    def test_a_write_that_nothing_counts_is_seen(self, width, dtype, inference):
+        with torch.inference_mode(inference):
+            x = torch.randn(3, width, generator=torch.Generator().manual_seed(3)).to(dtype)
+            A = torch.ones(5, width)
+            view = None if dtype == torch.bfloat16 else x.numpy()  # from before: it needs not ask again
+            writes = {
+                "x.data": lambda: x.data.mul_(2),
+                "a part of x.data": lambda: x.data[1, -1:].add_(1),
+                "an exchange, which keeps the sum": lambda: x.data.copy_(x.data.flip(0)),
+                "the sign of a zero": lambda: x.data[0].copy_(-x.data[0]),
+                "numpy": lambda: None if view is None else view.__imul__(2),
+            }
+            x[0] = 0
+            for write in writes.values():
+                shared = SharedProduct()
+                shared(x, A)
+                write()
+                found, right = shared(x, A), project(x, A)
+                assert torch.equal(found, right)
+                assert torch.equal(found.signbit(), right.signbit())
+
+    def test_a_view_of_a_wider_tensor(self):
+        wide = torch.randn(3, 17, generator=torch.Generator().manual_seed(3))
+        for x in (wide[:, 1:], wide[:, ::2], wide.T, wide[:1].expand(5, 17), wide[:0], wide[0, 1:9]):
+            shared, A = SharedProduct(), torch.ones(5, x.shape[-1])
+            shared(x, A)
+            assert torch.equal(shared(x, A), project(x, A))
+            wide.data += 1
+            assert torch.equal(shared(x, A), project(x, A))
 
     @pytest.mark.parametrize(
         "transform",
@@ -57,26 +93,33 @@ class TestSharedProduct:
         ],
         ids=["vmap", "no_grad", "grad", "grad(vmap)", "vmap(grad)", "jvp"],
     )
-    def test_a_changed_input_is_seen_in_a_transform(self, transform):
+    @pytest.mark.parametrize("counted", [False, True])
+    def test_a_changed_input_is_seen_in_a_transform(self, transform, counted):
         def difference(shared, x):
             x = x * 1
             first = shared(x, self.A)
-            x += 1
+            write = [lambda: x.add_(1)]
+            if not counted:  # each transform refuses some of them
+                write = [lambda: torch.func.debug_unwrap(x).numpy().__iadd__(1), lambda: x.data.add_(1), *write]
+            for way in write:
+                with contextlib.suppress(RuntimeError):
+                    way()
+                    break
             return shared(x, self.A) - first
 
-        step = transform(lambda x: difference(autograd.SharedProduct(), x))(self.x)
+        step = transform(lambda x: difference(SharedProduct(), x))(self.x)
         plain = transform(lambda x: difference(lambda x, A: x @ A.mT, x))(self.x)
         assert_close(step, plain)
 
     def test_a_product_without_gradients_is_another_one(self):
-        shared, x, A = autograd.SharedProduct(), self.x.clone().requires_grad_(), self.A.clone().requires_grad_()
+        shared, x, A = SharedProduct(), self.x.clone().requires_grad_(), self.A.clone().requires_grad_()
         with torch.no_grad():
             shared(x, A)
         actual = torch.autograd.grad(shared(x, A).sin().sum(), (x, A))
         assert_close(actual, torch.autograd.grad((x @ A.mT).sin().sum(), (x, A)))
 
     def test_another_dtype_is_another_product(self):
-        shared = autograd.SharedProduct()
+        shared = SharedProduct()
         shared(self.x, self.A)
         assert shared(self.x, self.A.float()).dtype == torch.float32
 
