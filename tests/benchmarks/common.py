@@ -1,6 +1,5 @@
 """What the benchmarks share: a Llama-shaped model, fair timing in one process, and the machine's name."""
 
-import copy
 import platform
 import time
 
@@ -62,7 +61,7 @@ def llama(width=1024, layers=6, dtype=torch.bfloat16, quant="nf4", device="cpu",
 
 def bare(apply):
     """`(ids, **options) -> output` of the base alone, through the same module tree with the shells taken out."""
-    tree = copy.deepcopy(apply.root)
+    tree = apply.trees.copy()
     for name in apply.targets:
         parent, _, child = f"model.{name}".rpartition(".")
         tree.get_submodule(parent).register_module(child, tree.get_submodule(f"model.{name}").base_layer)

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
@@ -376,3 +376,47 @@ def test_gradients_row_by_row(name):
 
     expected = vmap(grad(lambda own, x: functional_call(layer, own, x).square().sum()))(own, x)
     assert_close(grad(rows)(own), expected, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------- torch's idiom for ensembles
+
+
+@pytest.mark.parametrize("skeleton", ["meta", "own"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_stack_of_layers_copies_no_constants(name, skeleton):
+    """`torch.func.stack_module_state`, as its documentation has it: the stateless module is moved to meta."""
+    layers = [make_shell(base_layer(name)) for _ in range(3)]
+    for seed, layer in enumerate(layers):
+        for key, value in randomized(dict(layer.named_parameters()), seed, scale=0.5).items():
+            layer.get_parameter(key).data = value.detach()
+    params, buffers = stack_module_state(layers)
+    assert buffers == {}
+    vectors = {"lambda_b", "lambda_d", "base_layer.bias"}
+    assert params.keys() == vectors | (set() if name in FORMATS else {"base_layer.weight"})
+    assert all(params[key].dim() == 2 for key in vectors)
+    base = copy.deepcopy(layers[0])
+    base = base.to("meta") if skeleton == "meta" else base
+    call = lambda params, x: functional_call(base, (params, buffers), (x,))
+    x = inputs(5)
+    expected = torch.stack([layer(x) for layer in layers])
+    assert_close(vmap(call, (0, None))(params, x), expected, rtol=1e-5, atol=1e-4)
+    loss = lambda params, x: call(params, x).square().sum()
+    gradients = vmap(grad(loss), (0, None))(params, x)
+    for i, layer in enumerate(layers):
+        layer(x).square().sum().backward()
+        for key in ("lambda_b", "lambda_d"):
+            assert_close(gradients[key][i], layer.get_parameter(key).grad, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["dense", "nested"])
+def test_moving_a_layer_moves_its_constants(name):
+    layer = make_shell(base_layer(name))
+    A, x = layer.projections.vera_A, inputs(3)
+    expected = layer(x)
+    layer.to("cpu")
+    assert layer.projections.vera_A is A
+    layer.double()
+    assert layer.projections.vera_A.dtype == torch.float64
+    assert relative_error(layer(x.double()), expected.double()) < 1e-6
+    layer.to_empty(device="cpu")  # forgets what is trained, but no constant
+    assert torch.equal(layer.projections.vera_A, A.double())

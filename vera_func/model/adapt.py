@@ -20,10 +20,11 @@ from ..core.projection import init_projections
 from ..core.shapes import require_float
 from ..quant.bnb import from_bnb, is_bnb_linear
 from .apply import Apply, Root, Slot
+from .checkout import Trees
 from .config import VeraConfig
 from .layers import Projections, QuantizedLinear, RowwiseAffine, shell_class
 from .targets import is_conv1d, linear_sizes, peft_dtype, resolve, trained_with
-from .tree import copy_tree
+from .tree import copy_tree, frozen_alias
 
 
 class Adapted(NamedTuple):
@@ -213,7 +214,7 @@ def make_apply(
     """
     modules = dict(model.named_modules())
     owners = {split_key(name)[0] for name in trained}
-    memo: dict[int, Any] = {id(p): _frozen_alias(p) for p in model.parameters()}
+    memo: dict[int, Any] = {id(p): frozen_alias(p) for p in model.parameters()}
     widest_in = max((linear_sizes(modules[name]) or (0, 0))[0] for name in targets)
     widest_out = max((linear_sizes(modules[name]) or (0, 0))[1] for name in targets)
     # Placeholders: whatever runs without bound tensors fails, rather than computing something.
@@ -254,14 +255,7 @@ def make_apply(
         rows = owner in inner or is_bnb_linear(modules[owner])
         shape = tuple(model.get_parameter(name).shape)
         slots[name] = Slot(names, shape, rows and name in trained, name in trained)
-    return Apply(model, tuple(targets), slots, Root(tree, projections), int8_activations)
-
-
-def _frozen_alias(parameter: nn.Parameter) -> nn.Parameter:
-    """The same memory without `requires_grad`, so that no backward reaches the user's parameter."""
-    if type(parameter) is not nn.Parameter:
-        return parameter
-    return nn.Parameter(parameter.detach(), requires_grad=False)
+    return Apply(model, tuple(targets), slots, Trees(Root(tree, projections)), int8_activations)
 
 
 def _parameter_aliases(model: nn.Module, trained: Sequence[str]) -> dict[str, list[str]]:

@@ -5,12 +5,10 @@
 
 The user's model is read, never called and never changed: `apply` runs a copy of its module tree that shares
 the tensors, with every bitsandbytes layer replaced by the value it holds (so that transforms are safe also
-where nothing is adapted), and binds the given tensors to it with `torch.func.functional_call`.
+where nothing is adapted), puts the given tensors into it, and leaves it as it was; see `checkout`.
 """
 
-import copy
 import dataclasses
-import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..core.autograd import SharedProduct, project
-from ..core.keys import join_key
+from ..core.autograd import SharedProduct
 from ..quant.cpu_layout import fused_weight
+from .checkout import Trees
 from .layers import Projections, QuantizedLinear
-from .tree import shared_memo
+from .tree import join_tensors, part_tensors
 
 
 class Slot(NamedTuple):
@@ -57,11 +55,9 @@ class Apply:
     model: nn.Module
     targets: tuple[str, ...]
     slots: Mapping[str, Slot]
-    root: nn.Module
+    trees: Trees
     int8_activations: bool = False
     generator: torch.Generator | None = None
-    # functional_call binds tensors to a tree while it runs, so every thread runs a copy of its own of `root`.
-    local: threading.local = dataclasses.field(default_factory=threading.local)
 
     def __call__(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         return self.method("__call__", params, frozen, *args, **kwargs)
@@ -79,21 +75,14 @@ class Apply:
     ) -> Any:
         """Any method of the model with the adapter: `apply.method("generate", params, frozen, ...)`."""
         tensors = self._bind(params, frozen)
-        root = self._tree()
-        shells: list[Any] = (
-            [] if self.generator is None else [root.get_submodule(join_key("model", t)) for t in self.targets]
-        )
-        projections: Any = root.projections
+        if torch.compiler.is_compiling():
+            return self._traced(tensors, name, args, kwargs)
+        tree = self.trees.take()
         try:
-            # The compiler sees by itself what products have in common.
-            projections.product = project if torch.compiler.is_compiling() else SharedProduct()
-            for shell in shells:
-                shell.generator = self.generator
-            return functional_call(root, tensors, (name, args, kwargs), tie_weights=False)
+            tree.bind(tensors | {"projections.product": SharedProduct(), "projections.generator": self.generator})
+            return tree.run(name, args, kwargs)
         finally:
-            projections.product = project
-            for shell in shells:
-                shell.generator = None
+            self.trees.give(tree)
 
     def with_dropout(self, generator: torch.Generator) -> "Apply":
         """The same function with `config.vera_dropout` applied to the inputs of `A`, drawn from `generator`.
@@ -113,20 +102,20 @@ class Apply:
         multiplies up to 32 rows without dequantizing; see `quantized.fused_weight` for what that costs. On other
         machines nothing is copied.
         """
-        root: Any = copy.deepcopy(self.root, shared_memo(self.root))
+        root = self.trees.copy()
         for module in root.modules():
             if isinstance(module, QuantizedLinear):
                 module.fused = fused_weight(module.quantized)
-        return dataclasses.replace(self, root=root, local=threading.local())
+        return dataclasses.replace(self, trees=Trees(root))
 
     def __repr__(self) -> str:
         return f"Apply({type(self.model).__name__}, {len(self.targets)} adapted layers)"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "local": None}
+        return {**self.__dict__, "trees": join_tensors(self.trees.root, self.model)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, local=threading.local())
+        self.__dict__.update(state, trees=Trees(part_tensors(state["trees"])))
 
     def _bind(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         slots = self.slots
@@ -149,13 +138,15 @@ class Apply:
             tensors[f"projections.{key}"] = value
         return tensors
 
-    def _tree(self) -> nn.Module:
-        # Dynamo can't follow thread-local storage, and binds nothing to the tree that it traces.
-        if torch.compiler.is_compiling():
-            return self.root
-        if not hasattr(self.local, "root"):
-            self.local.root = copy.deepcopy(self.root, shared_memo(self.root))
-        return self.local.root
+    def _traced(self, tensors: dict[str, Tensor], name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        # Dynamo can't follow a free list. It binds nothing to the tree that it traces, and sees by itself what products
+        # have in common.
+        root: Any = self.trees.root
+        root.projections.generator = self.generator
+        try:
+            return functional_call(root, self.trees.buffers() | tensors, (name, args, kwargs), tie_weights=False)
+        finally:
+            root.projections.generator = None
 
 
 class Root(nn.Module):
@@ -165,8 +156,6 @@ class Root(nn.Module):
         self.projections = projections
 
     def forward(self, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if method == "__call__":
-            return self.model(*args, **kwargs)
         return getattr(self.model, method)(*args, **kwargs)
 
 

@@ -8,6 +8,7 @@ state dict. `shell_class` chooses the class from that of the base layer.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
 
@@ -36,9 +37,14 @@ class Projections(nn.Module):
 
     def __init__(self, vera_A: Tensor, vera_B: Tensor) -> None:
         super().__init__()
-        self.register_buffer("vera_A", vera_A, persistent=False)
-        self.register_buffer("vera_B", vera_B, persistent=False)
+        self.vera_A, self.vera_B = vera_A, vera_B
         self.product: Callable[[Tensor, Tensor], Tensor] = project
+        self.generator: torch.Generator | None = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Projections":
+        super()._apply(fn, recurse)
+        self.vera_A, self.vera_B = (_moved(tensor, fn) for tensor in (self.vera_A, self.vera_B))
+        return self
 
 
 class QuantizedLinear(nn.Module):
@@ -78,7 +84,7 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
         super()._apply(fn, recurse)
         # Move the weight's tensors, but never cast them: `fn` may be `.half()`, and absmax stays float32.
-        self.quantized = tree_map(lambda leaf: leaf.to(fn(leaf).device), self.quantized)
+        self.quantized = tree_map(lambda leaf: _moved(leaf, fn, cast=False), self.quantized)
         self.fused = None if self.fused is None else fused_weight(self.quantized)
         return self
 
@@ -126,6 +132,16 @@ class RowwiseAffine(nn.Module):
             y = x.reshape(*rows, -1, in_features) @ weight.mT
             y = y.reshape(*x.shape[:-1], out_features)
         return y if bias is None else y + align_rows("bias", bias, x)
+
+
+def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor], *, cast: bool = True) -> Tensor:
+    """What `fn` makes of a frozen tensor: another device or dtype, but no other values.
+
+    It stays where it is if `fn` moves to the meta device: the stateless skeleton that `torch.func.stack_module_state`
+    goes with is made like this, and gets its state, but no constants, from the caller.
+    """
+    like = fn(tensor[:0] if tensor.dim() else tensor)
+    return tensor if like.is_meta else tensor.to(like.device, like.dtype if cast else tensor.dtype)
 
 
 def frozen_layer(module: nn.Module) -> nn.Module:
@@ -213,8 +229,9 @@ def _forward(self: Any, x: Tensor) -> Tensor:
         "vera_B": self.projections.vera_B.to(x.device),
     }
     mask = None
-    if self.generator is not None and self.vera_dropout > 0:
-        mask = dropout_mask(self.vera_dropout, tuple(x.shape), generator=self.generator, dtype=self.lambda_d.dtype)
+    generator = self.generator or self.projections.generator
+    if generator is not None and self.vera_dropout > 0:
+        mask = dropout_mask(self.vera_dropout, tuple(x.shape), generator=generator, dtype=self.lambda_d.dtype)
     return vera_forward(params, frozen, x, self.base_layer, dropout_mask=mask, project=self.projections.product)
 
 

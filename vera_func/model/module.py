@@ -1,13 +1,11 @@
 """The adapted model as an ordinary `nn.Module` with trainable parameters."""
 
-import copy
 from typing import Any
 
 from torch import nn
 
 from ..core.keys import split_key
 from .adapt import Adapted
-from .tree import shared_memo
 
 
 def to_module(adapted: Adapted) -> nn.Module:
@@ -34,7 +32,7 @@ def to_module(adapted: Adapted) -> nn.Module:
     for key, value in params.items():
         if value.shape != apply.slots[key].shape:
             raise ValueError(f"{key!r} {tuple(value.shape)} is stacked; a module holds one adapter (unstack_adapters).")
-    root: Any = copy.deepcopy(apply.root, shared_memo(apply.root))
+    root: Any = apply.trees.copy()
     root.projections.vera_A, root.projections.vera_B = frozen["vera_A"], frozen["vera_B"]
     trained: dict[str, nn.Parameter] = {}
     for key in params:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..private import tree_map
 from ..quant.bnb import is_bnb_linear, to_bnb
 from ..quant.value import Quantized
 from .layers import QuantizedLinear
@@ -64,10 +65,42 @@ def _module_with(module: Any, weight: Quantized | Tensor, bias: Tensor | None, m
 
 
 def shared_memo(root: nn.Module) -> dict[int, Any]:
-    """A memo for `deepcopy` under which the copy shares every tensor."""
-    memo: dict[int, Any] = {id(t): t for t in (*root.parameters(), *root.buffers())}
+    """A memo for `deepcopy` under which the copy shares parameters and quantized weights, which nothing writes to."""
+    shared: list[Any] = list(root.parameters())
     for module in root.modules():
         if isinstance(module, QuantizedLinear):
-            memo[id(module.quantized)] = module.quantized
-            memo[id(module.fused)] = module.fused
-    return memo
+            shared += [module.quantized, module.fused]
+    return {id(value): value for value in shared if value is not None}
+
+
+def frozen_alias(parameter: nn.Parameter) -> nn.Parameter:
+    """The same memory without `requires_grad`, so that no backward reaches the user's parameter."""
+    if type(parameter) is not nn.Parameter:
+        return parameter
+    return nn.Parameter(parameter.detach(), requires_grad=False)
+
+
+def join_tensors(root: nn.Module, model: nn.Module) -> nn.Module:
+    """A copy of a tree that holds the model's own parameters where it shares their memory.
+
+    To be pickled with the model: pickle knows objects, and would store the memory of two tensors twice.
+    """
+    home = {_memory(parameter): parameter for parameter in model.parameters() if not parameter.is_meta}
+    return _with_tensors(root, lambda p: home.get(_memory(p), p), lambda leaf: home.get(_memory(leaf), leaf))
+
+
+def part_tensors(root: nn.Module) -> nn.Module:
+    """Undo `join_tensors`: a copy that has aliases of the model's parameters."""
+    return _with_tensors(root, frozen_alias, lambda leaf: leaf.data)
+
+
+def _with_tensors(root: nn.Module, parameter: Callable[[Any], Tensor], leaf: Callable[[Any], Tensor]) -> nn.Module:
+    memo: dict[int, Any] = {id(p): parameter(p) for p in root.parameters()}
+    for module in root.modules():
+        if isinstance(module, QuantizedLinear):
+            memo[id(module.quantized)] = tree_map(leaf, module.quantized)
+    return copy.deepcopy(root, memo)
+
+
+def _memory(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
