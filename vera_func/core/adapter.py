@@ -2,9 +2,9 @@
 
     y = base(x) + lambda_b * (B (lambda_d * (A x)))          W' = W + diag(lambda_b) B diag(lambda_d) A
 
-An adapter, `params`, is what is trained: `{"lambda_b": (out,), "lambda_d": (r,)}`. `frozen` is what all
-adapters share: `{"vera_A": (r, in), "vera_B": (out, r)}`, possibly wider than this layer. The base layer is
-any callable; nothing here knows of quantization or of `nn.Module`.
+An adapter, `params`, holds the trained vectors: `{"lambda_b": (out,), "lambda_d": (r,)}`. `frozen` holds the
+projections that all adapters share: `{"vera_A": (r, in), "vera_B": (out, r)}`, possibly wider than this layer. The base
+layer is any callable; this module does not depend on quantization or on `nn.Module`.
 
 Shapes, here and in the whole package: `in` and `out` are the sizes of a layer, `r` the rank, `*batch` the
 leading axes of `x`, and `*rows` leading axes of the vectors, matched with those of `x` from the left: with
@@ -34,13 +34,13 @@ def init_params(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """A fresh adapter: `lambda_b = 0`, `lambda_d = d_initial`, so that the layer starts equal to its base.
+    """Return a fresh adapter, `lambda_b = 0` and `lambda_d = d_initial`: the layer starts equal to its base.
 
     Args:
-        r: Rank of the projections that it will be used with.
+        r: Rank of the projections that the adapter will be used with.
         out_features: Output size of the layer.
         d_initial: Value of every entry of `lambda_d`; the paper recommends at most 0.1 (its table 6c).
-        dtype: Dtype of both vectors, and so of the arithmetic of the update.
+        dtype: Dtype of both vectors, and therefore of the arithmetic of the update.
         device: Device of both vectors.
 
     Returns:
@@ -78,14 +78,14 @@ def vera_forward(
     """The adapted layer: `base_fn(x) + lambda_b * (B (lambda_d * (A x)))`.
 
     Costs `r (in + out)` multiply-adds per row of `x` on top of the base; the (out, in) update is never formed.
-    What it keeps for backward is `A x`, r numbers a row; backward multiplies by `B` once more.
+    Saved for backward is `A x`, r values per row; the backward pass multiplies by `B` once more.
     Products and sum are computed in the vectors' dtype and cast once, to the base output's dtype and
-    then to that of `x`, which is PEFT's arithmetic.
+    then to that of `x`: PEFT's arithmetic.
 
     Args:
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`. Leading axes are matched with those
-            of `x` from the left, each vector by itself. With `"mixture"` (*rows, k), the vectors are
-            (*rows, k, ...), and a row gets the sum of `k` updates with these weights.
+            of `x` from the left, for each vector separately. With `"mixture"` (*rows, k), the vectors are
+            (*rows, k, ...), and a row gets the sum of its `k` updates with these weights.
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`; the first columns and rows are used.
         x: Input rows.
         base_fn: The frozen layer, `(*batch, in) -> (*batch, out)`.
@@ -97,7 +97,7 @@ def vera_forward(
     Raises:
         ValueError: If leading axes cannot be matched (both shapes are named), if `frozen` has another
             rank or is too narrow, if the mask does not broadcast to `x`, if the base gives another size than `out`,
-            if a key is missing, or something is of integers.
+            if a key is missing, or a tensor has an integer dtype.
 
     Example:
         >>> import torch
@@ -136,12 +136,12 @@ def delta_weight(
 ) -> Float[Tensor, "*rows out in"]:
     """The dense update `diag(lambda_b) B diag(lambda_d) A`, in the vectors' dtype.
 
-    Costs `r out in` multiply-adds and an (out, in) tensor: for merging and inspection, not for the forward pass.
+    Costs `r out in` multiply-adds and an (out, in) tensor: use it for merging and inspection, not in the forward pass.
 
     Args:
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`.
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
-        in_features: Input size of the layer, which `params` cannot tell.
+        in_features: Input size of the layer, which `params` does not determine.
 
     Raises:
         ValueError: If the projections have another rank or are too narrow.
@@ -168,14 +168,14 @@ def dropout_mask(
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """A mask of zeros (with probability `p`) and `1 / (1 - p)`, on the generator's device.
+    """A dropout mask: 0 with probability `p`, else `1 / (1 - p)`, on the generator's device.
 
-    Under `torch.func.vmap(..., randomness="different")` every adapter draws its own.
+    Under `torch.func.vmap(..., randomness="different")` each adapter draws its own mask.
 
     Args:
         p: Probability of a zero, 0 <= p < 1.
         shape: Shape of the mask, that of the layer's input.
-        generator: Where the randomness comes from; there is no default.
+        generator: Source of randomness; there is no default.
         dtype: Dtype of the mask.
 
     Raises:
@@ -203,7 +203,7 @@ def _vectors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | Non
     for name, vector in (("lambda_b", lambda_b), ("lambda_d", lambda_d)):
         if not isinstance(vector, Tensor) or not vector.is_floating_point():
             what = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
-            raise ValueError(f"{name} must be a tensor of floating-point numbers, got {what}.")
+            raise ValueError(f"{name} must be a floating-point tensor, got {what}.")
     if lambda_b.dim() < 1 or lambda_d.dim() < 1:
         raise ValueError(
             f"lambda_b {tuple(lambda_b.shape)} and lambda_d {tuple(lambda_d.shape)} must be (*rows, out) and "
@@ -220,10 +220,10 @@ def _vectors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | Non
 def _projections(
     frozen: Mapping[str, Tensor], lambda_b: Tensor, lambda_d: Tensor, in_features: int
 ) -> tuple[Tensor, Tensor]:
-    """The part of the shared pair that belongs to this layer, as views, in the vectors' dtype."""
+    """The slices of the shared pair that this layer uses, in the vectors' dtype."""
     missing = {"vera_A", "vera_B"} - frozen.keys()
     if missing:
-        raise ValueError(f"frozen lacks {sorted(missing)}; init_projections makes it.")
+        raise ValueError(f"frozen lacks {sorted(missing)}; init_projections draws both.")
     A, B = frozen["vera_A"], frozen["vera_B"]
     out_features, r = lambda_b.shape[-1], lambda_d.shape[-1]
     if in_features < 1 or A.dim() != 2 or B.dim() != 2:
@@ -241,7 +241,7 @@ def _projections(
         raise ValueError(
             f"lambda_d {tuple(lambda_d.shape)} implies rank {r}, but vera_A {tuple(A.shape)} and vera_B "
             f"{tuple(B.shape)} have rank {A.shape[0]} and {B.shape[1]}. Projections of another rank are "
-            "another random draw, not a part of this one."
+            "a different random draw, not a slice of this one."
         )
     if A.shape[1] < in_features or B.shape[0] < out_features:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""The frozen random pair that every layer and every adapter shares.
+"""The frozen random projections that all layers and all adapters share.
 
 VeRA (Kopiczko et al., 2024, https://arxiv.org/abs/2310.11454) draws `A` (r, in) and `B` (out, r) once,
 for the widest adapted layer; a narrower layer uses the first `in` columns of `A` and the first `out` rows
-of `B`. Nothing is trained here, so an adapter can be stored as two vectors and a seed.
+of `B`. They are not trained, so an adapter can be stored as its vectors and a seed.
 """
 
 import math
@@ -16,9 +16,9 @@ def init_projections(r: int, in_features: int, out_features: int, key: int = 0) 
 
     The draw is PEFT's, bit for bit, for the same key and sizes: a CPU Mersenne twister seeded with `key`
     gives `A` and then `B`, each uniform in ±sqrt(6 / fan_in), where fan_in is `in` for `A` and `r` for `B`.
-    It depends on neither the default dtype, the global generator nor the number of threads. Because the
-    draw is row by row, the pair for a wider layer is not an extension of a narrower layer's: the sizes
-    belong to the key.
+    It does not depend on the default dtype, the global generator or the number of threads. Values are drawn
+    row by row, so the pair for a wider layer is not an extension of a narrower layer's pair: the same key
+    with other sizes gives other values.
 
     Args:
         r: Rank, the number of rows of `A`.

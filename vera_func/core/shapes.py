@@ -1,18 +1,18 @@
-"""Checks and views of shapes that several rooms need: rows of adapters against a batch, floating-point inputs."""
+"""Shape and dtype checks that several folders use, and the alignment of one adapter per row with a batch."""
 
 import torch
 from torch import Tensor
 
 
 def align_rows(name: str, vector: Tensor, x: Tensor, *, inner: int = 1) -> Tensor:
-    """View `(*rows, k)` as `(*rows, 1, ..., 1, k)`, so that it multiplies `(*batch, k)` row by row.
+    """View a vector (*rows, k) as (*rows, 1, ..., 1, k), so that it broadcasts to (*batch, k) row by row.
 
     Args:
-        name: Of the vector, for the error.
-        vector: The last `inner` axes are the vector's own, those before are rows.
-        x: (*batch, in); `rows` must be its first axes. Under vmap these are logical shapes: an axis that is
-            mapped over is not seen.
-        inner: How many of the vector's axes are its own.
+        name: Name of the vector, for the error message.
+        vector: The last `inner` axes belong to the vector, those before them are rows.
+        x: (*batch, in); `rows` must be its first axes. Under vmap these are logical shapes, without the mapped
+            axis.
+        inner: Number of axes that belong to the vector.
 
     Raises:
         ValueError: If the rows do not match; both shapes are named.
@@ -35,7 +35,7 @@ def align_rows(name: str, vector: Tensor, x: Tensor, *, inner: int = 1) -> Tenso
 
 
 def require_float(name: str, dtype: torch.dtype) -> None:
-    """Refuse dtypes in which an adapter would be rounded to integers in silence.
+    """Raise for a dtype that is not floating-point: an adapter would silently be rounded to integers.
 
     Raises:
         ValueError: If `dtype` is not a floating-point one.
@@ -48,10 +48,10 @@ def require_float(name: str, dtype: torch.dtype) -> None:
 
 
 def require_rows_of_floats(x: Tensor) -> None:
-    """Refuse what is no input of a linear layer: the result would be cast back to the dtype of `x`.
+    """Raise for an input that no linear layer takes: the result would be cast back to the dtype of `x`.
 
     Raises:
-        ValueError: If `x` is a scalar, or not of floating-point numbers.
+        ValueError: If `x` is a scalar, or not a floating-point tensor.
 
     Example:
         >>> require_rows_of_floats(torch.ones(3))

@@ -1,14 +1,14 @@
-"""Merging onto a 4-bit grid by calibration: new codes and absmax that keep what an update does to the output.
+"""Calibrated (GPTQ-style) merging onto a 4-bit grid: codes and scales that preserve the layer's outputs.
 
     minimise  ‖(W + κ ΔW) X - Q X‖²  =  Σ_rows (t - q) H (t - q)ᵀ,  H = X Xᵀ,    over  q = absmax_block · code[codes]
 
-`W` lies on the grid, so rounding `W + ΔW` weight by weight gives back `W` wherever `ΔW` is below half a step. In the
-metric of the layer's inputs `X` other points of the grid are far closer to `W + ΔW`, and the absmax of a block is a
-free real number. The fit shrinks the update, as least squares do; the overshoot `κ` makes up for it, so that the
-effect `ΔW X` is kept in full and what remains is noise beside it.
+`W` lies on the grid, so rounding `W + ΔW` weight by weight returns `W` wherever `ΔW` is below half a step. In the
+metric of the layer's inputs `X`, other points of the grid are much closer to `W + ΔW`, and the scale of each block is a
+free real number. A least-squares fit shrinks the update; the overshoot `κ` compensates, so that the effect `ΔW X` is
+retained in full and the remaining error is noise.
 
-Arrays in, arrays out: nothing here knows of packing, modules or VeRA. `codes` (out, in) are level numbers, one uint8
-per weight; `absmax` (out, in / blocksize) is un-nested; `code` holds the levels, in any order.
+These functions take and return arrays; they do not depend on packing, modules or VeRA. `codes` (out, in) are indices of
+levels, one uint8 per weight; `absmax` (out, in / blocksize) is float32; `code` holds the levels, in any order.
 """
 
 from typing import NamedTuple
@@ -26,24 +26,33 @@ Table = Float[Tensor, " levels"]
 
 
 class Calibrated(NamedTuple):
-    """A merged weight on the grid, and how well it does, from `calibrate_rows`."""
+    """A merged weight on the grid, and its quality on the calibration inputs.
+
+    Attributes:
+        codes: (out, in) uint8.
+        absmax: (out, blocks).
+        kappa: The overshoot: codes and scales fit `W + kappa ΔW`.
+        kept: `output_kept` of the merge.
+        error: `output_error` of the merge.
+    """
 
     codes: Codes
     absmax: Absmax
-    kappa: float  # codes and absmax fit W + kappa ΔW
-    kept: float  # output_kept of the merge
-    error: float  # output_error of the merge
+    kappa: float
+    kept: float
+    error: float
 
 
 def gram(inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] | None = None) -> Gram:
-    """`H = Σ w x xᵀ / Σ w` over a layer's inputs, in float32 and without damping.
+    """Second moments `H = Σ w x xᵀ / Σ w` of a layer's inputs, in float32 and without damping.
 
-    Costs `in²` multiply-adds per token. A mean: grams of parts add up weighted by their `Σ w`. With the squared norm of
-    the answer's gradient with respect to the layer's output for weight, errors count by what they do to the answer.
+    Costs `in²` multiply-adds per token. Second moments of several batches combine as a mean weighted by their `Σ w`.
+    With the squared norm of an answer's gradient in the layer's output as the weight, errors count by their effect on
+    the answer.
 
     Args:
-        inputs: What the layer reads; all leading axes count tokens. Leave padding out, or weigh it 0.
-        weights: One per token, not negative; None weighs all alike.
+        inputs: Inputs of the layer, (*tokens, in). Leave padding out, or give it weight 0.
+        weights: One per token, not negative; None gives all tokens equal weight.
 
     Raises:
         ValueError: If the shapes differ, no token has weight, a weight is negative, or something is not finite.
@@ -56,7 +65,7 @@ def gram(inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] 
     w = torch.ones_like(inputs[..., 0], dtype=torch.float32) if weights is None else weights.float()
     shapes = f"inputs {tuple(inputs.shape)} and weights {tuple(w.shape)}"
     if w.shape != inputs.shape[:-1] or (w < 0).any() or not w.any():
-        raise ValueError(f"{shapes}: give one weight per token, none negative, and one positive at least.")
+        raise ValueError(f"{shapes}: give one weight per token, none negative and at least one positive.")
     if not inputs.isfinite().all() or not w.isfinite().all():
         raise ValueError(f"{shapes} must be finite for every token: they contain NaN or inf.")
     x, w = inputs.reshape(-1, inputs.shape[-1]).float(), w.reshape(-1, 1) / w.sum()
@@ -64,12 +73,14 @@ def gram(inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] 
 
 
 def output_error(change: Weight, delta: Weight, gram: Gram) -> float:
-    """`‖(Q - W - ΔW) X‖ / ‖ΔW X‖`: 0 for an exact merge, 1 for none at all, and 0 where `ΔW X` is zero.
+    """Relative output error `‖(Q - W - ΔW) X‖ / ‖ΔW X‖`: 0 for an exact merge, 1 if the update is lost.
+
+    It is 0 where `ΔW X` is zero.
 
     Args:
-        change: `Q - W`, what the merge did to the weight.
-        delta: `ΔW`, what it should have done.
-        gram: `H` of the inputs to judge by, preferably not those it was calibrated on.
+        change: `Q - W`, the change of the weight by the merge.
+        delta: `ΔW`, the intended change.
+        gram: Second moments `H` of the inputs, preferably of inputs that were not used for calibration.
 
     Example:
         >>> output_error(torch.zeros(2, 3), torch.ones(2, 3), torch.eye(3))
@@ -80,9 +91,9 @@ def output_error(change: Weight, delta: Weight, gram: Gram) -> float:
 
 
 def output_kept(change: Weight, delta: Weight, gram: Gram) -> float:
-    """`⟨(Q - W) X, ΔW X⟩ / ‖ΔW X‖²`: the part of the update's effect that is kept, 1 where `ΔW X` is zero.
+    """Retained fraction of the update's effect, `⟨(Q - W) X, ΔW X⟩ / ‖ΔW X‖²`; 1 where `ΔW X` is zero.
 
-    The noise beside it is in `output_error`, whose arguments it takes; the identity for `gram` gives `kept` of weights.
+    Arguments are those of `output_error`. With the identity as `gram` it is the retained fraction of the weights.
 
     Example:
         >>> output_kept(torch.full((2, 3), 0.5), torch.ones(2, 3), torch.eye(3))
@@ -93,16 +104,16 @@ def output_kept(change: Weight, delta: Weight, gram: Gram) -> float:
 
 
 def stochastic_codes(target: Weight, code: Table, absmax: Absmax, generator: torch.Generator) -> Codes:
-    """Round up or down at random, so that the expectation is `target`: merging without calibration inputs.
+    """Stochastic rounding to the grid, with `target` as its expectation: merging without calibration inputs.
 
-    Unbiased, but for targets beyond the outermost levels, which are clipped. The price is noise of up to half a step in
-    every weight that is not on the grid: several times the error that `calibrate_rows` leaves.
+    Unbiased, except for targets beyond the outermost levels, which are clipped. It adds noise of up to half a step to
+    each weight that is not on the grid: several times the error of `calibrate_rows`.
 
     Args:
         target: The weight to round, `W + ΔW`.
         code: The levels.
-        absmax: The scales, which stay.
-        generator: The source of randomness; there is no default.
+        absmax: The scales, which are not changed.
+        generator: Source of randomness; there is no default.
 
     Raises:
         ValueError: If blocks straddle rows.
@@ -125,28 +136,29 @@ def stochastic_codes(target: Weight, code: Table, absmax: Absmax, generator: tor
 def calibrate_rows(
     codes: Codes, absmax: Absmax, delta: Weight, *, code: Table, gram: Gram, damping: float = 0.01, max_kappa: float = 4
 ) -> Calibrated:
-    """Codes and absmax with `Q X ≈ (W + ΔW) X`, where `W = absmax_block · code[codes]`.
+    """Find codes and scales with `Q X ≈ (W + ΔW) X`, where `W = absmax_block · code[codes]`.
 
-    For a given `κ` each row is improved from two starts, and the better one is taken: Babai's nearest plane (GPTQ in
-    the order of decreasing `diag H`), and the codes that came. To improve is to take the one step of one code that
-    lowers the error most once all absmax of the row are refitted by least squares, at most 64 times. `κ` starts at 1
-    and is interpolated until `kept` is within 0.02 of 1, in five fits at most.
+    For a given `κ` each row is optimized from two starts, and the better result is taken: Babai's nearest plane (GPTQ
+    in the order of decreasing `diag H`), and the given codes. An optimization step changes one code by one level: the
+    change that lowers the error most after all scales of the row are refitted by least squares; at most 64 steps. `κ`
+    starts at 1 and is interpolated until `kept` is within 0.02 of 1, in at most five fits.
 
     A fit costs about `8 out in²` multiply-adds, and a step of all rows `6 out in² / blocksize`, in chunks of a few
-    times 128 MB. Deterministic. The error at `κ` is never above that of the codes that came.
+    times 128 MB. Deterministic. The error at `κ` is never above that of the given codes.
 
     Args:
-        codes: The weight's codes now.
-        absmax: Its scales now.
+        codes: The codes of the base weight.
+        absmax: The scales of the base weight.
         delta: The update to merge, `ΔW`.
-        code: The levels, sorted or not, distinct or not.
-        gram: `H` of the calibration inputs.
-        damping: Added to the diagonal of `gram`, as a part of its mean; 0.1 is wiser below about 1,000 tokens.
-        max_kappa: Bound of the overshoot; 1 minimises the output's error instead, which shrinks the update.
+        code: The levels, in any order; they need not be distinct.
+        gram: Second moments `H` of the calibration inputs.
+        damping: Added to the diagonal of `gram`, relative to the diagonal's mean; use 0.1 below about 1,000 tokens.
+        max_kappa: Bound of the overshoot; 1 minimises the output error instead, which shrinks the update.
 
     Returns:
-        Codes, absmax, the overshoot, and `kept` and `error` by `gram`, which flatters: by a point or two with seven
-        tokens per input, by more with fewer. Rows in which `delta` is zero come back as they were.
+        Codes, scales, the overshoot, and `kept` and `error` on the calibration inputs. These figures are optimistic: by
+        a point or two with seven tokens per input feature, by more with fewer. Rows in which `delta` is zero are
+        returned unchanged.
 
     Raises:
         ValueError: If shapes do not fit (blocks must not straddle rows), or a value is not finite or out of range.
@@ -217,7 +229,7 @@ class _Problem(NamedTuple):  # what all rows share
 
 
 def _fit(problem: _Problem, target: Tensor, start: _Point) -> _Point:
-    """Row by row the best of `start` and of what steps make of it and of the nearest plane."""
+    """For each row the best of `start`, of its descent, and of the descent from the nearest plane."""
     best, lowest = start, problem.error(target, start)
     plane = _nearest_plane(problem, target, start.absmax)
     chunk = max(1, 2**25 // (target.shape[1] * start.absmax.shape[1]))  # bounds what _steps holds, to 128 MB a tensor
@@ -233,7 +245,7 @@ def _fit(problem: _Problem, target: Tensor, start: _Point) -> _Point:
 
 
 def _nearest_plane(problem: _Problem, target: Tensor, absmax: Tensor) -> _Point:
-    """Round column by column, and let the columns still to come make up for each error (GPTQ)."""
+    """Round column by column; the remaining columns compensate for each error (GPTQ)."""
     factor, diagonal = problem.factor, problem.factor.diagonal().tolist()
     # Columns first, so that what the loop reads and writes is contiguous.
     left, scale = target.T[problem.order], absmax.T[problem.order // problem.blocksize]  # (in, rows)
@@ -260,7 +272,7 @@ def _shift(problem: _Problem, level: Tensor, normal: Tensor, gradient: Tensor, a
 
 
 def _steps(problem: _Problem, target: Tensor, point: _Point, limit: int = 64) -> _Point:
-    """Greedy coordinate descent: in each row the one step of one code that gains most, all absmax refitted."""
+    """Greedy coordinate descent: per row the change of one code that lowers the error most, scales refitted."""
     gram, levels, size = problem.gram, problem.levels, problem.blocksize
     diagonal, last, columns = gram.diagonal(), len(levels) - 1, target.shape[1]
     best = _Point(point.indices.clone(), point.absmax.clone())
@@ -304,7 +316,7 @@ def _steps(problem: _Problem, target: Tensor, point: _Point, limit: int = 64) ->
 
 
 def _next_kappa(tried: list[tuple], largest: float) -> float:
-    """Between the overshoots that kept a little too much and a little too little; until there are two such, ahead."""
+    """The next overshoot to try: interpolated between two that bracket full retention, else extrapolated."""
     below, above = ([each for each in tried if (each[1] < 1) is side] for side in (True, False))
     if not below or not above:
         return min(
@@ -315,7 +327,7 @@ def _next_kappa(tried: list[tuple], largest: float) -> float:
 
 
 def _levels(code: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct levels in ascending order, and the first code that names each (fp4 has two zeros)."""
+    """The distinct levels in ascending order, and the first code of each (fp4 has two zeros)."""
     levels, numbers = code.sort(stable=True)
     first = torch.diff(levels, prepend=levels[:1] - 1) > 0
     return levels[first], numbers[first]
@@ -346,6 +358,6 @@ def _check(codes: Tensor, damping: float, max_kappa: float, **floats: Tensor) ->
     if not damping > 0 or not max_kappa >= 1:
         raise ValueError(f"damping must be positive and max_kappa at least 1, got {damping} and {max_kappa}.")
     if not torch.allclose(floats["gram"], floats["gram"].T, rtol=1e-3, atol=1e-3 * floats["gram"].abs().max().item()):
-        raise ValueError("gram must be symmetric, as a mean of x xᵀ is.")
+        raise ValueError("gram must be symmetric, a mean of x xᵀ.")
     if not floats["gram"].diagonal().sum() > 0:
-        raise ValueError("gram must not be zero: inputs that are all zero tell nothing.")
+        raise ValueError("gram must not be zero: all calibration inputs are zero.")

@@ -1,7 +1,7 @@
-"""bitsandbytes' modules to values and back, without running one.
+"""Conversion between bitsandbytes' modules and values, without running a module.
 
-A `Linear4bit` or `Linear8bitLt` rewrites itself as it runs. `from_bnb` reads it in whatever state it is and leaves it
-alone; `to_bnb` makes an ordinary one.
+A `Linear4bit` or `Linear8bitLt` rewrites itself when it runs. `from_bnb` reads it in every state and does not change
+it; `to_bnb` makes a new module.
 """
 
 import sys
@@ -39,13 +39,12 @@ def is_bnb_linear(module: nn.Module) -> bool:
 
 
 def from_bnb(module: nn.Module) -> tuple[Quantized, Tensor | None]:
-    """Read `(q, bias)` from a bitsandbytes linear module, in whatever state it is, and leave it as it is.
+    """Read the weight and bias of a bitsandbytes linear module, in any state, without changing it.
 
-    The states: not yet quantized (quantized here as bitsandbytes would on moving it), fresh, after a forward in
-    training, after an 8-bit forward (statistics moved to `module.state`), and after an eval-mode forward on a
-    CPU with AVX512-BF16, which repacks a 4-bit weight in place: it is unpacked into a copy, and its statistics
-    are what bitsandbytes left of them, rounded to bfloat16 and no longer nested. In the others the tensors are
-    the module's own.
+    The states: not yet quantized (quantized here as bitsandbytes would when the module is moved), fresh, after a
+    forward in training, after an 8-bit forward (statistics moved to `module.state`), and after an eval-mode forward on
+    a CPU with AVX512-BF16, which repacks a 4-bit weight in place. A repacked weight is unpacked into a copy whose
+    scales bitsandbytes has rounded to bfloat16. In all other states the result shares the module's memory.
 
     Args:
         module: `bitsandbytes.nn.Linear4bit` or `Linear8bitLt`.
@@ -54,7 +53,7 @@ def from_bnb(module: nn.Module) -> tuple[Quantized, Tensor | None]:
         The weight, and the bias (out,) or None.
 
     Raises:
-        ValueError: If the module is another one, or its tensors contradict each other.
+        ValueError: If it is not such a module, or its tensors contradict each other.
 
     Example:
         >>> import bitsandbytes as bnb
@@ -72,7 +71,7 @@ def from_bnb(module: nn.Module) -> tuple[Quantized, Tensor | None]:
 
 
 def to_bnb(q: Quantized, bias: Tensor | None = None) -> nn.Module:
-    """An ordinary bitsandbytes module with a copy of this weight; `from_bnb(to_bnb(q))` is `q`.
+    """Make a bitsandbytes module with a copy of this weight; the inverse of `from_bnb`.
 
     Args:
         q: A quantized weight.

@@ -10,24 +10,23 @@ from .value import Quantized, Quantized4bit, quantize_8bit, shape2, unpack  # no
 
 
 class FusedWeight(NamedTuple):
-    """A 4-bit weight once more, in the layout of bitsandbytes' kernel for CPUs with AVX512-BF16; see `fused_weight`."""
+    """A copy of a 4-bit weight in the layout of bitsandbytes' kernel for CPUs with AVX512-BF16; see `fused_weight`."""
 
     packed: Tensor  # (out, in / 2)
     absmax: Tensor  # (in / blocksize, out) bfloat16
 
 
 def fused_weight(q: Quantized) -> FusedWeight | None:
-    """A second copy of a 4-bit weight, for bitsandbytes' fused kernel on CPUs with AVX512-BF16.
+    """Copy a 4-bit weight into the layout of bitsandbytes' fused kernel for CPUs with AVX512-BF16.
 
-    For up to `FUSED_ROWS` rows of bfloat16 the kernel saves dequantizing, because it reads the packed weight only. The
-    price is the memory, half a byte and 2 / blocksize a weight, and scales that are rounded to
-    bfloat16: by up to 0.4 %, or not at all if the weight was bfloat16 and its scales are not nested. bitsandbytes' own
-    modules replace their weight by such a copy without being asked, in eval mode; here `q` stays, and gradients are
-    taken through `q`.
+    For up to `FUSED_ROWS` rows of bfloat16 the kernel is faster than dequantizing, because it reads only the packed
+    weight. It costs memory, half a byte and 2 / blocksize per weight, and rounds the scales to bfloat16: by up to
+    0.4 %, or not at all if the weight was bfloat16 and its scales are not nested. bitsandbytes' own modules silently
+    replace their weight by such a copy in eval mode; here `q` is unchanged, and gradients are taken through `q`.
 
     Returns:
-        The copy, or None where nothing could use it: on another CPU, for 8 bits, or if `out` is not a multiple of 32 or
-        `in` not one of the block size.
+        The copy, or None where the kernel can't be used: on other CPUs, for 8 bits, or if `out` is not a multiple of 32
+        or `in` not a multiple of the block size.
 
     Example:
         >>> fused_weight(quantize_8bit(torch.ones(32, 64))) is None

@@ -35,8 +35,8 @@ from .value import (
 )
 
 
-# Up to so many rows bitsandbytes' fused CPU kernel is used: `python -m tests.benchmarks roofline` times it against
-# dequantizing, where there is one.
+# Up to this number of rows bitsandbytes' fused CPU kernel is used; `python -m tests.benchmarks roofline` times it
+# against dequantizing.
 FUSED_ROWS = 32
 
 
@@ -50,24 +50,24 @@ def quantized_linear(
 ) -> Float[Tensor, "*batch out"]:
     """`x dequantize(q)ᵀ + bias`, differentiable in `x` and `bias` to any order.
 
-    The weight is dequantized for the product and dropped; backward dequantizes it again. This is the
-    arithmetic of bitsandbytes' modules in training. Use it as a `base_fn`: `functools.partial(quantized_linear, q)`.
-    On a GPU, bitsandbytes chooses for few rows a kernel that multiplies by the packed weight itself.
-    Inside `torch.compile` the compiler decides what is kept for backward, and it may keep dense weights.
+    The dense weight is a temporary of the product; the backward pass dequantizes again. This is the arithmetic of
+    bitsandbytes' modules in training. Use it as a `base_fn`: `functools.partial(quantized_linear, q)`.
+    On a GPU, for few rows, bitsandbytes' kernel multiplies by the packed weight directly.
+    Inside `torch.compile` the compiler decides what is saved for backward, and may save dense weights.
 
     Args:
         q: A quantized weight.
-        x: Input; multiplied in `q.compute_dtype` if that is given, else in its own dtype.
+        x: Input; multiplied in `q.compute_dtype` if that is set, else in the dtype of `x`.
         bias: Added in the product's dtype, or None.
-        int8_activations: For an 8-bit `q`: round the rows of `x` to 8 bits, too, and multiply integers
+        int8_activations: For an 8-bit `q`: also quantize the rows of `x` to 8 bits and multiply integers
             (LLM.int8()), except for features with a value above `q.threshold`, if it is not 0. Faster on
-            GPUs and off by a percent or two; its derivative is taken to be that of the exact product.
-        fused: `fused_weight(q)`, to multiply up to `FUSED_ROWS` rows of bfloat16 by where gradients are disabled.
+            GPUs, with an error of one or two percent; the derivative is that of the exact product.
+        fused: `fused_weight(q)`, used for up to `FUSED_ROWS` rows of bfloat16 where gradients are disabled.
 
     Raises:
-        ValueError: If `x` is not (*batch, in) or not of floating-point numbers, if a bias is not (out,), if
-            `int8_activations` is asked of a 4-bit weight, if `fused` is of another weight, or if the weight itself is
-            to be differentiated or mapped over.
+        ValueError: If `x` is not a floating-point (*batch, in), if the bias is not (out,), if `int8_activations` is
+            set for a 4-bit weight, if `fused` belongs to another weight, or if the weight itself is differentiated or
+            mapped over.
 
     Example:
         >>> import torch
@@ -86,7 +86,7 @@ def quantized_linear(
         raise ValueError(f"bias must be ({out_features},), got {tuple(bias.shape)}.")
     if fused is not None and (isinstance(q, Quantized8bit) or fused.packed.shape != (out_features, in_features // 2)):
         raise ValueError(
-            f"fused {tuple(fused.packed.shape)} is no copy of the weight {q.shape}; fused_weight makes it."
+            f"fused {tuple(fused.packed.shape)} is not a copy of the weight {q.shape}; fused_weight(q) makes one."
         )
     dtype = x.dtype
     if isinstance(q, Quantized4bit) and q.compute_dtype is not None:
@@ -109,10 +109,10 @@ def quantized_linear(
 
 
 class _Product(torch.autograd.Function):
-    """`x Wᵀ + bias`, or `x W` if transposed, with W dequantized for the occasion.
+    """`x Wᵀ + bias`, or `x W` if transposed, with W dequantized temporarily.
 
-    The packed leaves are arguments (not hidden in `spec`), because inside a transform they may be wrapped, too.
-    Every rule is again this function, so that derivatives of all orders and directions exist.
+    The packed leaves are arguments, not hidden in `spec`, because a transform may have wrapped them.
+    Each rule is expressed by this Function again, so that derivatives of all orders exist, forward and reverse.
     """
 
     @staticmethod
@@ -125,7 +125,7 @@ class _Product(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _, _, spec, _, transposed, *leaves = inputs
         ctx.spec, ctx.transposed = spec, transposed
-        # An absent tangent stays None, so that one of the weight's can be told from zeros and refused.
+        # An absent tangent stays None, so that a tangent of the weight can be told from zeros and refused.
         ctx.set_materialize_grads(False)
         ctx.output_shape = output.shape
         ctx.save_for_backward(*leaves)

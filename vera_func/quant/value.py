@@ -27,7 +27,7 @@ NESTED_BLOCKSIZE = 256  # of nested statistics, the only one that bitsandbytes h
 
 
 class NestedStatistics(NamedTuple):
-    """Block statistics that are quantized themselves: `absmax = code[index] * scale[i // 256] + offset`."""
+    """Double-quantized block statistics: `absmax = code[index] * scale[i // 256] + offset`."""
 
     scale: Tensor
     code: Tensor
@@ -60,17 +60,17 @@ class Quantized4bit:
 
     Invariants, checked by `validate`: `packed` holds `ceil(out * in / 2)` bytes, the first of two values in
     the high half of a byte, in the row-major order of the weight; there is one `absmax` for each
-    `blocksize` consecutive values, whatever row they are in.
+    `blocksize` consecutive values, also where a block continues in the next row.
 
     Attributes:
-        packed: Two values a byte, (bytes / itemsize, 1), in the storage dtype.
+        packed: Two values per byte, (bytes / itemsize, 1), in the storage dtype.
         absmax: Scale of each block, (blocks,) float32; uint8 indices where `nested` is given.
-        nested: What `absmax` is quantized with, or None.
+        nested: Statistics of the double quantization of `absmax`, or None.
         shape: (out, in).
-        dtype: Dtype that the weight had before, and of `dequantize` by default.
+        dtype: Dtype of the weight before quantization, and of `dequantize` by default.
         quant_type: "nf4" or "fp4".
-        blocksize: Values a block, one of `BLOCKSIZES`.
-        compute_dtype: Dtype in which `quantized_linear` multiplies; None is that of `x`.
+        blocksize: Values per block, one of `BLOCKSIZES`.
+        compute_dtype: Dtype in which `quantized_linear` multiplies; None means the dtype of `x`.
         device: The device of the tensors; `to(device)` moves them and keeps their dtypes.
         nbytes: Memory of the tensors, in bytes.
 
@@ -96,13 +96,13 @@ class Quantized4bit:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Quantized8bit:
-    """A weight (out, in) in 8-bit integers with one scale a row: `codes * scale / 127`.
+    """A weight (out, in) as 8-bit integers with one scale per row: `codes * scale / 127`.
 
     Attributes:
         codes: (out, in) int8.
         scale: Largest absolute value of each row, (out,) float32.
         shape: (out, in).
-        threshold: Activations above it are outliers to `int8_activations`; 0 means none are.
+        threshold: Activations above it are outliers for `int8_activations`; 0 means that none are.
         device: The device of the tensors; `to(device)` moves them and keeps their dtypes.
         nbytes: Memory of the tensors, in bytes.
 
@@ -123,7 +123,7 @@ class Quantized8bit:
 
 
 class Spec4bit(NamedTuple):
-    """What a `Quantized4bit` is beside its tensors."""
+    """The static fields of a `Quantized4bit`: everything but its tensors."""
 
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -133,7 +133,7 @@ class Spec4bit(NamedTuple):
 
 
 class Spec8bit(NamedTuple):
-    """What a `Quantized8bit` is beside its tensors."""
+    """The static fields of a `Quantized8bit`: everything but its tensors."""
 
     shape: tuple[int, int]
     threshold: float
@@ -152,18 +152,18 @@ def quantize_4bit(
     quant_storage: torch.dtype = torch.uint8,
     compute_dtype: torch.dtype | None = None,
 ) -> Quantized4bit:
-    """Round each block of a weight to 16 levels times the block's largest absolute value.
+    """Quantize a weight to 4 bits: each block is rounded to 16 levels times its largest absolute value.
 
-    The bytes are those of bitsandbytes. Takes 4 bits a value and 32 / `blocksize` for the statistics, or about
+    The bytes are those of bitsandbytes. Takes 4 bits per value, and 32 / `blocksize` bits for the statistics, or about
     8 / `blocksize` with `double_quant`.
 
     Args:
         weight: (out, in), float16, bfloat16 or float32, finite.
         quant_type: "nf4", levels at the quantiles of a normal distribution, or "fp4", a 4-bit float.
         blocksize: Values that share a scale, one of `BLOCKSIZES`.
-        double_quant: Quantize the scales, too, to 8 bits (QLoRA's double quantization).
+        double_quant: Also quantize the scales to 8 bits (QLoRA's double quantization).
         quant_storage: Dtype that the bytes are viewed as; it changes nothing else.
-        compute_dtype: Dtype of the product with `x`; None is that of `x`.
+        compute_dtype: Dtype of the product with `x`; None means the dtype of `x`.
 
     Raises:
         ValueError: If the weight is not 2-D, not finite, or of another dtype, or an option is unknown.
@@ -200,13 +200,13 @@ def quantize_4bit(
 
 
 def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) -> Quantized8bit:
-    """Round each row of a weight to 255 levels, `codes = round(127 * weight / max|row|)`.
+    """Quantize a weight to 8 bits: `codes = round(127 * weight / max|row|)` for each row.
 
     The bytes are those of bitsandbytes, which rounds the weight to float16 first.
 
     Args:
         weight: (out, in), float16, bfloat16 or float32, finite also in float16 (below 65,504).
-        threshold: Kept for `quantized_linear(int8_activations=True)` and `to_bnb`; the codes do not depend on it.
+        threshold: Stored for `quantized_linear(int8_activations=True)` and `to_bnb`; the codes do not depend on it.
 
     Raises:
         ValueError: If the weight is not 2-D, not finite in float16 or of another dtype, or the threshold negative.
@@ -232,14 +232,14 @@ def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) ->
 
 
 def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
-    """The dense weight that `q` stands for.
+    """Return the dense weight of a quantized one.
 
-    Costs a pass over the packed weight and an (out, in) tensor. Not differentiable in `q`.
+    Costs a pass over the packed weight and an (out, in) tensor. Not differentiable with respect to `q`.
 
     Args:
         q: A quantized weight.
-        dtype: Of the result; None is the dtype that the weight had before it was quantized to 4 bits,
-            and float32 for 8 bits.
+        dtype: Dtype of the result; None means the weight's dtype before it was quantized to 4 bits, and
+            float32 for 8 bits.
 
     Raises:
         ValueError: If `dtype` is not a floating-point one, or a 4-bit weight itself is to be differentiated.
@@ -259,7 +259,7 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, 
 
 
 def validate(q: Quantized) -> None:
-    """Check the invariants of a quantized weight that came from elsewhere.
+    """Check the invariants of a quantized weight that was not made by this library.
 
     Raises:
         ValueError: If a tensor has the wrong shape or dtype for `q.shape`, or an option is unknown.
@@ -268,7 +268,7 @@ def validate(q: Quantized) -> None:
         >>> import torch
         >>> validate(quantize_8bit(torch.ones(2, 3)))
     """
-    flatten(q)  # refuses what is no quantized weight
+    flatten(q)  # raises for anything else
     out_features, in_features = q.shape
     if out_features <= 0 or in_features <= 0:
         raise ValueError(f"shape must be (out, in), both positive, got {q.shape}.")
@@ -296,7 +296,7 @@ def validate(q: Quantized) -> None:
 
 
 def levels(q: Quantized4bit) -> Float[Tensor, "16"]:
-    """The table that the codes of a 4-bit weight index, in bitsandbytes' order.
+    """The 16 levels that the codes of a 4-bit weight index, in bitsandbytes' order.
 
     Example:
         >>> levels(quantize_4bit(torch.ones(1, 64)))[[0, 7, 15]]
@@ -306,7 +306,7 @@ def levels(q: Quantized4bit) -> Float[Tensor, "16"]:
 
 
 def unpack(q: Quantized4bit) -> tuple[UInt8[Tensor, "out in"], Float[Tensor, " blocks"]]:
-    """The codes of a 4-bit weight, one uint8 each, and its block statistics, un-nested in float32.
+    """The codes of a 4-bit weight, one uint8 each, and its block scales, dequantized to float32.
 
     Example:
         >>> codes, absmax = unpack(quantize_4bit(torch.ones(1, 64)))
@@ -319,9 +319,9 @@ def unpack(q: Quantized4bit) -> tuple[UInt8[Tensor, "out in"], Float[Tensor, " b
 
 
 def pack(q: Quantized4bit, codes: UInt8[Tensor, "out in"], absmax: Float[Tensor, " blocks"]) -> Quantized4bit:
-    """A weight of the same kind with these codes and statistics, which are not nested; undoes `unpack`.
+    """A weight of the same format with these codes and scales; the inverse of `unpack`.
 
-    Nesting rounds the statistics to 8 bits, and would undo small changes of them.
+    The scales are stored in float32: double quantization would round away small changes of them.
 
     Raises:
         ValueError: If the shapes are not those of `q`.

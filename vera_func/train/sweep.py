@@ -1,4 +1,4 @@
-"""Many adapters over a grid of settings: the rows of a sweep, its table, and its runs taken apart and joined."""
+"""Hyper-parameter sweeps over stacked adapters: grids, tables of results, and slicing and joining of runs."""
 
 from collections.abc import Mapping, Sequence, Sized
 from itertools import product
@@ -14,7 +14,7 @@ from .optim import AdamWState
 
 
 def sweep(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Every combination of the values of a grid, as rows; the last name varies fastest.
+    """All combinations of a grid's values, one row per adapter; the last name varies fastest.
 
     Row `i` is for adapter `i`: `learning_rate=[row["learning_rate"] for row in rows]`.
 
@@ -34,7 +34,7 @@ def sweep(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 def sweep_table(
     rows: Sequence[Mapping[str, Any]], results: Mapping[str, Tensor | Sequence[Any]]
 ) -> list[dict[str, Any]]:
-    """The rows of a sweep with a column per result, as plain numbers; `pandas.DataFrame` takes it.
+    """Join the rows of a sweep with result columns, as plain Python numbers, for `pandas.DataFrame` for example.
 
     Args:
         rows: From `sweep`, one for each adapter.
@@ -56,7 +56,7 @@ def sweep_table(
 
 
 def fit_row(run: Fit, i: int) -> Fit:
-    """The run of adapter `i` of stacked ones: what it would be, had it been trained alone.
+    """The run of adapter `i` of a stack, as if it had been trained alone.
 
     Example:
         >>> from vera_func import fit
@@ -76,7 +76,7 @@ def fit_row(run: Fit, i: int) -> Fit:
 
 
 def join_fits(runs: Sequence[Fit]) -> Fit:
-    """The runs of groups of stacked adapters as one; NaN stands for the losses of a group that ended earlier.
+    """Concatenate the runs of several stacks; the missing losses of a run that ended earlier are NaN.
 
     Example:
         >>> from vera_func import fit
