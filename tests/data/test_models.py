@@ -2,7 +2,9 @@
 
 import pytest
 
-from vera_func.data.models import Note, note_file, read_note, write_note
+from vera_func.data.models import Note, load_base, note_file, read_note, write_note
+
+from refused import Refused
 
 
 def test_notes(tmp_path):
@@ -16,3 +18,33 @@ def test_notes(tmp_path):
         note_file(bank).write_text(damaged)
         with pytest.raises(ValueError, match=r"all\.json"):
             read_note(bank)
+
+
+# What is refused
+
+bad = Refused()
+
+
+# What the commands read beside: the note, labelled texts, a model, an archive.
+for what, text, message in (
+    ("empty", "", "is not JSON"),
+    ("a list", "[]", "must hold a JSON object, got list"),
+    ("labels of numbers", '{"labels": [5]}', "labels a list of texts"),
+    ("a list for a prompt", '{"prompt": ["a"]}', "quant and prompt must be texts"),
+    ("deep", "[" * 100_000, "is not JSON"),
+):
+
+    def note(folder, text=text):
+        (folder / "vera_func.json").write_text(text)
+        return read_note(folder)
+
+    bad("read_note", what, note, f"vera_func.json.*{message}")
+
+bad("load_base", "an unknown format", lambda t: load_base(str(t), quant="int4"), "quant must be one of .*got 'int4'")
+bad("load_base", "an empty folder", lambda t: load_base(str(t)), "holds no model: no config.json")
+bad("load_base", "no folder", lambda t: load_base(str(t / "x")), "there is no folder", FileNotFoundError)
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -1,15 +1,26 @@
 """Adapters as PEFT's LoRA directories: exact, or the best of a smaller rank."""
 
 import copy
+import dataclasses
 
 import peft
 import pytest
 import torch
+from torch import nn
 
 import vera_func as vf
 from vera_func.io.lora import truncate
 
 from helpers import MODELS, TARGETS, llama, quantized, randomized, relative_error
+from refused import (
+    CONFIGURATION,
+    FROZEN,
+    NAN,
+    PARAMS,
+    Refused,
+    filled,
+    small_model,
+)
 
 
 IDS = torch.randint(3, 67, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -95,3 +106,56 @@ def test_sizes_of_a_model_are_checked_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="needs lambda_b"):
         vf.export_lora(tmp_path / "lora", *adapted[1:], llama(hidden_size=128))
     assert not (tmp_path / "lora").exists()
+
+
+# What is refused
+
+bad = Refused()
+
+
+def export(folder, params=None, frozen=None, config=None, base=None, **options):
+    params, frozen = PARAMS | (params or {}), FROZEN if frozen is None else frozen
+    return vf.export_lora(folder / "lora", params, frozen, config or CONFIGURATION, base or small_model(), **options)
+
+
+for rank in (0, 5, -1, 1.5, "2", True):
+    bad(
+        "export_lora",
+        f"rank={rank!r}",
+        lambda t, rank=rank: export(t, rank=rank),
+        f"rank must be in 1 ... 4.*got {rank}",
+    )
+
+bad("export_lora", "NaN in the pair", lambda t: export(t, frozen=filled(FROZEN, NAN)), "'vera_A' holds NaN or inf")
+bad("export_lora", "a dict for the config", lambda t: export(t, config={"r": 4}), "vera_func's VeraConfig, got dict")
+bad("export_lora", "no pair", lambda t: export(t, frozen={}), r"keys 'vera_A' and 'vera_B', got \[\]")
+bad(
+    "export_lora",
+    "a narrow A",
+    lambda t: export(t, frozen=vf.init_projections(4, 5, 5)),
+    r"vera_A \(4, 5\) is too narrow",
+)
+bad("export_lora", "a short B", lambda t: export(t, frozen=vf.init_projections(4, 7, 3)), "with out <= 3")
+bad(
+    "export_lora",
+    "another rank",
+    lambda t: export(t, config=dataclasses.replace(CONFIGURATION, r=2)),
+    r"must be \(2,\)",
+)
+bad(
+    "export_lora",
+    "overflow",
+    lambda t: export(t, filled(PARAMS, 1e38), filled(FROZEN, 1e38)),
+    "overflows torch.float32",
+)
+bad(
+    "export_lora",
+    "another model",
+    lambda t: export(t, base=nn.Sequential(nn.Linear(7, 6))),
+    "needs lambda_b .6,.|'2.lambda_b'",
+)
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -1,13 +1,17 @@
+"""Merging one layer: PEFT's bytes, what is kept, calibration that keeps what rounding loses."""
+
 import peft
 import pytest
 import torch
-from torch import nn
+from torch import nn, ones
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
 import vera_func as vf
 from vera_func.merging.calibrate import gram
 from vera_func.merging.layer import merge_stochastic
+
+from refused import LAYER, NAN, PAIR, Q4, Q8, ROWS, Refused, X, filled
 
 
 OUT, IN, R = 96, 128, 16
@@ -213,3 +217,111 @@ def test_calibration_says_what_it_needs():
         vf.merge_calibrated(vf.quantize_4bit(make_weight()), params, frozen, x[:, 1:])
     with pytest.raises(ValueError, match="straddle"):
         vf.merge_calibrated(vf.quantize_4bit(make_weight(), blocksize=256), params, frozen, x)
+
+
+# What is refused
+
+bad = Refused()
+MERGES = {
+    "merge_quantized": vf.merge_quantized,
+    "merge_dense": vf.merge_dense,
+    "merge_report": vf.merge_report,
+    "merge_calibrated": lambda *args: vf.merge_calibrated(*args, X),
+    "merge_stochastic": lambda *args: merge_stochastic(*args, generator=torch.Generator()),
+}
+
+for name, f in MERGES.items():
+    for what, params, frozen, message in (
+        ("inf", LAYER | {"lambda_b": ones(32) / 0}, PAIR, r"lambda_b \(32,\) holds NaN or inf"),
+        ("NaN in A", LAYER, PAIR | {"vera_A": ones(4, 64) * NAN}, r"vera_A \(4, 64\) holds NaN or inf"),
+        ("no lambda_d", {"lambda_b": ones(32)}, PAIR, "keys 'lambda_b' and 'lambda_d', got"),
+        ("a sum", LAYER | {"mixture": ones(())}, PAIR, "merge the parts of a sum one by one"),
+        ("None", LAYER | {"lambda_d": None}, PAIR, "lambda_d must be a tensor, got NoneType"),
+        ("integers", {k: v.long() for k, v in LAYER.items()}, PAIR, "must be a tensor of floating-point"),
+        ("another layer", LAYER | {"lambda_b": ones(31)}, PAIR, r"lambda_b \(32,\) .*got \(31,\)"),
+        ("half the pair", LAYER, {"vera_A": PAIR["vera_A"]}, r"frozen lacks \['vera_B'\]"),
+    ):
+        bad(name, what, lambda _, f=f, p=params, fr=frozen: f(Q4, p, fr), message)
+
+bad(
+    "merge_quantized",
+    "a dense weight",
+    lambda _: vf.merge_quantized(ones(32, 64), LAYER, PAIR),
+    "is dense: merge_dense",
+)
+bad("merge_quantized", "overflow", lambda _: vf.merge_quantized(Q8, filled(LAYER, 1e4), PAIR), "overflows float16")
+bad(
+    "merge_dense",
+    "to integers",
+    lambda _: vf.merge_dense(Q4, LAYER, PAIR, torch.int8),
+    "dtype must be a floating-point",
+)
+bad(
+    "merge_dense",
+    "overflow",
+    lambda _: vf.merge_dense(Q4, filled(LAYER, 1e4), PAIR, torch.float16),
+    "overflows torch.float16",
+)
+bad(
+    "merge_dense",
+    "a base of NaN",
+    lambda _: vf.merge_dense(ones(32, 64) * NAN, LAYER, PAIR),
+    "the base holds NaN or inf",
+)
+bad(
+    "merge_report",
+    "nothing to keep",
+    lambda _: vf.merge_report(Q4, vf.init_params(4, 32), PAIR),
+    "the adapter adds nothing",
+)
+
+for what, inputs in (("no inputs", ones(0, 64)), ("inputs of NaN", X * NAN), ("inputs of 0", X * 0)):
+    bad("merge_report", what, lambda _, x=inputs: vf.merge_report(Q4, LAYER, PAIR, x), "does nothing to these inputs")
+
+bad(
+    "merge_report",
+    "one row for all",
+    lambda _: vf.merge_report(Q4, LAYER, PAIR, merged=ones(64)),
+    r"merged is \(64,\), but",
+)
+bad(
+    "merge_report",
+    "transposed",
+    lambda _: vf.merge_report(Q4, LAYER, PAIR, merged=ones(64, 32)),
+    r"merged is \(64, 32\)",
+)
+bad(
+    "merge_calibrated",
+    "a scalar input",
+    lambda _: vf.merge_calibrated(Q4, LAYER, PAIR, ones(())),
+    r"must be .*64\), got \(\)",
+)
+bad("merge_calibrated", "inputs of NaN", lambda _: vf.merge_calibrated(Q4, LAYER, PAIR, X * NAN), "contain NaN or inf")
+bad("merge_calibrated", "no token", lambda _: vf.merge_calibrated(Q4, LAYER, PAIR, ones(0, 64)), "one weight per token")
+bad(
+    "merge_calibrated",
+    "half a gram",
+    lambda _: vf.merge_calibrated(Q4, LAYER, PAIR, gram=ones(64, 64).triu()),
+    "symmetric",
+)
+bad(
+    "merge_calibrated",
+    "a negative gram",
+    lambda _: vf.merge_calibrated(Q4, LAYER, PAIR, gram=-torch.eye(64)),
+    "gram must not",
+)
+bad(
+    "merge_calibrated",
+    "damping=-1",
+    lambda _: vf.merge_calibrated(Q4, LAYER, PAIR, X, damping=-1),
+    "damping must be positive",
+)
+bad(
+    "merge_calibrated", "straddling", lambda _: vf.merge_calibrated(ROWS, LAYER, PAIR, ones(3, 32)), "straddle the rows"
+)
+bad("merge_stochastic", "straddling", lambda _: MERGES["merge_stochastic"](ROWS, LAYER, PAIR), "straddle the rows")
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -9,6 +9,17 @@ import vera_func as vf
 from vera_func.cli.report import merge_advice
 
 from helpers import MODELS, TARGETS, quantized, randomized, relative_error, snapshot
+from refused import (
+    ADAPTED,
+    FROZEN,
+    NAN,
+    PARAMS,
+    Q4,
+    Refused,
+    X,
+    filled,
+    small_model,
+)
 
 
 IDS = torch.randint(3, 67, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -102,3 +113,46 @@ def test_unknown_formats():
         vf.merge(model, adapted.params, adapted.frozen, torch.int8)
     with pytest.raises(ValueError, match=r"rank must be in 1 \.\.\. 16"):
         vf.export_lora("unused", *adapted[1:], model, rank=17)
+
+
+# What is refused
+
+bad = Refused()
+
+
+for to in ("int4", torch.int8, 4, True):
+    wrong = f"to must be one of .*, got {to!r}"
+    bad("merge", f"to {to}", lambda _, to=to: vf.merge(small_model(), PARAMS, FROZEN, to), wrong)
+    bad("model_merge_report", f"to {to}", lambda _, to=to: vf.model_merge_report(ADAPTED, to), wrong)
+
+bad("merge", "no vectors", lambda _: vf.merge(small_model(), {}, FROZEN), "no 'lambda_b' of any layer")
+bad(
+    "merge",
+    "a list",
+    lambda _: vf.merge(small_model(), PARAMS | {"0.lambda_d": [1.0]}, FROZEN),
+    "must be a tensor, got list",
+)
+bad("merge", "NaN in the pair", lambda _: vf.merge(small_model(), PARAMS, filled(FROZEN, NAN)), "holds NaN or inf")
+bad(
+    "merge",
+    "a weight for nothing",
+    lambda _: vf.merge(small_model(), PARAMS, FROZEN, weights={"9": Q4}),
+    "'9', which is no adapted",
+)
+bad(
+    "model_merge_report",
+    "inputs of nothing",
+    lambda _: vf.model_merge_report(ADAPTED, "nf4", {"9": X}),
+    "inputs has '9'",
+)
+bad(
+    "model_merge_report",
+    "inputs of others",
+    lambda _: vf.model_merge_report(ADAPTED._replace(params=PARAMS), "nf4", {"0": X}),
+    r"\(tokens, 7\)",
+)
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -1,11 +1,15 @@
+"""What the layers of a model read, token by token, and weights calibrated on it."""
+
 import pytest
 import torch
+from torch import ones
 from torch.testing import assert_close
 
 import vera_func as vf
 from vera_func.merging.second_moments import calibrate_weights, second_moments
 
 from helpers import llama, quantized, randomized, snapshot
+from refused import ADAPTED, NAN, QADAPTED, Refused, filled
 
 
 TARGETS = ["q_proj", "v_proj"]
@@ -118,3 +122,62 @@ def test_a_calibrated_model_is_an_ordinary_one(base, tmp_path):
     nothing = vf.adapt(merged, vf.VeraConfig(r=1, target_modules="all-linear"))
     expected = nothing.apply(*nothing[1:3], input_ids=IDS, attention_mask=MASK).logits
     assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+# What is refused
+
+bad = Refused()
+
+bad("second_moments", "no batches", lambda _: second_moments(ADAPTED, []), "nothing to calibrate with")
+bad(
+    "second_moments",
+    "tensors",
+    lambda _: second_moments(ADAPTED, [ones(2, 7)]),
+    "mapping of the model's keyword arguments",
+)
+bad(
+    "second_moments",
+    "one batch",
+    lambda _: second_moments(ADAPTED, {"input": ones(2, 7)}),
+    "must be a mapping .*got str",
+)
+bad(
+    "second_moments",
+    "NaN",
+    lambda _: second_moments(ADAPTED, [{"input": ones(2, 7) * NAN}]),
+    "what '0' reads is not finite",
+)
+
+for what, readout in (
+    ("detached", lambda y: y.detach()),
+    ("elsewhere", lambda y: ones(2)),
+    ("a number", lambda y: 1.0),
+):
+    bad(
+        "second_moments", f"a readout {what}",
+        lambda _, readout=readout: second_moments(ADAPTED, [{"input": ones(2, 7)}], readout=readout),
+        "depends on no adapted layer",
+    )  # fmt: skip
+
+bad(
+    "calibrate_weights",
+    "dense",
+    lambda _: calibrate_weights(ADAPTED, {}),
+    "calibration is for 4-bit",
+)
+bad(
+    "calibrate_weights",
+    "no gram",
+    lambda _: calibrate_weights(QADAPTED, {}),
+    "nothing for '0'",
+)
+bad(
+    "calibrate_weights", "second moments of others",
+    lambda _: calibrate_weights(QADAPTED._replace(params=filled(QADAPTED.params)), {"0": torch.eye(32)}),
+    r"need gram \(64, 64\), got \(32, 32\)",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -1,6 +1,7 @@
 """`adapt`: any model as a pure function of params; equal to the model with merged weights, for every transform."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from helpers import (
     snapshot,
     tokens,
 )
+from refused import CONFIGURATION, PARAMS, Refused, small_model
 
 
 R = 8
@@ -379,3 +381,29 @@ def test_no_config_matches_nothing():
         vf.adapt(llama(), vf.VeraConfig(r=R, target_modules=["q_proj", "query"]))
     with pytest.raises(ValueError, match="'norm' is a BatchNorm1d"):
         vf.adapt(Normalized(), vf.VeraConfig(r=R, target_modules=["norm"]))
+
+
+# What is refused
+
+bad = Refused()
+
+bad("adapt", "no model", lambda _: vf.adapt(None, CONFIGURATION), "model must be an nn.Module, got NoneType")
+bad("adapt", "a dict", lambda _: vf.adapt(small_model(), {"r": 4}), "config must be vera_func's VeraConfig, got dict")
+bad(
+    "adapt",
+    "integers",
+    lambda _: vf.adapt(small_model(), CONFIGURATION, dtype=torch.int32),
+    "dtype must be a floating-point",
+)
+bad("adapt", "no layers", lambda _: vf.adapt(nn.Sequential(), CONFIGURATION), "no module matches")
+bad(
+    "adapt", "a seed for a generator",
+    lambda _: vf.adapt(small_model(), dataclasses.replace(CONFIGURATION, init_weights=False), generator=0),
+    "generator=torch.Generator",
+)  # fmt: skip
+bad("num_parameters", "params", lambda _: vf.num_parameters(PARAMS), "must be an Adapted, .*got dict")
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -1,9 +1,19 @@
+"""Scaled adapters and sums of adapters that are adapters again."""
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
 import vera_func as vf
+
+from refused import (
+    NAN,
+    PARAMS,
+    STACK,
+    Refused,
+    X,
+)
 
 
 OUT, IN, R = 11, 7, 5
@@ -122,3 +132,25 @@ def test_sums_that_are_refused(adapters, weights, says):
 def test_scalings_that_are_refused(params, factor, says):
     with pytest.raises(ValueError, match=says):
         vf.scale_adapter(params, factor)
+
+
+# What is refused
+
+bad = Refused()
+
+bad("scale_adapter", "NaN", lambda _: vf.scale_adapter(PARAMS, NAN), "factor must be finite, got nan")
+bad(
+    "scale_adapter",
+    "a head of its own",
+    lambda _: vf.scale_adapter({"head.weight": X}, 2.0),
+    "'head.weight' is no vector",
+)
+bad("add_adapters", "none", lambda _: vf.add_adapters([]), "at least one adapter")
+bad("add_adapters", "stacked", lambda _: vf.add_adapters([STACK, STACK]), "single adapters")
+bad("add_adapters", "weights of another number", lambda _: vf.add_adapters([PARAMS], [1, 2]), "got 1 and 2")
+bad("add_adapters", "NaN", lambda _: vf.add_adapters([PARAMS, PARAMS], [1, NAN]), "weights must be finite")
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import peft
 import pytest
 import torch
-from torch import nn
+from torch import nn, ones
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
@@ -28,6 +28,7 @@ from helpers import (
     relative_error,
     tokens,
 )
+from refused import ADAPTED, FROZEN, PARAMS, STACK, Refused
 
 
 R = 8
@@ -38,8 +39,6 @@ LANGUAGE = [
     ("bert", "dense"),
     ("bert", "nested"),
 ]
-
-
 BAD = {
     "a missing key": (
         lambda p: {k: v for k, v in p.items() if k != "0.lambda_d"},
@@ -364,3 +363,34 @@ def test_copied_apply_with_dropout():
 
 def test_repr():
     assert repr(language("llama", "dense")[1].apply) == "Apply(LlamaForCausalLM, 4 adapted layers)"
+
+
+# What is refused
+
+bad = Refused()
+
+
+def call(params=None, frozen=None, x=None):
+    x = ones(2, 7) if x is None else x
+    return ADAPTED.apply(PARAMS | (params or {}), FROZEN if frozen is None else frozen, x)
+
+
+bad("Adapted", "None for a vector", lambda _: call({"0.lambda_b": None}), "'0.lambda_b' must be a tensor, got NoneType")
+bad("Adapted", "a number", lambda _: call({"0.lambda_b": 1.0}), "'0.lambda_b' must be a tensor, got float")
+bad("Adapted", "integers", lambda _: call({"0.lambda_b": ones(5).long()}), "lambda_b must be .*floating.*torch.int64")
+bad("Adapted", "another layer's key", lambda _: call({"1.lambda_b": ones(5)}), "unknown keys, first '1.lambda_b'")
+bad("Adapted", "a transposed pair", lambda _: call(frozen={k: v.T for k, v in FROZEN.items()}), "implies rank 4, but")
+bad("Adapted", "flat projections", lambda _: call(frozen={k: v.flatten() for k, v in FROZEN.items()}), "must be .r, >=")
+bad("Adapted", "another rank", lambda _: call(frozen=vf.init_projections(5, 7, 5)), r"vera_A \(5, 7\)")
+bad("Adapted", "more than the pair", lambda _: call(frozen=FROZEN | {"C": ones(2)}), "keys 'vera_A' and 'vera_B', got")
+bad("Adapted", "a batch of another size", lambda _: call(STACK), r"\(3, 5\) has leading axes \(3,\).*\(2, 7\)")
+bad("Adapted", "x of integers", lambda _: call(x=ones(2, 7).long()), "x must be a floating-point tensor")
+bad(
+    "Adapted", "dropout without randomness", lambda _: ADAPTED.apply.with_dropout(None), "torch.Generator, got NoneType"
+)
+bad("Adapted", "dropout from a seed", lambda _: ADAPTED.apply.with_dropout(0), "needs a torch.Generator, got int")
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -5,7 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from torch import nn
+from torch import nn, ones
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
@@ -29,15 +29,12 @@ from helpers import (
     snapshot,
     tokens,
 )
+from refused import PARAMS, STACK, Refused
 
 
 R, N = 8, 4
-
-
 # torch's vmap goes through fused attention in a loop, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-
-
 CASES = [
     *(("llama", base, attention) for base in ("dense", "nested", "int8") for attention in ("sdpa", "eager")),
     *(("bert", base, "sdpa") for base in ("dense", "nested", "int8")),
@@ -442,3 +439,43 @@ class TestGenerate:
         together = apply.generate(vf.select_adapters(stacked, chosen), frozen, ids, **options)
         assert torch.equal(together[1], apply.generate(params, frozen, ids, **options)[1])
         assert torch.equal(together[2], apply.generate(row(stacked, 2), frozen, ids, **options)[2])
+
+
+# What is refused
+
+bad = Refused()
+
+bad("stack_adapters", "one, not in a list", lambda _: vf.stack_adapters(PARAMS), r"pass \[params, ...\]")
+bad("stack_adapters", "none", lambda _: vf.stack_adapters([]), "nothing to stack")
+bad("stack_adapters", "dtypes", lambda _: vf.stack_adapters([{"a": ones(3)}, {"a": ones(3).half()}]), "one dtype and")
+bad("stack_adapters", "devices", lambda _: vf.stack_adapters([{"a": ones(3)}, {"a": ones(3).to("meta")}]), "on meta in")
+bad("stack_adapters", "None", lambda _: vf.stack_adapters([{"a": ones(3)}, {"a": None}]), "adapter 1 must be a tensor")
+bad("unstack_adapters", "nothing", lambda _: vf.unstack_adapters({}), "stacked params are empty")
+bad("unstack_adapters", "a scalar", lambda _: vf.unstack_adapters({"a": ones(())}), r"common leading axis.*\(\)")
+bad(
+    "unstack_adapters",
+    "two sizes",
+    lambda _: vf.unstack_adapters({"a": ones(2, 3), "b": ones(3, 3)}),
+    r"'b' is \(3, 3\)",
+)
+bad("num_adapters", "a list", lambda _: num_adapters({"a": [1, 2]}), "'a' must be a tensor .n, ....*got list")
+bad("num_adapters", "nothing", lambda _: num_adapters({}), "stacked params are empty")
+
+for ids, message in (
+    ([3], "adapter id 3 is out of range: there are 3 adapters"),
+    ([-2], "adapter id -2 is out of range"),
+    ([0.5], "must be integers, got torch.float32"),
+    ([True], "must be integers, got torch.bool"),
+    (0, r"must be \(rows,\), or \(rows, k\) for sums, got \(\)"),
+    ([[[0]]], r"got \(1, 1, 1\)"),
+    ([], "must be integers, got torch.float32"),
+):
+    bad("select_adapters", f"ids {ids}", lambda _, ids=ids: vf.select_adapters(STACK, ids), message)
+
+bad("select_adapters", "weights of no sum", lambda _: vf.select_adapters(STACK, [0], [1.0]), "weights are for sums")
+bad("select_adapters", "too few weights", lambda _: vf.select_adapters(STACK, [[0, 1]], [1.0]), r"must be \(1, 2\)")
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -8,6 +8,9 @@ import pytest
 import vera_func as vf
 
 from helpers import llama
+from refused import (
+    Refused,
+)
 
 
 # ------------------------------------------------------------------------------------------------------- the fields
@@ -93,3 +96,38 @@ def test_one_form_of_each_value(given, kept):
 def test_a_configuration_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         vf.VeraConfig().r = 8
+
+
+# What is refused
+
+bad = Refused()
+
+
+for field, value, message in (
+    ("r", 2**70, "r must be below 2"),
+    ("target_modules", 5, "target_modules must be a name or a sequence of names, got 5"),
+    ("target_modules", {"q": 1}, "target_modules must be a name or a sequence"),
+    ("target_modules", "(a", "not a regular expression"),
+    ("modules_to_save", 5, "modules_to_save must be a name or a sequence"),
+    ("layers_to_transform", 1.5, "layers_to_transform must be an index or a sequence of them, got 1.5"),
+    ("base_model_name_or_path", 5, "base_model_name_or_path must be a text or None, got 5"),
+    ("revision", ["x"], "revision must be a text or None"),
+    ("d_initial", 10**400, "d_initial must be finite"),
+    ("d_initial", 1e308, "d_initial must be finite in float32"),
+    ("vera_dropout", 10**400, "vera_dropout must be at least 0 and below 1"),
+    ("bias", ["x_only"], "bias must be"),
+    ("task_type", 5, "task_type must be None or one of"),
+):
+    bad("VeraConfig", f"{field}={str(value)[:12]}", lambda _, f=field, v=value: vf.VeraConfig(**{f: v}), message)
+
+bad("VeraConfig", "a LoRA field", lambda _: vf.VeraConfig(lora_alpha=8), "lora_alpha", TypeError)
+bad(
+    "VeraConfig", "layers_pattern=(",
+    lambda _: vf.VeraConfig(target_modules=["q"], layers_to_transform=1, layers_pattern="("),
+    r"layers_pattern='\(' is not a regular expression",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -10,6 +10,7 @@ from vera_func.cli import demo
 from vera_func.model.convert import quantize_model
 
 from helpers import MODELS, TARGETS, llama, quantized, randomized, snapshot
+from refused import QMODEL, Refused, small_model
 
 
 IDS = torch.randint(3, 67, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -70,3 +71,23 @@ def test_dequantized_model(base):
     assert not any(hasattr(module.weight, "quant_state") for module in dense.modules() if hasattr(module, "weight"))
     assert dense.lm_head.weight is model.lm_head.weight
     assert not hasattr(dense.config, "quantization_config")
+
+
+# What is refused
+
+bad = Refused()
+
+bad("dequantize_model", "a state dict", lambda _: vf.dequantize_model(QMODEL.state_dict()), "got OrderedDict")
+bad("dequantize_model", "integers", lambda _: vf.dequantize_model(QMODEL, torch.int8), "got torch.int8")
+bad(
+    "quantize_model",
+    "unknown format",
+    lambda _: vf.quantize_model(small_model(), "int3"),
+    "must be one of .*got 'int3'",
+)
+bad("quantize_model", "no linears", lambda _: vf.quantize_model(nn.Sequential(nn.ReLU()), "nf4"), "no nn.Linear")
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

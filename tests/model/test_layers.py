@@ -6,7 +6,7 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
-from torch import nn
+from torch import nn, ones
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +15,7 @@ import vera_func as vf
 from vera_func.model.layers import Projections, QuantizedLinear, RowwiseAffine, frozen_layer, layer_sizes, shell_class
 
 from helpers import FORMATS, QUANTIZERS, R, randomized, relative_error, row, snapshot
+from refused import NAN, Q4, Refused
 
 
 # Whole blocks of 32 rows, which bitsandbytes' repacking on some CPUs needs; in and out differ.
@@ -420,3 +421,32 @@ def test_moving_a_layer_moves_its_constants(name):
     assert relative_error(layer(x.double()), expected.double()) < 1e-6
     layer.to_empty(device="cpu")  # forgets what is trained, but no constant
     assert torch.equal(layer.projections.vera_A, A.double())
+
+
+# What is refused
+
+bad = Refused()
+
+
+def shell(kind="Linear", base=None, A=None, B=None, r=4, **options):
+    base = nn.Linear(7, 5) if base is None else base
+    return getattr(vf, kind)(base, "a", ones(4, 7) if A is None else A, ones(5, 4) if B is None else B, r, **options)
+
+
+bad("Linear", "a 4-bit layer", lambda _: shell(base=vf.to_bnb(Q4)), "needs the shell Linear4bit")
+bad("Linear4bit", "a dense layer", lambda _: shell("Linear4bit"), "a Linear needs the shell Linear")
+bad("Linear8bitLt", "a 4-bit layer", lambda _: shell("Linear8bitLt", vf.to_bnb(Q4)), "needs the shell Linear4bit")
+bad("Linear", "a convolution", lambda _: shell(base=nn.Conv1d(2, 3, 1)), "a Conv1d cannot be adapted")
+bad("Linear", "r=0", lambda _: shell(r=0, A=ones(0, 7), B=ones(5, 0)), "r must be a positive integer, got 0")
+bad("Linear", "another rank", lambda _: shell(r=5), r"vera_A \(4, 7\) .* do not fit a layer 7 -> 5 at rank 5")
+bad("Linear", "a flat A", lambda _: shell(A=ones(4)), r"vera_A \(4,\)")
+bad("Linear", "dropout=1", lambda _: shell(vera_dropout=1.0), "vera_dropout must be at least 0 and below 1")
+bad("Linear", "dropout of NaN", lambda _: shell(vera_dropout=NAN), "vera_dropout must be at least 0 and below 1")
+bad("Linear", "d of NaN", lambda _: shell(d_initial=NAN), "d_initial must be finite")
+bad("Linear", "the delta of another", lambda _: shell().get_delta_weight("b"), "has the adapter 'a', not 'b'")
+bad("Linear", "projections of another", lambda _: shell(A={"b": ones(4, 7)}), "'a'", KeyError)
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -14,6 +14,12 @@ from helpers import (
     snapshot,
     tokens,
 )
+from refused import (
+    ADAPTED,
+    PARAMS,
+    STACK,
+    Refused,
+)
 
 
 R = 8
@@ -91,3 +97,23 @@ class TestToModule:
         assert torch.equal(first(input_ids=tokens()).logits, expected)
         assert torch.equal(adapted.apply(*adapted[1:3], input_ids=tokens()).logits, expected)
         assert all(p.grad is None for p in first.parameters())
+
+
+# What is refused
+
+bad = Refused()
+
+bad("to_module", "a stack", lambda _: vf.to_module(ADAPTED._replace(params=STACK)), "is stacked; a module holds one")
+bad("to_module", "no vectors", lambda _: vf.to_module(ADAPTED._replace(params={})), "lacks 4 of its 4 keys")
+bad("to_module", "no projections", lambda _: vf.to_module(ADAPTED._replace(frozen={})), r"'vera_B', got \[\]")
+bad(
+    "to_module",
+    "a list",
+    lambda _: vf.to_module(ADAPTED._replace(params=PARAMS | {"0.lambda_b": [1.0] * 5})),
+    "got list",
+)
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

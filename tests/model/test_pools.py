@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from torch import nn
+from torch import nn, ones
 from torch.func import grad
 from torch.testing import assert_close
 
@@ -25,11 +25,10 @@ from helpers import (
     snapshot,
     tokens,
 )
+from refused import ADAPTED, CONFIGURATION, PARAMS, STACK, Refused, small_model
 
 
 R, N = 8, 4
-
-
 # torch's vmap goes through fused attention in a loop, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 
@@ -189,3 +188,36 @@ def test_gpt2_pools_conv1d():
     rows = pool.apply(pool.params, pool.frozen, input_ids=x).logits
     for i, a in enumerate(adapters):
         assert_near(rows[i : i + 1], a.apply(a.params, a.frozen, input_ids=x[i : i + 1]).logits)
+
+
+# What is refused
+
+bad = Refused()
+
+bad("pool_adapters", "none", lambda _: vf.pool_adapters([]), "nothing to pool")
+bad("pool_adapters", "one, not in a list", lambda _: vf.pool_adapters(ADAPTED), "must be a sequence of Adapted")
+bad("pool_adapters", "params", lambda _: vf.pool_adapters([PARAMS]), "must be a sequence of Adapted")
+bad(
+    "pool_adapters",
+    "another model",
+    lambda _: vf.pool_adapters([ADAPTED, vf.adapt(small_model(), CONFIGURATION)]),
+    "another model",
+)
+bad(
+    "pool_adapters",
+    "a key too many",
+    lambda _: vf.pool_adapters([ADAPTED._replace(params=PARAMS | {"9.lambda_b": ones(3)})]),
+    "unknown keys",
+)
+bad(
+    "pool_adapters",
+    "no projections",
+    lambda _: vf.pool_adapters([ADAPTED._replace(frozen={})]),
+    "'vera_A' and 'vera_B'",
+)
+bad("pool_adapters", "a stack", lambda _: vf.pool_adapters([ADAPTED._replace(params=STACK)]), "is stacked; pool single")
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -58,8 +58,6 @@ MODELS = {
     "masked bert": masked_bert,
     "experts": Experts,
 }
-
-
 QV = ["q_proj", "v_proj"]
 TARGETED = [
     ("llama", {"target_modules": QV}),
@@ -119,8 +117,6 @@ TARGETED = [
     ("t5", {}),
     ("llama", {"layers_to_transform": [1]}),
 ]
-
-
 # What is trained beside the vectors.
 TRAINED = [
     *((model, {"bias": bias}) for model in ("llama", "gpt2", "bert") for bias in ("all", "vera_only", "lora_only")),

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import nn, ones
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
@@ -23,15 +23,12 @@ from helpers import (
     snapshot,
     tokens,
 )
+from refused import ADAPTED, FROZEN, STACK, Refused
 
 
 R, N = 8, 4
-
-
 # torch's vmap goes through fused attention in a loop, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-
-
 # in_dims, the positional and the keyword arguments; four adapters over a batch of three.
 FOLDS = {
     "mapped": (0, (normal(N, 3, 7),), {}),
@@ -229,3 +226,40 @@ class TestVmapAdapters:
         assert_close(vmap(f, (0, None))(populations, x), expected)
         compiled = torch.compile(partial(f, x=x), fullgraph=True, backend="aot_eager")
         assert_close(compiled(stacked), f(stacked, x))
+
+
+# What is refused
+
+bad = Refused()
+
+
+for size in (0, -1, 1.5, "2"):
+    bad(
+        "vmap_adapters", f"chunks of {size!r}", lambda _, n=size: vf.vmap_adapters(ADAPTED.apply, chunk_size=n),
+        f"chunk_size must be positive or None, got {size}",
+    )  # fmt: skip
+
+bad("vmap_adapters", "an Adapted", lambda _: vf.vmap_adapters(ADAPTED), "function of .params.*, got Adapted")
+
+for dims in ("0", 1.5):
+    bad(
+        "vmap_adapters", f"in_dims={dims!r}", lambda _, d=dims: vf.vmap_adapters(ADAPTED.apply, d), "in_dims must be an"
+    )
+
+bad(
+    "vmap_adapters",
+    "an axis too far",
+    lambda _: vf.vmap_adapters(ADAPTED.apply, 9)(STACK, FROZEN, ones(3, 2, 7)),
+    "axis 9",
+)
+bad(
+    "vmap_adapters",
+    "two for three",
+    lambda _: vf.vmap_adapters(ADAPTED.apply)(STACK, FROZEN, ones(2, 2, 7)),
+    "3 adapters",
+)
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -17,6 +17,7 @@ import vera_func as vf
 from vera_func.quant.value import BLOCKSIZES
 
 from helpers import FORMATS, llama, normal, quantized, randomized, relative_error, repack
+from refused import Q4, Q8, Refused, X
 
 
 # A single value; one row; primes; no whole byte; rows that are no whole blocks; more than 256 blocks.
@@ -340,3 +341,36 @@ class TestFromBnb:
                 assert relative_error(actual[key], value) < 0.02, key
         for key, value in gradient(repacked).items():
             assert torch.equal(value, expected[key]), key
+
+
+# What is refused
+
+bad = Refused()
+
+bad("to_bnb", "a dense weight", lambda _: vf.to_bnb(X), "expected a Quantized4bit or Quantized8bit")
+bad("from_bnb", "a plain layer", lambda _: vf.from_bnb(nn.Linear(2, 3)), "expected bitsandbytes' .*, got Linear")
+bad("from_bnb", "None", lambda _: vf.from_bnb(None), "got NoneType")
+
+
+def module_with(q, **state):
+    module = vf.to_bnb(q)
+    for name, value in state.items():
+        setattr(module.weight.quant_state, name, value)
+    return module
+
+
+def without_scales():
+    module = vf.to_bnb(Q8)
+    module.weight.SCB = None
+    return module
+
+
+bad("from_bnb", "an odd blocksize", lambda _: vf.from_bnb(module_with(Q4, blocksize=100)), "blocksize must be one of")
+bad("from_bnb", "an unknown type", lambda _: vf.from_bnb(module_with(Q4, quant_type="int4")), "quant_type must be")
+bad("from_bnb", "a lying shape", lambda _: vf.from_bnb(module_with(Q4, shape=torch.Size([64, 64]))), "packs into 2048")
+bad("from_bnb", "no row scales", lambda _: vf.from_bnb(without_scales()), "no row scales .SCB.")
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 import vera_func as vf
 
 from helpers import FORMATS, llama, normal, quantized, randomized, relative_error
+from refused import Q4, Q8, Refused, X
 
 
 class Products(TorchDispatchMode):
@@ -292,3 +293,19 @@ def test_threads_share_one_weight(name):
     for x, gradient in zip(xs, actual, strict=True):
         assert_close(gradient, f(x))
     assert torch.equal(vf.dequantize(q), vf.dequantize(before))
+
+
+# What is refused
+
+bad = Refused()
+
+bad("quantized_linear", "a dense weight", lambda _: vf.quantized_linear(X, X), "expected a Quantized4bit .* got Tensor")
+bad("quantized_linear", "x of integers", lambda _: vf.quantized_linear(Q4, X.long()), "floating-point .*torch.int64")
+bad("quantized_linear", "x complex", lambda _: vf.quantized_linear(Q4, X + 0j), "floating-point .*torch.complex64")
+bad("quantized_linear", "x of booleans", lambda _: vf.quantized_linear(Q8, X > 0), "floating-point .*torch.bool")
+bad("quantized_linear", "x as None", lambda _: vf.quantized_linear(Q4, None), "got NoneType")
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -1,6 +1,7 @@
 """Quantized weights as values: bitsandbytes' bytes, the formula, and their invariants."""
 
 import dataclasses
+import re
 from itertools import product
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes import functional
+from torch import nn, ones
 from torch.testing import assert_close
 from torch.utils._pytree import tree_flatten
 
@@ -16,12 +18,11 @@ from vera_func import private
 from vera_func.quant.value import BLOCKSIZES, validate
 
 from helpers import FORMATS, normal, relative_error
+from refused import INF, Q4, Q4_NESTED, Q8, Refused, X
 
 
 # A single value; one row; primes; no whole byte; rows that are no whole blocks; more than 256 blocks.
 SHAPES = [(1, 1), (1, 64), (5, 1), (13, 37), (32, 64), (33, 96), (97, 101)]
-
-
 # Rows that are no whole blocks of some size; and a width of a Llama for which bitsandbytes is off by half.
 STRADDLING = [(32, 64), (33, 96), (64, 160), (6, 48), (40, 144), (3, 16), (7, 2064)]
 OPTIONS = list(product(["nf4", "fp4"], BLOCKSIZES[:2] + BLOCKSIZES[-1:], [False, True]))
@@ -175,14 +176,8 @@ class TestDequantize:
 
 
 NF4 = vf.quantize_4bit(normal(13, 37))
-
-
 NESTED = vf.quantize_4bit(normal(97, 101), blocksize=32, double_quant=True)
-
-
 INT8 = vf.quantize_8bit(normal(13, 37))
-
-
 INVALID = {
     "transposed codes": (INT8, {"codes": INT8.codes.t()}, r"codes must be \(13, 37\)"),
     "codes of another dtype": (INT8, {"codes": INT8.codes.int()}, r"int8, got .* torch.int32"),
@@ -248,3 +243,76 @@ def test_refuses(case):
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# What is refused
+
+bad = Refused()
+
+
+for quantize in ("quantize_4bit", "quantize_8bit"):
+    f = getattr(vf, quantize)
+    bad(quantize, "a list", lambda _, f=f: f([[1.0]]), r"weight must be a tensor \(out, in\), got list")
+    bad(quantize, "a module", lambda _, f=f: f(nn.Linear(2, 3)), "must be a tensor .*got Linear")
+    bad(quantize, "complex", lambda _, f=f: f(ones(2, 64) + 0j), "float16, bfloat16 or float32, got torch.complex64")
+    bad(quantize, "booleans", lambda _, f=f: f(ones(2, 64) > 0), "got torch.bool")
+    bad(quantize, "no columns", lambda _, f=f: f(ones(2, 0)), r"both positive, got \(2, 0\)")
+
+for kind in ("int4", None, 4, ["nf4"]):
+    bad(
+        "quantize_4bit", f"type {kind!r}", lambda _, kind=kind: vf.quantize_4bit(ones(2, 64), kind),
+        f"quant_type must be 'nf4' or 'fp4', got {re.escape(repr(kind))}",
+    )  # fmt: skip
+
+for size in (0, -64, 63, 64.0, None, "64", [64]):
+    bad(
+        "quantize_4bit", f"blocksize {size!r}", lambda _, size=size: vf.quantize_4bit(ones(2, 64), "nf4", size),
+        "blocksize must be one of .32, 64",
+    )  # fmt: skip
+
+for dtype in (torch.int64, torch.bool, torch.complex64, "uint8", None):
+    bad(
+        "quantize_4bit", f"storage {dtype}", lambda _, dtype=dtype: vf.quantize_4bit(ones(2, 64), quant_storage=dtype),
+        "quant_storage must be one of",
+    )  # fmt: skip
+
+for dtype in (torch.complex64, torch.float8_e4m3fn, "bfloat16"):
+    bad(
+        "quantize_4bit", f"computing in {dtype}",
+        lambda _, dtype=dtype: vf.quantize_4bit(ones(2, 64), compute_dtype=dtype), "compute_dtype must be None or one",
+    )  # fmt: skip
+
+bad("quantize_8bit", "an infinite threshold", lambda _: vf.quantize_8bit(ones(2, 64), threshold=INF), "got inf")
+
+for dtype in (torch.int8, torch.bool, torch.complex64, "float32"):
+    bad("dequantize", f"to {dtype}", lambda _, d=dtype: vf.dequantize(Q4, d), "dtype must be a floating-point dtype")
+
+bad("dequantize", "a dense weight", lambda _: vf.dequantize(X), "expected a Quantized4bit or Quantized8bit .*Tensor")
+bad("dequantize", "None", lambda _: vf.dequantize(None), "expected a Quantized4bit .* got NoneType")
+
+# A value made by hand: the kernels would read past the end of these.
+LIES = {
+    "a larger shape": (Q4, {"shape": (64, 64)}, r"packs into 2048"),
+    "too few scales": (Q4, {"absmax": Q4.absmax[:2]}, r"absmax must be \(32,\) torch.float32, got \(2,\)"),
+    "smaller blocks": (Q4, {"blocksize": 32}, r"absmax must be \(64,\)"),
+    "too few nested scales": (
+        Q4_NESTED,
+        {"nested": Q4_NESTED.nested._replace(scale=ones(0))},
+        r"nested.scale must be \(1,\)",
+    ),
+    "one scale for all rows": (Q8, {"scale": ones(1)}, r"scale must be \(32,\)"),
+    "codes of another shape": (Q8, {"codes": Q8.codes.T}, r"codes must be \(32, 64\)"),
+}
+
+bad("validate", "a tensor", lambda _: vf.validate(X), "got Tensor")
+
+for what, (q, change, message) in LIES.items():
+    lying = dataclasses.replace(q, **change)
+    bad("dequantize", what, lambda _, q=lying: vf.dequantize(q), message)
+    bad("quantized_linear", what, lambda _, q=lying: vf.quantized_linear(q, ones(2, q.shape[1])), message)
+    bad("to_bnb", what, lambda _, q=lying: vf.to_bnb(q), message)
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

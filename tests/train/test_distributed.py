@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import ones
 from torch.testing import assert_close
 
 import vera_func as vf
@@ -32,6 +33,7 @@ from vera_func.train.distributed import map_sharded, mean_over_micro_batches, pr
 
 import distributed_case
 from helpers import randomized, relative_error
+from refused import Refused, X
 
 
 TESTS = Path(__file__).parents[1]
@@ -355,3 +357,28 @@ def test_a_host_that_is_cut_off(cut, hosts, folder, reviews, tmp_path):
     (out,) = tmp_path.glob("*/out/adapter_model.safetensors")
     assert cli.main(training(folder, reviews, tmp_path / "alone", "--steps", "200")) == 0
     assert same_files(out, tmp_path / "alone" / "adapter_model.safetensors")
+
+
+# What is refused
+
+bad = Refused()
+
+bad(
+    "mean_over_micro_batches",
+    "no parts",
+    lambda _: mean_over_micro_batches(lambda part: ({}, X), [], weight=len),
+    "nothing to average",
+)
+bad("map_sharded", "no function", lambda _: map_sharded(None, [1]), "function must be callable, got NoneType")
+bad("map_sharded", "a number of items", lambda _: map_sharded(abs, 3), "items must be iterable, got int")
+bad(
+    "mean_over_micro_batches",
+    "padding alone",
+    lambda _: mean_over_micro_batches(lambda part: ({}, ones(())), [1, 2], weight=lambda part: 0),
+    "none of the 2 parts",
+)
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

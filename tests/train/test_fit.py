@@ -7,11 +7,15 @@ from functools import partial
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch import ones
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint as recompute
 
+import vera_func as vf
 from vera_func.train.fit import batch_indices, fit, load_fit, save_fit
 from vera_func.train.optim import adamw_init, adamw_update, clip_by_norm, linear_warmup_cosine
+
+from refused import NAN, PARAMS, RAW, UNREADABLE, Refused
 
 
 N = 8
@@ -19,8 +23,6 @@ RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
 GENERATOR = torch.Generator().manual_seed(0)
 A, B, W = (torch.randn(*s, generator=GENERATOR) for s in ((3, 5), (7, 3), (7, 5)))
 INPUTS, TARGETS = torch.randn(11, 5, generator=GENERATOR), torch.randn(11, 7, generator=GENERATOR)
-
-
 fit = partial(fit, progress=False)
 
 
@@ -366,3 +368,59 @@ def test_orders_are_independent_and_global_randomness_untouched():
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(ValueError, match="batch_size=0"):
         batch_indices(0, num_examples=3, batch_size=0, key=0)
+
+
+# What is refused
+
+bad = Refused()
+
+
+def train(**change):
+    options = {"loss_fn": lambda p, batch: p["p"].sum(), "params": {"p": ones(2)}, "batches": int, "steps": 2}
+    return vf.fit(**(options | {"learning_rate": 0.1, "progress": False} | change))
+
+
+for what, change, message in (
+    ("betas of 1", {"betas": (1.0, 0.9)}, "betas must be at least 0 and below 1"),
+    ("eps of NaN", {"eps": NAN}, "eps must be at least 0"),
+    ("negative steps", {"steps": -1}, "steps=-1 counts all steps"),
+    ("integers", {"params": {"p": ones(2).long()}}, "only floating-point numbers"),
+    ("no adapters", {"num_adapters": 0}, "num_adapters=0, but"),
+    ("a schedule below 0", {"schedule": lambda step: -1.0}, r"schedule\(0\) must be 0 or more, got -1.0"),
+    ("a schedule of NaN", {"schedule": lambda step: NAN}, r"schedule\(0\) must be 0 or more, got nan"),
+    ("a loss that is a number", {"loss_fn": lambda p, b: 1.0}, "as a tensor, got float"),
+    ("a loss of nothing", {"loss_fn": lambda p, b: ones(())}, "does not depend on params; see that it is not detached"),
+    ("a detached loss", {"loss_fn": lambda p, b: p["p"].sum().detach()}, "see that it is not detached"),
+    ("a metric for others", {"evaluate": lambda p, step: ones(3)}, "evaluate must return one number"),
+):
+    bad("fit", what, lambda _, change=change: train(**change), message)
+
+bad("fit", "no run to resume", lambda t: train(resume=t / "run"), "run", FileNotFoundError)
+
+for what, change in (
+    ("key=None", {"key": None}),
+    ("2.5 rows", {"batch_size": 2.5}),
+    ("2.5 examples", {"num_examples": 2.5}),
+):
+    options = {"num_examples": 5, "batch_size": 2, "key": 0} | change
+    bad("batch_indices", what, lambda _, o=options: batch_indices(0, **o), "must be integers")
+
+bad("batch_indices", "step -1", lambda _: batch_indices(-1, num_examples=5, batch_size=2, key=0), "step=-1")
+bad("batch_indices", "no rows", lambda _: batch_indices(0, num_examples=5, batch_size=0, key=0), "batch_size=0")
+bad("save_fit", "no run", lambda path: vf.save_fit(path / "run", PARAMS), "must be a Fit, .*got dict")
+bad("load_fit", "no file", lambda path: vf.load_fit(path / "run", PARAMS), "No such file", FileNotFoundError)
+
+
+def resume_raw(folder, raw):
+    (folder / "run").write_bytes(raw)
+    return train(resume=folder / "run")
+
+
+for what, raw in RAW.items():
+    wrong = "is a run of other params" if what == "no tensors" else UNREADABLE
+    bad("fit", f"resuming from {what}", lambda t, raw=raw: resume_raw(t, raw), f"run {wrong}")
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

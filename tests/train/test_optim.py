@@ -1,13 +1,18 @@
+"""AdamW, clipping and schedules as pure functions: equal to torch, for one adapter or many."""
+
 import math
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch import ones
 from torch.func import grad, hessian, jvp, vmap
 from torch.testing import assert_close
 
 from vera_func.train.optim import adamw_init, adamw_update, clip_by_norm, constant, global_norm, linear_warmup_cosine
+
+from refused import NAN, Refused
 
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
@@ -261,3 +266,49 @@ def test_mistakes_raise():
 
 def row_without(tree, key):
     return {k: leaf for k, leaf in tree.items() if k != key}
+
+
+# What is refused
+
+bad = Refused()
+
+
+def update(**change):
+    tree = {"p": ones(2)}
+    options = {"grads": tree, "state": adamw_init(tree), "params": tree, "learning_rate": 0.1} | change
+    return adamw_update(**options)
+
+
+bad(
+    "adamw_init",
+    "integers",
+    lambda _: adamw_init({"p": ones(2).long()}),
+    r"params\['p'\] is torch.int64; only float",
+)
+
+for name, value, message in (
+    ("learning_rate", NAN, "learning_rate must be at least 0, got nan"),
+    ("learning_rate", -1.0, "learning_rate must be at least 0, got -1"),
+    ("betas", (1.0, 0.9), "betas must be at least 0 and below 1, got 1.0"),
+    ("betas", (0.9, 2.0), "betas must be at least 0 and below 1, got 2.0"),
+    ("betas", (-0.1, 0.9), "betas must be at least 0 and below 1, got -0.1"),
+    ("eps", -1.0, "eps must be at least 0"),
+    ("eps", NAN, "eps must be at least 0, got nan"),
+    ("weight_decay", -1.0, "weight_decay must be at least 0"),
+):
+    bad("adamw_update", f"{name}={value}", lambda _, k=name, v=value: update(**{k: v}), message)
+
+bad("adamw_update", "gradients of another size", lambda _: update(grads={"p": ones(3)}), r"grads\['p'\] is \(3,\)")
+bad("clip_by_norm", "a negative norm", lambda _: clip_by_norm({"p": ones(2)}, -1.0), "max_norm must be at least 0")
+bad("clip_by_norm", "a norm of NaN", lambda _: clip_by_norm({"p": ones(2)}, NAN), "max_norm must be at least 0")
+bad("clip_by_norm", "nothing", lambda _: clip_by_norm({}, 1.0), "the norm of an empty dict")
+bad("global_norm", "nothing", lambda _: global_norm({}), "the norm of an empty dict")
+bad("constant", "no step", lambda _: constant("a"), "data type 'str'", TypeError)
+bad("linear_warmup_cosine", "no steps", lambda _: linear_warmup_cosine(0, warmup=0, total=0), "warmup=0, total=0")
+bad("linear_warmup_cosine", "warmup=-1", lambda _: linear_warmup_cosine(0, warmup=-1, total=3), "warmup=-1")
+bad("linear_warmup_cosine", "warmup of NaN", lambda _: linear_warmup_cosine(0, warmup=NAN, total=3), "warmup=nan")
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

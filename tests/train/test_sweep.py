@@ -7,6 +7,8 @@ from torch.testing import assert_close
 import vera_func as vf
 from vera_func.train.sweep import fit_row, sweep, sweep_table
 
+from refused import Refused
+
 
 def test_a_row_of_a_run_goes_on_as_if_it_had_been_alone():
     def loss_fn(params, batch):
@@ -38,3 +40,25 @@ def test_sweep_and_its_table():
         sweep_table(rows, {"loss": [1, 2]})
     with pytest.raises(ValueError, match="'seed' must be a new name"):
         sweep_table(rows, {"seed": range(6)})
+
+
+# What is refused
+
+bad = Refused()
+
+
+for values in ("xy", [], 0.1):
+    bad("sweep", f"{values!r}", lambda _, v=values: sweep({"a": v}), r"grid\['a'\] must be a list of values")
+
+bad("sweep_table", "one of two", lambda _: sweep_table(sweep({"a": [1, 2]}), {"b": [1]}), "'b' must be .*2 values")
+bad(
+    "sweep_table",
+    "a column twice",
+    lambda _: sweep_table(sweep({"a": [1]}), {"a": [1]}),
+    "'a' must be a new name",
+)
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)
