@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from .io.bank import Bank, open_bank, save_bank
     from .io.checkpoint import load_adapter, save_adapter
     from .io.lora import export_lora
+    from .io.module import to_module
     from .merging.layer import (
         MergeReport,
         merge_calibrated,
@@ -89,7 +90,6 @@ if TYPE_CHECKING:
     from .model.config import VeraConfig
     from .model.convert import dequantize_model, quantize_model
     from .model.layers import Linear, Linear4bit, Linear8bitLt
-    from .model.module import to_module
     from .quant.bnb import from_bnb, to_bnb
     from .quant.linear import quantized_linear
     from .quant.value import Quantized4bit, Quantized8bit, dequantize, quantize_4bit, quantize_8bit, validate
@@ -105,7 +105,7 @@ _MODULES = {
     "model.config": ("VeraConfig",),
     "model.apply": ("Apply",),
     "model.adapt": ("adapt", "Adapted", "num_parameters"),
-    "model.module": ("to_module",),
+    "io.module": ("to_module",),
     "model.convert": ("quantize_model", "dequantize_model"),
     "model.layers": ("Linear", "Linear4bit", "Linear8bitLt"),
     "model.batch": (*("stack_adapters", "unstack_adapters", "select_adapters", "vmap_adapters", "pool_adapters"),),

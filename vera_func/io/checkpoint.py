@@ -325,8 +325,8 @@ def _from_peft(name: str) -> str | None:
     layer, leaf = split_key(name.removeprefix(_PREFIX))
     if leaf in ("vera_lambda_b", "vera_lambda_d"):
         leaf = leaf.removeprefix("vera_")
-    elif layer.endswith(".base_layer"):
-        layer = layer.removesuffix(".base_layer")
+    elif layer == "base_layer" or layer.endswith(".base_layer"):
+        layer = layer.removesuffix("base_layer").removesuffix(".")
     return join_key(layer, leaf)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..model.adapt import Adapted
-from ..model.module import to_module
+from ..model.module import adapted_module
 from ..model.targets import adapted_layers
 from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.value import Quantized, Quantized4bit
@@ -57,7 +57,7 @@ def second_moments(
     Reference:
         Second moments weighted by the gradient in a layer's output, as in https://arxiv.org/abs/2505.07004.
     """
-    module = to_module(adapted)
+    module = adapted_module(adapted)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     names = adapted.apply.targets

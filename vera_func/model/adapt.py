@@ -22,8 +22,8 @@ from ..quant.bnb import from_bnb, is_bnb_linear
 from .apply import Apply, Root, Slot
 from .checkout import Trees
 from .config import VeraConfig
-from .layers import Projections, QuantizedLinear, RowwiseAffine, shell_class
-from .targets import is_conv1d, linear_sizes, peft_dtype, resolve, trained_with
+from .layers import Projections, QuantizedLinear, RowwiseAffine, has_rows, shell_class
+from .targets import linear_sizes, peft_dtype, resolve, trained_with
 from .tree import copy_tree, frozen_alias
 
 
@@ -220,16 +220,14 @@ def make_apply(
     # Placeholders: whatever runs without bound tensors fails, rather than computing something.
     projections = Projections(torch.empty(r, widest_in, device="meta"), torch.empty(widest_out, r, device="meta"))
     slots: dict[str, Slot] = {}
-    inner: dict[str, str] = {}
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if is_bnb_linear(module):
             layer: Any = QuantizedLinear(*from_bnb(module), int8_activations=_int8(module, int8_activations))
-        elif name in owners and (is_conv1d(module) or type(module) in (nn.Linear, nn.LayerNorm)):
-            layer = RowwiseAffine(copy.deepcopy(module, memo))
-            inner[name] = join_key(name, "base_layer")
         elif name in targets:
             layer = copy.deepcopy(module, memo)
+        elif name in owners and has_rows(module):
+            layer = RowwiseAffine(copy.deepcopy(module, memo))
         else:
             return None
         if name in targets:
@@ -239,22 +237,25 @@ def make_apply(
             for leaf, size in (("lambda_b", shell.out_features), ("lambda_d", r)):
                 slots[join_key(name, leaf)] = Slot((join_key("model", name, leaf),), (size,), True, True)
             slots[join_key(name, MIXTURE)] = Slot((join_key("model", name, MIXTURE),), (), True, False)
-            inner[name] = join_key(name, "base_layer", *(["base_layer"] if name in inner else []))
             layer = shell
         return layer
 
     tree = copy_tree(model, replace, memo)
     for module in tree.modules():
         private.skip_fused_encoder_path(module)
+    places = dict(tree.named_modules(remove_duplicate=False))
     for name, aliases in _parameter_aliases(model, trained).items():
         owner, leaf = split_key(name)
-        if is_bnb_linear(modules[owner]) and leaf == "weight":
-            continue
-        places = map(split_key, aliases)
-        names = tuple(join_key("model", inner.get(module, module), leaf) for module, leaf in places)
-        rows = owner in inner or is_bnb_linear(modules[owner])
+        if (is_bnb_linear(modules[owner]) and leaf == "weight") or owner not in places:
+            continue  # a packed weight, or what a parametrization of an adapted layer holds
+        # A module that stands in the tree twice has two names for a parameter, which is bound once.
+        names: dict[tuple[int, str], str] = {}
+        for alias in aliases:
+            place, leaf = split_key(alias)
+            names.setdefault((id(places[place]), leaf), join_key("model", alias))
+        rows = has_rows(modules[owner]) or is_bnb_linear(modules[owner])
         shape = tuple(model.get_parameter(name).shape)
-        slots[name] = Slot(names, shape, rows and name in trained, name in trained)
+        slots[name] = Slot(tuple(names.values()), shape, rows and name in trained, name in trained)
     return Apply(model, tuple(targets), slots, Trees(Root(tree, projections)), int8_activations)
 
 

@@ -6,10 +6,12 @@ state dict. `shell_class` chooses the class from that of the base layer.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import layer_norm, linear
 
 from ..core.adapter import delta_weight, dropout_mask, init_params, vera_forward
@@ -74,12 +76,13 @@ class QuantizedLinear(nn.Module):
         """The packed weight: what models look at when they ask a layer for its device or dtype."""
         return tree_leaves(self.quantized)[0]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        bias = self.bias if bias is None else bias
         options: Any = {"int8_activations": self.int8_activations, "fused": self.fused}
-        if self.bias is None or self.bias.dim() == 1:
-            return quantized_linear(self.quantized, x, self.bias, **options)
+        if bias is None or bias.dim() == 1:
+            return quantized_linear(self.quantized, x, bias, **options)
         y = quantized_linear(self.quantized, x, **options)
-        return y + align_rows("bias", self.bias, x).to(y.dtype)
+        return y + align_rows("bias", bias, x).to(y.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
         super()._apply(fn, recurse)
@@ -89,6 +92,76 @@ class QuantizedLinear(nn.Module):
         return self
 
 
+def _own_or_base(name: str) -> property:
+    """The layer's own parameter where it holds one, in place of its base layer's."""
+
+    def get(self: Any) -> Tensor | None:
+        own = self._parameters.get(name)
+        return getattr(self.base_layer, name) if own is None else own
+
+    return property(get)
+
+
+def _hold_own(layer: Any) -> None:
+    # Past `register_parameter`, which the properties of these names are in the way of.
+    names = ["bias"] if isinstance(layer.base_layer, QuantizedLinear) else ["weight", "bias"]
+    layer._parameters.update(dict.fromkeys(names))
+
+
+def _base_fn(layer: Any) -> Callable[[Tensor], Tensor]:
+    """The base layer with the values that `layer` holds in place of the base layer's own."""
+    own = layer._parameters
+    if own.get("weight") is None and own["bias"] is None:
+        return layer.base_layer
+    return partial(_call_with, layer.base_layer, layer.weight, layer.bias)
+
+
+def _call_with(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """`layer(x)` with other parameters, which may have leading axes: one value for each row of the batch."""
+    if isinstance(layer, QuantizedLinear):
+        return layer(x, bias)
+    if not has_rows(layer) or layer._forward_hooks or layer._forward_pre_hooks:
+        given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        return functional_call(layer, given, (x,), tie_weights=False)
+    if isinstance(layer, nn.LayerNorm):
+        shape = layer.normalized_shape
+        if weight.dim() == len(shape) and (bias is None or bias.dim() == len(shape)):
+            return layer_norm(x, shape, weight, bias, layer.eps)
+        y = layer_norm(x, shape, eps=layer.eps) * align_rows("weight", weight, x)
+        return y if bias is None else y + align_rows("bias", bias, x)
+    if weight.dim() == 2 and (bias is None or bias.dim() == 1):
+        if type(layer) is nn.Linear:
+            return linear(x, weight, bias)
+        y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)  # type: ignore[arg-type]  # Conv1D has a bias
+        return y.reshape(*x.shape[:-1], weight.shape[1])
+    weight = weight.mT if is_conv1d(layer) else weight
+    if weight.dim() == 2:
+        y = linear(x, weight)
+    else:
+        align_rows("weight", weight, x, inner=2)
+        rows, (out_features, in_features) = weight.shape[:-2], weight.shape[-2:]
+        y = x.reshape(*rows, -1, in_features) @ weight.mT
+        y = y.reshape(*x.shape[:-1], out_features)
+    return y if bias is None else y + align_rows("bias", bias, x)
+
+
+def has_rows(module: nn.Module) -> bool:
+    """Whether the parameters of a layer of this class may have a value for each row of the batch.
+
+    Example:
+        >>> has_rows(nn.Linear(3, 2)), has_rows(nn.Embedding(3, 2))
+        (True, False)
+    """
+    return type(module) in (nn.Linear, nn.LayerNorm) or is_conv1d(module)
+
+
+def set_parameter(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Give a layer a parameter of its own; its base layer then no longer holds one of that name."""
+    if name in ("weight", "bias") and isinstance(layer, RowwiseAffine | Linear | Linear4bit | Linear8bitLt):
+        layer.base_layer._parameters[name] = None
+    setattr(layer, name, parameter)
+
+
 class RowwiseAffine(nn.Module):
     """An affine layer whose weight and bias may have leading axes, one value for each row of the batch.
 
@@ -96,12 +169,12 @@ class RowwiseAffine(nn.Module):
     a mixed batch can give every row its own classifier or bias.
 
     Args:
-        base_layer: The layer, called as it is while its parameters have their usual shape.
+        base_layer: The layer, called as it is unless it is given another weight or bias.
 
     Example:
         >>> import torch
         >>> layer = RowwiseAffine(nn.Linear(3, 2))
-        >>> own = {"base_layer.weight": torch.ones(5, 2, 3), "base_layer.bias": torch.zeros(5, 2)}
+        >>> own = {"weight": torch.ones(5, 2, 3), "bias": torch.zeros(5, 2)}
         >>> torch.func.functional_call(layer, own, torch.ones(5, 7, 3)).shape
         torch.Size([5, 7, 2])
     """
@@ -109,29 +182,12 @@ class RowwiseAffine(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+        _hold_own(self)
 
-    weight = property(lambda self: self.base_layer.weight)
-    bias = property(lambda self: self.base_layer.bias)
+    weight, bias = _own_or_base("weight"), _own_or_base("bias")
 
     def forward(self, x: Tensor) -> Tensor:
-        base: Any = self.base_layer
-        if isinstance(base, nn.LayerNorm):
-            if base.weight is None or max(base.weight.dim(), base.bias.dim()) == len(base.normalized_shape):
-                return base(x)
-            normal = layer_norm(x, base.normalized_shape, eps=base.eps)
-            return normal * align_rows("weight", base.weight, x) + align_rows("bias", base.bias, x)
-        weight, bias = base.weight, base.bias
-        if weight.dim() == 2 and (bias is None or bias.dim() == 1):
-            return base(x)
-        weight = weight.mT if is_conv1d(base) else weight
-        if weight.dim() == 2:
-            y = linear(x, weight)
-        else:
-            align_rows("weight", weight, x, inner=2)
-            rows, (out_features, in_features) = weight.shape[:-2], weight.shape[-2:]
-            y = x.reshape(*rows, -1, in_features) @ weight.mT
-            y = y.reshape(*x.shape[:-1], out_features)
-        return y if bias is None else y + align_rows("bias", bias, x)
+        return _base_fn(self)(x)
 
 
 def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor], *, cast: bool = True) -> Tensor:
@@ -168,7 +224,7 @@ def shell_class(module: nn.Module) -> type["Linear"] | type["Linear4bit"] | type
         return Linear4bit if isinstance(module.quantized, Quantized4bit) else Linear8bitLt
     if is_bnb_linear(module):
         return Linear4bit if hasattr(module.weight, "quant_state") else Linear8bitLt
-    if linear_sizes(module) is None and not isinstance(module, RowwiseAffine):
+    if linear_sizes(module) is None:
         raise ValueError(
             f"a {type(module).__name__} cannot be adapted; nn.Linear, bitsandbytes' linears and transformers' "
             "Conv1D can."
@@ -208,6 +264,7 @@ def _init(
             f"at rank {r}: they must be ({r}, >= {in_features}) and (>= {out_features}, {r})."
         )
     self.base_layer = frozen_layer(base_layer)
+    _hold_own(self)
     self.adapter_name = adapter_name
     self.in_features, self.out_features, self.r = in_features, out_features, r
     self.vera_dropout = vera_dropout
@@ -232,7 +289,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     generator = self.generator or self.projections.generator
     if generator is not None and self.vera_dropout > 0:
         mask = dropout_mask(self.vera_dropout, tuple(x.shape), generator=generator, dtype=self.lambda_d.dtype)
-    return vera_forward(params, frozen, x, self.base_layer, dropout_mask=mask, project=self.projections.product)
+    return vera_forward(params, frozen, x, _base_fn(self), dropout_mask=mask, project=self.projections.product)
 
 
 def _get_delta_weight(self: Any, adapter: str) -> Tensor:
@@ -272,8 +329,7 @@ class Linear(nn.Module):
     __init__ = _init
     forward = _forward
     get_delta_weight = _get_delta_weight
-    weight = property(lambda self: self.base_layer.weight)
-    bias = property(lambda self: self.base_layer.bias)
+    weight, bias = _own_or_base("weight"), _own_or_base("bias")
 
 
 class Linear4bit(nn.Module):
@@ -294,8 +350,7 @@ class Linear4bit(nn.Module):
     __init__ = _init
     forward = _forward
     get_delta_weight = _get_delta_weight
-    weight = property(lambda self: self.base_layer.weight)
-    bias = property(lambda self: self.base_layer.bias)
+    weight, bias = _own_or_base("weight"), _own_or_base("bias")
 
 
 class Linear8bitLt(nn.Module):
@@ -316,8 +371,7 @@ class Linear8bitLt(nn.Module):
     __init__ = _init
     forward = _forward
     get_delta_weight = _get_delta_weight
-    weight = property(lambda self: self.base_layer.weight)
-    bias = property(lambda self: self.base_layer.bias)
+    weight, bias = _own_or_base("weight"), _own_or_base("bias")
 
 
 def layer_sizes(module: nn.Module) -> tuple[int, int]:
@@ -325,6 +379,6 @@ def layer_sizes(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, QuantizedLinear):
         out_features, in_features = module.quantized.shape
         return in_features, out_features
-    sizes = linear_sizes(module.base_layer if isinstance(module, RowwiseAffine) else module)
+    sizes = linear_sizes(module)
     assert sizes is not None, type(module)
     return sizes

@@ -1,0 +1,125 @@
+"""The adapted model as an ordinary module, which transformers' Trainer trains and saves as an adapter."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..model.adapt import Adapted
+from ..model.config import VeraConfig
+from ..model.layers import Projections, QuantizedLinear
+from ..model.module import adapted_module
+from .checkpoint import save_adapter
+from .files import replacing
+
+
+# What transformers sets on a model that it loaded quantized. Trainer refuses such a model unless PEFT wraps it.
+_QUANTIZED_MARKS = ("hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method")
+
+
+def to_module(adapted: Adapted) -> nn.Module:
+    """The adapted model as an ordinary module of the model's own class, its vectors as trainable parameters.
+
+    For what needs a module: `Trainer`, activation checkpointing (which `torch.func` refuses), a
+    `torch.optim` optimizer. It shares the base's memory; the vectors are copies, which
+    `{k: p for k, p in module.named_parameters() if p.requires_grad}` reads back under the keys of `params`.
+
+    A model of transformers gets two methods of its own: `save_pretrained` writes the adapter, as `save_adapter` does,
+    and so do Trainer's checkpoints; `num_parameters` also counts the quantized weights.
+
+    Args:
+        adapted: From `adapt` or `load_adapter`, with the params of a single adapter.
+
+    Raises:
+        ValueError: If the params do not fit, or are stacked.
+
+    Example:
+        >>> from vera_func import VeraConfig, adapt
+        >>> adapted = adapt(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4, target_modules=["0"]))
+        >>> [name for name, p in to_module(adapted).named_parameters() if p.requires_grad]
+        ['0.lambda_b', '0.lambda_d']
+    """
+    module: Any = adapted_module(adapted)
+    for name in _QUANTIZED_MARKS:
+        vars(module).pop(name, None)
+    # Instance attributes rather than a subclass: the module is of the model's own class, also once it is unpickled.
+    if hasattr(type(module), "save_pretrained"):
+        module.save_pretrained = SavePretrained(module, adapted.config, tuple(adapted.params))
+        module.register_load_state_dict_post_hook(_expect_only_the_adapter)
+    if hasattr(type(module), "num_parameters"):
+        module.num_parameters = NumParameters(module)
+    return module
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class SavePretrained:
+    """`module.save_pretrained(folder)`: write the adapter in PEFT's format, for `load_adapter` or PEFT to read.
+
+    Attributes:
+        module: From `to_module`.
+        config: The adapter's.
+        keys: Of its params.
+    """
+
+    module: nn.Module
+    config: VeraConfig
+    keys: tuple[str, ...]
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **ignored: Any,
+    ) -> None:
+        """Write the adapter; the signature is that of `PreTrainedModel.save_pretrained`.
+
+        Args:
+            save_directory: The folder.
+            is_main_process: False writes nothing.
+            state_dict: Values to write in place of the module's own, where it has them.
+            push_to_hub: Not supported; `module.push_to_hub(name)` is.
+            ignored: How transformers splits and names the files of a whole model.
+        """
+        if push_to_hub:
+            raise ValueError("save_pretrained does not upload: call module.push_to_hub(repository).")
+        if not is_main_process:
+            return
+        own = state_dict or {}
+        params = {key: own.get(key, self.module.get_parameter(key)).detach() for key in self.keys}
+        pair = next(module for module in self.module.modules() if isinstance(module, Projections))
+        folder = save_adapter(save_directory, params, {"vera_A": pair.vera_A, "vera_B": pair.vera_B}, self.config)
+        if re.fullmatch(r"checkpoint-\d+", folder.name):
+            # Trainer reads an adapter again only where PEFT wraps the model. Beside it, under the name of a model's
+            # weights, it finds what `load_state_dict` takes.
+            with replacing(folder / "model.safetensors") as file:
+                save_file({key: value.cpu().contiguous() for key, value in params.items()}, file, {"format": "pt"})
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class NumParameters:
+    """`module.num_parameters()`: the number of values, packed weights counted as transformers counts its own.
+
+    Attributes:
+        module: From `to_module`.
+    """
+
+    module: Any
+
+    def __call__(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """The number of values; the signature is that of `PreTrainedModel.num_parameters`."""
+        dense = type(self.module).num_parameters(self.module, only_trainable, exclude_embeddings)
+        packed = {id(m.quantized): m.quantized for m in self.module.modules() if isinstance(m, QuantizedLinear)}
+        return dense + (0 if only_trainable else sum(q.shape[0] * q.shape[1] for q in packed.values()))
+
+
+def _expect_only_the_adapter(module: Any, incompatible: Any) -> None:
+    """An adapter's state is complete: the base's parameters are not part of it."""
+    frozen = module.state_dict().keys() - {*module.save_pretrained.keys}
+    if {*incompatible.missing_keys} == frozen:
+        incompatible.missing_keys.clear()
