@@ -80,16 +80,12 @@ if TYPE_CHECKING:
     from .model.adapt import Adapted, adapt, num_parameters
     from .model.algebra import add_adapters, scale_adapter
     from .model.apply import Apply
-    from .model.batch import (
-        pool_adapters,
-        select_adapters,
-        stack_adapters,
-        unstack_adapters,
-        vmap_adapters,
-    )
+    from .model.batch import select_adapters, stack_adapters, unstack_adapters
     from .model.config import VeraConfig
     from .model.convert import dequantize_model, quantize_model
     from .model.layers import Linear, Linear4bit, Linear8bitLt
+    from .model.pool import pool_adapters
+    from .model.vmap import vmap_adapters
     from .quant.bnb import from_bnb, to_bnb
     from .quant.linear import quantized_linear
     from .quant.value import Quantized4bit, Quantized8bit, dequantize, quantize_4bit, quantize_8bit, validate
@@ -108,7 +104,9 @@ _MODULES = {
     "io.module": ("to_module",),
     "model.convert": ("quantize_model", "dequantize_model"),
     "model.layers": ("Linear", "Linear4bit", "Linear8bitLt"),
-    "model.batch": (*("stack_adapters", "unstack_adapters", "select_adapters", "vmap_adapters", "pool_adapters"),),
+    "model.batch": ("stack_adapters", "unstack_adapters", "select_adapters"),
+    "model.vmap": ("vmap_adapters",),
+    "model.pool": ("pool_adapters",),
     "model.algebra": ("scale_adapter", "add_adapters"),
     "train.fit": ("fit", "Fit", "save_fit", "load_fit"),
     "merging.layer": (*("merge_quantized", "merge_dense", "merge_calibrated", "merge_report", "MergeReport"),),

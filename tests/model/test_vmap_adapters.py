@@ -228,6 +228,44 @@ class TestVmapAdapters:
         assert_close(compiled(stacked), f(stacked, x))
 
 
+# in_dims as torch.func.vmap takes it, over (params, frozen, *batch), the axis of the adapters in params, the batch.
+TUPLES = {
+    "params alone": ((0, None, None), 0, (normal(3, 7),)),
+    "both": ((0, None, 0), 0, (normal(N, 3, 7),)),
+    "other axes": ((1, None, 1), 1, (normal(3, N, 7),)),
+    "the last axis": ((-1, None, -1), -1, (normal(3, 7, N),)),
+    "two arguments": ((0, None, None, 0), 0, (normal(3, 7), normal(N, 3, 7, seed=1))),
+    "a nested argument": ((0, None, {"x": None, "z": 0}), 0, ({"x": normal(3, 7), "z": normal(N, 3, 7, seed=1)},)),
+}
+
+
+@pytest.mark.parametrize("case", TUPLES)
+def test_a_tuple_over_all_arguments_means_what_vmap_gives_it(case):
+    in_dims, axis, batch = TUPLES[case]
+    model = nn.Linear(7, 5)
+    apply, params, frozen, _ = vf.adapt(model, vf.VeraConfig(r=R, target_modules=".*"))
+
+    def f(params, frozen, x, z=0.0):
+        x, z = (x["x"], x["z"]) if isinstance(x, dict) else (x, z)
+        return apply(params, frozen, x + z)
+
+    stacked = vf.stack_adapters([randomized(params, seed) for seed in range(N)])
+    given = {key: leaf.movedim(0, axis).contiguous() for key, leaf in stacked.items()}
+    expected = vmap(f, in_dims)(given, frozen, *batch)
+    assert_close(vf.vmap_adapters(f, in_dims)(given, frozen, *batch), expected, rtol=1e-5, atol=1e-6)
+    each = (dict.fromkeys(stacked, axis), *in_dims[1:])
+    assert_close(vf.vmap_adapters(f, each)(given, frozen, *batch), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tuple_that_maps_what_is_shared():
+    apply, params, frozen, _ = vf.adapt(nn.Linear(7, 5), vf.VeraConfig(r=R, target_modules=".*"))
+    stacked = vf.stack_adapters([params] * N)
+    with pytest.raises(ValueError, match=r"in_dims\[1\] must be None, since all adapters share frozen, got 0"):
+        vf.vmap_adapters(apply, (0, 0, None))(stacked, frozen, normal(3, 7))
+    with pytest.raises(ValueError, match=r"in_dims\[0\] must be the axis of the adapters in params"):
+        vf.vmap_adapters(apply, (None, None, 0))(params, frozen, normal(N, 3, 7))
+
+
 # What is refused
 
 bad = Refused()

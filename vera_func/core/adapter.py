@@ -73,7 +73,6 @@ def vera_forward(
     base_fn: BaseFn,
     *,
     dropout_mask: Tensor | None = None,
-    project: Callable[[Tensor, Tensor], Tensor] = project,
 ) -> Float[Tensor, "*batch out"]:
     """The adapted layer: `base_fn(x) + lambda_b * (B (lambda_d * (A x)))`.
 
@@ -91,8 +90,6 @@ def vera_forward(
         base_fn: The frozen layer, `(*batch, in) -> (*batch, out)`.
         dropout_mask: Multiplies the input of `A` (not of the base) and broadcasts to the shape of `x`;
             see `dropout_mask`. None drops nothing.
-        project: `(x, A) -> A x`. Layers that read the same `x` may share it, with a function that remembers
-            (`SharedProduct`); with a dropout mask nothing is shared, and it is not called.
 
     Raises:
         ValueError: If leading axes cannot be matched (both shapes are named), if `frozen` has another
@@ -110,25 +107,7 @@ def vera_forward(
     Reference:
         Equation 2 of https://arxiv.org/abs/2310.11454.
     """
-    lambda_b, lambda_d, mixture = _vectors(params)
-    require_rows_of_floats(x)
-    A, B = _projections(frozen, lambda_b, lambda_d, x.shape[-1])
-    base = base_fn(x)
-    if base.shape[-1] != lambda_b.shape[-1]:  # one of them could be 1, and broadcast
-        raise ValueError(
-            f"lambda_b {tuple(lambda_b.shape)} is for {lambda_b.shape[-1]} outputs, but base_fn(x) is "
-            f"{tuple(base.shape)}."
-        )
-    masked = None if dropout_mask is None else x.to(A.dtype) * _checked_mask(dropout_mask, x)
-    z = project(x, A) if masked is None else linear(masked, A)  # (*batch, r)
-    if mixture is None:
-        update = expand(z, align_rows("lambda_b", lambda_b, x), align_rows("lambda_d", lambda_d, x), B)
-    else:
-        hidden = align_rows("lambda_d", lambda_d, x, inner=2) * z[..., None, :]  # (*batch, k, r)
-        weighted = mixture[..., None] * lambda_b
-        update = align_rows("lambda_b", weighted, x, inner=2) * linear(hidden, B)  # (*batch, k, out)
-        update = update.sum(-2)
-    return (base + update).to(base.dtype).to(x.dtype)
+    return forward(params, frozen, x, base_fn, dropout_mask, project)
 
 
 def delta_weight(
@@ -191,6 +170,36 @@ def dropout_mask(
         raise ValueError(f"p must be at least 0 and below 1, got {p}.")
     draw = torch.rand(shape, generator=generator, device=generator.device)
     return (draw >= p).to(dtype) / (1 - p)
+
+
+def forward(
+    params: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
+    x: Float[Tensor, "*batch in"],
+    base_fn: BaseFn,
+    dropout_mask: Tensor | None,
+    project: Callable[[Tensor, Tensor], Tensor],
+) -> Float[Tensor, "*batch out"]:
+    """`vera_forward` with another way to compute `A x`, such as `SharedProduct`; not called with a dropout mask."""
+    lambda_b, lambda_d, mixture = _vectors(params)
+    require_rows_of_floats(x)
+    A, B = _projections(frozen, lambda_b, lambda_d, x.shape[-1])
+    base = base_fn(x)
+    if base.shape[-1] != lambda_b.shape[-1]:  # one of them could be 1, and broadcast
+        raise ValueError(
+            f"lambda_b {tuple(lambda_b.shape)} is for {lambda_b.shape[-1]} outputs, but base_fn(x) is "
+            f"{tuple(base.shape)}."
+        )
+    masked = None if dropout_mask is None else x.to(A.dtype) * _checked_mask(dropout_mask, x)
+    z = project(x, A) if masked is None else linear(masked, A)  # (*batch, r)
+    if mixture is None:
+        update = expand(z, align_rows("lambda_b", lambda_b, x), align_rows("lambda_d", lambda_d, x), B)
+    else:
+        hidden = align_rows("lambda_d", lambda_d, x, inner=2) * z[..., None, :]  # (*batch, k, r)
+        weighted = mixture[..., None] * lambda_b
+        update = align_rows("lambda_b", weighted, x, inner=2) * linear(hidden, B)  # (*batch, k, out)
+        update = update.sum(-2)
+    return (base + update).to(base.dtype).to(x.dtype)
 
 
 def _vectors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:

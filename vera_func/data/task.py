@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..model.adapt import Adapted
-from ..model.batch import Params, vmap_adapters
+from ..model.batch import Params
+from ..model.vmap import vmap_adapters
 from .examples import Example
 from .models import Base
 from .prompts import (

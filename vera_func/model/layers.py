@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import layer_norm, linear
 
-from ..core.adapter import delta_weight, dropout_mask, init_params, vera_forward
+from ..core.adapter import delta_weight, dropout_mask, forward, init_params
 from ..core.autograd import project
 from ..core.shapes import align_rows
 from ..private import tree_leaves, tree_map
@@ -289,7 +289,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     generator = self.generator or self.projections.generator
     if generator is not None and self.vera_dropout > 0:
         mask = dropout_mask(self.vera_dropout, tuple(x.shape), generator=generator, dtype=self.lambda_d.dtype)
-    return vera_forward(params, frozen, x, _base_fn(self), dropout_mask=mask, project=self.projections.product)
+    return forward(params, frozen, x, _base_fn(self), mask, self.projections.product)
 
 
 def _get_delta_weight(self: Any, adapter: str) -> Tensor:

@@ -1,0 +1,105 @@
+"""Adapters of different rank, targets and projections as one stack.
+
+A = [A1; A2; ...]        B = [B1, B2, ...]        lambda_d of each adapter is zero outside its own block
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..core.keys import VECTORS, join_key, own_parameters, split_key
+from .adapt import Adapted, make_apply
+from .batch import Params, stack_adapters
+from .config import VeraConfig
+
+
+def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
+    """Adapters of different r, targets, keys and stored projections as one VeRA, params stacked (n, ...).
+
+    Exact: the projections are stacked along r, `A = [A1; A2; ...]` and `B = [B1, B2, ...]`, zero-padded to the
+    widest, and each adapter's `lambda_d` is zero outside its own part. Adapters with equal projections share
+    one. A row costs as much as an adapter of the summed rank. `with_dropout` works where all have the same rate.
+
+    Args:
+        adapters: From `adapt` or `load_adapter`, over the same model object, each with a single adapter.
+
+    Returns:
+        An `Adapted` over all targets; its config describes any one of the rows and can be saved with it.
+
+    Raises:
+        ValueError: If there are none, they belong to different models, or params are stacked.
+
+    Example:
+        >>> from vera_func import VeraConfig, adapt
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
+        >>> a = adapt(model, VeraConfig(r=4, target_modules=["0"]))
+        >>> b = adapt(model, VeraConfig(r=8, target_modules=["1"], projection_prng_key=1))
+        >>> pool = pool_adapters([a, b])
+        >>> pool.config.r, pool.params["1.lambda_d"].shape
+        (12, torch.Size([2, 12]))
+    """
+    if not adapters:
+        raise ValueError("there is nothing to pool: pass at least one Adapted.")
+    if not all(isinstance(adapted, Adapted) for adapted in adapters):
+        raise ValueError("adapters must be a sequence of Adapted, as adapt and load_adapter return them.")
+    model = adapters[0].apply.model
+    for i, adapted in enumerate(adapters):
+        if adapted.apply.model is not model:
+            raise ValueError(f"adapter {i} belongs to another model object than adapter 0; adapt or load both on one.")
+        if adapted.apply.int8_activations != adapters[0].apply.int8_activations:
+            raise ValueError(f"adapter {i} and adapter 0 differ in int8_activations.")
+        adapted.apply._bind(adapted.params, adapted.frozen)
+        for key, value in adapted.params.items():
+            if value.shape != adapted.apply.slots[key].shape:
+                raise ValueError(f"{key!r} of adapter {i} is stacked; pool single adapters (unstack_adapters).")
+    frozen, offsets = _stack_projections([adapted.frozen for adapted in adapters])
+    r = frozen["vera_A"].shape[0]
+    order = [name for name, _ in model.named_modules()]
+    targets = sorted({name for a in adapters for name in a.apply.targets}, key=order.index)
+    own = {name for a in adapters for name in own_parameters(a.params)}
+    trained = [name for name, _ in model.named_parameters(remove_duplicate=False) if name in own]
+    rates = {a.config.vera_dropout for a in adapters}
+    rate = rates.pop() if len(rates) == 1 else 0.0
+    apply = make_apply(
+        model, r, targets, trained, vera_dropout=rate, int8_activations=adapters[0].apply.int8_activations
+    )
+    rows = []
+    for adapted, offset in zip(adapters, offsets, strict=True):
+        row = {}
+        for key in (join_key(name, leaf) for name in targets for leaf in VECTORS):
+            row[key] = frozen["vera_A"].new_zeros(apply.slots[key].shape)
+            if key in adapted.params:
+                value = adapted.params[key].to(row[key])
+                before = offset if split_key(key)[1] == "lambda_d" else 0
+                row[key] = pad(value, (before, row[key].shape[0] - before - value.shape[0]))
+        for name in trained:
+            row[name] = adapted.params.get(name, model.get_parameter(name).detach())
+        rows.append(row)
+    config = VeraConfig(r=r, target_modules=targets, vera_dropout=rate, save_projection=True)
+    return Adapted(apply, stack_adapters(rows), frozen, config)
+
+
+def _stack_projections(pairs: Sequence[Params]) -> tuple[dict[str, Tensor], list[int]]:
+    """The pairs one after another along r, equal ones once, and the place of each."""
+    unique: list[Params] = []
+    places = []
+    for pair in pairs:
+        found = next((i for i, other in enumerate(unique) if _same(pair, other)), None)
+        if found is None:
+            unique.append(pair)
+        places.append(len(unique) - 1 if found is None else found)
+    in_features = max(pair["vera_A"].shape[1] for pair in unique)
+    out_features = max(pair["vera_B"].shape[0] for pair in unique)
+    frozen = {
+        "vera_A": torch.cat([pad(p["vera_A"], (0, in_features - p["vera_A"].shape[1])) for p in unique]),
+        "vera_B": torch.cat([pad(p["vera_B"], (0, 0, 0, out_features - p["vera_B"].shape[0])) for p in unique], 1),
+    }
+    ranks = [0, *(pair["vera_A"].shape[0] for pair in unique)]
+    starts = [sum(ranks[: i + 1]) for i in range(len(unique))]
+    return frozen, [starts[place] for place in places]
+
+
+def _same(a: Params, b: Params) -> bool:
+    return all(a[key].shape == b[key].shape and torch.equal(a[key], b[key]) for key in a)

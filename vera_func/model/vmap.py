@@ -1,0 +1,202 @@
+"""Mapping over adapters by folding their axis into the batch axis.
+
+vmap_adapters(apply)(stacked, frozen, x)  ==  torch.func.vmap(apply, (0, None, 0))(stacked, frozen, x)
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..private import tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
+from .batch import Params, num_adapters
+
+
+InDims: TypeAlias = int | Sequence[int | None] | Mapping[str, int | None] | None
+
+
+def vmap_adapters(
+    apply: Callable[..., Any], in_dims: InDims = 0, *, chunk_size: int | None = None
+) -> Callable[..., Any]:
+    """`f(stacked, frozen, *batch)`, which means `torch.func.vmap(apply, (0, None, 0, ...))(stacked, frozen, *batch)`.
+
+    It is computed by folding the adapter axis into the batch axis: one forward of a mixed batch, without the
+    limits of vmap (2-D masks under sdpa, caches, fused attention on GPUs) and faster. It is differentiable:
+    the gradient of the sum of all adapters' losses holds every adapter's own gradient. Use
+    `torch.func.vmap` itself where the model mixes the entries of a batch, or returns a mean over them.
+
+    Args:
+        apply: From `adapt`, or any function of `(params, frozen, *batch)` that takes one adapter for each row
+            and returns tensors with the rows in front.
+        in_dims: Axis of the adapters in the batch arguments, nested ones included, or None for an argument that all
+            adapters share: one value for all, a sequence for the positional arguments, or a mapping for keyword
+            arguments; arguments that are not named have axis 0. A tuple over `(params, frozen, *batch)` has the meaning
+            that `torch.func.vmap` gives it, so that one function can take the place of the other. Keyword arguments
+            are mapped over axis 0, as `torch.func.vmap` does; only here a mapping or None can say otherwise. The first
+            axis of a single adapter's input is its batch axis; inputs that all have one axis are single examples.
+        chunk_size: How many adapters to run at once; None is all.
+
+    Raises:
+        ValueError: If sizes do not match, or an output has no axis of rows (such as a mean loss).
+
+    Example:
+        >>> from vera_func import VeraConfig, adapt, stack_adapters
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> apply, params, frozen, _ = adapt(model, VeraConfig(r=4, target_modules=["0"]))
+        >>> stacked = stack_adapters([params] * 5)
+        >>> vmap_adapters(apply)(stacked, frozen, torch.ones(5, 3, 8)).shape
+        torch.Size([5, 3, 6])
+    """
+    if not callable(apply):
+        raise ValueError(f"apply must be a function of (params, frozen, *batch), got {type(apply).__name__}.")
+    if not (in_dims is None or isinstance(in_dims, int | Sequence | Mapping)) or isinstance(in_dims, str):
+        raise ValueError(f"in_dims must be an axis, None, or a sequence or mapping of these, got {in_dims!r}.")
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
+        raise ValueError(f"chunk_size must be positive or None, got {chunk_size}.")
+    return functools.partial(_mapped, apply, in_dims, chunk_size)
+
+
+def _mapped(
+    apply: Callable[..., Any],
+    in_dims: InDims,
+    chunk_size: int | None,
+    stacked: Params,
+    frozen: Params,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if isinstance(in_dims, tuple) and len(in_dims) == len(args) + 2:
+        stacked, in_dims = _as_vmap(in_dims, stacked, args)
+    n = num_adapters(stacked)
+    leaves, spec = tree_flatten((args, kwargs))
+    dims = tree_flatten(_dims(in_dims, args, kwargs))[0]
+    mapped = []
+    for i, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
+        if dim is _SHARED or not isinstance(leaf, Tensor):
+            continue
+        if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != n:
+            raise ValueError(
+                f"an input {tuple(leaf.shape)} must have {n} adapters along axis {dim}; give in_dims None for "
+                "what all adapters share."
+            )
+        leaves[i] = leaf.movedim(dim, 0)
+        mapped.append(i)
+    step = chunk_size or n
+    chunks = []
+    for start in range(0, n, step):
+        part = {key: leaf[start : start + step] for key, leaf in stacked.items()} if step < n else stacked
+        inputs = [leaf[start : start + step] if i in mapped else leaf for i, leaf in enumerate(leaves)]
+        chunks.append(_fold(apply, part, frozen, inputs, mapped, spec))
+    return chunks[0] if len(chunks) == 1 else tree_map(_concatenate, *chunks)
+
+
+def _fold(
+    apply: Callable[..., Any], stacked: Params, frozen: Params, leaves: list[Any], mapped: list[int], spec: Any
+) -> Any:
+    n = num_adapters(stacked)
+    shapes = {
+        i: tuple(leaf.shape[1:] if i in mapped else leaf.shape)
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor)
+    }
+    sizes = {shape[0] for shape in shapes.values() if len(shape) > 1}
+    # A shared input of one row is left to broadcast over more rows, as it would for a single adapter.
+    size = max(sizes) if sizes else None
+    folded = list(leaves)
+    for i, shape in shapes.items():
+        if i in mapped and not shape:
+            raise ValueError("an input with one number for each adapter can't be folded; use torch.func.vmap.")
+        if i not in mapped and (not shape or (shape[0] == 1 and size not in (None, 1))):
+            continue
+        if size is not None and shape[0] != size:
+            raise ValueError(
+                f"the inputs of one adapter have {shape[0]} and {size} rows (shapes {sorted(shapes.values())}); "
+                "their first axis must be the same batch."
+            )
+        leaf = leaves[i] if i in mapped else leaves[i].expand(n, *shape)
+        folded[i] = leaf if size is None else leaf.flatten(0, 1)
+    rows = dict(stacked)
+    if size not in (None, 1):
+        rows = {key: leaf.repeat_interleave(size, 0) for key, leaf in stacked.items()}
+    args, kwargs = tree_unflatten(folded, spec)
+    out = apply(rows, frozen, *args, **kwargs)
+    flat, out_spec = tree_flatten(out)
+    return tree_unflatten([_unfold(out, leaf, n, size) for leaf in flat], out_spec)
+
+
+def _unfold(out: Any, leaf: Any, n: int, size: int | None) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    rows = n if size is None else n * size
+    if leaf.dim() == 0 or leaf.shape[0] != rows:
+        raise ValueError(
+            f"output{_place(out, leaf)} {tuple(leaf.shape)} has no axis of {rows} rows, so it mixes adapters. Return "
+            "what has one (logits rather than a mean loss), or use torch.func.vmap."
+        )
+    return leaf if size is None else leaf.unflatten(0, (n, size))
+
+
+def _place(tree: Any, leaf: Any) -> str:
+    """Where a leaf is, as an expression to append to the name of the tree."""
+    try:
+        return next(place for place, value in tree_flatten_with_path(tree) if value is leaf)
+    except ValueError:  # a class that is registered without the names of its fields, as in transformers 5.0
+        fields = tree.items() if isinstance(tree, Mapping) else ()
+        return next((f"[{key!r}]" for key, value in fields if value is leaf), "")
+
+
+class _Shared:
+    """Stands for in_dims None, which a pytree would take for an absent leaf."""
+
+
+_SHARED = _Shared()
+
+
+def _as_vmap(in_dims: tuple, stacked: Params, args: tuple) -> tuple[Params, tuple]:
+    """Params with the adapters in front, and the axes of the batch arguments, of an `in_dims` of `torch.func.vmap`."""
+    of_params, of_frozen, *of_batch = in_dims
+    if of_frozen is not None:
+        raise ValueError(f"in_dims[1] must be None, since all adapters share frozen, got {of_frozen!r}.")
+    axes = dict(of_params) if isinstance(of_params, Mapping) else dict.fromkeys(stacked, of_params)
+    if axes.keys() != stacked.keys() or not all(isinstance(axis, int) for axis in axes.values()):
+        raise ValueError(f"in_dims[0] must be the axis of the adapters in params, or one per key, got {of_params!r}.")
+    return {key: leaf.movedim(axes[key], 0) for key, leaf in stacked.items()}, tuple(of_batch)
+
+
+def _dims(in_dims: InDims, args: tuple, kwargs: dict[str, Any]) -> Any:
+    by_position: Sequence[int | None] = [0] * len(args)
+    by_name: dict[str, int | None] = dict.fromkeys(kwargs, 0)
+    if in_dims is None or isinstance(in_dims, int):
+        by_position, by_name = [in_dims] * len(args), dict.fromkeys(kwargs, in_dims)
+    elif isinstance(in_dims, Mapping):
+        unknown = sorted(in_dims.keys() - kwargs.keys())
+        if unknown:
+            raise ValueError(f"in_dims names {unknown}, but the keyword arguments are {sorted(kwargs)}.")
+        by_name.update(in_dims)
+    else:
+        by_position = list(in_dims)
+        if len(by_position) != len(args):
+            raise ValueError(
+                f"in_dims has {len(by_position)} entries for {len(args)} positional batch arguments: give one for "
+                "each, or a tuple over (params, frozen, *batch)."
+            )
+
+    def spread(tree: Any, dim: Any) -> Any:
+        if isinstance(dim, Mapping):
+            return {key: spread(tree[key], dim[key]) for key in tree}
+        if isinstance(dim, tuple | list):
+            return type(tree)(spread(leaf, axis) for leaf, axis in zip(tree, dim, strict=True))
+        return tree_map(lambda _: _SHARED if dim is None else dim, tree)
+
+    positional = tuple(spread(arg, dim) for arg, dim in zip(args, by_position, strict=True))
+    return positional, {name: spread(arg, by_name[name]) for name, arg in kwargs.items()}
+
+
+def _concatenate(*parts: Any) -> Any:
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    if any(part is not parts[0] and part != parts[0] for part in parts):
+        raise ValueError(f"a {type(parts[0]).__name__} can't be joined over chunks of adapters; use chunk_size=None.")
+    return parts[0]
