@@ -1,8 +1,4 @@
-import os
-
-
-# No test may depend on a model hub.
-os.environ["HF_HUB_OFFLINE"] = "1"
+"""Fixtures that several folders share."""
 
 import pytest
 import torch

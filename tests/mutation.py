@@ -1,4 +1,4 @@
-"""Mutants of the core, and which of them the tests tell from the original: `python -m tests.mutation adapter many`.
+"""Mutants of the core, and which of them the tests tell from the original: `python -m tests.mutation core/adapter`.
 
 A mutant is the source of one module with one small thing wrong: `<` for `<=`, 2 for 1, a statement or a keyword left
 out. What survives shows a test that is missing, code that is not needed, or the same function written otherwise.
@@ -34,21 +34,37 @@ from cosmic_ray.plugins import get_operator
 
 
 ROOT = Path(__file__).parents[1]
-# Beside the module's own doctests.
+# What runs beside a module's own doctests and the test file of its name.
 TESTS = {
-    "projection": ["adapter"],
-    "adapter": ["adapter", "transforms", "laws", "bad_input"],
-    "optim": ["optim", "bad_input"],
-    "quantized": ["quantized", "products", "bad_input"],
-    "bnb": ["quantized", "bad_input"],
-    "calibrate": ["calibrate", "merge"],
-    "merge": ["merge", "laws", "bad_input"],
-    "config": ["config", "model", "bad_input"],
-    "layers": ["layers", "model", "bad_input"],
-    "model": ["model", "bad_input", "adapter", "many"],
-    "many": ["many", "laws", "bad_input"],
-    "algebra": ["algebra", "bad_input"],
+    "core/keys": ["model/test_apply", "io/test_checkpoint"],
+    "core/projection": [],
+    "core/shapes": ["core/test_adapter"],
+    "core/autograd": ["core/test_adapter", "core/test_transforms"],
+    "core/adapter": ["core/test_transforms", "test_laws"],
+    "quant/value": ["quant/test_bnb"],
+    "quant/linear": ["quant/test_kernels", "quant/test_bnb"],
+    "quant/cpu_layout": ["quant/test_kernels", "quant/test_bnb"],
+    "quant/bnb": [],
+    "model/config": ["model/test_targets"],
+    "model/targets": ["model/test_adapt"],
+    "model/layers": ["model/test_adapt"],
+    "model/tree": ["model/test_adapt", "model/test_convert", "merging/test_model"],
+    "model/checkout": ["model/test_apply"],
+    "model/apply": ["model/test_adapt"],
+    "model/adapt": ["model/test_apply", "core/test_autograd", "model/test_batch"],
+    "model/module": [],
+    "model/batch": ["model/test_vmap_adapters", "model/test_pools", "test_laws"],
+    "model/algebra": [],
+    "model/convert": [],
+    "merging/calibrate": ["merging/test_layer"],
+    "merging/layer": ["test_laws"],
+    "merging/second_moments": [],
+    "merging/model": ["merging/test_second_moments"],
+    "train/optim": [],
+    "train/fit": ["train/test_sweep"],
+    "train/sweep": [],
 }
+OPTIONS = "--doctest-modules --import-mode=importlib"  # one process, which is a fork
 LONGEST = 3.0  # seconds that a test of mutants may take; what takes longer compiles something
 # Of cosmic-ray's operators those whose mutants are not all killed by the first call.
 NAMES = [
@@ -145,9 +161,16 @@ class Mutated(SourceFileLoader):
         return self.source_to_code(self.code.encode(), self.path)
 
 
+def test_files(module: str) -> list[str]:
+    folder, name = module.split("/")
+    own = f"tests/{folder}/test_{name}.py"
+    found = [own] if (ROOT / own).exists() else []
+    return [f"vera_func/{module}.py", *found, *(f"tests/{name}.py" for name in TESTS[module])]
+
+
 def run(module: str, code: str, before: dict[str, float], quiet: bool, results: Any) -> None:
     """In a fork: the tests of a module that has this code."""
-    full, file = f"vera_func.{module}", str(ROOT / "vera_func" / f"{module}.py")
+    full, file = f"vera_func.{module.replace('/', '.')}", str(ROOT / "vera_func" / f"{module}.py")
 
     def find_spec(name: str, path: Any, target: Any = None) -> Any:
         return spec_from_file_location(name, loader=Mutated(name, file, code)) if name == full else None
@@ -159,9 +182,8 @@ def run(module: str, code: str, before: dict[str, float], quiet: bool, results: 
     sys.meta_path.insert(0, SimpleNamespace(find_spec=find_spec))
     importlib.import_module(full)
     plugin = Quickest(before)
-    files = [f"vera_func/{module}.py", *(f"tests/test_{name}.py" for name in TESTS[module])]
-    flags = ["-x", "-q", "--no-header", "--assert=plain", "-p", "no:cacheprovider"]
-    status = pytest.main([*flags, *files], plugins=[plugin])
+    flags = ["-x", "-q", "--no-header", "--assert=plain", "-p", "no:cacheprovider", "-o", f"addopts={OPTIONS}"]
+    status = pytest.main([*flags, *test_files(module)], plugins=[plugin])
     results.send(Outcome(int(status), dict(plugin.seconds)))
 
 
@@ -237,7 +259,7 @@ def main() -> None:
         left += found
         score = f"{1 - len(found) / max(count, 1):.0%}"
         rows.append((module, str(count), str(count - len(found)), str(len(found)), score))
-    table = [f"{name:12}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in rows]
+    table = [f"{name:24}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in rows]
     print("", *left, "", *table, sep="\n")
 
 

@@ -1,14 +1,17 @@
 """The runner of mutants makes those it should, of a module of a few lines; `python -m tests.mutation` runs them."""
 
+from pathlib import Path
+
 import pytest
 
 
 pytest.importorskip("cosmic_ray")
 
 from cosmic_ray.mutating import mutate_code
-from mutation import changed, places
+from mutation import TESTS, changed, places, test_files as files_of
 
 
+ROOT = Path(__file__).parents[1]
 SOURCE = '''
 from a import b
 Both: TypeAlias = int | str
@@ -30,3 +33,8 @@ def test_every_place_but_those_that_are_spared():
         *("-ifn<0:/+" + new for new in ("ifnotn<0:", "ifn<=0:", "ifn>=0:", "ifn<1:", "ifn<-1:")),
         "-returng(y,key=n)/+returng(y,**{})",
     }
+
+
+@pytest.mark.parametrize("module", TESTS)
+def test_the_files_are_there(module):
+    assert all((ROOT / file).exists() for file in files_of(module))

@@ -134,6 +134,8 @@ def test_train_says_numbers_only(run, run_json, folder, reviews, tmp_path):
 # The real thing
 
 
+@pytest.mark.network
+@pytest.mark.slow
 def test_the_real_model_learns_at_ci_size(tmp_path):
     """SmolLM2 in nf4, r 64, 20 steps on short movie snippets, 300 of them held out."""
     texts = [example for example in polar_examples(load_snippets("movie")) if 20 < len(example.text) < 90]

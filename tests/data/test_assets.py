@@ -215,6 +215,7 @@ def test_unknown_domain():
         load_snippets("books")
 
 
+@pytest.mark.network
 def test_real_snippets():
     counts = {domain: len(load_snippets(domain)) for domain in assets.DOMAINS}
     assert counts == {"movie": 10605, "amazon": 3708, "nyt": 5190, "tweets": 4200}
@@ -224,6 +225,7 @@ def test_real_snippets():
     assert text.startswith("We\N{RIGHT SINGLE QUOTATION MARK}ve seen")
 
 
+@pytest.mark.network
 def test_real_model_is_plain_and_quiet(capfd):
     from transformers.utils import logging
 

@@ -281,6 +281,13 @@ def test_inputs_of_rank_one_and_dead_blocks():
     assert merged.absmax.isfinite().all()
 
 
+def test_an_error_that_rounds_below_zero_is_zero():
+    gram = torch.tensor([[1.0, 1.0 + 2**-20], [1.0 + 2**-20, 1.0]])  # not quite semidefinite, as sums of products are
+    delta, change = torch.tensor([[2.0, 1.0]]), torch.tensor([[3.0, 0.0]])
+    assert (change - delta) @ gram @ (change - delta).T < 0
+    assert output_error(change, delta, gram) == 0.0
+
+
 @settings(max_examples=10, deadline=None)
 @given(code=st.sampled_from(list(CODES)), seed=st.integers(0, 99))
 def test_stochastic_codes_are_unbiased(code, seed):

@@ -86,8 +86,8 @@ def output_error(change: Weight, delta: Weight, gram: Gram) -> float:
         >>> output_error(torch.zeros(2, 3), torch.ones(2, 3), torch.eye(3))
         1.0
     """
-    added = _inner(delta, delta, gram)
-    return (_inner(change - delta, change - delta, gram) / added) ** 0.5 if added > 0 else 0.0
+    added, left = _inner(delta, delta, gram), _inner(change - delta, change - delta, gram)
+    return (max(left, 0.0) / added) ** 0.5 if added > 0 else 0.0  # rounding may leave a little less than zero
 
 
 def output_kept(change: Weight, delta: Weight, gram: Gram) -> float:
