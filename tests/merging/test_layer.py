@@ -237,7 +237,7 @@ for name, f in MERGES.items():
         ("no lambda_d", {"lambda_b": ones(32)}, PAIR, "keys 'lambda_b' and 'lambda_d', got"),
         ("a sum", LAYER | {"mixture": ones(())}, PAIR, "merge the parts of a sum one by one"),
         ("None", LAYER | {"lambda_d": None}, PAIR, "lambda_d must be a tensor, got NoneType"),
-        ("integers", {k: v.long() for k, v in LAYER.items()}, PAIR, "must be a tensor of floating-point"),
+        ("integers", {k: v.long() for k, v in LAYER.items()}, PAIR, "must be a floating-point tensor"),
         ("another layer", LAYER | {"lambda_b": ones(31)}, PAIR, r"lambda_b \(32,\) .*got \(31,\)"),
         ("half the pair", LAYER, {"vera_A": PAIR["vera_A"]}, r"frozen lacks \['vera_B'\]"),
     ):
