@@ -8,6 +8,8 @@ from bitsandbytes import functional
 from torch import nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -275,3 +277,16 @@ def small(*, bias=True, targets=("0", "2"), **fields):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5, bias=bias), nn.Tanh(), nn.Linear(5, 3))
     return vf.adapt(model, vf.VeraConfig(r=RANK, target_modules=list(targets), **fields))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many values the largest tensor has that an operation returns, views included."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))])
+        return out

@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from .autograd import expand, project
 from .keys import MIXTURE, VECTORS
-from .shapes import align_rows, require_float, require_rows_of_floats
+from .shapes import align_rows, contiguous_rows, require_float, require_rows_of_floats
 
 
 BaseFn = Callable[[Tensor], Tensor]
@@ -184,14 +184,14 @@ def forward(
     lambda_b, lambda_d, mixture = _vectors(params)
     require_rows_of_floats(x)
     A, B = _projections(frozen, lambda_b, lambda_d, x.shape[-1])
-    base = base_fn(x)
+    base = base_fn(contiguous_rows(x))
     if base.shape[-1] != lambda_b.shape[-1]:  # one of them could be 1, and broadcast
         raise ValueError(
             f"lambda_b {tuple(lambda_b.shape)} is for {lambda_b.shape[-1]} outputs, but base_fn(x) is "
             f"{tuple(base.shape)}."
         )
     masked = None if dropout_mask is None else x.to(A.dtype) * _checked_mask(dropout_mask, x)
-    z = project(x, A) if masked is None else linear(masked, A)  # (*batch, r)
+    z = project(x, A) if masked is None else linear(contiguous_rows(masked), A)  # (*batch, r)
     if mixture is None:
         update = expand(z, align_rows("lambda_b", lambda_b, x), align_rows("lambda_d", lambda_d, x), B)
     else:

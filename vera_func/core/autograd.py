@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from torch.nn.functional import linear
 
 from ..private import unwrap
+from .shapes import contiguous_rows
 
 
 def project(x: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]) -> Float[Tensor, "*batch r"]:
@@ -19,7 +20,7 @@ def project(x: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]) -> Float[Te
         >>> project(torch.ones(3, dtype=torch.bfloat16), torch.ones(2, 3))
         tensor([3., 3.])
     """
-    return linear(x.to(A.dtype), A)
+    return linear(contiguous_rows(x.to(A.dtype)), A)
 
 
 class SharedProduct:
@@ -90,7 +91,7 @@ class _Known(torch.autograd.Function):
         (A,) = ctx.saved_tensors
         if ctx.needs_input_grad[1]:
             return None, None, grad
-        return (grad @ A).to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, None
+        return (contiguous_rows(grad) @ A).to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, None
 
     @staticmethod
     def jvp(ctx, x_t, A_t, value_t):
@@ -124,7 +125,7 @@ class _Expand(torch.autograd.Function):
             return None, None, None, None
         if ctx.needs_input_grad[1]:
             grad_b = (grad * linear(lambda_d * z, B)).sum_to_size(lambda_b.shape)
-        inner = (lambda_b * grad) @ B  # (*batch, r)
+        inner = contiguous_rows(lambda_b * grad) @ B  # (*batch, r)
         if ctx.needs_input_grad[0]:
             grad_z = lambda_d * inner
         if ctx.needs_input_grad[2]:

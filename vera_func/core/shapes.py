@@ -34,6 +34,20 @@ def align_rows(name: str, vector: Tensor, x: Tensor, *, inner: int = 1) -> Tenso
     return vector.reshape(*rows, *[1] * (len(batch) - len(rows)), *own)
 
 
+def contiguous_rows(x: Tensor) -> Tensor:
+    """`x` (*batch, in), copied if its rows do not follow one another in memory.
+
+    torch multiplies `x` (b, seq, in) by a frozen weight as one matrix only if that is a view of it. Otherwise it
+    multiplies each of the `b` entries by a copy of the weight of its own. For the output head of a language model and
+    the slice `hidden[:, -1:]`, these copies cost more than the rest of the model.
+
+    Example:
+        >>> contiguous_rows(torch.ones(4, 7, 3)[:, -1:]).stride()
+        (3, 3, 1)
+    """
+    return x.contiguous()
+
+
 def require_float(name: str, dtype: torch.dtype) -> None:
     """Raise for a dtype that is not floating-point: an adapter would silently be rounded to integers.
 

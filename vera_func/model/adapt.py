@@ -22,7 +22,7 @@ from ..quant.bnb import from_bnb, is_bnb_linear
 from .apply import Apply, Root, Slot
 from .checkout import Trees
 from .config import VeraConfig
-from .layers import Projections, QuantizedLinear, RowwiseAffine, has_rows, shell_class
+from .layers import DenseLinear, Projections, QuantizedLinear, RowwiseAffine, has_rows, shell_class
 from .targets import linear_sizes, peft_dtype, resolve, trained_with
 from .tree import copy_tree, frozen_alias
 
@@ -228,6 +228,9 @@ def make_apply(
             layer = copy.deepcopy(module, memo)
         elif name in owners and has_rows(module):
             layer = RowwiseAffine(copy.deepcopy(module, memo))
+        elif type(module) is nn.Linear:
+            layer = copy.deepcopy(module, memo)
+            layer.__class__ = DenseLinear
         else:
             return None
         if name in targets:

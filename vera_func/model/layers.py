@@ -16,7 +16,7 @@ from torch.nn.functional import layer_norm, linear
 
 from ..core.adapter import delta_weight, dropout_mask, forward, init_params
 from ..core.autograd import project
-from ..core.shapes import align_rows
+from ..core.shapes import align_rows, contiguous_rows
 from ..private import tree_leaves, tree_map
 from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.cpu_layout import FusedWeight, fused_weight
@@ -162,6 +162,19 @@ def set_parameter(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
     setattr(layer, name, parameter)
 
 
+class DenseLinear(nn.Linear):
+    """A frozen `nn.Linear` that is not adapted: the same product, without copies of the weight (`contiguous_rows`).
+
+    Example:
+        >>> import torch
+        >>> DenseLinear(3, 2)(torch.ones(5, 7, 3)[:, -1:]).shape
+        torch.Size([5, 1, 2])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(contiguous_rows(x), self.weight, self.bias)
+
+
 class RowwiseAffine(nn.Module):
     """An affine layer whose weight and bias may have leading axes, one value for each row of the batch.
 
@@ -187,7 +200,7 @@ class RowwiseAffine(nn.Module):
     weight, bias = _own_or_base("weight"), _own_or_base("bias")
 
     def forward(self, x: Tensor) -> Tensor:
-        return _base_fn(self)(x)
+        return _base_fn(self)(contiguous_rows(x))
 
 
 def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor], *, cast: bool = True) -> Tensor:

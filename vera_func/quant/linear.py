@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .. import private
-from ..core.shapes import require_rows_of_floats
+from ..core.shapes import contiguous_rows, require_rows_of_floats
 from .cpu_layout import FusedWeight
 from .value import (
     FLOATS,
@@ -101,7 +101,7 @@ def quantized_linear(
         # Dynamo (2.13) refuses a Function with a jvp; what the plain form keeps is the compiler's choice. Where nothing
         # is kept, the plain form has less overhead.
         refuse_weight_derivative(any(map(is_differentiated, leaves)))
-        y = linear(x, dequantize_leaves(spec, leaves, x.dtype), bias)
+        y = linear(contiguous_rows(x), dequantize_leaves(spec, leaves, x.dtype), bias)
     else:
         y = _Product.apply(x, bias, spec, None if torch.is_grad_enabled() else fused, False, *leaves)
     # Under autocast, bitsandbytes' 4-bit layer returns the dtype of x, and its 8-bit layer that of the product.
@@ -118,7 +118,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(x, bias, spec, fused, transposed, *leaves):
         if transposed:
-            return torch.matmul(x, dequantize_leaves(spec, leaves, x.dtype))
+            return torch.matmul(contiguous_rows(x), dequantize_leaves(spec, leaves, x.dtype))
         return _multiply(x, bias, spec, fused, leaves)
 
     @staticmethod
@@ -241,7 +241,7 @@ def _multiply(
         together = all(tensor is None or tensor.device == x.device for tensor in (bias, *leaves))
         if together:
             return _gpu_product(x, bias, spec, leaves)
-    return linear(x, dequantize_leaves(spec, leaves, x.dtype), bias)
+    return linear(contiguous_rows(x), dequantize_leaves(spec, leaves, x.dtype), bias)
 
 
 def fused_product(x: Tensor, fused: FusedWeight, spec: Spec4bit) -> Tensor:
