@@ -284,6 +284,13 @@ NOT_SAVED = {
         r"'2\.lambda_b', but not '2\.lambda_d'",
     ),
     "nothing": (lambda p, f, c: ({}, f, c), "no 'lambda_b' of any layer"),
+    **{
+        f"inside of a wrapper: {key}": (
+            lambda p, f, c, key=key: (p | {key: torch.ones(13)}, f, c),
+            f"'{key}' is the name of a parameter inside of a layer's wrapper",
+        )
+        for key in ("0.base_layer.bias", "3.base_layer.weight", "3.modules_to_save.bias", "3.original_module.bias")
+    },
     "no tensor": (lambda p, f, c: (p | {"2.lambda_b": 1.0}, f, c), r"'2\.lambda_b' must be a tensor, got float"),
     "no projections": (
         lambda p, f, c: (p, {"vera_A": f["vera_A"]}, c),
@@ -305,6 +312,23 @@ def test_what_is_not_an_adapter_is_not_saved(case, tmp_path):
     with pytest.raises(ValueError, match=message):
         vf.save_adapter(tmp_path / "new", *change(*adapter()))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_layer_that_is_called_base_layer(tmp_path):
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_layer, self.head = nn.Linear(7, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.head(self.base_layer(x))
+
+    config = vf.VeraConfig(r=3, target_modules=["base_layer"], bias="all")
+    for module in (Wrapper(), nn.Sequential(Wrapper())):
+        adapted = vf.adapt(module, config)
+        params = randomized(adapted.params)
+        vf.save_adapter(tmp_path, params, *adapted[2:])
+        assert_same(vf.load_adapter(tmp_path, module).params, params)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a\\b", "a\0"])

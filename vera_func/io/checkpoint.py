@@ -66,7 +66,7 @@ def save_adapter(
     """
     folder = adapter_folder(path, adapter_name)
     check_adapter(params, frozen, config)
-    layers = set(adapted_modules(params))
+    layers = {*adapted_modules(params)}
     tensors = {_to_peft(key, layers): value for key, value in params.items()}
     if config.save_projection:
         tensors |= {f"base_model.{name}": frozen[name] for name in ("vera_A", "vera_B")}
@@ -144,8 +144,7 @@ def load_adapter(
             projections[name.removeprefix("base_model.")] = tensor
         elif key is None:
             raise ValueError(f"{file} has the key {name!r}, which is no part of a VeRA adapter.")
-        elif not (".modules_to_save." in name or ".original_module." in name):
-            # PEFT writes a head's bias two more times with bias="all"; those copies are not read by it either.
+        elif not _is_copy(name):
             params[key] = tensor
     problems = [f"lacks {key!r}" for key, slot in apply.slots.items() if slot.required and key not in params]
     problems += [f"has {key!r}, unknown to this model and config" for key in params if key not in apply.slots]
@@ -289,8 +288,16 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
             raise ValueError(f"{name!r} is {tensor.dtype}, and must be one of {DTYPES}.")
         if not tensor.isfinite().all():
             raise ValueError(f"{name!r} holds NaN or inf; nothing was written.")
+    layers = {*adapted_modules(params)}
     for key, value in params.items():
         module, leaf = split_key(key)
+        name = _to_peft(key, layers)
+        if _from_peft(name) != key or _is_copy(name):
+            raise ValueError(
+                f"{key!r} is the name of a parameter inside of a layer's wrapper, which PEFT would read as something "
+                "else or not at all. A parameter of the model has its name in the plain model, as in the params of "
+                "adapt and among the parameters of to_module."
+            )
         if leaf == MIXTURE:
             raise ValueError(f"{key!r} marks a sum of adapters, which PEFT's format can't hold; save them one by one.")
         if leaf == "lambda_d" and value.shape != (config.r,):
@@ -328,6 +335,11 @@ def _from_peft(name: str) -> str | None:
     elif layer == "base_layer" or layer.endswith(".base_layer"):
         layer = layer.removesuffix("base_layer").removesuffix(".")
     return join_key(layer, leaf)
+
+
+def _is_copy(name: str) -> bool:
+    """Whether a file's tensor is one that PEFT does not read either: with bias="all" it writes a head's bias thrice."""
+    return ".modules_to_save." in name or ".original_module." in name
 
 
 def _check_projections(
