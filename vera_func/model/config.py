@@ -5,10 +5,11 @@ where PEFT takes a contradictory one and ignores half of it, this raises.
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 
 import torch
+
+from .expressions import require_expression
 
 
 _Names = str | Sequence[str] | None
@@ -118,10 +119,10 @@ class VeraConfig:
                     "layers_to_transform does not apply to a regular expression; put the indices into "
                     f"target_modules={self.target_modules!r}, or give a list of names."
                 )
-            _require_expression("target_modules", self.target_modules)
+            require_expression("target_modules", self.target_modules)
         patterns = self.layers_pattern or ()
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            _require_expression("layers_pattern", pattern)
+            require_expression("layers_pattern", pattern)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -140,13 +141,6 @@ def _names(field: str, value: _Names) -> str | tuple[str, ...] | None:
     if not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"{field} must hold names, got {value!r}.")
     return names or None
-
-
-def _require_expression(field: str, value: str) -> None:
-    try:
-        re.compile(value)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{field}={value!r} is not a regular expression: {error}.") from error
 
 
 def _require_integer(field: str, value: object) -> None:

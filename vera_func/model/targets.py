@@ -4,9 +4,8 @@ The matching rules are PEFT's.
 """
 
 import dataclasses
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ..core.keys import MIXTURE, VECTORS, split_key
 from ..quant.bnb import is_bnb_linear
 from .config import HEADS, VeraConfig, is_all_linear
+from .expressions import Expression
 
 
 # Which linear layers are adapted where a configuration names none, by `model.config.model_type`.
@@ -101,12 +101,12 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
         config = dataclasses.replace(config, target_modules=targets)
     modules = dict(model.named_modules())
     if isinstance(targets, str) and is_all_linear(targets):
-        names = [name for name in _all_linear(model, config) if _in_layers(name, config)]
+        names = _in_layers(_all_linear(model, config), config)
         config = dataclasses.replace(
             config, target_modules=tuple(names) if any(names) else ".*", layers_to_transform=None, layers_pattern=None
         )
     else:
-        names = [name for name in modules if _matches(name, targets, config)]
+        names = _matching(modules, targets, config)
     if not names:
         raise ValueError(f"no module matches target_modules={targets!r}. {_linear_ends(model)}")
     if strict and not is_default and not isinstance(targets, str):
@@ -157,26 +157,32 @@ def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -
     return own
 
 
-def _matches(name: str, targets: str | Sequence[str], config: VeraConfig) -> bool:
-    if _is_saved(name, config):
-        return False
+def _matching(names: Iterable[str], targets: str | Sequence[str], config: VeraConfig) -> list[str]:
+    names = [name for name in names if not _is_saved(name, config)]
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    if name in targets:
-        return True
-    return any(name.endswith("." + t) for t in targets) and _in_layers(name, config)
+        expression = Expression("target_modules", targets)
+        return [name for name in names if expression.fullmatch(name)]
+    ending = [name for name in names if any(name.endswith("." + target) for target in targets)]
+    found = {*_in_layers(ending, config), *targets}
+    return [name for name in names if name in found]
 
 
-def _in_layers(name: str, config: VeraConfig) -> bool:
-    if config.layers_to_transform is None:
-        return True
+def _in_layers(names: Sequence[str], config: VeraConfig) -> list[str]:
+    layers = config.layers_to_transform
+    if layers is None:
+        return list(names)
     patterns = config.layers_pattern or (r"[^.]*",)
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        # The first numbered part is the layer; a later one may be an expert of it.
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
-        if found:
-            return int(found[1]) in config.layers_to_transform  # type: ignore[operator]
-    return False
+    # The first numbered part is the layer; a later one may be an expert of it.
+    expressions = [
+        Expression("layers_pattern", rf"(?:^|.*?\.){pattern}\.(?P<_index>\d+)\.")
+        for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+    ]
+    return [name for name in names if _layer_index(name, expressions) in layers]  # type: ignore[operator]
+
+
+def _layer_index(name: str, expressions: Sequence[Expression]) -> int | None:
+    found = (expression.match(name) for expression in expressions)
+    return next((int(match["_index"]) for match in found if match and match["_index"]), None)
 
 
 def _is_saved(name: str, config: VeraConfig) -> bool:
