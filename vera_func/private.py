@@ -70,6 +70,14 @@ def unwrap(x: Tensor) -> Tensor:
     return torch.func.debug_unwrap(x)
 
 
+def graph_task() -> int:
+    """The number of the backward pass that runs on this thread, -1 if none does.
+
+    torch tells nobody else that activation checkpointing is running a layer again. Its own checkpointing asks the same.
+    """
+    return torch._C._current_graph_task_id()
+
+
 def skip_fused_encoder_path(module: nn.Module) -> None:
     """Make an `nn.TransformerEncoderLayer` call its linear layers.
 
@@ -101,6 +109,18 @@ def bitsandbytes() -> Any:
 
 def _is_not_about_kernels(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+
+
+def drop_input_grads(root: nn.Module) -> None:
+    """Remove the hooks of `enable_input_require_grads` from a module tree.
+
+    Transforms refuse what they do, and params get their gradients without. transformers installs them with activation
+    checkpointing and leaves them when that is turned off; PEFT installs others, which nothing can remove.
+    """
+    for module in root.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
+                del module._forward_hooks[key]
 
 
 def bnb_ops() -> Any:

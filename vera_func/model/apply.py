@@ -17,10 +17,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..core.autograd import SharedProduct
+from ..private import graph_task, tree_leaves, unwrap
 from ..quant.cpu_layout import fused_weight
 from .checkout import Trees
-from .layers import Projections, QuantizedLinear
+from .layers import WITHOUT_CHECKPOINTING, Projections, QuantizedLinear
 from .tree import join_tensors, part_tensors
+
+
+# What torch's messages name that refuse a model inside of a transform.
+_REFUSED_BY_TRANSFORMS = ("Tensor.requires_grad_()", "saved tensor hooks")
 
 
 class Slot(NamedTuple):
@@ -77,10 +82,24 @@ class Apply:
         tensors = self._bind(params, frozen)
         if torch.compiler.is_compiling():
             return self._traced(tensors, name, args, kwargs)
+        if self.trees.checkpoints:
+            _require_no_gradients(tensors, args, kwargs)
+        shared = {
+            "projections.product": SharedProduct(),
+            "projections.generator": self.generator,
+            "projections.call": graph_task(),
+        }
         tree = self.trees.take()
         try:
-            tree.bind(tensors | {"projections.product": SharedProduct(), "projections.generator": self.generator})
+            tree.bind(tensors | shared)
             return tree.run(name, args, kwargs)
+        except RuntimeError as error:
+            if any(sign in str(error) for sign in _REFUSED_BY_TRANSFORMS):
+                raise ValueError(
+                    "the model does with gradients what torch.func's transforms refuse, as activation checkpointing "
+                    f"does: {error} {WITHOUT_CHECKPOINTING}"
+                ) from error
+            raise
         finally:
             self.trees.give(tree)
 
@@ -157,6 +176,15 @@ class Root(nn.Module):
 
     def forward(self, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         return getattr(self.model, method)(*args, **kwargs)
+
+
+def _require_no_gradients(tensors: Mapping[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> None:
+    given = (value for value in [*tensors.values(), *tree_leaves((args, kwargs))] if isinstance(value, Tensor))
+    if torch.is_grad_enabled() and any(value.requires_grad or unwrap(value) is not value for value in given):
+        raise ValueError(
+            "the model checkpoints activations: its layers would run again in backward, when the call of apply has "
+            f"ended and its params are gone. {WITHOUT_CHECKPOINTING}"
+        )
 
 
 def _key_error(missing: list[str], unknown: list[str], slots: Mapping[str, Slot]) -> str:

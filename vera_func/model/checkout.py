@@ -27,12 +27,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.keys import join_key, split_key
+from ..private import drop_input_grads
 from .tree import shared_memo
 
 
 # Not every write to a tensor is counted in its `_version`: not those of batch statistics, nor through `.data` or numpy.
 # So calls get clones of small tensors, and of all but huge ones where the module is in training mode.
 SMALL, SMALL_IN_TRAINING = 2**16, 2**24  # bytes
+_ENDED = -2  # no number of a backward pass, and not -1 for none
 _CONTAINERS = (dict, list, set, deque, bytearray)
 
 
@@ -41,11 +43,14 @@ class Trees:
 
     Attributes:
         root: What is copied. It is never run, except that the compiler traces it.
+        checkpoints: Whether its modules checkpoint activations.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.free: list[Tree] = []
+        # As transformers marks it.
+        self.checkpoints = any(m.training and getattr(m, "gradient_checkpointing", False) for m in root.modules())
         self._buffers = {
             join_key(name, leaf): buffer
             for name, module in root.named_modules()
@@ -91,10 +96,13 @@ class Tree:
     def __init__(self, original: nn.Module) -> None:
         shared = shared_memo(original)
         memo = dict(shared)
-        self.root: Any = copy.deepcopy(original, memo)
+        root: Any = copy.deepcopy(original, memo)
+        root.projections.call = _ENDED
+        drop_input_grads(root)
+        self.root, self._model = root, root.model
         self.lent = False
         own = {id(made) for key, made in memo.items() if key not in shared}
-        containers, tensors = _mutable(self.root, own)
+        containers, tensors = _mutable(root, own)
         self._empty = [container for container in containers if not container]
         self._live = [container for container in containers if container]
         self._kept = [_shallow(container) for container in self._live]
@@ -124,7 +132,7 @@ class Tree:
 
     def run(self, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What a method of the model returns."""
-        result = getattr(self.root.model, method)(*args, **kwargs)
+        result = getattr(self._model, method)(*args, **kwargs)
         # A generator has yet to run, and a module is a part of the tree: both keep it.
         self.lent = isinstance(result, nn.Module | Iterator)
         return result

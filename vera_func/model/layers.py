@@ -17,12 +17,18 @@ from torch.nn.functional import layer_norm, linear
 from ..core.adapter import delta_weight, dropout_mask, forward, init_params
 from ..core.autograd import project
 from ..core.shapes import align_rows, contiguous_rows
-from ..private import tree_leaves, tree_map
+from ..private import graph_task, tree_leaves, tree_map
 from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.cpu_layout import FusedWeight, fused_weight
 from ..quant.linear import quantized_linear
 from ..quant.value import Quantized, Quantized4bit
 from .targets import is_conv1d, linear_sizes
+
+
+WITHOUT_CHECKPOINTING = (
+    "Call model.gradient_checkpointing_disable() before adapt or load_adapter, or train to_module(adapted), which may "
+    "checkpoint."
+)
 
 
 class Projections(nn.Module):
@@ -42,6 +48,21 @@ class Projections(nn.Module):
         self.vera_A, self.vera_B = vera_A, vera_B
         self.product: Callable[[Tensor, Tensor], Tensor] = project
         self.generator: torch.Generator | None = None
+        self.call: int | None = None
+
+    def require_call(self) -> None:
+        """Refuse to run in a module tree outside of the call that it was checked out for; see `checkout`.
+
+        `call` is the number of the backward pass in which the call was made, or -1 for none. Other modules have None.
+
+        Raises:
+            ValueError: If the call has ended, or another one has got the tree since.
+        """
+        if self.call is not None and not torch.compiler.is_compiling() and self.call != graph_task():
+            raise ValueError(
+                "a layer runs again in backward, when the call of apply has ended and its params are gone: the model "
+                f"checkpoints activations. {WITHOUT_CHECKPOINTING}"
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Projections":
         super()._apply(fn, recurse)
@@ -290,6 +311,7 @@ def _init(
 
 
 def _forward(self: Any, x: Tensor) -> Tensor:
+    self.projections.require_call()
     params = {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d}
     if self.mixture is not None:
         params["mixture"] = self.mixture

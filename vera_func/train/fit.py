@@ -24,11 +24,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..io.files import read_safetensors, replacing
+from .gradient import LossFn, gradient_of, require_shape
 from .optim import AdamWState, Gradient, adamw_init, adamw_update, clip_by_norm, constant, global_norm
 
 
 Tree = Mapping[str, Tensor]
-LossFn = Callable[[dict[str, Tensor], Any], Tensor]
 PathLike = str | os.PathLike[str]
 Numbers = float | Sequence[float] | Tensor  # one for all adapters, or one per adapter
 Accumulate = Callable[[Callable[[Any], Gradient], Any], Gradient]
@@ -102,7 +102,8 @@ def fit(
         progress: Shows a bar if tqdm is installed, and nothing if it is not.
 
     Raises:
-        ValueError: If arguments, shapes, or the run to resume do not fit together.
+        ValueError: If arguments, shapes, or the run to resume do not fit together; if no leaf of `params` gets a
+            gradient, or if in the first step one gets none that the loss depends on (see `gradient_of`).
 
     Example:
         >>> loss_fn = lambda params, batch: (params["p"] - batch).square().sum(1)
@@ -144,7 +145,7 @@ def fit(
         for step in range(len(run.losses), steps):
             if (run.stopped >= 0).all():
                 break
-            gradient = partial(_backward, loss_fn, run.params, n)
+            gradient = partial(gradient_of, loss_fn, run.params, n, step == 0)
             batch = batches(step)
             grads, losses = gradient(batch) if accumulate is None else accumulate(gradient, batch)
             factor = torch.as_tensor(schedule(step), dtype=torch.float64)
@@ -260,20 +261,6 @@ def _start(params: Tree, n: tuple[int, ...]) -> Fit:
     return Fit(params, state, empty, empty, stopped, diverged=torch.zeros_like(stopped).bool())
 
 
-def _backward(loss_fn: LossFn, params: dict[str, Tensor], n: tuple[int, ...], batch: Any) -> Gradient:
-    """The gradient of every adapter's own loss, and the losses."""
-    # As torch.func.grad, which keeps the graph of its own backward, too, and refuses activation checkpointing.
-    with torch.enable_grad():
-        leaves = {k: p.detach().requires_grad_() for k, p in params.items()}
-        losses = loss_fn(leaves, batch)
-        _check_shape("loss_fn", losses, n)
-        if not losses.requires_grad:
-            raise ValueError("the result of loss_fn does not depend on params; see that it is not detached.")
-        value = losses.sum()
-    grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
-    return dict(zip(leaves, grads, strict=True)), losses.detach()
-
-
 def _update(grads, loss, state, params, training, max_norm, hyper, **fixed):
     """The step of one adapter, not taken if it stopped or if anything is not finite."""
     new, new_state = adamw_update(clip_by_norm(grads, max_norm), state, params, **hyper, **fixed)
@@ -304,7 +291,7 @@ def _record(run: Fit, losses: Tensor, params: dict, state: AdamWState, finite: T
 def _judge(run: Fit, metric: float | Tensor, patience: int | None) -> Fit:
     """The run after an evaluation, in which those whose best is `patience` old stopped."""
     metric = torch.as_tensor(metric, dtype=torch.float64, device=run.stopped.device)
-    _check_shape("evaluate", metric, run.stopped.shape)
+    require_shape("evaluate", metric, run.stopped.shape)
     run = run._replace(metrics=torch.cat([run.metrics, metric[None]]))
     if patience is None:
         return run
@@ -330,15 +317,6 @@ def _spread(name: str, value: Numbers, n: tuple[int, ...], device: torch.device)
     if not (numbers >= 0).all():
         raise ValueError(f"{name} must be 0 or more, got {value}.")
     return numbers.expand(n)
-
-
-def _check_shape(name: str, value: Tensor, n: tuple[int, ...]) -> None:
-    wanted = f"one number per adapter, {tuple(n)}" if n else "one number, ()"
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} must return {wanted}, as a tensor, got {type(value).__name__}.")
-    if value.shape != n:
-        hint = "" if n else "; if params are stacked, pass num_adapters"
-        raise ValueError(f"{name} must return {wanted}, got shape {tuple(value.shape)}{hint}.")
 
 
 def _flatten(run: Fit) -> dict[str, Tensor]:

@@ -1,0 +1,112 @@
+"""The gradient of a training step, which is an error where it would be zero by mistake."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.keys import split_key
+from .optim import Gradient
+
+
+LossFn = Callable[[dict[str, Tensor], Any], Tensor]
+_ADVICE = (
+    "Activation checkpointing keeps gradients from params, too: call model.gradient_checkpointing_disable() before "
+    "adapt or load_adapter, or train to_module(adapted)."
+)
+
+
+def gradient_of(loss_fn: LossFn, params: dict[str, Tensor], n: tuple[int, ...], first: bool, batch: Any) -> Gradient:
+    """The gradient of every adapter's own loss, and the losses.
+
+    A leaf that is not in the graph gets zeros. That is right where the loss does not depend on it: an expert that got
+    no token, a pooler beside mean pooling. It is wrong where a layer runs under `torch.no_grad` or its output is
+    detached. So in the first step the loss is evaluated again with other values in such leaves.
+
+    Args:
+        loss_fn: `(params, batch)` to one loss, or to (n,) losses, each of its own adapter alone.
+        params: Its first argument.
+        n: The shape of the losses.
+        first: Whether to look into leaves without a gradient.
+        batch: Its second argument.
+
+    Raises:
+        ValueError: If the losses have another shape, no leaf gets a gradient, or one gets none that they depend on.
+
+    Example:
+        >>> gradient_of(lambda params, batch: (params["p"] * batch).sum(), {"p": torch.ones(2)}, (), True, 3.0)
+        ({'p': tensor([3., 3.])}, tensor(6.))
+    """
+    devices = sorted({p.device.index for p in params.values() if p.is_cuda})
+    before = _random_state(devices) if first else []
+    # As torch.func.grad, which keeps the graph of its own backward, too, and refuses activation checkpointing.
+    with torch.enable_grad():
+        leaves = {k: p.detach().requires_grad_() for k, p in params.items()}
+        losses = loss_fn(leaves, batch)
+        require_shape("loss_fn", losses, n)
+        if not losses.requires_grad:
+            raise ValueError(f"the result of loss_fn does not depend on params; see that it is not detached. {_ADVICE}")
+        value = losses.sum()
+    try:
+        grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise ValueError(f"loss_fn checkpoints with use_reentrant=True: {error} {_ADVICE}") from error
+        raise
+    absent = [key for key, grad in zip(leaves, grads, strict=True) if grad is None]
+    if len(absent) == len(leaves):
+        raise ValueError(f"no leaf of params gets a gradient from loss_fn. {_ADVICE}")
+    if first and absent:
+        with torch.random.fork_rng(devices):
+            _require_independent(loss_fn, params, batch, losses.detach(), absent, partial(_rewind, before, devices))
+    filled = (torch.zeros_like(p) if grad is None else grad for p, grad in zip(leaves.values(), grads, strict=True))
+    return dict(zip(leaves, filled, strict=True)), losses.detach()
+
+
+def _require_independent(
+    loss_fn: LossFn,
+    params: dict[str, Tensor],
+    batch: Any,
+    losses: Tensor,
+    absent: list[str],
+    rewind: Callable[[], None],
+) -> None:
+    """Refuse losses that change with leaves in which they have no gradient."""
+
+    def changes(modules: Sequence[str]) -> bool:
+        rewind()
+        moved = {k: p + 0.1 if k in absent and split_key(k)[0] in modules else p for k, p in params.items()}
+        with torch.enable_grad():  # as before, to the bit
+            return not torch.equal(loss_fn({k: p.detach().requires_grad_() for k, p in moved.items()}, batch), losses)
+
+    modules = list(dict.fromkeys(split_key(key)[0] for key in absent))
+    if changes([]) or not changes(modules):  # a loss that is random tells nothing
+        return
+    while len(modules) > 1:
+        half = modules[: len(modules) // 2]
+        modules = half if changes(half) else modules[len(half) :]
+    key = next(key for key in absent if split_key(key)[0] in modules)
+    raise ValueError(
+        f"the result of loss_fn depends on {key!r}, but has no gradient in it; see that no layer is detached. {_ADVICE}"
+    )
+
+
+def _random_state(devices: Sequence[int]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+
+
+def _rewind(states: Sequence[Tensor], devices: Sequence[int]) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in zip(devices, states[1:], strict=True):
+        torch.cuda.set_rng_state(state, device)
+
+
+def require_shape(name: str, value: Tensor, n: tuple[int, ...]) -> None:
+    wanted = f"one number per adapter, {tuple(n)}" if n else "one number, ()"
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must return {wanted}, as a tensor, got {type(value).__name__}.")
+    if value.shape != n:
+        hint = "" if n else "; if params are stacked, pass num_adapters"
+        raise ValueError(f"{name} must return {wanted}, got shape {tuple(value.shape)}{hint}.")
