@@ -32,7 +32,8 @@ import vera_func as vf
 from vera_func.data.assets import Asset, fetch
 from vera_func.data.models import Note, read_note, write_note
 from vera_func.io.bank import append_to_bank
-from vera_func.io.checkpoint import CONFIG, WEIGHTS
+from vera_func.io.checkpoint import WEIGHTS
+from vera_func.io.config import CONFIG
 from vera_func.io.files import filling
 from vera_func.train.fit import batch_indices, load_fit, save_fit
 from vera_func.train.optim import linear_warmup_cosine

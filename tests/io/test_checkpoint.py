@@ -3,16 +3,18 @@
 import json
 import os
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import vera_func as vf
 
-from helpers import llama, randomized
+from helpers import llama, randomized, relative_error
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -465,6 +467,53 @@ def test_fields_that_are_off_or_only_peft_s_are_passed_over(tmp_path):
     after = vf.load_adapter(tmp_path, model())
     assert after.config == before.config
     assert_same(after.params, before.params)
+
+
+def test_what_is_unknown_is_ignored_on_demand(tmp_path):
+    write(tmp_path)
+    before = vf.load_adapter(tmp_path, model())
+    edit_config(tmp_path, use_dora=True, alpha_pattern={"0": 2})
+    edit_weights(tmp_path, replaced("base_model.model.0.vera_magnitude", torch.ones(13)))
+    with pytest.raises(ValueError, match=r"alpha_pattern=.*pass load_adapter\(\.\.\., ignore_unknown=True\)"):
+        vf.load_adapter(tmp_path, model())
+    with pytest.warns(UserWarning, match="ignored") as warned:
+        after = vf.load_adapter(tmp_path, model(), ignore_unknown=True)
+    assert [str(w.message).partition(str(tmp_path))[2].partition(" ")[2] for w in warned] == [
+        "has fields that are unknown for VeRA, and ignored: alpha_pattern, use_dora.",
+        "has 1 unknown tensors, which are ignored, first '0.vera_magnitude'.",
+    ]
+    assert all(w.filename == __file__ for w in warned)
+    assert after.config == before.config
+    assert_same(after.params, before.params)
+    assert_same(after.frozen, before.frozen)
+    # What is missing or has another shape is an error all the same.
+    for change in (
+        without("base_model.model.0.vera_lambda_b"),
+        replaced("base_model.model.2.vera_lambda_b", torch.ones(4)),
+    ):
+        edit_weights(tmp_path, change)
+        with pytest.raises(ValueError, match="lacks '0"), pytest.warns(UserWarning, match="ignored"):
+            vf.load_adapter(tmp_path, model(), ignore_unknown=True)
+
+
+@pytest.mark.parametrize("ours", [vf.save_adapter, vf.export_lora], ids=["VeRA", "LoRA"])
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_auto_classes_of_peft_find_the_base(task_type, ours, tmp_path):
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = vf.adapt(base, vf.VeraConfig(r=3, target_modules=["q_proj"], task_type=task_type))
+    adapted = adapted._replace(params=randomized(adapted.params))
+    ours(tmp_path / "adapter", *adapted[1:], **({} if ours is vf.save_adapter else {"model": base}))
+    auto = peft.AutoPeftModel if task_type is None else peft.AutoPeftModelForCausalLM
+    theirs = auto.from_pretrained(tmp_path / "adapter")
+    ids = torch.arange(3, 12)[None]
+    expected = adapted.apply(adapted.params, adapted.frozen, input_ids=ids).logits
+    assert relative_error(theirs(input_ids=ids).logits, expected) < 1e-5
+    config = vf.open_bank(
+        vf.save_bank(tmp_path / "bank.safetensors", vf.stack_adapters([adapted.params]), *adapted[2:], ["a"])
+    ).config
+    assert config.base_model_name_or_path == str(tmp_path / "base")
 
 
 def test_layers_that_peft_ignored_are_passed_over(tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 import vera_func as vf
+from vera_func.model.convert import quantize_model
 
 from helpers import (
     FORMATS,
@@ -381,6 +383,55 @@ def test_no_config_matches_nothing():
         vf.adapt(llama(), vf.VeraConfig(r=R, target_modules=["q_proj", "query"]))
     with pytest.raises(ValueError, match="'norm' is a BatchNorm1d"):
         vf.adapt(Normalized(), vf.VeraConfig(r=R, target_modules=["norm"]))
+
+
+def on_queries(**fields):
+    return vf.VeraConfig(r=R, target_modules=["q_proj"], **fields)
+
+
+class TestOrigin:
+    """The configuration says what it is an adapter of, as PEFT's does."""
+
+    def test_the_model_s_own_name(self, tmp_path):
+        llama().save_pretrained(tmp_path)
+        model = type(llama()).from_pretrained(tmp_path)
+        theirs = peft.get_peft_model(copy.deepcopy(model), peft.VeraConfig(r=R, target_modules=["q_proj"])).peft_config[
+            "default"
+        ]
+        config = vf.adapt(model, on_queries()).config
+        assert config.base_model_name_or_path == theirs.base_model_name_or_path == str(tmp_path)
+        assert config.auto_mapping == {
+            "base_model_class": "LlamaForCausalLM",
+            "parent_library": "transformers.models.llama.modeling_llama",
+        }
+        # An adapter of the same weights in another format has the same base; the format is not part of the name.
+        quantized = vf.adapt(quantize_model(model, "nf4"), on_queries()).config
+        assert quantized.base_model_name_or_path == str(tmp_path)
+        assert vf.adapt(model, on_queries(task_type="CAUSAL_LM")).config.auto_mapping is None
+        # Merged weights are not those of that name.
+        adapted = vf.adapt(model, on_queries())
+        merged = vf.merge(model, adapted.params, adapted.frozen)
+        assert vf.adapt(merged, on_queries()).config.base_model_name_or_path is None
+        assert model.name_or_path == model.config.name_or_path == str(tmp_path)
+
+    def test_a_name_that_is_given(self, tmp_path):
+        llama().save_pretrained(tmp_path)
+        model = type(llama()).from_pretrained(tmp_path)
+        config = vf.adapt(model, on_queries(base_model_name_or_path="mine", revision="v1")).config
+        assert (config.base_model_name_or_path, config.revision) == ("mine", "v1")
+
+    def test_no_name(self):
+        # transformers' models that were made here have the name "".
+        for model in (llama(), nn.ModuleDict({"q_proj": nn.Linear(2, 2)})):
+            config = vf.adapt(model, on_queries()).config
+            assert config.base_model_name_or_path is None
+            assert config.auto_mapping is None
+
+    def test_a_pool_of_one_base_has_its_name(self, tmp_path):
+        llama().save_pretrained(tmp_path)
+        model = type(llama()).from_pretrained(tmp_path)
+        adapters = [vf.adapt(model, vf.VeraConfig(r=r, target_modules=["q_proj"])) for r in (2, 3)]
+        assert vf.pool_adapters(adapters).config.base_model_name_or_path == str(tmp_path)
 
 
 # What is refused

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..io.bank import open_bank
-from ..io.checkpoint import CONFIG, load_adapter, read_files
+from ..io.checkpoint import load_adapter, read_files
+from ..io.config import CONFIG
 from ..model.adapt import Adapted, adapt
 from ..model.batch import stack_adapters
 from ..model.config import VeraConfig

@@ -20,7 +20,8 @@ from ..core.keys import adapted_modules, own_parameters, split_key
 from ..model.adapt import Adapted, make_apply
 from ..model.batch import num_adapters, stack_adapters
 from ..model.config import VeraConfig
-from .checkpoint import check_adapter, config_from_json, config_to_json, load_adapter, save_adapter
+from .checkpoint import check_adapter, load_adapter, save_adapter
+from .config import config_from_json, config_to_json
 from .files import parse_json, replacing
 
 

@@ -5,7 +5,6 @@ read. Each file is replaced as a whole, and the weights carry the configuration 
 that after a crash between the two files the adapter is still the old one or the new one.
 """
 
-import dataclasses
 import json
 import os
 import warnings
@@ -22,14 +21,13 @@ from ..core.shapes import require_float
 from ..model.adapt import Adapted, draw_projections, make_apply
 from ..model.config import VeraConfig
 from ..model.targets import linear_sizes, resolve, trained_with
+from .config import CONFIG, config_from_json, config_to_json
 from .files import parse_json, read_safetensors, replacing
 
 
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PREFIX = "base_model.model."
-_PEFT_ONLY = ("auto_mapping", "inference_mode", "peft_type", "peft_version", "runtime_config")
 
 
 def save_adapter(
@@ -90,6 +88,7 @@ def load_adapter(
     adapter_name: str = "default",
     dtype: torch.dtype | None = torch.float32,
     int8_activations: bool = False,
+    ignore_unknown: bool = False,
 ) -> Adapted:
     """Read a PEFT directory into a pure function of `model`, and the adapter's params and projections.
 
@@ -102,6 +101,8 @@ def load_adapter(
         dtype: Of vectors and projections, and so of the adapter's arithmetic. PEFT's default is float32
             whatever the file holds; None keeps the file's.
         int8_activations: See `adapt`.
+        ignore_unknown: Whether to read a file with configuration fields or tensors that are unknown here, of a newer
+            version of PEFT for instance, without these and with a warning, as PEFT does.
 
     Returns:
         `(apply, params, frozen, config)`, as from `adapt`.
@@ -127,7 +128,7 @@ def load_adapter(
     if dtype is not None:
         require_float("dtype", dtype)
     folder = adapter_folder(path, adapter_name)
-    config, tensors = read_files(folder)
+    config, tensors = read_files(folder, ignore_unknown=ignore_unknown)
     file = folder / WEIGHTS
     try:
         targets, config = resolve(model, config, strict=False)
@@ -142,10 +143,13 @@ def load_adapter(
         key = _from_peft(name)
         if name.startswith("base_model.vera_"):
             projections[name.removeprefix("base_model.")] = tensor
-        elif key is None:
+        elif key is None and not ignore_unknown:
             raise ValueError(f"{file} has the key {name!r}, which is no part of a VeRA adapter.")
         elif not _is_copy(name):
-            params[key] = tensor
+            params[key or name] = tensor
+    if ignore_unknown and (odd := sorted(params.keys() - apply.slots.keys())):
+        warnings.warn(f"{file} has {len(odd)} unknown tensors, which are ignored, first {odd[0]!r}.", stacklevel=2)
+        params = {key: value for key, value in params.items() if key in apply.slots}
     problems = [f"lacks {key!r}" for key, slot in apply.slots.items() if slot.required and key not in params]
     problems += [f"has {key!r}, unknown to this model and config" for key in params if key not in apply.slots]
     problems += [
@@ -197,7 +201,7 @@ def adapter_folder(path: str | os.PathLike[str], adapter_name: str) -> Path:
     return Path(path) if adapter_name == "default" else Path(path) / adapter_name
 
 
-def read_files(folder: Path) -> tuple[VeraConfig, dict[str, Tensor]]:
+def read_files(folder: Path, *, ignore_unknown: bool = False) -> tuple[VeraConfig, dict[str, Tensor]]:
     """Configuration and tensors of an adapter directory, checked as files, with the file's own names.
 
     Raises:
@@ -209,7 +213,8 @@ def read_files(folder: Path) -> tuple[VeraConfig, dict[str, Tensor]]:
         if not file.is_file():
             raise FileNotFoundError(_what_is_there(folder, file))
     metadata, tensors = read_safetensors(weights_file)
-    config = config_from_json(parse_json(config_file, config_file.read_text(errors="replace")), str(config_file))
+    fields = parse_json(config_file, config_file.read_text(errors="replace"))
+    config = config_from_json(fields, str(config_file), ignore_unknown=ignore_unknown)
     written = metadata.get("vera_func.config")
     if written is not None:
         own = config_from_json(parse_json(weights_file, written), str(weights_file))
@@ -222,48 +227,6 @@ def read_files(folder: Path) -> tuple[VeraConfig, dict[str, Tensor]]:
         if not tensor.isfinite().all():
             raise ValueError(f"{weights_file}: {name!r} holds NaN or inf; the adapter is broken.")
     return config, tensors
-
-
-def config_to_json(config: VeraConfig) -> dict[str, Any]:
-    """The content of `adapter_config.json`, with the fields that PEFT adds of itself."""
-    fields = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items()}
-    return {**fields, "auto_mapping": None, "inference_mode": True, "peft_type": "VERA"}
-
-
-def config_from_json(fields: Any, source: str = CONFIG) -> VeraConfig:
-    """A configuration from the content of `adapter_config.json`.
-
-    Fields of newer versions of PEFT are passed over while they are off (null, false, empty); an unknown
-    one that is on may change what the tensors mean, and is refused.
-
-    Args:
-        fields: The parsed JSON.
-        source: Named in errors.
-
-    Raises:
-        ValueError: If it is not a VeRA configuration, or a field is unknown and on, or invalid.
-
-    Example:
-        >>> config_from_json({"peft_type": "VERA", "r": 8, "target_modules": ["q_proj"]}).r
-        8
-    """
-    if not isinstance(fields, dict):
-        raise ValueError(f"{source} must hold a JSON object, got {type(fields).__name__}.")
-    if fields.get("peft_type") != "VERA":
-        raise ValueError(f"{source} is of peft_type {fields.get('peft_type')!r}; only 'VERA' adapters are read.")
-    known = {field.name for field in dataclasses.fields(VeraConfig)}
-    unknown = sorted(k for k, v in fields.items() if k not in known and k not in _PEFT_ONLY and v)
-    if unknown:
-        raise ValueError(f"{source} has {unknown[0]}={fields[unknown[0]]!r}, which is unknown for VeRA.")
-    values = {name: value for name, value in fields.items() if name in known}
-    targets = values.get("target_modules")
-    if isinstance(targets, str) and targets.lower() != "all-linear":
-        # PEFT ignores the layers for a regular expression, and writes both.
-        values |= {"layers_to_transform": None, "layers_pattern": None}
-    try:
-        return VeraConfig(**values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{source}: {error}") from error
 
 
 def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], config: VeraConfig) -> None:

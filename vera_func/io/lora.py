@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..core.keys import VECTORS, split_key
 from ..model.config import VeraConfig
 from ..model.targets import adapted_layers, is_conv1d, linear_sizes
-from .checkpoint import CONFIG, WEIGHTS, adapter_folder, check_adapter
+from .checkpoint import WEIGHTS, adapter_folder, check_adapter
+from .config import CONFIG
 from .files import replacing
 
 
@@ -106,6 +107,7 @@ def export_lora(
         "fan_in_fan_out": any(is_conv1d(model.get_submodule(name)) for name in layers),
         "modules_to_save": None if config.modules_to_save is None else list(config.modules_to_save),
         "task_type": config.task_type,
+        "auto_mapping": config.auto_mapping,
         "base_model_name_or_path": config.base_model_name_or_path,
         "revision": config.revision,
         "inference_mode": True,

@@ -81,9 +81,11 @@ def merge(
         given = (weights or {}).get(name)
         return _merged_weight(module, layers.get(name), frozen, to) if given is None else given
 
-    merged = copy_with_weights(model, weight_of, memo)
+    merged: Any = copy_with_weights(model, weight_of, memo)
     if hasattr(merged, "save_pretrained"):
         _describe_quantization(merged, to)
+        # These are no longer the weights that the base's name stands for: an adapter of them must not say so.
+        merged.name_or_path = merged.config.name_or_path = ""
     return merged
 
 

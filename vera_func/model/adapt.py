@@ -7,6 +7,7 @@ The user's model is read, never called and never changed.
 """
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def adapt(
         generator: Where the vectors are drawn from if `config.init_weights` is False; not used otherwise.
 
     Returns:
-        `(apply, params, frozen, config)`.
+        `(apply, params, frozen, config)`; the configuration with targets and the base's name spelled out.
 
     Raises:
         ValueError: If nothing in the model matches the configuration, a match cannot be adapted, or `dtype` is not a
@@ -109,7 +110,7 @@ def adapt(
         params[join_key(name, "lambda_d")] = lambda_d.to(device, via).to(dtype)
     for name in trained:
         params[name] = model.get_parameter(name).detach().clone()
-    return Adapted(apply, params, frozen, config)
+    return Adapted(apply, params, frozen, _with_origin(config, model))
 
 
 class ParameterCount(NamedTuple):
@@ -279,6 +280,17 @@ def _parameter_aliases(model: nn.Module, trained: Sequence[str]) -> dict[str, li
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(place(name) if place(name) in untied else id(parameter), []).append(name)
     return {next((name for name in names if name in trained), names[0]): names for names in aliases.values()}
+
+
+def _with_origin(config: VeraConfig, model: nn.Module) -> VeraConfig:
+    """The configuration with the name of its base, where it has none, and what AutoPeftModel needs beside a name."""
+    named = (getattr(owner, "name_or_path", None) for owner in (model, getattr(model, "config", None)))
+    # transformers' models that were not loaded from anywhere have the name "".
+    name = config.base_model_name_or_path or next((n for n in named if isinstance(n, str) and n), None)
+    mapping = config.auto_mapping
+    if name is not None and mapping is None and config.task_type is None:
+        mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    return dataclasses.replace(config, base_model_name_or_path=name, auto_mapping=mapping)
 
 
 def _int8(module: nn.Module, wanted: bool) -> bool:

@@ -5,7 +5,7 @@ where PEFT takes a contradictory one and ignores half of it, this raises.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -46,8 +46,10 @@ class VeraConfig:
         layers_pattern: Name of the list of layers that the index is looked for in.
         task_type: None or one of "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS",
             "FEATURE_EXTRACTION".
-        base_model_name_or_path: Noted in a saved adapter.
-        revision: Noted in a saved adapter.
+        base_model_name_or_path: The base's name, for a saved adapter. `adapt` fills in `model.name_or_path`.
+        revision: The base's revision, for a saved adapter.
+        auto_mapping: The base's class and the module that defines it, for a saved adapter without a `task_type`: what
+            PEFT's `AutoPeftModel` goes by. `adapt` fills it in.
 
     Raises:
         ValueError: If a value is out of range or contradicts another; the message names the field.
@@ -75,6 +77,7 @@ class VeraConfig:
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    auto_mapping: Mapping[str, str] | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _require_integer("r", self.r)
@@ -96,6 +99,8 @@ class VeraConfig:
         for name in ("base_model_name_or_path", "revision"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"{name} must be a text or None, got {getattr(self, name)!r}.")
+        if not isinstance(self.auto_mapping, Mapping | None):
+            raise ValueError(f"auto_mapping must be a dict or None, got {self.auto_mapping!r}.")
         self._set("target_modules", _names("target_modules", self.target_modules))
         self._set("layers_pattern", _names("layers_pattern", self.layers_pattern))
         saved = _names("modules_to_save", self.modules_to_save)

@@ -4,6 +4,7 @@ A = [A1; A2; ...]        B = [B1, B2, ...]        lambda_d of each adapter is ze
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,11 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
         for name in trained:
             row[name] = adapted.params.get(name, model.get_parameter(name).detach())
         rows.append(row)
-    config = VeraConfig(r=r, target_modules=targets, vera_dropout=rate, save_projection=True)
+    origin: dict[str, Any] = {}
+    for field in ("base_model_name_or_path", "revision", "auto_mapping"):
+        values = [getattr(adapted.config, field) for adapted in adapters]
+        origin[field] = values[0] if all(value == values[0] for value in values) else None
+    config = VeraConfig(r=r, target_modules=targets, vera_dropout=rate, save_projection=True, **origin)
     return Adapted(apply, stack_adapters(rows), frozen, config)
 
 
