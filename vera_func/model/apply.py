@@ -19,7 +19,7 @@ from torch.func import functional_call
 from ..core.autograd import SharedProduct
 from ..private import graph_task, tree_leaves, unwrap
 from ..quant.cpu_layout import fused_weight
-from .checkout import Trees
+from .checkout import Method, Trees, bound_method
 from .layers import WITHOUT_CHECKPOINTING, Projections, QuantizedLinear
 from .tree import join_tensors, part_tensors
 
@@ -76,9 +76,13 @@ class Apply:
         return self.method("generate", params, frozen, *args, **kwargs)
 
     def method(
-        self, name: str, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any
+        self, name: Method, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any
     ) -> Any:
-        """Any method of the model with the adapter: `apply.method("generate", params, frozen, ...)`."""
+        """Any method of the model with the adapter: `apply.method("generate", params, frozen, ...)`.
+
+        In place of a name, a function may be given: it is called as `function(model, *args, **kwargs)`, and must return
+        tensors, not parts of the model.
+        """
         tensors = self._bind(params, frozen)
         if torch.compiler.is_compiling():
             return self._traced(tensors, name, args, kwargs)
@@ -157,7 +161,7 @@ class Apply:
             tensors[f"projections.{key}"] = value
         return tensors
 
-    def _traced(self, tensors: dict[str, Tensor], name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _traced(self, tensors: dict[str, Tensor], name: Method, args: tuple, kwargs: dict[str, Any]) -> Any:
         # Dynamo can't follow a free list. It binds nothing to the tree that it traces, and sees by itself what products
         # have in common.
         root: Any = self.trees.root
@@ -174,8 +178,8 @@ class Root(nn.Module):
         self.model = model
         self.projections = projections
 
-    def forward(self, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return getattr(self.model, method)(*args, **kwargs)
+    def forward(self, method: Method, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return bound_method(self.model, method)(*args, **kwargs)
 
 
 def _require_no_gradients(tensors: Mapping[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> None:

@@ -19,10 +19,11 @@ compares with their copies in 0.15 ms (identical values at once, without looking
 """
 
 import copy
+import functools
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -35,7 +36,18 @@ from .tree import shared_memo
 # So calls get clones of small tensors, and of all but huge ones where the module is in training mode.
 SMALL, SMALL_IN_TRAINING = 2**16, 2**24  # bytes
 _ENDED = -2  # no number of a backward pass, and not -1 for none
+Method: TypeAlias = str | Callable[..., Any]
 _CONTAINERS = (dict, list, set, deque, bytearray)
+
+
+def bound_method(model: nn.Module, method: Method) -> Callable[..., Any]:
+    """A method of a model, or a function that takes the model as its first argument, as a function of the others.
+
+    Example:
+        >>> bound_method(nn.ReLU(), "__call__")(Tensor([-1.0])), bound_method(nn.ReLU(), repr)()
+        (tensor([0.]), 'ReLU()')
+    """
+    return functools.partial(method, model) if callable(method) else getattr(model, method)
 
 
 class Trees:
@@ -130,9 +142,9 @@ class Tree:
             bound.append((owner, key, owner[key]))
             owner[key] = value
 
-    def run(self, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What a method of the model returns."""
-        result = getattr(self._model, method)(*args, **kwargs)
+    def run(self, method: Method, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What a method of the model returns, or a function of it."""
+        result = bound_method(self._model, method)(*args, **kwargs)
         # A generator has yet to run, and a module is a part of the tree: both keep it.
         self.lent = isinstance(result, nn.Module | Iterator)
         return result
