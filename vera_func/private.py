@@ -160,3 +160,35 @@ def forget_quantization(model: Any) -> None:
             delattr(model.config, name)
     for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         model.__dict__.pop(name, None)
+
+
+def wrapped_module(module: nn.Module) -> nn.Module | None:
+    """The module that `torch.compile`, `DataParallel` or `DistributedDataParallel` has wrapped, or None.
+
+    The class of compiled modules has no public name, and the module is in a private attribute of it.
+    """
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return module.module
+    dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled before it is imported
+    return module._orig_mod if dynamo is not None and isinstance(module, dynamo.OptimizedModule) else None
+
+
+def peft_part(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The first module of a model that PEFT put there, and its name; None if there is none.
+
+    The base classes of PEFT's tuners and of their layers are not exported at its root.
+    """
+    tuners: Any = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None:
+        return None
+    classes = (sys.modules["peft"].PeftModel, tuners.BaseTuner, tuners.BaseTunerLayer)
+    return next(((name, module) for name, module in model.named_modules() if isinstance(module, classes)), None)
+
+
+def offload_hook(module: nn.Module) -> Any:
+    """accelerate's hook that brings the weights of this module from where they are offloaded to; None if there is none.
+
+    It has the `execution_device`, and the weights in `weights_map`. accelerate has no public function to find it.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    return next((each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "offload", False)), None)

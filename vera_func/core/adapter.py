@@ -184,6 +184,8 @@ def forward(
     lambda_b, lambda_d, mixture = _vectors(params)
     require_rows_of_floats(x)
     A, B = _projections(frozen, lambda_b, lambda_d, x.shape[-1])
+    if A.is_meta and not x.is_meta:
+        raise ValueError(f"the adapter is on the meta device and has no data, but x is on {x.device}.")
     base = base_fn(contiguous_rows(x))
     if base.shape[-1] != lambda_b.shape[-1]:  # one of them could be 1, and broadcast
         raise ValueError(

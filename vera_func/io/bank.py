@@ -20,6 +20,8 @@ from ..core.keys import adapted_modules, own_parameters, split_key
 from ..model.adapt import Adapted, make_apply
 from ..model.batch import num_adapters, stack_adapters
 from ..model.config import VeraConfig
+from ..model.targets import layer_device
+from ..model.tree import unwrap
 from .checkpoint import check_adapter, load_adapter, save_adapter
 from .config import config_from_json, config_to_json
 from .files import parse_json, replacing
@@ -79,6 +81,7 @@ class Bank:
         """
         params, frozen = self.read(names), self.frozen()
         targets = adapted_modules(params)
+        model = unwrap(model)
         modules = dict(model.named_modules())
         missing = [name for name in targets if name not in modules]
         if missing:
@@ -89,7 +92,7 @@ class Bank:
         for key, value in params.items():
             if key not in apply.slots or value.shape[1:] != apply.slots[key].shape:
                 raise ValueError(f"{self.path}: {key!r} {tuple(value.shape)} does not fit this model.")
-        device = next(model.parameters()).device
+        device = layer_device(modules[targets[0]])
         order = {key: i for i, key in enumerate(apply.slots)}
         params = {key: params[key].to(device) for key in sorted(params, key=order.__getitem__)}
         return Adapted(apply, params, {name: value.to(device) for name, value in frozen.items()}, self.config)

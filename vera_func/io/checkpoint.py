@@ -20,7 +20,8 @@ from ..core.keys import MIXTURE, VECTORS, adapted_modules, is_vector, join_key, 
 from ..core.shapes import require_float
 from ..model.adapt import Adapted, draw_projections, make_apply
 from ..model.config import VeraConfig
-from ..model.targets import linear_sizes, resolve, trained_with
+from ..model.targets import layer_device, linear_sizes, resolve, trained_with
+from ..model.tree import unwrap
 from .config import CONFIG, config_from_json, config_to_json
 from .files import parse_json, read_safetensors, replacing
 
@@ -130,6 +131,7 @@ def load_adapter(
     folder = adapter_folder(path, adapter_name)
     config, tensors = read_files(folder, ignore_unknown=ignore_unknown)
     file = folder / WEIGHTS
+    model = unwrap(model)
     try:
         targets, config = resolve(model, config, strict=False)
         trained = trained_with(model, config, targets)
@@ -147,6 +149,11 @@ def load_adapter(
             raise ValueError(f"{file} has the key {name!r}, which is no part of a VeRA adapter.")
         elif not _is_copy(name):
             params[key or name] = tensor
+    # PEFT writes embeddings to which tokens were added, under each of their names where a head is tied to them.
+    for alias, key in apply.tied.items():
+        if alias in params:
+            params.setdefault(key, params[alias])
+    params |= {alias: params[key] for alias, key in apply.tied.items() if key in params and alias not in params}
     if ignore_unknown and (odd := sorted(params.keys() - apply.slots.keys())):
         warnings.warn(f"{file} has {len(odd)} unknown tensors, which are ignored, first {odd[0]!r}.", stacklevel=2)
         params = {key: value for key, value in params.items() if key in apply.slots}
@@ -166,7 +173,7 @@ def load_adapter(
                 f"{file} lacks base_model.vera_A and base_model.vera_B, although save_projection is true in {CONFIG}."
             )
         _check_projections(file, projections, [linear_sizes(model.get_submodule(name)) for name in targets], config.r)
-        device = next(model.parameters()).device
+        device = layer_device(model.get_submodule(targets[0]))
         # safetensors gives them in no particular order.
         frozen = {name: projections[name].to(device) for name in ("vera_A", "vera_B")}
     else:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..core.keys import VECTORS, split_key
 from ..model.config import VeraConfig
 from ..model.targets import adapted_layers, is_conv1d, linear_sizes
+from ..model.tree import unwrap
 from .checkpoint import WEIGHTS, adapter_folder, check_adapter
 from .config import CONFIG
 from .files import replacing
@@ -77,6 +78,7 @@ def export_lora(
     rank = config.r if rank is None else rank
     if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= config.r:
         raise ValueError(f"rank must be in 1 ... {config.r}, the adapter's own, got {rank}.")
+    model = unwrap(model)
     layers = adapted_layers(model, params)
     widest = max((linear_sizes(model.get_submodule(name)) or (0, 0))[0] for name in layers)
     if frozen["vera_A"].shape[1] < widest:

@@ -24,8 +24,8 @@ from .apply import Apply, Root, Slot
 from .checkout import Trees
 from .config import VeraConfig
 from .layers import DenseLinear, Projections, QuantizedLinear, RowwiseAffine, has_rows, shell_class
-from .targets import linear_sizes, peft_dtype, resolve, trained_with
-from .tree import copy_tree, frozen_alias
+from .targets import layer_device, linear_sizes, peft_dtype, resolve, trained_with
+from .tree import copy_tree, frozen_alias, no_data_error, parameter_aliases, unwrap
 
 
 class Adapted(NamedTuple):
@@ -60,7 +60,9 @@ def adapt(
     `model.eval()` or `model.train()`, which decides over the base's own dropout, before the call.
 
     Args:
-        model: Any module with `nn.Linear`, bitsandbytes' linear layers or transformers' `Conv1D`.
+        model: Any module with `nn.Linear`, bitsandbytes' linear layers or transformers' `Conv1D`. Wrappers of
+            `torch.compile`, `DataParallel` and `DistributedDataParallel` are taken off; compile `apply` instead. Layers
+            that accelerate has offloaded compute through its hooks if they are dense, and raise if they are quantized.
         config: What to adapt.
         dtype: Dtype of the vectors and of the adapter's arithmetic, whatever the base computes in.
         int8_activations: Multiply 8-bit layers as LLM.int8() does; see `quantized_linear`.
@@ -70,8 +72,8 @@ def adapt(
         `(apply, params, frozen, config)`; the configuration with targets and the base's name spelled out.
 
     Raises:
-        ValueError: If nothing in the model matches the configuration, a match cannot be adapted, or `dtype` is not a
-            floating-point one.
+        ValueError: If nothing in the model matches the configuration, a match cannot be adapted, the model is wrapped
+            by PEFT, or `dtype` is not a floating-point one.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -85,6 +87,7 @@ def adapt(
     Reference:
         https://arxiv.org/abs/2310.11454
     """
+    model = unwrap(model)
     targets, config = resolve(model, config)
     require_float("dtype", dtype)
     if not config.init_weights and not isinstance(generator, torch.Generator):
@@ -183,7 +186,7 @@ def draw_projections(
     for via in dict.fromkeys(peft_dtype(layer) for layer in layers):
         if via is not None:
             frozen = {name: value.to(via) for name, value in frozen.items()}
-    device = next(layers[0].parameters()).device
+    device = layer_device(layers[0])
     return {name: value.to(device, dtype) for name, value in frozen.items()}
 
 
@@ -247,39 +250,60 @@ def make_apply(
     tree = copy_tree(model, replace, memo)
     for module in tree.modules():
         private.skip_fused_encoder_path(module)
+    own, tied, offloaded = _parameter_slots(model, tree, trained)
+    return Apply(
+        model,
+        tuple(targets),
+        slots | own,
+        Trees(Root(tree, projections)),
+        int8_activations,
+        tied=tied,
+        offloaded=offloaded,
+        absent=_absent(model),
+    )
+
+
+def _parameter_slots(
+    model: nn.Module, tree: nn.Module, trained: Sequence[str]
+) -> tuple[dict[str, Slot], dict[str, str], frozenset[str]]:
+    """`Apply`'s slots for the model's own parameters, `tied` and `offloaded`."""
     places = dict(tree.named_modules(remove_duplicate=False))
-    for name, aliases in _parameter_aliases(model, trained).items():
-        owner, leaf = split_key(name)
-        if (is_bnb_linear(modules[owner]) and leaf == "weight") or owner not in places:
+    slots: dict[str, Slot] = {}
+    tied: dict[str, str] = {}
+    offloaded = set()
+    for key, aliases in parameter_aliases(model, trained).items():
+        owner, leaf = split_key(key)
+        module, parameter = model.get_submodule(owner), model.get_parameter(key)
+        if (is_bnb_linear(module) and leaf == "weight") or owner not in places:
             continue  # a packed weight, or what a parametrization of an adapted layer holds
+        if parameter.is_meta and private.offload_hook(module) is not None:
+            if key in trained:
+                raise ValueError(no_data_error(key, "train"))
+            offloaded.add(key)  # the hook would put the weight back in its place
+            continue
         # A module that stands in the tree twice has two names for a parameter, which is bound once.
         names: dict[tuple[int, str], str] = {}
         for alias in aliases:
             place, leaf = split_key(alias)
-            names.setdefault((id(places[place]), leaf), join_key("model", alias))
-        rows = has_rows(modules[owner]) or is_bnb_linear(modules[owner])
-        shape = tuple(model.get_parameter(name).shape)
-        slots[name] = Slot(tuple(names.values()), shape, rows and name in trained, name in trained)
-    return Apply(model, tuple(targets), slots, Trees(Root(tree, projections)), int8_activations)
+            names.setdefault((id(places[place]), leaf), alias)
+        first, *others = names.values()
+        shape = tuple(parameter.shape)
+        rows = has_rows(module) or is_bnb_linear(module)
+        where = tuple(join_key("model", name) for name in names.values())
+        slots[key] = Slot(where, shape, rows and key in trained, key in trained)
+        if key not in trained:
+            tied |= dict.fromkeys(others, first)
+            slots |= {name: Slot((join_key("model", name),), shape, False, False) for name in others}
+    return slots, tied, frozenset(offloaded)
 
 
-def _parameter_aliases(model: nn.Module, trained: Sequence[str]) -> dict[str, list[str]]:
-    """Key of each parameter -> all its names, of which a tied one has several.
-
-    A weight that is trained whole is a copy of its own, as in PEFT: training a head leaves the embeddings alone
-    that it was tied to. A bias stays tied.
-    """
-
-    def place(name: str) -> tuple[int, str]:
-        owner, leaf = split_key(name)
-        return id(model.get_submodule(owner)), leaf
-
-    first = {name for name, _ in model.named_parameters()}
-    untied = {place(name) for name in trained if name not in first or not name.endswith("bias")}
-    aliases: dict[Any, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(place(name) if place(name) in untied else id(parameter), []).append(name)
-    return {next((name for name in names if name in trained), names[0]): names for names in aliases.values()}
+def _absent(model: nn.Module) -> str | None:
+    for name, module in model.named_modules():
+        if private.offload_hook(module) is None:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    return join_key(name, leaf)
+    return None
 
 
 def _with_origin(config: VeraConfig, model: nn.Module) -> VeraConfig:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .. import private
 from ..core.autograd import SharedProduct
 from ..private import graph_task, tree_leaves, unwrap
 from ..quant.cpu_layout import fused_weight
 from .checkout import Method, Trees, bound_method
 from .layers import WITHOUT_CHECKPOINTING, Projections, QuantizedLinear
-from .tree import join_tensors, part_tensors
+from .tree import join_tensors, no_data_error, part_tensors
 
 
 # What torch's messages name that refuse a model inside of a transform.
@@ -63,6 +64,10 @@ class Apply:
     trees: Trees
     int8_activations: bool = False
     generator: torch.Generator | None = None
+    # Second names of tied parameters, to the first; given beside it, such a name is a value of its own.
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    offloaded: frozenset[str] = frozenset()  # parameters that accelerate's hooks put in their places
+    absent: str | None = None  # a parameter on the meta device that no hook brings back
 
     def __call__(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         return self.method("__call__", params, frozen, *args, **kwargs)
@@ -83,6 +88,8 @@ class Apply:
         In place of a name, a function may be given: it is called as `function(model, *args, **kwargs)`, and must return
         tensors, not parts of the model.
         """
+        if self.absent is not None:
+            self._require_shapes_alone(params, frozen, args, kwargs)
         tensors = self._bind(params, frozen)
         if torch.compiler.is_compiling():
             return self._traced(tensors, name, args, kwargs)
@@ -144,7 +151,10 @@ class Apply:
         slots = self.slots
         missing = [key for key, slot in slots.items() if slot.required and key not in params]
         unknown = [key for key in params if key not in slots]
+        unknown += [key for key, first in self.tied.items() if key in params and first not in params]
         if missing or unknown:
+            if unknown and unknown[0] in self.offloaded:
+                raise ValueError(no_data_error(unknown[0], "override a parameter of"))
             raise ValueError(_key_error(missing, unknown, slots))
         if frozen.keys() != {"vera_A", "vera_B"}:
             raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
@@ -157,9 +167,16 @@ class Apply:
                 expected = f"(*rows, {', '.join(map(str, shape))})" if rows else str(shape)
                 raise ValueError(f"{key!r} must be {expected}, got {tuple(value.shape)}.")
             tensors.update(dict.fromkeys(names, value))
+        for key in self.tied:
+            if key in params:
+                tensors[slots[key].names[0]] = params[key]
         for key, value in frozen.items():
             tensors[f"projections.{key}"] = value
         return tensors
+
+    def _require_shapes_alone(self, *inputs: Any) -> None:
+        if not all(leaf.is_meta for leaf in private.tree_leaves(inputs) if isinstance(leaf, Tensor)):
+            raise ValueError(no_data_error(str(self.absent), "run"))
 
     def _traced(self, tensors: dict[str, Tensor], name: Method, args: tuple, kwargs: dict[str, Any]) -> Any:
         # Dynamo can't follow a free list. It binds nothing to the tree that it traces, and sees by itself what products

@@ -31,7 +31,7 @@ def adapted_module(adapted: Adapted) -> nn.Module:
             raise ValueError(f"{key!r} {tuple(value.shape)} is stacked; a module holds one adapter (unstack_adapters).")
     root: Any = apply.trees.copy()
     root.projections.vera_A, root.projections.vera_B = frozen["vera_A"], frozen["vera_B"]
-    for key in params:
+    for key in sorted(params, key=apply.tied.__contains__):  # the second name of a tied parameter after the first
         names = apply.slots[key].names
         parameter = nn.Parameter(tensors[names[0]].detach().clone())
         for name in names:

@@ -46,8 +46,9 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
     if not all(isinstance(adapted, Adapted) for adapted in adapters):
         raise ValueError("adapters must be a sequence of Adapted, as adapt and load_adapter return them.")
     model = adapters[0].apply.model
+    weights = [*map(id, model.parameters())]
     for i, adapted in enumerate(adapters):
-        if adapted.apply.model is not model:
+        if [*map(id, adapted.apply.model.parameters())] != weights:
             raise ValueError(f"adapter {i} belongs to another model object than adapter 0; adapt or load both on one.")
         if adapted.apply.int8_activations != adapters[0].apply.int8_activations:
             raise ValueError(f"adapter {i} and adapter 0 differ in int8_activations.")

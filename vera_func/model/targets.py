@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import private
 from ..core.keys import MIXTURE, VECTORS, split_key
 from ..quant.bnb import is_bnb_linear
 from .config import HEADS, VeraConfig, is_all_linear
@@ -149,8 +150,13 @@ def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -
     for name, parameter in model.named_parameters(remove_duplicate=False):
         module, leaf = split_key(name)
         whole = module in modules and _is_saved(module, config)
-        if whole and not parameter.is_floating_point():
-            raise ValueError(f"modules_to_save trains {name!r}, but it is quantized ({parameter.dtype}).")
+        if whole and (not parameter.is_floating_point() or (leaf == "weight" and is_bnb_linear(modules[module]))):
+            skip = [saved for saved in config.modules_to_save or () if _contains(module, saved)]
+            raise ValueError(
+                f"modules_to_save trains {name!r}, but it is quantized ({parameter.dtype}). Leave it dense: "
+                f"quantize_model(model, quant, skip={skip}), or BitsAndBytesConfig(llm_int8_skip_modules={skip}) in "
+                "transformers."
+            )
         is_bias = leaf == "bias" and (config.bias == "all" or (config.bias != "none" and module in targets))
         if whole or (is_bias and name in first_names):
             own.append(name)
@@ -231,6 +237,18 @@ def peft_dtype(module: nn.Module) -> torch.dtype | None:
     layer: Any = module
     dtype = getattr(layer, "compute_dtype", None) if is_bnb_linear(layer) else layer.weight.dtype
     return dtype if dtype is not None and dtype.is_floating_point else None
+
+
+def layer_device(module: nn.Module) -> torch.device:
+    """The device that a layer computes on: that of its weight, or where accelerate brings an offloaded weight to.
+
+    Example:
+        >>> layer_device(nn.Linear(2, 3))
+        device(type='cpu')
+    """
+    device = next(module.parameters()).device
+    hook = private.offload_hook(module) if device.type == "meta" else None
+    return device if hook is None else torch.device(hook.execution_device)
 
 
 def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

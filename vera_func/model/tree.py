@@ -1,16 +1,85 @@
-"""Copies of a module tree in which some modules are replaced and everything else is shared."""
+"""Module trees: what is below wrappers, what has no data, and copies in which some modules are replaced."""
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from ..private import tree_map
+from .. import private
+from ..core.keys import join_key, split_key
 from ..quant.bnb import is_bnb_linear, to_bnb
 from ..quant.value import Quantized
 from .layers import QuantizedLinear
 from .targets import is_conv1d
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def unwrap(model: Model) -> Model:
+    """The model without the wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel`.
+
+    A wrapper gives every module below it another name, under which nothing would find an adapter again. One around the
+    whole model is passed by. Where parts of a model are wrapped, the modules above them are copied; everything else is
+    the model's own.
+
+    Args:
+        model: Stays as it is.
+
+    Raises:
+        ValueError: If it is no module, or PEFT has wrapped it or put layers into it.
+
+    Example:
+        >>> model = nn.Linear(2, 3)
+        >>> unwrap(nn.DataParallel(model)) is unwrap(model) is model
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}.")
+    plain: nn.Module = model
+    while (below := private.wrapped_module(plain)) is not None:
+        plain = below
+    if (part := private.peft_part(plain)) is not None:
+        raise ValueError(_peft_error(*part))
+    wrappers = {id(module) for module in plain.modules() if private.wrapped_module(module) is not None}
+    if not wrappers:
+        return cast(Model, plain)
+    memo = shared_memo(plain)
+    for module in reversed([*plain.modules()]):  # from the leaves up
+        if (below := private.wrapped_module(module)) is not None:
+            memo[id(module)] = copy.deepcopy(below, memo)
+        elif wrappers.isdisjoint(map(id, module.modules())):
+            memo[id(module)] = module
+    return cast(Model, copy.deepcopy(plain, memo))
+
+
+def require_weights(model: nn.Module, verb: str) -> None:
+    """Refuse a model of which some weights are not in memory, but offloaded.
+
+    Args:
+        model: Any module. One that is wholly on the meta device, for its shapes, passes.
+        verb: What can't be done with it, for the message.
+
+    Raises:
+        ValueError: If a weight has no data.
+
+    Example:
+        >>> require_weights(nn.Linear(2, 3), "merge")
+    """
+    shapes_alone = all(parameter.is_meta for parameter in model.parameters())
+    for module_name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta and (not shapes_alone or private.offload_hook(module) is not None):
+                raise ValueError(no_data_error(join_key(module_name, leaf), verb))
+
+
+def no_data_error(name: str, verb: str) -> str:
+    """The message that a parameter has no data."""
+    return (
+        f"{name!r} is on the meta device and has no data: it is offloaded, or was never loaded. To {verb} the model, "
+        "load it into memory, for instance with device_map={'': 'cpu'}."
+    )
 
 
 def copy_tree(
@@ -18,18 +87,25 @@ def copy_tree(
 ) -> nn.Module:
     """A copy of a module tree in which some modules are replaced.
 
+    What takes the place of a module gets its training mode.
+
     Args:
         model: Stays as it is.
         replace: The name and the module to what takes its place, or to None for a copy.
         memo: As for `copy.deepcopy`, from the id of an object to what stands for it in the copy; what maps to itself
-            is shared.
+            is shared. `replace` may copy modules with it, too.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
         >>> copy_tree(model, lambda name, module: nn.GELU() if name == "1" else None, {})[1]
         GELU(approximate='none')
     """
-    replaced = {id(module): new for name, module in model.named_modules() if (new := replace(name, module)) is not None}
+    memo.update(_beside_the_weights(model))
+    replaced = {
+        id(module): new.train(module.training)
+        for name, module in model.named_modules()
+        if (new := replace(name, module)) is not None
+    }
     return copy.deepcopy(model, memo | replaced)
 
 
@@ -70,7 +146,7 @@ def shared_memo(root: nn.Module) -> dict[int, Any]:
     for module in root.modules():
         if isinstance(module, QuantizedLinear):
             shared += [module.quantized, module.fused]
-    return {id(value): value for value in shared if value is not None}
+    return {id(value): value for value in shared if value is not None} | _beside_the_weights(root)
 
 
 def frozen_alias(parameter: nn.Parameter) -> nn.Parameter:
@@ -94,13 +170,65 @@ def part_tensors(root: nn.Module) -> nn.Module:
     return _with_tensors(root, frozen_alias, lambda leaf: leaf.data)
 
 
+def parameter_aliases(model: nn.Module, trained: Sequence[str]) -> dict[str, list[str]]:
+    """The key of each parameter, and all its names, of which a tied one has several.
+
+    A weight that is trained whole is a copy of its own, as in PEFT: training a head unties it from the embeddings,
+    which keep their values. A bias stays tied.
+
+    Args:
+        model: Any module.
+        trained: Names of the parameters that are trained; the key of one is the name given here, of others the first.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3, bias=False))
+        >>> model[1].weight = model[0].weight
+        >>> parameter_aliases(model, []), parameter_aliases(model, ["1.weight"])
+        ({'0.weight': ['0.weight', '1.weight']}, {'0.weight': ['0.weight'], '1.weight': ['1.weight']})
+    """
+
+    def place(name: str) -> tuple[int, str]:
+        owner, leaf = split_key(name)
+        return id(model.get_submodule(owner)), leaf
+
+    first = {name for name, _ in model.named_parameters()}
+    untied = {place(name) for name in trained if name not in first or not name.endswith("bias")}
+    aliases: dict[Any, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(place(name) if place(name) in untied else id(parameter), []).append(name)
+    return {next((name for name in names if name in trained), names[0]): names for names in aliases.values()}
+
+
 def _with_tensors(root: nn.Module, parameter: Callable[[Any], Tensor], leaf: Callable[[Any], Tensor]) -> nn.Module:
-    memo: dict[int, Any] = {id(p): parameter(p) for p in root.parameters()}
+    memo: dict[int, Any] = {id(p): parameter(p) for p in root.parameters()} | _beside_the_weights(root)
     for module in root.modules():
         if isinstance(module, QuantizedLinear):
-            memo[id(module.quantized)] = tree_map(leaf, module.quantized)
+            memo[id(module.quantized)] = private.tree_map(leaf, module.quantized)
     return copy.deepcopy(root, memo)
 
 
 def _memory(tensor: Tensor) -> tuple:
     return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _beside_the_weights(model: nn.Module) -> dict[int, Any]:
+    """A memo of what would be copied for nothing, or can't be: offloaded weights, and weights that a hook computes."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if (hook := private.offload_hook(module)) is not None:
+            memo[id(hook.weights_map)] = hook.weights_map
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # of the old weight_norm, for instance
+                memo[id(value)] = value.detach()
+    return memo
+
+
+def _peft_error(name: str, part: nn.Module) -> str:
+    what = f"{name!r} is a {type(part).__name__} of PEFT" if name else f"the model is a {type(part).__name__} of PEFT"
+    if hasattr(part, "unload"):
+        return (
+            f"{what}: an adapter of it would have names that nothing reads back. Give the model below: model.unload() "
+            "takes PEFT's adapter off, model.merge_and_unload() merges it. load_adapter reads a VeRA adapter that PEFT "
+            "saved."
+        )
+    return f"{what}: an adapter over it would have names that nothing reads back; load the base model again without it."

@@ -22,6 +22,7 @@ from ..core.shapes import contiguous_rows, require_rows_of_floats
 from .cpu_layout import FusedWeight
 from .value import (
     FLOATS,
+    NO_DATA,
     Quantized,
     Quantized4bit,
     Quantized8bit,
@@ -66,8 +67,8 @@ def quantized_linear(
 
     Raises:
         ValueError: If `x` is not a floating-point (*batch, in), if the bias is not (out,), if `int8_activations` is
-            set for a 4-bit weight, if `fused` belongs to another weight, or if the weight itself is differentiated or
-            mapped over.
+            set for a 4-bit weight, if `fused` belongs to another weight, if the weight is offloaded (on the meta
+            device), or if the weight itself is differentiated or mapped over.
 
     Example:
         >>> import torch
@@ -88,6 +89,8 @@ def quantized_linear(
         raise ValueError(
             f"fused {tuple(fused.packed.shape)} is not a copy of the weight {q.shape}; fused_weight(q) makes one."
         )
+    if leaves[0].is_meta and not x.is_meta:
+        raise ValueError(NO_DATA)
     dtype = x.dtype
     if isinstance(q, Quantized4bit) and q.compute_dtype is not None:
         x = x.to(q.compute_dtype)
@@ -96,6 +99,7 @@ def quantized_linear(
     if int8_activations:
         if not isinstance(q, Quantized8bit):
             raise ValueError("int8_activations needs an 8-bit weight; this one has 4 bits.")
+        check_sizes(spec, leaves)
         y = _Int8Product.apply(x, bias, spec, *leaves)
     elif torch.compiler.is_compiling() or not (torch.is_grad_enabled() or x.is_cuda or fused):
         # Dynamo (2.13) refuses a Function with a jvp; what the plain form keeps is the compiler's choice. Where nothing

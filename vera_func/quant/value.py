@@ -373,8 +373,17 @@ def _kernel_shape(shape: tuple[int, int], blocksize: int) -> tuple[int, int]:
     return (values // blocksize, blocksize) if values % blocksize == 0 else (1, values)
 
 
+# torch 2.13 multiplies by a weight on the meta device, and returns uninitialised memory.
+NO_DATA = (
+    "the weight is on the meta device and has no data: it is offloaded, or was never loaded. Load the model into "
+    "memory, for instance with device_map={'': 'cpu'}."
+)
+
+
 def check_sizes(spec: Spec, leaves: Sequence[Tensor]) -> None:
     """`validate`, for a value made by hand: bitsandbytes' kernels read as far as the shape says, whatever is there."""
+    if leaves[0].is_meta is not leaves[1].is_meta:
+        raise ValueError(NO_DATA)
     out_features, in_features = spec.shape
     values = out_features * in_features
     if isinstance(spec, Spec8bit):
