@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -113,6 +114,79 @@ def test_unknown_formats():
         vf.merge(model, adapted.params, adapted.frozen, torch.int8)
     with pytest.raises(ValueError, match=r"rank must be in 1 \.\.\. 16"):
         vf.export_lora("unused", *adapted[1:], model, rank=17)
+
+
+def test_a_bias_stays_tied():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(7, 7), nn.Linear(7, 7)
+            self.second.bias = self.first.bias
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    model = Two()
+    adapted = vf.adapt(model, vf.VeraConfig(r=5, target_modules=["first"], bias="all"))
+    params = randomized(adapted.params)
+    merged = vf.merge(model, params, adapted.frozen)
+    x = torch.randn(3, 7)
+    assert torch.equal(merged.first.bias, params["first.bias"])
+    assert torch.equal(merged.second.bias, params["first.bias"])
+    assert relative_error(merged(x), adapted.apply(params, adapted.frozen, x)) < 1e-5
+
+
+def test_an_override_of_a_layer_that_is_adapted():
+    """Its update is added to the weight that is given, as `apply` does."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5))
+    adapted = vf.adapt(model, vf.VeraConfig(r=3, target_modules=["0"]))
+    params = randomized(adapted.params, scale=0.5) | {"0.weight": torch.randn(5, 7), "0.bias": torch.randn(5)}
+    x = torch.randn(3, 7)
+    merged = vf.merge(model, params, adapted.frozen)
+    assert relative_error(merged(x), adapted.apply(params, adapted.frozen, x)) < 1e-5
+    report = vf.model_merge_report(adapted._replace(params=params), torch.float32)["0"]
+    vectors = {leaf: params[f"0.{leaf}"] for leaf in ("lambda_b", "lambda_d")}
+    size = vf.delta_weight(vectors, adapted.frozen, 7).norm() / params["0.weight"].norm()
+    assert report.size == pytest.approx(size.item(), rel=1e-5)
+
+
+class Scaled(nn.Linear):
+    """A float8 layer that multiplies its weight by a scale, as transformers' FP8Linear does."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, 3 * self.weight.float(), self.bias.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+class TestFloat8:
+    def adapted(self, dtype, layer=nn.Linear):
+        torch.manual_seed(0)
+        model = nn.Sequential(layer(64, 32)).to(dtype)
+        adapted = vf.adapt(model, vf.VeraConfig(r=4, target_modules=["0"]))
+        return model, adapted._replace(params=randomized(adapted.params))
+
+    def test_is_refused_in_one_sentence(self, dtype):
+        model, adapted = self.adapted(dtype)
+        for call in (lambda: vf.merge(model, *adapted[1:3]), lambda: vf.model_merge_report(adapted)):
+            with pytest.raises(ValueError, match=rf"{dtype}.*to=torch.bfloat16"):
+                call()
+
+    @pytest.mark.parametrize("to", [torch.bfloat16, torch.float32, "nf4", "int8"])
+    def test_is_merged_to_a_format_that_can_hold_it(self, dtype, to):
+        model, (_, params, frozen, _) = self.adapted(dtype)
+        merged = vf.merge(model, params, frozen, to)
+        vectors = {leaf: params[f"0.{leaf}"] for leaf in ("lambda_b", "lambda_d")}
+        expected = model[0].weight.double() + vf.delta_weight(vectors, frozen, 64).double()
+        actual = merged[0].weight if isinstance(to, torch.dtype) else vf.dequantize(vf.from_bnb(merged[0])[0])
+        bound = {torch.float32: 1e-6, torch.bfloat16: 5e-3, "int8": 0.01, "nf4": 0.15}[to]
+        assert (actual.double() - expected).norm() < bound * expected.norm()
+
+    @pytest.mark.parametrize("to", [None, torch.bfloat16, "nf4"])
+    def test_with_a_scale_is_refused(self, dtype, to):
+        model, (_, params, frozen, _) = self.adapted(dtype, Scaled)
+        with pytest.raises(ValueError, match=rf"Scaled.*{dtype}"):
+            vf.merge(model, params, frozen, to)
 
 
 # What is refused

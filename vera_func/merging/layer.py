@@ -19,10 +19,12 @@ from ..core.adapter import delta_weight
 from ..core.keys import VECTORS
 from ..core.shapes import require_float
 from ..quant.value import (
+    NO_DATA,
     Quantized,
     Quantized4bit,
     Quantized8bit,
     dequantize,
+    flatten,
     levels,
     pack,
     quantize_4bit,
@@ -308,7 +310,8 @@ def checked_delta(
     """`delta_weight`, for an adapter that can be merged.
 
     Raises:
-        ValueError: If the adapter holds NaN or inf (the tensor is named), is stacked, or does not fit the weight.
+        ValueError: If the adapter holds NaN or inf (the tensor is named), is stacked or does not fit the weight, or the
+            weight is offloaded.
     """
     if params.keys() != {*VECTORS}:
         raise ValueError(
@@ -329,6 +332,8 @@ def checked_delta(
             f"one adapter of a weight {tuple(q.shape)} has lambda_b ({out_features},) and lambda_d (r,), got "
             f"{tuple(lambda_b.shape)} and {tuple(lambda_d.shape)}; merge stacked ones one by one (unstack_adapters)."
         )
+    if any(leaf.is_meta for leaf in ((q,) if isinstance(q, Tensor) else flatten(q)[0])):
+        raise ValueError(NO_DATA)
     return delta_weight(params, frozen, in_features)
 
 

@@ -3,21 +3,26 @@
 W' = round(W + ΔW), layer by layer, in a new model of the user's own class
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .. import private
-from ..core.keys import is_vector
+from ..core.keys import join_key, own_parameters, split_key
 from ..model.adapt import Adapted
 from ..model.convert import Format, check_format
+from ..model.describe import describe_dtype, describe_quantization, describe_ties
 from ..model.targets import adapted_layers, is_conv1d, linear_sizes
-from ..model.tree import copy_with_weights
+from ..model.tree import copy_with_weights, parameter_aliases, require_weights, unwrap
 from ..quant.bnb import from_bnb, is_bnb_linear
-from ..quant.value import QUANTIZERS, Quantized, Quantized4bit, dequantize, format_of
+from ..quant.value import FLOATS, QUANTIZERS, Quantized, dequantize, format_of
 from .layer import MergeReport, merge_dense, merge_quantized, merge_report
+
+
+_FLOATS = (*FLOATS, torch.float64)
 
 
 def merge(
@@ -31,8 +36,9 @@ def merge(
     """A new plain model with the adapter in its weights; the user's model stays as it was.
 
     What is neither merged nor quantized shares its memory with the user's model. transformers' `save_pretrained`
-    writes the result and `from_pretrained` reads it back. To unmerge, go on with the old model.
-    `model_merge_report` tells what a merge to 4 or 8 bits loses; a merge to 16 bits loses next to nothing.
+    writes the result and `from_pretrained` reads it back: where an adapter, or a trained head or embedding, makes tied
+    weights differ, they are two weights in the result, and its configuration says so. To unmerge, go on with the old
+    model. `model_merge_report` tells what a merge to 4 or 8 bits loses; a merge to 16 bits loses next to nothing.
 
     Args:
         model: The base model.
@@ -43,8 +49,9 @@ def merge(
         weights: Merged weights to use instead of rounding, by module name (`merge_calibrated`'s, for instance).
 
     Raises:
-        ValueError: If the adapter does not fit the model or holds NaN or inf (nothing is merged then), or a layer would
-            be quantized that the model's class keeps in float32.
+        ValueError: If the adapter does not fit the model or holds NaN or inf (nothing is merged then), a layer would be
+            quantized that the model's class keeps in float32, the weight of an adapted layer is computed (weight_norm)
+            or of a dtype that can't hold the result (float8), or the model is offloaded or wrapped by PEFT.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -55,6 +62,7 @@ def merge(
         True
     """
     check_format(to)
+    model = unwrap(model)
     layers = adapted_layers(model, params)
     if odd := sorted((weights or {}).keys() - layers.keys()):
         raise ValueError(f"weights has {odd[0]!r}, which is no adapted module; those are {sorted(layers)[:3]}, ...")
@@ -64,26 +72,40 @@ def merge(
             f"{odd[0]!r} can't be merged into {to}: a {type(model).__name__} keeps it in float32, and reads its dtype. "
             "Merge to a dtype, or keep each layer's format (to=None)."
         )
+    own = {key: _checked_parameter(model, key, params[key]) for key in own_parameters(params)}
+    require_weights(model, "merge")
+    if isinstance(to, torch.dtype):
+        for name, module in model.named_modules():
+            if linear_sizes(module) is not None and not is_bnb_linear(module):
+                _require_plain_weight(name, module, to)
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = parameter
         if type(parameter) is nn.Parameter:
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-    for key, value in params.items():
-        if not is_vector(key):
-            own = _own_parameter(model, key, value)
-            memo[id(own)] = nn.Parameter(value.detach().to(own.dtype).clone(), requires_grad=own.requires_grad)
 
     def weight_of(name: str, module: nn.Module) -> Quantized | Tensor | None:
         # A bitsandbytes module rewrites its weight as it runs, so not even what is not merged may be shared.
         if name not in layers and not is_bnb_linear(module):
             return None
         given = (weights or {}).get(name)
-        return _merged_weight(module, layers.get(name), frozen, to) if given is None else given
+        if given is not None:
+            return given
+        base = _base_weight(name, module, to, own.get(join_key(name, "weight")))
+        return _merged_weight(base, layers.get(name), frozen, to)
 
     merged: Any = copy_with_weights(model, weight_of, memo)
+    _put_own(merged, model, {key: value for key, value in own.items() if not _is_merged(key, layers)}, memo)
+    if isinstance(to, torch.dtype):
+        for parameter in merged.parameters():
+            if parameter.is_floating_point() and type(parameter) is nn.Parameter:
+                parameter.data = parameter.data.to(to)  # a new parameter, of the merged model alone
     if hasattr(merged, "save_pretrained"):
-        _describe_quantization(merged, to)
+        if isinstance(to, torch.dtype):
+            describe_dtype(merged, to)
+        else:
+            describe_quantization(merged)
+        describe_ties(merged)
         # These are no longer the weights that the base's name stands for: an adapter of them must not say so.
         merged.name_or_path = merged.config.name_or_path = ""
     return merged
@@ -118,29 +140,51 @@ def model_merge_report(
     check_format(to)
     model, frozen = adapted.apply.model, adapted.frozen
     layers = adapted_layers(model, adapted.params)
+    require_weights(model, "merge")
     if odd := sorted((inputs or {}).keys() - layers.keys()):
         raise ValueError(f"inputs has {odd[0]!r}, which is no adapted module; those are {sorted(layers)[:3]}, ...")
     reports = {}
     for name, vectors in layers.items():
-        module = model.get_submodule(name)
-        base = _base_weight(module)
-        merged = _merged_weight(module, vectors, frozen, to)
+        base = _base_weight(name, model.get_submodule(name), to, adapted.params.get(join_key(name, "weight")))
+        merged = _merged_weight(base, vectors, frozen, to)
         if not vectors["lambda_b"].any() or not vectors["lambda_d"].any():
             continue
         reports[name] = merge_report(base, vectors, frozen, (inputs or {}).get(name), merged=merged)
     return reports
 
 
-def _base_weight(module: Any) -> Quantized | Tensor:
+def _base_weight(name: str, module: Any, to: Format | None, given: Tensor | None) -> Quantized | Tensor:
+    """The weight (out, in) that is merged into: the layer's, or the one that `params` has for it."""
     if is_bnb_linear(module):
         return from_bnb(module)[0]
-    return module.weight.detach().T if is_conv1d(module) else module.weight.detach()
+    _require_plain_weight(name, module, to)
+    weight = module.weight.detach() if given is None else given.detach().to(module.weight)
+    weight = weight if weight.dtype in _FLOATS else weight.float()  # torch hardly computes with float8
+    return weight.T if is_conv1d(module) else weight
+
+
+def _require_plain_weight(name: str, module: Any, to: Format | None) -> None:
+    """Refuse a layer whose weight is not what it multiplies by, or can't hold a merged one."""
+    if "weight" not in dict(module.named_parameters(recurse=False)):
+        remedy = "torch.nn.utils.remove_weight_norm(layer) or remove_spectral_norm(layer)"
+        if is_parametrized(module, "weight"):
+            remedy = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+        raise ValueError(f"{name!r} computes its weight as it runs, and nothing can be merged into it; see {remedy}.")
+    dtype = module.weight.dtype
+    if dtype in _FLOATS:
+        return
+    if type(module).forward is not nn.Linear.forward:
+        raise ValueError(
+            f"{name!r} is a {type(module).__name__} over {dtype}, which scales its weight in a way of its own; "
+            "dequantize the model first."
+        )
+    if to is None:
+        raise ValueError(f"{name!r} is stored in {dtype}, which can't hold a merged weight; pass to=torch.bfloat16.")
 
 
 def _merged_weight(
-    module: nn.Module, vectors: Mapping[str, Tensor] | None, frozen: Mapping[str, Tensor], to: Format | None
+    base: Quantized | Tensor, vectors: Mapping[str, Tensor] | None, frozen: Mapping[str, Tensor], to: Format | None
 ) -> Quantized | Tensor:
-    base = _base_weight(module)
     if vectors is None:
         assert not isinstance(base, Tensor)
         if to in (None, format_of(base)):
@@ -156,39 +200,34 @@ def _merged_weight(
     return QUANTIZERS[to](merge_dense(base, vectors, frozen, torch.float32))
 
 
-def _own_parameter(model: nn.Module, key: str, value: Tensor) -> nn.Parameter:
+def _checked_parameter(model: nn.Module, key: str, value: Tensor) -> Tensor:
+    """The value of one of the model's own parameters, in its dtype."""
     try:
         own = model.get_parameter(key)
     except AttributeError as error:
         raise ValueError(f"params has {key!r}, which is no parameter of the model.") from error
     if own.shape != value.shape:
         raise ValueError(f"{key!r} must be {tuple(own.shape)}, got {tuple(value.shape)}.")
-    return own
+    return value.detach().to(own)
 
 
-def _describe_quantization(model: Any, to: Format | None) -> None:
-    """Make the config of a transformers model say what its weights are now."""
-    if isinstance(to, torch.dtype):
-        private.forget_quantization(model)
-        model.config.dtype = to
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(to)  # a new parameter, of the merged model alone
-        return
-    linears = [(name, module) for name, module in model.named_modules() if linear_sizes(module) is not None]
-    quantized = [from_bnb(module)[0] for _, module in linears if is_bnb_linear(module)]
-    if not quantized:
-        return
-    from transformers import BitsAndBytesConfig
+def _is_merged(key: str, layers: Collection[str]) -> bool:
+    name, leaf = split_key(key)
+    return leaf == "weight" and name in layers
 
-    options: dict[str, Any] = {"load_in_8bit": True}
-    if isinstance(quantized[0], Quantized4bit):
-        options = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": quantized[0].quant_type,
-            "bnb_4bit_use_double_quant": quantized[0].nested is not None,
-            "bnb_4bit_compute_dtype": quantized[0].compute_dtype or model.dtype,
-            "bnb_4bit_quant_storage": quantized[0].packed.dtype,
-        }
-    dense = [name for name, module in linears if not is_bnb_linear(module)]
-    model.config.quantization_config = BitsAndBytesConfig(**options, llm_int8_skip_modules=dense)
+
+def _put_own(merged: nn.Module, model: nn.Module, own: Mapping[str, Tensor], memo: Mapping[int, Any]) -> None:
+    """Put values of the model's own parameters in their places; of tied ones, those with one value stay tied."""
+    shared: dict[int, list[nn.Parameter]] = {}
+    for key, names in parameter_aliases(model, [*own]).items():
+        if key not in own:
+            continue
+        base = model.get_parameter(key)
+        known = shared.setdefault(id(base), [memo[id(base)]])
+        parameter = next((one for one in known if torch.equal(one, own[key])), None)
+        if parameter is None:
+            parameter = nn.Parameter(own[key].clone(), requires_grad=base.requires_grad)
+            known.append(parameter)
+        for name in names:
+            owner, leaf = split_key(name)
+            setattr(merged.get_submodule(owner), leaf, parameter)

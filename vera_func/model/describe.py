@@ -1,0 +1,127 @@
+"""What the configuration of a transformers model says of its weights, after they have changed.
+
+`save_pretrained` writes the configuration beside the weights, and `from_pretrained` believes it.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import private
+from ..core.keys import split_key
+from ..quant.bnb import from_bnb, is_bnb_linear
+from ..quant.value import Quantized4bit
+from .targets import linear_sizes
+
+
+# Models of T5's family scale their outputs where `tie_word_embeddings` is true, whatever is tied. With it and two
+# different weights in a file, transformers does not tie them.
+_SCALED_IF_TIED = ("t5", "mt5", "umt5", "longt5", "pop2piano", "switch_transformers", "udop")
+
+
+def describe_ties(model: nn.Module) -> None:
+    """Set `tie_word_embeddings` to False where tied weights differ now; weights that are still one become two then.
+
+    transformers ties all that its class names or nothing, and leaves out of a file what it would tie, so that a bias
+    that is still tied would be missing. Models that are not transformers' stay as they are.
+
+    Args:
+        model: Is changed: its configuration, and which of its parameters are one.
+
+    Example:
+        >>> describe_ties(nn.Linear(2, 3))
+    """
+    ties: dict[int, list[tuple[Any, dict[str, str]]]] = {}  # by configuration, which parts may share
+    for part in model.modules():
+        expanded: Any = getattr(part, "get_expanded_tied_weights_keys", None)  # transformers 5
+        if expanded is not None and (pairs := expanded()):
+            ties.setdefault(id(part.config), []).append((part, pairs))
+    for parts in ties.values():
+        if all(_get(part, one) is _get(part, other) for part, pairs in parts for one, other in pairs.items()):
+            continue
+        config = parts[0][0].config
+        config.tie_word_embeddings = config.model_type in _SCALED_IF_TIED
+        seen: dict[tuple[int, str], Tensor | None] = {}
+        for part, pairs in parts:
+            for name in dict.fromkeys((*pairs.values(), *pairs)):
+                _separate(part, name, seen)
+
+
+def describe_dtype(model: Any, dtype: torch.dtype) -> None:
+    """Make the configuration say that the model is dense, in this dtype."""
+    private.forget_quantization(model)
+    model.config.dtype = dtype
+
+
+def describe_quantization(model: Any) -> None:
+    """Make the configuration say in which format the layers are quantized, and which are not.
+
+    Args:
+        model: A transformers model; where nothing is quantized, it stays as it is.
+    """
+    linears = [(name, module) for name, module in model.named_modules() if linear_sizes(module) is not None]
+    quantized = [name for name, module in linears if is_bnb_linear(module)]
+    if not quantized:
+        return
+    from transformers import BitsAndBytesConfig
+
+    first, _ = from_bnb(model.get_submodule(quantized[0]))
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if isinstance(first, Quantized4bit):
+        options = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": first.quant_type,
+            "bnb_4bit_use_double_quant": first.nested is not None,
+            "bnb_4bit_compute_dtype": first.compute_dtype or model.dtype,
+            "bnb_4bit_quant_storage": first.packed.dtype,
+        }
+    dense = [name for name, module in linears if not is_bnb_linear(module)]
+    skip = skip_list(dense, quantized)
+    model.config.quantization_config = BitsAndBytesConfig(**options, llm_int8_skip_modules=skip)
+
+
+def skip_list(dense: Sequence[str], quantized: Sequence[str]) -> list[str]:
+    """transformers' `llm_int8_skip_modules` for the dense layers of a model.
+
+    transformers matches a name with the ends of others, and, as a regular expression, with their beginnings (5.0:
+    wherever these end). Where a name would take quantized layers along, it becomes an expression for itself alone.
+    Others stay plain, because other readers compare them.
+
+    Args:
+        dense: Names of the layers that are not quantized.
+        quantized: Names of those that are.
+
+    Example:
+        >>> skip_list(["lm_head", "classifier"], ["pre_classifier"])
+        ['lm_head', '^classifier$']
+    """
+
+    def takes_along(name: str) -> bool:
+        try:
+            return any(other.endswith(name) or re.match(name, other) for other in quantized)
+        except re.error:  # a name may hold any character but a dot
+            return True
+
+    return [f"^{re.escape(name)}$" if takes_along(name) else name for name in dense]
+
+
+def _separate(part: nn.Module, name: str, seen: dict[tuple[int, str], Tensor | None]) -> None:
+    """Make a parameter a copy of its own if it is one with that of another place."""
+    owner, leaf = split_key(name)
+    value, place = _get(part, name), (id(part.get_submodule(owner)), leaf)
+    if place in seen:
+        return
+    if any(value is other for other in seen.values()) and isinstance(value, nn.Parameter):
+        value = nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
+        setattr(part.get_submodule(owner), leaf, value)
+    seen[place] = value
+
+
+def _get(model: Any, name: str) -> Tensor | None:
+    try:
+        return model.get_parameter_or_buffer(name)
+    except AttributeError:
+        return None
