@@ -1,5 +1,8 @@
 """`inspect` of adapters, banks and models."""
 
+import pytest
+import transformers
+
 from helpers import llama
 
 
@@ -49,8 +52,25 @@ def test_inspect_a_model(run, run_json, folder):
         **{"would_adapt": 2, "would_train": 2 * (32 + 16)},
     }
     assert rows["down_proj"]["would_adapt"] == rows["lm_head"]["would_adapt"] == 0
+    dense = found["parameters"] - sum(row["weights"] for row in found["modules"] if row["modules"] != "lm_head")
+    assert found["stays_dense"] == dense / found["parameters"]
+    assert found["fused_experts"] is None
     found = run_json("inspect", folder, "--targets", "down_proj")
     assert found["would_train"] == 2 * (64 + 256)
     status, said, _ = run("inspect", folder)
     assert status == 0
     assert "parameters: " in said
+
+
+def test_inspect_a_model_with_fused_experts(run, run_json, tmp_path):
+    sizes = {"vocab_size": 67, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.MixtralConfig(**sizes, intermediate_size=64, num_key_value_heads=2, num_local_experts=8)
+    model = transformers.MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    found = run_json("inspect", tmp_path)
+    experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
+    assert found["fused_experts"] == pytest.approx(experts / found["parameters"])
+    assert found["stays_dense"] > found["fused_experts"] > 0.5
+    status, said, _ = run("inspect", tmp_path)
+    assert status == 0
+    assert "fused_experts: 0.8" in said

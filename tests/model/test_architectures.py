@@ -14,6 +14,8 @@ from vera_func.model.convert import quantize_model
 from helpers import exact, randomized, relative_error
 
 
+pytestmark = pytest.mark.filterwarnings(r"ignore:.*\(fused experts\):UserWarning")
+
 SIZES = {"vocab_size": 67, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 GROUPED = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

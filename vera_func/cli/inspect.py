@@ -17,6 +17,7 @@ from ..io.config import CONFIG
 from ..merging.layer import MergeReport
 from ..merging.model import model_merge_report
 from ..model.config import VeraConfig
+from ..model.convert import dense_share, quantizable_layers
 from ..model.targets import linear_sizes, resolve
 from .report import merge_advice
 
@@ -151,6 +152,7 @@ def _inspect_model(folder: Path, r: int, targets: Sequence[str] | None) -> dict[
                 "would_train": sum(row[2] + r for row in adapted),
             }
         )
+    dense = dense_share(model, quantizable_layers(model))
     return {
         "path": str(folder),
         "kind": "model",
@@ -159,6 +161,8 @@ def _inspect_model(folder: Path, r: int, targets: Sequence[str] | None) -> dict[
         "dtype": str(getattr(config, "dtype", None) or "").removeprefix("torch.") or None,
         "quantization": stored.get("bnb_4bit_quant_type" if stored.get("load_in_4bit") else "quant_method"),
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "stays_dense": dense.total,  # the share of the weights that quantize_model leaves as they are
+        "fused_experts": dense.fused or None,  # and that of them in 3-D parameters
         "r": r,
         "would_train": sum(row["would_train"] for row in rows),
         "projections": r * (widest_in + widest_out),

@@ -1,16 +1,22 @@
 """A model with its linear layers quantized, or dequantized."""
 
-from collections.abc import Sequence
-from typing import TypeVar, cast
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import private
+from ..core.keys import join_key
 from ..core.shapes import require_float
 from ..quant.bnb import from_bnb, is_bnb_linear, to_bnb
 from ..quant.value import QUANTIZERS, dequantize
-from .tree import copy_tree, copy_with_weights
+from .config import HEADS
+from .describe import describe_ties
+from .targets import linear_sizes
+from .tree import copy_tree, copy_with_weights, require_weights, unwrap
 
 
 Format = str | torch.dtype
@@ -31,7 +37,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> n
         dtype: Of these weights, that of the model's activations.
 
     Raises:
-        ValueError: If the model is no module, or the dtype not a floating-point one.
+        ValueError: If the model is no module, offloaded or wrapped by PEFT, or the dtype is not a floating-point one.
 
     Example:
         >>> from vera_func import quantize_4bit
@@ -40,10 +46,9 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> n
         >>> dense[0], dense[1].weight is model[1].weight
         (Linear(in_features=64, out_features=32, bias=False), True)
     """
-
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}.")
+    model = unwrap(model)
     require_float("dtype", dtype)
+    require_weights(model, "dequantize")
 
     def weight_of(name: str, module: nn.Module) -> Tensor | None:
         return dequantize(from_bnb(module)[0], dtype) if is_bnb_linear(module) else None
@@ -51,6 +56,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> n
     dense = copy_with_weights(model, weight_of, {id(parameter): parameter for parameter in model.parameters()})
     if hasattr(dense, "save_pretrained"):
         private.forget_quantization(dense)
+        describe_ties(dense)
     return dense
 
 
@@ -62,35 +68,162 @@ def check_format(to: Format | None) -> None:
 def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) -> Model:
     """A copy of a model whose `nn.Linear`s are bitsandbytes modules; all other tensors are shared.
 
-    The model itself stays as it is, and so do linears that are bitsandbytes' already.
+    The model itself stays as it is, and so do linears that are bitsandbytes' already. Layers that would compute
+    something else stay dense: a subclass that does not compute `x Wᵀ + b`, a weight that is computed (weight_norm), the
+    output layer of an `nn.MultiheadAttention`, which is read and never called. bitsandbytes can't quantize the weights
+    of several layers in one 3-D parameter (the fused experts of Mixtral, Qwen-MoE or gpt-oss in transformers 5); a
+    warning says how much that is.
 
     Args:
         model: Any module.
         quant: "nf4", "fp4" or "int8".
-        skip: Ends of the names of modules to leave as they are. None is the head, which is often the embedding, and
-            what the model's class keeps in float32, such as T5's `wo`, whose dtype it looks at.
+        skip: Names, or ends of names, of modules to leave as they are, with all that is in them. None is what
+            transformers leaves dense, and heads that are trained as a rule: weights that are tied, output embeddings,
+            `lm_head`, `classifier`, `score`, `qa_outputs`, and what the model's class keeps in float32, such as T5's
+            `wo`, whose dtype it looks at.
 
     Raises:
-        ValueError: If the format is unknown, or nothing was quantized.
+        ValueError: If nothing was quantized, the format is unknown, or the model is offloaded or wrapped by PEFT.
 
     Example:
-        >>> quantize_model(nn.Sequential(nn.Linear(64, 32)), "nf4")[0]
-        Linear4bit(in_features=64, out_features=32, bias=True)
+        >>> model = nn.ModuleDict({"body": nn.Linear(64, 64), "classifier": nn.Linear(64, 2)})
+        >>> quantize_model(model, "nf4")
+        ModuleDict(
+          (body): Linear4bit(in_features=64, out_features=64, bias=True)
+          (classifier): Linear(in_features=64, out_features=2, bias=True)
+        )
     """
     if quant not in QUANTIZERS:
-        raise ValueError(f"quant must be one of {sorted(QUANTIZERS)}, got {quant!r}.")
-    skip = ("lm_head", *private.float32_modules(model)) if skip is None else skip
-    ends = tuple(f".{end}" for end in skip)
-    found = []
+        raise ValueError(f"quant must be one of {', '.join(map(repr, QUANTIZERS))}, got {quant!r}.")
+    model = unwrap(model)
+    require_weights(model, "quantize")
+    layers = quantizable_layers(model, skip)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize, beside {list(skip or ('its heads',))}.")
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
-        # bitsandbytes' linears are a subclass.
-        if not isinstance(module, nn.Linear) or is_bnb_linear(module) or f".{name}".endswith(ends):
+        if name not in layers:
             return None
-        found.append(name)
-        return to_bnb(QUANTIZERS[quant](module.weight.detach()), module.bias).train(module.training)
+        return to_bnb(QUANTIZERS[quant](layers[name].weight.detach()), layers[name].bias)
 
-    new = copy_tree(model, replace, {id(leaf): leaf for leaf in (*model.parameters(), *model.buffers())})
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize, {list(skip)} aside.")
+    memo = {id(leaf): leaf for leaf in (*model.parameters(), *model.buffers())}
+    new = copy_tree(model, replace, memo)
+    for module in new.modules():
+        private.skip_fused_encoder_path(module)
+    describe_ties(new)
+    if (share := dense_share(model, layers)).fused > 0.05:
+        first = share.names[0]
+        warnings.warn(
+            f"{share.total * 100:.0f} % of the weights stay in {str(model.get_parameter(first).dtype)[6:]}: "
+            f"{share.fused * 100:.0f} % are in 3-D parameters such as {first!r} (fused experts), which bitsandbytes "
+            "can't quantize.",
+            stacklevel=2,
+        )
     return cast(Model, new)
+
+
+def quantizable_layers(model: nn.Module, skip: Sequence[str] | None = None) -> dict[str, nn.Linear]:
+    """The layers that `quantize_model` replaces, by name; see there.
+
+    Example:
+        >>> list(quantizable_layers(nn.ModuleDict({"body": nn.Linear(64, 64), "score": nn.Linear(64, 2)})))
+        ['body']
+    """
+    if skip is None:
+        skip, kept = _heads(model), _tied_modules(model)
+    else:
+        kept = set()
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            kept.update(map(id, module.children()))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not is_bnb_linear(module)  # a subclass
+        and id(module) not in kept
+        and not any(f".{entry}." in f".{name}." for entry in skip)
+        and _is_plain(module)
+    }
+
+
+class DenseShare(NamedTuple):
+    """How much of a model is not quantized.
+
+    Attributes:
+        total: Share of all weights that stays dense.
+        fused: Share of all weights that is in 3-D parameters: the weights of several layers, such as fused experts.
+        names: Names of the latter.
+    """
+
+    total: float
+    fused: float
+    names: list[str]
+
+
+def dense_share(model: nn.Module, layers: Mapping[str, nn.Module]) -> DenseShare:
+    """How much of a model stays dense where only these layers are quantized, or are already.
+
+    Args:
+        model: Any module.
+        layers: By name, as from `quantizable_layers`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 2, bias=False))
+        >>> dense_share(model, {"0": model[0]}).total
+        0.3333333333333333
+    """
+    dense = quantized = fused = 0
+    names, seen = [], set()
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if leaf == "weight" and (name in layers or is_bnb_linear(module)):
+                in_features, out_features = linear_sizes(module) or (0, 0)
+                quantized += in_features * out_features
+                continue
+            dense += parameter.numel()
+            convolution = isinstance(module, nn.Conv1d | nn.ConvTranspose1d)
+            if parameter.dim() == 3 and parameter.shape[0] > 1 and not convolution:
+                fused += parameter.numel()
+                names.append(join_key(name, leaf))
+    whole = max(dense + quantized, 1)
+    return DenseShare(dense / whole, fused / whole, names)
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether a layer holds its weight and multiplies by it; a subclass may scale, say, what it computes."""
+    if "weight" not in dict(layer.named_parameters(recurse=False)):
+        return False
+    if type(layer).forward is nn.Linear.forward or layer.weight.is_meta:
+        return True
+    probe = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()}).eval()
+    x = torch.linspace(-1, 1, layer.in_features).to(layer.weight)[None]
+    try:
+        with torch.no_grad():
+            actual, expected = probe(x), nn.functional.linear(x, layer.weight, layer.bias)
+            return (actual - expected).norm().item() < 0.01 * expected.norm().item()
+    except Exception:  # whatever another forward wants
+        return False
+
+
+def _heads(model: nn.Module) -> list[str]:
+    names = ["lm_head", *(name for heads in HEADS.values() for name in heads), *private.float32_modules(model)]
+    find_head = getattr(model, "get_output_embeddings", None)  # transformers' convention
+    if find_head is not None:
+        head = find_head()
+        names += [name for name, module in model.named_modules() if module is head]
+        last = [name for name, _ in model.named_parameters()][-1:]
+        names += [name.removesuffix(".weight") for name in last]  # transformers keeps it, such as CLIP's projection
+    return names
+
+
+def _tied_modules(model: nn.Module) -> set[int]:
+    """The ids of modules that share a parameter with another one."""
+    owners: dict[int, list[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(id(module))
+    return {module for modules in owners.values() if len({*modules}) > 1 for module in modules}
