@@ -39,6 +39,7 @@ Many adapters:
     scale_adapter, add_adapters         arithmetic that stays an adapter
 
 Training:
+    grad, value_and_grad    gradients of pure functions, as `torch.func.grad` at the cost of plain autograd
     fit, Fit            a training loop for one adapter or many, and its state as a value
     save_fit, load_fit  checkpoints of it
 
@@ -64,6 +65,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .core.adapter import delta_weight, dropout_mask, init_params, vera_forward
+    from .core.grad import grad, value_and_grad
     from .core.projection import init_projections
     from .io.bank import Bank, open_bank, save_bank
     from .io.checkpoint import load_adapter, save_adapter
@@ -95,6 +97,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "core.projection": ("init_projections",),
     "core.adapter": ("init_params", "vera_forward", "delta_weight", "dropout_mask"),
+    "core.grad": ("grad", "value_and_grad"),
     "quant.value": ("quantize_4bit", "quantize_8bit", "Quantized4bit", "Quantized8bit", "dequantize", "validate"),
     "quant.linear": ("quantized_linear",),
     "quant.bnb": ("from_bnb", "to_bnb"),

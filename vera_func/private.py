@@ -78,6 +78,15 @@ def graph_task() -> int:
     return torch._C._current_graph_task_id()
 
 
+def in_transform() -> bool:
+    """Whether a transform of `torch.func`, or a level of forward-mode AD, is active.
+
+    A tensor tells it only of itself (`unwrap`), and a function may close over others.
+    """
+    level = torch.autograd.forward_ad._current_level
+    return torch._C._functorch.peek_interpreter_stack() is not None or level >= 0
+
+
 def skip_fused_encoder_path(module: nn.Module) -> None:
     """Make an `nn.TransformerEncoderLayer` call its linear layers.
 
