@@ -71,6 +71,36 @@ def value_and_grad(function: Function, argnums: int | tuple[int, ...] = 0, has_a
     return partial(_value_and_grad, function, argnums, has_aux)
 
 
+def gradients(function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, Any, list[Tensor | None]]:
+    """`(value, aux, gradients)` of `function(*inputs) -> (value, aux)` by plain autograd, outside of transforms.
+
+    Args:
+        function: To one number, a tensor of shape (), and a pytree of tensors.
+        inputs: Tensors of floating-point numbers.
+
+    Returns:
+        The value, the aux, and for each input its gradient, or None where the value does not depend on it.
+
+    Example:
+        >>> gradients(lambda x, y: (x.square(), ()), [torch.tensor(3.0), torch.ones(2)])
+        (tensor(9.), (), [tensor(6.), None])
+    """
+    differentiable = torch.is_grad_enabled()  # in what is outside
+    # An input stays connected with a tensor that requires grad; else it is a leaf.
+    leaves = [x.view_as(x) if differentiable and x.requires_grad else x.detach().requires_grad_() for x in inputs]
+    own = {id(x) for x in leaves if x.is_leaf}
+    with torch.enable_grad():
+        value, aux = function(*leaves)
+    outer = _Outer(own) if differentiable else None
+    grads: Sequence[Tensor | None] = [None] * len(leaves)
+    if leaves and value.requires_grad:
+        connected = outer is not None and len(own) < len(leaves)
+        keep = connected or any(_leads_outside(outer, result) for result in (value, *tree_leaves(aux)))
+        grads = torch.autograd.grad(value, leaves, create_graph=keep, allow_unused=True)
+    release = partial(_release, outer)
+    return release(value), tree_map(release, aux), [None if x is None else release(x) for x in grads]
+
+
 def _grad(function: Function, argnums: Any, has_aux: bool, /, *args: Any, **kwargs: Any) -> Any:
     _, aux, grads = _differentiate(function, argnums, has_aux, args, kwargs)
     return (grads, aux) if has_aux else grads
@@ -97,27 +127,10 @@ def _differentiate(
         given = dict(zip(places, tree_unflatten(list(inputs), structure), strict=True))
         return called(*(given.get(i, arg) for i, arg in enumerate(args)), **kwargs)
 
-    value, aux, found = _by_autograd(with_inputs, leaves)
-    grads = tree_unflatten(found, structure)
+    value, aux, found = gradients(with_inputs, leaves)
+    filled = [torch.zeros_like(leaf) if x is None else x for leaf, x in zip(leaves, found, strict=True)]
+    grads = tree_unflatten(filled, structure)
     return value, aux, grads if isinstance(argnums, tuple) else grads[0]
-
-
-def _by_autograd(function: Function, leaves: Sequence[Tensor]) -> tuple[Tensor, Any, list[Tensor]]:
-    """The value, the aux and the gradients of `function(*leaves)`."""
-    differentiable = torch.is_grad_enabled()  # in what is outside
-    # An input stays connected with an argument that requires grad; else it is a leaf.
-    inputs = [x.view_as(x) if differentiable and x.requires_grad else x.detach().requires_grad_() for x in leaves]
-    own = {id(x) for x in inputs if x.is_leaf}
-    with torch.enable_grad():
-        value, aux = function(*inputs)
-    outer = _Outer(own) if differentiable else None
-    grads: Sequence[Tensor | None] = [None] * len(inputs)
-    if inputs and value.requires_grad:
-        connected = outer is not None and len(own) < len(inputs)
-        keep = connected or any(_leads_outside(outer, result) for result in (value, *tree_leaves(aux)))
-        grads = torch.autograd.grad(value, inputs, create_graph=keep, allow_unused=True)
-    filled = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves, grads, strict=True)]
-    return tree_map(lambda x: x if _leads_outside(outer, x) else x.detach(), (value, aux, filled))
 
 
 class _Outer:
@@ -146,6 +159,10 @@ class _Outer:
 def _leads_outside(outer: _Outer | None, result: Tensor) -> bool:
     """Whether a result can be differentiated in something outside, and has to keep its graph for it."""
     return outer is not None and result.requires_grad and outer.reached_from(result)
+
+
+def _release(outer: _Outer | None, result: Tensor) -> Tensor:
+    return result if _leads_outside(outer, result) else result.detach()
 
 
 def _needs_torch_func(leaves: Sequence[Tensor]) -> bool:

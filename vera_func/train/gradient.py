@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.grad import gradients
 from ..core.keys import split_key
 from .optim import Gradient
 
@@ -41,28 +42,28 @@ def gradient_of(loss_fn: LossFn, params: dict[str, Tensor], n: tuple[int, ...], 
     """
     devices = sorted({p.device.index for p in params.values() if p.is_cuda})
     before = _random_state(devices) if first else []
-    # As torch.func.grad, which keeps the graph of its own backward, too, and refuses activation checkpointing.
-    with torch.enable_grad():
-        leaves = {k: p.detach().requires_grad_() for k, p in params.items()}
-        losses = loss_fn(leaves, batch)
+
+    def total(*leaves: Tensor) -> tuple[Tensor, Tensor]:
+        losses = loss_fn(dict(zip(params, leaves, strict=True)), batch)
         require_shape("loss_fn", losses, n)
         if not losses.requires_grad:
             raise ValueError(f"the result of loss_fn does not depend on params; see that it is not detached. {_ADVICE}")
-        value = losses.sum()
+        return losses.sum(), losses
+
     try:
-        grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+        _, losses, grads = gradients(total, list(params.values()))
     except RuntimeError as error:
         if "use_reentrant" in str(error):
             raise ValueError(f"loss_fn checkpoints with use_reentrant=True: {error} {_ADVICE}") from error
         raise
-    absent = [key for key, grad in zip(leaves, grads, strict=True) if grad is None]
-    if len(absent) == len(leaves):
+    absent = [key for key, grad in zip(params, grads, strict=True) if grad is None]
+    if len(absent) == len(params):
         raise ValueError(f"no leaf of params gets a gradient from loss_fn. {_ADVICE}")
     if first and absent:
         with torch.random.fork_rng(devices):
-            _require_independent(loss_fn, params, batch, losses.detach(), absent, partial(_rewind, before, devices))
-    filled = (torch.zeros_like(p) if grad is None else grad for p, grad in zip(leaves.values(), grads, strict=True))
-    return dict(zip(leaves, filled, strict=True)), losses.detach()
+            _require_independent(loss_fn, params, batch, losses, absent, partial(_rewind, before, devices))
+    filled = (torch.zeros_like(p) if grad is None else grad for p, grad in zip(params.values(), grads, strict=True))
+    return dict(zip(params, filled, strict=True)), losses
 
 
 def _require_independent(
