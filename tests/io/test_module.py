@@ -102,7 +102,11 @@ NAMES = [
     ("two linears", {"target_modules": ["0"], "modules_to_save": ["1", "2"], "bias": "all"}),
     ("Conv1D", {"target_modules": ["0"], "modules_to_save": ["2"]}),
     ("a bare layer", {"target_modules": ".*", "bias": "vera_only"}),
-    *((Tied, {"target_modules": t, "bias": b}) for t in (["lin1", "lin2"], ["lin1"]) for b in ("vera_only", "all")),
+    *(
+        (Tied, {"target_modules": t, "bias": b})
+        for t in (["lin1", "lin2"], ["lin1"], ["lin2"])
+        for b in ("vera_only", "all")
+    ),
     (Tied, {"target_modules": ["lin2"], "bias": "all", "modules_to_save": ["norm", "head"]}),
     (Twice, {"target_modules": ["lin1"], "bias": "vera_only"}),
 ]

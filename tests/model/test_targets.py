@@ -47,6 +47,12 @@ class Experts(nn.Module):
         return self.model["head"](x)
 
 
+def shared_bias():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    model[2].bias = model[0].bias
+    return model
+
+
 MODELS = {
     "llama": llama,
     "llama nf4": lambda: quantized(llama(), "nf4"),
@@ -57,6 +63,7 @@ MODELS = {
     "t5": t5,
     "masked bert": masked_bert,
     "experts": Experts,
+    "shared bias": shared_bias,
 }
 QV = ["q_proj", "v_proj"]
 TARGETED = [
@@ -121,6 +128,9 @@ TARGETED = [
 TRAINED = [
     *((model, {"bias": bias}) for model in ("llama", "gpt2", "bert") for bias in ("all", "vera_only", "lora_only")),
     ("masked bert", {"bias": "all"}),  # one of its biases has two names
+    ("shared bias", {"target_modules": ["0"], "bias": "vera_only"}),
+    ("shared bias", {"target_modules": ["2"], "bias": "vera_only"}),  # of which the first layer is not adapted
+    ("shared bias", {"target_modules": ["2"], "bias": "all"}),
     ("bert", {"task_type": "SEQ_CLS"}),
     ("bert", {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "pooler"]}),
     ("bert", {"task_type": "TOKEN_CLS", "bias": "all"}),

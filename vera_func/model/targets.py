@@ -143,9 +143,9 @@ def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -
         >>> trained_with(model, VeraConfig(target_modules=["0"], modules_to_save=["1"]), ["0"])
         ['1.weight', '1.bias']
     """
-    own = []
+    own: dict[str, None] = {}
     modules = dict(model.named_modules())
-    first_names = {name for name, _ in model.named_parameters()}
+    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
     # A head that shares its weight with the embeddings has a second name for it.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         module, leaf = split_key(name)
@@ -158,9 +158,11 @@ def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -
                 "transformers."
             )
         is_bias = leaf == "bias" and (config.bias == "all" or (config.bias != "none" and module in targets))
-        if whole or (is_bias and name in first_names):
-            own.append(name)
-    return own
+        if whole:
+            own[name] = None
+        elif is_bias:  # a shared one is trained under its first name, also if that is of a layer that is not adapted
+            own[first_names[id(parameter)]] = None
+    return list(own)
 
 
 def _matching(names: Iterable[str], targets: str | Sequence[str], config: VeraConfig) -> list[str]:
