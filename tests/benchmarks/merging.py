@@ -13,8 +13,8 @@ from vera_func.data.answers import calibrate_answers
 from vera_func.data.assets import load_snippets
 from vera_func.data.examples import polar_examples, split
 from vera_func.data.models import load_base
-from vera_func.data.prompts import answer_logits, collate
-from vera_func.data.task import encode_examples, make_task
+from vera_func.data.prompts import collate
+from vera_func.data.task import encode_examples, logits_of, make_task
 
 from .common import table
 
@@ -37,15 +37,15 @@ def run(adapter, texts):
 
     merge = partial(vf.merge, base.model, adapted.params, adapted.frozen)
     nothing = {k: torch.zeros_like(v) if k.endswith("lambda_b") else v for k, v in adapted.params.items()}
-    forwards = {
-        "not merged": partial(adapted.apply, adapted.params, adapted.frozen),
-        "bfloat16": _forward_of(merge(torch.bfloat16).to(torch.float32), adapted.config),
-        "int8": _forward_of(merge("int8"), adapted.config),
-        "nf4, rounded": _forward_of(merge(), adapted.config),
-        f"nf4, calibrated ({seconds:.0f} s)": _forward_of(merge(weights=weights), adapted.config),
-        "adapter left out": partial(adapted.apply, nothing, adapted.frozen),
+    ways = {
+        "not merged": adapted,
+        "bfloat16": _stored(merge(torch.bfloat16).to(torch.float32), adapted.config),
+        "int8": _stored(merge("int8"), adapted.config),
+        "nf4, rounded": _stored(merge(), adapted.config),
+        f"nf4, calibrated ({seconds:.0f} s)": _stored(merge(weights=weights), adapted.config),
+        "adapter left out": adapted._replace(params=nothing),
     }
-    gaps = {name: {d: _gaps(f, rows, task) for d, rows in domains.items()} for name, f in forwards.items()}
+    gaps = {name: {d: _gaps(one, rows, task) for d, rows in domains.items()} for name, one in ways.items()}
     rows = []
     for name, of_domain in gaps.items():
         row = {"q, v merged to": name}
@@ -62,19 +62,19 @@ def run(adapter, texts):
     table(f"Merging the demo's adapter, {texts} held-out texts of each domain", rows)
 
 
-def _forward_of(model, config):
+def _stored(model, config):
     """The model's weights as they are stored; bitsandbytes' own forward would round activations, or repack."""
-    apply, params, frozen, _ = vf.adapt(model.eval(), config)
-    return partial(apply, params, frozen)
+    return vf.adapt(model.eval(), config)
 
 
-def _gaps(forward, rows, task):
+def _gaps(adapted, rows, task):
     """The logit of " positive" minus that of " negative", in the order of the rows."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     gaps = torch.empty(len(rows))
     with torch.no_grad():
         for start in tqdm(range(0, len(rows), 32), leave=False):
             part = order[start : start + 32]
-            logits = answer_logits(forward, collate([rows[i] for i in part], task.pad_id), task.accepts)
-            gaps[part] = logits[:, task.answers[1]] - logits[:, task.answers[0]]
+            batch = collate([rows[i] for i in part], task.pad_id)
+            negative, positive = logits_of(adapted, task)(adapted.params, batch).unbind(1)
+            gaps[part] = positive - negative
     return gaps

@@ -10,9 +10,7 @@ from torch.testing import assert_close
 from vera_func.data.examples import Example
 from vera_func.data.prompts import (
     Encoded,
-    accepted_arguments,
     answer_ids,
-    answer_logits,
     answer_loss,
     collate,
     encode,
@@ -54,7 +52,7 @@ def test_answer_ids_are_first_tokens(special):
 
 
 def test_answers_that_begin_alike_are_refused():
-    with pytest.raises(ValueError, match=r"\['very good', 'very bad'\].*rename"):
+    with pytest.raises(ValueError, match=r"\['very good', 'very bad'\].*Rename"):
         answer_ids(Words(), ["very good", "neutral", "very bad"])
 
 
@@ -107,7 +105,7 @@ def test_train_batches_have_rows_of_like_length():
 
 
 def test_too_few_examples_for_a_batch():
-    with pytest.raises(ValueError, match=r"3 examples.*batch of 4"):
+    with pytest.raises(ValueError, match=r"3 training examples.*batch of 4"):
         train_batches(rows(3), 4, seed=0)
 
 
@@ -116,88 +114,43 @@ def test_answer_loss_is_the_cross_entropy_over_the_answers():
     answers, label = torch.tensor([3, 9, 4]), torch.tensor([0, 1, 2, 2, 1, 0, 0])
     p = logits.exp()
     expected = -(p[range(7), answers[label]] / p[:, answers].sum(1)).log().mean()
-    assert_close(answer_loss(logits, label, answers), expected.float())
+    assert_close(answer_loss(logits[:, answers], label), expected.float())
 
 
 def test_answer_loss_composes():
-    logits, label = torch.randn(4, 5, 11), torch.randint(2, (4, 5))
-    answers = torch.tensor([3, 9])
-    together = torch.func.vmap(torch.func.grad(answer_loss), (0, 0, None))(logits, label, answers)
+    logits, label = torch.randn(4, 5, 3), torch.randint(3, (4, 5))
+    together = torch.func.vmap(torch.func.grad(answer_loss))(logits, label)
     for i in range(4):
-        alone = torch.func.grad(answer_loss)(logits[i], label[i], answers)
-        assert_close(together[i], alone)
-    assert together[:, :, [0, 1, 2]].abs().max() == 0
+        assert_close(together[i], torch.func.grad(answer_loss)(logits[i], label[i]))
 
 
-class Model(torch.nn.Module):
-    """Says what it was given, and answers with token 0 for texts of odd length, else 1."""
-
-    def forward(self, input_ids, attention_mask):
-        self.given = {"input_ids", "attention_mask"}
-        odd = attention_mask.sum(1) % 2
-        logits = torch.stack([odd, 1 - odd], 1).float()[:, None]
-        return SimpleNamespace(logits=logits.expand(-1, input_ids.shape[1], -1))
+def odd_or_even(batch):
+    """Logits for label 0 where a text has an odd length, for label 1 where it is even."""
+    odd = batch["attention_mask"].sum(1) % 2
+    return torch.stack([odd, 1 - odd], 1).float()
 
 
-class Keeping(Model):
-    def forward(self, input_ids, attention_mask, position_ids, logits_to_keep=0):
-        out = super().forward(input_ids, attention_mask).logits[:, -logits_to_keep:]
-        assert logits_to_keep == 1
-        return SimpleNamespace(logits=out)
-
-
-@pytest.mark.parametrize("model", [Model(), Keeping()])
-def test_score_counts_every_row_once(model):
+def test_score_counts_every_row_once():
     data = [Encoded([1] * n, int(n < 10)) for n in range(1, 24)]
-    accepts = accepted_arguments(model)
-    assert "label" not in accepts
-    # Odd lengths answer label 0, even ones label 1.
     expected = sum(1 - len(row.ids) % 2 == row.label for row in data) / len(data)
     seen = []
-    got = score(
-        lambda batch: answer_logits(model, batch, accepts),
-        data,
-        torch.tensor([0, 1]),
-        batch_size=4,
-        progress=lambda steps: seen.append(len(steps)) or steps,
-    )
+    got = score(odd_or_even, data, batch_size=4, progress=lambda steps: seen.append(len(steps)) or steps)
     assert got.accuracy.item() == pytest.approx(expected)
     assert seen == [6]
 
 
 def test_score_of_many_is_that_of_each():
     data = [Encoded([1] * n, n % 3) for n in range(1, 20)]
-    table, answers = torch.randn(4, 20, 11), torch.tensor([3, 9, 4])
+    table = torch.randn(4, 20, 3)
 
     def logits(batch, which=slice(None)):
         return table[which, batch["attention_mask"].sum(1)]
 
-    many = score(logits, data, answers, batch_size=5)
+    many = score(logits, data, batch_size=5)
     for i in range(4):
-        alone = score(lambda batch, i=i: logits(batch, i), data, answers, batch_size=7)
+        alone = score(lambda batch, i=i: logits(batch, i), data, batch_size=7)
         assert_close(many.accuracy[i], alone.accuracy)
         assert_close(many.loss[i], alone.loss)
         everything = torch.tensor([row.label for row in data])
-        expected = answer_loss(table[i, 1:20], everything, answers)
+        expected = answer_loss(table[i, 1:20], everything)
         assert_close(many.loss[i].float(), expected)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=64)
-    return GPT2LMHeadModel(config).eval()
-
-
-def test_padding_changes_no_logits(tiny):
-    """GPT-2 has absolute positions: without `position_ids` the padded row would come out wrong."""
-    short, long = Encoded([3, 4, 5], 0), Encoded(list(range(9)), 1)
-    accepts = accepted_arguments(tiny)
-    with torch.no_grad():
-        padded = answer_logits(tiny, collate([short, long]), accepts)
-        alone = answer_logits(tiny, collate([short]), accepts)
-        plain = tiny(input_ids=torch.tensor([short.ids])).logits[:, -1]
-    assert_close(alone, plain)
-    assert_close(padded[:1], alone, rtol=1e-5, atol=1e-6)

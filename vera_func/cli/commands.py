@@ -118,7 +118,7 @@ def predict(
         logits = partial(logits_of(adapted, task, stacked=True), read(names))
         title = f"adapters {start + 1}-{start + len(names)} of {len(source.names)}"
         with torch.no_grad():
-            parts = [logits(batch)[..., task.answers] for batch in bar(title, progress)(batches)]
+            parts = [logits(batch) for batch in bar(title, progress)(batches)]
         best, label = torch.cat(parts, dim=1)[:, place].double().softmax(-1).max(-1)  # (adapters, texts)
         found += [
             {"text": text, "adapter": name, "label": task.labels[label[i, j]], "probability": best[i, j].item()}

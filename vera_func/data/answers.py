@@ -1,7 +1,7 @@
-"""A calibrated merge of a model that answers with labels, and whether its answers stay.
+"""Calibrated merging of a classifier, and how many of its predictions stay.
 
-What is read off the model is the gap between its two best answers. Each layer's inputs are weighted by what they do
-to that gap (`grams`), and the merge is judged on texts that it has not seen.
+Calibration minimizes the error of the gap between the logits of the two best labels: the inputs of each layer are
+weighted by their effect on that gap (`second_moments`). The merge is evaluated on texts that it was not calibrated on.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,17 +16,17 @@ from ..core.keys import split_key
 from ..merging.second_moments import calibrate_weights, second_moments
 from ..model.adapt import Adapted, adapt
 from ..quant.value import Quantized
-from .prompts import Encoded, answer_logits, batches_by_length
-from .task import Task
+from .prompts import Encoded, batches_by_length
+from .task import Task, logits_of
 
 
 class Answers(NamedTuple):
-    """How the answers of a merged model compare with those of the adapter, from `compare_answers`.
+    """How the predictions of a merged model compare with those of the adapter, from `compare_answers`.
 
     Attributes:
-        same: Share of the texts with the same answer.
-        error: Mean change of the answers' logits by the merge, relative to that by leaving the adapter out.
-        texts: How many there were.
+        same: Share of the texts with the same prediction.
+        error: Mean change of the labels' logits by merging, relative to the change by leaving the adapter out.
+        texts: Number of texts.
     """
 
     same: float
@@ -43,36 +43,38 @@ def calibrate_answers(
     batch_size: int = 16,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> dict[str, Quantized]:
-    """Merged 4-bit weights that keep the answers, for `merge(..., weights=...)`.
+    """Merged 4-bit weights that preserve the predictions, for `merge(..., weights=...)`.
 
     Args:
         model: The base model, its adapted layers in 4 bits.
         adapted: The adapter to merge.
-        task: What it answers.
-        rows: Some 200 texts (several thousand tokens), from `encode_examples`.
-        batch_size: Texts at once.
+        task: What the adapter classifies.
+        rows: About 200 texts (several thousand tokens), from `encode_examples`.
+        batch_size: Texts in a batch.
         progress: Wraps the batches, and then the names of the layers, as tqdm does.
 
     Raises:
         ValueError: As for `calibrate_weights`.
     """
+    last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in task.accepts else {}
     batches = [
-        {name: batch[name] for name in batch.keys() & task.accepts}
+        {name: batch[name] for name in batch.keys() & task.accepts} | last
         for batch in batches_by_length(rows, batch_size, task.pad_id)
     ]
-    gap = partial(answer_gap, answers=task.answers)
-    moments = second_moments(adapted, progress(batches), readout=lambda output: gap(output.logits[:, -1]))
+    moments = second_moments(
+        adapted, progress(batches), readout=lambda output: answer_gap(output.logits[:, -1, task.answers])
+    )
     return calibrate_weights(adapted, moments, progress=progress)
 
 
-def answer_gap(logits: Float[Tensor, "b vocab"], answers: Tensor) -> Float[Tensor, " b"]:
-    """The best answer's logit minus the second best's.
+def answer_gap(logits: Float[Tensor, "b labels"]) -> Float[Tensor, " b"]:
+    """The largest logit of each row minus the second largest.
 
     Example:
-        >>> answer_gap(torch.tensor([[1.0, 9.0, 3.0, 2.5]]), torch.tensor([0, 2, 3]))
+        >>> answer_gap(torch.tensor([[1.0, 3.0, 2.5]]))
         tensor([0.5000])
     """
-    best = logits[:, answers].float().topk(2).values
+    best = logits.float().topk(2).values
     return best[:, 0] - best[:, 1]
 
 
@@ -85,18 +87,18 @@ def compare_answers(
     *,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Answers:
-    """How well a merged model answers as the adapter does.
+    """Compare the predictions of a merged model with those of the adapter.
 
-    Both are computed from the weights as they are stored: bitsandbytes' own forward may round activations, or repack.
+    Both are computed from the stored weights. bitsandbytes' own forward may round activations, or repack the weights.
 
     Args:
         adapted: The adapter that was merged.
         merged: From `merge`.
-        task: What they answer.
-        rows: Texts that the merge has not been calibrated on.
+        task: What they classify.
+        rows: Texts that were not used for calibration.
         progress: Wraps the batches, three times, as tqdm does.
     """
-    # An adapter that adds nothing, so that the forward is that of the weights.
+    # With a fresh adapter, whose update is 0, `apply` computes the model as its weights are stored.
     plain = adapt(merged.eval(), adapted.config)
     nothing = {k: torch.zeros_like(v) if split_key(k)[1] == "lambda_b" else v for k, v in adapted.params.items()}
     wanted = _answers(adapted, adapted.params, task, rows, progress)
@@ -117,8 +119,8 @@ def _answers(
     rows: Sequence[Encoded],
     progress: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> Tensor:
-    """The logits of the labels (texts, labels), less their mean, which answers nothing; in the order of length."""
-    forward = partial(adapted.apply, params, adapted.frozen)
+    """The logits (texts, labels) less their mean over the labels, which changes no prediction; ordered by length."""
+    labels = partial(logits_of(adapted, task), params)
     batches = progress(batches_by_length(rows, 32, task.pad_id))
-    logits = torch.cat([answer_logits(forward, batch, task.accepts)[:, task.answers].float() for batch in batches])
+    logits = torch.cat([labels(batch).float() for batch in batches])
     return logits - logits.mean(1, keepdim=True)

@@ -1,7 +1,7 @@
-"""Adapters that make a language model answer with one of some labels: what to train, measure, and choose.
+"""Classification as a task of adapters: what to train, to measure and to choose by.
 
-A `Task` holds what does not depend on the adapter, and the functions here bind it to `apply`: to one adapter, or to
-stacked ones (n, ...), which then share every batch in a single forward.
+A `Task` holds what does not depend on the adapter. The functions here bind it to `apply`, for one adapter or for
+stacked ones (n, ...), which share every batch in a single forward.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,32 +14,22 @@ from torch import Tensor
 
 from ..model.adapt import Adapted
 from ..model.batch import Params
+from ..model.head import token_logits
 from ..model.vmap import vmap_adapters
 from .examples import Example
 from .models import Base
-from .prompts import (
-    PROMPT,
-    Batch,
-    Encoded,
-    Score,
-    accepted_arguments,
-    answer_ids,
-    answer_logits,
-    answer_loss,
-    encode,
-    score,
-)
+from .prompts import PROMPT, Batch, Encoded, Score, accepted_arguments, answer_ids, answer_loss, encode, score
 
 
 class Task(NamedTuple):
-    """Texts to be answered with a label.
+    """Classification of texts: labels, prompt, and what the model needs for them.
 
     Attributes:
-        labels: The answers.
+        labels: All labels.
         prompt: With `{text}` in it.
         answers: The first token of each label.
-        pad_id: For the padding.
-        accepts: Arguments that the model takes.
+        pad_id: Token to pad with.
+        accepts: Names of the arguments that the model takes.
     """
 
     labels: list[str]
@@ -50,7 +40,7 @@ class Task(NamedTuple):
 
 
 def make_task(base: Base, labels: Sequence[str], prompt: str = PROMPT) -> Task:
-    """The task of these labels for this model.
+    """The task of choosing among these labels, for this model.
 
     Raises:
         ValueError: If the prompt has no place for the text, or two labels begin with the same token.
@@ -60,7 +50,10 @@ def make_task(base: Base, labels: Sequence[str], prompt: str = PROMPT) -> Task:
 
 
 def check_prompt(prompt: str) -> str:
-    """The prompt, if it has one place for a text and no other.
+    """The prompt itself, if it has exactly one `{text}` and no other braces.
+
+    Raises:
+        ValueError: If it has not, or consists of nothing else.
 
     Example:
         >>> check_prompt("Review: {text}")
@@ -78,24 +71,30 @@ def check_prompt(prompt: str) -> str:
 
 
 def encode_examples(base: Base, task: Task, examples: Sequence[Example]) -> list[Encoded]:
-    """Examples as prompts in tokens.
+    """Examples as tokenized prompts.
 
     Raises:
-        ValueError: If an example has a label that the task lacks.
+        ValueError: If an example has a label that the task does not have.
     """
     odd = sorted({example.label for example in examples} - set(task.labels))
     if odd:
-        raise ValueError(f"the data has the label {odd[0]!r}, but the adapter was trained to answer {task.labels}.")
+        raise ValueError(f"the data has the label {odd[0]!r}, but the adapter was trained on the labels {task.labels}.")
     return encode(base.tokenizer, examples, task.labels, prompt=task.prompt)
 
 
 def logits_of(
     adapted: Adapted, task: Task, *, stacked: bool = False
-) -> Callable[[Params, Batch], Float[Tensor, "*n b vocab"]]:
-    """`(params, batch) -> logits` at the end of the prompts, of one adapter or of each in a stack."""
+) -> Callable[[Params, Batch], Float[Tensor, "*n b labels"]]:
+    """A function `(params, batch) -> logits` of the labels, for one adapter or for each in a stack.
+
+    Only the rows of the output head that belong to the labels are multiplied, and only at the end of the prompts where
+    the model takes `logits_to_keep`; see `token_logits`.
+    """
+    answers = task.answers.tolist()
+    last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in task.accepts else {}
 
     def logits(params: Params, frozen: Params, **inputs: Tensor) -> Tensor:
-        return answer_logits(partial(adapted.apply, params, frozen), inputs, task.accepts)
+        return token_logits(adapted.apply, params, frozen, answers, **inputs, **last)[:, -1]
 
     many = vmap_adapters(logits, in_dims=None) if stacked else logits
 
@@ -106,26 +105,26 @@ def logits_of(
 
 
 def loss_of(adapted: Adapted, task: Task, *, stacked: bool = False) -> Callable[[Params, Batch], Float[Tensor, "*n"]]:
-    """`(params, batch) -> loss`, what `fit` takes; of a stack, each adapter's own."""
+    """A function `(params, batch) -> loss` for `fit`; of stacked params, one loss per adapter."""
     logits = logits_of(adapted, task, stacked=stacked)
-    loss = torch.func.vmap(answer_loss, (0, None, None)) if stacked else answer_loss
+    loss = torch.func.vmap(answer_loss, (0, None)) if stacked else answer_loss
 
     def bound(params: Params, batch: Batch) -> Tensor:
-        return loss(logits(params, batch), batch["label"], task.answers)
+        return loss(logits(params, batch), batch["label"])
 
     return bound
 
 
 def score_of(adapted: Adapted, task: Task, params: Params, rows: Sequence[Encoded], **options: Any) -> Score:
-    """How well an adapter, or each of stacked ones, answers.
+    """Accuracy and mean loss of an adapter, or of each adapter in a stack.
 
     Args:
         adapted: Its `apply` and `frozen` are used.
-        task: What to answer.
+        task: From `make_task`.
         params: Of one adapter, or stacked.
         rows: From `encode_examples`.
-        **options: Of `score`.
+        **options: Passed to `score`.
     """
     stacked = any(value.shape != adapted.apply.slots[key].shape for key, value in params.items())
     logits = partial(logits_of(adapted, task, stacked=stacked), params)
-    return score(logits, rows, task.answers, pad_id=task.pad_id, **options)
+    return score(logits, rows, pad_id=task.pad_id, **options)

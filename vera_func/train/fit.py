@@ -186,10 +186,24 @@ def batch_indices(step: int, *, num_examples: int, batch_size: int, key: int) ->
     if step < 0 or num_examples < 1 or batch_size < 1:
         raise ValueError(f"out of range: {step=}, {num_examples=}, {batch_size=}.")
     epoch, batch = divmod(step, -(-num_examples // batch_size))
+    return epoch_order(num_examples, key=key, epoch=epoch)[batch * batch_size : (batch + 1) * batch_size]
+
+
+def epoch_order(num_examples: int, *, key: int | str, epoch: int) -> Int[Tensor, " num_examples"]:
+    """The order of the examples in one epoch: a permutation that depends on the arguments alone.
+
+    Args:
+        num_examples: How many examples there are.
+        key: Of the run; another key gives another order.
+        epoch: The number of the epoch.
+
+    Example:
+        >>> sorted(epoch_order(4, key=0, epoch=7).tolist())
+        [0, 1, 2, 3]
+    """
     # Hashed, since key + epoch would give epoch 1 of key 0 the order of epoch 0 of key 1.
     seed = int.from_bytes(hashlib.sha256(f"{key} {epoch}".encode()).digest()[:4], "big")
-    order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed))
-    return order[batch * batch_size : (batch + 1) * batch_size]
+    return torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed))
 
 
 def save_fit(path: PathLike, run: Fit) -> None:
