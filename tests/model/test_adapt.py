@@ -81,6 +81,21 @@ class SharedModule(nn.Module):
         return self.head(self.second(self.first(x).tanh()))
 
 
+class Itself(nn.Module):
+    """Contains itself, which ends nn.Module's walks unless they are asked for all names; two weights are tied."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.tied = nn.Linear(7, 7), nn.Linear(7, 7), nn.Linear(7, 7)
+        self.tied.weight = self.second.weight
+        self.inner = nn.Sequential(nn.Tanh())
+        self.inner.whole = self
+
+    def forward(self, x):
+        whole = self.inner.whole
+        return whole.tied(whole.second(self.inner[0](whole.first(x))))
+
+
 class Normalized(nn.Module):
     def __init__(self):
         super().__init__()
@@ -193,6 +208,23 @@ class TestPlainModules:
         _, adapted, x = plain("a shared layer")
         with pytest.raises(ValueError, match="unknown"):
             adapted.apply(adapted.params | {"second.lambda_b": torch.zeros(7)}, adapted.frozen, x)
+
+    @pytest.mark.parametrize("bias", ["none", "all"])
+    def test_a_module_that_contains_itself(self, bias):
+        model = Itself()
+        adapted = vf.adapt(model, vf.VeraConfig(r=R, target_modules=["first", "tied"], bias=bias))
+        adapted = adapted._replace(params=randomized(adapted.params, scale=0.5))
+        assert list(adapted.apply.targets) == ["first", "tied"]
+        oracle, x = copy.deepcopy(model), normal(3, 7)
+        for key, value in adapted.params.items():
+            if key.endswith("bias"):
+                oracle.get_parameter(key).data = value
+        expected = merged(oracle, adapted)(x)
+        assert_close(adapted.apply(*adapted[1:3], x), expected, rtol=1e-5, atol=1e-5)
+        assert_close(vf.to_module(adapted)(x), expected, rtol=1e-5, atol=1e-5)
+        pool = vf.pool_adapters([adapted, adapted])
+        rows = vf.select_adapters(pool.params, [0, 1, 0])
+        assert_close(pool.apply(rows, pool.frozen, x), expected, rtol=1e-5, atol=1e-5)
 
     def test_a_tied_weight_is_overridden_everywhere(self):
         model, adapted, x = plain("a tied weight")

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pickle
 from functools import partial
 from itertools import product
 
@@ -289,6 +290,26 @@ class TestFromBnb:
             q = quantize(normal(64, 128))
             copied = copy.deepcopy(vf.to_bnb(q))
             assert torch.equal(vf.dequantize(vf.from_bnb(copied)[0]), vf.dequantize(q)), name
+
+    @pytest.mark.parametrize("steps", list(product(["pickle", "copy", "train", "eval"], repeat=3)), ids=" ".join)
+    def test_an_8bit_layer_after_many_lives(self, steps):
+        q = vf.quantize_8bit(normal(32, 64))
+        module, pickled, ran, lost = vf.to_bnb(q), False, False, False
+        for step in steps:
+            if step == "pickle":
+                module, pickled = pickle.loads(pickle.dumps(module)), True
+            elif step == "copy":
+                # An unpickled weight is an ordinary parameter, whose copy has no attributes; after a run the module has
+                # what they held.
+                module, lost = copy.deepcopy(module), lost or (pickled and not ran)
+            elif not lost:  # bitsandbytes' own layer no longer runs then
+                module.train(step == "train")(normal(3, 64, dtype=torch.float16))
+                ran = True
+        if lost:
+            with pytest.raises(ValueError, match=r"no row scales \(SCB\).*unpickle it a second time"):
+                vf.from_bnb(module)
+        else:
+            assert_same(vf.from_bnb(module)[0], q)
 
     def test_refuses_others(self):
         with pytest.raises(ValueError, match="got Linear"):

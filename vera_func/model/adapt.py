@@ -20,6 +20,7 @@ from ..core.keys import MIXTURE, is_vector, join_key, split_key
 from ..core.projection import init_projections
 from ..core.shapes import require_float
 from ..quant.bnb import from_bnb, is_bnb_linear
+from ..quant.value import Quantized8bit
 from .apply import Apply, Root, Slot
 from .checkout import Trees
 from .config import VeraConfig
@@ -227,7 +228,8 @@ def make_apply(
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if is_bnb_linear(module):
-            layer: Any = QuantizedLinear(*from_bnb(module), int8_activations=_int8(module, int8_activations))
+            q, bias = from_bnb(module)
+            layer: Any = QuantizedLinear(q, bias, int8_activations=int8_activations and isinstance(q, Quantized8bit))
         elif name in targets:
             layer = copy.deepcopy(module, memo)
         elif name in owners and has_rows(module):
@@ -267,7 +269,7 @@ def _parameter_slots(
     model: nn.Module, tree: nn.Module, trained: Sequence[str]
 ) -> tuple[dict[str, Slot], dict[str, str], frozenset[str]]:
     """`Apply`'s slots for the model's own parameters, `tied` and `offloaded`."""
-    places = dict(tree.named_modules(remove_duplicate=False))
+    places = dict(tree.named_modules())
     slots: dict[str, Slot] = {}
     tied: dict[str, str] = {}
     offloaded = set()
@@ -281,15 +283,10 @@ def _parameter_slots(
                 raise ValueError(no_data_error(key, "train"))
             offloaded.add(key)  # the hook would put the weight back in its place
             continue
-        # A module that stands in the tree twice has two names for a parameter, which is bound once.
-        names: dict[tuple[int, str], str] = {}
-        for alias in aliases:
-            place, leaf = split_key(alias)
-            names.setdefault((id(places[place]), leaf), alias)
-        first, *others = names.values()
+        first, *others = aliases
         shape = tuple(parameter.shape)
         rows = has_rows(module) or is_bnb_linear(module)
-        where = tuple(join_key("model", name) for name in names.values())
+        where = tuple(join_key("model", name) for name in aliases)
         slots[key] = Slot(where, shape, rows and key in trained, key in trained)
         if key not in trained:
             tied |= dict.fromkeys(others, first)
@@ -315,10 +312,6 @@ def _with_origin(config: VeraConfig, model: nn.Module) -> VeraConfig:
     if name is not None and mapping is None and config.task_type is None:
         mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     return dataclasses.replace(config, base_model_name_or_path=name, auto_mapping=mapping)
-
-
-def _int8(module: nn.Module, wanted: bool) -> bool:
-    return wanted and hasattr(module.weight, "SCB")
 
 
 def _require_called(name: str, modules: Mapping[str, nn.Module]) -> None:

@@ -14,6 +14,7 @@ from ..core.keys import VECTORS, join_key, own_parameters, split_key
 from .adapt import Adapted, make_apply
 from .batch import Params, stack_adapters
 from .config import VeraConfig
+from .targets import held_parameters
 
 
 def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
@@ -61,7 +62,7 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
     order = [name for name, _ in model.named_modules()]
     targets = sorted({name for a in adapters for name in a.apply.targets}, key=order.index)
     own = {name for a in adapters for name in own_parameters(a.params)}
-    trained = [name for name, _ in model.named_parameters(remove_duplicate=False) if name in own]
+    trained = [name for name, _ in held_parameters(model) if name in own]
     rates = {a.config.vera_dropout for a in adapters}
     rate = rates.pop() if len(rates) == 1 else 0.0
     apply = make_apply(

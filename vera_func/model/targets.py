@@ -5,7 +5,7 @@ The matching rules are PEFT's.
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,6 +127,22 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
     return names, config
 
 
+def held_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of every module by the module's first name; a tied one comes as often as it is held.
+
+    `named_parameters(remove_duplicate=False)` names those of a module that stands in several places again, without end
+    if a module contains itself.
+
+    Example:
+        >>> model = nn.ModuleDict({"first": nn.Linear(3, 5, bias=False), "tied": nn.Linear(3, 5, bias=False)})
+        >>> model["tied"].weight, model["again"] = model["first"].weight, model["first"]
+        >>> [name for name, _ in held_parameters(model)]
+        ['first.weight', 'tied.weight']
+    """
+    for prefix, module in model.named_modules():
+        yield from module.named_parameters(prefix, recurse=False, remove_duplicate=False)
+
+
 def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -> list[str]:
     """The model's own parameters that are trained beside the vectors: biases and `modules_to_save`.
 
@@ -147,7 +163,7 @@ def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -
     modules = dict(model.named_modules())
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
     # A head that shares its weight with the embeddings has a second name for it.
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in held_parameters(model):
         module, leaf = split_key(name)
         whole = module in modules and _is_saved(module, config)
         if whole and (not parameter.is_floating_point() or (leaf == "weight" and is_bnb_linear(modules[module]))):

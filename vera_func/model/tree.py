@@ -11,7 +11,7 @@ from ..core.keys import join_key, split_key
 from ..quant.bnb import is_bnb_linear, to_bnb
 from ..quant.value import Quantized
 from .layers import QuantizedLinear
-from .targets import is_conv1d
+from .targets import held_parameters, is_conv1d
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -194,7 +194,7 @@ def parameter_aliases(model: nn.Module, trained: Sequence[str]) -> dict[str, lis
     first = {name for name, _ in model.named_parameters()}
     untied = {place(name) for name in trained if name not in first or not name.endswith("bias")}
     aliases: dict[Any, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in held_parameters(model):
         aliases.setdefault(place(name) if place(name) in untied else id(parameter), []).append(name)
     return {next((name for name in names if name in trained), names[0]): names for names in aliases.values()}
 

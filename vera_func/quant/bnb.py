@@ -152,11 +152,15 @@ def _read_8bit(module: Any) -> Quantized8bit:
     weight, state = module.weight, module.state
     if weight.dtype != torch.int8 and state.CB is None:
         return quantize_8bit(weight.data, threshold=state.threshold)
-    codes = weight.CB if weight.CB is not None else state.CB
-    codes = weight.data if codes is None else codes
-    scale = weight.SCB if weight.SCB is not None else state.SCB
+    # An unpickled layer has an ordinary parameter, whose copy has lost the attributes.
+    held, scale = getattr(weight, "CB", None), getattr(weight, "SCB", None)
+    codes = next(value for value in (held, state.CB, weight.data) if value is not None)
+    scale = state.SCB if scale is None else scale
     if scale is None:
-        raise ValueError("the Linear8bitLt holds int8 codes, but no row scales (SCB).")
+        raise ValueError(
+            "the Linear8bitLt holds int8 codes, but no row scales (SCB). A copy.deepcopy of an unpickled layer loses "
+            "them: unpickle it a second time instead."
+        )
     return Quantized8bit(codes, scale, shape2(codes.shape), float(state.threshold))
 
 
