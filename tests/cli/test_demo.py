@@ -137,22 +137,20 @@ def test_train_says_numbers_only(run, run_json, folder, reviews, tmp_path):
 @pytest.mark.network
 @pytest.mark.slow
 def test_the_real_model_learns_at_ci_size(tmp_path):
-    """SmolLM2 in nf4, r 64, 20 steps on short movie snippets, 300 of them held out."""
-    texts = [example for example in polar_examples(load_snippets("movie")) if 20 < len(example.text) < 90]
+    """SmolLM2 in nf4, r 64, 20 steps of 8 short movie snippets, 100 of them held out."""
+    short = [example for example in polar_examples(load_snippets("movie")) if 20 < len(example.text) < 60]
+    texts = [example for label in ("positive", "negative") for example in short if example.label == label]
+    texts = texts[:250] + texts[-250:]
     path = tmp_path / "reviews.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label", "group"])
-        writer.writerows(texts[::2])  # the file has the positive ones first
-    threads = torch.get_num_threads()
-    torch.set_num_threads(min(2, threads))
-    try:
-        result = demo.demo(
-            data=path, r=64, steps=20, out=tmp_path / "out", dtype=torch.float32, progress=False, say=lambda line: None
-        )
-    finally:
-        torch.set_num_threads(threads)
-    assert result.held_out >= 300
+        writer.writerows(texts)
+    result = demo.demo(
+        data=path, r=64, steps=20, batch_size=8, out=tmp_path / "out", dtype=torch.float32, progress=False,
+        say=lambda line: None,
+    )  # fmt: skip
+    assert result.held_out == 100
     assert result.trained == 30 * (576 + 192 + 2 * 64)
     assert result.after > result.before + 0.05
     assert result.after > 0.8
