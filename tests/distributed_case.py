@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from functools import partial
 
 import torch
@@ -92,8 +93,24 @@ def killed_at(step, who):
     return train_batches
 
 
+def missing(what, who):
+    """Items of which one process never finishes its third."""
+
+    def item(i):
+        if rank() == who and i // 3 == 2:
+            if what == "fail":
+                raise ValueError("this rank fails")
+            time.sleep(600)
+        return i
+
+    with process_group(timeout=5.0):
+        map_sharded(item, range(12))
+
+
 if __name__ == "__main__":
     what, where, *line = sys.argv[1:]
+    if what in ("hang", "fail"):
+        missing(what, int(where))
     if what == "kill":
         demo.CHECKPOINT_EVERY = 4
         demo.train_batches = killed_at(*map(int, where.split(",")))

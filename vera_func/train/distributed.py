@@ -1,4 +1,4 @@
-"""Adapter- and data-parallel work under torchrun, with failure detection.
+"""Adapter- and data-parallel work under torchrun.
 
     process_group             joins the processes of torchrun
     map_sharded               shards items across ranks: rank k of w computes items k, k + w, ...; all get all results
@@ -15,10 +15,14 @@ The commands `train` and `evaluate` run under torchrun, on one machine or on sev
     torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint host-1:29500 \\
         -m vera_func train --data reviews.csv --out my-adapter --parts 16
 
-Evaluation shards adapters across ranks in chunks (`--chunk`); the only communication is one final all-gather. Training
-shards the `--parts` micro-batches of each batch and all-reduces 8 bytes per trained parameter at each step. Only rank 0
-writes files and shows progress. When a process dies or can't be reached, the others exit within about half a minute and
-name it; `--max-restarts`, or the same command given again, resumes from the last checkpoint.
+Evaluation shards adapters across ranks in chunks (`--chunk`); training shards the `--parts` micro-batches of each batch
+and all-reduces 8 bytes per trained parameter at each step. Only rank 0 writes files and shows progress.
+
+Failures are torch's business. All ranks meet in a `monitored_barrier` after each chunk and before each all-reduce. A
+rank that has died is noticed there at once, one that hangs or is cut off after the group's timeout: 10 minutes, or
+`$VERA_FUNC_TIMEOUT` seconds, which must be longer than a chunk or a step takes. Rank 0 then names the ranks that are
+missing, every rank exits, and torchrun stops those that can't. `--max-restarts`, or the same command given again,
+resumes from the last checkpoint, bit for bit. A host that was replaced needs the command given again on all hosts.
 
 In Python:
 
@@ -55,12 +59,6 @@ On a Ray cluster (`pip install "vera-func[ray]"`) an actor holds the base, and a
 
 import contextlib
 import os
-import secrets
-import socket
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from itertools import count
@@ -77,99 +75,81 @@ from .optim import Gradient
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-BEAT = 1.0  # seconds between two signs of life
-SILENCE = 30.0  # seconds without one that are a death
-ARRIVAL = 300.0  # seconds for all processes to start
-_watched = threading.Event()
+TIMEOUT = 600.0  # seconds that a rank waits for the others
+_groups = count()  # each group of this process has keys of its own in torchrun's store
+_wait = timedelta(seconds=TIMEOUT)  # of the current group
 
 
 def rank() -> int:
-    """Which process this is, from 0; 0 alone."""
+    """The rank of this process; 0 without torchrun."""
     return dist.get_rank() if under_torchrun() else 0
 
 
 def world_size() -> int:
-    """How many processes there are; 1 alone."""
+    """The number of processes; 1 without torchrun."""
     return dist.get_world_size() if under_torchrun() else 1
 
 
 def under_torchrun() -> bool:
-    """Whether there is a process group, be it of one process."""
+    """Whether there is a process group, possibly of one process."""
     return dist.is_available() and dist.is_initialized()
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[None]:
-    """Joins the processes of `torchrun` for a while: gloo on CPUs, NCCL on GPUs. Does nothing without `torchrun`.
+def process_group(timeout: float | None = None) -> Iterator[None]:
+    """Join the processes of torchrun in a gloo group; a no-op without torchrun.
 
-    When a process dies, stops, or can't be reached any more, each of the others ends with status 1 and one sentence
-    that says which, some 30 seconds later at most. An error in one of them ends the others, too. `torchrun
-    --max-restarts` then starts all of them again.
+    Buffers are small, so gloo serves GPUs as well; each rank gets the GPU of its local rank.
+
+    Args:
+        timeout: Seconds that a rank waits for the others; None is `$VERA_FUNC_TIMEOUT`, or 600.
 
     Raises:
-        RuntimeError: If not all processes arrive within 5 minutes.
+        ValueError: If the timeout is not a positive number.
+        RuntimeError: If other ranks do not arrive, die, or can't be reached.
 
     Example:
         >>> with process_group():
         ...     map_sharded(abs, [-1, -2, -3])
         [1, 2, 3]
     """
+    seconds = _timeout(timeout)
     if under_torchrun() or not dist.is_available() or not dist.is_torchelastic_launched():
         yield
         return
-    url, wait = "env://", timedelta(seconds=ARRIVAL)
-    store, me, world = next(dist.rendezvous(url, timeout=wait))
-    store = _meet(store, me, world)
-    stop, signs = threading.Event(), dist.PrefixStore("signs", store.clone())
-    signs.set(f"alive/{me}", f"{_title(me)} 0")
-    cuda = torch.cuda.is_available() and dist.is_nccl_available()
-    if cuda:
+    if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # No collective has a time limit: one process may be done with its adapters hours before another. The watch has.
-    with _alarm(ARRIVAL, f"not all {world} processes have arrived after {ARRIVAL:.0f} s."):
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=store,
-            rank=me,
-            world_size=world,
-            timeout=timedelta(days=30),
-        )
-    watch = threading.Thread(target=_watch, args=(signs, me, world, stop), daemon=True)
-    if world > 1:
-        watch.start()
-        _watched.set()
+    wait = timedelta(seconds=seconds)
+    global _wait
+    _wait = wait
+    with _others(f"not all processes have arrived after {seconds:g} s"):
+        store, me, world = next(dist.rendezvous("env://", timeout=wait))
+        # torchrun (2.13) keeps its store for the next attempt, with the addresses of processes that are gone.
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        store = dist.PrefixStore(f"vera_func {attempt}/{next(_groups)}", store)
+        dist.init_process_group("gloo", store=store, rank=me, world_size=world, timeout=wait)
     try:
         yield
-        with _together():
-            dist.barrier()
-    except BaseException as error:
-        stop.set()
-        if world > 1:
-            watch.join(BEAT)
-            signs.set("dead", f"{_title(me)} failed: {type(error).__name__}: {error}")
-            time.sleep(2 * BEAT)  # for the others to read it, before torchrun closes the store
-        raise
+        _meet()
     finally:
-        stop.set()
-        _watched.clear()
-    if world > 1:
-        watch.join()
-    dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def map_sharded(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`list(map(function, items))`, each item computed by one process; every process gets all results.
+    """`list(map(function, items))`, each item computed by one rank; every rank gets all results.
 
-    Process k of w takes items k, k + w, ...; nothing is sent before the end. The items must be the same everywhere and
-    may be lazy: what is read for an item is read in `function`. Make them independent of the number of processes, such
-    as groups of 8 adapters: many at once are faster, and on some machines the size of a batch shows in the last bits.
+    Rank k of w takes items k, k + w, ...; ranks wait for each other after each item, and results are sent once, at the
+    end. The items must be the same on every rank and may be lazy: load what an item needs in `function`. Choose items
+    that do not depend on the number of processes, such as groups of 8 adapters: many at once are faster, and on some
+    machines the size of a batch changes the last bits.
 
     Args:
-        function: An item to a result: values, tensors, dicts and tuples of them. Tensors come back on the CPU.
-        items: What to deal.
+        function: An item to a result: values, tensors, dicts and tuples of them. Tensors are returned on the CPU.
+        items: The items to shard.
 
     Raises:
-        ValueError: If the function can't be called, or the items not be gone through.
+        ValueError: If the function can't be called, or the items not be iterated.
+        RuntimeError: If another rank has died or can't be reached.
 
     Example:
         >>> from vera_func import fit
@@ -186,12 +166,15 @@ def map_sharded(function: Callable[[Item], Result], items: Iterable[Item]) -> li
     for i, item in enumerate(items):
         total = i + 1
         if i % world == me:
-            # Cloned: a view would be sent with all of the memory that it is a part of.
+            # Cloned: a view would be sent with all of the memory that it belongs to.
             own.append(tree_map(lambda leaf: leaf.detach().cpu().clone() if _is_tensor(leaf) else leaf, function(item)))
+        if i % world == world - 1:
+            _meet()
     gathered: list[Any] = [own]
     if world > 1:
         gathered = [None] * world
-        with _together():
+        _meet()
+        with _others("results could not be gathered"):
             dist.all_gather_object(gathered, own)
     return [gathered[i % world][i // world] for i in range(total)]
 
@@ -199,22 +182,24 @@ def map_sharded(function: Callable[[Item], Result], items: Iterable[Item]) -> li
 def mean_over_micro_batches(
     gradient: Callable[[Any], Gradient], parts: Sequence[Any], *, weight: Callable[[Any], float]
 ) -> Gradient:
-    """The gradient and the loss of a batch from those of its parts, for `fit(..., accumulate=...)`.
+    """The gradient and the loss of a batch from those of its micro-batches, for `fit(..., accumulate=...)`.
 
-    Each process computes every world-th part; then one buffer of 8 bytes for each trained number and each loss is
-    summed over all. Alone it is gradient accumulation. More processes than parts have nothing to do.
+    Rank k of w computes micro-batches k, k + w, ...; then one buffer of 8 bytes for each trained parameter and each
+    loss is summed over all ranks. Without torchrun it is gradient accumulation. Ranks beyond the number of
+    micro-batches have no work.
 
     Args:
-        gradient: A part to `(grads, losses)`, means over the part. `fit` gives it.
-        parts: What `batches(step)` returned, the same in every process.
-        weight: A part to the number of what its loss is a mean of, such as tokens that are no padding. Parts of
-            weight 0 are left out.
+        gradient: A micro-batch to `(grads, losses)`, means over the micro-batch. `fit` provides it.
+        parts: The micro-batches that `batches(step)` returned, the same on every rank.
+        weight: A micro-batch to the count that its loss is a mean over, such as tokens without padding. Micro-batches
+            of weight 0 are skipped.
 
     Returns:
-        `(grads, losses)`, the same in every process.
+        `(grads, losses)`, the same on every rank.
 
     Raises:
-        ValueError: If there is no part with a weight.
+        ValueError: If no micro-batch has a weight.
+        RuntimeError: If another rank has died or can't be reached.
 
     Example:
         >>> from functools import partial
@@ -227,17 +212,20 @@ def mean_over_micro_batches(
     """
     real = [part for part in parts if weight(part) > 0]
     if not real:
-        raise ValueError(f"none of the {len(parts)} parts of the batch has a weight: there is nothing to average.")
+        raise ValueError(f"none of the {len(parts)} micro-batches has a weight: there is nothing to average.")
     own = real[rank() :: world_size()]
     total: Any = 0.0
-    for part in own or real[:1]:  # whoever has no part adds zeros of the right shapes
+    for part in own or real[:1]:  # a rank without a micro-batch adds zeros of the right shapes
         grads, losses = gradient(part)
         leaves = [leaf.detach().double() for leaf in (*grads.values(), losses)]
         flat = torch.cat([leaf.flatten() for leaf in (*leaves, torch.ones_like(leaves[0].flatten()[:1]))])
         total = total + flat * (float(weight(part)) if own else 0.0)
     if world_size() > 1:
-        with _together():
-            dist.all_reduce(total)
+        buffer = total.cpu()  # gloo sums there
+        _meet()
+        with _others("gradients could not be summed"):
+            dist.all_reduce(buffer)
+        total = buffer.to(total.device)
     sizes = [leaf.numel() for leaf in (*grads.values(), losses)]
     *means, _ = (total / total[-1]).split([*sizes, 1])
     *leaves, mean = (value.view_as(leaf).to(leaf) for value, leaf in zip(means, (*grads.values(), losses), strict=True))
@@ -245,11 +233,11 @@ def mean_over_micro_batches(
 
 
 def furthest(value: Any, progress: int) -> Any:
-    """The value of the process that is furthest, for all: a checkpoint that only one machine has.
+    """The value of the rank with the most progress, on all ranks: for a checkpoint that only one machine has.
 
     Args:
-        value: As `map_sharded` sends it.
-        progress: How far it is; of equal ones the first is taken.
+        value: Anything that `map_sharded` can send.
+        progress: This rank's progress; of equal ones the lowest rank is taken.
 
     Example:
         >>> furthest("step 3", 3)
@@ -263,96 +251,33 @@ def furthest(value: Any, progress: int) -> Any:
     return map_sharded(lambda k: value if k == best else None, range(world))[best]
 
 
-def _meet(store: Any, me: int, world: int) -> Any:
-    """A store for these processes alone. torchrun gives every attempt the same one, full of what the dead left in it.
-
-    Each process asks under a name that is new, and the first one answers with the name of the new store.
-    """
-    name = secrets.token_hex(8)
-    if me > 0:
-        store.set(f"hello/{me}", name)
-        new = store.get(f"welcome/{name}").decode()
-        store.set(f"{new}/here/{me}", "")
-        return dist.PrefixStore(new, store)
-    missing = set(range(1, world))
-    with _alarm(ARRIVAL, f"not all {world} processes have arrived after {ARRIVAL:.0f} s."):
-        while missing:
-            for other in sorted(missing):
-                if store.check([f"hello/{other}"]):
-                    store.set(f"welcome/{store.get(f'hello/{other}').decode()}", name)
-            missing = {other for other in missing if not store.check([f"{name}/here/{other}"])}
-            time.sleep(0.02)
-    new_store = dist.PrefixStore(name, store)
-    dist.PrefixStore("signs", new_store).set("dead", "")
-    return new_store
-
-
-def _watch(store: Any, me: int, world: int, stop: threading.Event) -> None:
-    """Says that this process lives, and looks at the next one only: three requests a beat, however many there are."""
-    following, seen, since = (me + 1) % world, b"", time.monotonic()
-    host = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    lost = f"{_title(me)} has lost the store at {host}: the machine of rank 0, its torchrun, or the network is gone."
-    for beat in count():
-        try:
-            with _alarm(SILENCE, lost, _end_with_torchrun):
-                store.set(f"alive/{me}", f"{_title(me)} {beat}")
-                told, sign = store.get("dead"), store.get(f"alive/{following}")
-        except RuntimeError:
-            if not stop.is_set():
-                _end_with_torchrun(lost)
-        if stop.is_set():
-            return
-        if sign != seen:
-            seen, since = sign, time.monotonic()
-        elif time.monotonic() - since > SILENCE and not told:
-            title = sign.decode().rpartition(" ")[0]
-            told = f"{title} has given no sign of life for {SILENCE:.0f} s.".encode()
-            store.set("dead", told)
-        if told:
-            _end(told.decode())
-        if stop.wait(BEAT):
-            return
+def _meet() -> None:
+    """Wait until all ranks are here; rank 0 raises an error that names those that are not."""
+    if world_size() > 1:
+        with _others("other ranks are missing"):
+            dist.monitored_barrier(timeout=_wait, wait_all_ranks=True)  # it would not take the group's timeout
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """Around a collective. When it fails, another process is gone; the watch soon knows which and ends this one."""
+def _others(what: str) -> Iterator[None]:
+    """Around torch's own waiting: its errors in one sentence."""
     try:
         yield
-    except RuntimeError:
-        if _watched.is_set():
-            time.sleep(SILENCE + 5 * BEAT)
-        raise
+    except RuntimeError as error:
+        me = f"rank {os.environ.get('RANK', '0')}"
+        said = " ".join(str(error).split())
+        raise RuntimeError(f"{me}: {what}: {said[:300]} (a process has died, hangs, or can't be reached).") from error
 
 
-@contextlib.contextmanager
-def _alarm(seconds: float, message: str, end: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Ends the process if what is inside takes longer: a wait for a network can't be interrupted otherwise."""
-    timer = threading.Timer(seconds, end or _end, [message])
-    timer.daemon = True
-    timer.start()
+def _timeout(given: float | None) -> float:
+    text = os.environ.get("VERA_FUNC_TIMEOUT", TIMEOUT) if given is None else given
     try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _title(me: int) -> str:
-    return f"rank {me} (process {os.getpid()} on {socket.gethostname()})"
-
-
-def _end_with_torchrun(message: str) -> None:
-    # torchrun, too, waits for a store that is gone, for minutes and without looking at its processes. One that has
-    # ended and was not looked at is a zombie, which `kill -0` still finds.
-    command = f"sleep {SILENCE / 3:.0f}; kill -0 $0 && kill $1 && sleep 5 && kill -0 $0 && kill -9 $1"
-    words = ["sh", "-c", command, str(os.getpid()), str(os.getppid())]
-    subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
-    _end(message)
-
-
-def _end(message: str) -> None:
-    print(f"vera-func: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
+        seconds = float(text)
+    except (TypeError, ValueError):
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"the timeout must be a positive number of seconds, got {text!r} ($VERA_FUNC_TIMEOUT).")
+    return seconds
 
 
 def _is_tensor(leaf: Any) -> bool:
