@@ -102,7 +102,7 @@ def test_predict_takes_texts_from_everywhere(run, run_json, trained, folder, tmp
         (["--adapter", "TRAINED", "a text", "--data", "new.csv"], "texts or --data, not both"),
         (["--model", "FOLDER", "a text"], "does not say what it answers with: pass --labels a,b"),
         (["--model", "FOLDER", "a text", "--labels", "good"], "pass --labels a,b"),
-        (["--adapter", "TRAINED", " "], "there is nothing to label"),
+        (["--adapter", "TRAINED", " "], "text 1 of 1 is empty"),
         (["--adapter", "TRAINED", "a", "--out", "labels.txt"], "it must be .csv or .json"),
     ],
 )
@@ -238,14 +238,14 @@ def test_a_calibrated_merge(run, run_json, strong, reviews, tmp_path):
     assert done["calibrated_on"] == 45
     assert done["answers"]["texts"] == 15
     assert done["answers"]["error"] < 0.5  # rounded, it is several times that
-    assert "15 texts that it was not calibrated on" in done["advice"]
+    assert "15 held-out examples" in done["advice"]
     options = ("--data", reviews, "--dtype", "float32")
     (merged,) = run_json("evaluate", "--model", tmp_path / "m", *options)
     (unmerged,) = run_json("evaluate", "--adapter", path, *options)
     assert merged["loss"] == pytest.approx(unmerged["loss"], rel=0.1)
     status, said, _ = run(*line, "--out", tmp_path / "n")
     assert status == 0
-    assert said.startswith("On 15 texts")
+    assert said.startswith("On 15 held-out examples")
 
 
 def test_a_merged_model_is_a_model(run, run_json, strong, reviews, tmp_path):
@@ -352,30 +352,30 @@ def other(tmp_path_factory):
         ("evaluate --adapter {trained} --model {trained} --data {reviews}", "an adapter, not a model"),
         ("evaluate --adapter {trained} --model {tmp} --data {reviews}", "no config.json"),
         ("evaluate --adapter {trained} --model {tmp}/gone --data {reviews}", "no folder"),
-        ("generate --adapter {trained} --model {folder} a ' '", "no empty one"),
+        ("generate --adapter {trained} --model {folder} a ' '", "prompt 2 of 3 is empty"),
         ("generate a b --bank {bank}", "2 prompts need one adapter, or one for each, got 4"),
         ("merge --bank {bank} --to nf4 --out {tmp}/m", "choose one with --name (lr0.005-d0.1"),
         ("merge --model {folder} --to nf4 --out {tmp}/m", "which adapter?"),
-        ("merge --adapter {trained} --to nf4 --data {reviews} --out {tmp}/m", "pass that, too"),
-        ("merge --adapter {trained} --to int8 --calibrate --data {reviews} --out {tmp}/m", "not for int8"),
-        ("merge --adapter {trained} --to nf4 --out {folder}", "in use"),
-        ("merge --adapter {trained} --to nf4 --out {trained}", "in use"),
+        ("merge --adapter {trained} --to nf4 --data {reviews} --out {tmp}/m", "require --calibrate"),
+        ("merge --adapter {trained} --to int8 --calibrate --data {reviews} --out {tmp}/m", "pass --to nf4"),
+        ("merge --adapter {trained} --to nf4 --out {folder}", "choose another folder"),
+        ("merge --adapter {trained} --to nf4 --out {trained}", "choose another folder"),
         ("export-lora --adapter {trained} --out {trained}", "another folder"),
         ("export-lora --adapter {trained} --out {tmp}/l --rank 17", "rank must be in 1 ... 16"),
-        ("inspect {tmp}/gone", "nothing at"),
+        ("inspect {tmp}/gone", "does not exist"),
         ("inspect {tmp}", "adapter_config.json"),
         ("inspect {reviews}", "not a whole safetensors file"),
         ("inspect {trained}/adapter_model.safetensors", "not a bank"),
-        ("inspect {trained} --to nf4", "pass --model, too"),
+        ("inspect {trained} --to nf4", "pass --model as well"),
         ("inspect {trained} --name x", "a folder"),
         ("inspect {folder} --targets nope", "target_modules"),
-        ("convert {bank} {bank} --out {tmp}/x", "one at a time"),
+        ("convert {bank} {bank} --out {tmp}/x", "one bank at a time"),
         ("convert {bank} --out {reviews}", "is a file"),
         ("convert {bank} --name x --out {tmp}/x", "no adapter 'x'"),
-        ("convert {tmp}/gone.safetensors --out {tmp}/x", "nothing at"),
+        ("convert {tmp}/gone.safetensors --out {tmp}/x", "does not exist"),
         ("convert {trained} --out {tmp}/x", "must end in .safetensors"),
-        ("convert {trained} --out {bank}", "already"),
-        ("convert {trained} --name x --out {tmp}/x.safetensors", "chooses from a bank"),
+        ("convert {trained} --out {bank}", "exists: remove it"),
+        ("convert {trained} --name x --out {tmp}/x.safetensors", "selects adapters of a bank"),
         ("convert {trained} {trained} --out {tmp}/x.safetensors", "different names"),
         ("convert {trained} {other} --out {tmp}/x.safetensors", "must be"),
         ("train --model {folder} --data {reviews} --out {reviews}", "is a file"),

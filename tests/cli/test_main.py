@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -11,8 +12,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import typer
+from torch.distributed.run import get_args_parser
 
 from vera_func.cli import main as cli
+from vera_func.cli.app import app
+from vera_func.data.prompts import PROMPT
 
 
 class Result(NamedTuple):
@@ -90,13 +95,16 @@ def test_every_option_arrives(demo):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("", "COMMAND"),
+        ("", "Missing command"),
         ("dance", "dance"),
+        ("tran", "Did you mean 'train'?"),
+        ("demo --nope", "--nope"),
         ("demo --r 0", "must be positive"),
         ("demo --r x", "invalid int value: 'x'"),
         ("demo --learning-rate nan", "must be positive"),
         ("demo --learning-rate inf", "must be positive"),
         ("demo --steps -1", "must be positive"),
+        ("demo --seed x", "'x'"),
         ("demo --quant nf5", "nf5"),
         ("demo --dtype int8", "int8"),
         ("demo --targets ,", "q_proj,v_proj"),
@@ -106,6 +114,7 @@ def test_every_option_arrives(demo):
         ("evaluate --chunk 0", "must be positive"),
         ("generate --temperature 0", "must be positive"),
         ("merge --adapter x --out y", "--to"),
+        ("merge --adapter x --out y", "nf4, fp4, int8, float32, bfloat16, float16"),
         ("merge --adapter x --out y --to none", "none"),
         ("export-lora --adapter x", "--out"),
         ("inspect", "PATH"),
@@ -113,11 +122,13 @@ def test_every_option_arrives(demo):
     ],
 )
 def test_usage_mistakes(demo, capsys, line, said):
-    with pytest.raises(SystemExit) as info:
-        cli.main(line.split())
-    assert info.value.code == 2
-    assert said in capsys.readouterr().err
-    assert demo.calls == []
+    assert cli.main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), demo.calls) == ("", 1, [])
+    assert err.startswith("vera-func: ")
+    assert said in err
+    (hint,) = re.findall(r"see (vera-func.*) --help\)\.$", err)
+    assert hint in ("vera-func", f"vera-func {line.split(' ')[0]}")
 
 
 @pytest.mark.parametrize(
@@ -172,61 +183,139 @@ def test_a_missing_extra_says_what_to_install(demo, capsys, missing):
     assert 'pip install "vera-func[demo]"' in capsys.readouterr().err
 
 
-def test_a_missing_module_that_is_no_extra_is_a_bug(demo):
-    demo.error = ModuleNotFoundError("No module named 'vera_func.gone'", name="vera_func.gone")
-    with pytest.raises(ModuleNotFoundError):
+def test_a_package_that_a_library_asks_for(demo, capsys):
+    """transformers raises an ImportError of its own, which names no module."""
+    demo.error = ImportError("Loading a GGUF checkpoint requires\nGGUF to be installed.")
+    assert cli.main(["demo"]) == 1
+    said = 'vera-func: Loading a GGUF checkpoint requires GGUF to be installed: pip install "vera-func[demo]"\n'
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'vera_func.gone'", name="vera_func.gone"),
+        ImportError("cannot import name 'gone'", name="vera_func.cli"),
+    ],
+)
+def test_a_missing_module_that_is_no_extra_is_a_bug(demo, error):
+    demo.error = error
+    with pytest.raises(ImportError):
         cli.main(["demo"])
 
 
 COMMANDS = ["demo", "train", "evaluate", "predict", "generate", "merge", "export-lora", "inspect", "convert"]
 
 
+@pytest.fixture
+def parameters():
+    """All parameters of all commands, as `(command, parameter)`."""
+    group = typer.main.get_command(app)
+    return [(name, parameter) for name, each in group.commands.items() for parameter in each.params]
+
+
+@pytest.fixture
+def help_of(capsys, monkeypatch):
+    """What `--help` prints in a terminal of 80 columns."""
+
+    def call(*words):
+        monkeypatch.setenv("COLUMNS", "80")
+        assert cli.main([*words, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= 80
+        return shown
+
+    return call
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_shows_an_example_that_parses(capsys, command):
-    with pytest.raises(SystemExit) as info:
-        cli.main([command, "--help"])
-    assert info.value.code == 0
-    shown = capsys.readouterr().out
+def test_help_shows_an_example_that_parses(help_of, command):
+    shown = help_of(command)
     assert "--json" in shown
-    lines = shown.partition("example:\n")[2].strip().splitlines()
-    assert lines
-    for line in lines:
+    examples = re.sub(r"\\\s*\n", " ", shown.partition("Example:")[2].partition("╭")[0]).strip().splitlines()
+    assert examples
+    for line in examples:
         program, *words = shlex.split(line)
         assert program == "vera-func"
-        assert cli._parser().parse_args(words).command == command
+        assert cli._parse(words).func.__name__.replace("_", "-") == command
 
 
-def test_help_names_every_command(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["--help"])
-    shown = capsys.readouterr().out
-    assert [command for command in COMMANDS if f"    {command}" not in shown] == []
+def test_help_names_every_command(help_of):
+    shown = help_of()
+    places = [shown.find(f"│ {command} ") for command in COMMANDS]
+    assert places == sorted(places)
+    assert places[0] > 0
+    assert "130: interrupted" in shown
 
 
-def test_an_option_means_the_same_everywhere():
-    """One metavar, type and help for a name, wherever a command has it and the help says no more of the default."""
-    actions = {}
-    (commands,) = (action for action in cli._parser()._actions if hasattr(action, "choices") and action.choices)
-    for parser in commands.choices.values():
-        for action in parser._actions:
-            actions.setdefault(action.dest, []).append(action)
-    for name in ("model", "quant", "dtype", "adapter", "bank", "name", "prompt", "targets", "json"):
-        assert len({(a.metavar, str(a.choices), a.nargs, a.default) for a in actions[name]}) == 1, name
-    assert {action.metavar for action in actions["out"]} == {"DIR", "FILE", "PATH"}
-    assert {action.metavar for action in actions["data"]} == {"FILE"}
+def test_every_option_is_explained(parameters):
+    for command, parameter in parameters:
+        assert re.fullmatch(r"[A-Z][^\[\]]*\.", parameter.help), (command, parameter.name)  # rich reads [] as markup
+    for prompt in (parameter for _, parameter in parameters if parameter.name == "prompt"):
+        assert PROMPT.replace("\n", r"\n") in prompt.help
 
 
-def test_help_imports_nothing_heavy():
-    code = (
-        "import sys; from vera_func.cli import main as cli\n"
-        f"for command in {COMMANDS}:\n"
-        "    try: cli.main([command, '--help'])\n"
-        "    except SystemExit: pass\n"
-        "heavy = {'transformers', 'bitsandbytes', 'gguf'} & sys.modules.keys()\n"
-        "sys.exit(str(sorted(heavy)) if heavy else 0)"
-    )
+def test_an_option_means_the_same_everywhere(parameters):
+    """One metavar, type, default and, wherever it does not depend on the command, help for a name."""
+    found = {}
+    for _, parameter in parameters:
+        found.setdefault(parameter.name, []).append(parameter)
+    for name in ("model", "quant", "dtype", "adapter", "bank", "name", "prompt", "targets", "json", "r", "chunk"):
+        described = {(p.metavar, str(p.type_descriptor.annotation), p.nargs, str(p.default)) for p in found[name]}
+        assert len(described) == 1, name
+        assert len({tuple(p.opts) for p in found[name]}) == 1, name
+    for name in ("quant", "dtype", "adapter", "bank", "prompt", "targets", "json", "r", "chunk"):
+        assert len({parameter.help for parameter in found[name]}) == 1, name
+    assert {parameter.metavar for parameter in found["out"]} == {"DIR", "FILE", "PATH"}
+    assert {parameter.metavar for parameter in found["data"]} == {"FILE"}
+
+
+def test_torchrun_leaves_every_option_a_name(parameters):
+    """It takes what abbreviates an option of its own, even behind the program: `--r` may mean `--rdzv-backend`."""
+    its = [name for action in get_args_parser()._actions for name in action.option_strings]
+    for command, parameter in parameters:
+        taken = [name for name in parameter.opts if any(other.startswith(name) for other in its)]
+        assert len(taken) < len(parameter.opts), (command, parameter.opts)
+
+
+@pytest.mark.parametrize(
+    ("environment", "lines"),
+    [
+        ({}, ["--help", *(f"{command} --help" for command in COMMANDS)]),
+        ({}, ["", "dance", "demo --r 0", "merge --adapter x --out y --to none"]),
+        ({"_VERA_FUNC_COMPLETE": "complete_bash", "COMP_WORDS": "vera-func merge --to ", "COMP_CWORD": "3"}, [""]),
+    ],
+    ids=["help", "invalid", "completion"],
+)
+def test_nothing_heavy_is_imported_before_a_command_runs(environment, lines):
+    """Modules are counted, not seconds: torch alone is 900."""
+    code = f"""
+import os, sys
+before = set(sys.modules)
+from vera_func.cli.main import main
+os.environ.update({environment})
+for line in {lines}:
+    try: main(line.split())
+    except SystemExit: pass
+new = set(sys.modules) - before
+heavy = {{"torch", "numpy", "transformers", "bitsandbytes", "safetensors", "gguf", "tqdm", "jaxtyping"}} & new
+sys.exit(str(sorted(heavy)) if heavy else f"{{len(new)}} modules" if len(new) > 600 else 0)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    if environment:
+        assert done.stdout.split() == ["nf4", "fp4", "int8", "float32", "bfloat16", "float16"]
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+@pytest.mark.parametrize("words", [["--help"], ["demo", "--r", "0"], ["inspect", "x"]])
+def test_without_the_extra_of_the_command_line(missing, words):
+    """What `pip install vera-func` alone gives."""
+    code = f"import sys; sys.modules[{missing!r}] = None; from vera_func.cli.main import main; sys.exit(main({words}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    expected = f'vera-func: {missing} is not installed: pip install "vera-func[demo]"\n'
+    assert (done.returncode, done.stderr) == (1, expected)
 
 
 def test_module_is_the_command():
@@ -262,6 +351,5 @@ def test_missing_transformers_through_the_demo_itself(capsys, monkeypatch, tmp_p
 
 
 def test_version(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        cli.main(["--version"])
+    assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("vera-func ")

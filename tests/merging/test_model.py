@@ -103,7 +103,7 @@ def test_advice():
     ):
         assert says in merge_advice({"q": vf.MergeReport(kept, error, size=0.01)})
     nothing = vf.adapt(model, adapted.config)
-    assert "adds nothing" in merge_advice(vf.model_merge_report(nothing))
+    assert "Nothing to merge" in merge_advice(vf.model_merge_report(nothing))
 
 
 def test_unknown_formats():

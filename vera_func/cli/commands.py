@@ -1,4 +1,4 @@
-"""The work of the commands: functions of plain values that return rows and dicts of numbers and texts."""
+"""What the commands compute: functions that return plain rows and dicts, for a screen or for programs."""
 
 import os
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ from ..merging.model import merge, model_merge_report
 from ..model.batch import select_adapters
 from ..train.distributed import map_sharded, rank, world_size
 from .inspect import describe_reports
-from .report import bar, merge_advice
+from .report import bar, merge_advice, percent
 
 
-CALIBRATION = 192  # texts, some 6,000 tokens of the demo's: more is hardly better
+CALIBRATION = 192  # examples, some 6,000 tokens of the demo's reviews: more improves little
 
 
 def evaluate(
@@ -40,22 +40,23 @@ def evaluate(
     batch_size: int = 32,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Accuracy and mean loss of every adapter on the same texts, a row for each.
+    """Accuracy and mean loss of each adapter on the same examples, one row per adapter.
+
+    Under torchrun, adapters are sharded across ranks in chunks, and a rank reads its own adapters only; where there are
+    fewer chunks than ranks, batches are sharded instead. Every rank returns all rows, which do not depend on the number
+    of ranks.
 
     Args:
         source: From `open_source`.
         base: From `base_of`.
-        examples: Texts and labels.
-        prompt: With `{text}` in it; None is what the adapters were trained with.
-        chunk: Adapters in a forward: it has `chunk` times `batch_size` rows.
-        batch_size: Texts in a forward.
+        examples: Labelled texts.
+        prompt: With `{text}` in it; None is the prompt of the adapters' training.
+        chunk: Adapters per forward pass, which has `chunk * batch_size` rows.
+        batch_size: Examples per forward pass.
         progress: Shows progress bars.
 
-    Under `torchrun` each process evaluates every world-th chunk, and reads these adapters only; or every world-th
-    batch, where there are fewer chunks than processes. All of them get all rows, the same whatever their number is.
-
     Raises:
-        ValueError: If the adapters do not fit the model, or a label was not trained.
+        ValueError: If the adapters do not fit the model, or were not trained on a label.
     """
     task = task_of(source, base, {example.label for example in examples}, prompt)
     rows = encode_examples(base, task, examples)
@@ -90,23 +91,24 @@ def predict(
     batch_size: int = 32,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """The label of every text by every adapter, and its probability among the labels; a row for each pair.
+    """The predicted label of each text by each adapter and its probability among the labels, one row per pair.
+
+    The prediction is the argmax over the labels' first tokens.
 
     Args:
         source: From `open_source`.
         base: From `base_of`.
-        texts: To be labelled.
-        labels: To choose from, where the adapters' files do not say it.
-        prompt: With `{text}` in it; None is what the adapters were trained with.
-        chunk: Adapters in a forward.
-        batch_size: Texts in a forward.
+        texts: Texts to label.
+        labels: Labels to choose from, where the adapters' metadata has none.
+        prompt: With `{text}` in it; None is the prompt of the adapters' training.
+        chunk: Adapters per forward pass.
+        batch_size: Texts per forward pass.
         progress: Shows progress bars.
 
     Raises:
-        ValueError: If there is no text, or an empty one, if labels are not known, or the adapters do not fit the model.
+        ValueError: If there is no text or an empty one, the labels are unknown, or the adapters do not fit the model.
     """
-    if not texts or not all(text.strip() for text in texts):
-        raise ValueError("there is nothing to label: give at least one text, and no empty one.")
+    _check_texts("text", texts)
     task = task_of(source, base, labels, prompt)
     rows = encode_examples(base, task, [Example(text, task.labels[0], text) for text in texts])
     batches = batches_by_length(rows, batch_size, task.pad_id)
@@ -139,28 +141,27 @@ def generate(
     batch_size: int = 16,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """What the model says after each prompt, with one adapter for all or one for each, a row for each prompt.
+    """Continuations of prompts, with one adapter for all or one for each, one row per prompt.
 
     Args:
         source: From `open_source`, with one name or as many as there are prompts.
         base: From `base_of`.
         prompts: Texts to continue.
-        max_new_tokens: Most tokens to generate.
-        temperature: 0 takes the likeliest token; else tokens are drawn.
-        seed: Of the draws.
-        batch_size: Prompts at once.
+        max_new_tokens: Maximum number of tokens to generate.
+        temperature: 0 is greedy decoding; otherwise tokens are sampled.
+        seed: Seed of the samples.
+        batch_size: Prompts per forward pass.
         progress: Shows a progress bar.
 
     Raises:
-        ValueError: If there is no prompt, an empty one, or the names do not match the prompts.
+        ValueError: If there is no prompt or an empty one, or the numbers of adapters and prompts differ.
     """
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ValueError("there is nothing to continue: give at least one prompt, and no empty one.")
+    _check_texts("prompt", prompts)
     names = source.names * len(prompts) if len(source.names) == 1 else source.names
     if len(names) != len(prompts):
         raise ValueError(
-            f"{len(prompts)} prompts need one adapter, or one for each, got {len(names)}: repeat --name, in the order "
-            f"of the prompts; the first of them is {names[0]!r}."
+            f"{len(prompts)} prompts need one adapter, or one for each, got {len(names)}: repeat --name in the order "
+            f"of the prompts, such as --name {names[0]}."
         )
     adapted, read = load_adapters(source, base.model)
     pad_id, eos_id = base.tokenizer.pad_token_id, base.tokenizer.eos_token_id
@@ -197,25 +198,25 @@ def merge_to(
     prompt: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write a plain model with one adapter in its weights, with its tokenizer, and say what was lost.
+    """Write a plain model with one adapter merged into its weights, and its tokenizer; report what the merge retains.
 
     Args:
         source: From `open_source`, of one adapter.
         base: From `base_of`, in the format that the adapter was trained over.
         to: "nf4", "fp4", "int8", or the name of a dtype.
         out: The folder.
-        calibrate: Labelled texts to choose 4-bit weights by, so that the answers stay; a quarter of them is kept to
-            judge by. None rounds.
-        prompt: With `{text}` in it, for these; None is what the adapter was trained with.
+        calibrate: Examples on which a calibrated merge preserves the predictions; a quarter of them is held out to
+            measure how many stay the same. None rounds.
+        prompt: With `{text}` in it, for these examples; None is the prompt of the adapter's training.
         progress: Shows a progress bar.
 
     Raises:
-        ValueError: If the adapter does not fit, `out` holds the base or an adapter, or one can't calibrate so.
+        ValueError: If the adapter does not fit, `out` holds the base or an adapter, or the format can't be calibrated.
     """
     adapted, _ = load_adapters(source, base.model)
     out = Path(out)
     if out.is_file() or (out / CONFIG).is_file() or (out.is_dir() and out.resolve() == Path(base.name).resolve()):
-        raise ValueError(f"--out {out} is in use: give a folder for the merged model alone.")
+        raise ValueError(f"--out {out} is a file, the base model or an adapter: choose another folder.")
     form = getattr(torch, to) if to in ("float32", "bfloat16", "float16") else to
     done: dict[str, Any] = {"out": str(out), "to": to, "model": base.name, "quant": base.quant}
     if calibrate is None:
@@ -224,40 +225,41 @@ def merge_to(
         done |= {"advice": merge_advice(reports), "modules": describe_reports(reports)}
     else:
         if to != base.quant or to not in ("nf4", "fp4"):
-            raise ValueError(f"calibration keeps the base's 4-bit format, and this base is {base.quant}: not for {to}.")
+            repair = f"pass --to {base.quant}" if base.quant in ("nf4", "fp4") else "leave out --calibrate"
+            raise ValueError(f"--calibrate keeps a 4-bit format; can't go from {base.quant} to {to}: {repair}.")
         task = task_of(source, base, {example.label for example in calibrate}, prompt)
         examples, others = split(calibrate, -(-len(calibrate) // 4), seed=0)
         rows = encode_examples(base, task, examples[:CALIBRATION])
         show = bar("calibrate", progress, "step")
         weights = calibrate_answers(base.model, adapted, task, rows, progress=show)
         merged = merge(base.model, adapted.params, adapted.frozen, weights=weights)
-        rows_kept = encode_examples(base, task, others[:CALIBRATION])
-        kept = compare_answers(adapted, merged, task, rows_kept, progress=bar("compare", progress))
+        held_out = encode_examples(base, task, others[:CALIBRATION])
+        kept = compare_answers(adapted, merged, task, held_out, progress=bar("compare", progress))
         done |= {"calibrated_on": len(rows), "advice": _calibrated_advice(kept), "answers": kept._asdict()}
     with quiet_transformers(), filling(out) as folder:
         merged.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
         if source.note != Note():
-            # A merged model is asked as its adapter was, and 16 bits are not quantized again.
+            # The merged model gets its adapter's prompt, and 16-bit weights are not quantized again.
             write_note(folder, source.note._replace(quant=None if isinstance(form, str) else "none"))
     return done
 
 
 def lora_of(source: Source, base: Base, out: str | os.PathLike[str], rank: int | None = None) -> dict[str, Any]:
-    """Write one adapter as a PEFT LoRA directory; exact, unless the rank is less than r.
+    """Write one adapter as a PEFT LoRA directory, which is exact unless the rank is lower than r.
 
     Args:
         source: From `open_source`, of one adapter.
-        base: Of the same architecture, in any format.
+        base: A model of the same architecture, in any format.
         out: The directory.
-        rank: None is the adapter's r.
+        rank: Rank of the LoRA; None is the adapter's r.
 
     Raises:
         ValueError: If the adapter does not fit, or `out` is the adapter's own directory.
     """
     adapted, _ = load_adapters(source, base.model)
     if source.path is not None and Path(out).resolve() == source.path.resolve():
-        raise ValueError(f"--out {out} is the adapter itself: give another folder.")
+        raise ValueError(f"--out {out} is the adapter itself: choose another folder.")
     path, error = export_lora(out, *adapted[1:], base.model, rank=rank)
     mean = sum(error.values()) / len(error)
     return {
@@ -266,7 +268,9 @@ def lora_of(source: Source, base: Base, out: str | os.PathLike[str], rank: int |
         "modules": len(error),
         "largest_error": max(error.values()),
         "mean_error": mean,
-        "advice": None if mean < 0.1 else f"It leaves out {mean:.0%} of the update: use a higher rank, or r itself.",
+        "advice": None
+        if mean < 0.1
+        else f"The LoRA omits {percent(mean)} of the update: use a higher rank, or r itself.",
         "bytes": _size(path / WEIGHTS),
     }
 
@@ -280,29 +284,29 @@ def convert(
     quant: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """PEFT directories to a bank, or a bank to PEFT directories, by what the sources are.
+    """Convert PEFT directories to an adapter bank, or a bank to PEFT directories, depending on the sources.
 
     Args:
-        sources: Directories, whose own names become those in the bank; or one bank.
-        out: A file that is not there yet, ending in .safetensors; or a folder, for a sub-folder for each adapter.
+        sources: Directories, whose names become those of the adapters in the bank; or one bank.
+        out: A new file ending in .safetensors; or a folder, which gets a sub-folder for each adapter.
         names: Which adapters of a bank; None is all.
-        model: The base of the directories; None is what the first one names.
-        quant: Its format; None is what the first one was trained over.
-        dtype: Of its arithmetic.
+        model: The base of the directories; None is that of the first one.
+        quant: Format of the base; None is that of the first one's training.
+        dtype: Dtype of the base's arithmetic.
 
     Raises:
-        ValueError: If the sources are mixed or do not fit together, two have one name, or `out` is the wrong kind.
-        FileExistsError: If the bank is there already.
-        FileNotFoundError: If a source is not there.
+        ValueError: If the sources are mixed or do not fit together, two have the same name, or `out` is the wrong kind.
+        FileExistsError: If the bank exists.
+        FileNotFoundError: If a source does not exist.
     """
     out = Path(out)
     for source_path in sources:
         if not Path(source_path).exists():
-            raise FileNotFoundError(f"there is nothing at {source_path}.")
+            raise FileNotFoundError(f"{source_path} does not exist.")
     files = [source for source in sources if Path(source).is_file()]
     if files:
         if len(sources) > 1:
-            raise ValueError(f"{files[0]} is a bank: convert one at a time, or else directories only.")
+            raise ValueError(f"{files[0]} is a bank: convert one bank at a time, or directories only.")
         if out.is_file():
             raise ValueError(f"--out {out} is a file: a bank is converted to a folder of PEFT directories.")
         source = open_source(bank=files[0], names=names)
@@ -311,15 +315,17 @@ def convert(
             write_note(folder, source.note)
         return {"out": str(out), "kind": "directories", "names": source.names, "paths": [str(path) for path in written]}
     if names:
-        raise ValueError("--name chooses from a bank; name the directories themselves.")
+        raise ValueError(
+            "--name selects adapters of a bank, but the sources are directories: list the ones to convert."
+        )
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out} must end in .safetensors: PEFT directories are converted to a bank.")
     if out.exists():
-        raise FileExistsError(f"there is a bank {out} already: remove it, or give another name.")
+        raise FileExistsError(f"--out {out} exists: remove it or choose another name.")
     opened = {source: open_source(source) for source in sources}
     folders = {single.names[0]: source for source, single in opened.items()}
     if len(folders) < len(sources):
-        raise ValueError(f"adapters in a bank have different names, but the directories are called {sorted(folders)}.")
+        raise ValueError(f"adapters of a bank need different names, but the directories' names are {sorted(folders)}.")
     first = next(iter(opened.values()))
     bank = import_adapters(out, folders, base_of(first, model, quant, dtype).model)
     if all(source.note == first.note for source in opened.values()):
@@ -327,11 +333,18 @@ def convert(
     return {"out": str(out), "kind": "bank", "names": list(bank.names), "bytes": _size(out)}
 
 
+def _check_texts(kind: str, texts: Sequence[str]) -> None:
+    if not texts:
+        raise ValueError(f"expected at least one {kind}, got none.")
+    for i, text in enumerate(texts, 1):
+        if not text.strip():
+            raise ValueError(f"{kind} {i} of {len(texts)} is empty: leave it out.")
+
+
 def _calibrated_advice(kept: Answers) -> str:
-    share, error = (f"{value:.{digits}%}".replace("%", " %") for value, digits in ((kept.same, 0), (kept.error, 1)))
     return (
-        f"On {kept.texts} texts that it was not calibrated on, {share} of the answers stay as they were, and their "
-        f"logits change by {error} of what the adapter changes."
+        f"On {kept.texts} held-out examples, {percent(kept.same)} of the predictions are unchanged; the merge changes "
+        f"the labels' logits by {percent(kept.error, 1)} of what the adapter changes."
     )
 
 

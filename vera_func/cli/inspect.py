@@ -1,4 +1,4 @@
-"""What is in an adapter directory, a bank or a model folder, as plain values for a screen or for machines."""
+"""What an adapter directory, an adapter bank or a model folder contains, as plain rows and dicts."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -33,31 +33,31 @@ def inspect_path(
     r: int = 256,
     targets: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """What is in an adapter directory, a bank or a model folder.
+    """What an adapter directory, an adapter bank or a model folder contains.
 
     Args:
         path: One of these.
-        model: The base of an adapter, for the size of its updates and what a merge would keep.
-        quant: Format of that model; None is what the adapter was trained over.
-        dtype: Of its arithmetic.
-        to: Format to merge to; None is the model's.
+        model: The base of an adapter: adds the size of its updates and the fraction that a merge retains.
+        quant: Format of the base; None is that of the adapter's training.
+        dtype: Dtype of the base's arithmetic.
+        to: Format to merge into; None is the base's.
         names: Which adapters of a bank; None is all, and the first for a merge.
-        r: Of an adapter that a model folder would get.
-        targets: Of the same; None is the default of the model's type.
+        r: Rank of an adapter that a model folder would get.
+        targets: Layers that it would adapt; None is PEFT's default for the model type.
 
     Raises:
         ValueError: If it is none of them, or damaged.
-        FileNotFoundError: If it is not there.
+        FileNotFoundError: If it does not exist.
     """
     folder = Path(path)
     if not folder.exists():
-        raise FileNotFoundError(f"there is nothing at {path}.")
+        raise FileNotFoundError(f"{path} does not exist.")
     if folder.is_dir() and not (folder / CONFIG).is_file() and (folder / "config.json").is_file():
         return _inspect_model(folder, r, targets)
     if model is None and (to or quant or dtype):
-        raise ValueError("--to, --quant and --dtype are about merging into a model: pass --model, too.")
+        raise ValueError("--to, --quant and --dtype describe a merge into a model: pass --model as well.")
     if names and not folder.is_file():
-        raise ValueError(f"--name chooses from a bank, and {path} is a folder.")
+        raise ValueError(f"--name selects adapters of a bank, but {path} is a folder.")
     source = open_source(bank=path, names=names) if folder.is_file() else open_source(path)
     assert source.config is not None
     config = source.config
@@ -107,7 +107,7 @@ def inspect_path(
 
 
 def summarize_reports(modules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Merge reports of many modules as a row for each kind of them, by the end of the name.
+    """Merge reports of many layers as one row for each kind of layer, by the end of its name.
 
     Example:
         >>> summarize_reports([{"module": "0.q", "kept": 0.5, "error": 1.0, "size": 0.25},
@@ -171,7 +171,7 @@ def _inspect_model(folder: Path, r: int, targets: Sequence[str] | None) -> dict[
 
 
 def _norms(stacked: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """A row for each kind of adapted module: how many, and the mean norms of their vectors."""
+    """One row for each kind of adapted layer: how many there are, and norms of their vectors."""
     # A safetensors file gives them in no particular order.
     layers = sorted(adapted_modules(stacked))
     rows = []
@@ -193,7 +193,7 @@ def _by_kind(items: Iterable[Any], name_of: Callable[[Any], str]) -> dict[str, l
 
 
 def describe_reports(reports: Mapping[str, MergeReport]) -> Sequence[dict[str, Any]]:
-    """The reports as plain rows, one a module, for a table.
+    """Merge reports as plain rows, one per layer.
 
     Example:
         >>> describe_reports({"q_proj": MergeReport(0.5, 0.25, 0.125)})[0]["kept"]

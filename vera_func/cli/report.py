@@ -1,42 +1,107 @@
-"""What a command shows and writes: progress bars on stderr, tables on stdout or as CSV and JSON files."""
+"""What a command shows and writes: text and tables on stdout, bars and errors on stderr, tables as files."""
 
 import csv
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from textwrap import fill
+from typing import TYPE_CHECKING, Any, TextIO
 
-from ..io.files import replacing
-from ..merging.layer import MergeReport
-from ..train.distributed import rank
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
+
+if TYPE_CHECKING:
+    from ..merging.layer import MergeReport
 
 Row = Mapping[str, Any]
 
+COLUMNS = Text(
+    "kept: retained fraction of the update (kept_least: of the worst layer); error: norm of the deviation from the "
+    "exact merge, relative to the update; size: norm of the update, relative to the weight."
+)
+
+
+def show(*things: str | Text | Table) -> None:
+    """Print on stdout, on rank 0 only: a `str` as it is; a `Text` or a table fitted to a terminal, unwrapped elsewhere.
+
+    It is flushed, so that it stays in order with the bars, which go to stderr.
+    """
+    from ..train.distributed import rank
+
+    if rank() == 0:
+        for thing in things:
+            _print(thing, sys.stdout)
+
+
+def show_result(result: Any, json: bool, *things: str | Text | Table) -> None:
+    """Print a command's result as JSON, or what describes it."""
+    show(*([to_json(result)] if json else things))
+
+
+def show_rows(rows: Sequence[Row], out: str | None, json: bool) -> None:
+    """Print rows as JSON or as a table, or write them to the file `out` and say so."""
+    from ..train.distributed import rank
+
+    if out and rank() == 0:
+        write_table(out, rows)
+    show_result(rows, json, f"{len(rows)} rows written to {out}" if out else make_table(rows))
+
+
+def show_error(message: str) -> None:
+    """Print a failure on stderr, in one line where that is no terminal."""
+    _print(Text.assemble(("vera-func: ", "bold red"), message), sys.stderr)
+
 
 def bar(title: str, progress: bool, unit: str = "batch") -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """What to wrap an iterable in: a progress bar, or nothing, as in all processes but the first.
+    """A wrapper of iterables that shows a progress bar on stderr; on other ranks than 0, or without `progress`, `iter`.
+
+    Where stderr is no terminal, the finished bar is one line.
 
     Example:
         >>> list(bar("reading", False)([1, 2]))
         [1, 2]
     """
-    if not progress or rank() > 0:
-        return iter
-    from tqdm import tqdm
+    from ..train.distributed import rank
 
-    return partial(tqdm, desc=title, unit=unit, leave=False)
+    return partial(_track, title, unit) if progress and rank() == 0 else iter
 
 
-def format_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
-    """Rows as lines of text under a header, numbers to the right.
+def _track(title: str, unit: str, items: Iterable[Any]) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TimeRemainingColumn(elapsed_when_finished=True), console=console, transient=console.is_terminal
+    ) as shown:
+        yield from shown.track(items, description=Text(title).markup)
+
+
+def make_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> Table:
+    """Rows as a table for `show`, numbers to the right.
 
     Args:
         rows: One for each line.
         columns: Which to show; None is those of the first row.
+    """
+    table = Table(box=None, pad_edge=False)
+    columns = list(rows[0] if rows else ()) if columns is None else columns
+    for column in columns:
+        numeric = all(isinstance(row.get(column), int | float | None) for row in rows)
+        table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(format_value(row.get(column))) for column in columns))
+    return table
+
+
+def format_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
+    """The table of `make_table` as plain text, a line for each row.
 
     Example:
         >>> print(format_table([{"name": "a", "loss": 0.25}, {"name": "bc", "loss": 12}]))
@@ -44,18 +109,7 @@ def format_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> s
         a     0.25
         bc      12
     """
-    columns = list(rows[0] if rows else ()) if columns is None else columns
-    cells = [[format_value(row.get(column)) for column in columns] for row in rows]
-    numeric = [all(isinstance(row.get(column), int | float | None) for row in rows) for column in columns]
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, numeric, strict=True)
-        )
-        for line in [list(columns), *cells]
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    return _plain(make_table(rows, columns))
 
 
 def format_value(value: Any) -> str:
@@ -76,18 +130,21 @@ def format_value(value: Any) -> str:
     return ", ".join(map(str, value[:8])) + (f", ... ({len(value):,})" if len(value) > 8 else "")
 
 
-def describe(fields: Row, table: str | None = None) -> str:
-    """Fields as lines `name: value`, without those that are None, and one of them as a table at the end.
+def describe(fields: Row, table: str | None = None) -> list[Text | Table]:
+    """Fields for `show` as lines `name: value` without those that are None, and one of them as a table at the end.
 
     Example:
-        >>> print(describe({"r": 8, "model": None, "modules": [{"modules": "q", "count": 2}]}, "modules"))
+        >>> show(*describe({"r": 8, "model": None, "modules": [{"modules": "q", "count": 2}]}, "modules"))
         r: 8
         modules  count
         q            2
     """
-    lines = [f"{name}: {format_value(value)}" for name, value in fields.items() if name != table and value is not None]
+    shown = {name: value for name, value in fields.items() if name != table and value is not None}
     rows = fields.get(table) if table else None
-    return "\n".join(lines + ([format_table(rows)] if rows else []))
+    return [
+        *(Text(f"{name}: {format_value(value)}") for name, value in shown.items()),
+        *([make_table(rows)] if rows else []),
+    ]
 
 
 def to_json(value: Any) -> str:
@@ -112,6 +169,8 @@ def write_table(path: str | os.PathLike[str], rows: Sequence[Row]) -> Path:
         >>> path.read_text()
         'name,loss\\na,0.25\\n'
     """
+    from ..io.files import replacing
+
     path = check_table_path(path)
     with replacing(path) as file, file.open("w", encoding="utf-8", newline="") as stream:
         if path.suffix.lower() == ".json":
@@ -138,46 +197,77 @@ def check_table_path(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def merge_advice(reports: Mapping[str, MergeReport]) -> str:
-    """In a sentence or two, whether to merge.
+def merge_advice(reports: Mapping[str, "MergeReport"]) -> str:
+    """Whether to merge, in a sentence or two.
 
     Args:
         reports: From `model_merge_report`.
 
     Raises:
-        ValueError: If they are not by module.
+        ValueError: If they are not a mapping.
 
     Example:
         >>> from vera_func import MergeReport
         >>> merge_advice({"q_proj": MergeReport(kept=0.02, error=1.07, size=0.01)})[:55]
-        'Do not merge like this: 2 % of the update is kept on av'
+        'Do not merge like this: 2 % of the update is retained o'
     """
     if not isinstance(reports, Mapping):
         raise ValueError(f"reports must be those of model_merge_report, by module, got {type(reports).__name__}.")
     if not reports:
-        return "There is nothing to merge: the adapter adds nothing to any layer."
+        return "Nothing to merge: the update is zero in every layer."
     kept = sum(report.kept for report in reports.values()) / len(reports)
     error = sum(report.error for report in reports.values()) / len(reports)
     worst = min(reports, key=lambda name: reports[name].kept)
-    share = f"{kept:.0%} of the update is kept on average (at worst {reports[worst].kept:.0%}, in {worst})".replace(
-        "%", " %"
-    )
+    share = f"{percent(kept)} of the update is retained on average ({percent(reports[worst].kept)} in {worst})"
     if error < 0.1:
         return f"Merging is safe: {share}, with an error of {error:.2g} times the update."
     if error < 0.5 and kept > 0.95:
         return (
-            f"Merging keeps the update: {share}. Rounding adds noise of {error:.2f} times its size, spread over all "
-            "weights, which the outputs hardly show as a rule: vera-func evaluate compares them."
+            f"Merging keeps the update: {share}. Rounding adds noise of {error:.2f} times its norm, spread over all "
+            "weights, which rarely changes the outputs: compare them with vera-func evaluate."
         )
     if error < 0.5:
         return (
             f"Merging changes the adapter's effect: {share}, with an error of {error:.2f} times the update. Compare "
-            "the outputs before you use it (vera-func evaluate)."
+            "the outputs with vera-func evaluate before using the merged model."
         )
     return (
-        f"Do not merge like this: {share}, and the rounding adds an error of {error:.2f} times the update. Merge to a "
-        "16-bit dtype, merge with calibration, or export a LoRA, which is exact."
+        f"Do not merge like this: {share}, with an error of {error:.2f} times the update. Merge into a 16-bit dtype, "
+        "calibrate the merge, or export a LoRA, which is exact."
     )
+
+
+def percent(value: float, digits: int = 0) -> str:
+    """A fraction as a percentage.
+
+    Example:
+        >>> percent(0.905), percent(0.0234, 1)
+        ('90 %', '2.3 %')
+    """
+    return f"{value:.{digits}%}".replace("%", " %")
+
+
+def _print(thing: str | Text | Table, stream: TextIO) -> None:
+    if isinstance(thing, str):
+        print(thing, file=stream, flush=True)
+    elif stream.isatty():
+        console = Console(file=stream)
+        if isinstance(thing, Text):
+            # Rich would break words that are longer than a line, such as paths, which then can't be copied.
+            filled = fill(thing.plain, console.width, break_long_words=False, break_on_hyphens=False)
+            thing = Text(filled, spans=thing.spans)
+        console.print(thing, soft_wrap=isinstance(thing, Text))
+    else:
+        print(_plain(thing), file=stream, flush=True)
+
+
+def _plain(thing: Text | Table) -> str:
+    if isinstance(thing, Text):
+        return thing.plain
+    console = Console(file=StringIO(), width=1_000_000, force_terminal=False, color_system=None)
+    with console.capture() as captured:
+        console.print(thing)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def _finite(value: Any) -> Any:

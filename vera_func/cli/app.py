@@ -1,0 +1,53 @@
+"""The typer application of `vera-func`: its commands, in the order of the help.
+
+A command is a documented function: its options, help and completion come from its signature and docstring. What it
+needs is imported when it runs, so that help, completion and invalid arguments import neither torch nor transformers.
+"""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Annotated, Any
+
+import typer
+
+from .file_commands import convert, export_lora, inspect, merge
+from .text_commands import demo, evaluate, generate, predict, train
+
+
+app = typer.Typer(rich_markup_mode="rich")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"vera-func {version('vera-func')}")
+        raise typer.Exit
+
+
+@app.callback()
+def vera_func(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """VeRA adapters over quantized language models.
+
+    Exit status 2: invalid arguments or input files; 1: environment failure
+    (network, missing package, I/O); 130: interrupted. Downloads are cached in
+    $VERA_FUNC_CACHE (default: ~/.cache/vera_func).
+    """
+
+
+def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """The command, not run but returned as a call: typer would handle some of the errors that it raises."""
+
+    @wraps(command)
+    def parsed(**options: Any) -> Callable[[], None]:
+        return partial(command, **options)
+
+    return parsed
+
+
+for _command in (demo, train, evaluate, predict, generate, merge, export_lora, inspect, convert):
+    app.command(_command.__name__.replace("_", "-"))(_deferred(_command))

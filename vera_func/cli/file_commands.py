@@ -1,0 +1,137 @@
+"""Commands that read and write adapters: merge, export-lora, inspect, convert."""
+
+from typing import Annotated, Any
+
+import typer
+
+from . import options as o
+
+
+def merge(
+    to: Annotated[o.Format, o.format_option("Format of the merged weights")],
+    out: Annotated[str, o.folder("Folder for the model and its tokenizer.")],
+    adapter: o.Adapter = None,
+    bank: o.Bank = None,
+    name: o.OneName = None,
+    model: o.ModelOfAdapter = None,
+    quant: o.Quant = None,
+    dtype: o.Dtype = None,
+    calibrate: Annotated[
+        bool,
+        o.option("--calibrate", help="Choose the 4-bit codes so that predictions on --data change least."),
+    ] = False,
+    data: o.ExamplesOrReviews = None,
+    prompt: o.Prompt = None,
+    json: o.Json = False,
+) -> None:
+    """Merge an adapter into the weights of its model, and report how much of the update they retain.
+
+    Requantizing discards updates below half a quantization step; calibrated
+    (GPTQ-style) merging into nf4 or fp4 preserves them. Calibrate on 200
+    examples or more; without --data, on the demo's training reviews.
+
+    Example:
+      vera-func merge --adapter vera-demo --to bfloat16 --out merged
+      vera-func merge --adapter vera-demo --to nf4 --calibrate --out merged
+    """
+    from rich.text import Text
+
+    from ..data.examples import read_examples
+    from ..data.sources import open_source
+    from .commands import merge_to
+    from .demo import HELD_OUT, demo_examples, split_examples
+    from .inspect import summarize_reports
+    from .report import COLUMNS, make_table, show_result
+
+    if (data or prompt) and not calibrate:
+        raise ValueError("--data and --prompt require --calibrate.")
+    source = open_source(adapter, bank, name, one=True)
+    examples = None
+    if calibrate:
+        examples = read_examples(data) if data else split_examples(demo_examples(), HELD_OUT, seed=0)[0]
+    done = merge_to(source, o.load_base(source, model, quant, dtype), to, out, calibrate=examples, prompt=prompt)
+    shown: list[Any] = [Text(done["advice"]), f"The merged model is in {out}. Next: vera-func evaluate --model {out}"]
+    if "modules" in done:
+        shown = [make_table(summarize_reports(done["modules"])), COLUMNS, *shown]
+    show_result(done, json, *shown)
+
+
+def export_lora(
+    out: Annotated[str, o.folder("Folder for the LoRA.")],
+    adapter: o.Adapter = None,
+    bank: o.Bank = None,
+    name: o.OneName = None,
+    model: o.ModelOfAdapter = None,
+    quant: o.Quant = None,
+    dtype: o.Dtype = None,
+    rank: Annotated[
+        int | None, o.number("--rank", help="Rank of the LoRA (default: r, which is exact; a lower rank truncates).")
+    ] = None,
+    json: o.Json = False,
+) -> None:
+    """Export an adapter as a PEFT LoRA directory, for PEFT, vLLM and others.
+
+    Example:
+      vera-func export-lora --adapter vera-demo --out my-lora
+    """
+    from ..data.sources import open_source
+    from .commands import lora_of
+    from .report import describe, show_result
+
+    source = open_source(adapter, bank, name, one=True)
+    done = lora_of(source, o.load_base(source, model, quant, dtype), out, rank)
+    show_result(done, json, *describe(done))
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A PEFT directory, an adapter bank, or a model folder.")],
+    name: o.Names = None,
+    model: o.ModelToMerge = None,
+    quant: o.Quant = None,
+    dtype: o.Dtype = None,
+    to: Annotated[o.Format | None, o.format_option("Format to merge into (default: the model's)", o.MODEL)] = None,
+    r: o.Rank = 256,
+    targets: o.Targets = None,
+    json: o.Json = False,
+) -> None:
+    """Show what an adapter or a bank contains, or what would be adapted in a model.
+
+    With --model, an adapter's report also says how large its updates are and
+    how much of them a merge retains. --r and --targets are for model folders.
+
+    Example:
+      vera-func inspect vera-demo
+      vera-func inspect vera-demo --model ./my-model --to nf4
+    """
+    from .inspect import inspect_path
+    from .report import describe, show_result
+
+    found = inspect_path(
+        path, model=model, quant=quant, dtype=o.dtype_of(dtype), to=to, names=name, r=r, targets=targets
+    )
+    shown: list[Any] = describe({key: value for key, value in found.items() if key != "merge"}, "modules")
+    if "merge" in found:
+        shown += ["", *describe(found["merge"], "modules")]
+    show_result(found, json, *shown)
+
+
+def convert(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="PEFT directories, or one adapter bank.")],
+    out: Annotated[str, o.option("--out", help="A new .safetensors file, or a folder.", metavar="PATH")],
+    name: o.Names = None,
+    model: o.ModelOfAdapter = None,
+    quant: o.Quant = None,
+    dtype: o.Dtype = None,
+    json: o.Json = False,
+) -> None:
+    """Convert PEFT directories to an adapter bank, or a bank to PEFT directories.
+
+    Example:
+      vera-func convert run-1 run-2 --out all.safetensors
+      vera-func convert all.safetensors --out all
+    """
+    from .commands import convert
+    from .report import describe, show_result
+
+    done = convert(sources, out, names=name, model=model, quant=quant, dtype=o.dtype_of(dtype))
+    show_result(done, json, *describe(done))
