@@ -133,6 +133,20 @@ class TestHeads:
             assert new.get_output_embeddings().weight is new.get_input_embeddings().weight
             assert new.get_output_embeddings().weight is model.get_output_embeddings().weight
 
+    @pytest.mark.parametrize("skip", [None, ["q_proj", "lm_head"]], ids=str)
+    @pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
+    def test_is_saved_and_read_back(self, quant, skip, tmp_path):
+        model = make("LlamaForCausalLM")
+        new = vf.quantize_model(model, quant, skip)
+        new.save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path)
+        assert dense_layers(again) == dense_layers(new)
+        for name, module in new.named_modules():
+            if isinstance(module, nn.Linear) and name not in dense_layers(new):
+                weights = [vf.dequantize(vf.from_bnb(each)[0]) for each in (module, again.get_submodule(name))]
+                assert torch.equal(*weights)
+        assert not hasattr(model.config, "quantization_config")
+
     def test_a_skip_list_replaces_the_rule(self):
         model = make("BertForMaskedLM")
         new = vf.quantize_model(model, "nf4", skip=["query"])

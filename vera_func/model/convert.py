@@ -14,7 +14,7 @@ from ..core.shapes import require_float
 from ..quant.bnb import from_bnb, is_bnb_linear, to_bnb
 from ..quant.value import QUANTIZERS, dequantize
 from .config import HEADS
-from .describe import describe_ties
+from .describe import describe_quantization, describe_ties
 from .targets import linear_sizes
 from .tree import copy_tree, copy_with_weights, require_weights, unwrap
 
@@ -72,7 +72,8 @@ def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) 
     something else stay dense: a subclass that does not compute `x Wᵀ + b`, a weight that is computed (weight_norm), the
     output layer of an `nn.MultiheadAttention`, which is read and never called. bitsandbytes can't quantize the weights
     of several layers in one 3-D parameter (the fused experts of Mixtral, Qwen-MoE or gpt-oss in transformers 5); a
-    warning says how much that is.
+    warning says how much that is. transformers' `save_pretrained` writes the result and `from_pretrained` reads it
+    back.
 
     Args:
         model: Any module.
@@ -110,7 +111,9 @@ def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) 
     new = copy_tree(model, replace, memo)
     for module in new.modules():
         private.skip_fused_encoder_path(module)
-    describe_ties(new)
+    if hasattr(new, "save_pretrained"):
+        describe_quantization(new)
+        describe_ties(new)
     if (share := dense_share(model, layers)).fused > 0.05:
         first = share.names[0]
         warnings.warn(
