@@ -126,6 +126,13 @@ def test_the_trainable_names_are_the_keys(make, fields, tmp_path):
     dense = [p for p in model.parameters() if p.is_floating_point()]
     vectors = [value for key, value in params.items() if "lambda" in key]
     assert sum(p.numel() for p in module.parameters()) == sum(value.numel() for value in (*dense, *vectors))
+    # Where the vectors add nothing, it is the model with these parameters.
+    oracle = copy.deepcopy(model).train()
+    still = {key: torch.zeros_like(value) if key.endswith("lambda_b") else value for key, value in params.items()}
+    for key in params:
+        if "lambda" not in key:
+            oracle.get_parameter(key).data = params[key].clone()
+    assert_close(adapted.apply(still, adapted.frozen, x), oracle(x), rtol=1e-4, atol=1e-5)
     # Read back, they are params.
     output = module(x)
     assert torch.equal(adapted.apply(found, adapted.frozen, x), output)
@@ -142,6 +149,30 @@ def test_the_trainable_names_are_the_keys(make, fields, tmp_path):
     gradient = grad(lambda params: adapted.apply(params, adapted.frozen, x).square().sum())(params)
     for key, value in gradient.items():
         assert_close(found[key].grad, value)
+
+
+@pytest.mark.parametrize(
+    ("saved", "more"),
+    [
+        ([], ["model.embed_tokens.weight"]),
+        ([], ["lm_head.weight", "model.embed_tokens.weight"]),
+        (["lm_head"], []),
+        (["embed_tokens"], []),
+        (["embed_tokens", "lm_head"], []),
+    ],
+    ids=str,
+)
+def test_the_trainable_names_are_the_keys_of_tied_embeddings(saved, more):
+    model = llama(tie_word_embeddings=True)
+    config = vf.VeraConfig(r=R, target_modules=["q_proj"], modules_to_save=saved or None)
+    apply, params, frozen, config = vf.adapt(model, config)
+    params = randomized(params | {key: model.get_parameter(key).detach() for key in more})
+    module = vf.to_module(vf.Adapted(apply, params, frozen, config))
+    found = trained(module)
+    assert found.keys() == params.keys()
+    output = module(input_ids=tokens()).logits
+    assert torch.equal(apply(params, frozen, input_ids=tokens()).logits, output)
+    assert torch.equal(apply(found, frozen, input_ids=tokens()).logits, output)
 
 
 def test_a_layer_under_two_names_forgets_what_it_was_given():
