@@ -95,6 +95,7 @@ PARTS = [
 
 
 @SETS
+@pytest.mark.filterwarnings("ignore:Flags not at the start:DeprecationWarning")  # an error since Python 3.11
 @settings(max_examples=500, deadline=None)
 @given(
     strategies.lists(strategies.sampled_from(PARTS), max_size=8).map("".join),

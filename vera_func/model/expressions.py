@@ -61,7 +61,8 @@ class Expression:
     def __init__(self, field: str, value: str) -> None:
         self.field, self.value = field, value
         self.left = SECONDS
-        self._compiled = regex.compile(_TOKEN.sub(_for_regex, value), regex.VERSION0)
+        # Python 3.10 also takes flags for the whole expression that stand inside of it.
+        self._compiled = regex.compile(_TOKEN.sub(_for_regex, value), re.compile(value).flags | regex.VERSION0)
 
     def fullmatch(self, name: str) -> Any:
         """`re.fullmatch(value, name)`.
