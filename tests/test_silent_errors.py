@@ -46,7 +46,7 @@ from torch.testing import assert_close
 import vera_func as vf
 from vera_func.cli.report import merge_advice
 from vera_func.io.checkpoint import WEIGHTS
-from vera_func.quant.value import levels, unpack
+from vera_func.quant.quantize import levels, unpack
 
 from helpers import QUANTIZERS, dense_forward, randomized, relative_error, repack, snapshot
 

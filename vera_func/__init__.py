@@ -90,7 +90,8 @@ if TYPE_CHECKING:
     from .model.vmap import vmap_adapters
     from .quant.bnb import from_bnb, to_bnb
     from .quant.linear import quantized_linear
-    from .quant.value import Quantized4bit, Quantized8bit, dequantize, quantize_4bit, quantize_8bit, validate
+    from .quant.quantize import dequantize, quantize_4bit, quantize_8bit
+    from .quant.value import Quantized4bit, Quantized8bit, validate
     from .train.fit import Fit, fit, load_fit, save_fit
 
 # Public names by the module that defines them; imported when they are first used, so that `import vera_func` is light.
@@ -98,7 +99,8 @@ _MODULES = {
     "core.projection": ("init_projections",),
     "core.adapter": ("init_params", "vera_forward", "delta_weight", "dropout_mask"),
     "core.grad": ("grad", "value_and_grad"),
-    "quant.value": ("quantize_4bit", "quantize_8bit", "Quantized4bit", "Quantized8bit", "dequantize", "validate"),
+    "quant.value": ("Quantized4bit", "Quantized8bit", "validate"),
+    "quant.quantize": ("quantize_4bit", "quantize_8bit", "dequantize"),
     "quant.linear": ("quantized_linear",),
     "quant.bnb": ("from_bnb", "to_bnb"),
     "model.config": ("VeraConfig",),

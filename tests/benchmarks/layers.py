@@ -10,7 +10,7 @@ from vera_func.data.prompts import batches_by_length
 from vera_func.data.task import encode_examples, make_task
 from vera_func.merging.calibrate import calibrate_rows, output_error, output_kept
 from vera_func.merging.second_moments import second_moments
-from vera_func.quant.value import levels, unpack
+from vera_func.quant.quantize import levels, unpack
 
 from .common import table
 

@@ -15,7 +15,8 @@ import torch
 from ..io.files import parse_json, replacing
 from ..model.convert import quantize_model
 from ..quant.bnb import from_bnb, is_bnb_linear
-from ..quant.value import QUANTIZERS, format_of
+from ..quant.quantize import QUANTIZERS
+from ..quant.value import format_of
 from .assets import SMOLLM2_NAME, load_smollm2, quiet_transformers
 
 

@@ -18,19 +18,8 @@ from .. import private
 from ..core.adapter import delta_weight
 from ..core.keys import VECTORS
 from ..core.shapes import require_float
-from ..quant.value import (
-    NO_DATA,
-    Quantized,
-    Quantized4bit,
-    Quantized8bit,
-    dequantize,
-    flatten,
-    levels,
-    pack,
-    quantize_4bit,
-    quantize_8bit,
-    unpack,
-)
+from ..quant.quantize import dequantize, levels, pack, quantize_4bit, quantize_8bit, unpack
+from ..quant.value import NO_DATA, Quantized, Quantized4bit, Quantized8bit, flatten
 from .calibrate import calibrate_rows, gram as gram_of, stochastic_codes
 
 

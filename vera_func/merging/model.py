@@ -18,7 +18,8 @@ from ..model.describe import describe_dtype, describe_quantization, describe_tie
 from ..model.targets import adapted_layers, is_conv1d, linear_sizes
 from ..model.tree import copy_with_weights, parameter_aliases, require_weights, unwrap
 from ..quant.bnb import from_bnb, is_bnb_linear
-from ..quant.value import FLOATS, QUANTIZERS, Quantized, dequantize, format_of
+from ..quant.quantize import QUANTIZERS, dequantize
+from ..quant.value import FLOATS, Quantized, format_of
 from .layer import MergeReport, merge_dense, merge_quantized, merge_report
 
 

@@ -12,7 +12,7 @@ from .. import private
 from ..core.keys import join_key
 from ..core.shapes import require_float
 from ..quant.bnb import from_bnb, is_bnb_linear, to_bnb
-from ..quant.value import QUANTIZERS, dequantize
+from ..quant.quantize import QUANTIZERS, dequantize
 from .config import HEADS
 from .describe import describe_quantization, describe_ties
 from .targets import linear_sizes

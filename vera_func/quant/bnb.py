@@ -12,18 +12,8 @@ from torch import Tensor, nn
 
 from .. import private
 from .cpu_layout import unpack_cpu_layout
-from .value import (
-    NESTED_BLOCKSIZE,
-    NestedStatistics,
-    Quantized,
-    Quantized4bit,
-    Quantized8bit,
-    levels,
-    quantize_4bit,
-    quantize_8bit,
-    shape2,
-    validate,
-)
+from .quantize import levels, quantize_4bit, quantize_8bit
+from .value import NESTED_BLOCKSIZE, NestedStatistics, Quantized, Quantized4bit, Quantized8bit, shape2, validate
 
 
 def is_bnb_linear(module: nn.Module) -> bool:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import private
-from .value import Quantized, Quantized4bit, quantize_8bit, shape2, unpack  # noqa: F401
+from .quantize import unpack
+from .value import Quantized, Quantized4bit, shape2
 
 
 class FusedWeight(NamedTuple):
@@ -29,6 +30,7 @@ def fused_weight(q: Quantized) -> FusedWeight | None:
         or `in` not a multiple of the block size.
 
     Example:
+        >>> from vera_func import quantize_8bit
         >>> fused_weight(quantize_8bit(torch.ones(32, 64))) is None
         True
     """

@@ -20,20 +20,8 @@ from torch.nn.functional import linear
 from .. import private
 from ..core.shapes import contiguous_rows, require_rows_of_floats
 from .cpu_layout import FusedWeight
-from .value import (
-    FLOATS,
-    NO_DATA,
-    Quantized,
-    Quantized4bit,
-    Quantized8bit,
-    Spec,
-    Spec4bit,
-    check_sizes,
-    dequantize_leaves,
-    flatten,
-    is_differentiated,
-    refuse_weight_derivative,
-)
+from .quantize import dequantize_leaves, is_differentiated, refuse_weight_derivative
+from .value import FLOATS, NO_DATA, Quantized, Quantized4bit, Quantized8bit, Spec, Spec4bit, check_sizes, flatten
 
 
 # Up to this number of rows bitsandbytes' fused CPU kernel is used; `python -m tests.benchmarks roofline` times it

@@ -1,0 +1,265 @@
+"""Dense weights to quantized values, and back.
+
+dequantize(q)[i] = code[index[i]] * absmax[i // blocksize]
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import private
+from ..core.shapes import require_float
+from .value import (
+    FLOATS,
+    NESTED_BLOCKSIZE,
+    NestedStatistics,
+    Quantized,
+    Quantized4bit,
+    Quantized8bit,
+    Spec,
+    Spec8bit,
+    check_4bit_options,
+    check_sizes,
+    flatten,
+    shape2,
+    validate,
+)
+
+
+_STORAGES = (torch.uint8, torch.int8, *FLOATS, torch.float64)  # those of transformers' BitsAndBytesConfig
+
+
+def quantize_4bit(
+    weight: Float[Tensor, "out in"],
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = False,
+    *,
+    quant_storage: torch.dtype = torch.uint8,
+    compute_dtype: torch.dtype | None = None,
+) -> Quantized4bit:
+    """Quantize a weight to 4 bits: each block is rounded to 16 levels times its largest absolute value.
+
+    The bytes are those of bitsandbytes. Takes 4 bits per value, and 32 / `blocksize` bits for the statistics, or about
+    8 / `blocksize` with `double_quant`.
+
+    Args:
+        weight: (out, in), float16, bfloat16 or float32, finite.
+        quant_type: "nf4", levels at the quantiles of a normal distribution, or "fp4", a 4-bit float.
+        blocksize: Values that share a scale, one of `BLOCKSIZES`.
+        double_quant: Also quantize the scales to 8 bits (QLoRA's double quantization).
+        quant_storage: Dtype that the bytes are viewed as; it changes nothing else.
+        compute_dtype: Dtype of the product with `x`; None means the dtype of `x`.
+
+    Raises:
+        ValueError: If the weight is not 2-D, not finite, or of another dtype, or an option is unknown.
+
+    Example:
+        >>> import torch
+        >>> q = quantize_4bit(torch.linspace(-1, 1, 128).reshape(2, 64))
+        >>> q.shape, q.packed.shape, q.absmax
+        ((2, 64), torch.Size([64, 1]), tensor([1., 1.]))
+
+    Reference:
+        Section 3 of https://arxiv.org/abs/2305.14314 (QLoRA).
+    """
+    _check_weight(weight)
+    check_4bit_options(quant_type, blocksize, compute_dtype)
+    if quant_storage not in _STORAGES:
+        raise ValueError(f"quant_storage must be one of {_STORAGES}, got {quant_storage!r}.")
+    if quant_storage != torch.uint8 and weight.numel() % (2 * quant_storage.itemsize):
+        raise ValueError(
+            f"a weight {tuple(weight.shape)} does not fill whole elements of quant_storage={quant_storage}; "
+            "use torch.uint8."
+        )
+    packed, state = private.bitsandbytes().functional.quantize_4bit(
+        weight.detach().contiguous(),
+        blocksize=blocksize,
+        compress_statistics=double_quant,
+        quant_type=quant_type,
+        quant_storage=quant_storage,
+    )
+    nested = NestedStatistics(state.state2.absmax, state.state2.code, state.offset.float()) if double_quant else None
+    return Quantized4bit(
+        packed, state.absmax, nested, shape2(weight.shape), weight.dtype, quant_type, blocksize, compute_dtype
+    )
+
+
+def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) -> Quantized8bit:
+    """Quantize a weight to 8 bits: `codes = round(127 * weight / max|row|)` for each row.
+
+    The bytes are those of bitsandbytes, which rounds the weight to float16 first.
+
+    Args:
+        weight: (out, in), float16, bfloat16 or float32, finite also in float16 (below 65,504).
+        threshold: Stored for `quantized_linear(int8_activations=True)` and `to_bnb`; the codes do not depend on it.
+
+    Raises:
+        ValueError: If the weight is not 2-D, not finite in float16 or of another dtype, or the threshold negative.
+
+    Example:
+        >>> import torch
+        >>> q = quantize_8bit(torch.tensor([[1.0, -0.5], [0.0, 2.0]]))
+        >>> q.codes, q.scale
+        (tensor([[127, -64],
+                [  0, 127]], dtype=torch.int8), tensor([1., 2.]))
+
+    Reference:
+        Section 3 of https://arxiv.org/abs/2208.07339 (LLM.int8()).
+    """
+    _check_weight(weight)
+    if not 0 <= threshold < float("inf"):
+        raise ValueError(f"threshold must be at least 0 and finite (0 is none), got {threshold}.")
+    half = weight.detach().to(torch.float16).contiguous()
+    if half.device.type != "meta" and not half.isfinite().all():
+        raise ValueError("the weight overflows float16, through which 8-bit weights are rounded.")
+    codes, scale, _ = private.bnb_ops().int8_vectorwise_quant(half, 0.0)
+    return Quantized8bit(codes, scale, shape2(codes.shape), float(threshold))
+
+
+def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
+    """Return the dense weight of a quantized one.
+
+    Costs a pass over the packed weight and an (out, in) tensor. Not differentiable with respect to `q`.
+
+    Args:
+        q: A quantized weight.
+        dtype: Dtype of the result; None means the weight's dtype before it was quantized to 4 bits, and
+            float32 for 8 bits.
+
+    Raises:
+        ValueError: If `dtype` is not a floating-point one, or a 4-bit weight itself is to be differentiated.
+
+    Example:
+        >>> import torch
+        >>> dequantize(quantize_8bit(torch.tensor([[1.0, -0.5]])))
+        tensor([[ 1.0000, -0.5039]])
+    """
+    leaves, spec = flatten(q)
+    if dtype is None:
+        dtype = q.dtype if isinstance(q, Quantized4bit) else torch.float32
+    require_float("dtype", dtype)
+    if isinstance(q, Quantized4bit):
+        refuse_weight_derivative(any(map(is_differentiated, leaves)))
+    return dequantize_leaves(spec, leaves, dtype)
+
+
+def levels(q: Quantized4bit) -> Float[Tensor, "16"]:
+    """The 16 levels that the codes of a 4-bit weight index, in bitsandbytes' order.
+
+    Example:
+        >>> levels(quantize_4bit(torch.ones(1, 64)))[[0, 7, 15]]
+        tensor([-1.,  0.,  1.])
+    """
+    return private.bnb_levels(q.quant_type, q.packed.device)
+
+
+def unpack(q: Quantized4bit) -> tuple[UInt8[Tensor, "out in"], Float[Tensor, " blocks"]]:
+    """The codes of a 4-bit weight, one uint8 each, and its block scales, dequantized to float32.
+
+    Example:
+        >>> codes, absmax = unpack(quantize_4bit(torch.ones(1, 64)))
+        >>> codes.unique(), absmax
+        (tensor([15], dtype=torch.uint8), tensor([1.]))
+    """
+    pairs = q.packed.reshape(-1).view(torch.uint8)
+    codes = torch.stack([pairs >> 4, pairs & 15], dim=1).reshape(-1)[: q.shape[0] * q.shape[1]]
+    return codes.reshape(q.shape), _block_scales(q.absmax, *(q.nested or ()))
+
+
+def pack(q: Quantized4bit, codes: UInt8[Tensor, "out in"], absmax: Float[Tensor, " blocks"]) -> Quantized4bit:
+    """A weight of the same format with these codes and scales; the inverse of `unpack`.
+
+    The scales are stored in float32: double quantization would round away small changes of them.
+
+    Raises:
+        ValueError: If the shapes are not those of `q`.
+
+    Example:
+        >>> q = quantize_4bit(torch.linspace(-1, 1, 64)[None])
+        >>> torch.equal(pack(q, *unpack(q)).packed, q.packed)
+        True
+    """
+    flat = codes.reshape(-1)
+    if flat.numel() % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    packed = ((flat[0::2] << 4) | flat[1::2]).view(q.packed.dtype)[:, None]
+    new = dataclasses.replace(q, packed=packed, absmax=absmax.reshape(-1).contiguous(), nested=None)
+    validate(new)
+    return new
+
+
+def dequantize_leaves(spec: Spec, leaves: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "out in"]:
+    """`dequantize`, of the tensors and the specification that `flatten` gives."""
+    check_sizes(spec, leaves)
+    if isinstance(spec, Spec8bit):
+        codes, scale = leaves
+        # bitsandbytes' order of operations in training: the last bit depends on it.
+        return (codes.to(dtype) * (scale * (1.0 / 127.0))[:, None]).to(dtype)
+    packed, absmax, *nested = leaves
+    kernel_dtype = dtype if dtype in FLOATS else torch.float32
+    weight = private.bnb_ops().dequantize_4bit(
+        packed,
+        _block_scales(absmax, *nested),
+        spec.blocksize,
+        spec.quant_type,
+        _kernel_shape(spec.shape, spec.blocksize),
+        kernel_dtype,
+    )
+    return weight.reshape(spec.shape).to(dtype)
+
+
+def _kernel_shape(shape: tuple[int, int], blocksize: int) -> tuple[int, int]:
+    """The shape to dequantize in, which is only a row length to bitsandbytes' kernels.
+
+    On CPUs with AVX512, bitsandbytes 0.50 finds the scales row by row, and takes wrong ones where a block goes from one
+    row over into the next. Rows of one block each, or a single row, have no such blocks.
+    """
+    out_features, in_features = shape
+    if in_features % blocksize == 0:
+        return shape
+    values = out_features * in_features
+    return (values // blocksize, blocksize) if values % blocksize == 0 else (1, values)
+
+
+def _block_scales(absmax: Tensor, *nested: Tensor) -> Tensor:
+    if not nested:
+        return absmax
+    scale, code, offset = nested
+    return private.bnb_ops().dequantize_blockwise(absmax, scale, code, NESTED_BLOCKSIZE, torch.float32) + offset
+
+
+def _check_weight(weight: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"weight must be a tensor (out, in), got {type(weight).__name__}.")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight must be (out, in), both positive, got {tuple(weight.shape)}.")
+    if weight.dtype not in FLOATS:
+        raise ValueError(f"weight must be float16, bfloat16 or float32, got {weight.dtype}.")
+    if weight.device.type != "meta" and not weight.isfinite().all():
+        raise ValueError(f"weight {tuple(weight.shape)} has NaN or inf; one such value spoils its whole block.")
+
+
+def is_differentiated(leaf: Tensor) -> bool:
+    # bitsandbytes' kernel has no derivative, and torch would take it for zero.
+    if torch.compiler.is_compiling():
+        leaf = leaf.view_as(leaf)  # Dynamo (2.13) does not see that an argument of grad itself is differentiated
+    return leaf.requires_grad or forward_ad.unpack_dual(leaf).tangent is not None
+
+
+def refuse_weight_derivative(wanted: bool) -> None:
+    if wanted:
+        raise ValueError("a quantized weight is a constant: differentiate in x, the bias or an adapter.")
+
+
+# The formats that have a name, as the quantizer of each.
+QUANTIZERS: dict[str, Callable[[Tensor], Quantized]] = {
+    "nf4": partial(quantize_4bit, quant_type="nf4"),
+    "fp4": partial(quantize_4bit, quant_type="fp4"),
+    "int8": quantize_8bit,
+}
