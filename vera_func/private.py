@@ -6,7 +6,9 @@ that importing this module costs nothing and a missing name fails where it is ne
 
 import logging
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +62,56 @@ def tree_flatten_with_path(tree: Any) -> list[tuple[str, Any]]:
     from torch.utils import _pytree
 
     return [(_pytree.keystr(path), leaf) for path, leaf in _pytree.tree_flatten_with_path(tree)[0]]
+
+
+def watch_operations(run: Callable[[str, Callable[..., Any], tuple, dict[str, Any]], Any]) -> AbstractContextManager:
+    """A context in which `run(name, operation, args, kwargs)` stands for every operation on tensors below autograd.
+
+    torch documents this class in notes only.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            return run(func.overloadpacket.__name__, func, args, kwargs or {})
+
+    return Watch()
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """A context in which tensors have shapes and no values, so that a model runs without memory and arithmetic.
+
+    The compiler runs every model so; torch has no public name for it. What can't run is an exception, of which torch
+    need not tell standard error, too.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    thread = threading.get_ident()
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+
+    def others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(others)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        logger.removeFilter(others)
+
+
+def clear_hooks(module: nn.Module) -> None:
+    """Remove the hooks that were registered to see or change what a module gets and returns."""
+    module._forward_pre_hooks.clear()
+    module._forward_hooks.clear()
+
+
+def viewed_tensor(x: Tensor) -> Tensor | None:
+    """The tensor that `x` is a view of, or None."""
+    return x._base
 
 
 def unwrap(x: Tensor) -> Tensor:

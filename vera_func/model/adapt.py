@@ -25,6 +25,7 @@ from .apply import Apply, Root, Slot
 from .checkout import Trees
 from .config import VeraConfig
 from .layers import DenseLinear, Projections, QuantizedLinear, RowwiseAffine, has_rows, shell_class
+from .rows import path_in_model
 from .targets import layer_device, linear_sizes, peft_dtype, resolve, trained_with
 from .tree import copy_tree, frozen_alias, no_data_error, parameter_aliases, unwrap
 
@@ -253,6 +254,11 @@ def make_apply(
     for module in tree.modules():
         private.skip_fused_encoder_path(module)
     own, tied, offloaded = _parameter_slots(model, tree, trained)
+    paths = {id(module): path for path, module in tree.named_modules()}
+    for slot in (*slots.values(), *own.values()):
+        for name in slot.names if slot.rows else ():
+            layer: Any = tree.get_submodule(path_in_model(split_key(name)[0]))
+            layer.path, layer.projections = paths[id(layer)], projections
     return Apply(
         model,
         tuple(targets),

@@ -9,7 +9,7 @@ where nothing is adapted), puts the given tensors into it, and leaves it as it w
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +18,13 @@ from torch.func import functional_call
 
 from .. import private
 from ..core.autograd import SharedProduct
+from ..core.keys import MIXTURE, join_key, split_key
 from ..private import graph_task, tree_leaves, unwrap
 from ..quant.cpu_layout import fused_weight
 from .checkout import Method, Trees, bound_method
 from .layers import WITHOUT_CHECKPOINTING, Projections, QuantizedLinear
+from .rehearse import Axes
+from .rows import Plans, arrange
 from .tree import join_tensors, no_data_error, part_tensors
 
 
@@ -64,6 +67,8 @@ class Apply:
     trees: Trees
     int8_activations: bool = False
     generator: torch.Generator | None = None
+    row_axes: Axes = 0
+    plans: Plans = dataclasses.field(default_factory=Plans)
     # Second names of tied parameters, to the first; given beside it, such a name is a value of its own.
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     offloaded: frozenset[str] = frozenset()  # parameters that accelerate's hooks put in their places
@@ -75,13 +80,12 @@ class Apply:
     def generate(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """`model.generate(*args, **kwargs)` with the adapter, or with one adapter for each row of the batch.
 
-        transformers repeats rows for beam search and `num_return_sequences`: repeat the adapters, too, with
-        `select_adapters`; rows that do not match are an error.
+        transformers repeats rows for beam search and `num_return_sequences`; the adapters are repeated with them.
         """
         return self.method("generate", params, frozen, *args, **kwargs)
 
     def method(
-        self, name: Method, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any
+        self, name: Method, /, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any
     ) -> Any:
         """Any method of the model with the adapter: `apply.method("generate", params, frozen, ...)`.
 
@@ -90,18 +94,20 @@ class Apply:
         """
         if self.absent is not None:
             self._require_shapes_alone(params, frozen, args, kwargs)
-        tensors = self._bind(params, frozen)
+        tensors, lead = self._bind(params, frozen)
         if torch.compiler.is_compiling():
-            return self._traced(tensors, name, args, kwargs)
+            return self._traced(tensors, lead, name, args, kwargs)
         if self.trees.checkpoints:
             _require_no_gradients(tensors, args, kwargs)
-        shared = {
+        shared: dict[str, Any] = {
             "projections.product": SharedProduct(),
             "projections.generator": self.generator,
             "projections.call": graph_task(),
         }
         tree = self.trees.take()
         try:
+            if lead:
+                shared["projections.rows"] = arrange(self, tree.root, tensors, lead, name, args, kwargs)
             tree.bind(tensors | shared)
             return tree.run(name, args, kwargs)
         except RuntimeError as error:
@@ -125,6 +131,29 @@ class Apply:
             )
         return dataclasses.replace(self, generator=generator)
 
+    def with_row_axes(self, axes: Axes) -> "Apply":
+        """The same function for inputs whose rows are not along axis 0, such as (seq, rows, features).
+
+        Only an adapter for each row needs to know. Inputs that have another size along their axis are shared by all
+        rows.
+
+        Args:
+            axes: Axis of the rows in every argument, None for one that all rows share: one value for all, a sequence
+                for the positional arguments, or a mapping for keyword arguments; what it does not name is 0.
+
+        Raises:
+            ValueError: If `axes` is none of these.
+
+        Example:
+            >>> from vera_func import VeraConfig, adapt, stack_adapters
+            >>> apply, params, frozen, _ = adapt(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4, target_modules=["0"]))
+            >>> apply.with_row_axes(1)(stack_adapters([params] * 3), frozen, torch.ones(5, 3, 8)).shape
+            torch.Size([5, 3, 6])
+        """
+        if not (axes is None or isinstance(axes, int | Sequence | Mapping)) or isinstance(axes, str):
+            raise ValueError(f"axes must be an axis, None, or a sequence or mapping of these, got {axes!r}.")
+        return dataclasses.replace(self, row_axes=axes, plans=Plans())
+
     def with_fused_weights(self) -> "Apply":
         """The same function with a second copy of its 4-bit weights, for decoding in bfloat16 on a CPU.
 
@@ -147,7 +176,10 @@ class Apply:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, trees=Trees(part_tensors(state["trees"])))
 
-    def _bind(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _bind(
+        self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+        """The tensors to put into a tree, by their full names, and the rows of each key that has some."""
         slots = self.slots
         missing = [key for key, slot in slots.items() if slot.required and key not in params]
         unknown = [key for key in params if key not in slots]
@@ -158,35 +190,48 @@ class Apply:
             raise ValueError(_key_error(missing, unknown, slots))
         if frozen.keys() != {"vera_A", "vera_B"}:
             raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
+        lead: dict[str, tuple[int, ...]] = {}
         for key, value in params.items():
             names, shape, rows, _ = slots[key]
             if not isinstance(value, Tensor):
                 raise ValueError(f"{key!r} must be a tensor, got {type(value).__name__}.")
-            if value.shape != shape and not (rows and value.shape[value.dim() - len(shape) :] == shape):
-                expected = f"(*rows, {', '.join(map(str, shape))})" if rows else str(shape)
-                raise ValueError(f"{key!r} must be {expected}, got {tuple(value.shape)}.")
+            if value.shape != shape:
+                if not (rows and value.shape[value.dim() - len(shape) :] == shape):
+                    expected = f"(*rows, {', '.join(map(str, shape))})" if rows else str(shape)
+                    raise ValueError(f"{key!r} must be {expected}, got {tuple(value.shape)}.")
+                sums = join_key(split_key(key)[0], MIXTURE) in params  # the last axis is that of the terms
+                if batch := tuple(value.shape[: value.dim() - len(shape) - sums]):
+                    lead[key] = batch
             tensors.update(dict.fromkeys(names, value))
         for key in self.tied:
             if key in params:
                 tensors[slots[key].names[0]] = params[key]
         for key, value in frozen.items():
             tensors[f"projections.{key}"] = value
-        return tensors
+        return tensors, lead
 
     def _require_shapes_alone(self, *inputs: Any) -> None:
         if not all(leaf.is_meta for leaf in private.tree_leaves(inputs) if isinstance(leaf, Tensor)):
             raise ValueError(no_data_error(str(self.absent), "run"))
 
-    def _traced(self, tensors: dict[str, Tensor], name: Method, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _traced(
+        self,
+        tensors: dict[str, Tensor],
+        lead: dict[str, tuple[int, ...]],
+        name: Method,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> Any:
         # Dynamo can't follow a free list. It binds nothing to the tree that it traces, and sees by itself what products
         # have in common.
         root: Any = self.trees.root
         root.projections.generator = self.generator
         try:
+            root.projections.rows = arrange(self, root, tensors, lead, name, args, kwargs) if lead else {}
             return functional_call(root, self.trees.buffers() | tensors, (name, args, kwargs), tie_weights=False)
         finally:
-            root.projections.generator = None
+            root.projections.generator, root.projections.rows = None, {}
 
 
 class Root(nn.Module):

@@ -7,7 +7,7 @@ state dict. `shell_class` chooses the class from that of the base layer.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,12 @@ WITHOUT_CHECKPOINTING = (
 )
 
 
+class Turn(Protocol):
+    """How a layer is called whose rows are not in front; see `rows`."""
+
+    def around(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor: ...
+
+
 class Projections(nn.Module):
     """The shared pair as a module, so that many shells can hold one instance of it; not in any state dict.
 
@@ -48,6 +54,7 @@ class Projections(nn.Module):
         self.vera_A, self.vera_B = vera_A, vera_B
         self.product: Callable[[Tensor, Tensor], Tensor] = project
         self.generator: torch.Generator | None = None
+        self.rows: Mapping[str, Turn] = {}
         self.call: int | None = None
 
     def require_call(self) -> None:
@@ -91,6 +98,7 @@ class QuantizedLinear(nn.Module):
         self.fused: FusedWeight | None = None  # see `fused_weight`
         self.int8_activations = int8_activations
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        _is_no_place(self)
 
     @property
     def weight(self) -> Tensor:
@@ -98,6 +106,9 @@ class QuantizedLinear(nn.Module):
         return tree_leaves(self.quantized)[0]
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _turned(self, partial(self._multiply, bias=bias), x)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         bias = self.bias if bias is None else bias
         options: Any = {"int8_activations": self.int8_activations, "fused": self.fused}
         if bias is None or bias.dim() == 1:
@@ -217,11 +228,24 @@ class RowwiseAffine(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         _hold_own(self)
+        _is_no_place(self)
 
     weight, bias = _own_or_base("weight"), _own_or_base("bias")
 
     def forward(self, x: Tensor) -> Tensor:
-        return _base_fn(self)(contiguous_rows(x))
+        return _turned(self, _base_fn(self), contiguous_rows(x))
+
+
+def _turned(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`forward(x)`, which takes the rows in front, for an `x` that may have them elsewhere."""
+    turn = None if layer.projections is None else layer.projections.rows.get(layer.path)
+    return forward(x) if turn is None else turn.around(forward, x)
+
+
+def _is_no_place(layer: Any) -> None:
+    # Set by `adapt` where the layer may have parameters for each row: its name in the model, and what the tree shares.
+    layer.path = ""
+    layer.projections = None
 
 
 def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor], *, cast: bool = True) -> Tensor:
@@ -303,6 +327,7 @@ def _init(
     self.in_features, self.out_features, self.r = in_features, out_features, r
     self.vera_dropout = vera_dropout
     self.generator = None
+    self.path = ""
     self.projections = Projections(A, B)
     params = init_params(r, out_features, d_initial, device=A.device)
     self.lambda_b = nn.Parameter(params["lambda_b"])
@@ -311,6 +336,10 @@ def _init(
 
 
 def _forward(self: Any, x: Tensor) -> Tensor:
+    return _turned(self, partial(_adapted, self), x)
+
+
+def _adapted(self: Any, x: Tensor) -> Tensor:
     self.projections.require_call()
     params = {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d}
     if self.mixture is not None:

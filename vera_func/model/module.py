@@ -25,7 +25,7 @@ def adapted_module(adapted: Adapted) -> nn.Module:
         ['0.bias', '0.lambda_b', '0.lambda_d']
     """
     apply, params, frozen, _ = adapted
-    tensors = apply._bind(params, frozen)
+    tensors, _ = apply._bind(params, frozen)
     for key, value in params.items():
         if value.shape != apply.slots[key].shape:
             raise ValueError(f"{key!r} {tuple(value.shape)} is stacked; a module holds one adapter (unstack_adapters).")

@@ -4,6 +4,7 @@ vmap_adapters(apply)(stacked, frozen, x)  ==  torch.func.vmap(apply, (0, None, 0
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ..private import tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
+from .apply import Apply
 from .batch import Params, num_adapters
+from .rows import axes_of_outputs
 
 
 InDims: TypeAlias = int | Sequence[int | None] | Mapping[str, int | None] | None
@@ -121,21 +124,24 @@ def _fold(
     if size not in (None, 1):
         rows = {key: leaf.repeat_interleave(size, 0) for key, leaf in stacked.items()}
     args, kwargs = tree_unflatten(folded, spec)
+    # A model may return tensors whose rows are not in front; of other functions it is asked to.
+    total = n if size is None else n * size
+    known = axes_of_outputs(apply, args, kwargs, total) if isinstance(apply, Apply) and total > 1 else []
     out = apply(rows, frozen, *args, **kwargs)
     flat, out_spec = tree_flatten(out)
-    return tree_unflatten([_unfold(out, leaf, n, size) for leaf in flat], out_spec)
+    axes = itertools.chain(known, itertools.repeat(0))
+    unfolded = [_unfold(out, x, n, size, next(axes)) if isinstance(x, Tensor) else x for x in flat]
+    return tree_unflatten(unfolded, out_spec)
 
 
-def _unfold(out: Any, leaf: Any, n: int, size: int | None) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
+def _unfold(out: Any, x: Tensor, n: int, size: int | None, axis: int | None) -> Tensor:
     rows = n if size is None else n * size
-    if leaf.dim() == 0 or leaf.shape[0] != rows:
+    if axis is None or x.dim() <= axis or x.shape[axis] != rows:
         raise ValueError(
-            f"output{_place(out, leaf)} {tuple(leaf.shape)} has no axis of {rows} rows, so it mixes adapters. Return "
+            f"output{_place(out, x)} {tuple(x.shape)} has no axis of {rows} rows, so it mixes adapters. Return "
             "what has one (logits rather than a mean loss), or use torch.func.vmap."
         )
-    return leaf if size is None else leaf.unflatten(0, (n, size))
+    return (x if size is None else x.unflatten(axis, (n, size))).movedim(axis, 0)
 
 
 def _place(tree: Any, leaf: Any) -> str:

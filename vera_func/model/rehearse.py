@@ -1,0 +1,326 @@
+"""A run of a copy of the model with another number of rows, to see where its layers have them; see `rows`.
+
+The rehearsal runs on the call's own values: rows are repeated in turn up to the wanted number, so that whatever the
+model looks at is there. Linear layers are replaced by stand-ins that cost nothing, and hooks are left out. Inside of
+transforms and under the compiler values are not to be had, and ones take their place. Inputs that would take much
+memory are replaced by tensors without values, as the compiler does; what can't run on those (routing that depends on
+data) runs on values whatever it takes.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..core.keys import join_key
+from ..private import clear_hooks, fake_tensors, tree_leaves, unwrap, watch_operations
+from .checkout import bound_method
+from .follow import NOWHERE, Follower, Place, mark, place_of
+from .layers import DenseLinear, Linear, Linear4bit, Linear8bitLt, QuantizedLinear, RowwiseAffine
+from .targets import is_conv1d, linear_sizes
+
+
+Axes: TypeAlias = int | Sequence[int | None] | Mapping[str, int | None] | None
+# A rehearsal of more numbers than this runs on tensors without values, which is slower for small models.
+LARGE = 2**26
+_STATISTICS = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+ALONE = "Run one adapter at a time, or map over adapters and rows with torch.func.vmap."
+
+
+class Layout(NamedTuple):
+    """Where a layer's input has the rows: along `axis`, each of them once, or a block of entries if `blocks`."""
+
+    axis: int
+    dim: int
+    blocks: bool
+
+
+class Refusal(NamedTuple):
+    """Why a layer can't have an adapter for each row; `called` is False for a layer that no rehearsal called."""
+
+    reason: str
+    called: bool = True
+
+
+class Seen(NamedTuple):
+    """Where the rows are in what layers get, by their paths, and in the tensors that the call returns."""
+
+    layers: dict[str, Layout | Refusal]
+    outputs: list[Layout | Refusal]
+
+
+class _TooLarge(Exception):
+    pass
+
+
+def rehearse(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], count: int) -> Seen:
+    """Where the rows are in a call with these arguments.
+
+    Args:
+        apply: The `Apply` that is called.
+        what: The path of a module, its method, and a number to add to the axes of the rows.
+        args: The arguments.
+        kwargs: The keyword arguments.
+        count: How many rows there are.
+
+    Raises:
+        ValueError: If the model can't be run with other numbers of rows, or takes statistics over them.
+    """
+    root = apply.trees.root
+    for module in root.modules():
+        if isinstance(module, _STATISTICS) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"a {type(module).__name__} in training mode takes its statistics over all rows, which mixes their "
+                "adapters. Run one adapter at a time, or adapt the model in eval mode."
+            )
+    inputs = [tensor for value in (*args, *kwargs.values()) for tensor in tensors_in(value)]
+    call = _Call(apply, what, args, kwargs, count, inputs)
+    sizes = {size for tensor in (*inputs, *root.parameters()) for size in tensor.shape if size}
+    primes = [p for p in (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43) if all(size % p for size in sizes)]
+    runs: list[Seen] = []
+    # A new thread has none of the caller's transforms, modes and contexts.
+    with ThreadPoolExecutor(1) as thread:
+        for rows in [*primes, 7, 11, 13][:3]:
+            runs.append(_first_that_runs(thread, call, rows))
+            refused = any(isinstance(where, Refusal) and where.called for run in runs for where in run.layers.values())
+            if len(runs) == 2 and runs[0] == runs[1] and not refused:
+                break
+    layers = {path: _confirmed([run.layers[path] for run in runs]) for path in runs[0].layers}
+    return Seen(layers, [_confirmed(list(found)) for found in zip(*(run.outputs for run in runs), strict=False)])
+
+
+def _confirmed(found: list[Layout | Refusal]) -> Layout | Refusal:
+    """What at least two rehearsals agree on."""
+    layouts = [where for where in found if isinstance(where, Layout) and found.count(where) > 1]
+    refusals = [where for where in found if isinstance(where, Refusal)]
+    return (layouts or refusals or [Refusal("has its rows in no fixed place.")])[0]
+
+
+def _first_that_runs(thread: ThreadPoolExecutor, call: "_Call", rows: int) -> Seen:
+    """A rehearsal under the first reading of the inputs under which the model runs.
+
+    What is as long as there are rows need not be rows: positions (seq,), a mask (seq, seq). If it is read wrongly, the
+    model can't run with other numbers of rows than positions.
+    """
+    first: Exception | None = None
+    for reading in range(3):
+        if reading and not any(call.is_doubtful(tensor, reading) for tensor in call.inputs):
+            continue
+        for fake, limit in ((False, LARGE), (True, None), (False, None)):
+            try:
+                return thread.submit(_Rehearsal(call, rows, reading, fake, limit).run).result()
+            except _TooLarge:
+                continue
+            except Exception as error:
+                first = first or (None if fake else error)
+                if not fake:
+                    break
+    raise ValueError(
+        "an adapter for each row needs to know where each layer has the rows, for which the model is run with other "
+        f"numbers of rows, and that failed: {type(first).__name__}: {first}. {ALONE} If the rows are not axis 0 of "
+        "every input that has as many entries there, say so with apply.with_row_axes."
+    ) from first
+
+
+class _Call:
+    """What is rehearsed, and the state of the caller's thread that belongs to it."""
+
+    def __init__(
+        self, apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], count: int, inputs: list[Tensor]
+    ) -> None:
+        self.apply, self.args, self.kwargs, self.count, self.inputs = apply, args, kwargs, count, inputs
+        self.path, self.method, self.shift = what
+        devices = {tensor.device for tensor in (*inputs, *apply.model.parameters())}
+        self.cuda = [device.index for device in devices if device.type == "cuda"]
+        types = {device.type for device in devices if device.type != "meta"}
+        self.autocasts = [(kind, torch.get_autocast_dtype(kind)) for kind in types if torch.is_autocast_enabled(kind)]
+
+    def is_doubtful(self, tensor: Tensor, reading: int) -> bool:
+        """Whether a tensor that is as long as there are rows is shared by all under a reading."""
+        if reading == 0 or tensor is self.inputs[0] or not tensor.dim():
+            return False
+        return tensor.shape == (self.count,) or (reading == 2 and list(tensor.shape).count(self.count) > 1)
+
+
+class _Rehearsal:
+    """One run of a copy of the model with another number of rows."""
+
+    def __init__(self, call: _Call, rows: int, reading: int, fake: bool, limit: int | None) -> None:
+        self.call, self.rows, self.reading, self.fake, self.limit = call, rows, reading, fake, limit
+        self.paths: list[str] = []
+        self.seen: dict[str, list[Layout | Refusal]] = {}
+        self.numbers, self.width = 0, 1
+
+    def run(self) -> Seen:
+        """Where the rows were."""
+        call = self.call
+        tree = call.apply.trees.take()
+        try:
+            tree.bind({})
+            self._prepare(tree.root)
+            method = bound_method(tree.root.get_submodule(join_key("model", call.path)), call.method)
+            with contextlib.ExitStack() as contexts:
+                contexts.enter_context(torch.random.fork_rng(call.cuda))
+                contexts.enter_context(torch.no_grad())
+                for device_type, dtype in call.autocasts:
+                    contexts.enter_context(torch.autocast(device_type, dtype))
+                if self.fake:
+                    contexts.enter_context(fake_tensors())
+                axes = functools.partial(axis_of, call.apply.row_axes, shift=call.shift)
+                memo: dict[int, Any] = {}
+                args = tuple(self._copy(value, axes(i), memo) for i, value in enumerate(call.args))
+                kwargs = {name: self._copy(value, axes(name), memo) for name, value in call.kwargs.items()}
+                contexts.enter_context(watch_operations(Follower(self.rows)))
+                outputs = tree_leaves(method(*args, **kwargs))
+        finally:
+            call.apply.trees.give(tree)
+        uncalled = Refusal("was not called when the model was rehearsed, so that its rows are not known.", called=False)
+        layers = {path: _agreed(self.seen.get(path, [uncalled])) for path in self.paths}
+        return Seen(layers, [self._where(x, x.dim()) for x in outputs if isinstance(x, Tensor)])
+
+    def _prepare(self, tree: nn.Module) -> None:
+        """Put stand-ins in the place of linear layers, which note what they get."""
+        module: Any
+        for module in tree.modules():
+            clear_hooks(module)  # they are not to see this
+            module.training = False  # nothing is dropped at random
+            path = module.path if _is_ours(module) and module.projections is not None else None
+            width = _width(module)
+            self.width = max(self.width, width or 1)
+            if path is not None:
+                self.paths.append(path)
+            if width is not None or path is not None:
+                module.forward = functools.partial(self._stand_in, path, width, module.forward)
+
+    def _stand_in(self, path: str | None, width: int | None, forward: Callable[..., Any], x: Tensor) -> Tensor:
+        if path is not None:
+            self.seen.setdefault(path, []).append(self._where(x, x.dim() - 1))
+        if width is None:
+            return forward(x)
+        return x.new_zeros((*x.shape[:-1], width)) + x.mean(-1, keepdim=True)
+
+    def _where(self, x: Tensor, dims: int) -> Layout | Refusal:
+        """Where a tensor has the rows, which must be among its first `dims` axes."""
+        place, rows, shape = place_of(x), self.rows, tuple(x.shape)
+        if place is None:  # a constant, such as learned queries expanded to all rows
+            axes = [axis for axis in range(dims) if shape[axis] == rows]
+            place = Place(axes[0], 1) if len(axes) == 1 else NOWHERE
+        if place is NOWHERE:
+            return Refusal(f"reads {shape}, which has no axis of rows, as a table that all rows share.")
+        if not 0 <= place.axis < dims:
+            return Refusal("reads rows in an order that depends on the data, as experts that get tokens do.")
+        if shape[place.axis] == rows:
+            return Layout(place.axis, x.dim(), False)
+        if place.inner is not None and place.inner * rows == shape[place.axis]:
+            return Layout(place.axis, x.dim(), True)
+        return Refusal(f"reads rows that are spread over axis {place.axis} of {shape} in an order of its own.")
+
+    def _copy(self, value: Any, axis: int | None, memo: dict[int, Any]) -> Any:
+        """A copy of an argument, with this rehearsal's rows in all tensors in it."""
+        for tensor in tensors_in(value):
+            if id(tensor) not in memo:
+                memo[id(tensor)] = self._resized(tensor, axis)
+        try:
+            with _Resize(functools.partial(self._resized, axis=axis)):
+                return copy.deepcopy(value, memo)
+        except TypeError:  # what can't be copied, such as a lock, is shared
+            if type(value) is dict:
+                return {key: self._copy(item, axis, memo) for key, item in value.items()}
+            if type(value) in (list, tuple):
+                return type(value)([self._copy(item, axis, memo) for item in value])
+            return value
+
+    def _resized(self, tensor: Tensor, axis: int | None) -> Tensor:
+        count = self.call.count
+        rows = has_rows(tensor.shape, count, axis) and not self.call.is_doubtful(tensor, self.reading)
+        shape = list(tensor.shape)
+        if rows and axis is not None:
+            shape[axis] = self.rows
+        if self.fake:
+            new = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+        else:
+            self.numbers += torch.Size(shape).numel() * (1 if tensor.is_floating_point() else self.width)
+            if self.limit is not None and self.numbers > self.limit:
+                raise _TooLarge
+            if unwrap(tensor) is not tensor or type(tensor) not in (Tensor, nn.Parameter):
+                new = torch.ones(shape, dtype=tensor.dtype, device=tensor.device)  # values exist inside transforms only
+            elif rows and axis is not None:
+                new = tensor.detach().index_select(axis, torch.arange(self.rows, device=tensor.device) % count)
+            else:
+                new = tensor.detach().clone()
+        mark(new, Place((axis or 0) % tensor.dim(), 1) if rows else NOWHERE)
+        return new
+
+
+class _Resize(TorchFunctionMode):
+    """`copy.deepcopy` of tensors by a function."""
+
+    def __init__(self, resized: Callable[[Tensor], Tensor]) -> None:
+        self.resized = resized
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__:
+            return self.resized(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _agreed(found: list[Layout | Refusal]) -> Layout | Refusal:
+    refusals = [where for where in found if isinstance(where, Refusal)]
+    if refusals:
+        return refusals[0]
+    return found[0] if found.count(found[0]) == len(found) else Refusal("has its rows along other axes at each call.")
+
+
+def _width(module: Any) -> int | None:
+    """The number of outputs of a linear layer of the tree; None for any other module."""
+    if isinstance(module, QuantizedLinear):
+        return module.quantized.shape[0]
+    if isinstance(module, RowwiseAffine):
+        return _width(module.base_layer)
+    if _is_ours(module):
+        return module.out_features
+    if type(module) not in (nn.Linear, DenseLinear) and not is_conv1d(module):
+        return None
+    return (linear_sizes(module) or (0, 0))[1]
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedLinear | RowwiseAffine | Linear | Linear4bit | Linear8bitLt)
+
+
+def has_rows(shape: Sequence[int], count: int, axis: int | None) -> bool:
+    """Whether a tensor of this shape is as long as there are rows, along their axis."""
+    return axis is not None and -len(shape) <= axis < len(shape) and are_equal(shape[axis], count)
+
+
+def are_equal(a: int, b: int) -> bool:
+    """`a == b` as a constant, also where the compiler has symbols for sizes."""
+    if a == b:  # noqa: SIM103  (the branch makes a constant of a symbol)
+        return True
+    return False
+
+
+def axis_of(axes: Axes, name: int | str, shift: int = 0) -> int | None:
+    """The axis of the rows in one argument, by its position or name."""
+    if isinstance(axes, Mapping):
+        axis = axes.get(name, 0) if isinstance(name, str) else 0
+    elif isinstance(axes, Sequence):
+        axis = axes[name] if isinstance(name, int) and name < len(axes) else 0
+    else:
+        axis = axes
+    return None if axis is None else axis + shift
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
