@@ -151,6 +151,18 @@ def test_an_override_of_a_layer_that_is_adapted():
     assert report.size == pytest.approx(size.item(), rel=1e-5)
 
 
+def test_a_key_that_apply_refuses():
+    """A second name of a shared layer, and a packed weight."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"first": nn.Linear(7, 7), "other": nn.Linear(7, 7)})
+    model["second"] = model["first"]
+    model["packed"] = vf.to_bnb(vf.quantize_8bit(torch.ones(7, 7)))
+    adapted = vf.adapt(model, vf.VeraConfig(r=3, target_modules=["other"]))
+    for key, message in (("second.weight", "no parameter of the model"), ("packed.weight", "a Int8Params and can't")):
+        with pytest.raises(ValueError, match=rf"'{key}', which is {message}"):
+            vf.merge(model, adapted.params | {key: torch.ones(7, 7)}, adapted.frozen)
+
+
 class Scaled(nn.Linear):
     """A float8 layer that multiplies its weight by a scale, as transformers' FP8Linear does."""
 

@@ -15,7 +15,7 @@ from ..core.keys import join_key, own_parameters, split_key
 from ..model.adapt import Adapted
 from ..model.convert import Format, check_format
 from ..model.describe import describe_dtype, describe_quantization, describe_ties
-from ..model.targets import adapted_layers, is_conv1d, linear_sizes
+from ..model.targets import adapted_layers, held_parameters, is_conv1d, linear_sizes
 from ..model.tree import copy_with_weights, parameter_aliases, require_weights, unwrap
 from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.quantize import QUANTIZERS, dequantize
@@ -73,7 +73,8 @@ def merge(
             f"{odd[0]!r} can't be merged into {to}: a {type(model).__name__} keeps it in float32, and reads its dtype. "
             "Merge to a dtype, or keep each layer's format (to=None)."
         )
-    own = {key: _checked_parameter(model, key, params[key]) for key in own_parameters(params)}
+    parameters = dict(held_parameters(model))
+    own = {key: _checked_parameter(parameters, key, params[key]) for key in own_parameters(params)}
     require_weights(model, "merge")
     if isinstance(to, torch.dtype):
         for name, module in model.named_modules():
@@ -201,12 +202,13 @@ def _merged_weight(
     return QUANTIZERS[to](merge_dense(base, vectors, frozen, torch.float32))
 
 
-def _checked_parameter(model: nn.Module, key: str, value: Tensor) -> Tensor:
+def _checked_parameter(parameters: Mapping[str, nn.Parameter], key: str, value: Tensor) -> Tensor:
     """The value of one of the model's own parameters, in its dtype."""
-    try:
-        own = model.get_parameter(key)
-    except AttributeError as error:
-        raise ValueError(f"params has {key!r}, which is no parameter of the model.") from error
+    if key not in parameters:
+        raise ValueError(f"params has {key!r}, which is no parameter of the model.")
+    own = parameters[key]
+    if type(own) is not nn.Parameter:
+        raise ValueError(f"params has {key!r}, which is a {type(own).__name__} and can't be given another value.")
     if own.shape != value.shape:
         raise ValueError(f"{key!r} must be {tuple(own.shape)}, got {tuple(value.shape)}.")
     return value.detach().to(own)

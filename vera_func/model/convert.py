@@ -68,20 +68,18 @@ def check_format(to: Format | None) -> None:
 def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) -> Model:
     """A copy of a model whose `nn.Linear`s are bitsandbytes modules; all other tensors are shared.
 
-    The model itself stays as it is, and so do linears that are bitsandbytes' already. Layers that would compute
-    something else stay dense: a subclass that does not compute `x Wᵀ + b`, a weight that is computed (weight_norm), the
-    output layer of an `nn.MultiheadAttention`, which is read and never called. bitsandbytes can't quantize the weights
-    of several layers in one 3-D parameter (the fused experts of Mixtral, Qwen-MoE or gpt-oss in transformers 5); a
-    warning says how much that is. transformers' `save_pretrained` writes the result and `from_pretrained` reads it
-    back.
+    The model itself stays as it is, and layers that are already bitsandbytes modules stay as well. These stay dense:
+    subclasses of `nn.Linear` that do not compute `x Wᵀ + b`, layers that compute their weight (weight_norm), and the
+    output layer of `nn.MultiheadAttention`, which is never called. bitsandbytes can't quantize 3-D parameters (the
+    fused experts of Mixtral, Qwen-MoE or gpt-oss in transformers 5); a warning gives their share. `save_pretrained` of
+    transformers writes the result, and `from_pretrained` reads it.
 
     Args:
         model: Any module.
         quant: "nf4", "fp4" or "int8".
-        skip: Names, or ends of names, of modules to leave as they are, with all that is in them. None is what
-            transformers leaves dense, and heads that are trained as a rule: weights that are tied, output embeddings,
-            `lm_head`, `classifier`, `score`, `qa_outputs`, and what the model's class keeps in float32, such as T5's
-            `wo`, whose dtype it looks at.
+        skip: Names, or ends of names, of modules to leave dense, with all modules in them. None: what transformers
+            leaves dense (tied weights, output embeddings, a last layer without bias, layers that the model's class
+            keeps in float32, such as T5's `wo`) and the heads `lm_head`, `classifier`, `score` and `qa_outputs`.
 
     Raises:
         ValueError: If nothing was quantized, the format is unknown, or the model is offloaded or wrapped by PEFT.
@@ -151,12 +149,12 @@ def quantizable_layers(model: nn.Module, skip: Sequence[str] | None = None) -> d
 
 
 class DenseShare(NamedTuple):
-    """How much of a model is not quantized.
+    """The share of a model that is not quantized.
 
     Attributes:
         total: Share of all weights that stays dense.
-        fused: Share of all weights that is in 3-D parameters: the weights of several layers, such as fused experts.
-        names: Names of the latter.
+        fused: Share of all weights that is in 3-D parameters, such as fused experts.
+        names: Names of the 3-D parameters.
     """
 
     total: float
@@ -165,11 +163,11 @@ class DenseShare(NamedTuple):
 
 
 def dense_share(model: nn.Module, layers: Mapping[str, nn.Module]) -> DenseShare:
-    """How much of a model stays dense where only these layers are quantized, or are already.
+    """The share of a model that stays dense if these layers are quantized.
 
     Args:
-        model: Any module.
-        layers: By name, as from `quantizable_layers`.
+        model: Any module; its bitsandbytes layers count as quantized.
+        layers: Layers by name, as from `quantizable_layers`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 2, bias=False))
@@ -197,7 +195,7 @@ def dense_share(model: nn.Module, layers: Mapping[str, nn.Module]) -> DenseShare
 
 
 def _is_plain(layer: nn.Linear) -> bool:
-    """Whether a layer holds its weight and multiplies by it; a subclass may scale, say, what it computes."""
+    """Whether a layer computes `x Wᵀ + b` with its own weight; a subclass may scale its output."""
     if "weight" not in dict(layer.named_parameters(recurse=False)):
         return False
     if type(layer).forward is nn.Linear.forward or layer.weight.is_meta:

@@ -1,6 +1,6 @@
-"""What the configuration of a transformers model says of its weights, after they have changed.
+"""Update the configuration of a transformers model after its weights have changed.
 
-`save_pretrained` writes the configuration beside the weights, and `from_pretrained` believes it.
+`save_pretrained` writes the configuration beside the weights, and `from_pretrained` relies on it.
 """
 
 import re
@@ -17,19 +17,20 @@ from ..quant.value import Quantized4bit
 from .targets import linear_sizes
 
 
-# Models of T5's family scale their outputs where `tie_word_embeddings` is true, whatever is tied. With it and two
-# different weights in a file, transformers does not tie them.
+# Models of T5's family also scale their outputs if `tie_word_embeddings` is true, so it has to stay true. transformers
+# does not tie two weights that are both in the file and differ.
 _SCALED_IF_TIED = ("t5", "mt5", "umt5", "longt5", "pop2piano", "switch_transformers", "udop")
 
 
 def describe_ties(model: nn.Module) -> None:
-    """Set `tie_word_embeddings` to False where tied weights differ now; weights that are still one become two then.
+    """Set `tie_word_embeddings` to False if weights that the model's class ties differ.
 
-    transformers ties all that its class names or nothing, and leaves out of a file what it would tie, so that a bias
-    that is still tied would be missing. Models that are not transformers' stay as they are.
+    The model's remaining ties are removed as well, each parameter becoming a copy: `save_pretrained` omits tied
+    parameters, and with the flag off `from_pretrained` would not restore them. Other models than transformers' are left
+    as they are.
 
     Args:
-        model: Is changed: its configuration, and which of its parameters are one.
+        model: Changed in place.
 
     Example:
         >>> describe_ties(nn.Linear(2, 3))
@@ -51,16 +52,16 @@ def describe_ties(model: nn.Module) -> None:
 
 
 def describe_dtype(model: Any, dtype: torch.dtype) -> None:
-    """Make the configuration say that the model is dense, in this dtype."""
+    """Set the configuration of a dense model in this dtype."""
     private.forget_quantization(model)
     model.config.dtype = dtype
 
 
 def describe_quantization(model: Any) -> None:
-    """Make the configuration say in which format the layers are quantized, and which are not.
+    """Set `quantization_config`: the format of the quantized layers, and the list of the dense ones.
 
     Args:
-        model: A transformers model; where nothing is quantized, it stays as it is.
+        model: A transformers model, changed in place; left as it is if no layer is quantized.
     """
     linears = [(name, module) for name, module in model.named_modules() if linear_sizes(module) is not None]
     quantized = [name for name, module in linears if is_bnb_linear(module)]
@@ -86,9 +87,9 @@ def describe_quantization(model: Any) -> None:
 def skip_list(dense: Sequence[str], quantized: Sequence[str]) -> list[str]:
     """transformers' `llm_int8_skip_modules` for the dense layers of a model.
 
-    transformers matches a name with the ends of others, and, as a regular expression, with their beginnings (5.0:
-    wherever these end). Where a name would take quantized layers along, it becomes an expression for itself alone.
-    Others stay plain, because other readers compare them.
+    An entry matches every layer whose name ends with it, or begins with it as a regular expression. A name that would
+    match a quantized layer is written as an anchored expression. Other names stay plain, because other readers compare
+    names.
 
     Args:
         dense: Names of the layers that are not quantized.
@@ -99,17 +100,17 @@ def skip_list(dense: Sequence[str], quantized: Sequence[str]) -> list[str]:
         ['lm_head', '^classifier$']
     """
 
-    def takes_along(name: str) -> bool:
+    def is_ambiguous(name: str) -> bool:
         try:
             return any(other.endswith(name) or re.match(name, other) for other in quantized)
         except re.error:  # a name may hold any character but a dot
             return True
 
-    return [f"^{re.escape(name)}$" if takes_along(name) else name for name in dense]
+    return [f"^{re.escape(name)}$" if is_ambiguous(name) else name for name in dense]
 
 
 def _separate(part: nn.Module, name: str, seen: dict[tuple[int, str], Tensor | None]) -> None:
-    """Make a parameter a copy of its own if it is one with that of another place."""
+    """Replace a parameter by a copy if another place in `seen` has the same one."""
     owner, leaf = split_key(name)
     value, place = _get(part, name), (id(part.get_submodule(owner)), leaf)
     if place in seen:

@@ -1,4 +1,4 @@
-"""Module trees: what is below wrappers, what has no data, and copies in which some modules are replaced."""
+"""Module trees: remove wrappers, check that weights are in memory, and copy a tree with some modules replaced."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -20,15 +20,15 @@ Model = TypeVar("Model", bound=nn.Module)
 def unwrap(model: Model) -> Model:
     """The model without the wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel`.
 
-    A wrapper gives every module below it another name, under which nothing would find an adapter again. One around the
-    whole model is passed by. Where parts of a model are wrapped, the modules above them are copied; everything else is
-    the model's own.
+    A wrapper adds a prefix to the name of every module below it, and an adapter saved under such names would not load.
+    If parts of the model are wrapped, the modules that contain them are copied. All other modules and all parameters
+    are shared with the model.
 
     Args:
         model: Stays as it is.
 
     Raises:
-        ValueError: If it is no module, or PEFT has wrapped it or put layers into it.
+        ValueError: If it is not a module, or contains modules of PEFT.
 
     Example:
         >>> model = nn.Linear(2, 3)
@@ -55,11 +55,11 @@ def unwrap(model: Model) -> Model:
 
 
 def require_weights(model: nn.Module, verb: str) -> None:
-    """Refuse a model of which some weights are not in memory, but offloaded.
+    """Raise if some of the model's weights are offloaded.
 
     Args:
-        model: Any module. One that is wholly on the meta device, for its shapes, passes.
-        verb: What can't be done with it, for the message.
+        model: Any module. A model that is entirely on the meta device is accepted: it stands for shapes only.
+        verb: The operation that needs the weights, for the message.
 
     Raises:
         ValueError: If a weight has no data.
@@ -75,7 +75,7 @@ def require_weights(model: nn.Module, verb: str) -> None:
 
 
 def no_data_error(name: str, verb: str) -> str:
-    """The message that a parameter has no data."""
+    """The error message for a parameter without data."""
     return (
         f"{name!r} is on the meta device and has no data: it is offloaded, or was never loaded. To {verb} the model, "
         "load it into memory, for instance with device_map={'': 'cpu'}."
@@ -87,13 +87,13 @@ def copy_tree(
 ) -> nn.Module:
     """A copy of a module tree in which some modules are replaced.
 
-    What takes the place of a module gets its training mode.
+    A replacement gets the training mode of the module that it replaces.
 
     Args:
         model: Stays as it is.
-        replace: The name and the module to what takes its place, or to None for a copy.
-        memo: As for `copy.deepcopy`, from the id of an object to what stands for it in the copy; what maps to itself
-            is shared. `replace` may copy modules with it, too.
+        replace: Takes a name and a module, and returns the replacement, or None for a copy.
+        memo: As for `copy.deepcopy`: from the id of an object to the object used in the copy; an object that maps to
+            itself is shared. Entries are added, so that `replace` can copy modules with the same memo.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
@@ -171,14 +171,14 @@ def part_tensors(root: nn.Module) -> nn.Module:
 
 
 def parameter_aliases(model: nn.Module, trained: Sequence[str]) -> dict[str, list[str]]:
-    """The key of each parameter, and all its names, of which a tied one has several.
+    """All names of each parameter, by its key; a tied parameter has several names.
 
-    A weight that is trained whole is a copy of its own, as in PEFT: training a head unties it from the embeddings,
-    which keep their values. A bias stays tied.
+    Training a tied head unties it, as in PEFT; the embedding keeps its values. A bias stays tied.
 
     Args:
         model: Any module.
-        trained: Names of the parameters that are trained; the key of one is the name given here, of others the first.
+        trained: Names of the parameters that are trained. These names are their keys; the key of any other parameter is
+            its first name.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3, bias=False))
@@ -212,7 +212,7 @@ def _memory(tensor: Tensor) -> tuple:
 
 
 def _beside_the_weights(model: nn.Module) -> dict[int, Any]:
-    """A memo of what would be copied for nothing, or can't be: offloaded weights, and weights that a hook computes."""
+    """A memo for offloaded weights, which are shared, and for weights that a hook computes, which can't be copied."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         if (hook := private.offload_hook(module)) is not None:
