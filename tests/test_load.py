@@ -22,6 +22,7 @@ from helpers import TARGETS, llama, quantized, randomized
 
 SECONDS = float(os.environ.get("VERA_FUNC_SECONDS", "2"))
 IDS = torch.arange(20).reshape(2, 10) + 3
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 
 
 def resident():
@@ -30,27 +31,10 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_threads_give_what_one_gives(tmp_path):
-    """Four threads over one quantized base: forwards, gradients, mixed batches, saving and loading."""
-    base = quantized(llama(), "nested")
-    config = vf.VeraConfig(r=8, target_modules=TARGETS["llama"])
-    adapted = vf.adapt(base, config)
-    adapters = [randomized(adapted.params, seed, 0.3) for seed in range(8)]
-    stacked = vf.stack_adapters(adapters)
-
-    def work(i, folder):
-        """Everything that thread `i` does in a round."""
-        apply, params = adapted.apply, adapters[i]
-        logits = lambda p: apply(p, adapted.frozen, input_ids=IDS).logits
-        gradient = grad(lambda p: logits(p).square().mean())(params)
-        rows = vf.select_adapters(stacked, [i, (i + 3) % 8])
-        vf.save_adapter(folder, params, *adapted[2:])
-        loaded = vf.load_adapter(folder, base)
-        again = loaded.apply(loaded.params, loaded.frozen, input_ids=IDS).logits
-        return [logits(params), *gradient.values(), logits(rows), again]
-
+def run_in_threads(work):
+    """Let four threads do `work(i, thread)` for eight `i` over and over; it must give what it gives alone."""
     with torch.no_grad():
-        alone = [work(i, tmp_path / f"alone {i}") for i in range(8)]
+        alone = [work(i, "alone") for i in range(8)]
         assert not torch.equal(alone[0][0], alone[1][0])
     end, wrong, rounds, samples = time.monotonic() + SECONDS, [], [0] * 4, []
 
@@ -59,7 +43,7 @@ def test_threads_give_what_one_gives(tmp_path):
             with torch.no_grad():
                 while time.monotonic() < end or rounds[thread] < 2:
                     i = (2 * thread + rounds[thread]) % 8
-                    found = work(i, tmp_path / f"thread {thread}")
+                    found = work(i, thread)
                     wrong.extend(
                         (i, k) for k, (a, b) in enumerate(zip(found, alone[i], strict=True)) if not torch.equal(a, b)
                     )
@@ -83,6 +67,64 @@ def test_threads_give_what_one_gives(tmp_path):
     growth = max(settled[half:]) / max(settled[:half]) - 1 if half else 0.0
     print(f"{sum(rounds)} rounds of 4 threads in {SECONDS:g} s: no difference; memory {growth:+.2%}")
     assert growth < (0.01 if SECONDS >= 30 else 0.05)
+
+
+def test_threads_give_what_one_gives(tmp_path):
+    """Four threads over one quantized base: forwards, gradients, mixed batches, saving and loading."""
+    base = quantized(llama(), "nested")
+    config = vf.VeraConfig(r=8, target_modules=TARGETS["llama"])
+    adapted = vf.adapt(base, config)
+    adapters = [randomized(adapted.params, seed, 0.3) for seed in range(8)]
+    stacked = vf.stack_adapters(adapters)
+
+    def work(i, thread):
+        apply, params, folder = adapted.apply, adapters[i], tmp_path / f"{thread} {i}"
+        logits = lambda p: apply(p, adapted.frozen, input_ids=IDS).logits
+        gradient = grad(lambda p: logits(p).square().mean())(params)
+        rows = vf.select_adapters(stacked, [i, (i + 3) % 8])
+        vf.save_adapter(folder, params, *adapted[2:])
+        loaded = vf.load_adapter(folder, base)
+        again = loaded.apply(loaded.params, loaded.frozen, input_ids=IDS).logits
+        return [logits(params), *gradient.values(), logits(rows), again]
+
+    run_in_threads(work)
+
+
+def test_threads_with_calls_inside_calls():
+    """Each call has another inside: with dropout or without, of other rows, params and lengths, over a base that
+    remembers the longest text. No call sees another."""
+    base = quantized(llama(max_position_embeddings=8, rope_parameters=DYNAMIC), "nf4").train()
+    inside = threading.local()
+
+    def hook(module, args, output):
+        call, inside.call = getattr(inside, "call", None), None
+        if call is not None:
+            inside.found = call()
+
+    base.model.layers[0].mlp.register_forward_hook(hook)
+    config = vf.VeraConfig(r=8, target_modules=TARGETS["llama"], vera_dropout=0.3)
+    apply, params, frozen, _ = vf.adapt(base, config)
+    adapters = [randomized(params, seed, 0.3) for seed in range(8)]
+    norms = [{"model.norm.weight": torch.full((64,), 1.0 + seed)} for seed in range(8)]
+    rows, last = vf.stack_adapters(adapters), "model.layers.1.self_attn.q_proj.lambda_d"
+
+    def work(i, thread):
+        generator = lambda: torch.Generator().manual_seed(i)
+        ids = lambda length: (torch.arange(2 * length).reshape(2, length) * (i + 2)) % 60 + 3
+        logits = lambda p, length, apply=apply: apply(p, frozen, input_ids=ids(length)).logits
+        calls = [
+            lambda: logits(adapters[i] | norms[i], 5),
+            lambda: logits(adapters[i - 1], 20, apply.with_dropout(generator())),
+            lambda: logits(vf.select_adapters(rows, [i, (i + 5) % 8]), 12),
+            lambda: grad(lambda p: logits(p, 9).square().mean())(adapters[i])[last],
+        ]
+        found = []
+        for k, outer in enumerate(calls):
+            inside.call = calls[(k + i) % 4]
+            found += [outer(), inside.found]
+        return found
+
+    run_in_threads(work)
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4", "int8"])

@@ -18,6 +18,10 @@ class TestSharedProduct:
     A = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
+    @pytest.fixture(autouse=True)
+    def _share_small_ones_too(self, monkeypatch):
+        monkeypatch.setattr(autograd, "WORTH_SHARING", 0)
+
     @staticmethod
     def thrice(x, A):
         shared = SharedProduct()
@@ -36,6 +40,12 @@ class TestSharedProduct:
         assert len(calls) == 1
         shared(self.x.clone(), self.A)
         assert len(calls) == 2
+
+    def test_cheap_products_are_computed_each_time(self, monkeypatch):
+        monkeypatch.setattr(autograd, "WORTH_SHARING", self.x.numel() * 5 + 1)
+        shared = SharedProduct()
+        assert shared(self.x, self.A).data_ptr() != shared(self.x, self.A).data_ptr()
+        assert shared(self.x, self.A.repeat(2, 1)).data_ptr() == shared(self.x, self.A.repeat(2, 1)).data_ptr()
 
     def test_a_changed_input_is_another_one(self):
         shared, x = SharedProduct(), self.x.clone()
@@ -155,6 +165,7 @@ def test_layers_that_read_the_same_input_share_its_product(monkeypatch):
 
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     apply, params, frozen, _ = vf.adapt(llama(), vf.VeraConfig(r=4, target_modules=linears))
+    monkeypatch.setattr(autograd, "WORTH_SHARING", 0)
     calls, original = [], autograd.project
     monkeypatch.setattr(autograd, "project", lambda x, A: calls.append(x) or original(x, A))
     apply(params, frozen, input_ids=torch.ones(1, 3, dtype=torch.long))

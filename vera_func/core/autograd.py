@@ -13,6 +13,10 @@ from ..private import unwrap
 from .shapes import contiguous_rows
 
 
+# Multiply-adds of a product that take as long as copying and comparing a small input, 5 microseconds.
+WORTH_SHARING = 2**16
+
+
 def project(x: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]) -> Float[Tensor, "*batch r"]:
     """`A x`, in the dtype of `A`.
 
@@ -29,18 +33,18 @@ class SharedProduct:
     A value for one pass through a model, in which all layers have the same projections. It keeps the last `x`, a copy
     of its bits, and the product, which it gives again for the same tensor with the same bits. Nothing less would do:
     writes through `x.data` or `x.numpy()` are counted nowhere. Copying and comparing costs a pass over `x`, about 2 and
-    4 % of a product at r 256. Every layer differentiates the product by itself, so that gradients are those of unshared
-    products, bit for bit.
+    4 % of a product at r 256; products that take no longer than that are not shared. Every layer differentiates the
+    product by itself, so that gradients are those of unshared products, bit for bit.
 
     On other devices than the CPU nothing is shared: a comparison would have to wait for the device.
 
     Example:
-        >>> shared, x, A = SharedProduct(), torch.ones(3), torch.ones(2, 3)
+        >>> shared, x, A = SharedProduct(), torch.ones(64, 512), torch.ones(2, 512)
         >>> shared(x, A).data_ptr() == shared(x, A).data_ptr()
         True
         >>> x.numpy()[:] = 0
-        >>> shared(x, A)
-        tensor([0., 0.])
+        >>> shared(x, A).any()
+        tensor(False)
     """
 
     def __init__(self) -> None:
@@ -48,6 +52,8 @@ class SharedProduct:
 
     def __call__(self, x: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]) -> Float[Tensor, "*batch r"]:
         memory = unwrap(x)
+        if memory.numel() * A.shape[0] < WORTH_SHARING:
+            return project(x, A)
         if type(memory) not in (Tensor, Parameter) or not memory.is_cpu:
             return project(x, A)
         # The count says what bits do not: whether the tensor has got another gradient. And a product that was made

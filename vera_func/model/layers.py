@@ -340,20 +340,18 @@ def _forward(self: Any, x: Tensor) -> Tensor:
 
 
 def _adapted(self: Any, x: Tensor) -> Tensor:
-    self.projections.require_call()
+    projections = self.projections
+    projections.require_call()
     params = {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d}
     if self.mixture is not None:
         params["mixture"] = self.mixture
     # No copy where the projections are on the layer's device, which is the rule.
-    frozen = {
-        "vera_A": self.projections.vera_A.to(x.device),
-        "vera_B": self.projections.vera_B.to(x.device),
-    }
+    frozen = {"vera_A": projections.vera_A.to(x.device), "vera_B": projections.vera_B.to(x.device)}
     mask = None
-    generator = self.generator or self.projections.generator
+    generator = self.generator or projections.generator
     if generator is not None and self.vera_dropout > 0:
-        mask = dropout_mask(self.vera_dropout, tuple(x.shape), generator=generator, dtype=self.lambda_d.dtype)
-    return forward(params, frozen, x, _base_fn(self), mask, self.projections.product)
+        mask = dropout_mask(self.vera_dropout, tuple(x.shape), generator=generator, dtype=params["lambda_d"].dtype)
+    return forward(params, frozen, x, _base_fn(self), mask, projections.product)
 
 
 def _get_delta_weight(self: Any, adapter: str) -> Tensor:
