@@ -163,17 +163,132 @@ class TestSelecting:
         with pytest.raises(ValueError, match=message):
             vf.select_adapters(several(small()), ids, weights)
 
-    def test_refuses_sums_of_sums_and_of_own_parameters(self):
+    def test_refuses_sums_of_sums(self):
         stacked = several(small())
         with pytest.raises(ValueError, match="sums already"):
             vf.select_adapters(vf.select_adapters(stacked, [[0, 1], [1, 2]]), [[0, 1]])
+        stacked = several(small(targets=["0"], modules_to_save=["2"]))
+        with pytest.raises(ValueError, match="rows of the base; select from a plain stack"):
+            vf.select_adapters(vf.select_adapters(stacked, [0, -1]), [[0, 1]])
+
+
+# Name, base, fields of the config, and a key of what is trained beside the vectors.
+OWN = [
+    ("bert", "dense", {"task_type": "SEQ_CLS"}, "classifier.weight"),
+    ("bert", "nested", {"bias": "vera_only"}, "bert.encoder.layer.0.attention.self.query.bias"),
+    ("bert", "int8", {"bias": "all", "task_type": "SEQ_CLS"}, "bert.encoder.layer.0.output.dense.bias"),
+    ("bert", "dense", {"modules_to_save": ["LayerNorm"]}, "bert.embeddings.LayerNorm.weight"),
+    ("gpt2", "dense", {"modules_to_save": ["c_proj"]}, "transformer.h.1.mlp.c_proj.weight"),
+    ("llama", "nested", {"modules_to_save": ["lm_head"]}, "lm_head.weight"),
+]
+
+
+class TestOwnOfTheBase:
+    """Where adapters have heads or biases, a row of the base has the base's, and sums add changes to them."""
+
+    @pytest.fixture(params=OWN, ids=lambda case: f"{case[0]}-{case[3]}")
+    def case(self, request):
+        name, base, fields, own = request.param
+        adapted = build(name, base, **fields)
+        return adapted, several(adapted, 3), own, tokens(4, 6)
+
+    def run(self, adapted, params, ids):
+        return adapted.apply(params, adapted.frozen, input_ids=ids).logits
+
+    def test_rows_of_the_base(self, case):
+        adapted, stacked, own, ids = case
+        stacked = stacked | {own: stacked[own] + 1}  # the base's own value is another
+        rows = vf.select_adapters(stacked, [1, -1, 0, -1])
+        assert f"{own}.base_share" in rows
+        out = self.run(adapted, rows, ids)
+        assert_near(out[[1, 3]], self.run(adapted, adapted.params, ids)[[1, 3]])
+        for i, chosen in ((0, 1), (2, 0)):
+            assert_near(out[i : i + 1], self.run(adapted, row(stacked, chosen), ids[i : i + 1]))
+        assert relative_error(out[[0, 2]], self.run(adapted, adapted.params, ids)[[0, 2]]) > 1e-3
+        assert not any(key.endswith("base_share") for key in vf.select_adapters(stacked, [1, 0, 0, 2]))
+
+    def test_sums(self, case):
+        adapted, stacked, _, ids = case
+        model, params = adapted.apply.model, adapted.params
+        chosen, weights = [[0, 1], [2, -1], [-1, -1], [1, 1]], [[0.5, -2.0], [3.0, 7.0], [1.0, 1.0], [0.25, 0.75]]
+        out = self.run(adapted, vf.select_adapters(stacked, chosen, weights), ids)
+        for i in range(4):
+            one = vf.select_adapters(
+                {k: stacked[k] for k in stacked if "lambda" in k}, chosen[i : i + 1], weights[i : i + 1]
+            )
+            for key in stacked:
+                if "lambda" not in key:
+                    base = model.get_parameter(key).detach()
+                    terms = [w * (stacked[key][j] - base) for j, w in zip(chosen[i], weights[i], strict=True) if j >= 0]
+                    one[key] = base + sum(terms, torch.zeros_like(base))
+            assert one.keys() >= params.keys()
+            assert_near(out[i : i + 1], self.run(adapted, one, ids[i : i + 1]))
+        assert_near(out[2:3], self.run(adapted, params, ids[2:3]))
+
+    def test_of_one_is_that_one(self, case):
+        adapted, stacked, _, ids = case
+        out = self.run(adapted, vf.select_adapters(stacked, [[2], [0], [-1], [1]]), ids)
+        assert_near(out, self.run(adapted, vf.select_adapters(stacked, [2, 0, -1, 1]), ids))
+
+    def test_whatever_the_others_hold(self):
         adapted = small(targets=["0"], modules_to_save=["2"])
-        stacked = several(adapted)
-        assert vf.select_adapters(stacked, [1, 0])["2.weight"].shape == (2, 3, 5)
-        with pytest.raises(ValueError, match=r"'2\.weight' is a parameter of the model itself and can't be left out"):
-            vf.select_adapters(stacked, [1, -1])
-        with pytest.raises(ValueError, match="can't be summed"):
-            vf.select_adapters(stacked, [[0, 1]])
+        broken = {key: torch.full_like(leaf, torch.nan) for key, leaf in several(adapted).items()}
+        x = normal(2, 7)
+        for ids in ([-1, -1], [[-1, -1], [-1, -1]]):
+            rows = vf.select_adapters(broken, ids)
+            assert_same(adapted.apply(rows, adapted.frozen, x), adapted.apply.model(x))
+
+    def test_gradients_and_transforms(self):
+        adapted = small(targets=["0"], modules_to_save=["2"], bias="all")
+        stacked, x, ids = several(adapted), normal(4, 7), torch.tensor([2, -1, 0, 2])
+        loss = lambda s: adapted.apply(vf.select_adapters(s, ids), adapted.frozen, x).square().sum()
+        gradient = grad(loss)(stacked)
+        single = lambda p, rows: adapted.apply(p, adapted.frozen, x[rows]).square().sum()
+        for i, rows in ((2, [0, 3]), (0, [2]), (1, []), (3, [])):
+            expected = grad(single)(row(stacked, i), rows)
+            assert_close(row(gradient, i), expected, rtol=1e-5, atol=1e-6)
+        f = lambda s, ids: adapted.apply(vf.select_adapters(s, ids), adapted.frozen, x)
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(stacked, ids), f(stacked, ids))
+        w = torch.tensor([[0.5, 2.0]] * 4)
+        g = lambda w: adapted.apply(vf.select_adapters(stacked, [[0, 1]] * 4, w), adapted.frozen, x)
+        assert_close(vmap(g)(torch.stack([w, -w])), torch.stack([g(w), g(-w)]))
+
+    def test_rows_can_be_selected_again_and_unstacked(self):
+        adapted = small(targets=["0"], modules_to_save=["2"])
+        stacked, x = several(adapted), normal(3, 7)
+        rows = vf.select_adapters(stacked, [1, -1, 0])
+        again = vf.select_adapters(rows, [2, 1, -1])
+        expected = vf.select_adapters(stacked, [0, -1, -1])
+        assert_close(adapted.apply(again, adapted.frozen, x), adapted.apply(expected, adapted.frozen, x))
+        for i, one in enumerate(vf.unstack_adapters(rows)):
+            out = adapted.apply(one, adapted.frozen, x[i : i + 1])
+            assert_close(out, adapted.apply(rows, adapted.frozen, x)[i : i + 1])
+
+    def test_generates(self):
+        adapted = build("llama", "nested", modules_to_save=["lm_head"])
+        stacked, ids = several(adapted, 2, scale=2.0), tokens(3, 5)
+        options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "num_beams": 2}
+        options["attention_mask"] = torch.ones_like(ids)
+        rows = vf.select_adapters(stacked, [1, -1, 0])
+        out = adapted.apply.generate(rows, adapted.frozen, ids, **options)
+        assert torch.equal(out[1], adapted.apply.generate(adapted.params, adapted.frozen, ids, **options)[1])
+        assert torch.equal(out[0], adapted.apply.generate(row(stacked, 1), adapted.frozen, ids, **options)[0])
+
+    def test_a_share_of_nothing_is_refused(self):
+        adapted = small(targets=["0"], modules_to_save=["2"])
+        rows = vf.select_adapters(several(adapted), [1, -1])
+        del rows["2.weight"]
+        with pytest.raises(ValueError, match=r"lacks 1 of its .* keys, first '2\.weight'"):
+            adapted.apply(rows, adapted.frozen, normal(2, 7))
+
+    def test_is_no_adapter_to_be_saved(self, tmp_path):
+        adapted = small(targets=["0"], modules_to_save=["2"])
+        one = vf.unstack_adapters(vf.select_adapters(several(adapted), [1, -1]))[0]
+        with pytest.raises(ValueError, match=r"'2\..*\.base_share' marks a sum of adapters"):
+            vf.save_adapter(tmp_path, one, adapted.frozen, adapted.config)
+        with pytest.raises(ValueError, match=r"base_share"):
+            vf.merge(adapted.apply.model, one, adapted.frozen)
 
 
 class TestSums:

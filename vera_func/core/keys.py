@@ -1,7 +1,9 @@
 """Keys of a flat dict of params: `"{module}.{leaf}"`, as in `named_parameters()`.
 
 The leaves `lambda_b` and `lambda_d` are the vectors of the adapter of a module; `mixture` marks a weighted sum of
-adapters. Any other leaf is a parameter of the model itself, such as a trained bias or head.
+adapters. Any other leaf is a parameter of the model itself, such as a trained bias or head. There `base_share`, below
+the parameter's own key, marks values to which that share of the base's own is to be added:
+`"classifier.weight.base_share"`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,6 +13,8 @@ from torch import Tensor
 
 VECTORS = ("lambda_b", "lambda_d")
 MIXTURE = "mixture"
+BASE_SHARE = "base_share"
+MARKS = (MIXTURE, BASE_SHARE)  # what `select_adapters` adds to params
 
 
 def join_key(*parts: str) -> str:
@@ -51,7 +55,7 @@ def own_parameters(keys: Iterable[str]) -> list[str]:
         >>> own_parameters(["q_proj.lambda_b", "q_proj.mixture", "classifier.weight"])
         ['classifier.weight']
     """
-    return [key for key in keys if split_key(key)[1] not in (*VECTORS, MIXTURE)]
+    return [key for key in keys if split_key(key)[1] not in (*VECTORS, *MARKS)]
 
 
 def adapted_modules(keys: Iterable[str]) -> list[str]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.keys import adapted_modules, own_parameters, split_key
+from ..core.keys import MARKS, adapted_modules, own_parameters, split_key
 from ..model.adapt import Adapted, make_apply
 from ..model.batch import num_adapters, stack_adapters
 from ..model.config import VeraConfig
@@ -155,7 +155,7 @@ def save_bank(
     for key, leaf in stacked.items():
         if split_key(key)[1] == "lambda_d" and leaf.shape[1:] != (config.r,):
             raise ValueError(f"{key!r} must be ({n}, {config.r}), got {tuple(leaf.shape)}.")
-        if key.endswith("mixture") or key in _PROJECTIONS:
+        if split_key(key)[1] in MARKS or key in _PROJECTIONS:
             raise ValueError(f"{key!r} is not a leaf of plain adapters.")
     if not n:
         raise ValueError("there is nothing to save: the stack has no adapters.")

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..core.keys import MIXTURE, VECTORS, adapted_modules, is_vector, join_key, split_key
+from ..core.keys import MARKS, VECTORS, adapted_modules, is_vector, join_key, split_key
 from ..core.shapes import require_float
 from ..model.adapt import Adapted, draw_projections, make_apply
 from ..model.config import VeraConfig
@@ -268,7 +268,7 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
                 "else or not at all. A parameter of the model has its name in the plain model, as in the params of "
                 "adapt and among the parameters of to_module."
             )
-        if leaf == MIXTURE:
+        if leaf in MARKS:
             raise ValueError(f"{key!r} marks a sum of adapters, which PEFT's format can't hold; save them one by one.")
         if leaf == "lambda_d" and value.shape != (config.r,):
             raise ValueError(f"{key!r} must be ({config.r},), got {tuple(value.shape)}; see unstack_adapters.")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import private
-from ..core.keys import MIXTURE, is_vector, join_key, split_key
+from ..core.keys import BASE_SHARE, MIXTURE, is_vector, join_key, split_key
 from ..core.projection import init_projections
 from ..core.shapes import require_float
 from ..quant.bnb import from_bnb, is_bnb_linear
@@ -294,6 +294,8 @@ def _parameter_slots(
         rows = has_rows(module) or is_bnb_linear(module)
         where = tuple(join_key("model", name) for name in aliases)
         slots[key] = Slot(where, shape, rows and key in trained, key in trained)
+        if slots[key].rows:
+            slots[join_key(key, BASE_SHARE)] = Slot((), (), True, False)
         if key not in trained:
             tied |= dict.fromkeys(others, first)
             slots |= {name: Slot((join_key("model", name),), shape, False, False) for name in others}

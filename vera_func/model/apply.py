@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from .. import private
 from ..core.autograd import SharedProduct
-from ..core.keys import MIXTURE, join_key, split_key
+from ..core.keys import MIXTURE, VECTORS, join_key, split_key
 from ..private import graph_task, tree_leaves, unwrap
 from ..quant.cpu_layout import fused_weight
 from .checkout import Method, Trees, bound_method
@@ -192,6 +192,7 @@ class Apply:
             raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
         tensors: dict[str, Tensor] = {}
         lead: dict[str, tuple[int, ...]] = {}
+        shares = []
         for key, value in params.items():
             names, shape, rows, _ = slots[key]
             if not isinstance(value, Tensor):
@@ -200,16 +201,34 @@ class Apply:
                 if not (rows and value.shape[value.dim() - len(shape) :] == shape):
                     expected = f"(*rows, {', '.join(map(str, shape))})" if rows else str(shape)
                     raise ValueError(f"{key!r} must be {expected}, got {tuple(value.shape)}.")
-                sums = join_key(split_key(key)[0], MIXTURE) in params  # the last axis is that of the terms
-                if batch := tuple(value.shape[: value.dim() - len(shape) - sums]):
+                module, leaf = split_key(key)
+                terms = leaf in (*VECTORS, MIXTURE) and join_key(module, MIXTURE) in params  # theirs is the last axis
+                if batch := tuple(value.shape[: value.dim() - len(shape) - terms]):
                     lead[key] = batch
             tensors.update(dict.fromkeys(names, value))
+            if not names:
+                shares.append(key)
+        for key in shares:
+            self._add_base(key, params, tensors, lead)
         for key in self.tied:
             if key in params:
                 tensors[slots[key].names[0]] = params[key]
         for key, value in frozen.items():
             tensors[f"projections.{key}"] = value
         return tensors, lead
+
+    def _add_base(
+        self, key: str, params: Mapping[str, Tensor], tensors: dict[str, Tensor], lead: dict[str, tuple[int, ...]]
+    ) -> None:
+        """Add the base's own value of a parameter, times the share of it that `select_adapters` has noted."""
+        name = split_key(key)[0]
+        places, shape, _, _ = self.slots[name]
+        share = params[key][(..., *[None] * len(shape))]
+        base = self.trees.root.get_parameter(places[0])
+        value = params[name] + share.to(params[name].dtype) * base.to(params[name].dtype)
+        tensors.update(dict.fromkeys(places, value))
+        if key in lead:
+            lead.setdefault(name, lead[key])
 
     def _require_shapes_alone(self, *inputs: Any) -> None:
         if not all(leaf.is_meta for leaf in private.tree_leaves(inputs) if isinstance(leaf, Tensor)):

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..core.keys import MIXTURE, adapted_modules, join_key, own_parameters, split_key
+from ..core.keys import BASE_SHARE, MARKS, MIXTURE, adapted_modules, join_key, own_parameters, split_key
 
 
 Params: TypeAlias = Mapping[str, Tensor]
@@ -110,18 +110,21 @@ def select_adapters(
     """One adapter, or a weighted sum of several, for each row of a batch: params for `apply` on a mixed batch.
 
     `apply(select_adapters(stacked, ids), frozen, **inputs)` runs row `i` through adapter `ids[i]`, all in one
-    forward. An id of -1 is no adapter: exactly the base. Costs a gather of the vectors.
+    forward. An id of -1 is no adapter: exactly the base, its own heads and biases as well. Costs a gather of the
+    vectors.
 
     Args:
         stacked: Leaves (n, ...).
         adapter_ids: (rows,) integers in -1 ... n - 1, or (rows, k): the sum of `k` updates for each row,
             as when several adapters are active in PEFT. The sum is marked by an own key, `"{module}.mixture"`,
-            so its axis cannot be taken for one of the batch.
+            so its axis cannot be taken for one of the batch. Trained heads and biases are summed as the changes that
+            they are, base + Σ weights (head - base); a key `"{parameter}.base_share"` says how much of the base's own
+            `apply` has to add.
         weights: (rows, k), factors of the updates of a sum; 1 by default.
 
     Raises:
-        ValueError: If an id is out of range or not an integer, the weights do not fit, or parameters of
-            the model itself would have to be summed or left out.
+        ValueError: If an id is out of range or not an integer, the weights do not fit, or `stacked` are sums
+            already.
 
     Example:
         >>> stacked = {"lambda_b": torch.arange(6.0).reshape(3, 2), "lambda_d": torch.ones(3, 4)}
@@ -145,23 +148,32 @@ def select_adapters(
         if wrong.numel():
             raise ValueError(f"adapter id {int(wrong[0])} is out of range: there are {n} adapters, -1 is none.")
         empty = bool((ids < 0).any())
-    own = own_parameters(stacked)
-    if own and (empty or ids.dim() == 2):
-        reason = "left out for an id of -1" if ids.dim() == 1 else "summed"
-        raise ValueError(f"{own[0]!r} is a parameter of the model itself and can't be {reason}.")
     if ids.dim() == 1 and weights is not None:
         raise ValueError("weights are for sums: give adapter_ids the shape (rows, k), too.")
+    own = own_parameters(stacked)
     rows = {key: leaf[ids.clamp(min=0)] for key, leaf in stacked.items()}
     if empty:
         # Zeros in both vectors: where adapter 0 holds NaN, zero times it would be NaN, and not the base.
-        rows = {k: torch.where((ids < 0)[(..., *[None] * (v.dim() - ids.dim()))], 0, v) for k, v in rows.items()}
+        rows = {k: torch.where(_expanded(ids < 0, v), 0, v) for k, v in rows.items()}
     if ids.dim() == 1:
+        for key in own if empty else ():
+            share = join_key(key, BASE_SHARE)
+            rows[share] = torch.where(ids < 0, 1, rows.get(share, rows[key].new_zeros(())))
         return rows
     first = next(iter(stacked.values()))
     weights = torch.ones_like(ids, dtype=first.dtype) if weights is None else torch.as_tensor(weights, device=device)
     if weights.shape != ids.shape:
         raise ValueError(f"weights must be {tuple(ids.shape)} like adapter_ids, got {tuple(weights.shape)}.")
     weights = torch.where(ids < 0, 0, weights.to(first.dtype))
-    if any(split_key(key)[1] == MIXTURE for key in rows):
-        raise ValueError("these params are sums already; select from a plain stack.")
+    if any(split_key(key)[1] in MARKS for key in stacked):
+        raise ValueError("these params are sums already, or have rows of the base; select from a plain stack.")
+    # base + Σ weights (value - base), of which the base is left to `apply`.
+    for key in own:
+        of_value = weights.to(rows[key].dtype)
+        rows[key] = (_expanded(of_value, rows[key]) * rows[key]).sum(1)
+        rows[join_key(key, BASE_SHARE)] = 1 - of_value.sum(1)
     return {**rows, **{join_key(module, MIXTURE): weights for module in adapted_modules(rows)}}
+
+
+def _expanded(value: Tensor, like: Tensor) -> Tensor:
+    return value[(..., *[None] * (like.dim() - value.dim()))]

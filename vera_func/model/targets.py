@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import private
-from ..core.keys import MIXTURE, VECTORS, split_key
+from ..core.keys import MARKS, VECTORS, split_key
 from ..quant.bnb import is_bnb_linear
 from .config import HEADS, VeraConfig, is_all_linear
 from .expressions import Expression
@@ -284,7 +284,7 @@ def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, 
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in params.items():
         name, leaf = split_key(key)
-        if leaf == MIXTURE:
+        if leaf in MARKS:
             raise ValueError(f"{key!r} marks a sum of adapters; merge or export them one by one.")
         if not isinstance(value, Tensor):
             raise ValueError(f"{key!r} must be a tensor, got {type(value).__name__}.")
