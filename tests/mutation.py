@@ -49,6 +49,7 @@ MORE_TESTS = {
     "quant/cpu_layout": ["quant/test_kernels", "quant/test_bnb"],
     "model/config": ["model/test_targets"],
     "model/targets": ["model/test_adapt"],
+    "model/base_layers": ["model/test_adapt", "io/test_module"],
     "model/layers": ["model/test_adapt"],
     "model/tree": ["model/test_adapt", "model/test_convert", "merging/test_model"],
     "model/checkout": ["model/test_apply"],

@@ -12,7 +12,7 @@ from torch.func import grad, vmap
 from torch.testing import assert_close
 
 import vera_func as vf
-from vera_func.model.layers import QuantizedLinear
+from vera_func.model.base_layers import QuantizedLinear
 from vera_func.private import tree_leaves
 
 from helpers import (

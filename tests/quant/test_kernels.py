@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import vera_func as vf
 from vera_func import private
-from vera_func.model.layers import QuantizedLinear
+from vera_func.model.base_layers import QuantizedLinear
 from vera_func.quant import linear as module
 from vera_func.quant.cpu_layout import fused_weight, unpack_cpu_layout
 from vera_func.quant.linear import FUSED_ROWS

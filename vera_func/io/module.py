@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..model.adapt import Adapted
+from ..model.base_layers import QuantizedLinear
 from ..model.config import VeraConfig
-from ..model.layers import Projections, QuantizedLinear
+from ..model.layers import Projections
 from ..model.module import adapted_module
 from .checkpoint import save_adapter
 from .files import replacing

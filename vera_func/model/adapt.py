@@ -22,9 +22,10 @@ from ..core.shapes import require_float
 from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.value import Quantized8bit
 from .apply import Apply, Root, Slot
+from .base_layers import DenseLinear, QuantizedLinear, RowwiseAffine, has_rows
 from .checkout import Trees
 from .config import VeraConfig
-from .layers import DenseLinear, Projections, QuantizedLinear, RowwiseAffine, has_rows, shell_class
+from .layers import Projections, shell_class
 from .rows import path_in_model
 from .targets import layer_device, linear_sizes, peft_dtype, resolve, trained_with
 from .tree import copy_tree, frozen_alias, no_data_error, parameter_aliases, unwrap

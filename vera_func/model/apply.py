@@ -21,8 +21,9 @@ from ..core.autograd import SharedProduct
 from ..core.keys import MIXTURE, VECTORS, join_key, split_key
 from ..private import graph_task, tree_leaves, unwrap
 from ..quant.cpu_layout import fused_weight
+from .base_layers import QuantizedLinear
 from .checkout import Method, Trees, bound_method
-from .layers import WITHOUT_CHECKPOINTING, Projections, QuantizedLinear
+from .layers import WITHOUT_CHECKPOINTING, Projections
 from .rehearse import Axes
 from .rows import Plans, arrange
 from .tree import join_tensors, no_data_error, part_tensors

@@ -22,8 +22,8 @@ from torch.func import functional_call
 
 from ..private import unwrap
 from .apply import Apply
+from .base_layers import DenseLinear, RowwiseAffine
 from .batch import Params
-from .layers import DenseLinear, RowwiseAffine
 
 
 # Trees of models that change their logits: there, looking for the hidden states would only cost time.

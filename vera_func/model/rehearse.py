@@ -20,9 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..core.keys import join_key
 from ..private import clear_hooks, fake_tensors, tree_leaves, unwrap, watch_operations
+from .base_layers import DenseLinear, QuantizedLinear, RowwiseAffine
 from .checkout import bound_method
 from .follow import NOWHERE, Follower, Place, mark, place_of
-from .layers import DenseLinear, Linear, Linear4bit, Linear8bitLt, QuantizedLinear, RowwiseAffine
+from .layers import Linear, Linear4bit, Linear8bitLt
 from .targets import is_conv1d, linear_sizes
 
 

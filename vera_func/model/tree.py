@@ -10,7 +10,7 @@ from .. import private
 from ..core.keys import join_key, split_key
 from ..quant.bnb import is_bnb_linear, to_bnb
 from ..quant.value import Quantized
-from .layers import QuantizedLinear
+from .base_layers import QuantizedLinear
 from .targets import held_parameters, is_conv1d
 
 
