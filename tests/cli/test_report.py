@@ -68,6 +68,16 @@ def test_a_terminal_gets_what_fits(terminal):
     assert (name.strip(), shown, command) == ("out:", path, f"vera-func inspect {path}")
 
 
+def test_names_of_wide_tables_break_at_their_underscores(terminal):
+    out, _ = terminal()
+    show(make_table([{"a_long_name_of_a_column": 1, "another_long_name_of_a_column": 2}]), make_table([{"a_name": 1}]))
+    words = out.shown().split()
+    assert sorted(words[:-4]) == sorted(
+        ["a", "long", "name", "of", "a", "column", "another", "long", "name", "of", "a", "column"]
+    )
+    assert words[-4:] == ["1", "2", "a_name", "1"]
+
+
 def test_a_failure_is_printed_as_it_is(terminal):
     _, err = terminal()
     show_error(LONG)

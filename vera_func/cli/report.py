@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..merging.layer import MergeReport
 
 Row = Mapping[str, Any]
+WIDE = 1_000_000  # columns of a line that is not to be wrapped
 
 COLUMNS = Text(
     "kept: retained fraction of the update (kept_least: of the worst layer); error: norm of the deviation from the "
@@ -256,6 +257,9 @@ def _print(thing: str | Text | Table, stream: TextIO) -> None:
             # Rich would break words that are longer than a line, such as paths, which then can't be copied.
             filled = fill(thing.plain, console.width, break_long_words=False, break_on_hyphens=False)
             thing = Text(filled, spans=thing.spans)
+        elif console.measure(thing, options=console.options.update(width=WIDE)).maximum > console.width:
+            for column in thing.columns:
+                column.header = Text(str(column.header).replace("_", " "))  # a name breaks at its spaces
         console.print(thing, soft_wrap=isinstance(thing, Text))
     else:
         print(_plain(thing), file=stream, flush=True)
@@ -264,7 +268,7 @@ def _print(thing: str | Text | Table, stream: TextIO) -> None:
 def _plain(thing: Text | Table) -> str:
     if isinstance(thing, Text):
         return thing.plain
-    console = Console(file=StringIO(), width=1_000_000, force_terminal=False, color_system=None)
+    console = Console(file=StringIO(), width=WIDE, force_terminal=False, color_system=None)
     with console.capture() as captured:
         console.print(thing)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())

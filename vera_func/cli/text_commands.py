@@ -69,12 +69,17 @@ def train(
 
 
 def _train(*, narrated: bool, prompt: str | None, dtype: str | None, json: bool, **options: Any) -> None:
+    from rich.text import Text
+
     from .demo import demo
     from .report import describe, show, show_result
 
+    def narrate(line: str) -> None:
+        show(line if "\n" in line else Text(line))  # tables and commands are not wrapped
+
     if prompt:
         options["prompt"] = prompt
-    result = demo(dtype=o.dtype_of(dtype), say=show if narrated else _ignore, **options)
+    result = demo(dtype=o.dtype_of(dtype), say=narrate if narrated else _ignore, **options)
     if not narrated:
         fields, out = result._asdict(), options["out"]
         following = f"Next: vera-func predict --adapter {out} 'A new text.'; vera-func inspect {out}"

@@ -1,0 +1,209 @@
+"""Training of the commands `demo` and `train`: one adapter, or a sweep whose best adapter trains on alone.
+
+In a sweep of n adapters, all of them train in one run for half as many steps, on the same examples, in batches of
+2 / n times the size: together they process as many examples as a single run. Then the adapter with the lowest loss on
+validation examples trains alone for all steps in full batches, and keeps its optimizer state and schedule. So a sweep
+processes twice the training examples of a single run, for n up to twice the batch size, plus 200 validation examples
+per adapter.
+
+Work is sharded across ranks in `parts`: the micro-batches of a batch of one adapter, or the groups of adapters of a
+sweep. The result depends on the number of parts, by rounding, and not on the number of ranks.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.keys import split_key
+from ..data.prompts import Batch, Encoded, num_rows, split_batch, train_batches
+from ..data.task import Task, loss_of, score_of
+from ..model.adapt import Adapted
+from ..model.batch import num_adapters, stack_adapters
+from ..train.distributed import furthest, map_sharded, mean_over_micro_batches, rank
+from ..train.fit import Fit, fit, load_fit
+from ..train.optim import linear_warmup_cosine
+from ..train.sweep import fit_row, join_fits, sweep, sweep_table
+from .report import bar
+
+
+CHECKPOINT_EVERY = 10
+
+
+class Sweep(NamedTuple):
+    """The result of `train_sweep`.
+
+    Attributes:
+        best: Params of the best adapter after all its steps.
+        row: Its index.
+        stacked: Params of all adapters after their last steps, the best one included.
+        table: One row per adapter: its name, its settings, and its loss and accuracy when the best one was chosen.
+    """
+
+    best: dict[str, Tensor]
+    row: int
+    stacked: dict[str, Tensor]
+    table: list[dict[str, Any]]
+
+
+def train_one(
+    adapted: Adapted,
+    task: Task,
+    train: Sequence[Encoded],
+    *,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+    parts: int = 1,
+    checkpoint: Path | None = None,
+) -> dict[str, Tensor]:
+    """The params of one adapter after training on these rows."""
+    batches = train_batches(train, batch_size, seed=seed, pad_id=task.pad_id)
+    return _fit_parts(
+        loss_of(adapted, task),
+        adapted.params,
+        batches,
+        parts,
+        checkpoint,
+        learning_rate=learning_rate,
+        steps=steps,
+        total=steps,
+        progress=progress,
+    ).params
+
+
+def sweep_grid(adapters: int, learning_rate: float) -> list[dict[str, Any]]:
+    """The settings of each adapter of a sweep: learning rates times two values of `d_initial`, or one if n is odd.
+
+    The projections are shared by all adapters, so that their key is not part of the grid.
+
+    Example:
+        >>> [tuple(row.values()) for row in sweep_grid(4, 0.02)]
+        [(0.005, 0.1), (0.005, 0.5), (0.04, 0.1), (0.04, 0.5)]
+    """
+    scales = [0.1, 0.5] if adapters % 2 == 0 else [0.1]
+    count = adapters // len(scales)
+    powers = [-2 + 3 * i / (count - 1) for i in range(count)] if count > 1 else [0.0]
+    return sweep({"learning_rate": [learning_rate * 2**power for power in powers], "d_initial": scales})
+
+
+def small_batch(batch_size: int, adapters: int) -> int:
+    """Examples per adapter and step of a sweep: twice a full batch for all adapters together.
+
+    Example:
+        >>> small_batch(16, 8)
+        4
+    """
+    return max(1, 2 * batch_size // adapters)
+
+
+def train_sweep(
+    adapted: Adapted,
+    task: Task,
+    grid: Sequence[Mapping[str, Any]],
+    train: Sequence[Encoded],
+    validation: Sequence[Encoded],
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+    parts: int = 1,
+    checkpoint: Path | None = None,
+) -> Sweep:
+    """Train all adapters for half the steps in one run, then the best one for all steps; see the module.
+
+    Args:
+        adapted: From `adapt`.
+        task: The labels and the prompt.
+        grid: From `sweep_grid`, one row per adapter.
+        train: Examples to train on.
+        validation: Other examples: the adapter with the lowest mean loss on them is the best.
+        steps: Steps of the best adapter alone; half as many of all adapters come before.
+        batch_size: Batch size of the best adapter alone.
+        seed: Seed of the order of the examples.
+        progress: Shows progress bars.
+        parts: Number of groups of adapters, each trained in one run, and of micro-batches of the best adapter's batch.
+        checkpoint: Prefix of the checkpoints' paths.
+
+    Raises:
+        RuntimeError: If every adapter diverged.
+    """
+    half = max(1, steps // 2)
+    n, rates = len(grid), [row["learning_rate"] for row in grid]
+    small, full = (
+        train_batches(train, size, seed=seed, pad_id=task.pad_id) for size in (small_batch(batch_size, n), batch_size)
+    )
+    start = stack_adapters([_start(adapted.params, row["d_initial"]) for row in grid])
+    size = -(-n // parts)
+    groups = [slice(i, i + size) for i in range(0, n, size)]
+    stacks = [{k: leaf[group] for k, leaf in start.items()} for group in groups]
+    files = [checkpoint and checkpoint.with_name(f"{checkpoint.name}-{i}") for i in range(len(groups))]
+    # On all ranks, before each trains its own groups.
+    runs = [_resume(file, stack, num_adapters(stack)) for file, stack in zip(files, stacks, strict=True)]
+    common: dict[str, Any] = {"total": half + steps, "progress": progress}
+
+    def train_group(i: int) -> Fit:
+        options = {"resume": runs[i], "checkpoint": files[i], "num_adapters": num_adapters(stacks[i]), **common}
+        loss = loss_of(adapted, task, stacked=True)
+        return _fit(loss, stacks[i], small, learning_rate=rates[groups[i]], steps=half, **options)
+
+    run = join_fits(map_sharded(train_group, range(len(groups))))
+    options = {"batch_size": max(1, 256 // n), "progress": bar("validation", progress), "map": map_sharded}
+    score = score_of(adapted, task, run.params, validation, **options)
+    loss = torch.where(run.diverged, torch.inf, score.loss).nan_to_num(nan=torch.inf)
+    row = int(loss.argmin())
+    if run.diverged[row]:
+        raise RuntimeError(f"every adapter diverged: lower the learning rate; the sweep began at {min(rates):.2g}.")
+    one, alone = fit_row(run, row), loss_of(adapted, task)
+    common |= {"learning_rate": rates[row], "steps": half + steps}
+    one = _fit_parts(alone, one.params, full, parts, checkpoint, resume=one, **common)
+    stacked = {k: torch.cat([v[:row], one.params[k][None], v[row + 1 :]]) for k, v in run.params.items()}
+    names = [f"lr{start['learning_rate']:.2g}-d{start['d_initial']:.2g}" for start in grid]
+    table = sweep_table(grid, {"name": names, "loss": score.loss, "accuracy": score.accuracy})
+    return Sweep(one.params, row, stacked, [{"name": line["name"], **line} for line in table])
+
+
+def _fit(
+    loss: Callable[..., Tensor],
+    params: Mapping[str, Tensor],
+    batches: Callable[[int], Any],
+    *,
+    total: int,
+    **options: Any,
+) -> Fit:
+    schedule = partial(linear_warmup_cosine, warmup=0, total=total)
+    return fit(loss, params, batches, schedule=schedule, max_norm=1.0, checkpoint_every=CHECKPOINT_EVERY, **options)
+
+
+def _fit_parts(
+    loss: Callable[..., Tensor],
+    params: Mapping[str, Tensor],
+    batches: Callable[[int], Batch],
+    parts: int,
+    checkpoint: Path | None,
+    *,
+    resume: Fit | None = None,
+    **options: Any,
+) -> Fit:
+    """A run whose micro-batches are sharded across ranks; rank 0 writes its checkpoint."""
+    options |= {"resume": _resume(checkpoint, params) or resume, "checkpoint": None if rank() else checkpoint}
+    accumulate = partial(mean_over_micro_batches, weight=num_rows)
+    return _fit(loss, params, lambda step: split_batch(batches(step), parts), accumulate=accumulate, **options)
+
+
+def _resume(checkpoint: Path | None, params: Mapping[str, Tensor], num_adapters: int | None = None) -> Fit | None:
+    """The run in the checkpoint, from whichever rank has it: machines may have different file systems."""
+    run = None
+    if checkpoint is not None and checkpoint.is_file():
+        run = load_fit(checkpoint, params, num_adapters=num_adapters)
+    return furthest(run, -1 if run is None else len(run.losses))
+
+
+def _start(params: Mapping[str, Tensor], d_initial: float) -> dict[str, Tensor]:
+    return {k: torch.full_like(v, d_initial) if split_key(k)[1] == "lambda_d" else v for k, v in params.items()}
