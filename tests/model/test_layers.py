@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import vera_func as vf
 from vera_func.model.base_layers import QuantizedLinear
-from vera_func.model.layers import Projections, frozen_layer, layer_sizes, shell_class
+from vera_func.model.layers import Projections, frozen_layer, layer_class, layer_sizes
 
 from helpers import FORMATS, QUANTIZERS, R, randomized, relative_error, row, snapshot
 from refused import NAN, Q4, Refused
@@ -55,7 +55,7 @@ def projections():
 
 
 def make_shell(layer, *, trained=True, **options):
-    shell = shell_class(layer)(layer, "default", **projections(), r=R, **options)
+    shell = layer_class(layer)(layer, "default", **projections(), r=R, **options)
     if trained:
         values = randomized({"lambda_b": shell.lambda_b.detach(), "lambda_d": shell.lambda_d.detach()}, scale=1.0)
         shell.lambda_b.data, shell.lambda_d.data = values["lambda_b"], values["lambda_d"]
@@ -77,7 +77,7 @@ EXPECTED = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_class_follows_from_the_base(name):
     layer = base_layer(name)
-    assert shell_class(layer) is shell_class(frozen_layer(layer)) is EXPECTED[name]
+    assert layer_class(layer) is layer_class(frozen_layer(layer)) is EXPECTED[name]
     assert layer_sizes(frozen_layer(layer)) == (IN, OUT)
 
 
@@ -112,7 +112,7 @@ def test_is_the_layer_of_peft(name):
     theirs = (
         peft.get_peft_model(nn.ModuleDict({"layer": copy.deepcopy(layer)}), config).train().base_model.model["layer"]
     )
-    shell = shell_class(layer)(layer, "default", **vf.init_projections(R, IN, OUT), r=R)
+    shell = layer_class(layer)(layer, "default", **vf.init_projections(R, IN, OUT), r=R)
     values = randomized({"lambda_b": shell.lambda_b.detach(), "lambda_d": shell.lambda_d.detach()}, scale=1.0)
     for key, value in values.items():
         getattr(shell, key).data = value
@@ -251,12 +251,12 @@ def test_dropout_keeps_the_mean():
 @pytest.mark.parametrize(
     ("shell", "name", "needed"),
     [
-        (vf.Linear, "nf4", "a Linear4bit needs the shell Linear4bit"),
-        (vf.Linear, "int8", "a Linear8bitLt needs the shell Linear8bitLt"),
-        (vf.Linear4bit, "dense", "a Linear needs the shell Linear"),
-        (vf.Linear4bit, "int8", "a Linear8bitLt needs the shell Linear8bitLt"),
-        (vf.Linear8bitLt, "fp4", "a Linear4bit needs the shell Linear4bit"),
-        (vf.Linear8bitLt, "conv1d", "a Conv1D needs the shell Linear"),
+        (vf.Linear, "nf4", "a Linear4bit needs the layer Linear4bit"),
+        (vf.Linear, "int8", "a Linear8bitLt needs the layer Linear8bitLt"),
+        (vf.Linear4bit, "dense", "a Linear needs the layer Linear"),
+        (vf.Linear4bit, "int8", "a Linear8bitLt needs the layer Linear8bitLt"),
+        (vf.Linear8bitLt, "fp4", "a Linear4bit needs the layer Linear4bit"),
+        (vf.Linear8bitLt, "conv1d", "a Conv1D needs the layer Linear"),
     ],
 )
 def test_the_wrong_shell(shell, name, needed):
@@ -284,7 +284,7 @@ def test_a_layer_that_has_no_shell(layer):
 @pytest.mark.parametrize("name", ["dense", "nf4", "int8"])
 def test_what_does_not_fit(name, change, message):
     with pytest.raises(ValueError, match=message):
-        shell_class(base_layer(name))(base_layer(name), "default", **(projections() | {"r": R} | change))
+        layer_class(base_layer(name))(base_layer(name), "default", **(projections() | {"r": R} | change))
 
 
 # --------------------------------------------------------------------------------------------- the frozen layers
@@ -378,9 +378,9 @@ def shell(kind="Linear", base=None, A=None, B=None, r=4, **options):
     return getattr(vf, kind)(base, "a", ones(4, 7) if A is None else A, ones(5, 4) if B is None else B, r, **options)
 
 
-bad("Linear", "a 4-bit layer", lambda _: shell(base=vf.to_bnb(Q4)), "needs the shell Linear4bit")
-bad("Linear4bit", "a dense layer", lambda _: shell("Linear4bit"), "a Linear needs the shell Linear")
-bad("Linear8bitLt", "a 4-bit layer", lambda _: shell("Linear8bitLt", vf.to_bnb(Q4)), "needs the shell Linear4bit")
+bad("Linear", "a 4-bit layer", lambda _: shell(base=vf.to_bnb(Q4)), "needs the layer Linear4bit")
+bad("Linear4bit", "a dense layer", lambda _: shell("Linear4bit"), "a Linear needs the layer Linear")
+bad("Linear8bitLt", "a 4-bit layer", lambda _: shell("Linear8bitLt", vf.to_bnb(Q4)), "needs the layer Linear4bit")
 bad("Linear", "a convolution", lambda _: shell(base=nn.Conv1d(2, 3, 1)), "a Conv1d cannot be adapted")
 bad("Linear", "r=0", lambda _: shell(r=0, A=ones(0, 7), B=ones(5, 0)), "r must be a positive integer, got 0")
 bad("Linear", "another rank", lambda _: shell(r=5), r"vera_A \(4, 7\) .* do not fit a layer 7 -> 5 at rank 5")

@@ -65,7 +65,7 @@ def second_moments(
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def remember(name: str) -> Callable[..., None]:
-        def hook(shell: nn.Module, args: tuple, output: Tensor) -> None:
+        def hook(layer: nn.Module, args: tuple, output: Tensor) -> None:
             if readout is not None:
                 if not output.requires_grad:
                     output.requires_grad_(True)

@@ -25,7 +25,7 @@ from .apply import Apply, Root, Slot
 from .base_layers import DenseLinear, QuantizedLinear, RowwiseAffine, has_rows
 from .checkout import Trees
 from .config import VeraConfig
-from .layers import Projections, shell_class
+from .layers import Projections, layer_class
 from .rows import path_in_model
 from .targets import layer_device, linear_sizes, peft_dtype, resolve, trained_with
 from .tree import copy_tree, frozen_alias, no_data_error, parameter_aliases, unwrap
@@ -202,7 +202,7 @@ def make_apply(
     vera_dropout: float = 0.0,
     int8_activations: bool = False,
 ) -> Apply:
-    """Copy the module tree with shells in it; see `adapt`, which also makes the params.
+    """Copy the module tree with adapted layers in it; see `adapt`, which also makes the params.
 
     Args:
         model: The base model.
@@ -243,12 +243,12 @@ def make_apply(
             return None
         if name in targets:
             _require_called(name, modules)
-            shell: Any = shell_class(layer)(layer, "default", projections.vera_A, projections.vera_B, r, vera_dropout)
-            shell.projections = projections
-            for leaf, size in (("lambda_b", shell.out_features), ("lambda_d", r)):
+            adapted: Any = layer_class(layer)(layer, "default", projections.vera_A, projections.vera_B, r, vera_dropout)
+            adapted.projections = projections
+            for leaf, size in (("lambda_b", adapted.out_features), ("lambda_d", r)):
                 slots[join_key(name, leaf)] = Slot((join_key("model", name, leaf),), (size,), True, True)
             slots[join_key(name, MIXTURE)] = Slot((join_key("model", name, MIXTURE),), (), True, False)
-            layer = shell
+            layer = adapted
         return layer
 
     tree = copy_tree(model, replace, memo)

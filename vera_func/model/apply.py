@@ -1,4 +1,4 @@
-"""Any `nn.Module` to a pure `apply(params, frozen, *inputs)`, by shells around the layers that a config targets.
+"""Any `nn.Module` to a pure `apply(params, frozen, *inputs)`, by adapted layers in a copy of its module tree.
 
     apply, params, frozen, config = adapt(model, VeraConfig(r=256, target_modules=["q_proj", "v_proj"]))
     apply(params, frozen, input_ids=ids)  ==  model(input_ids=ids)  +  what the adapter adds

@@ -17,7 +17,7 @@ from ..core.shapes import align_rows, contiguous_rows
 from ..private import tree_leaves, tree_map
 from ..quant.cpu_layout import FusedWeight, fused_weight
 from ..quant.linear import quantized_linear
-from ..quant.value import Quantized
+from ..quant.value import Quantized, format_of
 from .targets import is_conv1d
 
 
@@ -64,6 +64,10 @@ class QuantizedLinear(nn.Module):
     def weight(self) -> Tensor:
         """The packed weight: what models look at when they ask a layer for its device or dtype."""
         return tree_leaves(self.quantized)[0]
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.quantized.shape
+        return f"in_features={in_features}, out_features={out_features}, format={format_of(self.quantized)}"
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return turned(self, partial(self._multiply, bias=bias), x)

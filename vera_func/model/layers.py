@@ -1,12 +1,11 @@
 """Thin modules over the pure functions: one adapted linear layer, over a dense, 4-bit or 8-bit base.
 
-The arithmetic is `vera_forward` and `quantized_linear`; a shell only holds what they are called with. Its
-parameters are `lambda_b` and `lambda_d`; the projections are references to the shared pair, and no part of a
-state dict. `shell_class` chooses the class from that of the base layer.
+The arithmetic is that of `vera_forward` and `quantized_linear`. Parameters are `lambda_b` and `lambda_d`; the
+projections are references to the shared pair, and not in any state dict. `layer_class` chooses the class from that of
+the base layer.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ..core.adapter import delta_weight, dropout_mask, forward, init_params
 from ..core.autograd import project
 from ..private import graph_task
 from ..quant.bnb import from_bnb, is_bnb_linear
-from ..quant.value import Quantized4bit
+from ..quant.value import Quantized4bit, format_of
 from .base_layers import QuantizedLinear, RowwiseAffine, Turn, base_fn, hold_own, moved, own_or_base, turned
 from .targets import is_conv1d, linear_sizes
 
@@ -28,7 +27,7 @@ WITHOUT_CHECKPOINTING = (
 
 
 class Projections(nn.Module):
-    """The shared pair as a module, so that many shells can hold one instance of it; not in any state dict.
+    """The shared pair as a module, so that many layers can hold one instance of it; not in any state dict.
 
     Example:
         >>> import torch
@@ -69,13 +68,13 @@ class Projections(nn.Module):
 
 def set_parameter(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Give a layer a parameter of its own; its base layer then no longer holds one of that name."""
-    if name in ("weight", "bias") and isinstance(layer, RowwiseAffine | Linear | Linear4bit | Linear8bitLt):
+    if name in ("weight", "bias") and isinstance(layer, RowwiseAffine | AdaptedLinear):
         layer.base_layer._parameters[name] = None
     setattr(layer, name, parameter)
 
 
 def frozen_layer(module: nn.Module) -> nn.Module:
-    """The layer that a shell calls: a bitsandbytes module's value as `QuantizedLinear`, any other as it is.
+    """The layer that an adapted layer calls: a bitsandbytes module's value as `QuantizedLinear`, any other as it is.
 
     Example:
         >>> frozen_layer(nn.Linear(3, 2))
@@ -84,103 +83,84 @@ def frozen_layer(module: nn.Module) -> nn.Module:
     return QuantizedLinear(*from_bnb(module)) if is_bnb_linear(module) else module
 
 
-def shell_class(module: nn.Module) -> type["Linear"] | type["Linear4bit"] | type["Linear8bitLt"]:
-    """The shell for a base layer: `Linear`, `Linear4bit` or `Linear8bitLt`.
+class AdaptedLinear(nn.Module):
+    """What `Linear`, `Linear4bit` and `Linear8bitLt` are: a base layer, two vectors, and the shared projections."""
 
-    Raises:
-        ValueError: If the layer cannot be adapted.
+    mixture: Tensor | None
 
-    Example:
-        >>> shell_class(nn.Linear(3, 2)).__name__
-        'Linear'
-    """
-    if isinstance(module, QuantizedLinear):
-        return Linear4bit if isinstance(module.quantized, Quantized4bit) else Linear8bitLt
-    if is_bnb_linear(module):
-        return Linear4bit if hasattr(module.weight, "quant_state") else Linear8bitLt
-    if linear_sizes(module) is None:
-        raise ValueError(
-            f"a {type(module).__name__} cannot be adapted; nn.Linear, bitsandbytes' linears and transformers' "
-            "Conv1D can."
-        )
-    return Linear
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        vera_A: Tensor | Mapping[str, Tensor],
+        vera_B: Tensor | Mapping[str, Tensor],
+        r: int,
+        vera_dropout: float = 0.0,
+        d_initial: float = 0.1,
+    ) -> None:
+        super().__init__()
+        right: Any = layer_class(base_layer)
+        if type(self) is not right:
+            raise ValueError(f"a {type(base_layer).__name__} needs the layer {right.__name__}.")
+        if not 0 <= vera_dropout < 1:
+            raise ValueError(f"vera_dropout must be at least 0 and below 1, got {vera_dropout}.")
+        A = vera_A if isinstance(vera_A, Tensor) else vera_A[adapter_name]
+        B = vera_B if isinstance(vera_B, Tensor) else vera_B[adapter_name]
+        in_features, out_features = layer_sizes(base_layer)
+        fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] == r
+        if not fits or A.shape[1] < in_features or B.shape[0] < out_features:
+            raise ValueError(
+                f"vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} do not fit a layer {in_features} -> "
+                f"{out_features} at rank {r}: they must be ({r}, >= {in_features}) and (>= {out_features}, {r})."
+            )
+        self.base_layer = frozen_layer(base_layer)
+        hold_own(self)
+        self.adapter_name = adapter_name
+        self.in_features, self.out_features, self.r = in_features, out_features, r
+        self.vera_dropout = vera_dropout
+        self.generator: torch.Generator | None = None
+        self.path = ""
+        self.projections = Projections(A, B)
+        params = init_params(r, out_features, d_initial, device=A.device)
+        self.lambda_b = nn.Parameter(params["lambda_b"])
+        self.lambda_d = nn.Parameter(params["lambda_d"])
+        self.register_buffer("mixture", None, persistent=False)
 
+    weight, bias = own_or_base("weight"), own_or_base("bias")
 
-def _init(
-    self: Any,
-    base_layer: nn.Module,
-    adapter_name: str,
-    vera_A: Tensor | Mapping[str, Tensor],
-    vera_B: Tensor | Mapping[str, Tensor],
-    r: int,
-    vera_dropout: float = 0.0,
-    d_initial: float = 0.1,
-) -> None:
-    nn.Module.__init__(self)
-    right: Any = shell_class(base_layer)
-    if type(self) is not right:
-        raise ValueError(f"a {type(base_layer).__name__} needs the shell {right.__name__}.")
-    if not 0 <= vera_dropout < 1:
-        raise ValueError(f"vera_dropout must be at least 0 and below 1, got {vera_dropout}.")
-    A = vera_A if isinstance(vera_A, Tensor) else vera_A[adapter_name]
-    B = vera_B if isinstance(vera_B, Tensor) else vera_B[adapter_name]
-    in_features, out_features = layer_sizes(base_layer)
-    if (
-        A.dim() != 2
-        or B.dim() != 2
-        or A.shape[0] != r
-        or B.shape[1] != r
-        or A.shape[1] < in_features
-        or B.shape[0] < out_features
-    ):
-        raise ValueError(
-            f"vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} do not fit a layer {in_features} -> {out_features} "
-            f"at rank {r}: they must be ({r}, >= {in_features}) and (>= {out_features}, {r})."
-        )
-    self.base_layer = frozen_layer(base_layer)
-    hold_own(self)
-    self.adapter_name = adapter_name
-    self.in_features, self.out_features, self.r = in_features, out_features, r
-    self.vera_dropout = vera_dropout
-    self.generator = None
-    self.path = ""
-    self.projections = Projections(A, B)
-    params = init_params(r, out_features, d_initial, device=A.device)
-    self.lambda_b = nn.Parameter(params["lambda_b"])
-    self.lambda_d = nn.Parameter(params["lambda_d"])
-    self.register_buffer("mixture", None, persistent=False)
+    def forward(self, x: Tensor) -> Tensor:
+        return turned(self, self._adapted, x)
 
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The dense update that `adapter` makes to the base layer's weight, in that weight's layout."""
+        if adapter != self.adapter_name:
+            raise ValueError(f"this layer has the adapter {self.adapter_name!r}, not {adapter!r}.")
+        params = {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d}
+        frozen = {"vera_A": self.projections.vera_A, "vera_B": self.projections.vera_B}
+        delta = delta_weight(params, frozen, self.in_features)
+        return delta.mT if is_conv1d(self.base_layer) else delta
 
-def _forward(self: Any, x: Tensor) -> Tensor:
-    return turned(self, partial(_adapted, self), x)
+    def extra_repr(self) -> str:
+        base: Any = self.base_layer
+        form = format_of(base.quantized) if isinstance(base, QuantizedLinear) else str(base.weight.dtype)[6:]
+        return f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, format={form}"
 
-
-def _adapted(self: Any, x: Tensor) -> Tensor:
-    projections = self.projections
-    projections.require_call()
-    params = {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d}
-    if self.mixture is not None:
-        params["mixture"] = self.mixture
-    # No copy where the projections are on the layer's device, which is the rule.
-    frozen = {"vera_A": projections.vera_A.to(x.device), "vera_B": projections.vera_B.to(x.device)}
-    mask = None
-    generator = self.generator or projections.generator
-    if generator is not None and self.vera_dropout > 0:
-        mask = dropout_mask(self.vera_dropout, tuple(x.shape), generator=generator, dtype=params["lambda_d"].dtype)
-    return forward(params, frozen, x, base_fn(self), mask, projections.product)
+    def _adapted(self, x: Tensor) -> Tensor:
+        projections = self.projections
+        projections.require_call()
+        params: dict[str, Tensor] = {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d}
+        if self.mixture is not None:
+            params["mixture"] = self.mixture
+        # No copy where the projections are on the layer's device, which is the rule.
+        frozen = {"vera_A": projections.vera_A.to(x.device), "vera_B": projections.vera_B.to(x.device)}
+        mask = None
+        generator = self.generator or projections.generator
+        if generator is not None and self.vera_dropout > 0:
+            mask = dropout_mask(self.vera_dropout, tuple(x.shape), generator=generator, dtype=params["lambda_d"].dtype)
+        return forward(params, frozen, x, base_fn(self), mask, projections.product)
 
 
-def _get_delta_weight(self: Any, adapter: str) -> Tensor:
-    """The dense update that `adapter` makes to the base layer's weight, in that weight's layout."""
-    if adapter != self.adapter_name:
-        raise ValueError(f"this layer has the adapter {self.adapter_name!r}, not {adapter!r}.")
-    params = {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d}
-    frozen = {"vera_A": self.projections.vera_A, "vera_B": self.projections.vera_B}
-    delta = delta_weight(params, frozen, self.in_features)
-    return delta.mT if is_conv1d(self.base_layer) else delta
-
-
-class Linear(nn.Module):
+class Linear(AdaptedLinear):
     """An adapted dense layer: `vera_forward` over `nn.Linear` or transformers' `Conv1D`.
 
     Args:
@@ -202,15 +182,12 @@ class Linear(nn.Module):
         >>> layer = Linear(nn.Linear(8, 6), "default", frozen["vera_A"], frozen["vera_B"], r=4)
         >>> layer(torch.ones(3, 8)).shape, layer.get_delta_weight("default").shape
         (torch.Size([3, 6]), torch.Size([6, 8]))
+        >>> layer.extra_repr()
+        'in_features=8, out_features=6, r=4, format=float32'
     """
 
-    __init__ = _init
-    forward = _forward
-    get_delta_weight = _get_delta_weight
-    weight, bias = own_or_base("weight"), own_or_base("bias")
 
-
-class Linear4bit(nn.Module):
+class Linear4bit(AdaptedLinear):
     """An adapted 4-bit layer: `vera_forward` over the value of a bitsandbytes `Linear4bit`.
 
     Args and errors are those of `Linear`; `base_layer` is read once and never called or changed.
@@ -225,13 +202,8 @@ class Linear4bit(nn.Module):
         torch.Size([64])
     """
 
-    __init__ = _init
-    forward = _forward
-    get_delta_weight = _get_delta_weight
-    weight, bias = own_or_base("weight"), own_or_base("bias")
 
-
-class Linear8bitLt(nn.Module):
+class Linear8bitLt(AdaptedLinear):
     """An adapted 8-bit layer: `vera_forward` over the value of a bitsandbytes `Linear8bitLt`.
 
     Args and errors are those of `Linear`; `base_layer` is read once and never called or changed.
@@ -246,14 +218,31 @@ class Linear8bitLt(nn.Module):
         torch.Size([3, 32])
     """
 
-    __init__ = _init
-    forward = _forward
-    get_delta_weight = _get_delta_weight
-    weight, bias = own_or_base("weight"), own_or_base("bias")
+
+def layer_class(module: nn.Module) -> type["Linear"] | type["Linear4bit"] | type["Linear8bitLt"]:
+    """The class of the adapted layer over a base layer: `Linear`, `Linear4bit` or `Linear8bitLt`.
+
+    Raises:
+        ValueError: If the layer cannot be adapted.
+
+    Example:
+        >>> layer_class(nn.Linear(3, 2)).__name__
+        'Linear'
+    """
+    if isinstance(module, QuantizedLinear):
+        return Linear4bit if isinstance(module.quantized, Quantized4bit) else Linear8bitLt
+    if is_bnb_linear(module):
+        return Linear4bit if hasattr(module.weight, "quant_state") else Linear8bitLt
+    if linear_sizes(module) is None:
+        raise ValueError(
+            f"a {type(module).__name__} cannot be adapted; nn.Linear, bitsandbytes' linears and transformers' "
+            "Conv1D can."
+        )
+    return Linear
 
 
 def layer_sizes(module: nn.Module) -> tuple[int, int]:
-    """`(in_features, out_features)` of a layer that a shell can hold."""
+    """`(in_features, out_features)` of a layer that can be adapted, dense or quantized."""
     if isinstance(module, QuantizedLinear):
         out_features, in_features = module.quantized.shape
         return in_features, out_features
