@@ -56,6 +56,7 @@ class Writer(nn.Module):
         self.tensor, self.number, self.list, self.dict = torch.zeros(()), 0, [], {"nested": {"n": 0}}
         self.set, self.deque, self.bytes, self.object = set(), deque(), bytearray(), SimpleNamespace(n=0, list=[])
         self.pair, self.none = ([], 1), None
+        self.tensors = [torch.zeros(3)], (torch.zeros(3), {torch.zeros(3)})
         self.bound = functools.partial(getattr, self.object)
 
     def forward(self, x):
@@ -127,6 +128,9 @@ WRITES = {
     "through .data": lambda m: written(m, "buffer", lambda t: t.data),
     "through numpy": lambda m: written(m, "buffer", lambda t: t.numpy()),
     "a large one in place": lambda m: written(m, "large", lambda t: t),
+    "a tensor in a list": lambda m: m.tensors[0][0].data.add_(1).sum(),
+    "a tensor in a tuple": lambda m: m.tensors[1][0].add_(1).sum(),
+    "a tensor in a set": lambda m: next(iter(m.tensors[1][1])).add_(1).sum(),
     "a tensor that is no buffer": lambda m: written(m, "tensor", lambda t: t.data),
 }
 
@@ -332,6 +336,25 @@ class TestCallsInsideCalls:
         }
         alone = calls[outer](), calls[inner]()
         assert all(map(torch.equal, self.nested(calls[outer], calls[inner]), alone))
+
+    @pytest.mark.parametrize("inner", ["plain", "override", "sum"])
+    def test_compiled(self, inner):
+        inside = []
+
+        class Calls(Within):
+            def forward(self, x, nest=False):
+                y = super().forward(x)
+                return y + (self.norm.weight * inside[-1]()).sum() if nest else y
+
+        torch.manual_seed(0)
+        adapted, x = adapt(Calls(), ["layer", "last"]), normal(3, 7)
+        other = randomized(adapted.params, 7)
+        summed = vf.select_adapters(vf.stack_adapters([adapted.params, other]), [[0, 1]] * 3)
+        within = {"plain": other, "override": other | {"last.weight": normal(7, 7)}, "sum": summed}[inner]
+        inside.append(lambda: adapted.apply(within, adapted.frozen, x))
+        for params in (adapted.params | {"norm.weight": 2 * torch.ones(7)}, summed):
+            call = lambda params: adapted.apply(params, adapted.frozen, x, nest=True)
+            assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(params), call(params))
 
     def test_a_copy_for_each_depth_and_no_more(self):
         adapted, x = self.adapted(), normal(3, 7)

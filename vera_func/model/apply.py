@@ -246,12 +246,15 @@ class Apply:
         # Dynamo can't follow a free list. It binds nothing to the tree that it traces, and sees by itself what products
         # have in common.
         root: Any = self.trees.root
-        root.projections.generator = self.generator
+        shared = root.projections
+        outer = shared.generator, shared.rows, shared.traced
+        values: dict[str, Any] = self.trees.values(inside=shared.traced)
         try:
-            root.projections.rows = arrange(self, root, tensors, lead, name, args, kwargs) if lead else {}
-            return functional_call(root, self.trees.buffers() | tensors, (name, args, kwargs), tie_weights=False)
+            shared.generator, shared.traced = self.generator, True
+            shared.rows = arrange(self, root, tensors, lead, name, args, kwargs) if lead else {}
+            return functional_call(root, values | tensors, (name, args, kwargs), tie_weights=False)
         finally:
-            root.projections.generator, root.projections.rows = None, {}
+            shared.generator, shared.rows, shared.traced = outer
 
 
 class Root(nn.Module):

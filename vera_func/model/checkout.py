@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..core.keys import join_key, split_key
 from ..private import drop_input_grads
+from .targets import held_parameters
 from .tree import shared_memo
 
 
@@ -63,12 +64,14 @@ class Trees:
         self.free: list[Tree] = []
         # As transformers marks it.
         self.checkpoints = any(m.training and getattr(m, "gradient_checkpointing", False) for m in root.modules())
-        self._buffers = {
-            join_key(name, leaf): buffer
-            for name, module in root.named_modules()
-            for leaf, buffer in module._buffers.items()
-            if buffer is not None and _is_cloned(buffer, module.training)
-        }
+        self._values: dict[str, Tensor | None] = dict(held_parameters(root))
+        self._buffers: dict[str, Tensor] = {}
+        for name, module in root.named_modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is None:
+                    self._values[join_key(name, leaf)] = None
+                elif _is_cloned(buffer, module.training):
+                    self._buffers[join_key(name, leaf)] = buffer
 
     def take(self) -> "Tree":
         """A tree that nobody else has until it is given back."""
@@ -92,9 +95,14 @@ class Trees:
         """A copy of the root for somebody else, with its own buffers."""
         return copy.deepcopy(self.root, shared_memo(self.root))
 
-    def buffers(self) -> dict[str, Tensor]:
-        """Clones of the buffers that a call may write to: what the compiler binds, as it cannot check trees out."""
-        return {name: buffer.clone() for name, buffer in self._buffers.items()}
+    def values(self, *, inside: bool) -> dict[str, Tensor | None]:
+        """What the compiler binds beside the values of a call, as it cannot check trees out.
+
+        Clones of the buffers that a call may write to, and inside of another call, of which it would see the values,
+        all parameters.
+        """
+        values = dict(self._values) if inside else {}
+        return values | {name: buffer.clone() for name, buffer in self._buffers.items()}
 
 
 class Tree:
@@ -121,7 +129,7 @@ class Tree:
         cloned: dict[int, tuple[Tensor, list[tuple[Any, Any]]]] = {}
         self._watched: list[tuple[Tensor, int]] = []
         for owner, key, tensor, training in tensors:
-            if _is_cloned(tensor, training):
+            if isinstance(owner, dict | list | deque) and _is_cloned(tensor, training):
                 cloned.setdefault(id(tensor), (tensor, []))[1].append((owner, key))
             elif not tensor.is_meta and not tensor.is_inference():
                 self._watched.append((tensor, tensor._version))
@@ -156,9 +164,8 @@ class Tree:
         while self._bound:
             owner, key, value = self._bound.pop()
             owner[key] = value
-        if any(self._empty):
-            for container in self._empty:
-                container.clear()
+        for container in filter(None, self._empty):
+            container.clear()
         if not _same(self._live, self._kept):
             for live, kept in zip(self._live, self._kept, strict=True):
                 if not _same(live, kept):

@@ -45,6 +45,7 @@ class Projections(nn.Module):
         self.generator: torch.Generator | None = None
         self.rows: Mapping[str, Turn] = {}
         self.call: int | None = None
+        self.traced = False  # by the compiler, just now
 
     def require_call(self) -> None:
         """Refuse to run in a module tree outside of the call that it was checked out for; see `checkout`.
