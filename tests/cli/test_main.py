@@ -232,6 +232,7 @@ def help_of(capsys, monkeypatch):
 def test_help_shows_an_example_that_parses(help_of, command):
     shown = help_of(command)
     assert "--json" in shown
+    assert "\n   vera-func " in shown  # indented
     examples = re.sub(r"\\\s*\n", " ", shown.partition("Example:")[2].partition("╭")[0]).strip().splitlines()
     assert examples
     for line in examples:

@@ -71,6 +71,9 @@ def export_lora(
 ) -> None:
     """Export an adapter as a PEFT LoRA directory, for PEFT, vLLM and others.
 
+    The LoRA's factors are A' = lambda_d * A and B' = B scaled by lambda_b, so
+    it is exact at the adapter's rank r; a lower --rank truncates it.
+
     Example:
       vera-func export-lora --adapter vera-demo --out my-lora
     """
@@ -125,6 +128,8 @@ def convert(
     json: o.Json = False,
 ) -> None:
     """Convert PEFT directories to an adapter bank, or a bank to PEFT directories.
+
+    A directory's name is the name of its adapter in the bank.
 
     Example:
       vera-func convert run-1 run-2 --out all.safetensors
