@@ -53,6 +53,7 @@ Files:
     save_adapter, load_adapter   PEFT's directories, both ways
     export_lora         the same update as a PEFT LoRA directory, exactly
     save_bank, open_bank, Bank   many adapters in one file
+    save_quantized, load_quantized    a quantized model as one file, which loads without being quantized again
 
 In submodules: `vera_func.train.optim` (AdamW and schedules as pure functions), `vera_func.train.sweep` (grids),
 `vera_func.train.distributed` (torchrun), `vera_func.merging.second_moments` (calibrated merging of a model),
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from .io.checkpoint import load_adapter, save_adapter
     from .io.lora import export_lora
     from .io.module import to_module
+    from .io.quantized import load_quantized, save_quantized
     from .merging.layer import (
         MergeReport,
         merge_calibrated,
@@ -119,6 +121,7 @@ _MODULES = {
     "io.checkpoint": ("save_adapter", "load_adapter"),
     "io.lora": ("export_lora",),
     "io.bank": ("save_bank", "open_bank", "Bank"),
+    "io.quantized": ("save_quantized", "load_quantized"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 # Names of version 0.1 that are gone, and what stands in their place.

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
@@ -95,6 +95,25 @@ def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not a whole safetensors file: {error}.") from error
     return header.get("__metadata__") or {}, tensors
+
+
+def map_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file; the tensors are views of the file, read when they are used.
+
+    Writing to a tensor changes neither the file nor other tensors.
+
+    Raises:
+        OSError: If it can't be read.
+        ValueError: If it is not a whole safetensors file.
+    """
+    with file.open("rb"):  # the error of a file that can't be read
+        pass
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = opened.keys()
+            return opened.metadata() or {}, {name: opened.get_tensor(name) for name in names}
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}.") from error
 
 
 def parse_json(file: Path, text: str) -> Any:

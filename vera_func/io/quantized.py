@@ -1,0 +1,253 @@
+"""Quantized models as single files, which load without being quantized again.
+
+A file holds every parameter and every buffer of a model, so that it can be loaded into a module tree without data:
+
+    save_quantized("model.safetensors", model)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    model = load_quantized("model.safetensors", skeleton)
+
+It is a safetensors file. A quantized layer is stored as the tensors of its value, `{name}.packed`, `{name}.absmax` and
+so on, everything else under its own name. The metadata hold the static fields of these values as JSON, and the names
+under which tied parameters are known too.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .. import private
+from ..core.keys import join_key
+from ..model.describe import describe_quantization, describe_ties
+from ..model.targets import linear_sizes
+from ..model.tree import copy_tree, require_weights, unwrap
+from ..quant.bnb import from_bnb, is_bnb_linear, to_bnb
+from ..quant.value import Quantized, Spec4bit, Spec8bit, flatten, shape2, unflatten, validate
+from .files import map_safetensors, parse_json, replacing
+
+
+FORMAT = "vera_func quantized model 1"
+_FIELDS_4BIT = ("packed", "absmax", "nested.scale", "nested.code", "nested.offset")
+_FIELDS_8BIT = ("codes", "scale")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save_quantized(path: str | os.PathLike[str], model: nn.Module) -> Path:
+    """Write all tensors of a model with quantized layers as one safetensors file, atomically.
+
+    Buffers that are no part of the state dict are written, too. The configuration of a transformers model and its
+    tokenizer are not: save these with their own `save_pretrained`.
+
+    Args:
+        path: The file; an old one is replaced.
+        model: With bitsandbytes layers, as from `quantize_model`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If no layer is quantized, or weights are offloaded.
+        OSError: If the file cannot be written; an old one is still there.
+
+    Example:
+        >>> import tempfile
+        >>> from vera_func import quantize_model
+        >>> model = quantize_model(nn.Sequential(nn.Linear(64, 32)), "nf4")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = save_quantized(f"{folder}/model.safetensors", model)
+        ...     load_quantized(file, nn.Sequential(nn.Linear(64, 32)))[0]
+        Linear4bit(in_features=64, out_features=32, bias=True)
+    """
+    model = unwrap(model)
+    require_weights(model, "save")
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, Any]] = {}
+    first: dict[int, str] = {}
+    packed = set()
+    for name, module in model.named_modules():
+        if is_bnb_linear(module):
+            packed.add(id(module.weight))
+            leaves, spec = flatten(from_bnb(module)[0])
+            fields = _FIELDS_8BIT if isinstance(spec, Spec8bit) else _FIELDS_4BIT
+            tensors |= {join_key(name, field): leaf for field, leaf in zip(fields, leaves, strict=False)}
+            layers[name] = {key: _to_json(value) for key, value in spec._asdict().items()}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no quantized layer to save; quantize_model makes them.")
+    aliases = {}
+    for name, tensor in _named_tensors(model):
+        if id(tensor) in packed:
+            continue
+        if first.setdefault(id(tensor), name) == name:
+            tensors[name] = tensor.detach()
+        else:
+            aliases[name] = first[id(tensor)]
+    metadata = {"format": FORMAT, "layers": json.dumps(layers), "aliases": json.dumps(aliases)}
+    path = Path(path)
+    with replacing(path) as file:
+        save_file(_unshared(tensors), file, metadata)
+    return path
+
+
+def load_quantized(path: str | os.PathLike[str], model: Model) -> Model:
+    """A copy of a model with the tensors of a file that `save_quantized` wrote, bit for bit.
+
+    Nothing is quantized, and the dense weights are read when they are used: the file is mapped into memory. Layers are
+    quantized as they are in the file, whatever they are in `model`. A parameter stays on the device of the model's own,
+    and is on the CPU where that is the meta device. Parameters that are tied in
+    the file are tied.
+
+    Args:
+        path: The file.
+        model: A model of the same architecture, which stays as it is. It needs no data: make it inside of
+            `with torch.device("meta")`. Its training mode, and its parameters' `requires_grad`, are kept.
+
+    Raises:
+        ValueError: If the file is damaged or holds another model; the file and the name are given.
+        OSError: If the file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from vera_func import quantize_model
+        >>> with torch.device("meta"):
+        ...     skeleton = nn.Sequential(nn.Linear(64, 32))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = save_quantized(f"{folder}/model", quantize_model(nn.Sequential(nn.Linear(64, 32)), "nf4"))
+        ...     model = load_quantized(file, skeleton)
+        >>> model[0].weight.device, skeleton[0].weight.device
+        (device(type='cpu'), device(type='meta'))
+    """
+    path, model = Path(path), unwrap(model)
+    metadata, tensors = map_safetensors(path)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} holds no quantized model: expected a file that vf.save_quantized wrote.")
+    values = _read_values(path, metadata, tensors)
+    modules = dict(model.named_modules())
+    for name, q in values.items():
+        sizes = linear_sizes(modules[name]) if name in modules else None
+        if sizes != q.shape[::-1]:
+            there = "has no such linear layer" if sizes is None else f"has it as {sizes[::-1]}"
+            raise ValueError(f"{path}: the layer {name!r} is {q.shape}, but the {type(model).__name__} {there}.")
+    memo = _replacements(path, model, tensors, _aliases(path, metadata), set(values))
+
+    def replace(name: str, module: nn.Module) -> nn.Module | None:
+        if name not in values:
+            return None
+        bias = getattr(module, "bias", None)
+        weight: Any = module.weight
+        q = values[name] if weight.is_meta else values[name].to(weight.device)
+        return to_bnb(q, None if bias is None else memo[id(bias)])
+
+    new = copy_tree(model, replace, memo)
+    for name, module in new.named_modules():
+        private.skip_fused_encoder_path(module)
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise ValueError(
+                    f"{join_key(name, key)!r} of the {type(model).__name__} is on the meta device, and is neither a "
+                    "parameter nor a buffer, so that no file holds it: make the model without torch.device('meta')."
+                )
+    if hasattr(new, "save_pretrained"):
+        describe_quantization(new)
+        describe_ties(new)
+    return cast(Model, new)
+
+
+def _read_values(path: Path, metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[str, Quantized]:
+    """The quantized layers by name; their tensors are taken out of `tensors`."""
+    layers = parse_json(path, metadata.get("layers", ""))
+    values: dict[str, Quantized] = {}
+    if not isinstance(layers, dict):
+        raise ValueError(f"{path}: the metadata 'layers' must be a JSON object, got {type(layers).__name__}.")
+    for name, static in layers.items():
+        try:
+            static = {key: _from_json(key, value) for key, value in static.items()}
+            spec = Spec8bit(**static) if "threshold" in static else Spec4bit(**static)
+            fields = _FIELDS_8BIT if isinstance(spec, Spec8bit) else _FIELDS_4BIT
+            present = [field for field in fields if join_key(name, field) in tensors]
+            q = unflatten([tensors.pop(join_key(name, field)) for field in present], spec)
+            validate(q)
+        except (ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            raise ValueError(f"{path}: the layer {name!r} is damaged: {error}") from error
+        statistics = flatten(q)[0][1:]
+        if not all(leaf.isfinite().all() for leaf in statistics):
+            raise ValueError(f"{path}: the layer {name!r} is damaged: its scales hold NaN or inf.")
+        values[name] = q
+    return values
+
+
+def _aliases(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
+    aliases = parse_json(path, metadata.get("aliases", ""))
+    if not isinstance(aliases, dict) or not all(isinstance(name, str) for name in aliases.values()):
+        raise ValueError(f"{path}: the metadata 'aliases' must be a JSON object of names.")
+    return aliases
+
+
+def _replacements(
+    path: Path, model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], quantized: set[str]
+) -> dict[int, Any]:
+    """A memo for `copy_tree`: what stands for each parameter and buffer of the model, by id."""
+    memo: dict[int, Any] = {}
+    source: dict[int, str] = {}
+    made: dict[str, Tensor] = {}
+    weights = {id(getattr(model.get_submodule(name), "weight", None)) for name in quantized}
+    for name, old in _named_tensors(model):
+        key = name if name in tensors else aliases.get(name, name)
+        if key not in tensors:
+            if id(old) in weights:
+                continue
+            if isinstance(old, nn.Parameter) or old.is_meta:
+                raise ValueError(f"{path} lacks {name!r} {tuple(old.shape)} of the {type(model).__name__}.")
+            memo[id(old)] = old
+            continue
+        new = tensors[key]
+        if new.shape != old.shape:
+            raise ValueError(f"{path}: {name!r} is {tuple(new.shape)}, but {tuple(old.shape)} in the model.")
+        if source.setdefault(id(old), key) != key:
+            raise ValueError(f"{path}: {source[id(old)]!r} and {key!r} differ, but they are tied in the model.")
+        if key not in made:
+            new = new if old.is_meta else new.to(old.device)
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old.requires_grad and new.is_floating_point())
+            made[key] = new
+        memo[id(old)] = made[key]
+    if unknown := sorted(tensors.keys() - made.keys()):
+        raise ValueError(f"{path} has {unknown[0]!r}, which the {type(model).__name__} does not have.")
+    return memo
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers, by each of their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values on the CPU, each in memory of its own, which safetensors wants; copied only if they are not."""
+    seen = set()
+    own = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.cpu().contiguous()
+        memory = tensor.untyped_storage()
+        if memory.nbytes() != tensor.nbytes or memory.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        own[name] = tensor
+    return own
+
+
+def _to_json(value: Any) -> Any:
+    return str(value)[6:] if isinstance(value, torch.dtype) else value
+
+
+def _from_json(key: str, value: Any) -> Any:
+    if key in ("dtype", "compute_dtype") and value is not None:
+        value = getattr(torch, str(value), None)
+        if not isinstance(value, torch.dtype):
+            raise ValueError(f"{key} must be the name of a dtype.")
+    return shape2(value) if key == "shape" else value
