@@ -19,6 +19,8 @@ from refused import Refused
 PACKAGE = Path(vf.__file__).parent
 # From the ground up; a folder imports only from itself and from those before it.
 ROOMS = ["core", "quant", "model", "merging", "io", "train", "data", "cli"]
+# Modules of version 0.1 that scripts import from; they go with the next version.
+OLD = {"pretrained": "quantize_model", "bnb": "is_bnb_linear"}
 PUBLIC = {name: getattr(vf, name) for name in vf.__all__}
 
 
@@ -34,7 +36,7 @@ def imports(path):
 
 def test_every_file_has_its_room():
     assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(ROOMS)
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", "private"}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", "private", *OLD}
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -128,3 +130,11 @@ def test_no_pickle():
             assert not (
                 called and (node.value.id, node.attr) in {("torch", "load"), ("pickle", "load"), ("pickle", "loads")}
             )
+
+
+@pytest.mark.parametrize("module", OLD)
+def test_an_old_module_says_what_to_use(module):
+    sys.modules.pop(f"vera_func.{module}", None)
+    with pytest.warns(DeprecationWarning, match=f"vera_func.{module} goes with the next version: use vera_func"):
+        imported = importlib.import_module(f"vera_func.{module}")
+    assert callable(getattr(imported, OLD[module]))
