@@ -47,13 +47,15 @@ class Apply:
     """A model as a pure function of an adapter: `apply(params, frozen, *args, **kwargs)`.
 
     Returns what `model(*args, **kwargs)` returns. It composes with the transforms of `torch.func` as far as
-    the model's own operations do, may be called from several threads at once, and has no state: dropout of
-    the adapter happens only through `with_dropout`, and whether the base is in training mode was settled when
-    `adapt` was called.
+    the model's own operations do. Equal arguments give equal bits, whatever was called before, on other threads or
+    inside of the call, and no call leaves a trace: what the model writes to itself, such as batch statistics, is undone.
+    Dropout of the adapter happens only through `with_dropout`, and whether the base is in training mode was settled
+    when `adapt` was called. The base's own dropout draws from torch's global generator.
 
     Raises:
         ValueError: If `params` lacks a key, has an unknown one, or a value has the wrong shape; if rows of
-            stacked vectors do not match the batch; if `frozen` is of another rank or too narrow.
+            stacked vectors do not match the batch; if `frozen` is of another rank or too narrow; if the model
+            checkpoints activations, and a gradient is asked for.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
