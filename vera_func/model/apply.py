@@ -48,7 +48,7 @@ class Apply:
 
     Returns what `model(*args, **kwargs)` returns. It composes with the transforms of `torch.func` as far as
     the model's own operations do. Equal arguments give equal bits, whatever was called before, on other threads or
-    inside of the call, and no call leaves a trace: what the model writes to itself, such as batch statistics, is undone.
+    inside of the call, and no call leaves a trace: what the model writes to itself (batch statistics) is undone.
     Dropout of the adapter happens only through `with_dropout`, and whether the base is in training mode was settled
     when `adapt` was called. The base's own dropout draws from torch's global generator.
 
