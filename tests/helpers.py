@@ -21,6 +21,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import vera_func as vf
+from vera_func.quant.value import flatten
 
 
 # Prime sizes, so that no transposition can cancel; `in` fills whole blocks of 32 only together with `out`.
@@ -290,3 +291,32 @@ class LargestTensor(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))])
         return out
+
+
+def quantized_layers(model):
+    """The quantized layers of a model."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            found[name] = vf.from_bnb(module)
+    return found
+
+
+def assert_same_bits(model, right):
+    """All tensors are equal, quantized layers and buffers outside of the state dict included."""
+    got, expected = quantized_layers(model), quantized_layers(right)
+    assert got.keys() == expected.keys()
+    for name, (q, bias) in got.items():
+        (leaves, spec), (right_leaves, right_spec) = flatten(q), flatten(expected[name][0])
+        assert spec == right_spec
+        for one, other in zip(leaves, right_leaves, strict=True):
+            assert (one.dtype, one.shape) == (other.dtype, other.shape)
+            assert torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+        assert (bias is None) == (expected[name][1] is None)
+        assert bias is None or torch.equal(bias, expected[name][1])
+    for kind in ("named_parameters", "named_buffers"):
+        pairs = zip(getattr(model, kind)(), getattr(right, kind)(), strict=True)
+        for (name, one), (right_name, other) in pairs:
+            assert name == right_name
+            assert torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+            assert (one.dtype, one.requires_grad) == (other.dtype, other.requires_grad)

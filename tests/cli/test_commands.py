@@ -124,7 +124,9 @@ def test_evaluate_the_base_alone(run_json, folder, reviews):
 
 
 def test_an_adapter_of_the_model_from_pypi_finds_it_again(run, run_json, folder, reviews, tmp_path, monkeypatch):
-    monkeypatch.setattr("vera_func.data.models.load_smollm2", lambda dtype: load_base(str(folder), "none", dtype)[:2])
+    monkeypatch.setattr(
+        "vera_func.data.models.load_smollm2", lambda dtype, _: load_base(str(folder), "none", dtype)[:2]
+    )
     line = f"demo --data {reviews} --r 8 --steps 2 --batch-size 4 --adapters 2 --dtype float32"
     run_json(*line.split(), "--out", tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())

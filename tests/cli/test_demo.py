@@ -18,7 +18,7 @@ def test_demo_with_one_adapter(run, folder, reviews, tmp_path):
     line = f"demo --model {folder} --data {reviews} --quant int8 --r 16 --steps 4 --batch-size 4 --dtype float32"
     status, said, _ = run(*line.split(), "--out", out)
     assert status == 0
-    for words in ("linears in int8", "Before: ", "12 held-out examples", "Trained ", "After: ", "loaded again"):
+    for words in ("linear layers in int8", "Before: ", "12 held-out examples", "Trained ", "After: ", "loaded again"):
         assert words in said
     assert sorted(path.name for path in out.iterdir()) == [
         *("adapter_config.json", "adapter_model.safetensors", "vera_func.json"),

