@@ -277,9 +277,9 @@ def verify_run(run: vf.Fit, path: Path) -> None:
     arrays = tensors_in(path.read_bytes())
     found = {
         "params.p": run.params["p"],
-        "mean.p": run.state.mean["p"],
-        "var.p": run.state.var["p"],
-        "step": run.state.step,
+        "state.mean['p']": run.state.mean["p"],
+        "state.var['p']": run.state.var["p"],
+        "state.step": run.state.step,
     }
     for name, value in (found | {"losses": run.losses, "metrics": run.metrics}).items():
         compare(value, arrays[name], name)

@@ -94,7 +94,8 @@ if TYPE_CHECKING:
     from .quant.linear import quantized_linear
     from .quant.quantize import dequantize, quantize_4bit, quantize_8bit
     from .quant.value import Quantized4bit, Quantized8bit, validate
-    from .train.fit import Fit, fit, load_fit, save_fit
+    from .train.fit import fit
+    from .train.run import Fit, load_fit, save_fit
 
 # Public names by the module that defines them; imported when they are first used, so that `import vera_func` is light.
 _MODULES = {
@@ -115,7 +116,8 @@ _MODULES = {
     "model.vmap": ("vmap_adapters",),
     "model.pool": ("pool_adapters",),
     "model.algebra": ("scale_adapter", "add_adapters"),
-    "train.fit": ("fit", "Fit", "save_fit", "load_fit"),
+    "train.fit": ("fit",),
+    "train.run": ("Fit", "save_fit", "load_fit"),
     "merging.layer": (*("merge_quantized", "merge_dense", "merge_calibrated", "merge_report", "MergeReport"),),
     "merging.model": ("merge", "model_merge_report"),
     "io.checkpoint": ("save_adapter", "load_adapter"),

@@ -1,7 +1,7 @@
 """`fit` is the loop that a user would write, for one adapter or many; it stops, resumes and diverges one by one."""
 
-import os
 import sys
+import warnings
 from functools import partial
 
 import pytest
@@ -9,63 +9,33 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import ones
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as recompute
 
 import vera_func as vf
-from vera_func.train.fit import batch_indices, fit, load_fit, save_fit
-from vera_func.train.optim import adamw_init, adamw_update, clip_by_norm, linear_warmup_cosine
+from vera_func.train import fit as loop
+from vera_func.train.fit import batch_indices
+from vera_func.train.optim import adamw, adamw_init, adamw_update, clip_by_norm, linear_warmup_cosine
+from vera_func.train.run import load_fit
 
-from refused import NAN, PARAMS, RAW, UNREADABLE, Refused
-
-
-N = 8
-RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
-GENERATOR = torch.Generator().manual_seed(0)
-A, B, W = (torch.randn(*s, generator=GENERATOR) for s in ((3, 5), (7, 3), (7, 5)))
-INPUTS, TARGETS = torch.randn(11, 5, generator=GENERATOR), torch.randn(11, 7, generator=GENERATOR)
-fit = partial(fit, progress=False)
-
-
-def loss_of_one(params, batch):
-    x, y = batch
-    hidden = params["lambda_d"] * (x @ A.T)
-    return (x @ W.T + params["lambda_b"] * (hidden @ B.T) - y).square().mean()
-
-
-def loss_of_many(in_dims):
-    return torch.func.vmap(loss_of_one, in_dims=(0, in_dims))
-
-
-def start(*n):
-    return {"lambda_b": torch.zeros(*n, 7), "lambda_d": torch.full((*n, 3), 0.1)}
-
-
-def row(tree, i):
-    return {k: leaf[i] for k, leaf in tree.items()}
-
-
-def shared(step):
-    rows = batch_indices(step, num_examples=11, batch_size=4, key=0)
-    return INPUTS[rows], TARGETS[rows]
-
-
-def own(step, adapter):
-    rows = batch_indices(step, num_examples=11, batch_size=4, key=adapter)
-    return INPUTS[rows], TARGETS[rows]
-
-
-def everyones_own(step):
-    x, y = zip(*(own(step, i) for i in range(N)), strict=True)
-    return torch.stack(x), torch.stack(y)
-
-
-def same(a, b):
-    """Bit for bit, NaN included."""
-    leaves = torch.utils._pytree.tree_leaves
-    return all(
-        x.dtype == y.dtype and torch.equal(x.nan_to_num(123.0), y.nan_to_num(123.0))
-        for x, y in zip(leaves(a), leaves(b), strict=True)
-    )
+from loops import (
+    INPUTS,
+    OPTIONS,
+    RATES,
+    TARGETS,
+    N,
+    everyones_own,
+    fit,
+    loss_of_many,
+    loss_of_one,
+    metric_of,
+    own,
+    row,
+    same,
+    shared,
+    start,
+)
+from refused import NAN, Refused
 
 
 def test_one_is_the_loop_a_user_would_write():
@@ -99,12 +69,6 @@ def test_together_equals_one_by_one(data):
                     steps=20, learning_rate=RATES[i], max_norm=limits[i], **options)  # fmt: skip
         assert_close(row(run.params, i), alone.params, rtol=1e-5, atol=1e-5)
         assert_close(run.losses[:, i], alone.losses, rtol=1e-5, atol=1e-5)
-
-
-def metric_of(best_at):
-    """Falls until `best_at[i]` updates, then rises; a plateau and NaN are no progress."""
-    best_at = torch.tensor(best_at)
-    return lambda params, step: (step - best_at).abs().float()
 
 
 def test_stopped_adapters_stay_bit_for_bit():
@@ -187,96 +151,6 @@ def test_one_that_diverges_ends_the_run():
     assert run.stopped == 0
     assert len(run.losses) == 1
     assert same(run.params, start())
-
-
-OPTIONS = {
-    "learning_rate": RATES[-3:],
-    "weight_decay": 0.1,
-    "max_norm": 0.3,
-    "num_adapters": 3,
-    "schedule": partial(linear_warmup_cosine, warmup=2, total=12),
-    "evaluate": metric_of([2, 7, 99]),
-    "evaluate_every": 2,
-    "patience": 2,
-}
-
-
-@pytest.mark.parametrize("steps", [0, 1, 5, 8, 12])
-def test_resume_from_a_value_is_bit_for_bit(steps):
-    train = partial(fit, loss_of_many(None), start(3), shared, **OPTIONS)
-    first = train(steps=steps)
-    assert same(train(steps=12, resume=first), train(steps=12))
-
-
-@pytest.mark.parametrize("killed_at", [1, 5, 8, 11])
-def test_resume_after_an_interrupt_is_bit_for_bit(killed_at, tmp_path):
-    path = tmp_path / "run.safetensors"
-
-    def interrupted(step):
-        if step == killed_at:
-            raise KeyboardInterrupt
-        return shared(step)
-
-    train = partial(fit, loss_of_many(None), start(3), steps=12, **OPTIONS)
-    saving = {"checkpoint": path, "checkpoint_every": 1}
-    with pytest.raises(KeyboardInterrupt):
-        train(interrupted, **saving)
-    assert len(load_fit(path, start(3), num_adapters=3).losses) == killed_at
-    whole = train(shared)
-    assert same(train(shared, resume=path, **saving), whole)
-    assert same(load_fit(path, start(3), num_adapters=3), whole)
-    assert os.listdir(tmp_path) == [path.name]
-
-
-def test_resume_of_one(tmp_path):
-    train = partial(fit, loss_of_one, start(), shared, learning_rate=0.1)
-    train(steps=4, checkpoint=tmp_path / "run")
-    assert same(train(steps=9, resume=str(tmp_path / "run")), train(steps=9))
-
-
-def test_saves_views_of_one_tensor(tmp_path):
-    both = torch.arange(20.0).reshape(2, 10)
-    params = {"lambda_b": both[:, :7], "lambda_d": both[:, 7:], "all": both, "again": both}
-    options = {"steps": 0, "learning_rate": 0.1, "num_adapters": 2}
-    run = fit(loss_of_many(None), params, shared, checkpoint=tmp_path / "run", **options)
-    assert same(load_fit(tmp_path / "run", params, num_adapters=2), run)
-
-
-@pytest.mark.parametrize("crash", ["fsync", "replace"])
-def test_a_crash_while_saving_leaves_the_old_file(crash, tmp_path, monkeypatch):
-    path = tmp_path / "run"
-    old = fit(loss_of_one, start(), shared, steps=2, learning_rate=0.1, checkpoint=path)
-
-    def boom(*args):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(*((os, "fsync") if crash == "fsync" else (os, "replace")), boom)
-    with pytest.raises(OSError, match="no space"):
-        save_fit(path, old._replace(losses=old.losses + 1))
-    assert same(load_fit(path, start()), old)
-    assert os.listdir(tmp_path) == ["run"]
-
-
-def test_loading_the_wrong_run_raises(tmp_path):
-    path = tmp_path / "run"
-    run = fit(loss_of_one, start(), shared, steps=2, learning_rate=0.1, checkpoint=path)
-    with pytest.raises(ValueError, match=r"run .*'params.bias'"):
-        load_fit(path, {**start(), "bias": torch.ones(2)})
-    with pytest.raises(ValueError, match=r"run: 'params.lambda_b' is \(7,\).*\(9,\)"):
-        load_fit(path, {**start(), "lambda_b": torch.ones(9)})
-    with pytest.raises(ValueError, match=r"run: 'params.lambda_d' is .*float32.*float64"):
-        load_fit(path, {**start(), "lambda_d": torch.ones(3, dtype=torch.float64)})
-    with pytest.raises(ValueError, match=r"resume: 'params.lambda_b'"):
-        fit(loss_of_many(None), start(2), shared, steps=3, learning_rate=0.1, num_adapters=2,
-            resume=run)  # fmt: skip
-    with pytest.raises(ValueError, match="num_adapters"):
-        # The same leaves, but one adapter instead of seven and three.
-        load_fit(path, {"lambda_b": torch.ones(7)} | {"lambda_d": torch.ones(3)}, num_adapters=7)
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"run is not a whole safetensors file"):
-        load_fit(path, start())
-    with pytest.raises(ValueError, match="steps=1 counts all steps, and 2 are done"):
-        fit(loss_of_one, start(), shared, steps=1, learning_rate=0.1, resume=run)
 
 
 def test_activation_checkpointing():
@@ -370,6 +244,71 @@ def test_orders_are_independent_and_global_randomness_untouched():
         batch_indices(0, num_examples=3, batch_size=0, key=0)
 
 
+class Counted(TorchDispatchMode):
+    """Counts the operations that wait for a device, and those that copy a history."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {"aten::_local_scalar_dense": 0, "aten::cat": 0}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if name in self.counts:
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("progress", [False, True])
+@pytest.mark.parametrize("n", [(), (3,)])
+def test_a_step_waits_for_no_device_and_copies_no_history(n, progress, monkeypatch):
+    monkeypatch.setattr(loop, "_look_every", lambda device: 1000)
+    loss_fn, number = (loss_of_many(None), n[0]) if n else (loss_of_one, None)
+    counts = []
+    for steps in (3, 13):
+        with Counted() as counted:
+            fit(loss_fn, start(*n), shared, steps=steps, learning_rate=0.1, num_adapters=number, max_norm=0.1,
+                progress=progress, schedule=partial(linear_warmup_cosine, warmup=2, total=20))  # fmt: skip
+        counts.append(counted.counts)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("failures", [{1: 3}, {0: 11}, {0: 2, 1: 2, 2: 2}, {0: 2, 1: 3, 2: 3}, {0: 5, 1: 0, 2: 7}])
+@pytest.mark.parametrize("patience", [None, 2])
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_a_run_does_not_depend_on_when_it_is_looked_at(failures, patience, evaluates, monkeypatch, tmp_path):
+    def schedule(step):
+        return torch.tensor([torch.inf if failures.get(i) == step else 1.0 for i in range(3)])
+
+    def train(**options):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run = fit(loss_of_many(None), start(3), shared, steps=12, learning_rate=0.1, num_adapters=3,
+                      schedule=schedule, **options)  # fmt: skip
+        return run, [(str(w.message), w.filename) for w in caught]
+
+    options = {"evaluate": metric_of([2, 4, 99]), "evaluate_every": 2, "patience": patience} if evaluates else {}
+    expected, told = train(**options)
+    assert all(filename == __file__ for _, filename in told)
+    assert len(told) == len(set(expected.stopped[expected.diverged].tolist()))
+    monkeypatch.setattr(loop, "_look_every", lambda device: 5)
+    saving = {"checkpoint": tmp_path / "run", "checkpoint_every": 3}
+    for more in ({}, saving):
+        found, told_later = train(**options, **more)
+        assert same(found, expected)
+        assert told_later == told
+    assert same(load_fit(tmp_path / "run", start(3), num_adapters=3), expected)
+
+
+def test_a_run_that_has_ended_is_not_gone_on_with(monkeypatch):
+    train = partial(fit, loss_of_many(None), start(3), learning_rate=0.1, num_adapters=3)
+    run = train(shared, steps=9, evaluate=metric_of([1, 1, 1]), patience=2)
+    assert run.stopped.tolist() == [3] * 3
+    padded = run._replace(losses=torch.cat([run.losses, torch.full_like(run.losses, torch.nan)]))  # as by join_fits
+    monkeypatch.setattr(loop, "_look_every", lambda device: 1000)
+    for ended in (run, padded):
+        assert same(train(lambda step: 1 / 0, steps=9, resume=ended), ended)
+
+
 # What is refused
 
 bad = Refused()
@@ -387,6 +326,11 @@ for what, change, message in (
     ("integers", {"params": {"p": ones(2).long()}}, "only floating-point numbers"),
     ("no adapters", {"num_adapters": 0}, "num_adapters=0, but"),
     ("a schedule below 0", {"schedule": lambda step: -1.0}, r"schedule\(0\) must be 0 or more, got -1.0"),
+    ("no learning rate", {"learning_rate": None}, "learning_rate must be given, .* or an optimizer"),
+    ("no pair for an optimizer", {"optimizer": torch.optim.AdamW}, "optimizer must be a pair .*got type"),
+    ("weight_decay twice", {"optimizer": adamw(0.1), "weight_decay": 0.1}, "weight_decay is an option of AdamW"),
+    ("betas twice", {"optimizer": adamw(0.1), "betas": (0.9, 0.99)}, "betas is an option of AdamW"),
+    ("eps twice", {"optimizer": adamw(0.1), "eps": 1e-6}, "eps is an option of AdamW"),
     ("a schedule of NaN", {"schedule": lambda step: NAN}, r"schedule\(0\) must be 0 or more, got nan"),
     ("a loss that is a number", {"loss_fn": lambda p, b: 1.0}, "as a tensor, got float"),
     ("a loss of nothing", {"loss_fn": lambda p, b: ones(())}, "does not depend on params; see that it is not detached"),
@@ -407,18 +351,6 @@ for what, change in (
 
 bad("batch_indices", "step -1", lambda _: batch_indices(-1, num_examples=5, batch_size=2, key=0), "step=-1")
 bad("batch_indices", "no rows", lambda _: batch_indices(0, num_examples=5, batch_size=0, key=0), "batch_size=0")
-bad("save_fit", "no run", lambda path: vf.save_fit(path / "run", PARAMS), "must be a Fit, .*got dict")
-bad("load_fit", "no file", lambda path: vf.load_fit(path / "run", PARAMS), "No such file", FileNotFoundError)
-
-
-def resume_raw(folder, raw):
-    (folder / "run").write_bytes(raw)
-    return train(resume=folder / "run")
-
-
-for what, raw in RAW.items():
-    wrong = "is a run of other params" if what == "no tensors" else UNREADABLE
-    bad("fit", f"resuming from {what}", lambda t, raw=raw: resume_raw(t, raw), f"run {wrong}")
 
 
 @pytest.mark.parametrize("case", bad.rows)

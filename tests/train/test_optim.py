@@ -5,12 +5,24 @@ from functools import partial
 
 import pytest
 import torch
+import torchopt
 from hypothesis import given, settings, strategies as st
 from torch import ones
 from torch.func import grad, hessian, jvp, vmap
 from torch.testing import assert_close
 
-from vera_func.train.optim import adamw_init, adamw_update, clip_by_norm, constant, global_norm, linear_warmup_cosine
+from vera_func.private import tree_leaves
+from vera_func.train.optim import (
+    adamw,
+    adamw_init,
+    adamw_update,
+    apply_updates,
+    as_optimizer,
+    clip_by_norm,
+    constant,
+    global_norm,
+    linear_warmup_cosine,
+)
 
 from refused import NAN, Refused
 
@@ -186,6 +198,57 @@ def test_16_bit_is_updated_in_float32(dtype):
     assert {m.dtype for m in (*state.mean.values(), *state.var.values())} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_the_pair_makes_the_steps_of_adamw(dtype, weight_decay):
+    options = {"learning_rate": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": weight_decay}
+    optimizer = adamw(**options)
+    params = expected = make(dtype=dtype)
+    state = right = optimizer.init(params)
+    for seed in range(3):
+        grads = make(seed=seed, dtype=dtype)
+        updates, state = optimizer.update(grads, state, params)
+        params = apply_updates(params, updates)
+        expected, right = adamw_update(grads, right, expected, **options)
+        assert {k: u.dtype for k, u in updates.items()} == {k: m.dtype for k, m in right.mean.items()}
+        assert_close((params, state), (expected, right))
+
+
+def test_the_pair_maps_over_learning_rates():
+    rates, params, grads = torch.tensor([0.1, 0.5], dtype=torch.float64), make(2), make(2, seed=1)
+    state = vmap(adamw_init)(params)
+    step = lambda g, s, p, rate: apply_updates(p, adamw(1.0, weight_decay=0.1).update(g, s, p)[0], rate)
+    moved = vmap(step)(grads, state, params, rates)
+    for i, rate in enumerate(rates):
+        one = row(params, i)
+        expected, _ = adamw_update(row(grads, i), adamw_init(one), one, learning_rate=rate, weight_decay=0.1)
+        assert_close(row(moved, i), expected, **EXACT)
+
+
+def test_updates_of_16_bit_params_are_added_in_float32():
+    params, updates = {"p": ones(2, dtype=torch.bfloat16)}, {"p": torch.full((2,), 2**-6, dtype=torch.float32)}
+    assert_close(apply_updates(params, updates, 2**-2)["p"], ones(2, dtype=torch.bfloat16))
+    assert_close(apply_updates(params, updates, 1.0)["p"], torch.full((2,), 1 + 2**-6, dtype=torch.bfloat16))
+
+
+def test_torchopt_is_told_to_write_to_nothing():
+    params, grads = make(), make(seed=1)
+    optimizer = as_optimizer(torchopt.sgd(0.1, momentum=0.9, weight_decay=0.1))
+    state = optimizer.init(params)
+    before = [t.clone() for t in tree_leaves((params, grads, state))]
+    updates, _ = optimizer.update(grads, state, params)
+    assert all(map(torch.equal, tree_leaves((params, grads, state)), before))
+    assert_close(updates, {k: -0.1 * (g + 0.1 * params[k]) for k, g in grads.items()})
+
+
+def test_numbers_in_a_state_become_tensors():
+    counting = as_optimizer((lambda params: {"t": 1, "f": 0.1}, lambda g, s, p: (g, {"t": s["t"] + 1, "f": 0.2})))
+    state = counting.init({"p": ones(2)})
+    assert_close(state, {"t": torch.tensor(1), "f": torch.tensor(0.1, dtype=torch.float64)})
+    _, state = counting.update({}, state, {"p": ones(2)})
+    assert_close(state, {"t": torch.tensor(2), "f": torch.tensor(0.2, dtype=torch.float64)})
+
+
 @pytest.mark.parametrize("max_norm", [1e-3, 1.0, 100.0, math.inf])
 def test_clip_equals_torch(max_norm):
     grads = make()
@@ -307,6 +370,29 @@ bad("constant", "no step", lambda _: constant("a"), "data type 'str'", TypeError
 bad("linear_warmup_cosine", "no steps", lambda _: linear_warmup_cosine(0, warmup=0, total=0), "warmup=0, total=0")
 bad("linear_warmup_cosine", "warmup=-1", lambda _: linear_warmup_cosine(0, warmup=-1, total=3), "warmup=-1")
 bad("linear_warmup_cosine", "warmup of NaN", lambda _: linear_warmup_cosine(0, warmup=NAN, total=3), "warmup=nan")
+
+
+PARAMS = {"p": ones(2)}
+bad("apply_updates", "other keys", lambda _: apply_updates(PARAMS, {"q": ones(2)}), r"updates .* lacks \['p'\]")
+bad("apply_updates", "another shape", lambda _: apply_updates(PARAMS, {"p": ones(3)}), r"updates\['p'\] is \(3,\)")
+leaf = ones(2, requires_grad=True)
+for what, wrong, found in (
+    ("one of torch.optim", torch.optim.SGD([leaf], lr=0.1), "got SGD"),
+    ("a function", adamw, "got function"),
+    ("three functions", (len, len, len), "got tuple"),
+    ("no functions", (1, 2), "got tuple"),
+):
+    bad("as_optimizer", what, lambda _, wrong=wrong: as_optimizer(wrong), f"a pair of pure functions, .*{found}")
+bad(
+    "as_optimizer", "None in the state", lambda _: as_optimizer((lambda p: {"m": None}, len)).init(PARAMS),
+    "must be a pytree of tensors, got a NoneType",
+)  # fmt: skip
+for what, result in (("updates alone", {"p": ones(2)}), ("a tensor", (ones(2), ()))):
+    bad(
+        "as_optimizer", what,
+        lambda _, result=result: as_optimizer((len, lambda g, s, p: result)).update({}, (), PARAMS),
+        r"must return \(updates, state\), a dict first",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("case", bad.rows)

@@ -1,7 +1,8 @@
 """A training loop for one adapter or many at once, whose whole state is one value.
 
-    grads = grad(loss)(params, batch)
-    params, state = adamw_update(clip_by_norm(grads, max_norm), state, params, learning_rate=lr)
+    losses, grads = value_and_grad(loss)(params, batch)
+    updates, state = optimizer.update(clip_by_norm(grads, max_norm), state, params)
+    params = apply_updates(params, updates, learning_rate * schedule(step))
 
 Stacked adapters are independent, so the gradient of the sum of their losses holds each one's own:
 `n` train in one backward pass, and the update of one is mapped over all with `torch.func.vmap`.
@@ -9,49 +10,36 @@ Data order and schedules are functions of the step. So a run is its `Fit`, and r
 """
 
 import hashlib
-import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from safetensors.torch import save
+from jaxtyping import Int
 from torch import Tensor
 
-from ..io.files import read_safetensors, replacing
+from ..private import tree_map
 from .gradient import LossFn, gradient_of, require_shape
-from .optim import AdamWState, Gradient, adamw_init, adamw_update, clip_by_norm, constant, global_norm
+from .optim import (
+    Gradient,
+    Optimizer,
+    adamw_update,
+    apply_updates,
+    as_optimizer,
+    clip_by_norm,
+    constant,
+    global_norm,
+)
+from .run import Fit, PathLike, Tree, load_fit, require_like, save_fit, start_run
 
 
-Tree = Mapping[str, Tensor]
-PathLike = str | os.PathLike[str]
 Numbers = float | Sequence[float] | Tensor  # one for all adapters, or one per adapter
 Accumulate = Callable[[Callable[[Any], Gradient], Any], Gradient]
-
-
-class Fit(NamedTuple):
-    """A run so far, of one adapter (`*n` is nothing) or of stacked ones.
-
-    Attributes:
-        params: The last values, which need not be the best.
-        state: State of the optimizer; `state.step` counts the updates of each adapter.
-        losses: What `loss_fn` gave before each step's update, for stopped adapters too.
-        metrics: What `evaluate` gave.
-        stopped: The number of updates after which an adapter stopped, -1 if it did not.
-        diverged: True where it stopped because something was not finite.
-    """
-
-    params: dict[str, Tensor]
-    state: AdamWState
-    losses: Float[Tensor, " steps *n"]
-    metrics: Float[Tensor, " evaluations *n"]
-    stopped: Int[Tensor, "*n"]
-    diverged: Bool[Tensor, "*n"]
+LOOK_EVERY = 16  # steps between two looks at what an accelerator computed: each look waits for it
 
 
 def fit(
@@ -60,10 +48,11 @@ def fit(
     batches: Callable[[int], Any],
     *,
     steps: int,
-    learning_rate: Numbers,
+    learning_rate: Numbers | None = None,
     weight_decay: Numbers = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    optimizer: Optimizer | None = None,
     max_norm: Numbers | None = None,
     schedule: Callable[[int], float | Tensor] = constant,
     num_adapters: int | None = None,
@@ -76,22 +65,27 @@ def fit(
     accumulate: Accumulate | None = None,
     progress: bool = True,
 ) -> Fit:
-    """Minimizes `loss_fn(params, batches(step))` with AdamW, over one adapter or many at once.
+    """Minimizes `loss_fn(params, batches(step))` over one adapter or many at once, with AdamW or another optimizer.
 
     A step costs a forward and a backward of `loss_fn`, and the update of some vectors. An adapter
     that stopped is still computed with the others, but neither it nor its optimizer state changes
     by a bit. One whose loss, gradient or update is not finite stops before that update, with a
-    warning, and disturbs no other. The run ends early when all have stopped.
+    warning, and disturbs no other. The run ends early when all have stopped. On an accelerator the warning
+    may come some steps later, since `fit` does not wait for every step.
 
     Args:
         loss_fn: `(params, batch)` to one loss, or to (n,) losses, each of its own adapter alone.
         params: Flat dict of what is trained; with `num_adapters`, every leaf is (n, ...).
         batches: The step, from 0, to its batch. Nothing else may matter; see `batch_indices`.
         steps: Number of steps in all, those of a run to resume included.
-        learning_rate: One for all or one per adapter, as are `weight_decay` and `max_norm`.
-        weight_decay, betas, eps: As in `adamw_update`.
+        learning_rate: One for all or one per adapter, as are `weight_decay` and `max_norm`. With an `optimizer`, a
+            factor on its updates, 1 if None; else it must be given.
+        weight_decay, betas, eps: As in `adamw_update`; another optimizer brings its own.
+        optimizer: A pair of pure functions of one adapter, `init(params)` to a state, any pytree of tensors, and
+            `update(grads, state, params)` to `(updates, state)`, such as an `Optimizer` or one of torchopt's. It is
+            mapped over stacked adapters with `torch.func.vmap`. None is AdamW.
         max_norm: Largest norm of an adapter's gradient; None clips nothing.
-        schedule: The step to a factor on the learning rate, one for all or one per adapter.
+        schedule: The step to a factor on `learning_rate`, one for all or one per adapter.
         num_adapters: `n`, if params are stacked.
         evaluate, evaluate_every: `(params, steps made)` to one metric or (n,); lower is better.
         patience: An adapter stops after so many evaluations in a row without a new best.
@@ -111,57 +105,44 @@ def fit(
         ...           learning_rate=[0.1, 0.001], num_adapters=2, progress=False)
         >>> run.losses[-1] < 0.1
         tensor([ True, False])
+        >>> descent = (lambda params: (), lambda grads, state, params: ({k: -g for k, g in grads.items()}, state))
+        >>> fit(loss_fn, {"p": torch.zeros(2, 3)}, lambda step: torch.ones(3), steps=1, optimizer=descent,
+        ...     learning_rate=[0.5, 0.1], num_adapters=2, progress=False).params["p"][:, 0]
+        tensor([1.0000, 0.2000])
     """
     n = () if num_adapters is None else (num_adapters,)
-    if not callable(batches):
-        raise ValueError(
-            f"batches must be a function of the step, got {type(batches).__name__}. For a list: "
-            "lambda step: batches[step % len(batches)]."
-        )
-    if patience is not None and evaluate is None:
-        raise ValueError(f"patience={patience} counts evaluations: pass evaluate too.")
-    if min(evaluate_every, checkpoint_every, 1 if patience is None else patience) < 1:
-        raise ValueError(f"must be positive: {evaluate_every=}, {checkpoint_every=}, {patience=}.")
-    if checkpoint is not None and not (folder := Path(checkpoint).parent).is_dir():
-        raise ValueError(f"the folder {folder} of checkpoint does not exist.")
-    run = _start(params, n)
-    if isinstance(resume, Fit):
-        _check_run(_flatten(resume), run, "resume")
-        run = resume
-    elif resume is not None:
-        run = load_fit(resume, params, num_adapters=num_adapters)
-    if len(run.losses) > steps:
-        raise ValueError(f"steps={steps} counts all steps, and {len(run.losses)} are done already.")
-
-    device = run.stopped.device
-    rates = _spread("learning_rate", learning_rate, n, device)
+    _check_options(batches, evaluate, evaluate_every, patience, checkpoint, checkpoint_every)
+    advance = _advance_of(optimizer, learning_rate, weight_decay, betas, eps)
+    run = _begin(params, n, optimizer, resume, steps)
+    done, device = len(run.losses), run.stopped.device
+    rates = _spread("learning_rate", 1.0 if learning_rate is None else learning_rate, n, device)
     decays = _spread("weight_decay", weight_decay, n, device)
     norms = _spread("max_norm", float("inf") if max_norm is None else max_norm, n, device)
-    one = partial(_update, betas=betas, eps=eps)
-    update = torch.func.vmap(one) if n else one
+    update = torch.func.vmap(partial(_update, advance)) if n else partial(_update, advance)
+    losses_room = _room(run.losses, steps - done)
+    metrics_room = _room(run.metrics, steps // evaluate_every - done // evaluate_every if evaluate else 0)
+    saves, judges = checkpoint is not None, evaluate is not None
 
     # No graph from one step to the next, even where the model's own weights require grad.
-    with torch.no_grad(), _bar(len(run.losses), steps, progress) as bar:
-        for step in range(len(run.losses), steps):
-            if (run.stopped >= 0).all():
+    with torch.no_grad(), _bar(done, steps, progress) as bar:
+        watch = _Watch(run, bar, [every for every, due in ((checkpoint_every, saves), (evaluate_every, judges)) if due])
+        for step in range(done, steps):
+            if watch.due(step) and watch.look(run):
                 break
             gradient = partial(gradient_of, loss_fn, run.params, n, step == 0)
             batch = batches(step)
             grads, losses = gradient(batch) if accumulate is None else accumulate(gradient, batch)
-            factor = torch.as_tensor(schedule(step), dtype=torch.float64)
-            if not (factor >= 0).all():
-                raise ValueError(f"schedule({step}) must be 0 or more, got {factor.tolist()}.")
-            hyper = {"learning_rate": rates * factor.to(device), "weight_decay": decays}
+            hyper = {"learning_rate": rates * _factor(schedule, step, device), "weight_decay": decays}
             moved = update(grads, losses, run.state, run.params, run.stopped < 0, norms, hyper)
-            run = _record(run, losses, *moved)
+            run = _record(run, _append(losses_room, step, losses), *moved)
             if evaluate is not None and (step + 1) % evaluate_every == 0:
-                run = _judge(run, evaluate(run.params, step + 1), patience)
+                run = _judge(run, metrics_room, evaluate(run.params, step + 1), patience)
             if checkpoint is not None and (step + 1) % checkpoint_every == 0:
                 save_fit(checkpoint, run)
             if bar is not None:
                 bar.update()
-                left = f", {(run.stopped < 0).sum()} training" if num_adapters else ""
-                bar.set_postfix_str(f"loss {losses.nanmean():.4f}{left}")
+        watch.look(run)
+    run = _until_all_stopped(run, done)
     if checkpoint is not None:
         save_fit(checkpoint, run)
     return run
@@ -206,113 +187,156 @@ def epoch_order(num_examples: int, *, key: int | str, epoch: int) -> Int[Tensor,
     return torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed))
 
 
-def save_fit(path: PathLike, run: Fit) -> None:
-    """Write a run as one safetensors file, atomically.
+class _Watch:
+    """What is read of a run while it goes on. Each look waits for the device, and a CPU has nothing to wait for.
 
-    Args:
-        path: The file.
-        run: From `fit`.
-
-    Raises:
-        ValueError: If it is not a `Fit`.
-        OSError: If the file can't be written; an old one is still there.
-
-    Example:
-        >>> import tempfile
-        >>> params, loss_fn = {"p": torch.ones(3)}, lambda params, batch: params["p"].sum()
-        >>> run = fit(loss_fn, params, int, steps=2, learning_rate=0.1, progress=False)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_fit(f"{folder}/run.safetensors", run)
-        ...     load_fit(f"{folder}/run.safetensors", params).losses
-        tensor([3.0000, 2.7000], dtype=torch.float64)
+    Looks come at least every `LOOK_EVERY` steps, and before and after those steps that read the run anyway, which are
+    every so many of `marks`.
     """
-    if not isinstance(run, Fit):
-        raise ValueError(f"run must be a Fit, as fit returns it, got {type(run).__name__}.")
-    # Cloned, since safetensors refuses tensors that share memory.
-    tensors = {k: t.contiguous().cpu().clone() for k, t in _flatten(run).items()}
-    with replacing(Path(path)) as file:
-        file.write_bytes(save(tensors))
+
+    def __init__(self, run: Fit, bar: Any, marks: Sequence[int]) -> None:
+        self.bar, self.marks, self.first = bar, marks, len(run.losses)
+        self.known = run.diverged.cpu()
+        self.every = _look_every(run.stopped.device)
+
+    def due(self, step: int) -> bool:
+        """Whether to look before this step."""
+        marked = any(step % mark in (0, mark - 1) for mark in self.marks)
+        return step == self.first or step % self.every == 0 or marked
+
+    def look(self, run: Fit) -> bool:
+        """Warn of adapters that diverged, show how far the run is, and return whether all adapters have stopped."""
+        stopped, diverged = run.stopped.cpu(), run.diverged.cpu()
+        new, self.known = diverged & ~self.known, diverged
+        for step in stopped[new].unique().tolist():
+            which = (new & (stopped == step)).nonzero().flatten().tolist() if new.ndim else "the only one"
+            warnings.warn(
+                f"step {step} is not finite and stops adapter {which} before the update.", RuntimeWarning, stacklevel=3
+            )
+        if self.bar is not None and len(run.losses):
+            left = f", {(stopped < 0).sum()} training" if stopped.ndim else ""
+            self.bar.set_postfix_str(f"loss {run.losses[-1].nanmean():.4f}{left}")
+        return bool((stopped >= 0).all())
 
 
-def load_fit(path: PathLike, params: Tree, *, num_adapters: int | None = None) -> Fit:
-    """Read a run that `save_fit` wrote, onto the device of `params`.
-
-    Args:
-        path: The file.
-        params: Params of the same keys, shapes and dtypes; their values do not matter.
-        num_adapters: `n`, if they are stacked.
-
-    Raises:
-        ValueError: If the file is damaged or of other params; the file and the key are named.
-
-    Example:
-        >>> import tempfile
-        >>> params, loss_fn = {"p": torch.ones(3)}, lambda params, batch: params["p"].sum()
-        >>> run = fit(loss_fn, params, int, steps=2, learning_rate=0.1, progress=False)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_fit(f"{folder}/run.safetensors", run)
-        ...     load_fit(f"{folder}/run.safetensors", params).params["p"]
-        tensor([0.8000, 0.8000, 0.8000])
-    """
-    _, tensors = read_safetensors(Path(path))
-    like = _start(params, () if num_adapters is None else (num_adapters,))
-    _check_run(tensors, like, path)
-    tensors = {k: t.to(like.stopped.device) for k, t in tensors.items()}
-    # In the order of params, which the file does not keep: norms are sums in that order.
-    moved, mean, var = ({k: tensors[f"{t}.{k}"] for k in params} for t in ("params", "mean", "var"))
-    state = AdamWState(tensors["step"], mean, var)
-    return Fit(moved, state, *(tensors[name] for name in Fit._fields[2:]))
+def _look_every(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else LOOK_EVERY
 
 
-def _start(params: Tree, n: tuple[int, ...]) -> Fit:
-    for key, p in params.items():
-        if n and p.shape[:1] != n:
-            raise ValueError(f"num_adapters={n[0]}, but params[{key!r}] is {tuple(p.shape)}; use stack_adapters.")
-    params = {k: p.detach() for k, p in params.items()}
-    state = torch.func.vmap(adamw_init)(params) if n and params else adamw_init(params)
-    empty = torch.zeros(0, *n, dtype=torch.float64, device=state.step.device)
-    stopped = torch.full_like(state.step, -1)
-    return Fit(params, state, empty, empty, stopped, diverged=torch.zeros_like(stopped).bool())
+def _advance_of(
+    optimizer: Any, learning_rate: Numbers | None, weight_decay: Numbers, betas: tuple[float, float], eps: float
+) -> Callable[..., Any]:
+    """`(grads, state, params, learning_rate=, weight_decay=)` to the new params and the new state."""
+    if optimizer is None:
+        if learning_rate is None:
+            raise ValueError("learning_rate must be given, such as learning_rate=1e-2, or an optimizer.")
+        return partial(adamw_update, betas=betas, eps=eps)
+    own = {"weight_decay": (weight_decay, 0.0), "betas": (betas, [0.9, 0.999]), "eps": (eps, 1e-8)}
+    for name, (value, default) in own.items():
+        if torch.as_tensor(value, dtype=torch.float64).tolist() != default:
+            raise ValueError(
+                f"{name} is an option of AdamW without an optimizer; give it to the optimizer, as in adamw."
+            )
+    return partial(_advance, as_optimizer(optimizer))
 
 
-def _update(grads, loss, state, params, training, max_norm, hyper, **fixed):
+def _advance(
+    optimizer: Optimizer, grads: Tree, state: Any, params: Tree, *, learning_rate: Tensor, weight_decay: Tensor
+) -> tuple[dict[str, Tensor], Any]:
+    """As `adamw_update`, by an optimizer, which brings its own weight decay."""
+    updates, state = optimizer.update(grads, state, params)
+    return apply_updates(params, updates, learning_rate), state
+
+
+def _update(advance, grads, loss, state, params, training, max_norm, hyper):
     """The step of one adapter, not taken if it stopped or if anything is not finite."""
-    new, new_state = adamw_update(clip_by_norm(grads, max_norm), state, params, **hyper, **fixed)
+    new, new_state = advance(clip_by_norm(grads, max_norm), state, params, **hyper)
     finite = loss.isfinite() & global_norm(grads).isfinite() & global_norm(new).isfinite()
-    params, mean, var = (
-        {k: torch.where(training & finite, new[k], old[k]) for k in old}
-        for old, new in ((params, new), (state.mean, new_state.mean), (state.var, new_state.var))
-    )
-    step = torch.where(training & finite, new_state.step, state.step)
-    return params, AdamWState(step, mean, var), finite
+
+    def chosen(old: Tensor, new: Tensor) -> Tensor:
+        if old.shape != new.shape:
+            raise ValueError(f"shape {tuple(new.shape)} is not {tuple(old.shape)}.")
+        return torch.where(training & finite, new, old).to(old.dtype)
+
+    try:
+        return tree_map(chosen, params, new), tree_map(chosen, state, new_state), finite
+    except ValueError as error:
+        raise ValueError(f"optimizer.update must return a state like the one that it was given: {error}") from error
 
 
-def _record(run: Fit, losses: Tensor, params: dict, state: AdamWState, finite: Tensor) -> Fit:
+def _begin(params: Tree, n: tuple[int, ...], optimizer: Any, resume: Fit | PathLike | None, steps: int) -> Fit:
+    """The run before the first step that is to be made."""
+    run = start_run(params, n, optimizer)
+    if isinstance(resume, Fit):
+        require_like(resume, run, "resume")
+        run = resume
+    elif resume is not None:
+        run = load_fit(resume, params, num_adapters=n[0] if n else None, optimizer=optimizer)
+    if len(run.losses) > steps:
+        raise ValueError(f"steps={steps} counts all steps, and {len(run.losses)} are done already.")
+    return run
+
+
+def _room(rows: Tensor, more: int) -> Tensor:
+    """The rows, and memory for more."""
+    return torch.cat([rows, rows.new_zeros(more, *rows.shape[1:])])
+
+
+def _append(room: Tensor, i: int, row: Tensor) -> Tensor:
+    room[i] = row
+    return room[: i + 1]
+
+
+def _record(run: Fit, losses: Tensor, params: dict, state: Any, finite: Tensor) -> Fit:
     """The run after a step, in which those that were not finite stopped."""
     failed = (run.stopped < 0) & ~finite
-    if failed.any():
-        which = failed.nonzero().flatten().tolist() if failed.ndim else "the only one"
-        warnings.warn(
-            f"step {len(run.losses)} is not finite and stops adapter {which} before the update.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    stopped = torch.where(failed, len(run.losses), run.stopped)
-    losses = torch.cat([run.losses, losses[None]])
+    stopped = run.stopped.masked_fill(failed, len(losses) - 1)
     return Fit(params, state, losses, run.metrics, stopped, run.diverged | failed)
 
 
-def _judge(run: Fit, metric: float | Tensor, patience: int | None) -> Fit:
+def _judge(run: Fit, room: Tensor, metric: float | Tensor, patience: int | None) -> Fit:
     """The run after an evaluation, in which those whose best is `patience` old stopped."""
     metric = torch.as_tensor(metric, dtype=torch.float64, device=run.stopped.device)
     require_shape("evaluate", metric, run.stopped.shape)
-    run = run._replace(metrics=torch.cat([run.metrics, metric[None]]))
+    run = run._replace(metrics=_append(room, len(run.metrics), metric))
     if patience is None:
         return run
     # argmin takes the first of equal ones, so that a plateau is no progress, and NaN for the least.
     best = run.metrics.nan_to_num(nan=float("inf")).argmin(dim=0)
     stops = (run.stopped < 0) & (len(run.metrics) - 1 - best >= patience)
-    return run._replace(stopped=torch.where(stops, len(run.losses), run.stopped))
+    return run._replace(stopped=run.stopped.masked_fill(stops, len(run.losses)))
+
+
+def _until_all_stopped(run: Fit, done: int) -> Fit:
+    """The run without steps that were made, of `done` on, before it was seen that all adapters had stopped."""
+    if (run.stopped < 0).any():
+        return run
+    # A step that diverged has a loss, but no update.
+    steps = max((run.stopped + run.diverged).flatten().tolist(), default=0)
+    return run._replace(losses=run.losses[: max(steps, done)].clone())
+
+
+def _factor(schedule: Callable[[int], float | Tensor], step: int, device: torch.device) -> Tensor:
+    factor = torch.as_tensor(schedule(step), dtype=torch.float64)
+    if not all(number >= 0 for number in factor.flatten().tolist()):
+        raise ValueError(f"schedule({step}) must be 0 or more, got {factor.tolist()}.")
+    return factor.to(device, non_blocking=True)
+
+
+def _check_options(
+    batches: Any, evaluate: Any, evaluate_every: int, patience: int | None, checkpoint: Any, checkpoint_every: int
+) -> None:
+    if not callable(batches):
+        raise ValueError(
+            f"batches must be a function of the step, got {type(batches).__name__}. For a list: "
+            "lambda step: batches[step % len(batches)]."
+        )
+    if patience is not None and evaluate is None:
+        raise ValueError(f"patience={patience} counts evaluations: pass evaluate too.")
+    if min(evaluate_every, checkpoint_every, 1 if patience is None else patience) < 1:
+        raise ValueError(f"must be positive: {evaluate_every=}, {checkpoint_every=}, {patience=}.")
+    if checkpoint is not None and not (folder := Path(checkpoint).parent).is_dir():
+        raise ValueError(f"the folder {folder} of checkpoint does not exist.")
 
 
 def _bar(done: int, steps: int, progress: bool) -> AbstractContextManager[Any]:
@@ -331,24 +355,3 @@ def _spread(name: str, value: Numbers, n: tuple[int, ...], device: torch.device)
     if not (numbers >= 0).all():
         raise ValueError(f"{name} must be 0 or more, got {value}.")
     return numbers.expand(n)
-
-
-def _flatten(run: Fit) -> dict[str, Tensor]:
-    trees = {"params": run.params, "mean": run.state.mean, "var": run.state.var}
-    leaves = {f"{name}.{k}": t for name, tree in trees.items() for k, t in tree.items()}
-    return {**leaves, "step": run.state.step, **dict(zip(run._fields[2:], run[2:], strict=True))}
-
-
-def _check_run(tensors: Tree, like: Fit, source: PathLike) -> None:
-    wanted = _flatten(like)
-    if differing := sorted(wanted.keys() ^ tensors.keys()):
-        raise ValueError(f"{source} is a run of other params: only one of them has {differing}.")
-    for key, right in wanted.items():
-        found = tensors[key]
-        if key in ("losses", "metrics") and found.ndim:  # of which any number of rows is right
-            found = found[:0]
-        if (found.shape, found.dtype) != (right.shape, right.dtype):
-            raise ValueError(
-                f"{source}: {key!r} is {tuple(found.shape)} {found.dtype}, but params and "
-                f"num_adapters imply {tuple(right.shape)} {right.dtype}."
-            )

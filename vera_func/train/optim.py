@@ -1,19 +1,24 @@
-"""AdamW, clipping and schedules as pure functions of dicts of tensors.
+"""Optimizers, clipping and schedules as pure functions of dicts of tensors.
 
     mean' = b1 mean + (1 - b1) g          var' = b2 var + (1 - b2) g^2
     p'    = (1 - lr wd) p - lr (mean' / (1 - b1^t)) / (sqrt(var' / (1 - b2^t)) + eps)
 
 Every function is written for one adapter and writes to none of its inputs; many adapters are
 `torch.func.vmap` of it. So hyper-parameters are floats or 0-d tensors, which can be differentiated.
+An `Optimizer` is a pair of such functions, as in optax and torchopt.
 """
 
+import inspect
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from ..private import tree_map
 
 
 class AdamWState(NamedTuple):
@@ -37,11 +42,7 @@ def adamw_init(params: Mapping[str, Tensor]) -> AdamWState:
         >>> adamw_init({"p": torch.ones(2)})
         AdamWState(step=tensor(0), mean={'p': tensor([0., 0.])}, var={'p': tensor([0., 0.])})
     """
-    if not params:
-        raise ValueError("params is empty: there is nothing to train.")
-    for key, p in params.items():
-        if not p.is_floating_point():
-            raise ValueError(f"params[{key!r}] is {p.dtype}; only floating-point numbers can be trained.")
+    require_trainable(params)
     moments = {k: torch.zeros_like(p, dtype=_wide(p)) for k, p in params.items()}
     step = torch.zeros((), dtype=torch.int64, device=next(iter(params.values())).device)
     return AdamWState(step, moments, {k: m.clone() for k, m in moments.items()})
@@ -87,27 +88,162 @@ def adamw_update(
         https://arxiv.org/abs/1711.05101, in the form of `torch.optim.AdamW`. Deviation: 16-bit
         leaves are updated in float32 and cast once.
     """
+    learning_rate, weight_decay = _number("learning_rate", learning_rate), _number("weight_decay", weight_decay)
+    directions, state = _adam(grads, state, params, betas, eps)
+    new_params = {}
+    for key, p in params.items():
+        decayed = p * (1 - learning_rate * weight_decay)
+        new_params[key] = (decayed - learning_rate * directions[key]).to(p.dtype)
+    return new_params, state
+
+
+def _adam(
+    grads: Mapping[str, Tensor], state: AdamWState, params: Mapping[str, Tensor], betas: Any, eps: float | Tensor
+) -> tuple[dict[str, Tensor], AdamWState]:
+    """`mean_hat / (sqrt(var_hat) + eps)`, and the next state."""
     _check_like("grads", grads, params)
     _check_like("state.mean", state.mean, params)
     _check_like("state.var", state.var, params)
     if state.step.ndim:
         raise ValueError("state is that of stacked adapters: map over them with torch.func.vmap.")
-    learning_rate = _number("learning_rate", learning_rate)
     beta1, beta2 = (_number("betas", beta, below=1.0) for beta in betas)
-    eps, weight_decay = _number("eps", eps), _number("weight_decay", weight_decay)
+    eps = _number("eps", eps)
     step = state.step + 1
     # float ** int64 would be float32, and 1 - b2^t lose four digits to cancellation.
     correction1, correction2 = 1 - beta1 ** step.double(), 1 - beta2 ** step.double()
-    new_params, mean, var = {}, {}, {}
+    directions, mean, var = {}, {}, {}
     for key, p in params.items():
         m, v, g = state.mean[key], state.var[key], grads[key].to(_wide(p))
         # The casts are for 0-d leaves, which a 0-d float64 hyper-parameter would promote.
         mean[key] = m = (m + (1 - beta1) * (g - m)).to(m.dtype)
         var[key] = v = (beta2 * v + (1 - beta2) * g * g).to(v.dtype)
-        direction = (m / correction1) / (_sqrt(v) / correction2.sqrt() + eps)
-        decayed = p * (1 - learning_rate * weight_decay)
-        new_params[key] = (decayed - learning_rate * direction).to(p.dtype)
-    return new_params, AdamWState(step, mean, var)
+        directions[key] = (m / correction1) / (_sqrt(v) / correction2.sqrt() + eps)
+    return directions, AdamWState(step, mean, var)
+
+
+class Optimizer(NamedTuple):
+    """An optimizer of one adapter as two pure functions, which write to none of their inputs.
+
+    Attributes:
+        init: `params` to the state before the first update, a pytree of tensors.
+        update: `(grads, state, params)` to `(updates, state)`; the new params are `params + updates`.
+    """
+
+    init: Callable[[Mapping[str, Tensor]], Any]
+    update: Callable[[Mapping[str, Tensor], Any, Mapping[str, Tensor]], tuple[Mapping[str, Tensor], Any]]
+
+
+def adamw(
+    learning_rate: float | Tensor,
+    *,
+    betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+    eps: float | Tensor = 1e-8,
+    weight_decay: float | Tensor = 0.0,
+) -> Optimizer:
+    """AdamW as an `Optimizer`: `adamw_init`, and `adamw_update` that returns the change of params.
+
+    Args:
+        learning_rate: As in `adamw_update`, as are all that follow.
+        betas: Decay rates of the two moments.
+        eps: Added to the root.
+        weight_decay: Decoupled from the gradient.
+
+    Raises:
+        ValueError: As from `adamw_update`, when `update` is called.
+
+    Example:
+        >>> optimizer, params = adamw(0.1), {"p": torch.ones(2)}
+        >>> updates, state = optimizer.update({"p": torch.ones(2)}, optimizer.init(params), params)
+        >>> apply_updates(params, updates)
+        {'p': tensor([0.9000, 0.9000])}
+    """
+    options = {"learning_rate": learning_rate, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    return Optimizer(adamw_init, partial(_adamw_updates, **options))
+
+
+def _adamw_updates(grads, state, params, *, learning_rate, betas, eps, weight_decay):
+    learning_rate, weight_decay = _number("learning_rate", learning_rate), _number("weight_decay", weight_decay)
+    directions, state = _adam(grads, state, params, betas, eps)
+    return {k: (-learning_rate * (directions[k] + weight_decay * p)).to(_wide(p)) for k, p in params.items()}, state
+
+
+def apply_updates(
+    params: Mapping[str, Tensor], updates: Mapping[str, Tensor], scale: float | Tensor = 1.0
+) -> dict[str, Tensor]:
+    """`params + scale * updates`, computed in float32 or wider and cast once.
+
+    Args:
+        params: Values before the update.
+        updates: From an optimizer, keyed and shaped like `params`.
+        scale: A float or a 0-d tensor.
+
+    Raises:
+        ValueError: If keys or shapes differ.
+
+    Example:
+        >>> apply_updates({"p": torch.ones(2)}, {"p": torch.tensor([1.0, -1.0])}, 0.5)
+        {'p': tensor([1.5000, 0.5000])}
+    """
+    _check_like("updates", updates, params)
+    return {k: (p + scale * updates[k].to(_wide(p))).to(p.dtype) for k, p in params.items()}
+
+
+def as_optimizer(pair: Any) -> Optimizer:
+    """A pair of functions as an `Optimizer` whose state holds tensors only; torchopt's transformations are such pairs.
+
+    torchopt's `update` takes `params` by name, and writes into gradients unless it is told `inplace=False`. Its Adamax
+    counts steps in a Python int, which becomes a tensor.
+
+    Args:
+        pair: `(init, update)`, such as an `Optimizer`.
+
+    Raises:
+        ValueError: If it is no such pair, or, when `init` or `update` is called, if they return something else.
+
+    Example:
+        >>> descent = as_optimizer((lambda params: (), lambda grads, state, *, params: (grads, state)))
+        >>> descent.update({"p": torch.ones(2)}, (), {"p": torch.zeros(2)})
+        ({'p': tensor([1., 1.])}, ())
+    """
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(map(callable, pair))):
+        raise ValueError(
+            "optimizer must be a pair of pure functions, init(params) -> state and update(grads, state, params) -> "
+            f"(updates, state), such as vera_func.train.optim.adamw(1e-2), got {type(pair).__name__}."
+        )
+    init, update = pair
+    parameters = inspect.signature(update).parameters
+    options = {"inplace": False} if "inplace" in parameters else {}
+    named = "params" in parameters and parameters["params"].kind is inspect.Parameter.KEYWORD_ONLY
+    return Optimizer(partial(_init, init), partial(_update, update, named, options))
+
+
+def _init(init: Callable[..., Any], params: Mapping[str, Tensor]) -> Any:
+    return tree_map(partial(_state_tensor, next(iter(params.values())).device), init(params))
+
+
+def _update(update, named, options, grads, state, params):
+    result = update(grads, state, params=params, **options) if named else update(grads, state, params, **options)
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Mapping)):
+        raise ValueError(f"optimizer.update must return (updates, state), a dict first, got {type(result).__name__}.")
+    updates, state = result
+    return updates, tree_map(partial(_state_tensor, next(iter(params.values())).device), state)
+
+
+def _state_tensor(device: torch.device, leaf: Any) -> Tensor:
+    if isinstance(leaf, Tensor):
+        return leaf
+    if isinstance(leaf, int | float):
+        return torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None, device=device)
+    raise ValueError(f"the state of an optimizer must be a pytree of tensors, got a {type(leaf).__name__} in it.")
+
+
+def require_trainable(params: Mapping[str, Tensor]) -> None:
+    """Refuse params that are empty, or have a leaf that is not of floating-point numbers."""
+    if not params:
+        raise ValueError("params is empty: there is nothing to train.")
+    for key, p in params.items():
+        if not p.is_floating_point():
+            raise ValueError(f"params[{key!r}] is {p.dtype}; only floating-point numbers can be trained.")
 
 
 def global_norm(tree: Mapping[str, Tensor]) -> Float[Tensor, ""]:

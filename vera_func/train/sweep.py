@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..private import tree_map
-from .fit import Fit
-from .optim import AdamWState
+from .run import Fit
 
 
 def sweep(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -66,12 +65,7 @@ def fit_row(run: Fit, i: int) -> Fit:
         >>> fit_row(run, 1).losses.shape
         torch.Size([4])
     """
-    state = AdamWState(
-        run.state.step[i],
-        {key: leaf[i] for key, leaf in run.state.mean.items()},
-        {key: leaf[i] for key, leaf in run.state.var.items()},
-    )
-    params = {key: leaf[i] for key, leaf in run.params.items()}
+    params, state = tree_map(lambda leaf: leaf[i], (run.params, run.state))
     return Fit(params, state, run.losses[:, i], run.metrics[:, i], run.stopped[i], run.diverged[i])
 
 

@@ -1,0 +1,168 @@
+"""A training run as a value, and its file.
+
+A run is one safetensors file: `params.KEY`, the leaves of the optimizer's state by their places in it, such as
+`state.mean['KEY']`, and the rest of `Fit` by name.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import save
+from torch import Tensor
+
+from ..io.files import read_safetensors, replacing
+from ..private import tree_flatten, tree_flatten_with_path, tree_unflatten
+from .optim import Optimizer, adamw_init, as_optimizer, require_trainable
+
+
+Tree = Mapping[str, Tensor]
+PathLike = str | os.PathLike[str]
+
+
+class Fit(NamedTuple):
+    """A run so far, of one adapter (`*n` is nothing) or of stacked ones.
+
+    Attributes:
+        params: The last values, which need not be the best.
+        state: State of the optimizer, a pytree of tensors; AdamW's is an `AdamWState`, whose `step` counts the updates
+            of each adapter.
+        losses: What `loss_fn` gave before each step's update, for stopped adapters too.
+        metrics: What `evaluate` gave.
+        stopped: The number of updates after which an adapter stopped, -1 if it did not.
+        diverged: True where it stopped because something was not finite.
+    """
+
+    params: dict[str, Tensor]
+    state: Any
+    losses: Float[Tensor, " steps *n"]
+    metrics: Float[Tensor, " evaluations *n"]
+    stopped: Int[Tensor, "*n"]
+    diverged: Bool[Tensor, "*n"]
+
+
+def start_run(params: Tree, n: tuple[int, ...], optimizer: Optimizer | None = None) -> Fit:
+    """A run before its first step.
+
+    Args:
+        params: What is trained.
+        n: The number of stacked adapters in a tuple, or ().
+        optimizer: As `fit` takes it; None is AdamW.
+
+    Raises:
+        ValueError: If params are not stacked as `n` says, or nothing in them can be trained.
+
+    Example:
+        >>> start_run({"p": torch.ones(2, 3)}, (2,)).stopped
+        tensor([-1, -1])
+    """
+    for key, p in params.items():
+        if n and p.shape[:1] != n:
+            raise ValueError(f"num_adapters={n[0]}, but params[{key!r}] is {tuple(p.shape)}; use stack_adapters.")
+    require_trainable(params)
+    params = {k: p.detach() for k, p in params.items()}
+    init = adamw_init if optimizer is None else as_optimizer(optimizer).init
+    state = (torch.func.vmap(init) if n else init)(params)
+    device = next(iter(params.values())).device
+    empty = torch.zeros(0, *n, dtype=torch.float64, device=device)
+    stopped = torch.full(n, -1, dtype=torch.int64, device=device)
+    return Fit(params, state, empty, empty, stopped, diverged=torch.zeros_like(stopped).bool())
+
+
+def require_like(run: Fit, other: Fit, source: PathLike) -> None:
+    """Refuse a run, from a source, that is of other params or of another optimizer than a fresh one."""
+    _check_run(_flatten(run), other, source)
+
+
+def save_fit(path: PathLike, run: Fit) -> None:
+    """Write a run as one safetensors file, atomically.
+
+    Args:
+        path: The file.
+        run: From `fit`.
+
+    Raises:
+        ValueError: If it is not a `Fit`.
+        OSError: If the file can't be written; an old one is still there.
+
+    Example:
+        >>> import tempfile
+        >>> from vera_func import fit
+        >>> params, loss_fn = {"p": torch.ones(3)}, lambda params, batch: params["p"].sum()
+        >>> run = fit(loss_fn, params, int, steps=2, learning_rate=0.1, progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_fit(f"{folder}/run.safetensors", run)
+        ...     load_fit(f"{folder}/run.safetensors", params).losses
+        tensor([3.0000, 2.7000], dtype=torch.float64)
+    """
+    if not isinstance(run, Fit):
+        raise ValueError(f"run must be a Fit, as fit returns it, got {type(run).__name__}.")
+    # Cloned, since safetensors refuses tensors that share memory.
+    tensors = {k: t.contiguous().cpu().clone() for k, t in _flatten(run).items()}
+    with replacing(Path(path)) as file:
+        file.write_bytes(save(tensors))
+
+
+def load_fit(
+    path: PathLike, params: Tree, *, num_adapters: int | None = None, optimizer: Optimizer | None = None
+) -> Fit:
+    """Read a run that `save_fit` wrote, onto the device of `params`.
+
+    Args:
+        path: The file.
+        params: Params of the same keys, shapes and dtypes; their values do not matter.
+        num_adapters: `n`, if they are stacked.
+        optimizer: That of the run, as `fit` takes it; None is AdamW.
+
+    Raises:
+        ValueError: If the file is damaged, of other params or of another optimizer; the file and the key are named.
+
+    Example:
+        >>> import tempfile
+        >>> from vera_func import fit
+        >>> params, loss_fn = {"p": torch.ones(3)}, lambda params, batch: params["p"].sum()
+        >>> run = fit(loss_fn, params, int, steps=2, learning_rate=0.1, progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_fit(f"{folder}/run.safetensors", run)
+        ...     load_fit(f"{folder}/run.safetensors", params).params["p"]
+        tensor([0.8000, 0.8000, 0.8000])
+    """
+    _, tensors = read_safetensors(Path(path))
+    like = start_run(params, () if num_adapters is None else (num_adapters,), optimizer)
+    if not any(key.startswith("state") for key in tensors):  # version 0.1 knew AdamW's state only, by shorter names
+        old = {f"{name}.{k}": f"state.{name}[{k!r}]" for name in ("mean", "var") for k in params}
+        tensors = {(old | {"step": "state.step"}).get(key, key): tensor for key, tensor in tensors.items()}
+    _check_run(tensors, like, path)
+    tensors = {k: t.to(like.stopped.device) for k, t in tensors.items()}
+    state = tree_unflatten([tensors[place] for place in _state_leaves(like)], tree_flatten(like.state)[1])
+    # In the order of params, which the file does not keep: norms are sums in that order.
+    return Fit({k: tensors[f"params.{k}"] for k in params}, state, *(tensors[name] for name in Fit._fields[2:]))
+
+
+def _flatten(run: Fit) -> dict[str, Tensor]:
+    params = {f"params.{k}": t for k, t in run.params.items()}
+    return {**params, **_state_leaves(run), **dict(zip(run._fields[2:], run[2:], strict=True))}
+
+
+def _state_leaves(run: Fit) -> dict[str, Tensor]:
+    return {f"state{place}": leaf for place, leaf in tree_flatten_with_path(run.state)}
+
+
+def _check_run(tensors: Tree, like: Fit, source: PathLike) -> None:
+    wanted = _flatten(like)
+    if differing := sorted(wanted.keys() ^ tensors.keys()):
+        raise ValueError(
+            f"{source} is a run of other params or of another optimizer: only one of them has {differing}."
+        )
+    for key, right in wanted.items():
+        found = tensors[key]
+        if key in ("losses", "metrics") and found.ndim:  # of which any number of rows is right
+            found = found[:0]
+        if (found.shape, found.dtype) != (right.shape, right.dtype):
+            raise ValueError(
+                f"{source}: {key!r} is {tuple(found.shape)} {found.dtype}, but params and "
+                f"num_adapters imply {tuple(right.shape)} {right.dtype}."
+            )
