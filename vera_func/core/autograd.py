@@ -1,6 +1,7 @@
-"""The operations of an adapted layer that torch cannot derive by itself as cheaply: custom autograd Functions.
+"""Custom autograd Functions that save less memory than the derivatives torch would generate.
 
-Every rule is made of ordinary operations, so that derivatives of all orders and all transforms exist.
+Every backward and jvp consists of ordinary differentiable operations. Derivatives of all orders exist, and the
+Functions compose with all transforms.
 """
 
 import torch
@@ -13,7 +14,7 @@ from ..private import unwrap
 from .shapes import contiguous_rows
 
 
-# Multiply-adds of a product that take as long as copying and comparing a small input, 5 microseconds.
+# Below this number of multiply-adds, a product takes less time than copying and comparing its input (5 microseconds).
 WORTH_SHARING = 2**16
 
 
@@ -28,15 +29,16 @@ def project(x: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]) -> Float[Te
 
 
 class SharedProduct:
-    """`A x`, computed once for all layers that read the same `x` one after another: q, k, v; gate, up.
+    """Compute `A x` once for consecutive layers with the same input, such as q, k and v, or gate and up.
 
-    A value for one pass through a model, in which all layers have the same projections. It keeps the last `x`, a copy
-    of its bits, and the product, which it gives again for the same tensor with the same bits. Nothing less would do:
-    writes through `x.data` or `x.numpy()` are counted nowhere. Copying and comparing costs a pass over `x`, about 2 and
-    4 % of a product at r 256; products that take no longer than that are not shared. Every layer differentiates the
-    product by itself, so that gradients are those of unshared products, bit for bit.
+    An instance serves one forward pass, in which all layers use the same projections. It caches the last `x`, a copy of
+    its bits, and the product. The cached product is returned if the tensor and all of its bits are the same; comparing
+    version counters would not be enough, because writes through `x.data` or `x.numpy()` do not increment them. At
+    r = 256, the copy costs about 2 % of a product and the comparison about 4 %. Products that are cheaper than that are
+    not cached. Each layer differentiates the product separately, so gradients equal those of separate products, bit for
+    bit.
 
-    On other devices than the CPU nothing is shared: a comparison would have to wait for the device.
+    Products are cached on the CPU only: on other devices the comparison would synchronize.
 
     Example:
         >>> shared, x, A = SharedProduct(), torch.ones(64, 512), torch.ones(2, 512)
@@ -56,8 +58,8 @@ class SharedProduct:
             return project(x, A)
         if type(memory) not in (Tensor, Parameter) or not memory.is_cpu:
             return project(x, A)
-        # The count says what bits do not: whether the tensor has got another gradient. And a product that was made
-        # where gradients are disabled leads to no gradient of A.
+        # An in-place operation can change the graph of `x` and not its bits; the version counter reveals it. A product
+        # computed with gradients disabled has no graph, so it can't be reused with gradients enabled.
         state = None if memory.is_inference() else memory._version, torch.is_grad_enabled()
         bits = _bits(memory)
         if self.last is not None:
@@ -70,16 +72,16 @@ class SharedProduct:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """A floating-point tensor's memory as integers, by which zeros of either sign differ and NaNs are equal."""
+    """View a floating-point tensor as integers: 0.0 and -0.0 differ, and a NaN equals itself."""
     if x.requires_grad:
         x = x.detach()
     if x.is_contiguous() and x.shape[-1] * x.itemsize % 8 == x.storage_offset() * x.itemsize % 8 == 0:
-        return x.view(torch.int64)  # compares in half the time
+        return x.view(torch.int64)  # comparison takes half the time
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
 
 
 class _Known(torch.autograd.Function):
-    """`value`, which is `project(x, A)`: differentiated in x as a product of its own, and in A through the value."""
+    """Return `value`, a cached `project(x, A)`; the gradient of x is computed here, that of A through `value`."""
 
     generate_vmap_rule = True
 
@@ -105,10 +107,9 @@ class _Known(torch.autograd.Function):
 
 
 class _Expand(torch.autograd.Function):
-    """`lambda_b * (B (lambda_d * z))`, which keeps its inputs only, and not the product with `B`.
+    """`lambda_b * (B (lambda_d * z))`, saving its inputs for backward and not the product with `B`.
 
-    Plain autograd would keep (*batch, out) numbers to differentiate in `lambda_b`. Every rule is made of ordinary
-    operations on the inputs, so that derivatives of all orders exist.
+    Plain autograd would save the product, of shape (*batch, out), for the gradient of `lambda_b`.
     """
 
     generate_vmap_rule = True
@@ -119,7 +120,7 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.set_materialize_grads(False)  # absent tangents would cost products with zeros
+        ctx.set_materialize_grads(False)  # materialized tangents would cost products with zeros
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
@@ -156,8 +157,9 @@ class _Expand(torch.autograd.Function):
 
 
 def expand(z: Tensor, lambda_b: Tensor, lambda_d: Tensor, B: Tensor) -> Tensor:
-    # Dynamo (2.13) refuses a Function with a jvp; what the plain form keeps is the compiler's choice. Where nothing is
-    # kept, the plain form has less overhead.
+    """`lambda_b * (B (lambda_d * z))`, differentiable in all arguments."""
+    # Dynamo (2.13) does not support a Function with a jvp; in the plain form the compiler decides what is saved. With
+    # gradients disabled nothing is saved, and the plain form has less overhead.
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return lambda_b * linear(lambda_d * z, B)
     return _Expand.apply(z, lambda_b, lambda_d, B)

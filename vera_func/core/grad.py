@@ -2,9 +2,9 @@
 
     value_and_grad(f)(x, ...) = f(x, ...), df/dx
 
-`torch.func.grad` pays for what most calls do not need: it makes a class for every call of a custom
-`autograd.Function`, and keeps the graph of its own backward. Here plain autograd computes the gradient where nothing
-else is asked for. Inside of a transform, and while `torch.compile` traces, it is `torch.func.grad` itself.
+`torch.func.grad` has costs that most calls do not need: it creates a class for every call of a custom
+`autograd.Function`, and it keeps the graph of the backward pass. The functions here use plain autograd where its result
+is the same. Inside a transform and under `torch.compile` they call `torch.func`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,25 +22,27 @@ Function = Callable[..., Any]
 
 
 def grad(function: Function, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Function:
-    """A function that returns the gradient of a scalar function: `torch.func.grad`, as fast as plain autograd.
+    """Return a function that computes the gradient of a scalar function: `torch.func.grad` at the cost of autograd.
 
-    Outside of transforms the result is that of `torch.autograd.grad`, bit for bit. The graph of the backward is kept
-    only where an argument or a closed-over tensor requires grad, so that the result can be differentiated again by
-    plain autograd, too; under `torch.no_grad()` it is never kept. Activation checkpointing works. Inside of `vmap`,
-    `jvp`, `grad` and the other transforms, under `torch.compile` and in inference mode, `torch.func.grad` computes it.
+    Outside of transforms, the gradient equals that of `torch.autograd.grad`, bit for bit. The graph of the backward
+    pass is kept only if an argument or a closed-over tensor requires grad, so that plain autograd can differentiate the
+    result again. It is never kept under `torch.no_grad()`. Activation checkpointing is supported. Inside `vmap`, `jvp`,
+    `grad` and other transforms, under `torch.compile` and in inference mode, `torch.func.grad` computes the gradient.
 
     Args:
-        function: `(*args, **kwargs)` to one number, a tensor of shape (), or to a pair of it and `aux`.
-        argnums: The position of the argument to differentiate, or a tuple of positions. An argument is a pytree (dicts,
-            lists, tuples) of floating-point tensors.
+        function: Maps `(*args, **kwargs)` to a scalar tensor of shape (), or to a pair `(scalar, aux)`.
+        argnums: Position of the argument to differentiate, or a tuple of positions. Each of these arguments is a pytree
+            (dicts, lists, tuples) of floating-point tensors.
         has_aux: Whether `function` returns a pair. `aux` is a pytree of tensors, and is not differentiated.
 
     Returns:
-        A function of the same arguments: to the gradient, in the shape of the argument; of a tuple of arguments to a
-        tuple; with `has_aux` to `(gradient, aux)`. Where the function does not depend on a tensor, zeros.
+        A function of the same arguments. It returns the gradient as a pytree like the argument, or a tuple of gradients
+        if `argnums` is a tuple; with `has_aux`, it returns `(gradient, aux)`. Gradients of tensors that the result
+        does not depend on are zeros.
 
     Raises:
-        ValueError: When the result is called and its arguments or the value of `function` do not fit.
+        ValueError: If an argument is not a pytree of floating-point tensors, `argnums` are not positions of arguments,
+            or `function` does not return a scalar. Raised when the returned function is called.
 
     Example:
         >>> loss = lambda params, x: (params["w"] * x).square().sum()
@@ -51,18 +53,19 @@ def grad(function: Function, argnums: int | tuple[int, ...] = 0, has_aux: bool =
 
 
 def value_and_grad(function: Function, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Function:
-    """A function that returns `(value, gradient)`, in the order of JAX; `torch.func.grad_and_value` has the other.
+    """Return a function that computes `(value, gradient)`, in JAX's order; `torch.func.grad_and_value` reverses it.
 
     Args:
-        function: As `grad` takes it.
-        argnums: As `grad` takes it.
-        has_aux: As `grad` takes it.
+        function: See `grad`.
+        argnums: See `grad`.
+        has_aux: See `grad`.
 
     Returns:
-        A function of the same arguments to `(value, gradient)`; with `has_aux` to `((value, aux), gradient)`.
+        A function of the same arguments that returns `(value, gradient)`; with `has_aux`,
+        `((value, aux), gradient)`.
 
     Raises:
-        ValueError: As from `grad`.
+        ValueError: See `grad`.
 
     Example:
         >>> value_and_grad(torch.prod)(torch.tensor([2.0, 3.0]))
@@ -72,21 +75,23 @@ def value_and_grad(function: Function, argnums: int | tuple[int, ...] = 0, has_a
 
 
 def gradients(function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, Any, list[Tensor | None]]:
-    """`(value, aux, gradients)` of `function(*inputs) -> (value, aux)` by plain autograd, outside of transforms.
+    """Compute `(value, aux, gradients)` of `function(*inputs) -> (value, aux)` by plain autograd.
+
+    Call it outside of transforms only.
 
     Args:
-        function: To one number, a tensor of shape (), and a pytree of tensors.
-        inputs: Tensors of floating-point numbers.
+        function: Returns a scalar tensor of shape () and a pytree of tensors.
+        inputs: Floating-point tensors.
 
     Returns:
-        The value, the aux, and for each input its gradient, or None where the value does not depend on it.
+        The value, `aux`, and one gradient for each input, or None if the value does not depend on that input.
 
     Example:
         >>> gradients(lambda x, y: (x.square(), ()), [torch.tensor(3.0), torch.ones(2)])
         (tensor(9.), (), [tensor(6.), None])
     """
-    differentiable = torch.is_grad_enabled()  # in what is outside
-    # An input stays connected with a tensor that requires grad; else it is a leaf.
+    differentiable = torch.is_grad_enabled()  # whether the caller may differentiate the result
+    # An input that requires grad stays connected to the caller's graph; any other input becomes a leaf.
     leaves = [x.view_as(x) if differentiable and x.requires_grad else x.detach().requires_grad_() for x in inputs]
     own = {id(x) for x in leaves if x.is_leaf}
     with torch.enable_grad():
@@ -114,7 +119,7 @@ def _value_and_grad(function: Function, argnums: Any, has_aux: bool, /, *args: A
 def _differentiate(
     function: Function, argnums: Any, has_aux: bool, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, Any, Any]:
-    """`(value, aux, gradient)`; without `has_aux`, aux is ()."""
+    """Return `(value, aux, gradient)`; without `has_aux`, aux is ()."""
     places = _places(argnums, len(args))
     leaves, structure = tree_flatten(tuple(args[i] for i in places))
     _check_leaves(leaves)
@@ -134,21 +139,21 @@ def _differentiate(
 
 
 class _Outer:
-    """The tensors outside of a function that require grad; `own` are the ids of leaves that do not count."""
+    """The part of the autograd graph outside of a function; `own` are the ids of the function's own leaves."""
 
     def __init__(self, own: set[int]) -> None:
         self.own = own
-        self.inside: set[Node] = set()  # from where only our leaves are reached
+        self.inside: set[Node] = set()  # nodes from which only own leaves are reached
 
     def reached_from(self, result: Tensor) -> bool:
-        """Whether a result depends on one of them."""
+        """Whether a result depends on a tensor outside that requires grad."""
         seen, left = set(), [get_gradient_edge(result).node]
         while left:
             node = left.pop()
             if node in seen or node in self.inside:
                 continue
             seen.add(node)
-            # The node of a leaf leads nowhere, and knows the leaf.
+            # The node of a leaf has no next functions, and holds the leaf as `variable`.
             if not node.next_functions and id(getattr(node, "variable", None)) not in self.own:
                 return True
             left.extend(following for following, _ in node.next_functions if following is not None)
@@ -157,7 +162,7 @@ class _Outer:
 
 
 def _leads_outside(outer: _Outer | None, result: Tensor) -> bool:
-    """Whether a result can be differentiated in something outside, and has to keep its graph for it."""
+    """Whether the caller can differentiate a result, so that its graph must be kept."""
     return outer is not None and result.requires_grad and outer.reached_from(result)
 
 
@@ -166,7 +171,7 @@ def _release(outer: _Outer | None, result: Tensor) -> Tensor:
 
 
 def _needs_torch_func(leaves: Sequence[Tensor]) -> bool:
-    # Autograd knows nothing of transforms, and records nothing in inference mode.
+    # Plain autograd ignores transforms, and records no graph in inference mode.
     return in_transform() or torch.is_inference_mode_enabled() or any(leaf.is_inference() for leaf in leaves)
 
 
@@ -200,6 +205,6 @@ def _check_leaves(leaves: Sequence[Any]) -> None:
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
             found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise ValueError(
-                f"what is differentiated must be a pytree of floating-point tensors, got one with a {found} in it: "
-                "pass that in another argument, or close over it."
+                f"a differentiated argument must be a pytree of floating-point tensors, got one with a {found} in it: "
+                "pass it in another argument, or close over it."
             )

@@ -1,9 +1,8 @@
 """Keys of a flat dict of params: `"{module}.{leaf}"`, as in `named_parameters()`.
 
-The leaves `lambda_b` and `lambda_d` are the vectors of the adapter of a module; `mixture` marks a weighted sum of
-adapters. Any other leaf is a parameter of the model itself, such as a trained bias or head. There `base_share`, below
-the parameter's own key, marks values to which that share of the base's own is to be added:
-`"classifier.weight.base_share"`.
+The leaves `lambda_b` and `lambda_d` are the adapter vectors of a module. `mixture` holds the weights of a weighted sum
+of adapters. Any other leaf is a parameter of the model itself, such as a trained bias or head. A key such as
+`"classifier.weight.base_share"` holds the factor of the base model's value that is added to `"classifier.weight"`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,11 +13,11 @@ from torch import Tensor
 VECTORS = ("lambda_b", "lambda_d")
 MIXTURE = "mixture"
 BASE_SHARE = "base_share"
-MARKS = (MIXTURE, BASE_SHARE)  # what `select_adapters` adds to params
+MARKS = (MIXTURE, BASE_SHARE)  # leaves that `select_adapters` adds to params
 
 
 def join_key(*parts: str) -> str:
-    """The name made of these parts, of which empty ones are left out: the root module has no name.
+    """Join parts of a name with dots; empty parts, such as the root module's name, are skipped.
 
     Example:
         >>> join_key("model", "", "lambda_b")
@@ -28,7 +27,7 @@ def join_key(*parts: str) -> str:
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """A key's module and leaf.
+    """Split a key into its module and its leaf.
 
     Example:
         >>> split_key("layers.0.q_proj.lambda_b"), split_key("lambda_b")
@@ -39,7 +38,7 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def is_vector(key: str) -> bool:
-    """Whether a key is `lambda_b` or `lambda_d` of a module.
+    """Whether the leaf of a key is `lambda_b` or `lambda_d`.
 
     Example:
         >>> is_vector("q_proj.lambda_b"), is_vector("classifier.weight")
@@ -49,7 +48,7 @@ def is_vector(key: str) -> bool:
 
 
 def own_parameters(keys: Iterable[str]) -> list[str]:
-    """The keys that are parameters of the model itself, in order.
+    """The keys of the model's own parameters, in order.
 
     Example:
         >>> own_parameters(["q_proj.lambda_b", "q_proj.mixture", "classifier.weight"])
@@ -69,7 +68,7 @@ def adapted_modules(keys: Iterable[str]) -> list[str]:
 
 
 def by_module(params: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The vectors of each adapted module, `{module: {"lambda_b": ..., "lambda_d": ...}}`, as far as they are there.
+    """Group the adapter vectors by module: `{module: {"lambda_b": ..., "lambda_d": ...}}`; missing vectors are omitted.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Shape and dtype checks that several folders use, and the alignment of one adapter per row with a batch."""
+"""Shape and dtype checks, and the broadcasting of one adapter per row to a batch."""
 
 import torch
 from torch import Tensor
@@ -9,13 +9,12 @@ def align_rows(name: str, vector: Tensor, x: Tensor, *, inner: int = 1) -> Tenso
 
     Args:
         name: Name of the vector, for the error message.
-        vector: The last `inner` axes belong to the vector, those before them are rows.
-        x: (*batch, in); `rows` must be its first axes. Under vmap these are logical shapes, without the mapped
-            axis.
+        vector: The last `inner` axes belong to the vector, the axes before them are rows.
+        x: (*batch, in); `rows` must be its first axes. Under vmap, shapes are logical shapes, without the mapped axis.
         inner: Number of axes that belong to the vector.
 
     Raises:
-        ValueError: If the rows do not match; both shapes are named.
+        ValueError: If the rows do not match the leading axes of `x`.
 
     Example:
         >>> align_rows("lambda_b", torch.ones(5, 3), torch.ones(5, 7, 2)).shape
@@ -35,10 +34,10 @@ def align_rows(name: str, vector: Tensor, x: Tensor, *, inner: int = 1) -> Tenso
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
-    """`x` (*batch, in), copied if its rows do not follow one another in memory.
+    """`x` (*batch, in), copied if it is not contiguous.
 
-    torch multiplies `x` (b, seq, in) by a frozen weight as one matrix only if that is a view of it. Otherwise it
-    multiplies each of the `b` entries by a copy of the weight of its own. For the output head of a language model and
+    torch multiplies a contiguous `x` (b, seq, in) by a frozen weight as one matrix (b * seq, in). Otherwise it copies
+    the weight `b` times and multiplies each entry of the batch separately. For the output head of a language model and
     the slice `hidden[:, -1:]`, these copies cost more than the rest of the model.
 
     Example:
@@ -49,10 +48,10 @@ def contiguous_rows(x: Tensor) -> Tensor:
 
 
 def require_float(name: str, dtype: torch.dtype) -> None:
-    """Raise for a dtype that is not floating-point: an adapter would silently be rounded to integers.
+    """Raise if a dtype is not floating-point; an adapter would silently be rounded to integers.
 
     Raises:
-        ValueError: If `dtype` is not a floating-point one.
+        ValueError: If `dtype` is not a floating-point dtype.
 
     Example:
         >>> require_float("dtype", torch.bfloat16)
@@ -62,7 +61,7 @@ def require_float(name: str, dtype: torch.dtype) -> None:
 
 
 def require_rows_of_floats(x: Tensor) -> None:
-    """Raise for an input that no linear layer takes: the result would be cast back to the dtype of `x`.
+    """Raise if `x` is not a valid input of a linear layer; results are cast to the dtype of `x`.
 
     Raises:
         ValueError: If `x` is a scalar, or not a floating-point tensor.
