@@ -4,12 +4,13 @@ import argparse
 
 import torch
 
-from . import compiled, gpu, layers, many, memory, merging, processes, roofline, scaling, single
+from . import attention, compiled, gpu, layers, many, memory, merging, processes, roofline, scaling, single
 from .common import machine
 
 
 CASES = [(1, 16), (16, 16), (64, 16), (128, 4), (128, 16), (512, 4)]
-WHAT = ["many", "single", "compiled", "memory", "roofline", "scaling", "bank", "merging", "layers", "processes", "gpu"]
+WHAT = ["many", "single", "compiled", "memory", "roofline", "attention", "scaling", "bank", "merging", "layers"]
+WHAT += ["processes", "gpu"]
 
 
 def main():
@@ -44,6 +45,8 @@ def main():
             memory.run(dtype)
         if "roofline" in what:
             roofline.run(dtype)
+        if "attention" in what:
+            attention.run(dtype)
         if "scaling" in what:
             scaling.run(dtype, args.out)
     if "merging" in what:

