@@ -584,7 +584,7 @@ for ids, message in (
 ):
     bad("select_adapters", f"ids {ids}", lambda _, ids=ids: vf.select_adapters(STACK, ids), message)
 
-bad("select_adapters", "weights of no sum", lambda _: vf.select_adapters(STACK, [0], [1.0]), "weights are for sums")
+bad("select_adapters", "weights of no sum", lambda _: vf.select_adapters(STACK, [0], [1.0]), "weights apply to sums")
 bad("select_adapters", "too few weights", lambda _: vf.select_adapters(STACK, [[0, 1]], [1.0]), r"must be \(1, 2\)")
 
 

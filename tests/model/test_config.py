@@ -41,7 +41,7 @@ WRONG = [
     ("modules_to_save", "head", "modules_to_save must be a sequence of names, got the string 'head'"),
     ("layers_to_transform", [1.0], "layers_to_transform must be an integer"),
     ("layers_to_transform", [True], "layers_to_transform must be an integer"),
-    ("layers_pattern", "layers", "give layers_to_transform, too"),
+    ("layers_pattern", "layers", "layers_pattern needs layers_to_transform"),
 ]
 
 
@@ -110,8 +110,8 @@ for field, value, message in (
     ("target_modules", "(a", "not a regular expression"),
     ("modules_to_save", 5, "modules_to_save must be a name or a sequence"),
     ("layers_to_transform", 1.5, "layers_to_transform must be an index or a sequence of them, got 1.5"),
-    ("base_model_name_or_path", 5, "base_model_name_or_path must be a text or None, got 5"),
-    ("revision", ["x"], "revision must be a text or None"),
+    ("base_model_name_or_path", 5, "base_model_name_or_path must be a string or None, got 5"),
+    ("revision", ["x"], "revision must be a string or None"),
     ("d_initial", 10**400, "d_initial must be finite"),
     ("d_initial", 1e308, "d_initial must be finite in float32"),
     ("vera_dropout", 10**400, "vera_dropout must be at least 0 and below 1"),

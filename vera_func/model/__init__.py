@@ -1,1 +1,1 @@
-"""Any `nn.Module` as a pure function of an adapter, of one or of many."""
+"""Turn any `nn.Module` into a pure function of one adapter or of many."""

@@ -1,9 +1,9 @@
-"""From a model and a configuration to a pure function and a fresh adapter.
+"""Create a pure function and a fresh adapter from a model and a configuration.
 
     apply, params, frozen, config = adapt(model, VeraConfig(r=256, target_modules=["q_proj", "v_proj"]))
     apply(params, frozen, input_ids=ids)  ==  model(input_ids=ids)  +  the adapter's update
 
-The user's model is read, never called and never changed.
+The model itself is never called or modified.
 """
 
 import copy
@@ -32,14 +32,14 @@ from .tree import copy_tree, frozen_alias, no_data_error, parameter_aliases, unw
 
 
 class Adapted(NamedTuple):
-    """A model and an adapter of it, as data and a pure function.
+    """A model as a pure function, with the params of one adapter.
 
     Attributes:
-        apply: `apply(params, frozen, *args, **kwargs)`, what the adapted model returns.
-        params: What is trained: `"{module}.lambda_b"` (out,), `"{module}.lambda_d"` (r,), and the model's own
+        apply: `apply(params, frozen, *args, **kwargs)` returns the output of the adapted model.
+        params: The trained parameters: `"{module}.lambda_b"` (out,), `"{module}.lambda_d"` (r,), and the model's own
             parameters that the configuration trains.
         frozen: `{"vera_A": (r, max in), "vera_B": (max out, r)}`, shared by all layers and adapters.
-        config: The configuration, with the targets spelled out.
+        config: The configuration, with default targets and "all-linear" replaced by names.
     """
 
     apply: Apply
@@ -56,27 +56,27 @@ def adapt(
     int8_activations: bool = False,
     generator: torch.Generator | None = None,
 ) -> Adapted:
-    """Make a pure function of a model and a fresh adapter of it; the model stays as it was.
+    """Create a pure function of a model and a fresh adapter for it; the model is not modified.
 
-    The adapter starts as PEFT's would: `lambda_b` 0, so that the output is the base's. The copy of the module
-    tree shares the parameters' memory; buffers are copied. Move the model to its device first, and choose
-    `model.eval()` or `model.train()`, which decides over the base's own dropout, before the call.
+    The adapter is initialized as in PEFT: `lambda_b` is 0, so the output equals that of the base model. The function
+    runs a copy of the module tree that shares the parameters' memory; buffers are copied. Before the call, move the
+    model to its device, and choose between `model.eval()` and `model.train()`, which controls the base's own dropout.
 
     Args:
         model: Any module with `nn.Linear`, bitsandbytes' linear layers or transformers' `Conv1D`. Wrappers of
-            `torch.compile`, `DataParallel` and `DistributedDataParallel` are taken off; compile `apply` instead. Layers
-            that accelerate has offloaded compute through its hooks if they are dense, and raise if they are quantized.
-        config: What to adapt.
-        dtype: Dtype of the vectors and of the adapter's arithmetic, whatever the base computes in.
+            `torch.compile`, `DataParallel` and `DistributedDataParallel` are removed; compile `apply` instead. Dense
+            layers offloaded by accelerate run through its hooks; quantized ones raise.
+        config: The layers to adapt, the rank and the initial values.
+        dtype: Dtype of the vectors and of the adapter's arithmetic, independent of the base's dtype.
         int8_activations: Multiply 8-bit layers as LLM.int8() does; see `quantized_linear`.
-        generator: Where the vectors are drawn from if `config.init_weights` is False; not used otherwise.
+        generator: Source of the random vectors if `config.init_weights` is False; not used otherwise.
 
     Returns:
-        `(apply, params, frozen, config)`; the configuration with targets and the base's name spelled out.
+        `(apply, params, frozen, config)`; the configuration has the names of the targets and of the base filled in.
 
     Raises:
-        ValueError: If nothing in the model matches the configuration, a match cannot be adapted, the model is wrapped
-            by PEFT, or `dtype` is not a floating-point one.
+        ValueError: If no module matches the configuration, a match cannot be adapted, the model is wrapped by PEFT, or
+            `dtype` is not a floating-point dtype.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -120,11 +120,12 @@ def adapt(
 
 
 class ParameterCount(NamedTuple):
-    """How many parameters are trained.
+    """Numbers of trainable and of all parameters.
 
     Attributes:
-        trainable: Values in `params`.
-        total: The model's parameters, a quantized weight counted by its values, and the adapter's vectors.
+        trainable: Number of values in `params`.
+        total: Number of the model's parameters, counting the logical size of quantized weights, plus the adapter
+            vectors.
         percent: `100 * trainable / total`.
     """
 
@@ -134,9 +135,9 @@ class ParameterCount(NamedTuple):
 
 
 def num_parameters(adapted: Adapted) -> ParameterCount:
-    """Count the parameters that an adapter trains, and all of them.
+    """Count the trainable parameters of an adapter and all parameters of the adapted model.
 
-    The frozen projections are in neither number, as in PEFT's `print_trainable_parameters`.
+    The frozen projections are not counted, as in PEFT's `print_trainable_parameters`.
 
     Args:
         adapted: From `adapt` or `load_adapter`, with a single adapter.
@@ -166,15 +167,15 @@ def num_parameters(adapted: Adapted) -> ParameterCount:
 def draw_projections(
     model: nn.Module, config: VeraConfig, targets: Sequence[str], *, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """The shared pair that PEFT would draw for these targets, on the device of the first.
+    """Draw the projections that PEFT would draw for these targets, on the device of the first target.
 
-    Over a 16-bit base they are draws rounded to 16 bits (see `peft_dtype`), then held in `dtype`.
+    Over a 16-bit base the values are rounded to 16 bits (see `peft_dtype`) and then cast to `dtype`.
 
     Args:
         model: The base model.
-        config: Its `r` and `projection_prng_key`.
-        targets: Names of the adapted modules; the widest decide the sizes.
-        dtype: Of the result.
+        config: Its `r` and `projection_prng_key` are used.
+        targets: Names of the adapted modules; the widest ones determine the sizes.
+        dtype: Dtype of the result.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 20))
@@ -202,14 +203,14 @@ def make_apply(
     vera_dropout: float = 0.0,
     int8_activations: bool = False,
 ) -> Apply:
-    """Copy the module tree with adapted layers in it; see `adapt`, which also makes the params.
+    """Create the `Apply` of a model: a copy of its module tree with adapted layers; `adapt` also creates the params.
 
     Args:
         model: The base model.
         r: Rank of the projections.
         targets: Names of the modules to adapt.
-        trained: Names of the model's own parameters that `params` must hold, and may hold row by row.
-        vera_dropout: What `Apply.with_dropout` drops with.
+        trained: Names of the model's own parameters that `params` must contain, with or without an axis of rows.
+        vera_dropout: Dropout probability used by `Apply.with_dropout`.
         int8_activations: See `quantized_linear`.
 
     Raises:
@@ -224,7 +225,7 @@ def make_apply(
     memo: dict[int, Any] = {id(p): frozen_alias(p) for p in model.parameters()}
     widest_in = max((linear_sizes(modules[name]) or (0, 0))[0] for name in targets)
     widest_out = max((linear_sizes(modules[name]) or (0, 0))[1] for name in targets)
-    # Placeholders: whatever runs without bound tensors fails, rather than computing something.
+    # Meta tensors as placeholders: running a layer without bound tensors raises an error.
     projections = Projections(torch.empty(r, widest_in, device="meta"), torch.empty(widest_out, r, device="meta"))
     slots: dict[str, Slot] = {}
 
@@ -275,7 +276,7 @@ def make_apply(
 def _parameter_slots(
     model: nn.Module, tree: nn.Module, trained: Sequence[str]
 ) -> tuple[dict[str, Slot], dict[str, str], frozenset[str]]:
-    """`Apply`'s slots for the model's own parameters, `tied` and `offloaded`."""
+    """Return the slots of the model's own parameters, and the fields `tied` and `offloaded` of `Apply`."""
     places = dict(tree.named_modules())
     slots: dict[str, Slot] = {}
     tied: dict[str, str] = {}
@@ -284,11 +285,11 @@ def _parameter_slots(
         owner, leaf = split_key(key)
         module, parameter = model.get_submodule(owner), model.get_parameter(key)
         if (is_bnb_linear(module) and leaf == "weight") or owner not in places:
-            continue  # a packed weight, or what a parametrization of an adapted layer holds
+            continue  # a packed weight, or a parameter of an adapted layer's parametrization
         if parameter.is_meta and private.offload_hook(module) is not None:
             if key in trained:
                 raise ValueError(no_data_error(key, "train"))
-            offloaded.add(key)  # the hook would put the weight back in its place
+            offloaded.add(key)  # the hook would overwrite a given value with the weight
             continue
         first, *others = aliases
         shape = tuple(parameter.shape)
@@ -313,9 +314,9 @@ def _absent(model: nn.Module) -> str | None:
 
 
 def _with_origin(config: VeraConfig, model: nn.Module) -> VeraConfig:
-    """The configuration with the name of its base, where it has none, and what AutoPeftModel needs beside a name."""
+    """Fill in the base model's name if the configuration has none, and the class that `AutoPeftModel` needs."""
     named = (getattr(owner, "name_or_path", None) for owner in (model, getattr(model, "config", None)))
-    # transformers' models that were not loaded from anywhere have the name "".
+    # A transformers model that was created from a configuration has the name "".
     name = config.base_model_name_or_path or next((n for n in named if isinstance(n, str) and n), None)
     mapping = config.auto_mapping
     if name is not None and mapping is None and config.task_type is None:
@@ -327,6 +328,6 @@ def _require_called(name: str, modules: Mapping[str, nn.Module]) -> None:
     parent = modules[split_key(name)[0]] if name else None
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(
-            f"target module {name!r} is never called: nn.MultiheadAttention reads its weight, so an adapter would "
-            "have no effect. Leave it out of target_modules."
+            f"target module {name!r} is never called: nn.MultiheadAttention uses its weight directly, so an adapter "
+            "would have no effect. Remove it from target_modules."
         )

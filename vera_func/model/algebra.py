@@ -1,10 +1,11 @@
-"""Arithmetic of adapters that stay adapters.
+"""Scale and add adapters.
 
     scale:  c ΔW = diag(c lambda_b) B diag(lambda_d) A
     add:    Σ c_i diag(b_i) B diag(d_i) A,   a VeRA of the same projections if all d_i, or all b_i, are parallel
 
-Most sums are no VeRA of rank r. `select_adapters` with ids (rows, k) adds the outputs of any adapters as they run,
-`pool_adapters` puts them side by side in one of a larger rank, and merging or LoRA export writes a sum down.
+In general, a sum of adapters is not a VeRA of rank r. `select_adapters` with ids (rows, k) sums the outputs of any
+adapters at run time, `pool_adapters` combines adapters into a VeRA of larger rank, and merging or LoRA export stores a
+sum.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,15 +17,15 @@ from ..core.keys import VECTORS, adapted_modules, is_vector, join_key, split_key
 
 
 def scale_adapter(params: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """The adapter whose update is `factor` times this one's: `lambda_b` is multiplied, nothing else.
+    """Return an adapter whose update is `factor` times that of `params`; only `lambda_b` is multiplied.
 
     Args:
         params: `"{module}.lambda_b"` and `"{module}.lambda_d"`, of one adapter or stacked.
-        factor: Any finite number; 0 gives the base, -1 what undoes the adapter.
+        factor: Any finite number; 0 gives the base model, and -1 the negated update.
 
     Raises:
-        ValueError: If the factor is not finite, or the adapter has parameters of the model itself, whose change is not
-            known.
+        ValueError: If the factor is not finite, or `params` contain the model's own parameters, whose difference from
+            the base is unknown.
 
     Example:
         >>> scale_adapter({"q.lambda_b": torch.ones(3), "q.lambda_d": torch.ones(2)}, 0.5)["q.lambda_b"]
@@ -37,18 +38,18 @@ def scale_adapter(params: Mapping[str, Tensor], factor: float) -> dict[str, Tens
 
 
 def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
-    """The adapter whose update is `Σ weights[i] ΔW_i`, where there is one of the same projections and rank.
+    """Return an adapter of the same projections and rank whose update is `Σ weights[i] ΔW_i`.
 
-    There is where, layer by layer, the `lambda_d` are multiples of each other (they are if they were not trained), or
-    the `lambda_b` are. All must belong to the same `frozen`, which params can't tell.
+    It exists if and only if, in every layer, the `lambda_d` of all adapters are parallel, or the `lambda_b` are.
+    `lambda_d` that were not trained are parallel. All adapters must use the same `frozen`; this is not checked.
 
     Args:
         adapters: Params of single adapters with the same keys.
-        weights: One for each; None is 1 for all, which adds the updates as PEFT's several active adapters do.
+        weights: One weight per adapter; None is 1 for all, which gives the sum of several active adapters in PEFT.
 
     Raises:
-        ValueError: If the sum of a layer is no VeRA of this rank; if keys or shapes differ, an adapter has parameters
-            of the model itself, or the weights do not fit.
+        ValueError: If the sum in a layer is not a VeRA of this rank; if keys or shapes differ; if params contain the
+            model's own parameters; or if the weights do not fit.
 
     Example:
         >>> a = {"q.lambda_b": torch.tensor([1.0, 0.0]), "q.lambda_d": torch.full((3,), 0.1)}
@@ -75,7 +76,7 @@ def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[flo
     total: dict[str, Tensor] = {}
     for module in adapted_modules(first):
         bs, ds = ([params[join_key(module, leaf)] for params in adapters] for leaf in VECTORS)
-        # An adapter that adds nothing here is parallel to everything.
+        # An adapter whose update is zero in this layer is ignored.
         some = [i for i in range(len(adapters)) if weights[i] and bs[i].any() and ds[i].any()] or [0]
         for own, other, names in ((bs, ds, ("lambda_b", "lambda_d")), (ds, bs, ("lambda_d", "lambda_b"))):
             factors = [_multiple(other[i], other[some[0]]) for i in some]
@@ -88,9 +89,9 @@ def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[flo
                 break
         else:
             raise ValueError(
-                f"the sum is no VeRA of this rank: in {module!r} neither the lambda_d nor the lambda_b are "
-                "multiples of each other. select_adapters with ids (rows, k) adds outputs, pool_adapters makes a VeRA "
-                "of a larger rank, and export_lora writes each as a LoRA, which can be concatenated."
+                f"the sum is not a VeRA of this rank: in {module!r} neither the lambda_d nor the lambda_b are "
+                "parallel. select_adapters with ids (rows, k) adds outputs, pool_adapters creates a VeRA of larger "
+                "rank, and export_lora exports each adapter as a LoRA, which can be concatenated."
             )
     return {key: total[key] for key in first}
 
@@ -98,11 +99,13 @@ def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[flo
 def _check_vectors(params: Mapping[str, Tensor]) -> None:
     own = [key for key in params if not is_vector(key)]
     if own:
-        raise ValueError(f"{own[0]!r} is no vector of an adapter: what it adds to the model is not known from it.")
+        raise ValueError(
+            f"{own[0]!r} is not an adapter vector: params do not contain its difference from the base model."
+        )
 
 
 def _multiple(vector: Tensor, of: Tensor) -> float | None:
-    """The number `c` with `vector = c * of` but for rounding, or None."""
+    """Return `c` such that `vector = c * of` up to rounding, or None if the vectors are not parallel."""
     if torch.equal(vector, of):
         return 1.0
     i = of.abs().argmax()

@@ -1,11 +1,12 @@
-"""Any `nn.Module` to a pure `apply(params, frozen, *inputs)`, by adapted layers in a copy of its module tree.
+"""`Apply`: an `nn.Module` as a pure function `apply(params, frozen, *inputs)`.
 
     apply, params, frozen, config = adapt(model, VeraConfig(r=256, target_modules=["q_proj", "v_proj"]))
-    apply(params, frozen, input_ids=ids)  ==  model(input_ids=ids)  +  what the adapter adds
+    apply(params, frozen, input_ids=ids)  ==  model(input_ids=ids)  +  the adapter's update
 
-The user's model is read, never called and never changed: `apply` runs a copy of its module tree that shares
-the tensors, with every bitsandbytes layer replaced by the value it holds (so that transforms are safe also
-where nothing is adapted), puts the given tensors into it, and leaves it as it was; see `checkout`.
+The model itself is never called or modified. `apply` runs a copy of its module tree that shares the parameters. In the
+copy, adapted layers replace the targets, and every bitsandbytes module is replaced by a `QuantizedLinear`, because
+bitsandbytes' modules do not support transforms. A call binds the given tensors to the copy and restores it afterwards;
+see `checkout`.
 """
 
 import dataclasses
@@ -29,12 +30,19 @@ from .rows import Plans, arrange
 from .tree import join_tensors, no_data_error, part_tensors
 
 
-# What torch's messages name that refuse a model inside of a transform.
+# Operations that transforms do not support, as named in torch's error messages.
 _REFUSED_BY_TRANSFORMS = ("Tensor.requires_grad_()", "saved tensor hooks")
 
 
 class Slot(NamedTuple):
-    """Where a key of `params` goes in the module tree, and what may be put there."""
+    """Where a key of `params` is bound in the module tree, and which values are valid.
+
+    Attributes:
+        names: Full names in the tree; a tied parameter has several.
+        shape: Shape of a value without rows.
+        rows: Whether the value may have leading axes of rows.
+        required: Whether `params` must contain the key.
+    """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
@@ -46,16 +54,24 @@ class Slot(NamedTuple):
 class Apply:
     """A model as a pure function of an adapter: `apply(params, frozen, *args, **kwargs)`.
 
-    Returns what `model(*args, **kwargs)` returns. It composes with the transforms of `torch.func` as far as
-    the model's own operations do. Equal arguments give equal bits, whatever was called before, on other threads or
-    inside of the call, and no call leaves a trace: what the model writes to itself (batch statistics) is undone.
-    Dropout of the adapter happens only through `with_dropout`, and whether the base is in training mode was settled
-    when `adapt` was called. The base's own dropout draws from torch's global generator.
+    Returns the output of `model(*args, **kwargs)` with the adapter. It composes with the transforms of `torch.func` if
+    the model's own operations do. The result depends on the arguments only: other calls, before it, on other threads or
+    nested in it, have no effect. Calls have no side effects on the model: state that the forward pass updates, such as
+    batch statistics, is restored. The adapter's dropout is applied only by `with_dropout`. The training mode of the
+    base is fixed by `adapt`; the base's own dropout uses torch's global generator.
+
+    Notes:
+        - A model's own `autograd.Function` without `setup_context` (Bloom's gelu) raises under `torch.func`
+          transforms. Plain autograd, `fit` and mixed batches (`select_adapters`, `vmap_adapters`) work.
+        - `torch.func.grad` keeps the graph of its backward pass, and needs about twice the memory for activations.
+          `vera_func.grad` does not.
+        - The dtype of the vectors is the dtype of the adapter's arithmetic, independent of the base's dtype.
+        - Under `torch.compile` the compiler decides what is saved for backward, and may save dequantized weights.
 
     Raises:
-        ValueError: If `params` lacks a key, has an unknown one, or a value has the wrong shape; if rows of
-            stacked vectors do not match the batch; if `frozen` is of another rank or too narrow; if the model
-            checkpoints activations, and a gradient is asked for.
+        ValueError: If `params` lacks a key, has an unknown key, or a value has the wrong shape; if the rows of stacked
+            vectors do not match the batch; if `frozen` has another rank or is too narrow; if a gradient is required and
+            the model checkpoints activations.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -72,27 +88,27 @@ class Apply:
     generator: torch.Generator | None = None
     row_axes: Axes = 0
     plans: Plans = dataclasses.field(default_factory=Plans)
-    # Second names of tied parameters, to the first; given beside it, such a name is a value of its own.
+    # From the second names of tied parameters to the first name. If params contain both, they are untied.
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    offloaded: frozenset[str] = frozenset()  # parameters that accelerate's hooks put in their places
-    absent: str | None = None  # a parameter on the meta device that no hook brings back
+    offloaded: frozenset[str] = frozenset()  # parameters that accelerate's hooks load
+    absent: str | None = None  # name of a parameter on the meta device that no hook loads
 
     def __call__(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         return self.method("__call__", params, frozen, *args, **kwargs)
 
     def generate(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """`model.generate(*args, **kwargs)` with the adapter, or with one adapter for each row of the batch.
+        """Run `model.generate(*args, **kwargs)` with one adapter, or with one adapter for each row of the batch.
 
-        transformers repeats rows for beam search and `num_return_sequences`; the adapters are repeated with them.
+        Where transformers repeats rows (beam search, `num_return_sequences`), the adapters are repeated as well.
         """
         return self.method("generate", params, frozen, *args, **kwargs)
 
     def method(
         self, name: Method, /, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any
     ) -> Any:
-        """Any method of the model with the adapter: `apply.method("generate", params, frozen, ...)`.
+        """Run a method of the model with the adapter: `apply.method("generate", params, frozen, ...)`.
 
-        In place of a name, a function may be given: it is called as `function(model, *args, **kwargs)`, and must return
+        `name` may also be a function. It is called as `function(model, *args, **kwargs)`, and must return
         tensors, not parts of the model.
         """
         if self.absent is not None:
@@ -107,7 +123,7 @@ class Apply:
             "projections.generator": self.generator,
             "projections.call": graph_task(),
         }
-        tree = self.trees.take()
+        tree = self.trees.acquire()
         try:
             if lead:
                 shared["projections.rows"] = arrange(self, tree.root, tensors, lead, name, args, kwargs)
@@ -116,17 +132,18 @@ class Apply:
         except RuntimeError as error:
             if any(sign in str(error) for sign in _REFUSED_BY_TRANSFORMS):
                 raise ValueError(
-                    "the model does with gradients what torch.func's transforms refuse, as activation checkpointing "
-                    f"does: {error} {WITHOUT_CHECKPOINTING}"
+                    "the model uses an operation that torch.func's transforms do not support, as activation "
+                    f"checkpointing does: {error} {WITHOUT_CHECKPOINTING}"
                 ) from error
             raise
         finally:
-            self.trees.give(tree)
+            self.trees.release(tree)
 
     def with_dropout(self, generator: torch.Generator) -> "Apply":
-        """The same function with `config.vera_dropout` applied to the inputs of `A`, drawn from `generator`.
+        """Return a copy that applies dropout with probability `config.vera_dropout` to the inputs of `A`.
 
-        Under `torch.func.vmap(..., randomness="different")` every adapter draws its own.
+        Masks are drawn from `generator`. Under `torch.func.vmap(..., randomness="different")` each adapter draws its
+        own mask.
         """
         if not isinstance(generator, torch.Generator):
             raise ValueError(
@@ -135,17 +152,18 @@ class Apply:
         return dataclasses.replace(self, generator=generator)
 
     def with_row_axes(self, axes: Axes) -> "Apply":
-        """The same function for inputs whose rows are not along axis 0, such as (seq, rows, features).
+        """Return a copy for inputs whose rows are not along axis 0, such as (seq, rows, features).
 
-        Only an adapter for each row needs to know. Inputs that have another size along their axis are shared by all
-        rows.
+        The axes matter only for calls with one adapter per row. Inputs with a different size along their axis are
+        shared by all rows.
 
         Args:
-            axes: Axis of the rows in every argument, None for one that all rows share: one value for all, a sequence
-                for the positional arguments, or a mapping for keyword arguments; what it does not name is 0.
+            axes: Axis of the rows in the arguments, or None for an argument that all rows share. A single value holds
+                for all arguments; a sequence gives the axes of positional arguments, and a mapping those of keyword
+                arguments. The default for other arguments is 0.
 
         Raises:
-            ValueError: If `axes` is none of these.
+            ValueError: If `axes` has another type.
 
         Example:
             >>> from vera_func import VeraConfig, adapt, stack_adapters
@@ -158,11 +176,11 @@ class Apply:
         return dataclasses.replace(self, row_axes=axes, plans=Plans())
 
     def with_fused_weights(self) -> "Apply":
-        """The same function with a second copy of its 4-bit weights, for decoding in bfloat16 on a CPU.
+        """Return a copy with a second layout of the 4-bit weights, for fast decoding in bfloat16 on a CPU.
 
-        bitsandbytes has a kernel for CPUs with AVX512-BF16 that needs another layout. Where gradients are disabled it
-        multiplies up to 32 rows without dequantizing; see `quantized.fused_weight` for what that costs. On other
-        machines nothing is copied.
+        bitsandbytes has a kernel for CPUs with AVX512-BF16 that needs this layout. With gradients disabled, it
+        multiplies up to 32 rows without dequantizing; see `quant.cpu_layout.fused_weight` for its costs. On other
+        machines no weights are copied.
         """
         root = self.trees.copy()
         for module in root.modules():
@@ -182,7 +200,7 @@ class Apply:
     def _bind(
         self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-        """The tensors to put into a tree, by their full names, and the rows of each key that has some."""
+        """Return the tensors to bind, by their full names in the tree, and the leading axes of each key with rows."""
         slots = self.slots
         missing = [key for key, slot in slots.items() if slot.required and key not in params]
         unknown = [key for key in params if key not in slots]
@@ -205,7 +223,8 @@ class Apply:
                     expected = f"(*rows, {', '.join(map(str, shape))})" if rows else str(shape)
                     raise ValueError(f"{key!r} must be {expected}, got {tuple(value.shape)}.")
                 module, leaf = split_key(key)
-                terms = leaf in (*VECTORS, MIXTURE) and join_key(module, MIXTURE) in params  # theirs is the last axis
+                # In a mixture, the last leading axis is that of its terms.
+                terms = leaf in (*VECTORS, MIXTURE) and join_key(module, MIXTURE) in params
                 if batch := tuple(value.shape[: value.dim() - len(shape) - terms]):
                     lead[key] = batch
             tensors.update(dict.fromkeys(names, value))
@@ -223,7 +242,7 @@ class Apply:
     def _add_base(
         self, key: str, params: Mapping[str, Tensor], tensors: dict[str, Tensor], lead: dict[str, tuple[int, ...]]
     ) -> None:
-        """Add the base's own value of a parameter, times the share of it that `select_adapters` has noted."""
+        """Add the base's value of a parameter, times the factor that `select_adapters` put into params."""
         name = split_key(key)[0]
         places, shape, _, _ = self.slots[name]
         share = params[key][(..., *[None] * len(shape))]
@@ -245,8 +264,8 @@ class Apply:
         args: tuple,
         kwargs: dict[str, Any],
     ) -> Any:
-        # Dynamo can't follow a free list. It binds nothing to the tree that it traces, and sees by itself what products
-        # have in common.
+        # Dynamo can't trace the free list of trees, so the root is called functionally. The compiler removes common
+        # products itself.
         root: Any = self.trees.root
         shared = root.projections
         outer = shared.generator, shared.rows, shared.traced
@@ -260,6 +279,8 @@ class Apply:
 
 
 class Root(nn.Module):
+    """The root of a module tree: the model and the shared projections."""
+
     def __init__(self, model: nn.Module, projections: Projections) -> None:
         super().__init__()
         self.model = model
@@ -273,8 +294,8 @@ def _require_no_gradients(tensors: Mapping[str, Tensor], args: tuple, kwargs: di
     given = (value for value in [*tensors.values(), *tree_leaves((args, kwargs))] if isinstance(value, Tensor))
     if torch.is_grad_enabled() and any(value.requires_grad or unwrap(value) is not value for value in given):
         raise ValueError(
-            "the model checkpoints activations: its layers would run again in backward, when the call of apply has "
-            f"ended and its params are gone. {WITHOUT_CHECKPOINTING}"
+            "the model checkpoints activations: backward would run its layers again after the call of apply has "
+            f"returned and its params are unbound. {WITHOUT_CHECKPOINTING}"
         )
 
 
@@ -287,5 +308,5 @@ def _key_error(missing: list[str], unknown: list[str], slots: Mapping[str, Slot]
         problems.append(f"has {len(unknown)} unknown keys, first {unknown[0]!r}")
     return (
         f"params {', and '.join(problems)}. It must have the keys that adapt returned "
-        f"({required[0]!r}, ...); names of the model's own parameters may be added."
+        f"({required[0]!r}, ...), and may also have names of the model's own parameters."
     )

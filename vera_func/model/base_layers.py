@@ -1,7 +1,7 @@
-"""The layers under the adapted ones: quantized ones as values, and dense ones that may be given other parameters.
+"""Base layers of a module tree: quantized layers, and dense layers whose parameters can be replaced by values per row.
 
-What `params` says of a layer's own weight and bias, the layer holds itself, under the name that the key has; its
-`base_layer` keeps the model's. So keys of `params` are names in every module tree.
+A weight or bias given in `params` is a parameter of the layer itself; its `base_layer` keeps the model's. Therefore
+every key of `params` is also a parameter name in the tree.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from ..quant.value import Quantized, format_of
 from .targets import is_conv1d
 
 
-class Turn(Protocol):
-    """How a layer is called whose rows are not in front; see `rows`."""
+class RowLayout(Protocol):
+    """Calls a layer whose input does not have the rows in axis 0; see `rows`."""
 
-    def around(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor: ...
+    def call(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor: ...
 
 
 def own_or_base(name: str) -> property:
-    """The layer's own parameter where it holds one, in place of its base layer's."""
+    """Create a property that returns the layer's own parameter, or that of its base layer if it has none."""
 
     def get(self: Any) -> Tensor | None:
         own = self._parameters.get(name)
@@ -38,11 +38,11 @@ def own_or_base(name: str) -> property:
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen quantized layer: `quantized_linear(quantized, x, bias)`, in place of a bitsandbytes module.
+    """A frozen quantized layer, which computes `quantized_linear(quantized, x, bias)`; replaces bitsandbytes' modules.
 
     Args:
         quantized: The weight.
-        bias: (out,) or None; becomes a frozen parameter, and may be given one for each row of the batch.
+        bias: (out,) or None; stored as a frozen parameter. A call may replace it by one bias per row of the batch.
         int8_activations: See `quantized_linear`.
 
     Example:
@@ -58,11 +58,11 @@ class QuantizedLinear(nn.Module):
         self.fused: FusedWeight | None = None  # see `fused_weight`
         self.int8_activations = int8_activations
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        is_no_place(self)
+        init_row_layout(self)
 
     @property
     def weight(self) -> Tensor:
-        """The packed weight: what models look at when they ask a layer for its device or dtype."""
+        """The packed weight; models read a layer's device and dtype from it."""
         return tree_leaves(self.quantized)[0]
 
     def extra_repr(self) -> str:
@@ -70,7 +70,7 @@ class QuantizedLinear(nn.Module):
         return f"in_features={in_features}, out_features={out_features}, format={format_of(self.quantized)}"
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return turned(self, partial(self._multiply, bias=bias), x)
+        return call_by_rows(self, partial(self._multiply, bias=bias), x)
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         bias = self.bias if bias is None else bias
@@ -82,14 +82,14 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
         super()._apply(fn, recurse)
-        # Move the weight's tensors, but never cast them: `fn` may be `.half()`, and absmax stays float32.
+        # The weight's tensors are moved but never cast: `fn` may be `.half()`, and absmax must stay float32.
         self.quantized = tree_map(lambda leaf: moved(leaf, fn, cast=False), self.quantized)
         self.fused = None if self.fused is None else fused_weight(self.quantized)
         return self
 
 
 class DenseLinear(nn.Linear):
-    """A frozen `nn.Linear` that is not adapted: the same product, without copies of the weight (`contiguous_rows`).
+    """A frozen `nn.Linear` without an adapter; it avoids copies of the weight, see `contiguous_rows`.
 
     Example:
         >>> import torch
@@ -102,13 +102,13 @@ class DenseLinear(nn.Linear):
 
 
 class RowwiseAffine(nn.Module):
-    """An affine layer whose weight and bias may have leading axes, one value for each row of the batch.
+    """An affine layer whose weight and bias may have leading axes, with one value for each row of the batch.
 
-    It stands in for `nn.Linear`, `Conv1D` or `nn.LayerNorm` where these are trained with an adapter, so that
-    a mixed batch can give every row its own classifier or bias.
+    It replaces an `nn.Linear`, `Conv1D` or `nn.LayerNorm` that is trained with an adapter, so that each row of a mixed
+    batch can have its own classifier or bias.
 
     Args:
-        base_layer: The layer, called as it is unless it is given another weight or bias.
+        base_layer: The layer; it is called unmodified unless a weight or bias is given.
 
     Example:
         >>> import torch
@@ -121,23 +121,24 @@ class RowwiseAffine(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        hold_own(self)
-        is_no_place(self)
+        register_own(self)
+        init_row_layout(self)
 
     weight, bias = own_or_base("weight"), own_or_base("bias")
 
     def forward(self, x: Tensor) -> Tensor:
-        return turned(self, base_fn(self), contiguous_rows(x))
+        return call_by_rows(self, base_fn(self), contiguous_rows(x))
 
 
-def hold_own(layer: Any) -> None:
-    # Past `register_parameter`, which the properties of these names are in the way of.
+def register_own(layer: Any) -> None:
+    """Register the layer's own weight and bias as None."""
+    # `register_parameter` does not accept these names, because the class has properties with them.
     names = ["bias"] if isinstance(layer.base_layer, QuantizedLinear) else ["weight", "bias"]
     layer._parameters.update(dict.fromkeys(names))
 
 
 def base_fn(layer: Any) -> Callable[[Tensor], Tensor]:
-    """The base layer with the values that `layer` holds in place of the base layer's own."""
+    """Return the base layer as a function, with the parameters that `layer` holds itself."""
     own = layer._parameters
     if own.get("weight") is None and own["bias"] is None:
         return layer.base_layer
@@ -145,7 +146,7 @@ def base_fn(layer: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _call_with(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """`layer(x)` with other parameters, which may have leading axes: one value for each row of the batch."""
+    """Compute `layer(x)` with a given weight and bias, which may have leading axes of rows."""
     if isinstance(layer, QuantizedLinear):
         return layer(x, bias)
     if not has_rows(layer) or layer._forward_hooks or layer._forward_pre_hooks:
@@ -174,7 +175,7 @@ def _call_with(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Te
 
 
 def has_rows(module: nn.Module) -> bool:
-    """Whether the parameters of a layer of this class may have a value for each row of the batch.
+    """Whether the parameters of a layer of this class may have one value for each row of the batch.
 
     Example:
         >>> has_rows(nn.Linear(3, 2)), has_rows(nn.Embedding(3, 2))
@@ -183,23 +184,23 @@ def has_rows(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, nn.LayerNorm) or is_conv1d(module)
 
 
-def turned(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`forward(x)`, which takes the rows in front, for an `x` that may have them elsewhere."""
-    turn = None if layer.projections is None else layer.projections.rows.get(layer.path)
-    return forward(x) if turn is None else turn.around(forward, x)
+def call_by_rows(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Compute `forward(x)`, where `forward` expects the rows in axis 0 and `x` may have them along another axis."""
+    layout = None if layer.projections is None else layer.projections.rows.get(layer.path)
+    return forward(x) if layout is None else layout.call(forward, x)
 
 
-def is_no_place(layer: Any) -> None:
-    # Set by `adapt` where the layer may have parameters for each row: its name in the model, and what the tree shares.
+def init_row_layout(layer: Any) -> None:
+    """Initialize the attributes that `make_apply` sets on layers whose parameters may have rows."""
     layer.path = ""
     layer.projections = None
 
 
 def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor], *, cast: bool = True) -> Tensor:
-    """What `fn` makes of a frozen tensor: another device or dtype, but no other values.
+    """Move a frozen tensor to the device and dtype that `fn` moves tensors to.
 
-    It stays where it is if `fn` moves to the meta device: the stateless skeleton that `torch.func.stack_module_state`
-    goes with is made like this, and gets its state, but no constants, from the caller.
+    If `fn` moves to the meta device, the tensor is returned unchanged. `torch.func.stack_module_state` is used with a
+    module on the meta device, whose parameters and buffers come from the caller, but not its other tensors.
     """
     like = fn(tensor[:0] if tensor.dim() else tensor)
     return tensor if like.is_meta else tensor.to(like.device, like.dtype if cast else tensor.dtype)

@@ -1,8 +1,8 @@
-"""Many adapters at once: stacking, choosing one for each row of a batch, mapping over them, pooling different ones.
+"""Stack adapters, and select one adapter or a weighted sum for each row of a batch.
 
-Since all adapters share the projections, `n` of them cost one base product, two shared products and two
-multiplications by a vector of their own for each row. Stacked params are the same flat dicts with an axis (n,)
-in front of every leaf; the projections are never copied.
+All adapters share the projections. A mixed batch of `n` adapters therefore costs one product with the base weight and
+two with the projections, plus two multiplications by vectors per row. Stacked params are the same flat dicts with a
+leading axis (n,) on every leaf; the projections are never copied.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,15 +18,15 @@ Params: TypeAlias = Mapping[str, Tensor]
 
 
 def stack_adapters(adapters: Sequence[Params]) -> dict[str, Tensor]:
-    """One dict whose every leaf has a leading axis (n,): adapter `i` is row `i`.
+    """Stack adapters into one dict whose leaves have a leading axis (n,); adapter `i` is at index `i`.
 
-    Costs a copy of the vectors; nothing else is touched.
+    The vectors are copied.
 
     Args:
-        adapters: Params with the same keys and shapes, of the same projections.
+        adapters: Params with the same keys and shapes, for the same projections.
 
     Raises:
-        ValueError: If there are none, or their keys, shapes, dtypes or devices differ.
+        ValueError: If `adapters` is empty, or keys, shapes, dtypes or devices differ.
 
     Example:
         >>> stacked = stack_adapters([{"lambda_b": torch.zeros(3)}, {"lambda_b": torch.ones(3)}])
@@ -59,7 +59,7 @@ def stack_adapters(adapters: Sequence[Params]) -> dict[str, Tensor]:
 
 
 def unstack_adapters(stacked: Params) -> list[dict[str, Tensor]]:
-    """The adapters of a stack, as views; undoes `stack_adapters`.
+    """Split a stack into its adapters, as views; the inverse of `stack_adapters`.
 
     Args:
         stacked: Leaves (n, ...).
@@ -75,7 +75,7 @@ def unstack_adapters(stacked: Params) -> list[dict[str, Tensor]]:
 
 
 def num_adapters(stacked: Params) -> int:
-    """Size of the leading axis of stacked params.
+    """Return the number of adapters in stacked params, the size of their leading axis.
 
     Args:
         stacked: Leaves (n, ...).
@@ -107,24 +107,24 @@ def num_adapters(stacked: Params) -> int:
 def select_adapters(
     stacked: Params, adapter_ids: Tensor | Sequence[Any], weights: Tensor | Sequence[Any] | None = None
 ) -> dict[str, Tensor]:
-    """One adapter, or a weighted sum of several, for each row of a batch: params for `apply` on a mixed batch.
+    """Select one adapter, or a weighted sum of adapters, for each row of a batch; returns params for `apply`.
 
-    `apply(select_adapters(stacked, ids), frozen, **inputs)` runs row `i` through adapter `ids[i]`, all in one
-    forward. An id of -1 is no adapter: exactly the base, its own heads and biases as well. Costs a gather of the
+    `apply(select_adapters(stacked, ids), frozen, **inputs)` runs row `i` through adapter `ids[i]`, in one forward
+    pass. The id -1 selects the base model, including its own heads and biases, exactly. The cost is a gather of the
     vectors.
 
     Args:
         stacked: Leaves (n, ...).
-        adapter_ids: (rows,) integers in -1 ... n - 1, or (rows, k): the sum of `k` updates for each row,
-            as when several adapters are active in PEFT. The sum is marked by an own key, `"{module}.mixture"`,
-            so its axis cannot be taken for one of the batch. Trained heads and biases are summed as the changes that
-            they are, base + Σ weights (head - base); a key `"{parameter}.base_share"` says how much of the base's own
-            `apply` has to add.
-        weights: (rows, k), factors of the updates of a sum; 1 by default.
+        adapter_ids: (rows,) integers from -1 to n - 1. With shape (rows, k), each row gets the sum of `k` updates, like
+            several active adapters in PEFT. The weights of a sum are stored under the key `"{module}.mixture"`, which
+            distinguishes its axis from axes of the batch. For trained heads and biases, the differences from the base
+            are summed, base + Σ weights (head - base). The factor of the base value, which `apply` adds, is stored
+            under the key `"{parameter}.base_share"`.
+        weights: (rows, k), the weights of the updates in a sum; 1 by default.
 
     Raises:
-        ValueError: If an id is out of range or not an integer, the weights do not fit, or `stacked` are sums
-            already.
+        ValueError: If an id is out of range or not an integer, the weights do not fit, or `stacked` already contains
+            sums.
 
     Example:
         >>> stacked = {"lambda_b": torch.arange(6.0).reshape(3, 2), "lambda_d": torch.ones(3, 4)}
@@ -141,7 +141,7 @@ def select_adapters(
     if ids.dim() not in (1, 2):
         raise ValueError(f"adapter_ids must be (rows,), or (rows, k) for sums, got {tuple(ids.shape)}.")
     ids = ids.long()
-    # A compiled function can't look at values; there, out-of-range ids fail in the gather.
+    # A compiled function can't check values; there, ids out of range fail in the gather.
     empty = True
     if not torch.compiler.is_compiling():
         wrong = ids[(ids < -1) | (ids >= n)]
@@ -149,11 +149,11 @@ def select_adapters(
             raise ValueError(f"adapter id {int(wrong[0])} is out of range: there are {n} adapters, -1 is none.")
         empty = bool((ids < 0).any())
     if ids.dim() == 1 and weights is not None:
-        raise ValueError("weights are for sums: give adapter_ids the shape (rows, k), too.")
+        raise ValueError("weights apply to sums: adapter_ids must have the shape (rows, k) as well.")
     own = own_parameters(stacked)
     rows = {key: leaf[ids.clamp(min=0)] for key, leaf in stacked.items()}
     if empty:
-        # Zeros in both vectors: where adapter 0 holds NaN, zero times it would be NaN, and not the base.
+        # `where` rather than a product with 0: NaN in adapter 0 would otherwise reach the rows of the base.
         rows = {k: torch.where(_expanded(ids < 0, v), 0, v) for k, v in rows.items()}
     if ids.dim() == 1:
         for key in own if empty else ():
@@ -167,7 +167,7 @@ def select_adapters(
     weights = torch.where(ids < 0, 0, weights.to(first.dtype))
     if any(split_key(key)[1] in MARKS for key in stacked):
         raise ValueError("these params are sums already, or have rows of the base; select from a plain stack.")
-    # base + Σ weights (value - base), of which the base is left to `apply`.
+    # base + Σ weights (value - base); `apply` adds the terms with the base.
     for key in own:
         of_value = weights.to(rows[key].dtype)
         rows[key] = (_expanded(of_value, rows[key]) * rows[key]).sum(1)

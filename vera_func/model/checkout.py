@@ -1,21 +1,21 @@
-"""A copy of the module tree for each call, which is given back as it was built.
+"""Isolate the calls of a module: each call runs on a copy of the module tree that is restored afterwards.
 
-A module is not a function. To run it on given tensors they are put into it, and it may write to itself: to buffers
-(batch statistics), to attributes (the longest text that a rotary embedding has seen), to caches and hooks. So a call
-checks a copy of the tree out of a free list, and undoes all that before it gives the copy back:
+To run a module on given tensors, they must be bound to it, and the module may modify itself: buffers (batch
+statistics), attributes (the longest sequence that a rotary embedding has seen), caches and hooks. Therefore each call
+takes a copy of the tree from a free list, and restores it before it returns the copy to the list:
 
-    tree = trees.take()
+    tree = trees.acquire()
     try:
         tree.bind(values)
         return tree.run(method, args, kwargs)
     finally:
-        trees.give(tree)
+        trees.release(tree)
 
-Calls at the same time, on other threads or one inside another, have different copies. The copies share parameters and
-quantized weights, which nothing writes to, and nothing else.
+Concurrent and nested calls use different copies. The copies share parameters and quantized weights, which are never
+modified.
 
-Undoing is cheap, because it compares: a Llama of 30 layers has 7,000 dicts and lists, nearly all empty, which Python
-compares with their copies in 0.15 ms (identical values at once, without looking into them).
+Restoring compares the containers with saved copies, which is cheap: a Llama of 30 layers has 7,000 dicts and lists,
+nearly all of them empty, and comparing them takes 0.15 ms, because Python compares identical values by identity first.
 """
 
 import copy
@@ -33,16 +33,16 @@ from .targets import held_parameters
 from .tree import shared_memo
 
 
-# Not every write to a tensor is counted in its `_version`: not those of batch statistics, nor through `.data` or numpy.
-# So calls get clones of small tensors, and of all but huge ones where the module is in training mode.
+# A tensor's `_version` does not count all writes: updates of batch statistics and writes through `.data` or numpy are
+# missed. Therefore small tensors are cloned for each call; in training mode, all but the largest are.
 SMALL, SMALL_IN_TRAINING = 2**16, 2**24  # bytes
-_ENDED = -2  # no number of a backward pass, and not -1 for none
+_ENDED = -2  # never equal to `graph_task()`
 Method: TypeAlias = str | Callable[..., Any]
 _CONTAINERS = (dict, list, set, deque, bytearray)
 
 
 def bound_method(model: nn.Module, method: Method) -> Callable[..., Any]:
-    """A method of a model, or a function that takes the model as its first argument, as a function of the others.
+    """Bind the model to one of its methods, or to a function whose first argument is the model.
 
     Example:
         >>> bound_method(nn.ReLU(), "__call__")(Tensor([-1.0])), bound_method(nn.ReLU(), repr)()
@@ -55,14 +55,14 @@ class Trees:
     """A free list of copies of one module tree.
 
     Attributes:
-        root: What is copied. It is never run, except that the compiler traces it.
+        root: The original. It is never run, except when the compiler traces it.
         checkpoints: Whether its modules checkpoint activations.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.free: list[Tree] = []
-        # As transformers marks it.
+        # transformers sets this attribute.
         self.checkpoints = any(m.training and getattr(m, "gradient_checkpointing", False) for m in root.modules())
         self._values: dict[str, Tensor | None] = dict(held_parameters(root))
         self._buffers: dict[str, Tensor] = {}
@@ -73,44 +73,45 @@ class Trees:
                 elif _is_cloned(buffer, module.training):
                     self._buffers[join_key(name, leaf)] = buffer
 
-    def take(self) -> "Tree":
-        """A tree that nobody else has until it is given back."""
+    def acquire(self) -> "Tree":
+        """Return a tree that no other call uses until it is released."""
         while self.free:
             try:
-                tree = self.free.pop()  # one operation, which needs no lock
+                tree = self.free.pop()  # atomic, so no lock is needed
             except IndexError:
                 break
             if tree.is_unwritten():
                 return tree
-        # A thread has no transform, autocast or inference mode of the caller, in which the copy would be a child of it.
+        # A new thread does not inherit the caller's transforms, autocast and inference mode, which would change the
+        # copied tensors.
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(Tree, self.root).result()
 
-    def give(self, tree: "Tree") -> None:
-        """Put a tree back as it was built."""
+    def release(self, tree: "Tree") -> None:
+        """Restore a tree and return it to the free list."""
         if tree.reset():
             self.free.append(tree)
 
     def copy(self) -> nn.Module:
-        """A copy of the root for somebody else, with its own buffers."""
+        """Return a copy of the root with its own buffers, which is not in the free list."""
         return copy.deepcopy(self.root, shared_memo(self.root))
 
     def values(self, *, inside: bool) -> dict[str, Tensor | None]:
-        """What the compiler binds beside the values of a call, as it cannot check trees out.
+        """Return the values that a compiled call binds in addition to its own, since it runs on the root itself.
 
-        Clones of the buffers that a call may write to, and inside of another call, of which it would see the values,
-        all parameters.
+        These are clones of the buffers that the call may write to. A call inside another compiled call (`inside`) also
+        binds all parameters, because it would otherwise see those of the outer call.
         """
         values = dict(self._values) if inside else {}
         return values | {name: buffer.clone() for name, buffer in self._buffers.items()}
 
 
 class Tree:
-    """One copy of a module tree, and what it takes to put it back.
+    """One copy of a module tree, with the saved state to restore it.
 
     Attributes:
         root: The copy.
-        lent: Whether the result of a call still uses it, so that it must not be given to another call.
+        in_use: Whether the result of a call still refers to the tree, so that no other call may use it.
     """
 
     def __init__(self, original: nn.Module) -> None:
@@ -120,7 +121,7 @@ class Tree:
         root.projections.call = _ENDED
         drop_input_grads(root)
         self.root, self._model = root, root.model
-        self.lent = False
+        self.in_use = False
         own = {id(made) for key, made in memo.items() if key not in shared}
         containers, tensors = _mutable(root, own)
         self._empty = [container for container in containers if not container]
@@ -138,7 +139,7 @@ class Tree:
         self._bound: list[tuple[Any, Any, Any]] = []
 
     def bind(self, values: Mapping[str, Any]) -> None:
-        """Put values in the place of parameters, buffers or attributes, by their full names; clone small buffers."""
+        """Replace parameters, buffers or attributes by values, given by full name; clone small buffers."""
         bound, places = self._bound, self._places
         for tensor, owners in self._cloned:
             clone = tensor.clone()
@@ -151,15 +152,15 @@ class Tree:
             owner[key] = value
 
     def run(self, method: Method, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What a method of the model returns, or a function of it."""
+        """Call a method of the model, or a function of the model."""
         result = bound_method(self._model, method)(*args, **kwargs)
-        # A generator has yet to run, and a module is a part of the tree: both keep it.
-        self.lent = isinstance(result, nn.Module | Iterator)
+        # A generator runs later, and a module is a part of the tree.
+        self.in_use = isinstance(result, nn.Module | Iterator)
         return result
 
     def reset(self) -> bool:
-        """Undo what a call did; False if the tree can't be used again."""
-        if self.lent:
+        """Undo the changes of a call; return False if the tree can't be used again."""
+        if self.in_use:
             return False
         while self._bound:
             owner, key, value = self._bound.pop()
@@ -173,7 +174,7 @@ class Tree:
         return True
 
     def is_unwritten(self) -> bool:
-        """Whether the tensors that were not cloned are as they were."""
+        """Whether the tensors that were not cloned are unmodified."""
         return all(tensor._version == version for tensor, version in self._watched)
 
     def _place(self, name: str) -> tuple[dict[str, Any], str]:
@@ -184,14 +185,15 @@ class Tree:
 
 
 def _mutable(root: nn.Module, own: set[int]) -> tuple[list[Any], list[tuple[Any, Any, Tensor, bool]]]:
-    """The containers that a tree reaches, the dicts of its objects among them, and its tensors but for parameters.
+    """Find the mutable state of a tree: all containers, including the `__dict__` of objects, and all non-parameters.
 
     Args:
-        root: Of the tree.
-        own: Ids of what was made for this tree. Other objects, such as functions, are everybody's.
+        root: Root of the tree.
+        own: Ids of the objects that were created for this tree; other objects, such as functions, are shared.
 
     Returns:
-        The containers, and of each tensor a container, its key there, and whether the module is in training mode.
+        The containers, and for each tensor its container, its key there, the tensor, and whether its module is in
+        training mode.
     """
     containers: list[Any] = []
     tensors = []
@@ -233,7 +235,7 @@ def _shallow(container: Any) -> Any:
 def _same(live: Any, kept: Any) -> bool:
     try:
         return bool(live == kept)
-    except Exception:  # tensors and arrays have no truth value: some are in place of others
+    except Exception:  # a comparison of different tensors or arrays has no truth value
         return False
 
 

@@ -1,7 +1,7 @@
-"""What to adapt: `VeraConfig` and the modules of a model that it targets.
+"""`VeraConfig`: the layers to adapt, the rank and the initial values.
 
-The fields, their names and the matching rules are PEFT's, so that a configuration means the same here and there;
-where PEFT takes a contradictory one and ignores half of it, this raises.
+The fields and their meaning are those of PEFT's `VeraConfig`. Contradictory values, of which PEFT ignores one, raise an
+error.
 """
 
 import dataclasses
@@ -24,35 +24,36 @@ _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VeraConfig:
-    """Which layers of a model are adapted, and how; the fields of PEFT's `VeraConfig`.
+    """The configuration of an adapter, with the fields of PEFT's `VeraConfig`.
 
     Attributes:
         r: Rank of the shared projections.
-        target_modules: Modules to adapt: names or their endings after a dot (a sequence), a regular expression
-            for the whole name (a string), "all-linear" (every linear layer but the output head), or None, the usual
-            ones of the model's type.
+        target_modules: Modules to adapt. A sequence contains names or endings of names after a dot; a string is a
+            regular expression for the whole name. "all-linear" selects every linear layer except the output head, and
+            None the default targets of the model's type.
         projection_prng_key: Seed of the shared projections.
-        save_projection: Whether a saved adapter holds the projections, or only their seed. They can be
-            redrawn exactly for a base of the same dtype; storing them is PEFT's default.
-        vera_dropout: Probability with which an input of `A` is dropped, where an explicit generator asks
-            for dropout (`apply.with_dropout`); nothing here looks at `module.training`.
+        save_projection: Whether a saved adapter contains the projections, as by default in PEFT, or only their seed.
+            The projections can be redrawn exactly for a base of the same dtype.
+        vera_dropout: Probability of dropping an input of `A`. Dropout is applied only by `apply.with_dropout`, and is
+            independent of `module.training`.
         d_initial: Initial value of `lambda_d`.
-        fan_in_fan_out: PEFT's mark for weights stored (in, out); found from the layer, and only kept for the file.
+        fan_in_fan_out: PEFT's flag for weights stored as (in, out). It is written to the file and otherwise ignored,
+            because the layout follows from the layer's class.
         bias: "none", "vera_only" (also train the biases of adapted layers) or "all" (every bias of the model).
-        modules_to_save: Names or endings of further modules to train whole, such as a new classifier. The
-            heads of `task_type` are added to them.
+        modules_to_save: Names or endings of further modules to train in full, such as a new classifier. The heads of
+            `task_type` are added.
         init_weights: True starts at the base model; False draws `lambda_d` and sets `lambda_b = 1` (for tests).
         layers_to_transform: Indices of the layers to adapt, among those matched by an ending.
-        layers_pattern: Name of the list of layers that the index is looked for in.
+        layers_pattern: Name of the module list that `layers_to_transform` refers to.
         task_type: None or one of "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS",
             "FEATURE_EXTRACTION".
         base_model_name_or_path: The base's name, for a saved adapter. `adapt` fills in `model.name_or_path`.
         revision: The base's revision, for a saved adapter.
-        auto_mapping: The base's class and the module that defines it, for a saved adapter without a `task_type`: what
-            PEFT's `AutoPeftModel` goes by. `adapt` fills it in.
+        auto_mapping: The base's class and its Python module, which PEFT's `AutoPeftModel` needs to load an adapter
+            without a `task_type`. `adapt` fills it in.
 
     Raises:
-        ValueError: If a value is out of range or contradicts another; the message names the field.
+        ValueError: If a value is out of range or contradicts another field.
 
     Example:
         >>> VeraConfig(r=64, target_modules=["q_proj", "v_proj"]).target_modules
@@ -98,7 +99,7 @@ class VeraConfig:
             raise ValueError(f"task_type must be None or one of {_TASKS}, got {self.task_type!r}.")
         for name in ("base_model_name_or_path", "revision"):
             if not isinstance(getattr(self, name), str | None):
-                raise ValueError(f"{name} must be a text or None, got {getattr(self, name)!r}.")
+                raise ValueError(f"{name} must be a string or None, got {getattr(self, name)!r}.")
         if not isinstance(self.auto_mapping, Mapping | None):
             raise ValueError(f"auto_mapping must be a dict or None, got {self.auto_mapping!r}.")
         self._set("target_modules", _names("target_modules", self.target_modules))
@@ -117,12 +118,12 @@ class VeraConfig:
                 _require_integer("layers_to_transform", index)
             self._set("layers_to_transform", tuple(layers) or None)
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says where layer indices are; give layers_to_transform, too.")
+            raise ValueError("layers_pattern needs layers_to_transform, the indices of the layers to adapt.")
         if isinstance(self.target_modules, str):
             if self.layers_to_transform is not None and not is_all_linear(self.target_modules):
                 raise ValueError(
-                    "layers_to_transform does not apply to a regular expression; put the indices into "
-                    f"target_modules={self.target_modules!r}, or give a list of names."
+                    "layers_to_transform does not apply to a regular expression; include the indices in "
+                    f"target_modules={self.target_modules!r}, or pass a list of names."
                 )
             require_expression("target_modules", self.target_modules)
         patterns = self.layers_pattern or ()
@@ -134,6 +135,7 @@ class VeraConfig:
 
 
 def is_all_linear(targets: str) -> bool:
+    """Whether a string is "all-linear" in any case, as in PEFT."""
     return targets.lower() == "all-linear"
 
 

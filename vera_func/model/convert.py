@@ -1,4 +1,4 @@
-"""A model with its linear layers quantized, or dequantized."""
+"""Quantize or dequantize the linear layers of a model."""
 
 import copy
 import warnings
@@ -24,20 +24,22 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """A copy of the model with every bitsandbytes layer as an `nn.Linear` of its dequantized weight.
+    """Return a copy of a model in which dense `nn.Linear` layers replace all bitsandbytes layers.
 
-    For those with memory to spare: `adapt` it, and no forward or backward dequantizes anything any more. In the dtype
-    of the activations the numbers are the same, bit for bit. It costs 2 bytes a weight in 16 bits instead of about
-    half a byte. Everything else shares its memory with the model, which stays as it was.
+    Adapting the copy trades memory for speed: the forward and backward passes no longer dequantize weights, but a
+    weight takes 2 bytes in a 16-bit dtype instead of about half a byte. If `dtype` is that of the activations, the
+    results are the same, bit for bit. All other tensors are shared with the model, which is not modified.
 
-    An adapter goes on with the `frozen` that it has: over 16-bit weights, as in PEFT, a new draw is rounded to 16 bits.
+    Keep using the `frozen` of an existing adapter with the copy. A new draw over 16-bit weights would be rounded to
+    16 bits, as in PEFT.
 
     Args:
         model: Any module.
-        dtype: Of these weights, that of the model's activations.
+        dtype: Dtype of the dequantized weights; use the dtype of the model's activations.
 
     Raises:
-        ValueError: If the model is no module, offloaded or wrapped by PEFT, or the dtype is not a floating-point one.
+        ValueError: If the model is not a module, is offloaded or wrapped by PEFT, or the dtype is not a floating-point
+            dtype.
 
     Example:
         >>> from vera_func import quantize_4bit
@@ -61,28 +63,31 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> n
 
 
 def check_format(to: Format | None) -> None:
+    """Raise a `ValueError` if `to` is not None, a quantization format or a floating-point dtype."""
     if to is not None and to not in QUANTIZERS and not (isinstance(to, torch.dtype) and to.is_floating_point):
         raise ValueError(f"to must be one of {sorted(QUANTIZERS)} or a floating-point dtype, got {to!r}.")
 
 
 def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) -> Model:
-    """A copy of a model whose `nn.Linear`s are bitsandbytes modules; all other tensors are shared.
+    """Return a copy of a model in which bitsandbytes modules replace the `nn.Linear` layers.
 
-    The model itself stays as it is, and layers that are already bitsandbytes modules stay as well. These stay dense:
-    subclasses of `nn.Linear` that do not compute `x Wᵀ + b`, layers that compute their weight (weight_norm), and the
-    output layer of `nn.MultiheadAttention`, which is never called. bitsandbytes can't quantize 3-D parameters (the
-    fused experts of Mixtral, Qwen-MoE or gpt-oss in transformers 5); a warning gives their share. `save_pretrained` of
-    transformers writes the result, and `from_pretrained` reads it.
+    The model is not modified, and all other tensors are shared with it. Layers that are already bitsandbytes modules
+    are kept. Some layers stay dense: subclasses of `nn.Linear` that do not compute `x Wᵀ + b`, layers whose weight is
+    computed (weight_norm), and the output layer of `nn.MultiheadAttention`, which is never called. bitsandbytes can't
+    quantize 3-D parameters, such as the fused experts of Mixtral, Qwen-MoE or gpt-oss in transformers 5; a warning
+    reports their share. transformers' `save_pretrained` and `from_pretrained` save and load the result.
 
     Args:
         model: Any module.
         quant: "nf4", "fp4" or "int8".
-        skip: Names, or ends of names, of modules to leave dense, with all modules in them. None: what transformers
-            leaves dense (tied weights, output embeddings, a last layer without bias, layers that the model's class
-            keeps in float32, such as T5's `wo`) and the heads `lm_head`, `classifier`, `score` and `qa_outputs`.
+        skip: Names, or parts of names, of modules to leave dense together with all modules in them. By default these
+            are the layers that transformers leaves dense (tied weights, output embeddings, a last layer without bias,
+            and layers that the model's class keeps in float32, such as T5's `wo`), and the heads `lm_head`,
+            `classifier`, `score` and `qa_outputs`.
 
     Raises:
-        ValueError: If nothing was quantized, the format is unknown, or the model is offloaded or wrapped by PEFT.
+        ValueError: If there is no layer to quantize, the format is unknown, or the model is offloaded or wrapped by
+            PEFT.
 
     Example:
         >>> model = nn.ModuleDict({"body": nn.Linear(64, 64), "classifier": nn.Linear(64, 2)})
@@ -98,7 +103,7 @@ def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) 
     require_weights(model, "quantize")
     layers = quantizable_layers(model, skip)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize, beside {list(skip or ('its heads',))}.")
+        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize, except {list(skip or ('its heads',))}.")
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if name not in layers:
@@ -124,7 +129,7 @@ def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) 
 
 
 def quantizable_layers(model: nn.Module, skip: Sequence[str] | None = None) -> dict[str, nn.Linear]:
-    """The layers that `quantize_model` replaces, by name; see there.
+    """Return the layers that `quantize_model` quantizes, by name.
 
     Example:
         >>> list(quantizable_layers(nn.ModuleDict({"body": nn.Linear(64, 64), "score": nn.Linear(64, 2)})))
@@ -149,11 +154,11 @@ def quantizable_layers(model: nn.Module, skip: Sequence[str] | None = None) -> d
 
 
 class DenseShare(NamedTuple):
-    """The share of a model that is not quantized.
+    """The share of a model's weights that is not quantized.
 
     Attributes:
-        total: Share of all weights that stays dense.
-        fused: Share of all weights that is in 3-D parameters, such as fused experts.
+        total: Share of all weights that stay dense.
+        fused: Share of all weights that are in 3-D parameters, such as fused experts.
         names: Names of the 3-D parameters.
     """
 
@@ -163,7 +168,7 @@ class DenseShare(NamedTuple):
 
 
 def dense_share(model: nn.Module, layers: Mapping[str, nn.Module]) -> DenseShare:
-    """The share of a model that stays dense if these layers are quantized.
+    """Compute the share of a model that stays dense if the given layers are quantized.
 
     Args:
         model: Any module; its bitsandbytes layers count as quantized.
@@ -206,7 +211,7 @@ def _is_plain(layer: nn.Linear) -> bool:
         with torch.no_grad():
             actual, expected = probe(x), nn.functional.linear(x, layer.weight, layer.bias)
             return (actual - expected).norm().item() < 0.01 * expected.norm().item()
-    except Exception:  # whatever another forward wants
+    except Exception:  # a different forward may raise anything
         return False
 
 
@@ -217,12 +222,12 @@ def _heads(model: nn.Module) -> list[str]:
         head = find_head()
         names += [name for name, module in model.named_modules() if module is head]
         last = [name for name, _ in model.named_parameters()][-1:]
-        names += [name.removesuffix(".weight") for name in last]  # transformers keeps it, such as CLIP's projection
+        names += [name.removesuffix(".weight") for name in last]  # dense in transformers, such as CLIP's projection
     return names
 
 
 def _tied_modules(model: nn.Module) -> set[int]:
-    """The ids of modules that share a parameter with another one."""
+    """Return the ids of modules that share a parameter with another module."""
     owners: dict[int, list[int]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

@@ -25,17 +25,16 @@ _SCALED_IF_TIED = ("t5", "mt5", "umt5", "longt5", "pop2piano", "switch_transform
 def describe_ties(model: nn.Module) -> None:
     """Set `tie_word_embeddings` to False if weights that the model's class ties differ.
 
-    The model's remaining ties are removed as well, each parameter becoming a copy: `save_pretrained` omits tied
-    parameters, and with the flag off `from_pretrained` would not restore them. Other models than transformers' are left
-    as they are.
+    The model's remaining ties are replaced by copies of the parameters: `save_pretrained` omits tied parameters, and
+    `from_pretrained` would not restore them with the flag off. Only transformers models are changed.
 
     Args:
-        model: Changed in place.
+        model: Any module; it is modified in place.
 
     Example:
         >>> describe_ties(nn.Linear(2, 3))
     """
-    ties: dict[int, list[tuple[Any, dict[str, str]]]] = {}  # by configuration, which parts may share
+    ties: dict[int, list[tuple[Any, dict[str, str]]]] = {}  # by configuration, which submodels may share
     for part in model.modules():
         expanded: Any = getattr(part, "get_expanded_tied_weights_keys", None)  # transformers 5
         if expanded is not None and (pairs := expanded()):
@@ -52,7 +51,7 @@ def describe_ties(model: nn.Module) -> None:
 
 
 def describe_dtype(model: Any, dtype: torch.dtype) -> None:
-    """Set the configuration of a dense model in this dtype."""
+    """Update the configuration of a dense model with this dtype."""
     private.forget_quantization(model)
     model.config.dtype = dtype
 
@@ -61,7 +60,7 @@ def describe_quantization(model: Any) -> None:
     """Set `quantization_config`: the format of the quantized layers, and the list of the dense ones.
 
     Args:
-        model: A transformers model, changed in place; left as it is if no layer is quantized.
+        model: A transformers model, modified in place. If no layer is quantized, it is not modified.
     """
     linears = [(name, module) for name, module in model.named_modules() if linear_sizes(module) is not None]
     quantized = [name for name, module in linears if is_bnb_linear(module)]
@@ -93,7 +92,7 @@ def skip_list(dense: Sequence[str], quantized: Sequence[str]) -> list[str]:
 
     Args:
         dense: Names of the layers that are not quantized.
-        quantized: Names of those that are.
+        quantized: Names of the quantized layers.
 
     Example:
         >>> skip_list(["lm_head", "classifier"], ["pre_classifier"])
@@ -103,14 +102,14 @@ def skip_list(dense: Sequence[str], quantized: Sequence[str]) -> list[str]:
     def is_ambiguous(name: str) -> bool:
         try:
             return any(other.endswith(name) or re.match(name, other) for other in quantized)
-        except re.error:  # a name may hold any character but a dot
+        except re.error:  # a name may contain any character except a dot
             return True
 
     return [f"^{re.escape(name)}$" if is_ambiguous(name) else name for name in dense]
 
 
 def _separate(part: nn.Module, name: str, seen: dict[tuple[int, str], Tensor | None]) -> None:
-    """Replace a parameter by a copy if another place in `seen` has the same one."""
+    """Replace a parameter by a copy if `seen` has the same parameter under another name."""
     owner, leaf = split_key(name)
     value, place = _get(part, name), (id(part.get_submodule(owner)), leaf)
     if place in seen:

@@ -1,7 +1,8 @@
-"""Regular expressions of `re`, from configurations that anybody may have written, matched in bounded time.
+"""Match regular expressions from untrusted configurations in bounded time.
 
-`re` can't be stopped: `(a|a)*b` against forty letters takes hours. The package `regex` takes a timeout. It means other
-things by some characters, which are escaped here, so that an expression matches exactly what `re` matches.
+Matching with `re` can't be interrupted: `(a|a)*b` against forty letters takes hours. The package `regex` supports a
+timeout. It interprets some characters differently, which are escaped here, so that an expression matches exactly the
+same strings as with `re`.
 """
 
 import math
@@ -12,23 +13,23 @@ from typing import Any
 import regex
 
 
-SECONDS = 5.0  # for all names of a model together; an ordinary expression needs milliseconds
-# What regex compiles grows with these, and can't be stopped either.
+SECONDS = 5.0  # for all names of a model together; ordinary expressions need milliseconds
+# Compilation can't be interrupted either; its cost grows with these sizes.
 MOST_CHARACTERS, MOST_REPEATS = 100_000, 100_000
 
-# An escape, a set, a counted repeat, or a brace that counts nothing.
+# An escape, a set, a counted repeat, or a literal brace.
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+|(?=,))(,?)(\d*)\}|\{", re.DOTALL)
 
 
 def require_expression(field: str, value: str) -> None:
-    """Check that a value is a regular expression of `re`, and of a size that can be compiled.
+    """Raise if a value is not a regular expression of `re`, or is too large to compile.
 
     Args:
-        field: Where it is from, for the error.
+        field: Name of the configuration field, for the error message.
         value: The expression.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If the value is not a valid expression, or is too large.
 
     Example:
         >>> require_expression("target_modules", r".*\\.(q|v)_proj")
@@ -41,17 +42,17 @@ def require_expression(field: str, value: str) -> None:
     if len(value) > MOST_CHARACTERS or repeats > MOST_REPEATS:
         shown = value if len(value) < 100 else f"{value[:100]}..."
         raise ValueError(
-            f"{field}={shown!r} is too large a regular expression, of {len(value):,} characters and {repeats:,} "
-            "repetitions; give a list of names."
+            f"{field}={shown!r} is too large a regular expression ({len(value):,} characters and {repeats:,} "
+            "repetitions); pass a list of names."
         )
 
 
 class Expression:
-    """An expression that is matched with many names, in `SECONDS` seconds for all of them.
+    """A compiled expression with a time limit: `SECONDS` for all its matches together.
 
     Args:
-        field: Where it is from, for the error.
-        value: As `require_expression` takes it.
+        field: Name of the configuration field, for the error message.
+        value: An expression that passes `require_expression`.
 
     Example:
         >>> bool(Expression("target_modules", r".*\\.(q|v)_proj").fullmatch("layers.0.q_proj"))
@@ -61,22 +62,22 @@ class Expression:
     def __init__(self, field: str, value: str) -> None:
         self.field, self.value = field, value
         self.left = SECONDS
-        # Python 3.10 also takes flags for the whole expression that stand inside of it.
+        # Python 3.10 also accepts global flags inside an expression.
         self._compiled = regex.compile(_TOKEN.sub(_for_regex, value), re.compile(value).flags | regex.VERSION0)
 
     def fullmatch(self, name: str) -> Any:
-        """`re.fullmatch(value, name)`.
+        """Compute `re.fullmatch(value, name)`.
 
         Raises:
-            ValueError: If time is up.
+            ValueError: If the time limit is exceeded.
         """
         return self._bounded(self._compiled.fullmatch, name)
 
     def match(self, name: str) -> Any:
-        """`re.match(value, name)`.
+        """Compute `re.match(value, name)`.
 
         Raises:
-            ValueError: If time is up.
+            ValueError: If the time limit is exceeded.
         """
         return self._bounded(self._compiled.match, name)
 
@@ -86,7 +87,7 @@ class Expression:
             return search(name, timeout=max(self.left, 0.001))
         except (TimeoutError, MemoryError) as error:
             raise ValueError(
-                f"{self.field}={self.value!r} takes more than {SECONDS} seconds to match with {name!r}; give a list of "
+                f"{self.field}={self.value!r} takes more than {SECONDS} seconds to match with {name!r}; pass a list of "
                 "names, or a simpler expression."
             ) from error
         finally:
@@ -95,10 +96,10 @@ class Expression:
 
 def _for_regex(token: re.Match[str]) -> str:
     text = token[0]
-    if text == "{":  # regex would try to read a fuzzy match, such as {e<=1}
+    if text == "{":  # regex would parse a fuzzy match, such as {e<=1}
         return r"\{"
     if text[0] == "{":
         return f"{{{token[1] or 0}{token[2]}{token[3]}}}"  # {,2} is {0,2}
-    if text[0] == "[":  # no [:alpha:]
+    if text[0] == "[":  # regex would parse POSIX classes, such as [:alpha:]
         return "[" + re.sub(r"(\\.)|\[", lambda inner: inner[1] or r"\[", text[1:], flags=re.DOTALL)
     return text

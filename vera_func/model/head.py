@@ -1,14 +1,14 @@
-"""The output head of a language model, apart from the rest.
+"""Evaluate a language model without its output head, and the head for some positions or tokens only.
 
-    hidden = hidden_states(apply, params, frozen, input_ids=ids)  # (b, seq, width), what the head reads
+    hidden = hidden_states(apply, params, frozen, input_ids=ids)  # (b, seq, width), the input of the head
     head_logits(apply, params, frozen, hidden)  ==  apply(params, frozen, input_ids=ids).logits
 
-With a large vocabulary the head costs as much as many layers, and its logits are the largest tensor of a training
-step. A loss needs them only where there is a label, a classification only for a few tokens.
+With a large vocabulary, the head costs as much as many layers, and its logits are the largest tensor of a training
+step. A loss needs only the logits at labelled positions, and a classifier only those of a few tokens.
 
-The model's own forward computes the hidden states, with the identity in the place of its head. So these are right for
-every model whose logits are what its head returns. If the model changes them afterwards (Gemma 2 bounds them, Granite
-scales them, BART adds a bias), that is seen, and the head is not taken apart.
+The hidden states are computed by the model's own forward, with the identity in place of the head. This is correct for
+every model that returns the output of its head as logits. A model that transforms the logits (Gemma 2 caps them,
+Granite scales them, BART adds a bias) is detected, and its head is not skipped.
 """
 
 from collections.abc import Sequence
@@ -26,25 +26,25 @@ from .base_layers import DenseLinear, RowwiseAffine
 from .batch import Params
 
 
-# Trees of models that change their logits: there, looking for the hidden states would only cost time.
+# Roots of models that transform their logits, so that `token_logits` does not try to skip their head again.
 _CHANGED_LOGITS: WeakSet[nn.Module] = WeakSet()
 
 
 def hidden_states(
     apply: Apply, params: Params, frozen: Params, *args: Any, **kwargs: Any
 ) -> Float[Tensor, "b seq width"]:
-    """What the output head of a language model reads: `apply(params, frozen, *args, **kwargs)` without the head.
+    """Return the input of a language model's output head: `apply(params, frozen, *args, **kwargs)` without the head.
 
     Args:
-        apply: From `adapt`, of a model with `get_output_embeddings`, such as transformers' language models.
-        params: Of one adapter, or of one for each row.
+        apply: From `adapt`, for a model with `get_output_embeddings`, such as transformers' language models.
+        params: Params of one adapter, or of one adapter per row.
         frozen: From `adapt`.
-        *args: The model's arguments. With `logits_to_keep` the result has only these positions, where the model
-            takes it.
-        **kwargs: Its keyword arguments.
+        *args: Positional arguments of the model.
+        **kwargs: Keyword arguments of the model. With `logits_to_keep`, if the model supports it, the result has only
+            these positions.
 
     Raises:
-        ValueError: If the model has no output head, or its logits are not what the head returns.
+        ValueError: If the model has no output head, or its logits are not the output of the head.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -73,17 +73,17 @@ def head_logits(
     hidden: Float[Tensor, "b seq width"],
     tokens: Sequence[int] | None = None,
 ) -> Float[Tensor, "b seq tokens"]:
-    """The output head on hidden states: logits of all tokens, or of some.
+    """Compute the logits of hidden states, for all tokens or for some.
 
-    Where the head is a dense layer without an adapter, only the rows of these tokens are multiplied, whether the head
-    is trained or not. Other heads compute all logits, of which these are taken.
+    If the head is a dense layer without an adapter, trained or frozen, only the rows of `tokens` are multiplied. Any
+    other head computes all logits, and those of `tokens` are selected.
 
     Args:
-        apply: As for `hidden_states`.
-        params: Of one adapter, or of one for each row.
+        apply: See `hidden_states`.
+        params: Params of one adapter, or of one adapter per row.
         frozen: From `adapt`.
-        hidden: From `hidden_states`, or some of its positions.
-        tokens: Which tokens; None is the whole vocabulary.
+        hidden: The result of `hidden_states`, or some of its positions.
+        tokens: Token ids; None selects the whole vocabulary.
 
     Raises:
         ValueError: If the model has no output head.
@@ -98,15 +98,15 @@ def head_logits(
 def token_logits(
     apply: Apply, params: Params, frozen: Params, tokens: Sequence[int], *args: Any, **kwargs: Any
 ) -> Float[Tensor, "b seq tokens"]:
-    """`apply(params, frozen, *args, **kwargs).logits[..., tokens]`, without the other logits where that is possible.
+    """Compute `apply(params, frozen, *args, **kwargs).logits[..., tokens]`, and only these logits if possible.
 
     Args:
-        apply: From `adapt`; the model's output has `.logits`.
-        params: Of one adapter, or of one for each row.
+        apply: From `adapt`; the model's output must have `.logits`.
+        params: Params of one adapter, or of one adapter per row.
         frozen: From `adapt`.
-        tokens: Which tokens.
-        *args: The model's arguments.
-        **kwargs: Its keyword arguments.
+        tokens: Token ids.
+        *args: Positional arguments of the model.
+        **kwargs: Keyword arguments of the model.
 
     Example:
         >>> from types import SimpleNamespace
@@ -120,7 +120,7 @@ def token_logits(
     """
     root: Any = apply.trees.root
     compiling = torch.compiler.is_compiling()
-    # In training mode a second attempt would draw the dropout of the base again.
+    # In training mode, a second forward would draw other dropout masks.
     if _has_head(apply.model) and not root.model.training and (compiling or root not in _CHANGED_LOGITS):
         logits = apply.method(_some_logits, params, frozen, tuple(tokens), *args, **kwargs)
         if logits is not None:
@@ -131,7 +131,7 @@ def token_logits(
 
 
 class _Tap(nn.Module):
-    """The identity in the place of a head, which remembers its input."""
+    """The identity in place of a head; it records its input."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class _Tap(nn.Module):
 
 
 def _hidden(model: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-    """What the head of a model reads; None if its logits are something else than what the head returns."""
+    """Return the input of a model's head, or None if the model's logits are not the output of its head."""
     head = model.get_output_embeddings()
     owner, name = _place(model, head)
     if owner is None or _has_hooks(head):
@@ -161,7 +161,7 @@ def _hidden(model: Any, *args: Any, **kwargs: Any) -> Tensor | None:
     except Exception:
         if tap.seen is None:
             raise
-        return None  # the model expects logits, and was given hidden states
+        return None  # the model could not process hidden states in place of logits
     finally:
         setattr(owner, name, head)
     if not isinstance(logits, Tensor) or logits is not tap.seen:
@@ -189,7 +189,7 @@ def _some_logits(model: Any, tokens: tuple[int, ...], *args: Any, **kwargs: Any)
 
 
 def _place(model: nn.Module, head: nn.Module) -> tuple[nn.Module | None, str]:
-    """The module that holds the head, nearly always the model itself, and the name that it has there."""
+    """Return the module that holds the head (usually the model itself), and the head's name in that module."""
     for owner in model.modules():
         for name, child in owner._modules.items():
             if child is head:
@@ -202,7 +202,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; -1 where nobody counts."""
+    """The version counter of a tensor; -1 for inference tensors, which have none."""
     if torch.compiler.is_compiling():
         return 0  # Dynamo (2.13) cannot compare versions
     tensor = unwrap(tensor)
@@ -210,7 +210,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _has_head(model: Any) -> bool:
-    """Whether a model knows its output head, as transformers' language models do."""
+    """Whether `get_output_embeddings` returns an output head, as in transformers' language models."""
     return hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
 
 

@@ -1,8 +1,7 @@
-"""Thin modules over the pure functions: one adapted linear layer, over a dense, 4-bit or 8-bit base.
+"""Adapted linear layers as modules, over a dense, 4-bit or 8-bit base layer.
 
-The arithmetic is that of `vera_forward` and `quantized_linear`. Parameters are `lambda_b` and `lambda_d`; the
-projections are references to the shared pair, and not in any state dict. `layer_class` chooses the class from that of
-the base layer.
+The modules call `vera_forward` and `quantized_linear`. Their parameters are `lambda_b` and `lambda_d`. The projections
+are shared between layers and are not part of any state dict. `layer_class` returns the class for a base layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +15,16 @@ from ..core.autograd import project
 from ..private import graph_task
 from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.value import Quantized4bit, format_of
-from .base_layers import QuantizedLinear, RowwiseAffine, Turn, base_fn, hold_own, moved, own_or_base, turned
+from .base_layers import (
+    QuantizedLinear,
+    RowLayout,
+    RowwiseAffine,
+    base_fn,
+    call_by_rows,
+    moved,
+    own_or_base,
+    register_own,
+)
 from .targets import is_conv1d, linear_sizes
 
 
@@ -27,7 +35,7 @@ WITHOUT_CHECKPOINTING = (
 
 
 class Projections(nn.Module):
-    """The shared pair as a module, so that many layers can hold one instance of it; not in any state dict.
+    """A module that holds the projections, so that many layers share one instance; its state dict is empty.
 
     Example:
         >>> import torch
@@ -43,22 +51,23 @@ class Projections(nn.Module):
         self.vera_A, self.vera_B = vera_A, vera_B
         self.product: Callable[[Tensor, Tensor], Tensor] = project
         self.generator: torch.Generator | None = None
-        self.rows: Mapping[str, Turn] = {}
+        self.rows: Mapping[str, RowLayout] = {}
         self.call: int | None = None
-        self.traced = False  # by the compiler, just now
+        self.traced = False  # whether the compiler is tracing a call
 
     def require_call(self) -> None:
-        """Refuse to run in a module tree outside of the call that it was checked out for; see `checkout`.
+        """Check that a layer of a module tree runs during the call that acquired the tree; see `checkout`.
 
-        `call` is the number of the backward pass in which the call was made, or -1 for none. Other modules have None.
+        `call` is the id of the backward pass during which the call was made, or -1 if there was none. Outside of such
+        trees it is None, and nothing is checked.
 
         Raises:
-            ValueError: If the call has ended, or another one has got the tree since.
+            ValueError: If the call has returned.
         """
         if self.call is not None and not torch.compiler.is_compiling() and self.call != graph_task():
             raise ValueError(
-                "a layer runs again in backward, when the call of apply has ended and its params are gone: the model "
-                f"checkpoints activations. {WITHOUT_CHECKPOINTING}"
+                "a layer runs again in backward, after the call of apply has returned and its params are unbound: the "
+                f"model checkpoints activations. {WITHOUT_CHECKPOINTING}"
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Projections":
@@ -68,14 +77,14 @@ class Projections(nn.Module):
 
 
 def set_parameter(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Give a layer a parameter of its own; its base layer then no longer holds one of that name."""
+    """Set a parameter on a layer, and remove the parameter of that name from its base layer."""
     if name in ("weight", "bias") and isinstance(layer, RowwiseAffine | AdaptedLinear):
         layer.base_layer._parameters[name] = None
     setattr(layer, name, parameter)
 
 
 def frozen_layer(module: nn.Module) -> nn.Module:
-    """The layer that an adapted layer calls: a bitsandbytes module's value as `QuantizedLinear`, any other as it is.
+    """Convert a bitsandbytes module to a `QuantizedLinear`; return any other module unchanged.
 
     Example:
         >>> frozen_layer(nn.Linear(3, 2))
@@ -85,7 +94,7 @@ def frozen_layer(module: nn.Module) -> nn.Module:
 
 
 class AdaptedLinear(nn.Module):
-    """What `Linear`, `Linear4bit` and `Linear8bitLt` are: a base layer, two vectors, and the shared projections."""
+    """The implementation of `Linear`, `Linear4bit` and `Linear8bitLt`: a base layer, two vectors, the projections."""
 
     mixture: Tensor | None
 
@@ -115,7 +124,7 @@ class AdaptedLinear(nn.Module):
                 f"{out_features} at rank {r}: they must be ({r}, >= {in_features}) and (>= {out_features}, {r})."
             )
         self.base_layer = frozen_layer(base_layer)
-        hold_own(self)
+        register_own(self)
         self.adapter_name = adapter_name
         self.in_features, self.out_features, self.r = in_features, out_features, r
         self.vera_dropout = vera_dropout
@@ -130,10 +139,10 @@ class AdaptedLinear(nn.Module):
     weight, bias = own_or_base("weight"), own_or_base("bias")
 
     def forward(self, x: Tensor) -> Tensor:
-        return turned(self, self._adapted, x)
+        return call_by_rows(self, self._adapted, x)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The dense update that `adapter` makes to the base layer's weight, in that weight's layout."""
+        """Return the dense update of the base layer's weight, in the layout of that weight."""
         if adapter != self.adapter_name:
             raise ValueError(f"this layer has the adapter {self.adapter_name!r}, not {adapter!r}.")
         params = {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d}
@@ -152,7 +161,7 @@ class AdaptedLinear(nn.Module):
         params: dict[str, Tensor] = {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d}
         if self.mixture is not None:
             params["mixture"] = self.mixture
-        # No copy where the projections are on the layer's device, which is the rule.
+        # Usually the projections are on the layer's device, and nothing is copied.
         frozen = {"vera_A": projections.vera_A.to(x.device), "vera_B": projections.vera_B.to(x.device)}
         mask = None
         generator = self.generator or projections.generator
@@ -165,12 +174,12 @@ class Linear(AdaptedLinear):
     """An adapted dense layer: `vera_forward` over `nn.Linear` or transformers' `Conv1D`.
 
     Args:
-        base_layer: The frozen layer; it is called, never changed.
+        base_layer: The frozen layer; it is called but never modified.
         adapter_name: A name for the adapter.
-        vera_A: (r, >= in), or a mapping from adapter names to it.
-        vera_B: (>= out, r), or a mapping from adapter names to it.
+        vera_A: (r, >= in), or a mapping from adapter names to such tensors.
+        vera_B: (>= out, r), or a mapping from adapter names to such tensors.
         r: Rank.
-        vera_dropout: Probability of dropping an input of `A`, where `generator` is set to a `torch.Generator`.
+        vera_dropout: Probability of dropping an input of `A`, applied if `generator` is set to a `torch.Generator`.
         d_initial: Initial value of `lambda_d`.
 
     Raises:
@@ -189,9 +198,10 @@ class Linear(AdaptedLinear):
 
 
 class Linear4bit(AdaptedLinear):
-    """An adapted 4-bit layer: `vera_forward` over the value of a bitsandbytes `Linear4bit`.
+    """An adapted 4-bit layer: `vera_forward` over the quantized weight of a bitsandbytes `Linear4bit`.
 
-    Args and errors are those of `Linear`; `base_layer` is read once and never called or changed.
+    Arguments and errors are those of `Linear`. The weight is converted at construction; `base_layer` is never called or
+    modified.
 
     Example:
         >>> import torch, bitsandbytes as bnb
@@ -205,9 +215,10 @@ class Linear4bit(AdaptedLinear):
 
 
 class Linear8bitLt(AdaptedLinear):
-    """An adapted 8-bit layer: `vera_forward` over the value of a bitsandbytes `Linear8bitLt`.
+    """An adapted 8-bit layer: `vera_forward` over the quantized weight of a bitsandbytes `Linear8bitLt`.
 
-    Args and errors are those of `Linear`; `base_layer` is read once and never called or changed.
+    Arguments and errors are those of `Linear`. The weight is converted at construction; `base_layer` is never called or
+    modified.
 
     Example:
         >>> import torch, bitsandbytes as bnb
@@ -221,7 +232,7 @@ class Linear8bitLt(AdaptedLinear):
 
 
 def layer_class(module: nn.Module) -> type["Linear"] | type["Linear4bit"] | type["Linear8bitLt"]:
-    """The class of the adapted layer over a base layer: `Linear`, `Linear4bit` or `Linear8bitLt`.
+    """Return the adapted class for a base layer: `Linear`, `Linear4bit` or `Linear8bitLt`.
 
     Raises:
         ValueError: If the layer cannot be adapted.
@@ -243,7 +254,7 @@ def layer_class(module: nn.Module) -> type["Linear"] | type["Linear4bit"] | type
 
 
 def layer_sizes(module: nn.Module) -> tuple[int, int]:
-    """`(in_features, out_features)` of a layer that can be adapted, dense or quantized."""
+    """Return `(in_features, out_features)` of a layer that can be adapted, dense or quantized."""
     if isinstance(module, QuantizedLinear):
         out_features, in_features = module.quantized.shape
         return in_features, out_features

@@ -1,4 +1,4 @@
-"""The adapted model as a module tree with trainable parameters."""
+"""Convert an adapted model to a module with trainable parameters."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from .layers import set_parameter
 
 
 def adapted_module(adapted: Adapted) -> nn.Module:
-    """A copy of the tree that `apply` runs, which holds the params as its parameters, under their keys.
+    """Return a copy of the module tree of `apply` whose parameters are the params, named by their keys.
 
     Args:
-        adapted: With the params of a single adapter.
+        adapted: From `adapt` or `load_adapter`, with the params of a single adapter.
 
     Raises:
-        ValueError: If the params do not fit, or are stacked.
+        ValueError: If the params do not fit the model, or are stacked.
 
     Example:
         >>> from vera_func import VeraConfig, adapt

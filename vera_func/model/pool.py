@@ -1,4 +1,4 @@
-"""Adapters of different rank, targets and projections as one stack.
+"""Combine adapters of different ranks, targets and projections into one stack.
 
 A = [A1; A2; ...]        B = [B1, B2, ...]        lambda_d of each adapter is zero outside its own block
 """
@@ -18,20 +18,22 @@ from .targets import held_parameters
 
 
 def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
-    """Adapters of different r, targets, keys and stored projections as one VeRA, params stacked (n, ...).
+    """Combine adapters of different ranks, targets, seeds and projections into one VeRA with stacked params (n, ...).
 
-    Exact: the projections are stacked along r, `A = [A1; A2; ...]` and `B = [B1, B2, ...]`, zero-padded to the
-    widest, and each adapter's `lambda_d` is zero outside its own part. Adapters with equal projections share
-    one. A row costs as much as an adapter of the summed rank. `with_dropout` works where all have the same rate.
+    The result is exact. The projections are concatenated along r, `A = [A1; A2; ...]` and `B = [B1, B2, ...]`, and
+    zero-padded to the largest size. Each adapter's `lambda_d` is zero outside of its own block. Equal projections are
+    stored once. A row costs as much as an adapter of the summed rank. `with_dropout` applies dropout only if all
+    adapters have the same rate.
 
     Args:
         adapters: From `adapt` or `load_adapter`, over the same model object, each with a single adapter.
 
     Returns:
-        An `Adapted` over all targets; its config describes any one of the rows and can be saved with it.
+        An `Adapted` over all targets. Its config is valid for each single adapter of the stack and can be saved with
+        it.
 
     Raises:
-        ValueError: If there are none, they belong to different models, or params are stacked.
+        ValueError: If `adapters` is empty, the adapters belong to different models, or params are stacked.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -89,7 +91,7 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
 
 
 def _stack_projections(pairs: Sequence[Params]) -> tuple[dict[str, Tensor], list[int]]:
-    """The pairs one after another along r, equal ones once, and the place of each."""
+    """Concatenate pairs of projections along r, equal pairs once, and return the offset of each pair."""
     unique: list[Params] = []
     places = []
     for pair in pairs:

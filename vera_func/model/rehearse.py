@@ -161,7 +161,7 @@ class _Rehearsal:
     def run(self) -> Seen:
         """Where the rows were."""
         call = self.call
-        tree = call.apply.trees.take()
+        tree = call.apply.trees.acquire()
         try:
             tree.bind({})
             self._prepare(tree.root)
@@ -180,7 +180,7 @@ class _Rehearsal:
                 contexts.enter_context(watch_operations(Follower(self.rows)))
                 outputs = tree_leaves(method(*args, **kwargs))
         finally:
-            call.apply.trees.give(tree)
+            call.apply.trees.release(tree)
         uncalled = Refusal("was not called when the model was rehearsed, so that its rows are not known.", called=False)
         layers = {path: _agreed(self.seen.get(path, [uncalled])) for path in self.paths}
         return Seen(layers, [self._where(x, x.dim()) for x in outputs if isinstance(x, Tensor)])

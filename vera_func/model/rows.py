@@ -35,16 +35,16 @@ Lead: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
-    """Brings the rows of a layer's input to the front, and those of its output back."""
+class MovedRows:
+    """Calls a layer with the rows of its input moved to axis 0, and moves the rows of its output back."""
 
     path: str
     where: Layout | Refusal
     rows: int
     repeats: int = 1
 
-    def around(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`forward(x)`, where `forward` takes the rows in front."""
+    def call(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Compute `forward(x)`, where `forward` expects the rows in axis 0."""
         if isinstance(self.where, Refusal):
             raise ValueError(f"layer {self.path!r} {self.where.reason} {ALONE}")
         axis, dim, blocks = self.where
@@ -88,7 +88,7 @@ class Plans:
 
 def arrange(
     apply: Any, root: Any, tensors: dict[str, Tensor], lead: Lead, method: Method, args: tuple, kwargs: dict[str, Any]
-) -> Mapping[str, Turn]:
+) -> Mapping[str, MovedRows]:
     """What the layers have to do in one call whose rows are not in front of their inputs: `projections.rows` of a tree.
 
     Args:
@@ -116,7 +116,7 @@ def arrange(
             raise ValueError("generate with an adapter for each row can't be compiled as a whole; compile the model.")
         return _Calls(apply, root, lead, rows[0], _layers(root, names), _repeats(apply.model, kwargs)).hooks()
     _require_rows(apply, lead, rows, args, kwargs)
-    turns: dict[str, Turn] = {}
+    turns: dict[str, MovedRows] = {}
     for shift, count in enumerate(rows):
         plan = _plan(apply, ("", method, shift), args, kwargs, count)
         if plan.odd:
@@ -134,12 +134,12 @@ def axes_of_outputs(apply: Any, args: tuple, kwargs: dict[str, Any], rows: int) 
     return [where.axis if isinstance(where, Layout) else None for where in outputs]
 
 
-def _turns(plan: Mapping[str, Layout | Refusal], layers: set[str], rows: int, repeats: int = 1) -> dict[str, Turn]:
+def _turns(plan: Mapping[str, Layout | Refusal], layers: set[str], rows: int, repeats: int = 1) -> dict[str, MovedRows]:
     """What layers with an adapter for each row have to do."""
     turns = {}
     for path, where in plan.items():
         if path in layers:
-            turns[path] = Turn(path, where, rows, repeats)
+            turns[path] = MovedRows(path, where, rows, repeats)
             if isinstance(where, Refusal) and where.called:
                 raise ValueError(f"layer {path!r} {where.reason} {ALONE}")
     return turns
@@ -164,9 +164,9 @@ class _Calls:
         self.rows, self.layers, self.repeats = rows, layers, repeats
         self.depth = 0
         outside = Refusal("is called outside of every module that generate calls, where no row can be followed.")
-        self.outside = {path: Turn(path, outside, rows) for path in layers}
+        self.outside = {path: MovedRows(path, outside, rows) for path in layers}
 
-    def hooks(self) -> dict[str, Turn]:
+    def hooks(self) -> dict[str, MovedRows]:
         """Register the hooks; what layers have to do outside of every call."""
         paths = {path for layer in self.layers for path in _ancestors(layer)}
         for path in sorted(paths):

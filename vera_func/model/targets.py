@@ -1,6 +1,6 @@
-"""Which modules of a model a configuration targets, and what these layers are: sizes, dtype, own parameters.
+"""Find the modules that a configuration targets, and their sizes, dtypes and trained parameters.
 
-The matching rules are PEFT's.
+The matching rules are those of PEFT.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from .config import HEADS, VeraConfig, is_all_linear
 from .expressions import Expression
 
 
-# Which linear layers are adapted where a configuration names none, by `model.config.model_type`.
+# Default targets of a configuration without `target_modules`, by `model.config.model_type`.
 DEFAULT_TARGETS: dict[str, tuple[str, ...] | str] = {
     **dict.fromkeys(("t5", "mt5"), ("q", "v")),
     **dict.fromkeys(
@@ -45,15 +45,15 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...] | str] = {
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """`(in_features, out_features)` of a layer that can be adapted, or None.
+    """Return `(in_features, out_features)` of a layer that can be adapted, and None for any other module.
 
-    These are `nn.Linear`, bitsandbytes' linears and transformers' `Conv1D`.
+    The layers that can be adapted are `nn.Linear`, bitsandbytes' linear layers and transformers' `Conv1D`.
 
     Example:
         >>> linear_sizes(nn.Linear(3, 5)), linear_sizes(nn.ReLU())
         ((3, 5), None)
     """
-    if isinstance(module, nn.Linear):  # bitsandbytes' are, too
+    if isinstance(module, nn.Linear):  # includes bitsandbytes' layers
         return module.in_features, module.out_features
     if is_conv1d(module):
         weight: Any = module.weight
@@ -74,17 +74,18 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tuple[list[str], VeraConfig]:
-    """The names of the modules that a configuration targets, in the model's order, and that configuration
-    with `target_modules` spelled out where it was None or "all-linear".
+    """Return the names of the targeted modules, in the model's order, and the resolved configuration.
+
+    In the resolved configuration, a `target_modules` of None or "all-linear" is replaced by names.
 
     Args:
         model: Any module.
-        config: What to match.
-        strict: Whether an entry of a list that matches nothing is an error; files that PEFT wrote may have one.
+        config: The configuration to match.
+        strict: Whether an entry of a list that matches no module is an error; files written by PEFT may contain one.
 
     Raises:
-        ValueError: If nothing matches, an entry matches nothing, a match is not a linear layer, or the
-            model's type has no default.
+        ValueError: If no module matches, an entry matches no module, a match is not a linear layer, or the model's
+            type has no default.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
@@ -128,10 +129,10 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
 
 
 def held_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of every module by the module's first name; a tied one comes as often as it is held.
+    """Yield the parameters of all modules with their names; a tied parameter is yielded once for each of its modules.
 
-    `named_parameters(remove_duplicate=False)` names those of a module that stands in several places again, without end
-    if a module contains itself.
+    Each module is visited once, under its first name. In contrast, `named_parameters(remove_duplicate=False)` visits a
+    module that occurs several times repeatedly, and does not terminate if a module contains itself.
 
     Example:
         >>> model = nn.ModuleDict({"first": nn.Linear(3, 5, bias=False), "tied": nn.Linear(3, 5, bias=False)})
@@ -144,11 +145,11 @@ def held_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -> list[str]:
-    """The model's own parameters that are trained beside the vectors: biases and `modules_to_save`.
+    """Return the names of the model's own parameters that are trained: biases and those of `modules_to_save`.
 
     Args:
         model: Any module.
-        config: Its `bias` and `modules_to_save`.
+        config: Its `bias` and `modules_to_save` are used.
         targets: Names of the adapted modules.
 
     Raises:
@@ -162,7 +163,7 @@ def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -
     own: dict[str, None] = {}
     modules = dict(model.named_modules())
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
-    # A head that shares its weight with the embeddings has a second name for it.
+    # A head tied to the embeddings holds their weight under a second name.
     for name, parameter in held_parameters(model):
         module, leaf = split_key(name)
         whole = module in modules and _is_saved(module, config)
@@ -176,7 +177,7 @@ def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -
         is_bias = leaf == "bias" and (config.bias == "all" or (config.bias != "none" and module in targets))
         if whole:
             own[name] = None
-        elif is_bias:  # a shared one is trained under its first name, also if that is of a layer that is not adapted
+        elif is_bias:  # a tied bias is trained under its first name, even if that layer is not adapted
             own[first_names[id(parameter)]] = None
     return list(own)
 
@@ -196,7 +197,7 @@ def _in_layers(names: Sequence[str], config: VeraConfig) -> list[str]:
     if layers is None:
         return list(names)
     patterns = config.layers_pattern or (r"[^.]*",)
-    # The first numbered part is the layer; a later one may be an expert of it.
+    # The first number in a name is the layer index; a later one may be the index of an expert.
     expressions = [
         Expression("layers_pattern", rf"(?:^|.*?\.){pattern}\.(?P<_index>\d+)\.")
         for pattern in ([patterns] if isinstance(patterns, str) else patterns)
@@ -236,17 +237,17 @@ def _default_targets(model: nn.Module) -> tuple[str, ...] | str:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in DEFAULT_TARGETS:
         raise ValueError(
-            f"no default target_modules are known for model type {model_type!r}; name them, for instance "
+            f"no default target_modules are known for model type {model_type!r}; pass them, for instance "
             f"target_modules={sorted({split_key(name)[1] for name in _linear_names(model)})} or 'all-linear'."
         )
     return DEFAULT_TARGETS[model_type]
 
 
 def peft_dtype(module: nn.Module) -> torch.dtype | None:
-    """The dtype through which PEFT passes the vectors and projections of an adapter of this layer, if any.
+    """Return the dtype to which PEFT rounds the vectors and projections of a layer's adapter, or None.
 
-    PEFT casts them to the layer's dtype (for 4 bits, its compute dtype; for 8 bits, not at all) and then to
-    float32, so over a 16-bit base the projections are draws rounded to 16 bits.
+    PEFT casts them to the layer's dtype (4-bit layers: the compute dtype; 8-bit layers: no cast) and then to float32.
+    Over a 16-bit base, the projections are therefore rounded to 16 bits.
 
     Example:
         >>> peft_dtype(nn.Linear(2, 3, dtype=torch.bfloat16))
@@ -258,7 +259,7 @@ def peft_dtype(module: nn.Module) -> torch.dtype | None:
 
 
 def layer_device(module: nn.Module) -> torch.device:
-    """The device that a layer computes on: that of its weight, or where accelerate brings an offloaded weight to.
+    """Return the device that a layer computes on: its weight's, or the execution device of an offloaded layer.
 
     Example:
         >>> layer_device(nn.Linear(2, 3))
@@ -270,10 +271,10 @@ def layer_device(module: nn.Module) -> torch.device:
 
 
 def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The vectors of each adapted module, `{name: {"lambda_b", "lambda_d"}}`, checked against the model.
+    """Group adapter vectors by module, `{name: {"lambda_b": ..., "lambda_d": ...}}`, and check them against the model.
 
     Raises:
-        ValueError: If a module is missing, can't be adapted, or lacks one of its vectors, or a value is not finite.
+        ValueError: If a module is missing, can't be adapted or lacks one of its vectors, or if a value is not finite.
 
     Example:
         >>> params = {"0.lambda_b": torch.ones(6), "0.lambda_d": torch.ones(4)}
@@ -285,7 +286,7 @@ def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, 
     for key, value in params.items():
         name, leaf = split_key(key)
         if leaf in MARKS:
-            raise ValueError(f"{key!r} marks a sum of adapters; merge or export them one by one.")
+            raise ValueError(f"{key!r} marks a sum of adapters; merge or export its adapters one by one.")
         if not isinstance(value, Tensor):
             raise ValueError(f"{key!r} must be a tensor, got {type(value).__name__}.")
         if not value.isfinite().all():

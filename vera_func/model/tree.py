@@ -25,10 +25,10 @@ def unwrap(model: Model) -> Model:
     are shared with the model.
 
     Args:
-        model: Stays as it is.
+        model: Any module; it is not modified.
 
     Raises:
-        ValueError: If it is not a module, or contains modules of PEFT.
+        ValueError: If `model` is not a module, or contains modules of PEFT.
 
     Example:
         >>> model = nn.Linear(2, 3)
@@ -58,7 +58,7 @@ def require_weights(model: nn.Module, verb: str) -> None:
     """Raise if some of the model's weights are offloaded.
 
     Args:
-        model: Any module. A model that is entirely on the meta device is accepted: it stands for shapes only.
+        model: Any module. A model that is entirely on the meta device is accepted, because it only describes shapes.
         verb: The operation that needs the weights, for the message.
 
     Raises:
@@ -90,10 +90,10 @@ def copy_tree(
     A replacement gets the training mode of the module that it replaces.
 
     Args:
-        model: Stays as it is.
+        model: Any module; it is not modified.
         replace: Takes a name and a module, and returns the replacement, or None for a copy.
-        memo: As for `copy.deepcopy`: from the id of an object to the object used in the copy; an object that maps to
-            itself is shared. Entries are added, so that `replace` can copy modules with the same memo.
+        memo: The memo of `copy.deepcopy`: maps the id of an object to the object used in the copy. An object that maps
+            to itself is shared. Entries are added, so that `replace` can copy modules with the same memo.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
@@ -112,7 +112,10 @@ def copy_tree(
 def copy_with_weights(
     model: nn.Module, weight_of: Callable[[str, nn.Module], Quantized | Tensor | None], memo: dict[int, Any]
 ) -> nn.Module:
-    """`copy_tree` with other weights where there are some; `memo` has an entry for each parameter."""
+    """Copy a tree and replace weights: `weight_of` returns the new weight of a module, or None to keep its weight.
+
+    `memo` must have an entry for each parameter.
+    """
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         weight = weight_of(name, module)
@@ -141,7 +144,7 @@ def _module_with(module: Any, weight: Quantized | Tensor, bias: Tensor | None, m
 
 
 def shared_memo(root: nn.Module) -> dict[int, Any]:
-    """A memo for `deepcopy` under which the copy shares parameters and quantized weights, which nothing writes to."""
+    """A memo for `deepcopy` with which the copy shares parameters and quantized weights, which are never modified."""
     shared: list[Any] = list(root.parameters())
     for module in root.modules():
         if isinstance(module, QuantizedLinear):
@@ -150,23 +153,23 @@ def shared_memo(root: nn.Module) -> dict[int, Any]:
 
 
 def frozen_alias(parameter: nn.Parameter) -> nn.Parameter:
-    """The same memory without `requires_grad`, so that no backward reaches the user's parameter."""
+    """Return a parameter with the same memory and `requires_grad=False`, so that no gradient reaches the original."""
     if type(parameter) is not nn.Parameter:
         return parameter
     return nn.Parameter(parameter.detach(), requires_grad=False)
 
 
 def join_tensors(root: nn.Module, model: nn.Module) -> nn.Module:
-    """A copy of a tree that holds the model's own parameters where it shares their memory.
+    """Copy a tree, replacing aliases of the model's parameters by the parameters themselves.
 
-    To be pickled with the model: pickle knows objects, and would store the memory of two tensors twice.
+    Used for pickling a tree with its model: pickle would store the memory of a parameter and of its alias separately.
     """
     home = {_memory(parameter): parameter for parameter in model.parameters() if not parameter.is_meta}
     return _with_tensors(root, lambda p: home.get(_memory(p), p), lambda leaf: home.get(_memory(leaf), leaf))
 
 
 def part_tensors(root: nn.Module) -> nn.Module:
-    """Undo `join_tensors`: a copy that has aliases of the model's parameters."""
+    """Undo `join_tensors`: copy a tree, replacing the model's parameters by aliases."""
     return _with_tensors(root, frozen_alias, lambda leaf: leaf.data)
 
 
@@ -212,13 +215,13 @@ def _memory(tensor: Tensor) -> tuple:
 
 
 def _beside_the_weights(model: nn.Module) -> dict[int, Any]:
-    """A memo for offloaded weights, which are shared, and for weights that a hook computes, which can't be copied."""
+    """A memo that shares offloaded weights, and detaches weights computed by hooks, which can't be copied."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         if (hook := private.offload_hook(module)) is not None:
             memo[id(hook.weights_map)] = hook.weights_map
         for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # of the old weight_norm, for instance
+            if isinstance(value, Tensor) and not value.is_leaf:  # such as those of the deprecated weight_norm
                 memo[id(value)] = value.detach()
     return memo
 
@@ -227,8 +230,8 @@ def _peft_error(name: str, part: nn.Module) -> str:
     what = f"{name!r} is a {type(part).__name__} of PEFT" if name else f"the model is a {type(part).__name__} of PEFT"
     if hasattr(part, "unload"):
         return (
-            f"{what}: an adapter of it would have names that nothing reads back. Give the model below: model.unload() "
-            "takes PEFT's adapter off, model.merge_and_unload() merges it. load_adapter reads a VeRA adapter that PEFT "
-            "saved."
+            f"{what}: an adapter of it would have names that can't be loaded. Pass the base model: model.unload() "
+            "removes PEFT's adapter, and model.merge_and_unload() merges it. load_adapter loads a VeRA adapter saved "
+            "by PEFT."
         )
-    return f"{what}: an adapter over it would have names that nothing reads back; load the base model again without it."
+    return f"{what}: an adapter of it would have names that can't be loaded; load the base model again without it."

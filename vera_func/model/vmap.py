@@ -1,4 +1,4 @@
-"""Mapping over adapters by folding their axis into the batch axis.
+"""Map over adapters by folding their axis into the batch axis.
 
 vmap_adapters(apply)(stacked, frozen, x)  ==  torch.func.vmap(apply, (0, None, 0))(stacked, frozen, x)
 """
@@ -23,23 +23,23 @@ InDims: TypeAlias = int | Sequence[int | None] | Mapping[str, int | None] | None
 def vmap_adapters(
     apply: Callable[..., Any], in_dims: InDims = 0, *, chunk_size: int | None = None
 ) -> Callable[..., Any]:
-    """`f(stacked, frozen, *batch)`, which means `torch.func.vmap(apply, (0, None, 0, ...))(stacked, frozen, *batch)`.
+    """Map `apply` over stacked adapters: equals `torch.func.vmap(apply, (0, None, 0, ...))`.
 
-    It is computed by folding the adapter axis into the batch axis: one forward of a mixed batch, without the
-    limits of vmap (2-D masks under sdpa, caches, fused attention on GPUs) and faster. It is differentiable:
-    the gradient of the sum of all adapters' losses holds every adapter's own gradient. Use
-    `torch.func.vmap` itself where the model mixes the entries of a batch, or returns a mean over them.
+    The returned function of `(stacked, frozen, *batch)` folds the axis of the adapters into the batch axis and runs one
+    forward pass of a mixed batch. It is faster than vmap and has none of its limitations (2-D masks under sdpa, caches,
+    fused attention on GPUs). It is differentiable: the gradient of the sum of all losses contains each adapter's own
+    gradient. Use `torch.func.vmap` if the model mixes the entries of a batch or returns a mean over them.
 
     Args:
-        apply: From `adapt`, or any function of `(params, frozen, *batch)` that takes one adapter for each row
-            and returns tensors with the rows in front.
-        in_dims: Axis of the adapters in the batch arguments, nested ones included, or None for an argument that all
-            adapters share: one value for all, a sequence for the positional arguments, or a mapping for keyword
-            arguments; arguments that are not named have axis 0. A tuple over `(params, frozen, *batch)` has the meaning
-            that `torch.func.vmap` gives it, so that one function can take the place of the other. Keyword arguments
-            are mapped over axis 0, as `torch.func.vmap` does; only here a mapping or None can say otherwise. The first
-            axis of a single adapter's input is its batch axis; inputs that all have one axis are single examples.
-        chunk_size: How many adapters to run at once; None is all.
+        apply: From `adapt`, or any function of `(params, frozen, *batch)` that takes one adapter per row and returns
+            tensors with the rows in axis 0.
+        in_dims: Axis of the adapters in the batch arguments, or None for an argument that all adapters share. A single
+            value holds for all arguments, nested ones included; a sequence gives the axes of positional arguments, and
+            a mapping those of keyword arguments. The default for other arguments is 0. A tuple over
+            `(params, frozen, *batch)` is interpreted as by `torch.func.vmap`, so that the functions are
+            interchangeable. The first axis of a single adapter's input is its batch axis; if all inputs have one axis,
+            they are single examples.
+        chunk_size: Number of adapters to run at once; None runs all.
 
     Raises:
         ValueError: If sizes do not match, or an output has no axis of rows (such as a mean loss).
@@ -81,8 +81,8 @@ def _mapped(
             continue
         if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != n:
             raise ValueError(
-                f"an input {tuple(leaf.shape)} must have {n} adapters along axis {dim}; give in_dims None for "
-                "what all adapters share."
+                f"an input {tuple(leaf.shape)} must have {n} adapters along axis {dim}; set in_dims to None for "
+                "inputs that all adapters share."
             )
         leaves[i] = leaf.movedim(dim, 0)
         mapped.append(i)
@@ -105,7 +105,7 @@ def _fold(
         if isinstance(leaf, Tensor)
     }
     sizes = {shape[0] for shape in shapes.values() if len(shape) > 1}
-    # A shared input of one row is left to broadcast over more rows, as it would for a single adapter.
+    # A shared input of one row broadcasts over more rows, as for a single adapter.
     size = max(sizes) if sizes else None
     folded = list(leaves)
     for i, shape in shapes.items():
@@ -124,7 +124,7 @@ def _fold(
     if size not in (None, 1):
         rows = {key: leaf.repeat_interleave(size, 0) for key, leaf in stacked.items()}
     args, kwargs = tree_unflatten(folded, spec)
-    # A model may return tensors whose rows are not in front; of other functions it is asked to.
+    # An `Apply` may return tensors whose rows are not in axis 0; for other functions axis 0 is required.
     total = n if size is None else n * size
     known = axes_of_outputs(apply, args, kwargs, total) if isinstance(apply, Apply) and total > 1 else []
     out = apply(rows, frozen, *args, **kwargs)
@@ -138,30 +138,30 @@ def _unfold(out: Any, x: Tensor, n: int, size: int | None, axis: int | None) -> 
     rows = n if size is None else n * size
     if axis is None or x.dim() <= axis or x.shape[axis] != rows:
         raise ValueError(
-            f"output{_place(out, x)} {tuple(x.shape)} has no axis of {rows} rows, so it mixes adapters. Return "
-            "what has one (logits rather than a mean loss), or use torch.func.vmap."
+            f"output{_place(out, x)} {tuple(x.shape)} has no axis of {rows} rows, so it mixes adapters. Return one "
+            "entry per row (logits rather than a mean loss), or use torch.func.vmap."
         )
     return (x if size is None else x.unflatten(axis, (n, size))).movedim(axis, 0)
 
 
 def _place(tree: Any, leaf: Any) -> str:
-    """Where a leaf is, as an expression to append to the name of the tree."""
+    """Return the path of a leaf as an expression, such as `['logits']`."""
     try:
         return next(place for place, value in tree_flatten_with_path(tree) if value is leaf)
-    except ValueError:  # a class that is registered without the names of its fields, as in transformers 5.0
+    except ValueError:  # a class was registered without names of its fields, as in transformers 5.0
         fields = tree.items() if isinstance(tree, Mapping) else ()
         return next((f"[{key!r}]" for key, value in fields if value is leaf), "")
 
 
 class _Shared:
-    """Stands for in_dims None, which a pytree would take for an absent leaf."""
+    """A placeholder for None in in_dims, which a pytree does not accept as a leaf."""
 
 
 _SHARED = _Shared()
 
 
 def _as_vmap(in_dims: tuple, stacked: Params, args: tuple) -> tuple[Params, tuple]:
-    """Params with the adapters in front, and the axes of the batch arguments, of an `in_dims` of `torch.func.vmap`."""
+    """Interpret the `in_dims` of `torch.func.vmap`: return params with adapters in axis 0, and axes of the batch."""
     of_params, of_frozen, *of_batch = in_dims
     if of_frozen is not None:
         raise ValueError(f"in_dims[1] must be None, since all adapters share frozen, got {of_frozen!r}.")
