@@ -1,4 +1,4 @@
-"""Labelled texts: read from a file or made from rated snippets, and split without leaks."""
+"""Labelled examples: read from files or made from rated snippets, and split into training and held-out examples."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ Rows = Iterator[tuple[int, dict[str, Any]]]  # number of the line, columns
 
 
 class Example(NamedTuple):
-    """A text, its label, and what it was taken from, a group, which a split keeps together."""
+    """A labelled text; `group` is its source document, never split across training and held-out examples."""
 
     text: str
     label: str
@@ -24,14 +24,17 @@ class Example(NamedTuple):
 
 
 def read_examples(path: str | Path) -> list[Example]:
-    """The examples of a JSONL or CSV file with the columns `text` and `label`, by its suffix.
+    """Read examples from a JSON Lines or CSV file with the columns `text` and `label`.
 
-    A column `group`, if there is one, names what a text was taken from; without it, only equal
-    texts form a group. Other columns are ignored, as are empty lines.
+    An optional column `group` names the source document of a text. Without it, texts are in the same group only if they
+    are equal. Other columns and empty lines are ignored.
+
+    Args:
+        path: Ends in `.csv`, `.jsonl` or `.ndjson`.
 
     Raises:
-        ValueError: If the suffix is another, or a row is not complete (file and line are named), or
-            there are fewer than two labels.
+        ValueError: If the suffix is another one, a row is not complete (the message names file and line), or there are
+            fewer than two labels.
         OSError: If the file cannot be read.
 
     Example:
@@ -53,10 +56,13 @@ def read_examples(path: str | Path) -> list[Example]:
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """The column `text` of a JSONL or CSV file, by its suffix; other columns are ignored.
+    """Read the column `text` of a JSON Lines or CSV file; other columns are ignored.
+
+    Args:
+        path: Ends in `.csv`, `.jsonl` or `.ndjson`.
 
     Raises:
-        ValueError: If the suffix is another, or a text is missing or empty (file and line are named).
+        ValueError: If the suffix is another one, or a text is missing or empty (the message names file and line).
         OSError: If the file cannot be read.
 
     Example:
@@ -71,9 +77,9 @@ def read_texts(path: str | Path) -> list[str]:
 
 
 def polar_examples(snippets: "Iterable[Snippet]", threshold: float = 1.0) -> list[Example]:
-    """Rated snippets as examples, "positive" or "negative", without those within `threshold` of 0.
+    """Rated snippets as examples with the labels "positive" and "negative".
 
-    Of snippets with the same text only the first is taken.
+    Snippets with a rating within `threshold` of 0 are left out. Of snippets with the same text only the first is used.
 
     Example:
         >>> from vera_func.data.assets import Snippet
@@ -91,15 +97,15 @@ def polar_examples(snippets: "Iterable[Snippet]", threshold: float = 1.0) -> lis
 
 
 def split(examples: Sequence[Example], held_out: int, *, seed: int) -> tuple[list[Example], list[Example]]:
-    """Shuffled (training, held-out) examples; a group lies on one side.
+    """Split examples into shuffled training and held-out examples, without splitting a group.
 
     Args:
-        examples: All of them.
-        held_out: The least number of examples to hold out: groups are added until it is reached.
-        seed: Of the shuffles. The held-out part does not depend on how many of the others are used.
+        examples: All examples.
+        held_out: Least number of examples to hold out; whole groups are held out until it is reached.
+        seed: Of the shuffles. The held-out examples do not depend on how many of the others are used.
 
     Raises:
-        ValueError: If that leaves nothing to train on, or nothing is held out.
+        ValueError: If no example is left for training, or none is held out.
     """
     groups: dict[str, list[Example]] = {}
     for example in examples:
@@ -170,7 +176,7 @@ def _json_rows(path: Path) -> Rows:
 
 
 def _field(path: Path, line: int, row: dict[str, Any], name: str) -> str:
-    """A checked column. Labels may be numbers in JSON; texts may not."""
+    """The value of a column, which must be a text that is not empty. A label may also be a JSON number or boolean."""
     value = row.get(name)
     if name == "label" and isinstance(value, bool | int | float):
         value = str(value)

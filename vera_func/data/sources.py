@@ -1,7 +1,7 @@
-"""Where a command's adapters come from, and the model that they adapt.
+"""The adapters that a command names, and the base that they were trained over.
 
-What an adapter was trained over is read from its files where the command line does not say it: the model from
-PEFT's configuration, its format, labels and prompt from the note that `vera-func` puts beside it.
+What the command line does not say is read from the adapter's files: the name of the model from PEFT's configuration,
+its format, the labels and the prompt from the metadata beside it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,13 +23,13 @@ from .task import Task, make_task
 
 
 class Source(NamedTuple):
-    """Where adapters come from, as files: a PEFT directory, some of a bank, or nothing (the base alone).
+    """The adapters of a command: a PEFT directory, some adapters of a bank, or none (the base alone).
 
     Attributes:
-        path: The directory or the file; None is the base alone.
-        names: Of the adapters.
+        path: The directory or the bank; None is the base alone.
+        names: Names of the adapters.
         config: Their configuration; None for the base alone.
-        note: What they were trained on.
+        note: Their metadata.
     """
 
     path: Path | None
@@ -41,18 +41,18 @@ class Source(NamedTuple):
 def open_source(
     adapter: str | None = None, bank: str | None = None, names: Sequence[str] | None = None, *, one: bool = False
 ) -> Source:
-    """Check an adapter directory or a bank, before a model is loaded.
+    """Read the configuration and the metadata of adapters, and check the files, before a model is loaded.
 
     Args:
         adapter: A PEFT directory.
-        bank: A file.
-        names: Of adapters in the bank; None is all.
-        one: Whether it has to be a single adapter.
+        bank: An adapter bank.
+        names: Names of adapters in the bank; None is all.
+        one: Whether exactly one adapter is required.
 
     Raises:
-        ValueError: If both are given, names without a bank, an unknown name, not one adapter where it has to be, or the
-            files are not what they should be.
-        FileNotFoundError: If there is no such thing.
+        ValueError: If both are given, names are given without a bank or are unknown, there is not exactly one adapter
+            where one is required, or the files are damaged or of another kind.
+        FileNotFoundError: If the directory or the file does not exist.
     """
     if adapter is not None and bank is not None:
         raise ValueError("give either --adapter or --bank, not both.")
@@ -80,11 +80,17 @@ def open_source(
 def base_of(
     source: Source, model: str | None = None, quant: str | None = None, dtype: torch.dtype | None = None
 ) -> Base:
-    """The model that adapters were trained over, unless something else is asked for.
+    """Load the base that the adapters were trained over.
+
+    Args:
+        source: From `open_source`.
+        model: A folder or a hub id in place of the model that the files name.
+        quant: A format in place of the one in the metadata.
+        dtype: As for `load_base`.
 
     Raises:
         ValueError: If the files do not name a model, and `model` is None; or as for `load_base`.
-        OSError: If the model is not there.
+        OSError: If the model is not found.
     """
     if model is None and source.config is not None:
         model = source.config.base_model_name_or_path
@@ -95,13 +101,13 @@ def base_of(
 
 
 def load_adapters(source: Source, model: nn.Module) -> tuple[Adapted, Callable[[Sequence[str]], dict[str, Tensor]]]:
-    """An `Adapted` with the params of the first adapter, and `names -> stacked params`, read when asked for.
+    """The first adapter as an `Adapted`, and a function that reads others: `names -> stacked params`.
 
     Raises:
         ValueError: If the adapters do not fit the model.
     """
     if source.path is None:
-        # An adapter that adds nothing is the base.
+        # A fresh adapter, whose update is 0, gives the base.
         adapted = adapt(model, VeraConfig(r=1, target_modules="all-linear"))
         return adapted, lambda names: stack_adapters([adapted.params] * len(names))
     if source.path.is_dir():
@@ -115,10 +121,16 @@ def load_adapters(source: Source, model: nn.Module) -> tuple[Adapted, Callable[[
 
 
 def task_of(source: Source, base: Base, labels: Iterable[str], prompt: str | None) -> Task:
-    """What the adapters answer, by their note; `labels` where there is none, and `prompt` if it is given.
+    """The task of the adapters.
+
+    Args:
+        source: From `open_source`.
+        base: From `base_of`.
+        labels: Used if the metadata have none.
+        prompt: In place of the one in the metadata; None is that one, or `PROMPT`.
 
     Raises:
-        ValueError: If there are not two labels anywhere; or as for `make_task`.
+        ValueError: If fewer than two labels are known; or as for `make_task`.
     """
     note = read_note(base.name) if source.path is None else source.note
     known = note.labels or sorted(set(labels))
@@ -128,7 +140,7 @@ def task_of(source: Source, base: Base, labels: Iterable[str], prompt: str | Non
 
 
 def _adapter_directory(folder: Path) -> Path:
-    """The folder, if it can be an adapter's; `read_files` says what else is wrong."""
+    """The folder itself, unless it is a file or a model. `read_files` checks the rest."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file; an adapter is a PEFT directory, and a bank goes with --bank.")
     if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
