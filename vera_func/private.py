@@ -1,7 +1,7 @@
-"""Names of other libraries that are not public, each with the reason why it is used.
+"""Private names of other libraries, each with the reason why it is used.
 
-Nothing else in the package names them, and a test fails when one of them moves. Imports are inside the functions, so
-that importing this module costs nothing and a missing name fails where it is needed.
+No other module uses private names, and a test fails if one of them is removed. Imports are inside the functions, so
+that importing this module is cheap and a missing name raises only where it is needed.
 """
 
 import logging
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 def register_pytree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], unflatten: Callable[..., Any]) -> None:
     """Make a class a pytree node for torch's transforms.
 
-    torch has no public registration that keeps static fields: `register_dataclass(drop_field_names=...)` resets them.
+    torch has no public registration that preserves static fields: `register_dataclass(drop_field_names=...)` resets
+    them.
     """
     from torch.utils._pytree import register_pytree_node
 
@@ -26,7 +27,7 @@ def register_pytree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], 
 
 
 def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Apply a function to the leaves of torch's pytrees: the containers that `torch.func` itself sees."""
+    """Apply a function to the leaves of a pytree, as `torch.func` defines pytrees."""
     from torch.utils import _pytree
 
     return _pytree.tree_map(function, tree, *rest)
@@ -40,24 +41,24 @@ def tree_leaves(tree: Any) -> list[Any]:
 
 
 def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
-    """The leaves of a pytree, and its structure."""
+    """The leaves of a pytree and its structure."""
     from torch.utils import _pytree
 
     return _pytree.tree_flatten(tree)
 
 
 def tree_unflatten(leaves: list[Any], spec: Any) -> Any:
-    """The pytree of a structure with these leaves."""
+    """The pytree with a given structure and leaves."""
     from torch.utils import _pytree
 
     return _pytree.tree_unflatten(leaves, spec)
 
 
 def tree_flatten_with_path(tree: Any) -> list[tuple[str, Any]]:
-    """The leaves of a pytree, each with its place as an expression such as `['logits']`.
+    """The leaves of a pytree, each with its path as an expression such as `['logits']`.
 
     Raises:
-        ValueError: If a class in it was registered without the names of its fields.
+        ValueError: If a class in the pytree was registered without the names of its fields.
     """
     from torch.utils import _pytree
 
@@ -65,9 +66,9 @@ def tree_flatten_with_path(tree: Any) -> list[tuple[str, Any]]:
 
 
 def watch_operations(run: Callable[[str, Callable[..., Any], tuple, dict[str, Any]], Any]) -> AbstractContextManager:
-    """A context in which `run(name, operation, args, kwargs)` stands for every operation on tensors below autograd.
+    """A context in which `run(name, operation, args, kwargs)` replaces every tensor operation below autograd.
 
-    torch documents this class in notes only.
+    The class is documented only in torch's notes.
     """
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,10 +83,10 @@ def watch_operations(run: Callable[[str, Callable[..., Any], tuple, dict[str, An
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """A context in which tensors have shapes and no values, so that a model runs without memory and arithmetic.
+    """A context in which tensors have shapes but no data, so that a model runs without memory and arithmetic.
 
-    The compiler runs every model so; torch has no public name for it. What can't run is an exception, of which torch
-    need not tell standard error, too.
+    The compiler uses this mode; it has no public name. An unsupported operation raises, and torch also logs it; the log
+    messages of this thread are suppressed.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -104,28 +105,28 @@ def fake_tensors() -> Iterator[None]:
 
 
 def clear_hooks(module: nn.Module) -> None:
-    """Remove the hooks that were registered to see or change what a module gets and returns."""
+    """Remove the forward hooks and forward pre-hooks of a module."""
     module._forward_pre_hooks.clear()
     module._forward_hooks.clear()
 
 
 def viewed_tensor(x: Tensor) -> Tensor | None:
-    """The tensor that `x` is a view of, or None."""
+    """The base tensor if `x` is a view, else None."""
     return x._base
 
 
 def unwrap(x: Tensor) -> Tensor:
-    """The tensor below the wrappers of `torch.func`'s transforms; `x` itself outside of them.
+    """The tensor inside the wrappers of `torch.func`'s transforms; outside of transforms, `x` itself.
 
-    Only the innermost tensor counts its in-place changes, and only there can be seen that no transform is active.
+    Only the innermost tensor has a valid version counter. If it is `x` itself, no transform has wrapped `x`.
     """
     return torch.func.debug_unwrap(x)
 
 
 def graph_task() -> int:
-    """The number of the backward pass that runs on this thread, -1 if none does.
+    """The id of the backward pass that runs on this thread; -1 if there is none.
 
-    torch tells nobody else that activation checkpointing is running a layer again. Its own checkpointing asks the same.
+    It is the only way to detect that activation checkpointing recomputes a layer; torch's own checkpointing uses it.
     """
     return torch._C._current_graph_task_id()
 
@@ -133,7 +134,7 @@ def graph_task() -> int:
 def in_transform() -> bool:
     """Whether a transform of `torch.func`, or a level of forward-mode AD, is active.
 
-    A tensor tells it only of itself (`unwrap`), and a function may close over others.
+    `unwrap` detects only transforms of a given tensor, and a function may close over others.
     """
     level = torch.autograd.forward_ad._current_level
     return torch._C._functorch.peek_interpreter_stack() is not None or level >= 0
@@ -150,10 +151,10 @@ def skip_fused_encoder_path(module: nn.Module) -> None:
 
 
 def bitsandbytes() -> Any:
-    """The module bitsandbytes, imported without one line of its log.
+    """Import bitsandbytes, suppressing one of its log messages.
 
-    On CPUs with AVX512-BF16 it logs at import that an optional package, `kernels`, is not installed. Nothing here needs
-    it, and users take the line for an error. Other messages are passed on.
+    On CPUs with AVX512-BF16 it logs at import that the optional package `kernels` is not installed. The package is not
+    needed here, and users mistake the message for an error. Other messages are passed on.
     """
     import importlib
 
@@ -175,8 +176,9 @@ def _is_not_about_kernels(record: logging.LogRecord) -> bool:
 def drop_input_grads(root: nn.Module) -> None:
     """Remove the hooks of `enable_input_require_grads` from a module tree.
 
-    Transforms refuse what they do, and params get their gradients without. transformers installs them with activation
-    checkpointing and leaves them when that is turned off; PEFT installs others, which nothing can remove.
+    Transforms do not support these hooks, and gradients of params do not need them. transformers installs them with
+    activation checkpointing and does not remove them when checkpointing is disabled. PEFT installs similar hooks
+    without a way to remove them.
     """
     for module in root.modules():
         for key, hook in list(module._forward_hooks.items()):
@@ -185,36 +187,36 @@ def drop_input_grads(root: nn.Module) -> None:
 
 
 def bnb_ops() -> Any:
-    """bitsandbytes' operations, `torch.ops.bitsandbytes`: what its modules call, without their state.
+    """bitsandbytes' operators, `torch.ops.bitsandbytes`, on which its modules are built.
 
-    bitsandbytes documents the functions around them, which refuse tensors inside of transforms.
+    The documented functions call these operators, but do not accept tensors inside transforms.
     """
     bitsandbytes()  # registers the operations
     return torch.ops.bitsandbytes
 
 
 def bnb_levels(quant_type: str, device: torch.device) -> Tensor:
-    """The table of 16 levels of a 4-bit format, (16,) float32; bitsandbytes publishes it inside of a state only."""
+    """The 16 levels of a 4-bit format, (16,) float32; publicly available only as a part of a quantization state."""
     return bitsandbytes().functional.get_4bit_type(quant_type, device=device)
 
 
 def bnb_has_avx512bf16() -> bool:
-    """Whether bitsandbytes would use its kernel for CPUs with AVX512-BF16, for which it repacks weights."""
+    """Whether bitsandbytes uses its kernel for CPUs with AVX512-BF16, which needs weights in another layout."""
     return bitsandbytes().functional.has_avx512bf16()
 
 
 def float32_modules(model: nn.Module) -> tuple[str, ...]:
-    """Ends of the names of modules that a transformers model keeps in float32, such as T5's `wo`.
+    """Endings of the names of modules that a transformers model keeps in float32, such as T5's `wo`.
 
-    The model's own forward reads the dtype of these weights, so that they can't be quantized.
+    The model's forward uses the dtype of these weights, so they can't be quantized.
     """
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
 def forget_quantization(model: Any) -> None:
-    """Remove from a transformers model the marks of having been loaded quantized.
+    """Remove the attributes that mark a transformers model as quantized.
 
-    With them `save_pretrained`, `.to` and Trainer treat it as quantized; transformers has no public way to unset them.
+    `save_pretrained`, `.to` and Trainer rely on them; transformers has no public function to remove them.
     """
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
@@ -224,9 +226,9 @@ def forget_quantization(model: Any) -> None:
 
 
 def wrapped_module(module: nn.Module) -> nn.Module | None:
-    """The module that `torch.compile`, `DataParallel` or `DistributedDataParallel` has wrapped, or None.
+    """The module wrapped by `torch.compile`, `DataParallel` or `DistributedDataParallel`, or None.
 
-    The class of compiled modules has no public name, and the module is in a private attribute of it.
+    The class of compiled modules has no public name, and stores the module in a private attribute.
     """
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return module.module
@@ -235,9 +237,9 @@ def wrapped_module(module: nn.Module) -> nn.Module | None:
 
 
 def peft_part(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """The first module of a model that PEFT put there, and its name; None if there is none.
+    """The first PEFT module of a model, with its name; None if there is none.
 
-    The base classes of PEFT's tuners and of their layers are not exported at its root.
+    The base classes of PEFT's tuners and layers are not exported by `peft`.
     """
     tuners: Any = sys.modules.get("peft.tuners.tuners_utils")
     if tuners is None:
@@ -247,9 +249,9 @@ def peft_part(model: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def offload_hook(module: nn.Module) -> Any:
-    """accelerate's hook that brings the weights of this module from where they are offloaded to; None if there is none.
+    """accelerate's hook that loads the offloaded weights of a module; None if there is none.
 
-    It has the `execution_device`, and the weights in `weights_map`. accelerate has no public function to find it.
+    The hook has the attributes `execution_device` and `weights_map`. accelerate has no public function to find it.
     """
     hook = getattr(module, "_hf_hook", None)
     return next((each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "offload", False)), None)

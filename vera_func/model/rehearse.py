@@ -1,10 +1,10 @@
-"""A run of a copy of the model with another number of rows, to see where its layers have them; see `rows`.
+"""Run a copy of the model with another number of rows, to find the rows in the inputs of its layers; see `rows`.
 
-The rehearsal runs on the call's own values: rows are repeated in turn up to the wanted number, so that whatever the
-model looks at is there. Linear layers are replaced by stand-ins that cost nothing, and hooks are left out. Inside of
-transforms and under the compiler values are not to be had, and ones take their place. Inputs that would take much
-memory are replaced by tensors without values, as the compiler does; what can't run on those (routing that depends on
-data) runs on values whatever it takes.
+The rehearsal uses the values of the call's inputs, whose rows are repeated cyclically up to the wanted number, because
+the control flow of a model may depend on them. Cheap stand-ins replace linear layers, and hooks are removed. Inside
+transforms and under the compiler no values are available, and ones are used instead. Large inputs are replaced by
+tensors without data (`fake_tensors`). A model that can't run on these, for example because of data-dependent routing,
+runs on values regardless of their size.
 """
 
 import contextlib
@@ -28,14 +28,20 @@ from .targets import is_conv1d, linear_sizes
 
 
 Axes: TypeAlias = int | Sequence[int | None] | Mapping[str, int | None] | None
-# A rehearsal of more numbers than this runs on tensors without values, which is slower for small models.
+# A rehearsal with more values than this runs on tensors without data, which is slower for small models.
 LARGE = 2**26
 _STATISTICS = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 ALONE = "Run one adapter at a time, or map over adapters and rows with torch.func.vmap."
 
 
 class Layout(NamedTuple):
-    """Where a layer's input has the rows: along `axis`, each of them once, or a block of entries if `blocks`."""
+    """The layout of the rows in a tensor.
+
+    Attributes:
+        axis: Axis of the rows.
+        dim: Number of axes of the tensor.
+        blocks: Whether each row has a block of several consecutive entries along the axis, rather than one.
+    """
 
     axis: int
     dim: int
@@ -43,14 +49,14 @@ class Layout(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """Why a layer can't have an adapter for each row; `called` is False for a layer that no rehearsal called."""
+    """The reason why a layer can't have one adapter per row; `called` is False if no rehearsal called the layer."""
 
     reason: str
     called: bool = True
 
 
 class Seen(NamedTuple):
-    """Where the rows are in what layers get, by their paths, and in the tensors that the call returns."""
+    """The layouts found by a rehearsal: of the layers' inputs, by path, and of the tensors that the call returns."""
 
     layers: dict[str, Layout | Refusal]
     outputs: list[Layout | Refusal]
@@ -61,17 +67,17 @@ class _TooLarge(Exception):
 
 
 def rehearse(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], count: int) -> Seen:
-    """Where the rows are in a call with these arguments.
+    """Find the layouts of the rows in a call.
 
     Args:
         apply: The `Apply` that is called.
-        what: The path of a module, its method, and a number to add to the axes of the rows.
-        args: The arguments.
-        kwargs: The keyword arguments.
-        count: How many rows there are.
+        what: The path of a module, its method, and an offset to add to the axes of the rows.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        count: Number of rows.
 
     Raises:
-        ValueError: If the model can't be run with other numbers of rows, or takes statistics over them.
+        ValueError: If the model can't run with other numbers of rows, or computes batch statistics.
     """
     root = apply.trees.root
     for module in root.modules():
@@ -85,7 +91,7 @@ def rehearse(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], co
     sizes = {size for tensor in (*inputs, *root.parameters()) for size in tensor.shape if size}
     primes = [p for p in (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43) if all(size % p for size in sizes)]
     runs: list[Seen] = []
-    # A new thread has none of the caller's transforms, modes and contexts.
+    # A new thread does not inherit the caller's transforms, modes and contexts.
     with ThreadPoolExecutor(1) as thread:
         for rows in [*primes, 7, 11, 13][:3]:
             runs.append(_first_that_runs(thread, call, rows))
@@ -97,17 +103,17 @@ def rehearse(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], co
 
 
 def _confirmed(found: list[Layout | Refusal]) -> Layout | Refusal:
-    """What at least two rehearsals agree on."""
+    """The layout on which at least two rehearsals agree, or a refusal."""
     layouts = [where for where in found if isinstance(where, Layout) and found.count(where) > 1]
     refusals = [where for where in found if isinstance(where, Refusal)]
-    return (layouts or refusals or [Refusal("has its rows in no fixed place.")])[0]
+    return (layouts or refusals or [Refusal("has its rows along different axes in each run.")])[0]
 
 
 def _first_that_runs(thread: ThreadPoolExecutor, call: "_Call", rows: int) -> Seen:
-    """A rehearsal under the first reading of the inputs under which the model runs.
+    """Rehearse under the first interpretation of the inputs with which the model runs.
 
-    What is as long as there are rows need not be rows: positions (seq,), a mask (seq, seq). If it is read wrongly, the
-    model can't run with other numbers of rows than positions.
+    An axis with as many entries as there are rows need not be the rows, as in positions (seq,) or a mask (seq, seq). If
+    such an axis is interpreted wrongly, the model fails, because the numbers of rows and positions then differ.
     """
     first: Exception | None = None
     for reading in range(3):
@@ -123,14 +129,14 @@ def _first_that_runs(thread: ThreadPoolExecutor, call: "_Call", rows: int) -> Se
                 if not fake:
                     break
     raise ValueError(
-        "an adapter for each row needs to know where each layer has the rows, for which the model is run with other "
+        "one adapter per row needs the axis of the rows in each layer. To find it, the model is run with other "
         f"numbers of rows, and that failed: {type(first).__name__}: {first}. {ALONE} If the rows are not axis 0 of "
-        "every input that has as many entries there, say so with apply.with_row_axes."
+        "every input with that many entries along axis 0, set their axes with apply.with_row_axes."
     ) from first
 
 
 class _Call:
-    """What is rehearsed, and the state of the caller's thread that belongs to it."""
+    """The call to rehearse, with the relevant state of the caller's thread."""
 
     def __init__(
         self, apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], count: int, inputs: list[Tensor]
@@ -143,7 +149,7 @@ class _Call:
         self.autocasts = [(kind, torch.get_autocast_dtype(kind)) for kind in types if torch.is_autocast_enabled(kind)]
 
     def is_doubtful(self, tensor: Tensor, reading: int) -> bool:
-        """Whether a tensor that is as long as there are rows is shared by all under a reading."""
+        """Whether an interpretation treats a tensor as shared by all rows although its size matches their number."""
         if reading == 0 or tensor is self.inputs[0] or not tensor.dim():
             return False
         return tensor.shape == (self.count,) or (reading == 2 and list(tensor.shape).count(self.count) > 1)
@@ -159,7 +165,7 @@ class _Rehearsal:
         self.numbers, self.width = 0, 1
 
     def run(self) -> Seen:
-        """Where the rows were."""
+        """Run the copy and return the layouts."""
         call = self.call
         tree = call.apply.trees.acquire()
         try:
@@ -186,11 +192,11 @@ class _Rehearsal:
         return Seen(layers, [self._where(x, x.dim()) for x in outputs if isinstance(x, Tensor)])
 
     def _prepare(self, tree: nn.Module) -> None:
-        """Put stand-ins in the place of linear layers, which note what they get."""
+        """Replace linear layers by stand-ins that record the layouts of their inputs."""
         module: Any
         for module in tree.modules():
-            clear_hooks(module)  # they are not to see this
-            module.training = False  # nothing is dropped at random
+            clear_hooks(module)  # hooks must not observe the rehearsal
+            module.training = False  # disables dropout
             path = module.path if _is_ours(module) and module.projections is not None else None
             width = _width(module)
             self.width = max(self.width, width or 1)
@@ -207,7 +213,7 @@ class _Rehearsal:
         return x.new_zeros((*x.shape[:-1], width)) + x.mean(-1, keepdim=True)
 
     def _where(self, x: Tensor, dims: int) -> Layout | Refusal:
-        """Where a tensor has the rows, which must be among its first `dims` axes."""
+        """Return the layout of a tensor, whose rows must be among its first `dims` axes."""
         place, rows, shape = place_of(x), self.rows, tuple(x.shape)
         if place is None:  # a constant, such as learned queries expanded to all rows
             axes = [axis for axis in range(dims) if shape[axis] == rows]
@@ -220,17 +226,17 @@ class _Rehearsal:
             return Layout(place.axis, x.dim(), False)
         if place.inner is not None and place.inner * rows == shape[place.axis]:
             return Layout(place.axis, x.dim(), True)
-        return Refusal(f"reads rows that are spread over axis {place.axis} of {shape} in an order of its own.")
+        return Refusal(f"reads rows that are spread over axis {place.axis} of {shape} in an unknown order.")
 
     def _copy(self, value: Any, axis: int | None, memo: dict[int, Any]) -> Any:
-        """A copy of an argument, with this rehearsal's rows in all tensors in it."""
+        """Copy an argument, replacing its tensors by tensors with this rehearsal's number of rows."""
         for tensor in tensors_in(value):
             if id(tensor) not in memo:
                 memo[id(tensor)] = self._resized(tensor, axis)
         try:
             with _Resize(functools.partial(self._resized, axis=axis)):
                 return copy.deepcopy(value, memo)
-        except TypeError:  # what can't be copied, such as a lock, is shared
+        except TypeError:  # objects that can't be copied, such as locks, are shared
             if type(value) is dict:
                 return {key: self._copy(item, axis, memo) for key, item in value.items()}
             if type(value) in (list, tuple):
@@ -260,7 +266,7 @@ class _Rehearsal:
 
 
 class _Resize(TorchFunctionMode):
-    """`copy.deepcopy` of tensors by a function."""
+    """Makes `copy.deepcopy` copy tensors by a function."""
 
     def __init__(self, resized: Callable[[Tensor], Tensor]) -> None:
         self.resized = resized
@@ -275,11 +281,15 @@ def _agreed(found: list[Layout | Refusal]) -> Layout | Refusal:
     refusals = [where for where in found if isinstance(where, Refusal)]
     if refusals:
         return refusals[0]
-    return found[0] if found.count(found[0]) == len(found) else Refusal("has its rows along other axes at each call.")
+    return (
+        found[0]
+        if found.count(found[0]) == len(found)
+        else Refusal("has its rows along different axes in different calls.")
+    )
 
 
 def _width(module: Any) -> int | None:
-    """The number of outputs of a linear layer of the tree; None for any other module."""
+    """The output size of a linear layer of the tree; None for any other module."""
     if isinstance(module, QuantizedLinear):
         return module.quantized.shape[0]
     if isinstance(module, RowwiseAffine):
@@ -296,19 +306,19 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 def has_rows(shape: Sequence[int], count: int, axis: int | None) -> bool:
-    """Whether a tensor of this shape is as long as there are rows, along their axis."""
+    """Whether a shape has as many entries along the axis of the rows as there are rows."""
     return axis is not None and -len(shape) <= axis < len(shape) and are_equal(shape[axis], count)
 
 
 def are_equal(a: int, b: int) -> bool:
-    """`a == b` as a constant, also where the compiler has symbols for sizes."""
-    if a == b:  # noqa: SIM103  (the branch makes a constant of a symbol)
+    """Compute `a == b` as a constant, even if the compiler uses symbols for sizes."""
+    if a == b:  # noqa: SIM103  (the branch specializes the symbol)
         return True
     return False
 
 
 def axis_of(axes: Axes, name: int | str, shift: int = 0) -> int | None:
-    """The axis of the rows in one argument, by its position or name."""
+    """The axis of the rows in an argument, given by position or name."""
     if isinstance(axes, Mapping):
         axis = axes.get(name, 0) if isinstance(name, str) else 0
     elif isinstance(axes, Sequence):

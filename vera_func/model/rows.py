@@ -1,21 +1,23 @@
-"""An adapter for each row of a batch: where a layer's input holds the rows.
+"""One adapter per row of a batch: find the axis of the rows in the input of each layer.
 
-Row `i` of a call is index `i` of axis 0 of the model's inputs. A layer sees only its own input, and no size in it says
-where the rows are: models turn (rows, seq) into (seq, rows), flatten both into one axis, pick tokens for an expert, or
-send a table of positions through a layer, and any of these axes can be as long as there are rows. So the place is not
-guessed from sizes. It is found by rehearsal, once for each kind of call:
+Row `i` of a call is index `i` of axis 0 of the model's inputs. Inside the model the rows may be elsewhere: models
+transpose (rows, seq) to (seq, rows), flatten both into one axis, route tokens to experts, or pass a table of positions
+through a layer. Sizes alone do not identify the axis of the rows, because other axes may have the same size. Therefore
+each kind of call is traced once in advance (a rehearsal):
 
-    A copy of the model runs on the call's own inputs with another number of rows, a prime that is no size of the model,
-    with cheap stand-ins for its linear layers, while every operation is watched (`follow`). It runs a second time with
-    another prime. What both runs agree on is where each layer has its rows.
+    A copy of the model runs on the call's inputs with a different number of rows, a prime that does not divide any size
+    of the model. Cheap stand-ins replace the linear layers, and the rows are followed through every operation
+    (`follow`). A second run uses another prime. The layouts on which both runs agree are used.
 
-The result is a plan, from the layer's name to its `Layout`. Nearly always the rows are axis 0 of every layer's input,
-and the plan is empty: layers multiply by vectors (rows, out) as they do anyway. Elsewhere the layer's input is turned
-so that the rows are in front, and the output is turned back. What cannot be followed, or has no rows, is an error that
-names the layer. Calls of one kind (the same arguments, with the same number of axes and the same dtypes) share a plan;
-where another axis of an input is as long as there are rows, the exact sizes belong to the kind, too.
+The result is a plan that maps the path of a layer to its `Layout`. In most models the rows are in axis 0 of every
+layer's input. Then the plan is empty, and layers broadcast vectors (rows, out) as usual. For any other layer, the rows
+of its input are moved to axis 0, and those of its output are moved back. A layer whose rows can't be followed raises an
+error that names it.
 
-`generate` calls the model, or parts of it, many times; there every outermost call of a module gets its own plan.
+Calls of the same kind share a plan: they have the same arguments, with the same numbers of axes and the same dtypes. If
+a second axis of an input has as many entries as there are rows, the kind also includes the exact sizes.
+
+`generate` calls the model, or parts of it, many times; each outermost call of a module has its own plan.
 """
 
 import dataclasses
@@ -57,11 +59,17 @@ class MovedRows:
             )
         x = x.movedim(axis, 0)
         y = forward(x) if block == 1 else forward(x.unflatten(0, (self.rows, block))).flatten(0, 1)
-        return y.movedim(0, axis).contiguous()  # as a layer's output is
+        return y.movedim(0, axis).contiguous()  # the output of a linear layer is contiguous
 
 
 class Plan(NamedTuple):
-    """Where the layers of a model have the rows, by their paths, and its outputs; `odd` are layers that are turned."""
+    """The layouts of a model's layers, by path, and of its outputs.
+
+    Attributes:
+        layers: Layouts of all layers.
+        odd: Layouts of the layers whose rows are not in axis 0.
+        outputs: Layouts of the tensors that the call returns.
+    """
 
     layers: dict[str, Layout | Refusal]
     odd: dict[str, Layout | Refusal]
@@ -89,19 +97,19 @@ class Plans:
 def arrange(
     apply: Any, root: Any, tensors: dict[str, Tensor], lead: Lead, method: Method, args: tuple, kwargs: dict[str, Any]
 ) -> Mapping[str, MovedRows]:
-    """What the layers have to do in one call whose rows are not in front of their inputs: `projections.rows` of a tree.
+    """Return `projections.rows` for one call: the layers whose rows are not in axis 0, by path.
 
     Args:
         apply: The `Apply` that is called.
-        root: The tree that runs. Modules that `generate` calls get hooks.
-        tensors: What is bound to it; where there is one row, its axis is removed.
-        lead: The leading axes of the params that have some.
+        root: The tree that runs. For `generate`, hooks are registered on its modules.
+        tensors: The tensors to bind, modified in place: a single row's axis is removed.
+        lead: The leading axes of each key of params that has rows.
         method: The name of the model's method, or a function of the model.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
+        args: Positional arguments of the method.
+        kwargs: Keyword arguments of the method.
 
     Raises:
-        ValueError: If the rows do not match the inputs, or a layer can't have an adapter for each row.
+        ValueError: If the rows do not match the inputs, or the rows in a layer's input can't be followed.
     """
     rows = _common(lead)
     names = [name for key in lead for name in apply.slots[key].names]
@@ -110,54 +118,56 @@ def arrange(
         tensors.update({name: tensors[name].squeeze(0) for name in names})
         return {}
     if 0 in rows:
-        return {}  # nothing is computed
+        return {}  # no rows: all outputs are empty
     if method == "generate":
         if torch.compiler.is_compiling():
             raise ValueError("generate with an adapter for each row can't be compiled as a whole; compile the model.")
         return _Calls(apply, root, lead, rows[0], _layers(root, names), _repeats(apply.model, kwargs)).hooks()
     _require_rows(apply, lead, rows, args, kwargs)
-    turns: dict[str, MovedRows] = {}
+    moved: dict[str, MovedRows] = {}
     for shift, count in enumerate(rows):
         plan = _plan(apply, ("", method, shift), args, kwargs, count)
         if plan.odd:
-            turns = _turns(plan.odd, _layers(root, names), count)
-        if turns and len(rows) > 1:
+            moved = _moved_rows(plan.odd, _layers(root, names), count)
+        if moved and len(rows) > 1:
             raise ValueError(
-                f"the rows {rows} have several axes, which are not in front in layer {next(iter(turns))!r}."
+                f"the rows {rows} have several axes, which are not the first axes in layer {next(iter(moved))!r}."
             )
-    return turns
+    return moved
 
 
 def axes_of_outputs(apply: Any, args: tuple, kwargs: dict[str, Any], rows: int) -> list[int | None]:
-    """The axis of the rows in every tensor that `apply` returns, in the order of a pytree; None where there is none."""
+    """The axis of the rows in every tensor that `apply` returns, in pytree order; None for a tensor without rows."""
     outputs = _plan(apply, ("", "__call__", 0), args, kwargs, rows).outputs
     return [where.axis if isinstance(where, Layout) else None for where in outputs]
 
 
-def _turns(plan: Mapping[str, Layout | Refusal], layers: set[str], rows: int, repeats: int = 1) -> dict[str, MovedRows]:
-    """What layers with an adapter for each row have to do."""
-    turns = {}
+def _moved_rows(
+    plan: Mapping[str, Layout | Refusal], layers: set[str], rows: int, repeats: int = 1
+) -> dict[str, MovedRows]:
+    """Create the callers of the layers whose parameters have rows, from their layouts."""
+    moved = {}
     for path, where in plan.items():
         if path in layers:
-            turns[path] = MovedRows(path, where, rows, repeats)
+            moved[path] = MovedRows(path, where, rows, repeats)
             if isinstance(where, Refusal) and where.called:
                 raise ValueError(f"layer {path!r} {where.reason} {ALONE}")
-    return turns
+    return moved
 
 
 def _layers(root: nn.Module, names: list[str]) -> set[str]:
-    """The paths of the layers that tensors of the tree belong to."""
+    """The paths of the layers to which tensors are bound, given the names of the tensors."""
     layers: list[Any] = [root.get_submodule(split_key(name)[0]) for name in names]
     return {layer.path for layer in layers}
 
 
 def path_in_model(path: str) -> str:
-    """A path below the model, from one below the root of the tree: `model.fc` -> `fc`."""
+    """Convert a path in the tree to a path in the model: `model.fc` -> `fc`."""
     return path.removeprefix("model").removeprefix(".")
 
 
 class _Calls:
-    """Hooks that arrange every outermost call of a module inside of `generate`."""
+    """Hooks that find the plan of every outermost call of a module inside `generate`."""
 
     def __init__(self, apply: Any, root: Any, lead: Lead, rows: int, layers: set[str], repeats: int) -> None:
         self.apply, self.root, self.lead = apply, root, lead
@@ -167,11 +177,11 @@ class _Calls:
         self.outside = {path: MovedRows(path, outside, rows) for path in layers}
 
     def hooks(self) -> dict[str, MovedRows]:
-        """Register the hooks; what layers have to do outside of every call."""
+        """Register the hooks; return the callers of layers outside of every call, which raise."""
         paths = {path for layer in self.layers for path in _ancestors(layer)}
         for path in sorted(paths):
             if any(part.isdecimal() for part in path.split(".")):
-                continue  # one of many blocks, which only a module around them calls
+                continue  # one of many blocks, which is called by a containing module
             module = self.root.get_submodule(join_key("model", path))
             before = functools.partial(self.before, path)
             module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
@@ -188,7 +198,7 @@ class _Calls:
             _require_rows(self.apply, self.lead, (count,), args, kwargs)
             plan = _plan(self.apply, (path, "__call__", 0), args, kwargs, count)
             some = plan.odd if repeats == 1 else plan.layers
-            self.root.projections.rows = _turns(some, self.layers, self.rows, repeats) if some else {}
+            self.root.projections.rows = _moved_rows(some, self.layers, self.rows, repeats) if some else {}
         self.depth += 1
 
     @torch.compiler.disable
@@ -225,11 +235,11 @@ def _rehearsed_shapes(apply: Any, what: tuple, kind: tuple, args: tuple, kwargs:
 
 
 def _kind_of_call(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], count: int) -> tuple:
-    """What calls have in common that have their rows in the same places."""
+    """A hashable key that is equal for calls that share a plan."""
     path, method, shift = what
     positional = [_kind(value, count, axis_of(apply.row_axes, i, shift)) for i, value in enumerate(args)]
     named = [(name, _kind(value, count, axis_of(apply.row_axes, name, shift))) for name, value in kwargs.items()]
-    # Of a function only the code counts: a lambda is another object each time.
+    # Functions are compared by their code, because a lambda is a new object in each call.
     return (path, getattr(method, "__code__", method), shift), tuple(positional), tuple(named)
 
 
@@ -238,7 +248,7 @@ def _kind(value: Any, count: int, axis: int | None) -> Any:
         shape = value.shape
         rows = has_rows(shape, count, axis)
         ones = tuple([are_equal(size, 1) for size in shape])
-        # As long as the rows: should the model treat such sizes in another way, then it is rehearsed with them.
+        # If a second axis has as many entries as there are rows, the model might confuse them: include exact sizes.
         same = len([size for size in shape if are_equal(size, count)])
         exact = tuple([len(range(size)) for size in shape]) if same > (1 if rows else 0) else ()
         return value.dtype, rows, ones, exact
@@ -252,9 +262,9 @@ def _kind(value: Any, count: int, axis: int | None) -> Any:
 
 
 def _shapes(value: Any) -> Any:
-    """A description of arguments in constants, for the compiler."""
+    """Describe arguments by constants, for the compiler."""
     if isinstance(value, Tensor):
-        # `len(range(n))` is the number that a symbolic size stands for.
+        # `len(range(n))` converts a symbolic size to an integer.
         return "tensor", tuple([len(range(size)) for size in value.shape]), value.dtype, str(value.device)
     if isinstance(value, Mapping):
         return "mapping", tuple([(key, _shapes(item)) for key, item in value.items()])
@@ -273,7 +283,7 @@ def _from_shapes(shapes: tuple) -> Any:
 
 
 def _common(lead: Lead) -> tuple[int, ...]:
-    """The rows of all params: the longest leading axes, of which all others are the beginning."""
+    """The common leading axes of params: the longest ones, of which all others must be a prefix."""
     key, rows = next(iter(lead.items()))
     for other, shape in lead.items():
         if len(shape) > len(rows):
@@ -287,7 +297,7 @@ def _common(lead: Lead) -> tuple[int, ...]:
 def _require_rows(
     apply: Any, lead: Lead, rows: tuple[int, ...], args: tuple, kwargs: dict[str, Any], single: bool = False
 ) -> None:
-    """Refuse inputs of which none has the rows; a single row must be that of the first input."""
+    """Raise if no input has the rows; a single row must match the first input."""
     given = [(axis_of(apply.row_axes, i), value) for i, value in enumerate(args)]
     given += [(axis_of(apply.row_axes, name), value) for name, value in kwargs.items()]
     inputs = [(axis, t) for axis, value in given if axis is not None for t in tensors_in(value) if t.dim()]
@@ -305,7 +315,7 @@ def _require_rows(
 
 
 def _repeats(model: Any, kwargs: Mapping[str, Any]) -> int:
-    """How often transformers' `generate` repeats each row."""
+    """The number of copies of each row in transformers' `generate`."""
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     values = [kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")]
     return max(values)
