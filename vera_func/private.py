@@ -115,6 +115,19 @@ def viewed_tensor(x: Tensor) -> Tensor | None:
     return x._base
 
 
+def keep_signature(function: type) -> type:
+    """Store the signature of an autograd Function's `forward` with it.
+
+    torch binds the arguments of every call through `inspect.signature`, which otherwise derives it each time: about 4 %
+    of a training step of one token.
+    """
+    import inspect
+
+    forward: Any = function.forward  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(forward)
+    return function
+
+
 def unwrap(x: Tensor) -> Tensor:
     """The tensor inside the wrappers of `torch.func`'s transforms; outside of transforms, `x` itself.
 

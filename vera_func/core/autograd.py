@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import linear
 
-from ..private import unwrap
+from ..private import keep_signature, unwrap
 from .shapes import contiguous_rows
 
 
@@ -80,6 +80,7 @@ def _bits(x: Tensor) -> Tensor:
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
 
 
+@keep_signature
 class _Known(torch.autograd.Function):
     """Return `value`, a cached `project(x, A)`; the gradient of x is computed here, that of A through `value`."""
 
@@ -106,6 +107,7 @@ class _Known(torch.autograd.Function):
         return value_t
 
 
+@keep_signature
 class _Expand(torch.autograd.Function):
     """`lambda_b * (B (lambda_d * z))`, saving its inputs for backward and not the product with `B`.
 

@@ -100,6 +100,7 @@ def quantized_linear(
     return y.to(dtype) if isinstance(q, Quantized4bit) else y
 
 
+@private.keep_signature
 class _Product(torch.autograd.Function):
     """`x Wᵀ + bias`, or `x W` if transposed, with W dequantized temporarily.
 
@@ -154,6 +155,7 @@ class _Product(torch.autograd.Function):
         return y + bias.reshape(bias.shape[0], *[1] * inner, bias.shape[-1]), 0
 
 
+@private.keep_signature
 class _Int8Product(torch.autograd.Function):
     """LLM.int8(): both factors rounded to 8 bits. Derivatives are those of the exact product (straight-through)."""
 

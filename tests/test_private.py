@@ -1,0 +1,193 @@
+"""Every private name of another library still does what it is used for; a release that moves one fails here."""
+
+import inspect
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.func import grad, vmap
+from transformers import BitsAndBytesConfig, T5Config, T5ForConditionalGeneration
+
+import vera_func as vf
+from vera_func import private
+
+from helpers import llama
+
+
+def test_each_name_has_its_test():
+    own = {
+        name
+        for name, value in vars(private).items()
+        if inspect.isfunction(value) and value.__module__ == private.__name__
+    }
+    tested = inspect.getsource(sys.modules[__name__])
+    assert [name for name in own if not name.startswith("_") and f"private.{name}" not in tested] == []
+
+
+def test_pytrees():
+    q = vf.quantize_8bit(torch.ones(2, 3))  # registered by private.register_pytree
+    leaves, spec = private.tree_flatten({"q": q, "x": 1})
+    assert leaves == [q.codes, q.scale, 1]
+    assert private.tree_leaves(q) == [q.codes, q.scale]
+    assert private.tree_unflatten(leaves, spec)["q"].shape == (2, 3)
+    assert private.tree_map(lambda leaf: leaf.double(), q).threshold == q.threshold
+    assert private.tree_flatten_with_path({"a": [5]}) == [("['a'][0]", 5)]
+
+
+def test_operations_are_seen_below_autograd():
+    seen = []
+
+    def run(name, operation, args, kwargs):
+        seen.append(name)
+        return operation(*args, **kwargs)
+
+    with private.watch_operations(run):
+        nn.Linear(2, 3)(torch.ones(2)).sum().backward()
+    assert {"addmm", "sum"} <= {*seen}
+
+
+def test_fake_tensors_have_shapes_alone():
+    with private.fake_tensors():
+        x = torch.empty(1 << 20, 1 << 20) @ torch.empty(1 << 20, 3)  # 4 TB
+    assert x.shape == (1 << 20, 3)
+
+
+def test_hooks_are_cleared():
+    layer, calls = nn.Linear(2, 3), []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    private.clear_hooks(layer)
+    layer(torch.ones(2))
+    assert not calls
+
+
+def test_views_know_their_tensor():
+    x = torch.ones(3)
+    assert private.viewed_tensor(x[:2]) is x
+    assert private.viewed_tensor(x) is None
+
+
+def test_the_signature_of_a_function_is_kept():
+    @private.keep_signature
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(x, factor=2):
+            return x * factor
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.factor = inputs[1]
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.factor, None
+
+    assert inspect.signature(Double.forward) is Double.forward.__signature__
+    assert grad(lambda x: Double.apply(x))(torch.tensor(1.0)) == 2
+
+
+def test_transforms_are_noticed():
+    x, seen = torch.ones(3), []
+
+    def f(x):
+        seen.append((private.in_transform(), private.unwrap(x) is x))
+        return x.sum()
+
+    f(x), grad(f)(x), vmap(f)(x[None])
+    with torch.autograd.forward_ad.dual_level():
+        assert private.in_transform()
+    assert seen == [(False, True), (True, False), (True, False)]
+
+
+def test_a_backward_pass_has_a_number():
+    inside = []
+    x = torch.ones(3, requires_grad=True)
+    x.register_hook(lambda _: inside.append(private.graph_task()))
+    x.sum().backward()
+    assert private.graph_task() == -1
+    assert inside[0] >= 0
+
+
+def test_an_encoder_layer_calls_its_linear_layers():
+    layer, calls = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), []
+    layer.linear1.register_forward_hook(lambda *_: calls.append(1))
+    private.skip_fused_encoder_path(layer)
+    with torch.no_grad():
+        layer(torch.ones(1, 3, 8))
+    assert calls
+
+
+def test_bitsandbytes_is_imported_without_the_line_about_kernels():
+    code = (
+        "import logging, sys\n"
+        "from vera_func import private\n"
+        "logger = logging.getLogger('bitsandbytes.backends.cpu.ops')\n"
+        "private.bitsandbytes()\n"
+        "assert not logger.filters\n"
+        "logger.warning('something else')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "something else"
+    record = logging.makeLogRecord(
+        {"msg": "Failed to load CPU gemm_4bit_forward from kernels-community: %s", "args": ("x",)}
+    )
+    assert not private._is_not_about_kernels(record)
+
+
+def test_input_grads_are_dropped():
+    model = llama()
+    model.enable_input_require_grads()
+    private.drop_input_grads(model)
+    assert not model.get_input_embeddings()(torch.ones(1, 2, dtype=torch.long)).grad_fn.__class__.__name__.startswith(
+        "Alias"
+    )
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_names_of_bitsandbytes():
+    assert private.bnb_ops().dequantize_4bit
+    assert private.bnb_levels("nf4", torch.device("cpu")).shape == (16,)
+    assert private.bnb_has_avx512bf16() in (True, False)
+
+
+def test_marks_of_transformers():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    assert private.float32_modules(T5ForConditionalGeneration(T5Config(**sizes))) == ("wo",)
+    assert private.float32_modules(nn.Linear(2, 3)) == ()
+
+
+def test_quantization_is_forgotten(tmp_path):
+    llama().save_pretrained(tmp_path)
+    options = BitsAndBytesConfig(load_in_8bit=True)
+    model = type(llama()).from_pretrained(tmp_path, quantization_config=options, device_map={"": "cpu"})
+    assert model.is_quantized
+    private.forget_quantization(model)
+    assert not getattr(model, "is_quantized", False)
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_wrappers_are_recognized():
+    layer = nn.Linear(2, 3)
+    assert private.wrapped_module(nn.DataParallel(layer)) is layer
+    assert private.wrapped_module(torch.compile(layer, backend="eager")) is layer
+    assert private.wrapped_module(layer) is None
+
+
+def test_modules_of_peft_are_recognized():
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    assert private.peft_part(wrapped) == ("", wrapped)
+    assert private.peft_part(wrapped.base_model.model)[0].endswith("q_proj")
+    assert private.peft_part(llama()) is None
+
+
+def test_offloading_is_recognized():
+    accelerate = pytest.importorskip("accelerate")
+    layer = accelerate.cpu_offload(nn.Sequential(nn.Linear(2, 3)), execution_device="cpu")[0]
+    hook = private.offload_hook(layer)
+    assert torch.device(hook.execution_device).type == "cpu"
+    assert {name.rpartition(".")[2] for name in hook.weights_map} == {"weight", "bias"}
+    assert private.offload_hook(nn.Linear(2, 3)) is None
