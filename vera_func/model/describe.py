@@ -1,6 +1,6 @@
 """Update the configuration of a transformers model after its weights have changed.
 
-`save_pretrained` writes the configuration beside the weights, and `from_pretrained` relies on it.
+`save_pretrained` stores the configuration with the weights, and `from_pretrained` relies on it.
 """
 
 import re

@@ -100,7 +100,7 @@ def copy_tree(
         >>> copy_tree(model, lambda name, module: nn.GELU() if name == "1" else None, {})[1]
         GELU(approximate='none')
     """
-    memo.update(_beside_the_weights(model))
+    memo.update(_memo_of_hooks(model))
     replaced = {
         id(module): new.train(module.training)
         for name, module in model.named_modules()
@@ -149,7 +149,7 @@ def shared_memo(root: nn.Module) -> dict[int, Any]:
     for module in root.modules():
         if isinstance(module, QuantizedLinear):
             shared += [module.quantized, module.fused]
-    return {id(value): value for value in shared if value is not None} | _beside_the_weights(root)
+    return {id(value): value for value in shared if value is not None} | _memo_of_hooks(root)
 
 
 def frozen_alias(parameter: nn.Parameter) -> nn.Parameter:
@@ -203,7 +203,7 @@ def parameter_aliases(model: nn.Module, trained: Sequence[str]) -> dict[str, lis
 
 
 def _with_tensors(root: nn.Module, parameter: Callable[[Any], Tensor], leaf: Callable[[Any], Tensor]) -> nn.Module:
-    memo: dict[int, Any] = {id(p): parameter(p) for p in root.parameters()} | _beside_the_weights(root)
+    memo: dict[int, Any] = {id(p): parameter(p) for p in root.parameters()} | _memo_of_hooks(root)
     for module in root.modules():
         if isinstance(module, QuantizedLinear):
             memo[id(module.quantized)] = private.tree_map(leaf, module.quantized)
@@ -214,7 +214,7 @@ def _memory(tensor: Tensor) -> tuple:
     return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
-def _beside_the_weights(model: nn.Module) -> dict[int, Any]:
+def _memo_of_hooks(model: nn.Module) -> dict[int, Any]:
     """A memo that shares offloaded weights, and detaches weights computed by hooks, which can't be copied."""
     memo: dict[int, Any] = {}
     for module in model.modules():
