@@ -1,6 +1,6 @@
-"""Where the rows of a batch are in every tensor of a running model, followed from operation to operation.
+"""Follow the rows of a batch through the operations of a running model.
 
-A tensor that depends on the rows has a place: `Place(axis, inner)` says that index `i` of `axis` belongs to row
+A tensor that depends on the rows has a place: `Place(axis, inner)` means that index `i` of `axis` belongs to row
 `(i // inner) % rows`. So `Place(0, 1)` is (rows, ...), `Place(1, 1)` is (seq, rows, ...), and (rows * seq, ...) is
 `Place(0, seq)`. Views and permutations are followed exactly. Most other operations keep the order along the axes that
 they keep, and there the axis is known again by its size, which is why models are followed with a prime number of
@@ -42,17 +42,17 @@ _BROADCAST = {"expand", "repeat", "cat", "stack", "broadcast_to"}
 
 
 class Follower:
-    """Follows the rows through the operations of one run; see `private.watch_operations`.
+    """Tracks the rows through the operations of one run; see `private.watch_operations`.
 
     Args:
-        rows: Their number: a prime that no other size is a multiple of.
+        rows: Number of rows, a prime that does not divide any other size.
     """
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
 
     def __call__(self, name: str, operation: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run an operation and mark what it returns."""
+        """Run an operation and mark its results with their places."""
         out = operation(*args, **kwargs)
         given = [*_tensors(args), *(_tensors(kwargs.values()) if kwargs else ())]
         depends = any(place_of(tensor) for tensor in given)
@@ -223,7 +223,7 @@ class Follower:
         return LOST if any(place_of(index) for index in along) else place
 
     def _axis(self, shape: Sequence[int]) -> int | None:
-        """The only axis whose size is a multiple of the number of rows."""
+        """The axis whose size is a multiple of the number of rows, or None unless there is exactly one."""
         axes = [axis for axis, size in enumerate(shape) if size and size % self.rows == 0]
         return axes[0] if len(axes) == 1 else None
 
@@ -257,7 +257,7 @@ def _is_mask(index: Tensor) -> bool:
 
 
 def _indices(name: str, args: tuple) -> list[tuple[int, Tensor]]:
-    """The indices that an operation picks or puts by, each with the first axis of `args[0]` that it is for."""
+    """The indices of an operation, each with the first axis of `args[0]` that it applies to."""
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
         found, axis = [], 0
         for index in args[1]:
