@@ -110,7 +110,7 @@ def select_adapters(
     """Select one adapter, or a weighted sum of adapters, for each row of a batch; returns params for `apply`.
 
     `apply(select_adapters(stacked, ids), frozen, **inputs)` runs row `i` through adapter `ids[i]`, in one forward
-    pass. The id -1 selects the base model, including its own heads and biases, exactly. The cost is a gather of the
+    pass. The id -1 selects exactly the base model, including its own heads and biases. The cost is a gather of the
     vectors.
 
     Args:
