@@ -138,7 +138,7 @@ def test_report_measures_what_is_kept(size):
 )
 def test_inputs_without_an_effect_that_could_be_kept_are_refused(x):
     params, frozen = make_adapter(0.01, make_weight())
-    with pytest.raises(ValueError, match="does nothing to these inputs"):
+    with pytest.raises(ValueError, match="no finite, nonzero effect on these inputs"):
         vf.merge_report(vf.quantize_4bit(make_weight()), params, frozen, x)
 
 
@@ -235,7 +235,7 @@ for name, f in MERGES.items():
         ("inf", LAYER | {"lambda_b": ones(32) / 0}, PAIR, r"lambda_b \(32,\) holds NaN or inf"),
         ("NaN in A", LAYER, PAIR | {"vera_A": ones(4, 64) * NAN}, r"vera_A \(4, 64\) holds NaN or inf"),
         ("no lambda_d", {"lambda_b": ones(32)}, PAIR, "keys 'lambda_b' and 'lambda_d', got"),
-        ("a sum", LAYER | {"mixture": ones(())}, PAIR, "merge the parts of a sum one by one"),
+        ("a sum", LAYER | {"mixture": ones(())}, PAIR, "merge the terms of a sum one by one"),
         ("None", LAYER | {"lambda_d": None}, PAIR, "lambda_d must be a tensor, got NoneType"),
         ("integers", {k: v.long() for k, v in LAYER.items()}, PAIR, "must be a floating-point tensor"),
         ("another layer", LAYER | {"lambda_b": ones(31)}, PAIR, r"lambda_b \(32,\) .*got \(31,\)"),
@@ -247,7 +247,7 @@ bad(
     "merge_quantized",
     "a dense weight",
     lambda _: vf.merge_quantized(ones(32, 64), LAYER, PAIR),
-    "is dense: merge_dense",
+    "is dense: merge it with merge_dense",
 )
 bad("merge_quantized", "overflow", lambda _: vf.merge_quantized(Q8, filled(LAYER, 1e4), PAIR), "overflows float16")
 bad(
@@ -270,13 +270,18 @@ bad(
 )
 bad(
     "merge_report",
-    "nothing to keep",
+    "a zero update",
     lambda _: vf.merge_report(Q4, vf.init_params(4, 32), PAIR),
-    "the adapter adds nothing",
+    "retained fraction is undefined",
 )
 
 for what, inputs in (("no inputs", ones(0, 64)), ("inputs of NaN", X * NAN), ("inputs of 0", X * 0)):
-    bad("merge_report", what, lambda _, x=inputs: vf.merge_report(Q4, LAYER, PAIR, x), "does nothing to these inputs")
+    bad(
+        "merge_report",
+        what,
+        lambda _, x=inputs: vf.merge_report(Q4, LAYER, PAIR, x),
+        "no finite, nonzero effect on these inputs",
+    )
 
 bad(
     "merge_report",

@@ -158,7 +158,10 @@ def test_a_key_that_apply_refuses():
     model["second"] = model["first"]
     model["packed"] = vf.to_bnb(vf.quantize_8bit(torch.ones(7, 7)))
     adapted = vf.adapt(model, vf.VeraConfig(r=3, target_modules=["other"]))
-    for key, message in (("second.weight", "no parameter of the model"), ("packed.weight", "a Int8Params and can't")):
+    for key, message in (
+        ("second.weight", "not a parameter of the model"),
+        ("packed.weight", "of type Int8Params and can't"),
+    ):
         with pytest.raises(ValueError, match=rf"'{key}', which is {message}"):
             vf.merge(model, adapted.params | {key: torch.ones(7, 7)}, adapted.frozen)
 
@@ -223,7 +226,7 @@ bad(
     "merge",
     "a weight for nothing",
     lambda _: vf.merge(small_model(), PARAMS, FROZEN, weights={"9": Q4}),
-    "'9', which is no adapted",
+    "'9', which is not an adapted",
 )
 bad(
     "model_merge_report",

@@ -94,11 +94,11 @@ def test_calibrated_model_is_closer_than_a_rounded_one():
 
 def test_what_can_not_be_calibrated():
     adapted = make_adapted()[1]
-    with pytest.raises(ValueError, match="nothing to calibrate with"):
+    with pytest.raises(ValueError, match="at least one token to calibrate with"):
         second_moments(adapted, [])
     with pytest.raises(ValueError, match="does not depend on"):
         second_moments(adapted, batches(), readout=lambda output: output.logits.sum((1, 2)) * 0)
-    with pytest.raises(ValueError, match="moments has nothing for"):
+    with pytest.raises(ValueError, match="moments lacks the layer"):
         calibrate_weights(adapted, {})
     int8 = quantized(llama(), "int8")
     with pytest.raises(ValueError, match="calibration is for 4-bit layers"):
@@ -128,7 +128,7 @@ def test_a_calibrated_model_is_an_ordinary_one(base, tmp_path):
 
 bad = Refused()
 
-bad("second_moments", "no batches", lambda _: second_moments(ADAPTED, []), "nothing to calibrate with")
+bad("second_moments", "no batches", lambda _: second_moments(ADAPTED, []), "at least one token to calibrate with")
 bad(
     "second_moments",
     "tensors",
@@ -145,7 +145,7 @@ bad(
     "second_moments",
     "NaN",
     lambda _: second_moments(ADAPTED, [{"input": ones(2, 7) * NAN}]),
-    "what '0' reads is not finite",
+    "inputs of '0' are not finite",
 )
 
 for what, readout in (
@@ -156,7 +156,7 @@ for what, readout in (
     bad(
         "second_moments", f"a readout {what}",
         lambda _, readout=readout: second_moments(ADAPTED, [{"input": ones(2, 7)}], readout=readout),
-        "depends on no adapted layer",
+        "does not depend on any adapted layer",
     )  # fmt: skip
 
 bad(
@@ -169,7 +169,7 @@ bad(
     "calibrate_weights",
     "no gram",
     lambda _: calibrate_weights(QADAPTED, {}),
-    "nothing for '0'",
+    "lacks the layer '0'",
 )
 bad(
     "calibrate_weights", "second moments of others",

@@ -1,10 +1,10 @@
-"""An adapter written into the weight of its layer, and what is lost by it.
+"""Merge an adapter into the weight of one layer, and measure how much of the update the merge retains.
 
     W' = round(W + ΔW)        kept = <W' - W, ΔW> / ‖ΔW‖²        ΔW = diag(lambda_b) B diag(lambda_d) A
 
-A dequantized weight lies on the grid of its format, so an update of less than half a step of the grid is
-rounded away, and nothing says so: `merge_report` does. What loses less is a 16-bit weight (`merge_dense`), and
-what is exact is a LoRA (`export_lora`). No merge here has a counterpart that undoes it; keep `q`.
+A dequantized weight lies on the quantization grid. Requantizing `W + ΔW` silently discards updates below half a
+quantization step; `merge_report` measures this loss. A 16-bit merge (`merge_dense`) loses much less, and a LoRA
+(`export_lora`) is exact. Merges cannot be undone: keep `q` to unmerge.
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ from .calibrate import calibrate_rows, gram as gram_of, stochastic_codes
 
 
 class MergeReport(NamedTuple):
-    """What a merge did to one layer.
+    """Quality of the merge of one layer.
 
     Attributes:
-        kept: <W' - W, ΔW> / ‖ΔW‖², the part of the update that is in the merged weight: 1 is all, 0 none.
-        error: ‖W' - W - ΔW‖ / ‖ΔW‖; above 1 the merge added more noise than the update was worth.
-        size: ‖ΔW‖ / ‖W‖.
+        kept: Retained fraction of the update, <W' - W, ΔW> / ‖ΔW‖²: 1 if all of it is retained, 0 if none.
+        error: Relative error ‖W' - W - ΔW‖ / ‖ΔW‖; above 1 the rounding noise is larger than the update.
+        size: Relative size of the update, ‖ΔW‖ / ‖W‖.
         output_kept: `kept` for the layer's outputs on the given inputs, or None without inputs.
         output_error: `error` for the layer's outputs on the given inputs, or None without inputs.
     """
@@ -42,9 +42,9 @@ class MergeReport(NamedTuple):
 
 
 def merge_quantized(q: Quantized, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Quantized:
-    """`W + ΔW`, quantized again in the format of `q`: the bytes that PEFT's merge gives.
+    """`W + ΔW`, requantized in the format of `q`; bitwise equal to the result of PEFT's merge.
 
-    Unmerging is keeping `q`, which is untouched. An adapter that adds nothing gives the same bytes back.
+    `q` is not modified; keep it to unmerge. An adapter with `ΔW = 0` returns `q` itself.
 
     Args:
         q: The base weight (out, in).
@@ -55,7 +55,8 @@ def merge_quantized(q: Quantized, params: Mapping[str, Tensor], frozen: Mapping[
         A weight of the same type, block size, nesting and storage.
 
     Raises:
-        ValueError: If the adapter holds NaN or inf (the tensor is named), is stacked, or does not fit the weight.
+        ValueError: If the adapter holds NaN or inf (the message names the tensor), is stacked, or does not fit the
+            weight.
 
     Example:
         >>> import torch
@@ -66,7 +67,7 @@ def merge_quantized(q: Quantized, params: Mapping[str, Tensor], frozen: Mapping[
         True
     """
     if isinstance(q, Tensor):
-        raise ValueError(f"the weight {tuple(q.shape)} {q.dtype} is dense: merge_dense is for it.")
+        raise ValueError(f"the weight {tuple(q.shape)} {q.dtype} is dense: merge it with merge_dense.")
     delta = checked_delta(q, params, frozen)
     if not delta.any():
         return q
@@ -83,27 +84,27 @@ def merge_calibrated(
     damping: float | None = None,
     max_kappa: float = 4.0,
 ) -> Quantized4bit:
-    """Merge onto the same 4-bit grid so that the layer's output on `inputs` is that of the adapted layer.
+    """Calibrated (GPTQ-style) merge: a 4-bit weight whose outputs on `inputs` match those of the adapted layer.
 
-    Where `merge_quantized` rounds weight by weight, and an update below half a step vanishes, codes and block scales
-    are chosen together for the inputs that the layer really sees. See `calibrate.calibrate_rows` for how, and
-    `merge_report(..., inputs, merged=...)`, on other inputs, for how well. Costs seconds a layer.
+    `merge_quantized` rounds each weight on its own and discards updates below half a step. This merge chooses codes and
+    block scales jointly, to preserve the layer's outputs; see `calibrate.calibrate_rows` for the algorithm. Measure
+    the result with `merge_report(..., inputs, merged=...)` on other inputs. Costs seconds per layer.
 
     Args:
         q: The base weight; `in` must be a multiple of its block size.
         params: `{"lambda_b": (out,), "lambda_d": (r,)}`.
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
-        inputs: Of the layer, from real use and without padding; several thousand tokens are enough.
-        gram: The mean of `x xᵀ` instead of the inputs, as `second_moments` makes it.
-        damping: See `calibrate_rows`; None is 0.01, or 0.1 below 1,000 tokens.
-        max_kappa: Bound of the overshoot; 1 minimises the output's error instead, which shrinks the update.
+        inputs: Representative inputs of the layer, without padding; several thousand tokens are enough.
+        gram: Second moments of the inputs in place of the inputs, from `second_moments`.
+        damping: See `calibrate_rows`; None means 0.01, or 0.1 for fewer than 1,000 tokens.
+        max_kappa: Upper bound of the overshoot; 1 minimises the output error, which shrinks the update.
 
     Returns:
-        An ordinary weight of the same type and block size; its statistics are not nested.
+        A 4-bit weight of the same type and block size; its statistics are not nested.
 
     Raises:
-        ValueError: If the weight is not a 4-bit one, blocks straddle its rows, or inputs do not fit; else as for
-            `merge_quantized`.
+        ValueError: If the weight is not a 4-bit weight, blocks straddle its rows, or the inputs do not fit; otherwise
+            as for `merge_quantized`.
 
     Example:
         >>> import torch
@@ -119,10 +120,12 @@ def merge_calibrated(
         True
     """
     if not isinstance(q, Quantized4bit):
-        raise ValueError("merge_calibrated is for 4-bit weights; an 8-bit grid keeps small updates (merge_quantized).")
+        raise ValueError(
+            "merge_calibrated is for 4-bit weights; an 8-bit grid retains small updates: use merge_quantized."
+        )
     out_features, in_features = q.shape
     if (inputs is None) == (gram is None):
-        raise ValueError("give either inputs or their gram.")
+        raise ValueError("give either inputs or their second moments (gram), not both.")
     if inputs is not None and inputs.shape[-1:] != (in_features,):
         raise ValueError(f"inputs must be (*tokens, {in_features}), got {tuple(inputs.shape)}.")
     delta = checked_delta(q, params, frozen).float()
@@ -150,15 +153,16 @@ def merge_calibrated(
 def merge_stochastic(
     q: Quantized4bit, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *, generator: torch.Generator
 ) -> Quantized4bit:
-    """`W + ΔW` rounded at random to one of the two levels next to it, so that it is right on average.
+    """Stochastic rounding of `W + ΔW`: each weight becomes one of the two nearest levels, with the right expectation.
 
-    For want of inputs to calibrate with: it keeps most of the update, and adds noise of several times its size.
+    Use it when there are no inputs to calibrate with. It retains most of the update and adds noise several times as
+    large as the update.
 
     Args:
         q: The base weight; `in` must be a multiple of its block size.
         params: `{"lambda_b": (out,), "lambda_d": (r,)}`.
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
-        generator: Where the randomness comes from; there is no default.
+        generator: Source of randomness; there is no default.
 
     Raises:
         ValueError: As for `merge_calibrated`.
@@ -172,7 +176,9 @@ def merge_stochastic(
         (32, 64)
     """
     if not isinstance(q, Quantized4bit):
-        raise ValueError("merge_stochastic is for 4-bit weights; an 8-bit grid keeps small updates (merge_quantized).")
+        raise ValueError(
+            "merge_stochastic is for 4-bit weights; an 8-bit grid retains small updates: use merge_quantized."
+        )
     delta = checked_delta(q, params, frozen).float()
     if not delta.any():
         return q
@@ -190,14 +196,14 @@ def merge_dense(
 ) -> Float[Tensor, "out in"]:
     """`W + ΔW` as a dense weight, computed in float32 and rounded once.
 
-    W is the dequantized weight, which the adapter was trained against; the 16-bit weight from before
-    quantization differs from it by a tenth of its norm, which the adapter knows nothing of.
+    W is the dequantized weight, since the adapter was trained on it. The original 16-bit weight differs from W by the
+    quantization error, about a tenth of its norm; the adapter was not trained to add to that weight.
 
     Args:
         q: The base weight, quantized or dense (out, in).
         params: `{"lambda_b": (out,), "lambda_d": (r,)}`.
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
-        dtype: Of the result.
+        dtype: Dtype of the result.
 
     Raises:
         ValueError: As for `merge_quantized`, or if the result overflows `dtype`.
@@ -225,20 +231,20 @@ def merge_report(
     *,
     merged: Quantized | Tensor | None = None,
 ) -> MergeReport:
-    """What is left of the update in a merged weight.
+    """Retained fraction and relative error of the update in a merged weight.
 
-    Costs a merge and, with inputs, two products.
+    Costs one merge unless `merged` is given, and with inputs two matrix products.
 
     Args:
         q: The base weight.
         params: `{"lambda_b": (out,), "lambda_d": (r,)}`.
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
-        inputs: Inputs of the layer from real use, (tokens, in), for what matters of the error.
-        merged: The weight to judge, quantized or dense; None is `merge_quantized`'s.
+        inputs: Representative inputs of the layer, (tokens, in), to measure the error in its outputs.
+        merged: The weight to measure, quantized or dense; None means the result of `merge_quantized`.
 
     Raises:
-        ValueError: As for `merge_quantized`, or if the update, or what it does to the inputs, is zero, so that nothing
-            could be kept of it.
+        ValueError: As for `merge_quantized`, or if `ΔW`, or its product with the inputs, is zero: the retained fraction
+            is then undefined.
 
     Example:
         >>> import torch
@@ -250,7 +256,7 @@ def merge_report(
     """
     delta = checked_delta(q, params, frozen).float()
     if not delta.any():
-        raise ValueError("the adapter adds nothing (lambda_b or lambda_d is 0), so there is nothing to keep or lose.")
+        raise ValueError("the update is zero (lambda_b or lambda_d is 0): its retained fraction is undefined.")
     base = q.float() if isinstance(q, Tensor) else dequantize(q, torch.float32)
     if merged is None:
         if isinstance(q, Tensor):
@@ -258,19 +264,20 @@ def merge_report(
         merged = merge_quantized(q, params, frozen)
     if tuple(merged.shape) != tuple(q.shape):
         raise ValueError(f"merged is {tuple(merged.shape)}, but the weight is {tuple(q.shape)}.")
-    moved = (merged.float() if isinstance(merged, Tensor) else dequantize(merged, torch.float32)) - base
-    report = MergeReport(_kept(moved, delta), _error(moved, delta), (delta.norm() / base.norm()).item())
+    change = (merged.float() if isinstance(merged, Tensor) else dequantize(merged, torch.float32)) - base
+    report = MergeReport(_kept(change, delta), _error(change, delta), (delta.norm() / base.norm()).item())
     if inputs is None:
         return report
     if inputs.dim() != 2 or inputs.shape[1] != delta.shape[1]:
         raise ValueError(f"inputs must be (tokens, {delta.shape[1]}), got {tuple(inputs.shape)}.")
     x = inputs.float()
-    actual, wanted = x @ moved.T, x @ delta.T
-    if not 0 < wanted.norm() < float("inf"):
+    actual, exact = x @ change.T, x @ delta.T
+    if not 0 < exact.norm() < float("inf"):
         raise ValueError(
-            f"the update does nothing to these inputs {tuple(inputs.shape)}, which must be some, finite and not 0."
+            f"the update has no finite, nonzero effect on these inputs {tuple(inputs.shape)}: give at least one finite "
+            "row that is not zero."
         )
-    return report._replace(output_kept=_kept(actual, wanted), output_error=_error(actual, wanted))
+    return report._replace(output_kept=_kept(actual, exact), output_error=_error(actual, exact))
 
 
 def quantize_like(q: Quantized, weight: Tensor) -> Quantized:
@@ -296,30 +303,31 @@ def quantize_like(q: Quantized, weight: Tensor) -> Quantized:
 def checked_delta(
     q: Quantized | Tensor, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
 ) -> Float[Tensor, "out in"]:
-    """`delta_weight`, for an adapter that can be merged.
+    """`delta_weight` of an adapter, after checking that it can be merged into `q`.
 
     Raises:
-        ValueError: If the adapter holds NaN or inf (the tensor is named), is stacked or does not fit the weight, or the
-            weight is offloaded.
+        ValueError: If the adapter holds NaN or inf (the message names the tensor), is stacked or does not fit the
+            weight, or the weight is offloaded.
     """
     if params.keys() != {*VECTORS}:
         raise ValueError(
-            f"one adapter of a weight has the keys 'lambda_b' and 'lambda_d', got {sorted(params)}; merge the parts of "
-            "a sum one by one."
+            f"params must have the keys 'lambda_b' and 'lambda_d', got {sorted(params)}; merge the terms of a sum one "
+            "by one."
         )
     for name, tensor in (*params.items(), *frozen.items()):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}.")
         if not tensor.isfinite().all():
             raise ValueError(
-                f"{name} {tuple(tensor.shape)} holds NaN or inf: the adapter is broken, and nothing was merged."
+                f"{name} {tuple(tensor.shape)} holds NaN or inf: the adapter is invalid, and nothing was merged."
             )
     out_features, in_features = q.shape
     lambda_b, lambda_d = params["lambda_b"], params["lambda_d"]
     if lambda_b.shape != (out_features,) or lambda_d.dim() != 1:
         raise ValueError(
-            f"one adapter of a weight {tuple(q.shape)} has lambda_b ({out_features},) and lambda_d (r,), got "
-            f"{tuple(lambda_b.shape)} and {tuple(lambda_d.shape)}; merge stacked ones one by one (unstack_adapters)."
+            f"a single adapter of a weight {tuple(q.shape)} has lambda_b ({out_features},) and lambda_d (r,), got "
+            f"{tuple(lambda_b.shape)} and {tuple(lambda_d.shape)}; merge stacked adapters one by one, after "
+            "unstack_adapters."
         )
     if any(leaf.is_meta for leaf in ((q,) if isinstance(q, Tensor) else flatten(q)[0])):
         raise ValueError(NO_DATA)
@@ -329,20 +337,20 @@ def checked_delta(
 def _require_whole_blocks(q: Quantized4bit) -> None:
     if q.shape[1] % q.blocksize:
         raise ValueError(
-            f"blocks of {q.blocksize} straddle the rows of a weight {q.shape}; merge_dense or export_lora lose nothing."
+            f"blocks of {q.blocksize} straddle the rows of a weight {q.shape}; use merge_dense or export_lora."
         )
 
 
 def _dequantize_as_peft(q: Quantized) -> Tensor:
     if isinstance(q, Quantized4bit):
         return dequantize(q)
-    # bitsandbytes has two orders of operations for 8 bits; the bytes after rounding depend on this one.
+    # bitsandbytes dequantizes int8 with two different orders of operations; PEFT's codes depend on this one.
     return private.bnb_ops().int8_vectorwise_dequant(q.codes, q.scale)
 
 
-def _kept(moved: Tensor, wanted: Tensor) -> float:
-    return ((moved * wanted).sum() / wanted.square().sum()).item()
+def _kept(change: Tensor, delta: Tensor) -> float:
+    return ((change * delta).sum() / delta.square().sum()).item()
 
 
-def _error(moved: Tensor, wanted: Tensor) -> float:
-    return ((moved - wanted).norm() / wanted.norm()).item()
+def _error(change: Tensor, delta: Tensor) -> float:
+    return ((change - delta).norm() / delta.norm()).item()

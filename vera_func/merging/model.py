@@ -1,6 +1,6 @@
-"""A plain model for tools that know nothing of adapters: merged, or dequantized.
+"""Merge an adapter into the weights of a whole model, for tools without adapter support.
 
-W' = round(W + ΔW), layer by layer, in a new model of the user's own class
+W' = round(W + ΔW) in each adapted layer of a new model of the same class
 """
 
 from collections.abc import Collection, Mapping
@@ -34,25 +34,26 @@ def merge(
     *,
     weights: Mapping[str, Quantized | Tensor] | None = None,
 ) -> nn.Module:
-    """A new plain model with the adapter in its weights; the user's model stays as it was.
+    """A new model with the adapter merged into its weights; `model` is not modified.
 
-    What is neither merged nor quantized shares its memory with the user's model. transformers' `save_pretrained`
-    writes the result and `from_pretrained` reads it back: where an adapter, or a trained head or embedding, makes tied
-    weights differ, they are two weights in the result, and its configuration says so. To unmerge, go on with the old
-    model. `model_merge_report` tells what a merge to 4 or 8 bits loses; a merge to 16 bits loses next to nothing.
+    Parameters that are neither merged nor quantized share memory with `model`. The result can be saved with
+    transformers' `save_pretrained` and loaded with `from_pretrained`. Tied weights that an adapter, or a trained head
+    or embedding, makes different are untied in the result and in its configuration. To unmerge, use `model` again.
+    `model_merge_report` measures the loss of a merge to 4 or 8 bits; the loss of a merge to 16 bits is negligible.
 
     Args:
         model: The base model.
-        params: Of a single adapter; trained biases and `modules_to_save` are put in their places.
+        params: Params of a single adapter; trained biases and `modules_to_save` replace those of the model.
         frozen: The projections.
-        to: Format of the adapted layers and of all that are quantized: "nf4", "fp4", "int8", or a dtype
-            for a dense model. None keeps each layer's own format.
-        weights: Merged weights to use instead of rounding, by module name (`merge_calibrated`'s, for instance).
+        to: Format of the adapted layers and of all quantized layers: "nf4", "fp4", "int8", or a dtype for a dense
+            model. None keeps the format of each layer.
+        weights: Merged weights by module name, used in place of rounding; for example from `calibrate_weights`.
 
     Raises:
-        ValueError: If the adapter does not fit the model or holds NaN or inf (nothing is merged then), a layer would be
-            quantized that the model's class keeps in float32, the weight of an adapted layer is computed (weight_norm)
-            or of a dtype that can't hold the result (float8), or the model is offloaded or wrapped by PEFT.
+        ValueError: If the adapter does not fit the model or holds NaN or inf, if a layer would be quantized that the
+            model's class keeps in float32, if the weight of an adapted layer is computed (weight_norm) or has a dtype
+            that can't hold the result (float8), or if the model is offloaded or wrapped by PEFT. Nothing is merged
+            then.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -66,12 +67,12 @@ def merge(
     model = unwrap(model)
     layers = adapted_layers(model, params)
     if odd := sorted((weights or {}).keys() - layers.keys()):
-        raise ValueError(f"weights has {odd[0]!r}, which is no adapted module; those are {sorted(layers)[:3]}, ...")
+        raise ValueError(f"weights has {odd[0]!r}, which is not an adapted layer; those are {sorted(layers)[:3]}, ...")
     float32 = tuple(f".{end}" for end in private.float32_modules(model))
     if isinstance(to, str) and (odd := [name for name in layers if f".{name}".endswith(float32)]):
         raise ValueError(
-            f"{odd[0]!r} can't be merged into {to}: a {type(model).__name__} keeps it in float32, and reads its dtype. "
-            "Merge to a dtype, or keep each layer's format (to=None)."
+            f"{odd[0]!r} can't be merged to {to}: {type(model).__name__} keeps it in float32 and uses its dtype. "
+            "Merge to a dtype, or keep the format of each layer (to=None)."
         )
     parameters = dict(held_parameters(model))
     own = {key: _checked_parameter(parameters, key, params[key]) for key in own_parameters(params)}
@@ -87,7 +88,7 @@ def merge(
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
 
     def weight_of(name: str, module: nn.Module) -> Quantized | Tensor | None:
-        # A bitsandbytes module rewrites its weight as it runs, so not even what is not merged may be shared.
+        # A bitsandbytes module rewrites its weight in its forward, so layers without an adapter are copied as well.
         if name not in layers and not is_bnb_linear(module):
             return None
         given = (weights or {}).get(name)
@@ -97,18 +98,18 @@ def merge(
         return _merged_weight(base, layers.get(name), frozen, to)
 
     merged: Any = copy_with_weights(model, weight_of, memo)
-    _put_own(merged, model, {key: value for key, value in own.items() if not _is_merged(key, layers)}, memo)
+    _set_parameters(merged, model, {key: value for key, value in own.items() if not _is_merged(key, layers)}, memo)
     if isinstance(to, torch.dtype):
         for parameter in merged.parameters():
             if parameter.is_floating_point() and type(parameter) is nn.Parameter:
-                parameter.data = parameter.data.to(to)  # a new parameter, of the merged model alone
+                parameter.data = parameter.data.to(to)  # not shared with `model`
     if hasattr(merged, "save_pretrained"):
         if isinstance(to, torch.dtype):
             describe_dtype(merged, to)
         else:
             describe_quantization(merged)
         describe_ties(merged)
-        # These are no longer the weights that the base's name stands for: an adapter of them must not say so.
+        # An adapter trained on the merged weights must not name the original model as its base.
         merged.name_or_path = merged.config.name_or_path = ""
     return merged
 
@@ -116,20 +117,21 @@ def merge(
 def model_merge_report(
     adapted: Adapted, to: Format | None = None, inputs: Mapping[str, Tensor] | None = None
 ) -> dict[str, MergeReport]:
-    """The `merge_report` of each adapted layer, for `merge(model, params, frozen, to)`.
+    """`merge_report` of each adapted layer, for `merge(model, params, frozen, to)`.
 
-    Layers whose update is zero are left out.
+    Layers whose update is zero are omitted.
 
     Args:
         adapted: From `adapt` or `load_adapter`, with a single adapter.
         to: As for `merge`.
-        inputs: Inputs (tokens, in) of the layers, by name, for the errors of their outputs.
+        inputs: Inputs (tokens, in) by layer name, to measure the errors of the outputs.
 
     Returns:
-        Reports by the name of the layer.
+        Reports by layer name.
 
     Raises:
-        ValueError: If the adapter does not fit the model or holds NaN or inf, or `inputs` names another layer.
+        ValueError: If the adapter does not fit the model or holds NaN or inf, or `inputs` has a layer that is not
+            adapted.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -144,7 +146,7 @@ def model_merge_report(
     layers = adapted_layers(model, adapted.params)
     require_weights(model, "merge")
     if odd := sorted((inputs or {}).keys() - layers.keys()):
-        raise ValueError(f"inputs has {odd[0]!r}, which is no adapted module; those are {sorted(layers)[:3]}, ...")
+        raise ValueError(f"inputs has {odd[0]!r}, which is not an adapted layer; those are {sorted(layers)[:3]}, ...")
     reports = {}
     for name, vectors in layers.items():
         base = _base_weight(name, model.get_submodule(name), to, adapted.params.get(join_key(name, "weight")))
@@ -156,7 +158,7 @@ def model_merge_report(
 
 
 def _base_weight(name: str, module: Any, to: Format | None, given: Tensor | None) -> Quantized | Tensor:
-    """The weight (out, in) that is merged into: the layer's, or the one that `params` has for it."""
+    """The base weight (out, in) of a merge: the layer's own, or the trained one in `params`."""
     if is_bnb_linear(module):
         return from_bnb(module)[0]
     _require_plain_weight(name, module, to)
@@ -166,19 +168,19 @@ def _base_weight(name: str, module: Any, to: Format | None, given: Tensor | None
 
 
 def _require_plain_weight(name: str, module: Any, to: Format | None) -> None:
-    """Refuse a layer whose weight is not what it multiplies by, or can't hold a merged one."""
+    """Reject a layer that computes its weight, or whose dtype can't hold a merged weight."""
     if "weight" not in dict(module.named_parameters(recurse=False)):
         remedy = "torch.nn.utils.remove_weight_norm(layer) or remove_spectral_norm(layer)"
         if is_parametrized(module, "weight"):
             remedy = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
-        raise ValueError(f"{name!r} computes its weight as it runs, and nothing can be merged into it; see {remedy}.")
+        raise ValueError(f"{name!r} computes its weight in its forward: call {remedy} before the merge.")
     dtype = module.weight.dtype
     if dtype in _FLOATS:
         return
     if type(module).forward is not nn.Linear.forward:
         raise ValueError(
-            f"{name!r} is a {type(module).__name__} over {dtype}, which scales its weight in a way of its own; "
-            "dequantize the model first."
+            f"{name!r} is a {type(module).__name__} with a scaled {dtype} weight, which can't be merged; dequantize "
+            "the model first."
         )
     if to is None:
         raise ValueError(f"{name!r} is stored in {dtype}, which can't hold a merged weight; pass to=torch.bfloat16.")
@@ -203,12 +205,12 @@ def _merged_weight(
 
 
 def _checked_parameter(parameters: Mapping[str, nn.Parameter], key: str, value: Tensor) -> Tensor:
-    """The value of one of the model's own parameters, in its dtype."""
+    """The new value of a parameter of the model, in that parameter's dtype."""
     if key not in parameters:
-        raise ValueError(f"params has {key!r}, which is no parameter of the model.")
+        raise ValueError(f"params has {key!r}, which is not a parameter of the model.")
     own = parameters[key]
     if type(own) is not nn.Parameter:
-        raise ValueError(f"params has {key!r}, which is a {type(own).__name__} and can't be given another value.")
+        raise ValueError(f"params has {key!r}, which is of type {type(own).__name__} and can't be replaced.")
     if own.shape != value.shape:
         raise ValueError(f"{key!r} must be {tuple(own.shape)}, got {tuple(value.shape)}.")
     return value.detach().to(own)
@@ -219,8 +221,8 @@ def _is_merged(key: str, layers: Collection[str]) -> bool:
     return leaf == "weight" and name in layers
 
 
-def _put_own(merged: nn.Module, model: nn.Module, own: Mapping[str, Tensor], memo: Mapping[int, Any]) -> None:
-    """Put values of the model's own parameters in their places; of tied ones, those with one value stay tied."""
+def _set_parameters(merged: nn.Module, model: nn.Module, own: Mapping[str, Tensor], memo: Mapping[int, Any]) -> None:
+    """Replace parameters of the model by their trained values; tied parameters stay tied if their values are equal."""
     shared: dict[int, list[nn.Parameter]] = {}
     for key, names in parameter_aliases(model, [*own]).items():
         if key not in own:

@@ -1,10 +1,10 @@
-"""What the layers of a running model read: second moments of their inputs, for a merge by calibration.
+"""Input second moments E[x xᵀ] of each layer of a model, for a calibrated merge.
 
-    H = Σ_t w_t x_t x_tᵀ / Σ_t w_t,        w_t = 1, or the squared derivative of what is read off the model
+    H = Σ_t w_t x_t x_tᵀ / Σ_t w_t,        w_t = 1 or ‖∂ readout / ∂ y_t‖²
 
-With equal weights a merge keeps the outputs of each layer at all tokens alike. Most tokens hardly matter for what
-the model is asked, though; weighted by the derivative of that answer in the layer's output, the error goes where
-it does no harm.
+With equal weights, a calibrated merge preserves the outputs of each layer equally well at all tokens. Most tokens have
+little influence on the model's answer. Weights equal to the squared gradient of that answer in the layer's output `y`
+move the error to those tokens.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +22,7 @@ from ..quant.value import Quantized, Quantized4bit
 from .layer import merge_calibrated
 
 
-UNIFORM = 0.1  # share of equal weights beside those of the derivative, so that no direction is free
+UNIFORM = 0.1  # weight of the unweighted second moments in the mean, which keeps H well conditioned
 
 
 def second_moments(
@@ -31,21 +31,22 @@ def second_moments(
     *,
     readout: Callable[[Any], Tensor] | None = None,
 ) -> dict[str, Float[Tensor, "in in"]]:
-    """The mean of `x xᵀ` over the inputs of every adapted layer of the adapted model, by module name.
+    """Mean of `x xᵀ` over the inputs `x` of each adapted layer of the adapted model, by module name.
 
-    Costs a forward of each batch (with `readout`, a backward, too) and an (in, in) matrix for each layer. Tokens
-    that an `attention_mask` (b, seq) leaves out are not counted.
+    Costs one forward pass per batch, with `readout` also one backward pass, and an (in, in) matrix per layer. Tokens
+    with an `attention_mask` (b, seq) of 0 are excluded.
 
     Args:
-        adapted: The model with the adapter that is to be merged; a few thousand tokens in `batches` are enough.
-        batches: Keyword arguments of the model, such as `{"input_ids": ..., "attention_mask": ...}`.
-        readout: What is read off the model's output, as one number for each row, (b,): for a classification by
-            answering, the logits' gap between two answers. A token then counts by the squared derivative of it in
-            the layer's output. None counts all tokens alike.
+        adapted: The model with the adapter to merge.
+        batches: Keyword arguments of the model, such as `{"input_ids": ..., "attention_mask": ...}`. A few thousand
+            tokens in total are enough.
+        readout: Function of the model's output that returns one scalar per example, (b,). For a classifier that answers
+            with a token, use the difference of two answers' logits. Each token is then weighted by the squared norm of
+            the readout's gradient in the layer's output. None weights all tokens equally.
 
     Raises:
-        ValueError: If there are no batches, one is no mapping, the readout depends on no adapted layer, or something is
-            not finite.
+        ValueError: If there are no batches, a batch is not a mapping, the readout does not depend on an adapted layer,
+            or a value is not finite.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -62,20 +63,20 @@ def second_moments(
         parameter.requires_grad_(False)
     names = adapted.apply.targets
     sums: dict[str, list[Any]] = {name: [0.0, 0.0, 0.0, 0.0] for name in names}
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    captured: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def remember(name: str) -> Callable[..., None]:
+    def capture(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple, output: Tensor) -> None:
             if readout is not None:
                 if not output.requires_grad:
                     output.requires_grad_(True)
                 output.retain_grad()
-            seen[name] = args[0].detach(), output
+            captured[name] = args[0].detach(), output
 
         return hook
 
     for name in names:
-        module.get_submodule(name).register_forward_hook(remember(name))
+        module.get_submodule(name).register_forward_hook(capture(name))
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise ValueError(f"a batch must be a mapping of the model's keyword arguments, got {type(batch).__name__}.")
@@ -84,30 +85,32 @@ def second_moments(
             if readout is not None:
                 value = readout(output)
                 if not (isinstance(value, Tensor) and value.requires_grad):
-                    raise ValueError("the readout depends on no adapted layer; see that it is not detached.")
+                    raise ValueError("the readout does not depend on any adapted layer; check that it is not detached.")
                 value.sum().backward()
-        for name, (x, y) in seen.items():
-            counted = _counted(x, batch.get("attention_mask"))
-            rows = x[counted].float()
+        for name, (x, y) in captured.items():
+            included = _token_mask(x, batch.get("attention_mask"))
+            rows = x[included].float()
             total = sums[name]
             total[0] = total[0] + rows.T @ rows
             total[1] += len(rows)
             if y.grad is not None:
-                weights = y.grad[counted].float().square().sum(-1)
+                weights = y.grad[included].float().square().sum(-1)
                 total[2] = total[2] + (rows.T * weights) @ rows
                 total[3] = total[3] + weights.sum()
-        seen.clear()
+        captured.clear()
     moments = {}
     for name, (plain, count, weighted, mass) in sums.items():
         if not count:
-            raise ValueError("there is nothing to calibrate with: batches are empty, or hold no token.")
+            raise ValueError("batches must contain at least one token to calibrate with, got none.")
         moments[name] = plain / count
         if readout is not None:
             if not mass > 0:
-                raise ValueError(f"the readout does not depend on {name!r}; see that it is not detached.")
+                raise ValueError(f"the readout does not depend on {name!r}; check that it is not detached.")
             moments[name] = UNIFORM * moments[name] + (1 - UNIFORM) * weighted / mass
         if not moments[name].isfinite().all():
-            raise ValueError(f"what {name!r} reads is not finite: a batch, the model or the adapter holds NaN or inf.")
+            raise ValueError(
+                f"the inputs of {name!r} are not finite: a batch, the model or the adapter holds NaN or inf."
+            )
     return moments
 
 
@@ -117,17 +120,17 @@ def calibrate_weights(
     *,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> dict[str, Quantized]:
-    """`merge_calibrated` for every adapted 4-bit layer of a model; give the result to `merge(..., weights=...)`.
+    """Calibrated merge of every adapted 4-bit layer of a model; pass the result to `merge(..., weights=...)`.
 
-    Costs about a second a layer of width 576 on two cores.
+    Costs about one second per layer of width 576 on two cores.
 
     Args:
-        adapted: The model, its adapted layers in 4 bits, and a single adapter.
+        adapted: A model whose adapted layers are 4-bit, with a single adapter.
         moments: From `second_moments`.
-        progress: Wraps the names, such as `tqdm.tqdm`.
+        progress: Wrapper of the iterable of layer names, such as `tqdm.tqdm`.
 
     Raises:
-        ValueError: If an adapted layer is not a 4-bit one, or has no second moments.
+        ValueError: If an adapted layer is not a 4-bit layer, or its second moments are missing.
 
     Example:
         >>> from vera_func import VeraConfig, adapt, merge, quantize_4bit, to_bnb
@@ -146,13 +149,13 @@ def calibrate_weights(
         if not isinstance(q, Quantized4bit):
             raise ValueError(f"{name!r} is a {type(module).__name__}; calibration is for 4-bit layers.")
         if name not in moments:
-            raise ValueError(f"moments has nothing for {name!r}, only for {sorted(moments)[:3]}.")
+            raise ValueError(f"moments lacks the layer {name!r}; it has {sorted(moments)[:3]}.")
         weights[name] = merge_calibrated(q, layers[name], adapted.frozen, gram=moments[name])
     return weights
 
 
-def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Which rows of `x` (*batch, in) are tokens, as a mask (*batch,)."""
+def _token_mask(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Boolean mask (*batch,) of the rows of `x` (*batch, in) that are tokens and not padding."""
     if mask is not None and mask.shape == x.shape[:-1]:
         return mask.bool()
     return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
