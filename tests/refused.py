@@ -79,7 +79,7 @@ def entry(shape, start, stop, dtype="F32"):
 
 
 # What a safetensors file may be instead, and the words for most of it.
-UNREADABLE = "is not a whole safetensors file"
+UNREADABLE = "is not a complete safetensors file"
 RAW = {
     "a shape beyond its bytes": stored({"a": entry([9], 0, 4)}, bytes(4)),
     "bytes twice": stored({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, bytes(4)),

@@ -37,7 +37,7 @@ def open_raw(folder, raw):
 
 
 for what, raw in RAW.items():
-    wrong = "is a safetensors file, but not a bank" if what == "no tensors" else UNREADABLE
+    wrong = "is a safetensors file, but not an adapter bank" if what == "no tensors" else UNREADABLE
     bad("open_bank", what, lambda t, raw=raw: open_raw(t, raw), f"bank {wrong}")
 
 
@@ -85,10 +85,12 @@ bad(
 )
 
 
-bad("save_bank", "targets not spelled out", lambda t: saved_bank(t, config=vf.VeraConfig(r=4)), "must be spelled out")
+bad(
+    "save_bank", "targets not spelled out", lambda t: saved_bank(t, config=vf.VeraConfig(r=4)), "must be explicit names"
+)
 
 
-bad("save_bank", "a text for names", lambda t: saved_bank(t, names="abc"), r"sequence of names, got the text 'abc'")
+bad("save_bank", "a text for names", lambda t: saved_bank(t, names="abc"), r"sequence of names, got the string 'abc'")
 
 
 bad("save_bank", "no folder", lambda t: saved_bank(t / "none"), "bank.safetensors could not be written", OSError)
@@ -98,28 +100,28 @@ for what, tensors, message in (
     ("A of another rank", {"vera_A": ones(5, 7)}, r"vera_A \(5, 7\) .*must be \(4, in\)"),
     ("a flat A", {"vera_A": ones(28)}, r"vera_A \(28,\)"),
     ("B of another rank", {"vera_B": ones(5, 3)}, r"vera_B \(5, 3\)"),
-    ("a short B", {"vera_B": ones(2, 4)}, "with out <= 2, as vera_B has"),
-    ("lambda_d of another rank", {"0.lambda_d": ones(3, 9)}, r"'0.lambda_d' is \(3, 9\), and must be \(3, 4\)"),
+    ("a short B", {"vera_B": ones(2, 4)}, "with out <= 2, the rows of vera_B"),
+    ("lambda_d of another rank", {"0.lambda_d": ones(3, 9)}, r"'0.lambda_d' is \(3, 9\), but must be \(3, 4\)"),
     ("lambda_b with an axis more", {"0.lambda_b": ones(3, 2, 5)}, r"'0.lambda_b' is \(3, 2, 5\)"),
-    ("integers", {"0.lambda_b": ones(3, 5).long()}, "'0.lambda_b' is I64, and must be"),
-    ("half a layer", {"0.lambda_d": None}, "has '0.lambda_b', but not the other vector"),
+    ("integers", {"0.lambda_b": ones(3, 5).long()}, "'0.lambda_b' is I64, but must have a floating-point"),
+    ("half a layer", {"0.lambda_d": None}, "has '0.lambda_b', but lacks the other vector"),
 ):
     bad("open_bank", what, lambda t, tensors=tensors: rewritten(t, tensors), f"bank.safetensors.*{message}")
 
 
-bad("open_bank", "a folder", lambda t: vf.open_bank(t), "it is a folder, and a bank is a file", FileNotFoundError)
+bad("open_bank", "a folder", lambda t: vf.open_bank(t), "it is a folder, but a bank is a file", FileNotFoundError)
 
 
-bad("open_bank", "an empty name", lambda t: rewritten(t, names='["a", "b", ""]'), "list of different names")
+bad("open_bank", "an empty name", lambda t: rewritten(t, names='["a", "b", ""]'), "list of distinct names")
 
 
 other = json.dumps({"peft_type": "VERA", "r": 7, "target_modules": ["0"]})
 
 
-bad("open_bank", "another rank", lambda t: rewritten(t, config=other), "by the configuration")
+bad("open_bank", "another rank", lambda t: rewritten(t, config=other), "for config.r=")
 
 
-bad("open_bank", "an old format", lambda t: rewritten(t, format="vera_func.bank.0"), "not a bank of adapters")
+bad("open_bank", "an old format", lambda t: rewritten(t, format="vera_func.bank.0"), "not an adapter bank")
 
 
 bad(
@@ -137,7 +139,7 @@ bad(
     "Bank",
     "a text for names",
     lambda t: vf.open_bank(saved_bank(t)).read("abc"),
-    "sequence of names, got the text 'abc'",
+    "sequence of names, got the string 'abc'",
 )
 
 
@@ -145,7 +147,7 @@ bad(
     "Bank",
     "another model",
     lambda t: vf.open_bank(saved_bank(t)).adapted(nn.Linear(7, 5)),
-    "adapts '0', which is no module",
+    "adapts '0', which is not a module",
 )
 
 
@@ -181,11 +183,11 @@ bad(
     "append_to_bank",
     "too few names",
     lambda t: append(t, names=["d"]),
-    "3 adapters need as many different names, got 1",
+    "3 adapters need as many distinct names, got 1",
 )
 
 
-bad("append_to_bank", "a name twice", lambda t: append(t, names=["a", "d", "e"]), "has an adapter 'a' already")
+bad("append_to_bank", "a name twice", lambda t: append(t, names=["a", "d", "e"]), "already has an adapter 'a'")
 
 
 bad(
@@ -215,7 +217,7 @@ bad(
 )  # fmt: skip
 
 
-bad("import_adapters", "nothing", lambda t: import_adapters(t / "bank", {}, small_model()), "nothing to import")
+bad("import_adapters", "nothing", lambda t: import_adapters(t / "bank", {}, small_model()), "folders is empty")
 
 
 bad(

@@ -285,11 +285,11 @@ NOT_SAVED = {
         lambda p, f, c: ({k: v for k, v in p.items() if k != "2.lambda_d"}, f, c),
         r"'2\.lambda_b', but not '2\.lambda_d'",
     ),
-    "nothing": (lambda p, f, c: ({}, f, c), "no 'lambda_b' of any layer"),
+    "nothing": (lambda p, f, c: ({}, f, c), "the 'lambda_b' of at least one layer"),
     **{
         f"inside of a wrapper: {key}": (
             lambda p, f, c, key=key: (p | {key: torch.ones(13)}, f, c),
-            f"'{key}' is the name of a parameter inside of a layer's wrapper",
+            f"'{key}' contains the name of a PEFT wrapper",
         )
         for key in ("0.base_layer.bias", "3.base_layer.weight", "3.modules_to_save.bias", "3.original_module.bias")
     },
@@ -300,10 +300,10 @@ NOT_SAVED = {
     ),
     "another rank": (lambda p, f, c: (p, vf.init_projections(4, 13, 13), c), r"config\.r is 3, but vera_A \(4, 13\)"),
     "narrow projections": (lambda p, f, c: (p, vf.init_projections(3, 13, 4), c), r"'0\.lambda_b' must be .* <= 4"),
-    "default targets": (lambda p, f, c: (p, f, vf.VeraConfig(r=3)), "target_modules must be spelled out"),
+    "default targets": (lambda p, f, c: (p, f, vf.VeraConfig(r=3)), "target_modules must be explicit names"),
     "all-linear": (
         lambda p, f, c: (p, f, vf.VeraConfig(r=3, target_modules="All-Linear")),
-        "target_modules must be spelled out",
+        "target_modules must be explicit names",
     ),
 }
 
@@ -398,7 +398,7 @@ def refused(folder, message, base=None):
 def test_damaged_weights(damage, tmp_path):
     file = write(tmp_path) / WEIGHTS
     file.write_bytes(damage(file.read_bytes()))
-    refused(tmp_path, r"adapter_model\.safetensors is not a whole safetensors file")
+    refused(tmp_path, r"adapter_model\.safetensors is not a complete safetensors file")
 
 
 def test_every_flipped_byte_is_noticed_or_harmless(tmp_path):
@@ -421,8 +421,8 @@ def test_every_flipped_byte_is_noticed_or_harmless(tmp_path):
         ("[" * 100_000, "is not JSON"),
         ("[]", "must hold a JSON object, got list"),
         ("null", "must hold a JSON object, got NoneType"),
-        ("{}", "is of peft_type None; only 'VERA'"),
-        ('{"peft_type": "LORA", "r": 8}', "is of peft_type 'LORA'; only 'VERA'"),
+        ("{}", "has peft_type None; only 'VERA'"),
+        ('{"peft_type": "LORA", "r": 8}', "has peft_type 'LORA'; only 'VERA'"),
     ],
     ids=["empty", "cut", "garbage", "deep", "a list", "null", "no type", "LoRA"],
 )
@@ -446,8 +446,8 @@ def test_damaged_configuration(text, message, tmp_path):
         ({"task_type": "GUESSING"}, "task_type must be"),
         ({"vera_dropout": 1.0}, "vera_dropout must be"),
         ({"modules_to_save": "2"}, "modules_to_save must be a sequence"),
-        ({"alpha_pattern": {"0": 2}}, r"alpha_pattern=\{'0': 2\}, which is unknown for VeRA"),
-        ({"use_dora": True}, "use_dora=True, which is unknown"),
+        ({"alpha_pattern": {"0": 2}}, r"unknown field alpha_pattern=\{'0': 2\}, which may change"),
+        ({"use_dora": True}, "unknown field use_dora=True"),
     ],
     ids=str,
 )
@@ -479,7 +479,7 @@ def test_what_is_unknown_is_ignored_on_demand(tmp_path):
     with pytest.warns(UserWarning, match="ignored") as warned:
         after = vf.load_adapter(tmp_path, model(), ignore_unknown=True)
     assert [str(w.message).partition(str(tmp_path))[2].partition(" ")[2] for w in warned] == [
-        "has fields that are unknown for VeRA, and ignored: alpha_pattern, use_dora.",
+        "has unknown fields, which are ignored: alpha_pattern, use_dora.",
         "has 1 unknown tensors, which are ignored, first '0.vera_magnitude'.",
     ]
     assert all(w.filename == __file__ for w in warned)
@@ -542,7 +542,10 @@ DAMAGED_TENSORS = {
         r"has '7\.lambda_b', unknown to this model and config",
     ),
     "a LoRA key": (replaced(LAYER + "lora_A.weight", torch.ones(3, 13)), r"has '2\.lora_A\.weight', unknown"),
-    "a foreign key": (replaced("lm_head.weight", torch.ones(2)), "key 'lm_head.weight', which is no part of a VeRA"),
+    "a foreign key": (
+        replaced("lm_head.weight", torch.ones(2)),
+        "key 'lm_head.weight', which does not belong to a VeRA",
+    ),
     "lambda_b too long": (replaced(LAYER + "vera_lambda_b", torch.ones(6)), r"'2\.lambda_b' of shape \(6,\).*\(5,\)"),
     "lambda_d of another rank": (
         replaced(LAYER + "vera_lambda_d", torch.ones(4)),

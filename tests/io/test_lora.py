@@ -91,7 +91,7 @@ def test_truncate_is_the_best_approximation(sizes):
         ({"model.layers.9.self_attn.q_proj.lambda_b": torch.ones(64)}, "no linear layer"),
         ({"model.layers.0.self_attn.q_proj.lambda_b": torch.ones(63)}, "needs lambda_b"),
         ({"model.layers.0.self_attn.q_proj.lambda_b": torch.full((64,), torch.nan)}, "q_proj.lambda_b.*NaN"),
-        ({"model.norm.weights": torch.ones(64)}, "no parameter of the model"),
+        ({"model.norm.weights": torch.ones(64)}, "not a parameter of the model"),
         ({"model.norm.weight": torch.ones(63)}, r"must be \(64,\)"),
     ],
 )

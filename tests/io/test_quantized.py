@@ -179,7 +179,7 @@ for what, content in RAW.items():
         (folder / "model").write_bytes(content)
         return vf.load_quantized(folder / "model", dense())
 
-    bad("load_quantized", what, raw, f"model ({UNREADABLE}|holds no quantized model)")
+    bad("load_quantized", what, raw, f"model ({UNREADABLE}|does not contain a quantized model)")
 
 
 def another(folder):
@@ -197,7 +197,12 @@ def beside_its_parameters():
     return model
 
 
-bad("load_quantized", "another file", another, "holds no quantized model: expected a file that vf.save_quantized wrote")
+bad(
+    "load_quantized",
+    "another file",
+    another,
+    "does not contain a quantized model: expected a file from vf.save_quantized",
+)
 bad("load_quantized", "no module for a model", into(dict), "model must be an nn.Module, got dict")
 bad("load_quantized", "a wider model", into(lambda: dense(16)), r"layer '0' is \(32, 64\), but .* has it as \(16, 64\)")
 bad("load_quantized", "a longer head", into(lambda: dense(classes=3)), r"'1.weight' is \(2, 32\), but \(3, 32\) in the")
@@ -205,7 +210,7 @@ bad("load_quantized", "no such layer", into(lambda: nn.Sequential(nn.ReLU())), "
 bad("load_quantized", "a missing bias", into(lambda: dense(bias=False)), "has '1.bias', which the Sequential does not")
 bad("load_quantized", "a table on meta", into(beside_its_parameters), "'table' of the Sequential is on the meta device")
 for what, change, message in (
-    ("another version", {"format": "vera_func quantized model 9"}, "holds no quantized model"),
+    ("another version", {"format": "vera_func quantized model 9"}, "does not contain a quantized model"),
     ("no layers", {"layers": "5"}, "'layers' must be a JSON object, got int"),
     ("no JSON", {"layers": "{"}, "is not JSON"),
     ("a list for a layer", {"layers": '{"0": []}'}, "layer '0' is damaged"),

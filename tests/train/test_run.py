@@ -86,7 +86,7 @@ def test_loading_the_wrong_run_raises(tmp_path):
         # The same leaves, but one adapter instead of seven and three.
         load_fit(path, {"lambda_b": torch.ones(7)} | {"lambda_d": torch.ones(3)}, num_adapters=7)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"run is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"run is not a complete safetensors file"):
         load_fit(path, start())
     with pytest.raises(ValueError, match="steps=1 counts all steps, and 2 are done"):
         fit(loss_of_one, start(), shared, steps=1, learning_rate=0.1, resume=run)

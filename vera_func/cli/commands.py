@@ -325,7 +325,7 @@ def convert(
     opened = {source: open_source(source) for source in sources}
     folders = {single.names[0]: source for source, single in opened.items()}
     if len(folders) < len(sources):
-        raise ValueError(f"adapters of a bank need different names, but the directories' names are {sorted(folders)}.")
+        raise ValueError(f"adapters of a bank need distinct names, but the directories' names are {sorted(folders)}.")
     first = next(iter(opened.values()))
     bank = import_adapters(out, folders, base_of(first, model, quant, dtype).model)
     if all(source.note == first.note for source in opened.values()):

@@ -1,1 +1,1 @@
-"""Files: PEFT's adapter directories, adapter banks, LoRA directories."""
+"""Read and write files: PEFT adapter directories, adapter banks, LoRA directories, quantized models."""

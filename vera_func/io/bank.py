@@ -1,7 +1,7 @@
-"""Thousands of adapters of the same projections in one safetensors file, read row by row.
+"""Adapter banks: thousands of adapters that share projections in one safetensors file with random access.
 
-The file holds the leaves of stacked params under their own names, (n, ...), the projections, and in its metadata
-the names of the adapters and their common configuration; `safetensors.torch.load_file` reads it, too.
+The file contains the stacked params (n, ...) under their keys and the projections. Its metadata contains the adapter
+names and the shared configuration. `safetensors.torch.load_file` also reads it.
 """
 
 import dataclasses
@@ -33,12 +33,13 @@ _FORMAT = "vera_func.bank"
 
 @dataclasses.dataclass(frozen=True)
 class Bank:
-    """An adapter bank that is open: names and configuration are in memory, the tensors are in the file.
+    """An open adapter bank; names and configuration are in memory, the tensors stay in the file.
 
     Attributes:
         path: The file.
-        names: Of the adapters, in the order of their rows.
-        config: Common to all of them.
+        names: Names of the adapters, in row order.
+        config: Configuration shared by all adapters.
+        rows: Row of each adapter by name.
     """
 
     path: Path
@@ -50,15 +51,15 @@ class Bank:
         return len(self.names)
 
     def read(self, names: Sequence[str | int] | None = None) -> dict[str, Tensor]:
-        """Stacked params of these adapters, by name or row, in this order; None is all.
+        """Stacked params of the given adapters, by name or row, in the given order; None means all.
 
-        Reads the rows asked for and nothing else. Neighbouring rows are mapped from the file, not copied: nothing
-        here ever overwrites a file, and no other program should while they are in use.
+        Only these rows are read. A contiguous range of rows is memory-mapped instead of copied, so the file must not be
+        overwritten in place while the params are in use. This library replaces files and never overwrites them.
 
         Raises:
-            ValueError: If a name is unknown, a row out of range, or the file is damaged.
+            ValueError: If a name is unknown, a row is out of range, or the file is damaged.
         """
-        _require_no_text(names)
+        _require_sequence(names)
         runs = [(0, len(self))] if names is None else list(_runs([self.row(name) for name in names])) or [(0, 0)]
         with _open(self.path) as file:
             keys = [key for key in file.keys() if key not in _PROJECTIONS]  # noqa: SIM118  (no mapping)
@@ -66,15 +67,15 @@ class Bank:
                 start, stop = runs[0]
                 return {key: file.get_slice(key)[start:stop] for key in keys}
             slices = {key: file.get_slice(key) for key in keys}
-            return {key: torch.cat([part[start:stop] for start, stop in runs]) for key, part in slices.items()}
+            return {key: torch.cat([leaf[start:stop] for start, stop in runs]) for key, leaf in slices.items()}
 
     def frozen(self) -> dict[str, Tensor]:
-        """The projections, which all adapters share."""
+        """The projections, shared by all adapters."""
         with _open(self.path) as file:
             return {name: file.get_tensor(name) for name in _PROJECTIONS}
 
     def adapted(self, model: nn.Module, names: Sequence[str | int] | None = None) -> Adapted:
-        """These adapters over a model: `(apply, stacked params, frozen, config)`.
+        """Load the given adapters for a model, as `(apply, stacked params, frozen, config)`.
 
         Raises:
             ValueError: If the bank does not fit the model.
@@ -85,7 +86,7 @@ class Bank:
         modules = dict(model.named_modules())
         missing = [name for name in targets if name not in modules]
         if missing:
-            raise ValueError(f"{self.path} adapts {missing[0]!r}, which is no module of this model.")
+            raise ValueError(f"{self.path} adapts {missing[0]!r}, which is not a module of this model.")
         targets.sort(key=list(modules).index)
         trained = own_parameters(params)
         apply = make_apply(model, self.config.r, targets, trained, vera_dropout=self.config.vera_dropout)
@@ -98,10 +99,10 @@ class Bank:
         return Adapted(apply, params, {name: value.to(device) for name, value in frozen.items()}, self.config)
 
     def row(self, name: str | int) -> int:
-        """The row of an adapter, by name or row.
+        """The row of an adapter, given by name or row.
 
         Raises:
-            ValueError: If a name is unknown, or a row out of range.
+            ValueError: If the name is unknown or the row is out of range.
         """
         if isinstance(name, int) and 0 <= name < len(self):
             return name
@@ -118,21 +119,21 @@ def save_bank(
     config: VeraConfig,
     names: Sequence[str],
 ) -> Path:
-    """Write stacked adapters as a bank; an old file is replaced as a whole.
+    """Write stacked adapters as an adapter bank, atomically.
 
     Args:
-        path: The file, by custom with the ending `.safetensors`.
-        stacked: Leaves (n, ...).
-        frozen: The projections, stored in any case.
+        path: The file; the usual suffix is `.safetensors`.
+        stacked: Stacked params, leaves (n, ...).
+        frozen: The projections; always stored.
         config: As `adapt` returned it.
-        names: `n` different names.
+        names: `n` distinct names.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If the names, leaves, projections and configuration do not fit together, or a value is NaN or inf;
-            nothing is written then.
+        ValueError: If names, params, projections and configuration do not fit together, or a value is NaN or inf.
+            Nothing is written then.
 
     Example:
         >>> import tempfile
@@ -145,10 +146,10 @@ def save_bank(
         torch.Size([2, 4])
     """
     path, n = Path(path), num_adapters(stacked)
-    _require_no_text(names)
+    _require_sequence(names)
     if len(names) != n or len(set(names)) != n or not all(isinstance(name, str) and name for name in names):
         raise ValueError(
-            f"{n} adapters need {n} different names, got {len(names)}, {len(set(names))} of them different."
+            f"{n} adapters need {n} distinct names, got {len(names)}, of which {len(set(names))} are distinct."
         )
     if frozen.keys() != set(_PROJECTIONS):
         raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
@@ -156,9 +157,9 @@ def save_bank(
         if split_key(key)[1] == "lambda_d" and leaf.shape[1:] != (config.r,):
             raise ValueError(f"{key!r} must be ({n}, {config.r}), got {tuple(leaf.shape)}.")
         if split_key(key)[1] in MARKS or key in _PROJECTIONS:
-            raise ValueError(f"{key!r} is not a leaf of plain adapters.")
+            raise ValueError(f"{key!r} can't be stored in a bank, which holds plain adapters only.")
     if not n:
-        raise ValueError("there is nothing to save: the stack has no adapters.")
+        raise ValueError("the stack has no adapters; a bank needs at least one.")
     check_adapter({key: leaf[0] for key, leaf in stacked.items()}, frozen, config)
     for key, leaf in stacked.items():
         if not leaf.isfinite().all():
@@ -176,14 +177,14 @@ def save_bank(
 
 
 def open_bank(path: str | os.PathLike[str]) -> Bank:
-    """Open a bank without reading its tensors.
+    """Open an adapter bank without reading its tensors.
 
     Args:
         path: The file.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a bank, is damaged, or its index and its data disagree.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not a bank, is damaged, or its metadata and tensors are inconsistent.
 
     Example:
         >>> import tempfile
@@ -198,7 +199,7 @@ def open_bank(path: str | os.PathLike[str]) -> Bank:
     with _open(path) as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{path} is a safetensors file, but not a bank of adapters (save_bank writes one).")
+            raise ValueError(f"{path} is a safetensors file, but not an adapter bank, as save_bank writes it.")
         names = parse_json(path, metadata.get("names", "null"))
         config = config_from_json(parse_json(path, metadata.get("config", "null")), str(path))
         if (
@@ -206,16 +207,16 @@ def open_bank(path: str | os.PathLike[str]) -> Bank:
             or not all(isinstance(n, str) and n for n in names)
             or len(set(names)) != len(names)
         ):
-            raise ValueError(f"{path}: the index must be a list of different names.")
+            raise ValueError(f"{path}: the metadata 'names' must be a list of distinct names.")
         keys = list(file.keys())
         if not set(_PROJECTIONS) <= set(keys) or not adapted_modules(keys):
             raise ValueError(f"{path} lacks projections or vectors; it holds {keys[:3]}.")
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
         for key, shape in shapes.items():
             if key not in _PROJECTIONS and shape[:1] != (len(names),):
-                raise ValueError(f"{path}: {key!r} is {shape}, but the index names {len(names)} adapters.")
+                raise ValueError(f"{path}: {key!r} is {shape}, but the metadata names {len(names)} adapters.")
             if (dtype := file.get_slice(key).get_dtype()) not in ("F16", "BF16", "F32", "F64"):
-                raise ValueError(f"{path}: {key!r} is {dtype}, and must be of floating-point numbers.")
+                raise ValueError(f"{path}: {key!r} is {dtype}, but must have a floating-point dtype.")
         _check_ranks(path, shapes, config.r)
     return Bank(path, tuple(names), config, {name: i for i, name in enumerate(names)})
 
@@ -223,18 +224,17 @@ def open_bank(path: str | os.PathLike[str]) -> Bank:
 def append_to_bank(
     path: str | os.PathLike[str], stacked: Mapping[str, Tensor], names: Sequence[str], *, replace: bool = False
 ) -> Bank:
-    """Add adapters to a bank, or put them in the place of those of the same name; all at once or not at all.
-
-    Costs a rewrite of the file.
+    """Add adapters to a bank, or replace those of the same name, atomically. The whole file is rewritten.
 
     Args:
         path: The bank.
-        stacked: Leaves (n, ...) with the keys and shapes of the bank's.
-        names: Of the adapters.
-        replace: Whether a name may be in the bank already.
+        stacked: Stacked params, leaves (n, ...), with the keys and shapes of the bank.
+        names: Names of the adapters.
+        replace: Whether to replace adapters that the bank already has.
 
     Raises:
-        ValueError: If a name is there and `replace` is False, or the leaves do not fit; the bank is as it was.
+        ValueError: If the bank already has a name and `replace` is False, or the params do not fit. The bank is then
+            unchanged.
 
     Example:
         >>> import tempfile
@@ -249,20 +249,20 @@ def append_to_bank(
     bank = open_bank(path)
     known = [name for name in names if name in bank.rows]
     if known and not replace:
-        raise ValueError(f"{path} has an adapter {known[0]!r} already; pass replace=True to put this in its place.")
+        raise ValueError(f"{path} already has an adapter {known[0]!r}; pass replace=True to replace it.")
     if len(names) != num_adapters(stacked) or len(set(names)) != len(names):
-        raise ValueError(f"{num_adapters(stacked)} adapters need as many different names, got {len(names)}.")
+        raise ValueError(f"{num_adapters(stacked)} adapters need as many distinct names, got {len(names)}.")
     old = bank.read()
     odd = sorted(old.keys() ^ stacked.keys())
     if odd:
-        raise ValueError(f"the adapters and those of {path} differ in {len(odd)} keys, first {odd[0]!r}.")
+        raise ValueError(f"the params and those of {path} differ in {len(odd)} keys, first {odd[0]!r}.")
     everything = [*bank.names, *(name for name in names if name not in bank.rows)]
     row = {name: i for i, name in enumerate(everything)}
     rows = torch.tensor([row[name] for name in names])
     tensors = {}
     for key, leaf in old.items():
         if stacked[key].shape[1:] != leaf.shape[1:]:
-            raise ValueError(f"{key!r} is {tuple(stacked[key].shape)}, and {tuple(leaf.shape)} in {path}.")
+            raise ValueError(f"{key!r} is {tuple(stacked[key].shape)}, but {tuple(leaf.shape)} in {path}.")
         grown = leaf.new_empty(len(everything), *leaf.shape[1:])
         grown[: len(leaf)] = leaf
         grown[rows] = stacked[key].detach().to(grown)
@@ -274,15 +274,16 @@ def append_to_bank(
 def import_adapters(
     path: str | os.PathLike[str], folders: Mapping[str, str | os.PathLike[str]], model: nn.Module
 ) -> Bank:
-    """Write PEFT directories of the same projections and targets, by name, as a bank.
+    """Write an adapter bank from PEFT directories with the same projections and target modules.
 
     Args:
         path: The bank to write.
-        folders: Name -> directory.
-        model: The base model, against which the directories are checked.
+        folders: Directories by adapter name.
+        model: The base model that the adapters must fit.
 
     Raises:
-        ValueError: If an adapter has other projections, targets or shapes than the first (pool_adapters takes those).
+        ValueError: If the projections, targets or shapes of the adapters differ; `pool_adapters` supports such
+            adapters.
 
     Example:
         >>> import tempfile
@@ -296,7 +297,7 @@ def import_adapters(
     """
     loaded = {name: load_adapter(folder, model) for name, folder in folders.items()}
     if not loaded:
-        raise ValueError("there is nothing to import: name at least one directory.")
+        raise ValueError("folders is empty; give at least one PEFT directory.")
     first_name, first = next(iter(loaded.items()))
     for name, adapted in loaded.items():
         if any(not torch.equal(adapted.frozen[k], first.frozen[k]) for k in _PROJECTIONS):
@@ -307,15 +308,15 @@ def import_adapters(
 
 
 def export_adapters(bank: Bank, folder: str | os.PathLike[str], names: Sequence[str | int] | None = None) -> list[Path]:
-    """Write adapters of a bank as PEFT directories, each in a sub-folder of its name.
+    """Write adapters of a bank as PEFT directories, one sub-folder per adapter.
 
     Args:
         bank: From `open_bank`.
-        folder: The directory above the sub-folders, made if needed.
-        names: Names or rows; None is all.
+        folder: Parent directory of the sub-folders; created if it does not exist.
+        names: Names or rows; None means all.
 
     Raises:
-        ValueError: If a name is unknown, or no name for a folder.
+        ValueError: If a name is unknown, or can't be the name of a folder.
 
     Example:
         >>> import tempfile
@@ -330,47 +331,48 @@ def export_adapters(bank: Bank, folder: str | os.PathLike[str], names: Sequence[
     for name in bank.names if names is None else names:
         row = bank.row(name)
         params = {key: leaf[0] for key, leaf in bank.read([row]).items()}
-        title = bank.names[row]
-        written.append(save_adapter(folder, params, frozen, bank.config, adapter_name=title))
+        written.append(save_adapter(folder, params, frozen, bank.config, adapter_name=bank.names[row]))
     return written
 
 
-def _require_no_text(names: Any) -> None:
+def _require_sequence(names: Any) -> None:
     if isinstance(names, str):
-        raise ValueError(f"names must be a sequence of names, got the text {names!r}: pass [{names!r}].")
+        raise ValueError(f"names must be a sequence of names, got the string {names!r}: pass [{names!r}].")
 
 
 def _check_ranks(path: Path, shapes: Mapping[str, tuple[int, ...]], r: int) -> None:
-    """The shapes of a bank's tensors against each other and its configuration."""
+    """Check the shapes of a bank's tensors against each other and the configuration."""
     A, B = (shapes[name] for name in _PROJECTIONS)
     if len(A) != 2 or len(B) != 2 or A[0] != r or B[1] != r:
-        raise ValueError(f"{path}: vera_A {A} and vera_B {B} must be ({r}, in) and (out, {r}), by the configuration.")
+        raise ValueError(f"{path}: vera_A {A} and vera_B {B} must be ({r}, in) and (out, {r}) for config.r={r}.")
     other = {"lambda_b": "lambda_d", "lambda_d": "lambda_b"}
     for key, shape in shapes.items():
         leaf = split_key(key)[1]
         if leaf == "lambda_d" and shape[1:] != (r,):
-            raise ValueError(f"{path}: {key!r} is {shape}, and must be ({shape[0]}, {r}), by the configuration.")
+            raise ValueError(f"{path}: {key!r} is {shape}, but must be ({shape[0]}, {r}) for config.r={r}.")
         if leaf == "lambda_b" and (len(shape) != 2 or shape[1] > B[0]):
             raise ValueError(
-                f"{path}: {key!r} is {shape}, and must be ({shape[0]}, out) with out <= {B[0]}, as vera_B has."
+                f"{path}: {key!r} is {shape}, but must be ({shape[0]}, out) with out <= {B[0]}, the rows of vera_B."
             )
         if leaf in other and key.removesuffix(leaf) + other[leaf] not in shapes:
-            raise ValueError(f"{path} has {key!r}, but not the other vector of that layer.")
+            raise ValueError(f"{path} has {key!r}, but lacks the other vector of that layer.")
 
 
 def _open(path: Path) -> Any:
     if path.is_dir():
-        raise FileNotFoundError(f"there is no bank {path}: it is a folder, and a bank is a file (import_adapters).")
+        raise FileNotFoundError(
+            f"there is no bank {path}: it is a folder, but a bank is a file; import_adapters converts PEFT directories."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"there is no bank {path}.")
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}.") from error
+        raise ValueError(f"{path} is not a complete safetensors file: {error}.") from error
 
 
 def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Rows in order as half-open ranges, so that neighbours are read at once."""
+    """Group row indices into half-open ranges of consecutive rows, in order."""
     start = stop = None
     for row in rows:
         if row != stop:

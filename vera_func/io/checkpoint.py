@@ -1,8 +1,8 @@
-"""Adapters in PEFT's directory format: `adapter_config.json` and `adapter_model.safetensors`.
+"""Read and write adapters in PEFT's directory format: `adapter_config.json` and `adapter_model.safetensors`.
 
-What PEFT wrote loads here, and what is written here loads in PEFT, to the same numbers. Only safetensors is
-read. Each file is replaced as a whole, and the weights carry the configuration they were written with, so
-that after a crash between the two files the adapter is still the old one or the new one.
+Adapters written by PEFT load here, and adapters written here load in PEFT, with identical values. Pickle files are not
+supported. Each file is written atomically. The weights file also contains the configuration, so after a crash between
+the two writes the adapter is either the old or the new one.
 """
 
 import json
@@ -42,18 +42,18 @@ def save_adapter(
     """Write an adapter as a PEFT directory; `PeftModel.from_pretrained(model, path)` loads it.
 
     Args:
-        path: The directory, made if needed. An adapter with another name than "default" goes into a sub-folder.
-        params: Of a single adapter, as `adapt` returned them.
+        path: The directory; created if it does not exist.
+        params: Params of a single adapter, as from `adapt`.
         frozen: The projections; written if `config.save_projection` is True.
-        config: As `adapt` returned it, with the targets spelled out.
-        adapter_name: Name of the adapter.
+        config: As `adapt` returned it, with explicit target modules.
+        adapter_name: Name of the adapter. A name other than "default" selects the sub-folder of that name.
 
     Returns:
         The directory that was written.
 
     Raises:
-        ValueError: If params are stacked, do not fit the projections, hold NaN or inf, or the targets are not
-            spelled out; nothing is written then.
+        ValueError: If params are stacked, do not fit the projections, or hold NaN or inf, or the target modules are not
+            explicit. Nothing is written then.
 
     Example:
         >>> import tempfile
@@ -91,26 +91,28 @@ def load_adapter(
     int8_activations: bool = False,
     ignore_unknown: bool = False,
 ) -> Adapted:
-    """Read a PEFT directory into a pure function of `model`, and the adapter's params and projections.
+    """Load an adapter from a PEFT directory, with `model` as a pure function.
 
-    Without stored projections they are drawn again; over a 16-bit base that draw is rounded as PEFT rounds it.
+    If the file does not contain the projections, they are drawn from the seed in the configuration. Over a 16-bit base
+    the drawn values are rounded to 16 bits, as in PEFT.
 
     Args:
-        path: The directory, or the one above it for an adapter with a name of its own.
-        model: The base model; it stays as it was.
-        adapter_name: Name of the adapter; other than "default", a sub-folder of `path`.
-        dtype: Of vectors and projections, and so of the adapter's arithmetic. PEFT's default is float32
-            whatever the file holds; None keeps the file's.
+        path: The directory.
+        model: The base model; it is not modified.
+        adapter_name: Name of the adapter. A name other than "default" selects the sub-folder of that name.
+        dtype: Dtype of vectors and projections, and therefore of the adapter's arithmetic. The default is float32 for
+            every file, as in PEFT; None keeps the dtype of the file.
         int8_activations: See `adapt`.
-        ignore_unknown: Whether to read a file with configuration fields or tensors that are unknown here, of a newer
-            version of PEFT for instance, without these and with a warning, as PEFT does.
+        ignore_unknown: Whether to ignore unknown configuration fields and tensors, for example of a newer version of
+            PEFT, with a warning, as PEFT does.
 
     Returns:
         `(apply, params, frozen, config)`, as from `adapt`.
 
     Raises:
-        FileNotFoundError: If there is no adapter; the message says what is there instead.
-        ValueError: If a file is damaged, of another PEFT method or does not fit the model; it names file and key.
+        FileNotFoundError: If the directory contains no adapter; the message lists what it contains.
+        ValueError: If a file is damaged, belongs to another PEFT method, or does not fit the model. The message names
+            the file and the key.
 
     Example:
         >>> import tempfile
@@ -146,10 +148,10 @@ def load_adapter(
         if name.startswith("base_model.vera_"):
             projections[name.removeprefix("base_model.")] = tensor
         elif key is None and not ignore_unknown:
-            raise ValueError(f"{file} has the key {name!r}, which is no part of a VeRA adapter.")
+            raise ValueError(f"{file} has the key {name!r}, which does not belong to a VeRA adapter.")
         elif not _is_copy(name):
             params[key or name] = tensor
-    # PEFT writes embeddings to which tokens were added, under each of their names where a head is tied to them.
+    # PEFT writes resized embeddings; if a head is tied to them, it writes them under both names.
     for alias, key in apply.tied.items():
         if alias in params:
             params.setdefault(key, params[alias])
@@ -174,7 +176,7 @@ def load_adapter(
             )
         _check_projections(file, projections, [linear_sizes(model.get_submodule(name)) for name in targets], config.r)
         device = layer_device(model.get_submodule(targets[0]))
-        # safetensors gives them in no particular order.
+        # In a fixed order, since that of the file is arbitrary.
         frozen = {name: projections[name].to(device) for name in ("vera_A", "vera_B")}
     else:
         if projections:
@@ -190,13 +192,13 @@ def load_adapter(
         frozen = {name: tensor.to(dtype) for name, tensor in frozen.items()}
     for key, value in (*vectors.items(), *frozen.items()):
         if not value.isfinite().all():
-            raise ValueError(f"{file}: {key!r} overflows {value.dtype}, into which it is read.")
+            raise ValueError(f"{file}: {key!r} overflows {value.dtype}; pass a wider dtype.")
     order = {key: i for i, key in enumerate(apply.slots)}
     return Adapted(apply, dict(sorted(vectors.items(), key=lambda item: order[item[0]])), frozen, config)
 
 
 def adapter_folder(path: str | os.PathLike[str], adapter_name: str) -> Path:
-    """Where PEFT keeps an adapter of this name below `path`."""
+    """The folder in which PEFT stores an adapter of this name: `path` or a sub-folder."""
     reserved = (".", "..", CONFIG, WEIGHTS)
     if (
         not isinstance(adapter_name, str)
@@ -209,16 +211,16 @@ def adapter_folder(path: str | os.PathLike[str], adapter_name: str) -> Path:
 
 
 def read_files(folder: Path, *, ignore_unknown: bool = False) -> tuple[VeraConfig, dict[str, Tensor]]:
-    """Configuration and tensors of an adapter directory, checked as files, with the file's own names.
+    """Read and check the configuration and tensors of an adapter directory; tensors keep PEFT's names.
 
     Raises:
-        FileNotFoundError: If there is no adapter; the message says what is there instead.
-        ValueError: If a file is damaged or of another PEFT method.
+        FileNotFoundError: If the directory contains no adapter; the message lists what it contains.
+        ValueError: If a file is damaged or belongs to another PEFT method.
     """
     config_file, weights_file = folder / CONFIG, folder / WEIGHTS
     for file in (config_file, weights_file):
         if not file.is_file():
-            raise FileNotFoundError(_what_is_there(folder, file))
+            raise FileNotFoundError(_missing_file(folder, file))
     metadata, tensors = read_safetensors(weights_file)
     fields = parse_json(config_file, config_file.read_text(errors="replace"))
     config = config_from_json(fields, str(config_file), ignore_unknown=ignore_unknown)
@@ -226,29 +228,29 @@ def read_files(folder: Path, *, ignore_unknown: bool = False) -> tuple[VeraConfi
     if written is not None:
         own = config_from_json(parse_json(weights_file, written), str(weights_file))
         if _tensor_fields(own) != _tensor_fields(config):
-            # The two files were not replaced together: a save was interrupted in between.
+            # A save was interrupted between the two files.
             config = own
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{weights_file}: {name!r} is {tensor.dtype}, and must be one of {DTYPES}.")
         if not tensor.isfinite().all():
-            raise ValueError(f"{weights_file}: {name!r} holds NaN or inf; the adapter is broken.")
+            raise ValueError(f"{weights_file}: {name!r} holds NaN or inf; the adapter is invalid.")
     return config, tensors
 
 
 def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], config: VeraConfig) -> None:
-    """Refuse what is no adapter of these projections and this configuration, or is broken.
+    """Check that params, projections and configuration form one valid adapter.
 
     Raises:
-        ValueError: If the targets are not spelled out, or a vector or projection is missing, stacked, no tensor of
-            floating-point numbers, of another rank, or holds NaN or inf.
+        ValueError: If the target modules are not explicit, or a vector or projection is missing, stacked, not a
+            floating-point tensor, of another rank, or holds NaN or inf.
     """
     if not isinstance(config, VeraConfig):
         raise ValueError(f"config must be vera_func's VeraConfig, got {type(config).__name__}.")
     if config.target_modules is None or str(config.target_modules).lower() == "all-linear":
-        raise ValueError("config.target_modules must be spelled out; save the config that adapt returned.")
+        raise ValueError("config.target_modules must be explicit names; save the config that adapt returned.")
     if not adapted_modules(params):
-        raise ValueError(f"params has no 'lambda_b' of any layer, only {sorted(params)[:3]}.")
+        raise ValueError(f"params must have the 'lambda_b' of at least one layer, got the keys {sorted(params)[:3]}.")
     if frozen.keys() != {"vera_A", "vera_B"}:
         raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
     for name, tensor in (*params.items(), *frozen.items()):
@@ -264,12 +266,12 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
         name = _to_peft(key, layers)
         if _from_peft(name) != key or _is_copy(name):
             raise ValueError(
-                f"{key!r} is the name of a parameter inside of a layer's wrapper, which PEFT would read as something "
-                "else or not at all. A parameter of the model has its name in the plain model, as in the params of "
-                "adapt and among the parameters of to_module."
+                f"{key!r} contains the name of a PEFT wrapper, so PEFT would read it as another parameter or ignore "
+                "it. Use the parameter's name in the unwrapped model, as in the params of adapt and the parameters of "
+                "to_module."
             )
         if leaf in MARKS:
-            raise ValueError(f"{key!r} marks a sum of adapters, which PEFT's format can't hold; save them one by one.")
+            raise ValueError(f"{key!r} marks a sum of adapters, which PEFT's format can't store; save each adapter.")
         if leaf == "lambda_d" and value.shape != (config.r,):
             raise ValueError(f"{key!r} must be ({config.r},), got {tuple(value.shape)}; see unstack_adapters.")
         if leaf == "lambda_b" and (value.dim() != 1 or value.shape[0] > frozen["vera_B"].shape[0]):
@@ -308,7 +310,7 @@ def _from_peft(name: str) -> str | None:
 
 
 def _is_copy(name: str) -> bool:
-    """Whether a file's tensor is one that PEFT does not read either: with bias="all" it writes a head's bias thrice."""
+    """Whether PEFT ignores this tensor of a file; with bias="all" it writes the bias of a head three times."""
     return ".modules_to_save." in name or ".original_module." in name
 
 
@@ -344,16 +346,16 @@ def _tensor_fields(config: VeraConfig) -> tuple[Any, ...]:
     )
 
 
-def _what_is_there(folder: Path, file: Path) -> str:
+def _missing_file(folder: Path, file: Path) -> str:
     if folder.is_file():
-        return f"there is no adapter directory {folder}: it is a file (a bank is opened by open_bank)."
+        return f"there is no adapter directory {folder}: it is a file (open an adapter bank with open_bank)."
     if not folder.is_dir():
         return f"there is no adapter directory {folder}."
     if (folder / "adapter_model.bin").is_file():
         return (
-            f"{folder} has adapter_model.bin, a pickle, which is not read. Convert it once where you trust it: load it "
-            "in PEFT and call save_pretrained(folder), which writes adapter_model.safetensors."
+            f"{folder} has adapter_model.bin, a pickle, which is not supported. Convert it if you trust its source: "
+            "load it in PEFT and call save_pretrained(folder), which writes adapter_model.safetensors."
         )
     inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
-    hint = f" It holds the adapters {inside}: pass adapter_name." if inside else ""
+    hint = f" It contains the adapters {inside}: pass adapter_name." if inside else ""
     return f"{folder} has no {file.name}.{hint}"

@@ -1,4 +1,4 @@
-"""Files that are whole: replaced at once or not at all, and refused when damaged."""
+"""Atomic file writes, and checked reads of safetensors and JSON files."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from torch import Tensor
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A temporary path to write to, which takes the place of `file` at the end: after a crash, `file` is the old
-    one or the new one, whole.
+    """Write a file atomically: yields a temporary path, which is renamed to `file` at the end of the block.
 
-    A process that is killed outright leaves temporary files beside it, whose names begin with a dot.
+    After a crash `file` has either its old or its new content. A killed process may leave a temporary file in the same
+    folder; its name begins with a dot.
 
     Raises:
-        OSError: If the folder is missing or can't be written, or the disk is full; the old file is still there.
+        OSError: If the folder does not exist or is not writable, or the disk is full. The old file is kept.
 
     Example:
         >>> import tempfile
@@ -39,7 +39,7 @@ def replacing(file: Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         os.replace(temporary, file)
     except BaseException as error:
-        with suppress(OSError):  # what went wrong first is what matters
+        with suppress(OSError):  # report the first error, not one of the cleanup
             temporary.unlink(missing_ok=True)
         if isinstance(error, SafetensorError):  # how safetensors reports a full disk
             raise OSError(f"{file} could not be written: {error}.") from error
@@ -48,13 +48,13 @@ def replacing(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write to, which becomes `folder` at the end, or whose files do where there is one already.
+    """Write a folder: yields a temporary folder, which is renamed to `folder` at the end of the block.
 
-    A new folder is there whole or not at all. In an old one files of the same name are replaced one by one, each whole;
-    others stay.
+    A new folder is created atomically. If `folder` exists, the files are moved into it one by one, each atomically;
+    its other files are kept.
 
     Raises:
-        OSError: If it can't be written, or the disk is full.
+        OSError: If the folder is not writable, or the disk is full.
 
     Example:
         >>> import tempfile
@@ -82,45 +82,45 @@ def filling(folder: Path) -> Iterator[Path]:
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file.
+    """Read the metadata and tensors of a safetensors file.
 
     Raises:
-        OSError: If it can't be read.
-        ValueError: If it is not a whole safetensors file.
+        OSError: If the file can't be read.
+        ValueError: If it is not a complete safetensors file.
     """
     data = file.read_bytes()
     try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}.") from error
+        raise ValueError(f"{file} is not a complete safetensors file: {error}.") from error
     return header.get("__metadata__") or {}, tensors
 
 
 def map_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file; the tensors are views of the file, read when they are used.
+    """Memory-map a safetensors file: its metadata, and tensors whose data is read on first use.
 
     Writing to a tensor changes neither the file nor other tensors.
 
     Raises:
-        OSError: If it can't be read.
-        ValueError: If it is not a whole safetensors file.
+        OSError: If the file can't be read.
+        ValueError: If it is not a complete safetensors file.
     """
-    with file.open("rb"):  # the error of a file that can't be read
+    with file.open("rb"):  # raises the usual OSError, which safetensors does not
         pass
     try:
         with safe_open(file, framework="pt") as opened:
             names = opened.keys()
             return opened.metadata() or {}, {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}.") from error
+        raise ValueError(f"{file} is not a complete safetensors file: {error}.") from error
 
 
 def parse_json(file: Path, text: str) -> Any:
-    """The content of a JSON file.
+    """Parse the text of a JSON file; `file` is named in errors.
 
     Raises:
-        ValueError: If it is not JSON.
+        ValueError: If the text is not JSON.
     """
     try:
         return json.loads(text)

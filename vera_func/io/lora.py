@@ -1,4 +1,4 @@
-"""A VeRA adapter as a LoRA directory, for tools that know LoRA only.
+"""Export a VeRA adapter as a PEFT LoRA directory, for tools without VeRA support.
 
 A' = lambda_d ∘ A,  B' = lambda_b ∘ B      (ΔW = B' A', exactly)
 """
@@ -23,11 +23,11 @@ from .files import replacing
 
 
 class LoraExport(NamedTuple):
-    """What `export_lora` wrote.
+    """Result of `export_lora`.
 
     Attributes:
-        path: The directory.
-        error: For each module, ‖ΔW - B'A'‖ / ‖ΔW‖ of the truncation; 0 where it is exact or ΔW is 0.
+        path: The directory that was written.
+        error: Relative truncation error ‖ΔW - B'A'‖ / ‖ΔW‖ by module name; 0 if the export is exact or ΔW is 0.
     """
 
     path: Path
@@ -43,24 +43,24 @@ def export_lora(
     *,
     rank: int | None = None,
 ) -> LoraExport:
-    """Write the adapter as a PEFT LoRA directory, which PEFT, vLLM and LoRAX read: exact, unless `rank` is less than r.
+    """Write the adapter as a PEFT LoRA directory, for PEFT, vLLM or LoRAX. It is exact unless `rank` is less than r.
 
-    A smaller rank is the truncated singular value decomposition of ΔW, done in r dimensions: an adapter of
-    `out` and `in` in the thousands costs QR decompositions of (out, r) and (in, r), and ΔW is never formed.
+    A smaller rank gives the truncated singular value decomposition of ΔW. ΔW is never materialized: the cost is one QR
+    decomposition of (out, r) and one of (in, r) per layer.
 
     Args:
-        path: The directory, made if needed.
-        params: Of a single adapter.
+        path: The directory; created if it does not exist.
+        params: Params of a single adapter.
         frozen: The projections.
         config: As `adapt` returned it.
-        model: The base model, for the layers' sizes.
-        rank: Rank of the LoRA; None is `config.r`.
+        model: The base model; its layer sizes are used.
+        rank: Rank of the LoRA; None means `config.r`.
 
     Returns:
         The directory, and the relative error of each module.
 
     Raises:
-        ValueError: If the adapter does not fit the model, holds NaN or inf, or the rank is out of range.
+        ValueError: If the adapter does not fit the model or holds NaN or inf, or the rank is out of range.
 
     Example:
         >>> import tempfile
@@ -77,7 +77,7 @@ def export_lora(
     check_adapter(params, frozen, config)
     rank = config.r if rank is None else rank
     if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= config.r:
-        raise ValueError(f"rank must be in 1 ... {config.r}, the adapter's own, got {rank}.")
+        raise ValueError(f"rank must be in 1 ... {config.r}, the rank of the adapter, got {rank}.")
     model = unwrap(model)
     layers = adapted_layers(model, params)
     widest = max((linear_sizes(model.get_submodule(name)) or (0, 0))[0] for name in layers)
@@ -102,7 +102,7 @@ def export_lora(
     fields = {
         "peft_type": "LORA",
         "r": rank,
-        "lora_alpha": rank,  # so that PEFT's factor, lora_alpha / r, is 1
+        "lora_alpha": rank,  # PEFT scales by lora_alpha / r = 1
         "lora_dropout": 0.0,
         "target_modules": sorted(layers),
         "bias": "lora_only" if config.bias.endswith("_only") else config.bias,
@@ -124,13 +124,14 @@ def export_lora(
     with replacing(folder / CONFIG) as config_file, replacing(folder / WEIGHTS) as file:
         config_file.write_text(text)
         file.write_bytes(data)
-        # PEFT would read new weights with an old configuration; killed in between, there is none to read.
+        # The files are replaced one after the other. Without an old configuration, a crash in between can't leave new
+        # weights beside it.
         (folder / CONFIG).unlink(missing_ok=True)
     return LoraExport(folder, error)
 
 
 def truncate(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best factors of a smaller rank, and ‖BA - B'A'‖ / ‖BA‖.
+    """The best approximation B'A' of BA with a smaller rank, and its relative error ‖BA - B'A'‖ / ‖BA‖.
 
     Args:
         lora_A: (r, in).

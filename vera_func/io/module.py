@@ -1,4 +1,4 @@
-"""The adapted model as an ordinary module, which transformers' Trainer trains and saves as an adapter."""
+"""The adapted model as an `nn.Module` for transformers' Trainer, which saves it as an adapter."""
 
 import dataclasses
 import os
@@ -18,25 +18,31 @@ from .checkpoint import save_adapter
 from .files import replacing
 
 
-# What transformers sets on a model that it loaded quantized. Trainer refuses such a model unless PEFT wraps it.
-_QUANTIZED_MARKS = ("hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method")
+# Attributes of a model that transformers loaded quantized. Trainer rejects such a model unless PEFT wraps it.
+_QUANTIZED_ATTRIBUTES = (
+    "hf_quantizer",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "is_quantized",
+    "quantization_method",
+)
 
 
 def to_module(adapted: Adapted) -> nn.Module:
-    """The adapted model as an ordinary module of the model's own class, its vectors as trainable parameters.
+    """The adapted model as an `nn.Module` of the model's class, with the adapter's vectors as trainable parameters.
 
-    For what needs a module: `Trainer`, activation checkpointing (which `torch.func` refuses), a
-    `torch.optim` optimizer. It shares the base's memory; the vectors are copies, which
-    `{k: p for k, p in module.named_parameters() if p.requires_grad}` reads back under the keys of `params`.
+    Use it with APIs that require a module: `Trainer`, activation checkpointing (not supported by `torch.func`), or a
+    `torch.optim` optimizer. The module shares memory with the base model. The vectors are copies;
+    `{k: p for k, p in module.named_parameters() if p.requires_grad}` returns them under the keys of `params`.
 
-    A model of transformers gets two methods of its own: `save_pretrained` writes the adapter, as `save_adapter` does,
-    and so do Trainer's checkpoints; `num_parameters` also counts the quantized weights.
+    Two methods of a transformers model are replaced. `save_pretrained` writes the adapter, as `save_adapter` does, also
+    in Trainer's checkpoints. `num_parameters` includes the quantized weights.
 
     Args:
         adapted: From `adapt` or `load_adapter`, with the params of a single adapter.
 
     Raises:
-        ValueError: If the params do not fit, or are stacked.
+        ValueError: If the params do not fit the model, or are stacked.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -45,9 +51,9 @@ def to_module(adapted: Adapted) -> nn.Module:
         ['0.lambda_b', '0.lambda_d']
     """
     module: Any = adapted_module(adapted)
-    for name in _QUANTIZED_MARKS:
+    for name in _QUANTIZED_ATTRIBUTES:
         vars(module).pop(name, None)
-    # Instance attributes rather than a subclass: the module is of the model's own class, also once it is unpickled.
+    # Instance attributes rather than a subclass, so that the module keeps the model's class, also after unpickling.
     if hasattr(type(module), "save_pretrained"):
         module.save_pretrained = SavePretrained(module, adapted.config, tuple(adapted.params))
         module.register_load_state_dict_post_hook(_expect_only_the_adapter)
@@ -58,12 +64,12 @@ def to_module(adapted: Adapted) -> nn.Module:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class SavePretrained:
-    """`module.save_pretrained(folder)`: write the adapter in PEFT's format, for `load_adapter` or PEFT to read.
+    """`module.save_pretrained(folder)`: write the adapter in PEFT's format, which `load_adapter` and PEFT read.
 
     Attributes:
         module: From `to_module`.
-        config: The adapter's.
-        keys: Of its params.
+        config: Configuration of the adapter.
+        keys: Keys of the adapter's params.
     """
 
     module: nn.Module
@@ -81,11 +87,11 @@ class SavePretrained:
         """Write the adapter; the signature is that of `PreTrainedModel.save_pretrained`.
 
         Args:
-            save_directory: The folder.
-            is_main_process: False writes nothing.
-            state_dict: Values to write in place of the module's own, where it has them.
-            push_to_hub: Not supported; `module.push_to_hub(name)` is.
-            ignored: How transformers splits and names the files of a whole model.
+            save_directory: The folder to write.
+            is_main_process: If False, nothing is written.
+            state_dict: Values that replace the module's own.
+            push_to_hub: Not supported; call `module.push_to_hub(name)`.
+            ignored: Options for splitting and naming the files of a full model.
         """
         if push_to_hub:
             raise ValueError("save_pretrained does not upload: call module.push_to_hub(repository).")
@@ -96,15 +102,15 @@ class SavePretrained:
         pair = next(module for module in self.module.modules() if isinstance(module, Projections))
         folder = save_adapter(save_directory, params, {"vera_A": pair.vera_A, "vera_B": pair.vera_B}, self.config)
         if re.fullmatch(r"checkpoint-\d+", folder.name):
-            # Trainer reads an adapter again only where PEFT wraps the model. Beside it, under the name of a model's
-            # weights, it finds what `load_state_dict` takes.
+            # Trainer reloads an adapter only if PEFT wraps the model. Otherwise it passes a file with this name to
+            # `load_state_dict`.
             with replacing(folder / "model.safetensors") as file:
                 save_file({key: value.cpu().contiguous() for key, value in params.items()}, file, {"format": "pt"})
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class NumParameters:
-    """`module.num_parameters()`: the number of values, packed weights counted as transformers counts its own.
+    """`module.num_parameters()`: the number of parameters, where a packed 4-bit weight counts as its unpacked size.
 
     Attributes:
         module: From `to_module`.
@@ -113,14 +119,14 @@ class NumParameters:
     module: Any
 
     def __call__(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """The number of values; the signature is that of `PreTrainedModel.num_parameters`."""
+        """The number of parameters; the signature is that of `PreTrainedModel.num_parameters`."""
         dense = type(self.module).num_parameters(self.module, only_trainable, exclude_embeddings)
         packed = {id(m.quantized): m.quantized for m in self.module.modules() if isinstance(m, QuantizedLinear)}
         return dense + (0 if only_trainable else sum(q.shape[0] * q.shape[1] for q in packed.values()))
 
 
 def _expect_only_the_adapter(module: Any, incompatible: Any) -> None:
-    """An adapter's state is complete: the base's parameters are not part of it."""
+    """Accept a state dict with the adapter alone: parameters of the base are not missing keys."""
     frozen = module.state_dict().keys() - {*module.save_pretrained.keys}
     if {*incompatible.missing_keys} == frozen:
         incompatible.missing_keys.clear()

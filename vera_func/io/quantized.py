@@ -1,15 +1,15 @@
-"""Quantized models as single files, which load without being quantized again.
+"""Save a quantized model as one file, and load it without quantizing again.
 
-A file holds every parameter and every buffer of a model, so that it can be loaded into a module tree without data:
+The file contains every parameter and buffer of the model, so it can be loaded into a model on the meta device:
 
     save_quantized("model.safetensors", model)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     model = load_quantized("model.safetensors", skeleton)
 
-It is a safetensors file. A quantized layer is stored as the tensors of its value, `{name}.packed`, `{name}.absmax` and
-so on, everything else under its own name. The metadata hold the static fields of these values as JSON, and the names
-under which tied parameters are known too.
+The format is safetensors. A quantized layer is stored as the tensors of its value, `{name}.packed`, `{name}.absmax` and
+so on; other parameters and buffers are stored under their names. The metadata contains the static fields of the
+quantized values as JSON, and the additional names of tied parameters.
 """
 
 import json
@@ -39,21 +39,21 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_quantized(path: str | os.PathLike[str], model: nn.Module) -> Path:
-    """Write all tensors of a model with quantized layers as one safetensors file, atomically.
+    """Write all parameters and buffers of a quantized model as one safetensors file, atomically.
 
-    Buffers that are no part of the state dict are written, too. The configuration of a transformers model and its
-    tokenizer are not: save these with their own `save_pretrained`.
+    Non-persistent buffers are included. The configuration and the tokenizer of a transformers model are not included:
+    save them with their `save_pretrained`.
 
     Args:
-        path: The file; an old one is replaced.
-        model: With bitsandbytes layers, as from `quantize_model`.
+        path: The file; an existing file is replaced.
+        model: A model with bitsandbytes layers, as from `quantize_model`.
 
     Returns:
         The path.
 
     Raises:
         ValueError: If no layer is quantized, or weights are offloaded.
-        OSError: If the file cannot be written; an old one is still there.
+        OSError: If the file can't be written; an existing file is then kept.
 
     Example:
         >>> import tempfile
@@ -78,7 +78,7 @@ def save_quantized(path: str | os.PathLike[str], model: nn.Module) -> Path:
             tensors |= {join_key(name, field): leaf for field, leaf in zip(fields, leaves, strict=False)}
             layers[name] = {key: _to_json(value) for key, value in spec._asdict().items()}
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no quantized layer to save; quantize_model makes them.")
+        raise ValueError(f"{type(model).__name__} has no quantized layer to save; use quantize_model first.")
     aliases = {}
     for name, tensor in _named_tensors(model):
         if id(tensor) in packed:
@@ -95,21 +95,20 @@ def save_quantized(path: str | os.PathLike[str], model: nn.Module) -> Path:
 
 
 def load_quantized(path: str | os.PathLike[str], model: Model) -> Model:
-    """A copy of a model with the tensors of a file that `save_quantized` wrote, bit for bit.
+    """A copy of `model` with the parameters and buffers of a file from `save_quantized`, bitwise equal to those saved.
 
-    Nothing is quantized, and the dense weights are read when they are used: the file is mapped into memory. Layers are
-    quantized as they are in the file, whatever they are in `model`. A parameter stays on the device of the model's own,
-    and is on the CPU where that is the meta device. Parameters that are tied in
-    the file are tied.
+    Nothing is quantized. The file is memory-mapped, so dense weights are read on first use. The result has the
+    quantized layers of the file, whether or not those of `model` are quantized, and the tied parameters of the file.
+    Each parameter is on the device of the corresponding parameter of `model`, or on the CPU if that is the meta device.
 
     Args:
         path: The file.
-        model: A model of the same architecture, which stays as it is. It needs no data: make it inside of
-            `with torch.device("meta")`. Its training mode, and its parameters' `requires_grad`, are kept.
+        model: A model of the same architecture; it is not modified. It may be on the meta device: create it under
+            `with torch.device("meta")`. Its training mode and its parameters' `requires_grad` are kept.
 
     Raises:
-        ValueError: If the file is damaged or holds another model; the file and the name are given.
-        OSError: If the file cannot be read.
+        ValueError: If the file is damaged or belongs to another model. The message names the file and the key.
+        OSError: If the file can't be read.
 
     Example:
         >>> import tempfile
@@ -125,14 +124,14 @@ def load_quantized(path: str | os.PathLike[str], model: Model) -> Model:
     path, model = Path(path), unwrap(model)
     metadata, tensors = map_safetensors(path)
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} holds no quantized model: expected a file that vf.save_quantized wrote.")
+        raise ValueError(f"{path} does not contain a quantized model: expected a file from vf.save_quantized.")
     values = _read_values(path, metadata, tensors)
     modules = dict(model.named_modules())
     for name, q in values.items():
         sizes = linear_sizes(modules[name]) if name in modules else None
         if sizes != q.shape[::-1]:
-            there = "has no such linear layer" if sizes is None else f"has it as {sizes[::-1]}"
-            raise ValueError(f"{path}: the layer {name!r} is {q.shape}, but the {type(model).__name__} {there}.")
+            actual = "has no such linear layer" if sizes is None else f"has it as {sizes[::-1]}"
+            raise ValueError(f"{path}: the layer {name!r} is {q.shape}, but the {type(model).__name__} {actual}.")
     memo = _replacements(path, model, tensors, _aliases(path, metadata), set(values))
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
@@ -149,8 +148,9 @@ def load_quantized(path: str | os.PathLike[str], model: Model) -> Model:
         for key, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_meta:
                 raise ValueError(
-                    f"{join_key(name, key)!r} of the {type(model).__name__} is on the meta device, and is neither a "
-                    "parameter nor a buffer, so that no file holds it: make the model without torch.device('meta')."
+                    f"{join_key(name, key)!r} of the {type(model).__name__} is on the meta device, but is neither a "
+                    "parameter nor a buffer, so the file does not contain it: create the model without "
+                    "torch.device('meta')."
                 )
     if hasattr(new, "save_pretrained"):
         describe_quantization(new)
@@ -159,7 +159,7 @@ def load_quantized(path: str | os.PathLike[str], model: Model) -> Model:
 
 
 def _read_values(path: Path, metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[str, Quantized]:
-    """The quantized layers by name; their tensors are taken out of `tensors`."""
+    """The quantized weights by layer name; removes their tensors from `tensors`."""
     layers = parse_json(path, metadata.get("layers", ""))
     values: dict[str, Quantized] = {}
     if not isinstance(layers, dict):
@@ -191,10 +191,10 @@ def _aliases(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
 def _replacements(
     path: Path, model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], quantized: set[str]
 ) -> dict[int, Any]:
-    """A memo for `copy_tree`: what stands for each parameter and buffer of the model, by id."""
+    """A memo for `copy_tree`: the replacement of each parameter and buffer of the model, by id."""
     memo: dict[int, Any] = {}
     source: dict[int, str] = {}
-    made: dict[str, Tensor] = {}
+    loaded: dict[str, Tensor] = {}
     weights = {id(getattr(model.get_submodule(name), "weight", None)) for name in quantized}
     for name, old in _named_tensors(model):
         key = name if name in tensors else aliases.get(name, name)
@@ -210,25 +210,25 @@ def _replacements(
             raise ValueError(f"{path}: {name!r} is {tuple(new.shape)}, but {tuple(old.shape)} in the model.")
         if source.setdefault(id(old), key) != key:
             raise ValueError(f"{path}: {source[id(old)]!r} and {key!r} differ, but they are tied in the model.")
-        if key not in made:
+        if key not in loaded:
             new = new if old.is_meta else new.to(old.device)
             if isinstance(old, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=old.requires_grad and new.is_floating_point())
-            made[key] = new
-        memo[id(old)] = made[key]
-    if unknown := sorted(tensors.keys() - made.keys()):
+            loaded[key] = new
+        memo[id(old)] = loaded[key]
+    if unknown := sorted(tensors.keys() - loaded.keys()):
         raise ValueError(f"{path} has {unknown[0]!r}, which the {type(model).__name__} does not have.")
     return memo
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers, by each of their names."""
+    """All parameters and buffers; tied ones are repeated under each name."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values on the CPU, each in memory of its own, which safetensors wants; copied only if they are not."""
+    """The tensors on the CPU without shared storage, as safetensors requires; cloned only if needed."""
     seen = set()
     own = {}
     for name, tensor in tensors.items():
