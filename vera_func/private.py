@@ -154,13 +154,15 @@ def in_transform() -> bool:
 
 
 def skip_fused_encoder_path(module: nn.Module) -> None:
-    """Make an `nn.TransformerEncoderLayer` call its linear layers.
+    """Make an `nn.TransformerEncoderLayer` call its linear layers, on ordinary tensors.
 
     Its fused inference path reads their weights, and would pass over adapters. No public switch turns it off for one
-    module.
+    module. With a padding mask, the encoder around it would give them nested tensors.
     """
     if isinstance(module, nn.TransformerEncoderLayer):
         module.activation_relu_or_gelu = 0
+    if isinstance(module, nn.TransformerEncoder):
+        module.use_nested_tensor = False
 
 
 def bitsandbytes() -> Any:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import embedding, pad, softmax
 
-from vera_func.model.follow import LOST, NOWHERE, RAGGED, Follower, Place, mark, place_of
+from vera_func.model.follow import NOWHERE, Follower, Lost, Place, mark, place_of
 from vera_func.private import fake_tensors, watch_operations
 
 
@@ -56,6 +56,9 @@ KEPT = {
     "all rows": lambda x: x[:],
     "unbound": lambda x: x.unbind(1)[2],
     "split": lambda x: x.split([1, 2], 1)[1],
+    "joined": lambda x: torch.cat([x, x]),
+    "joined and cut": lambda x: torch.cat([x, x, x]).chunk(3)[1],
+    "joined and taken apart": lambda x: torch.cat([x, x]).view(2, B, 3, 4),
     "concatenated": lambda x: torch.cat([x, x], -1),
     "stacked": lambda x: torch.stack([x, x], 1),
     "row by row": lambda x: torch.stack([x[i] for i in range(B)]),
@@ -76,12 +79,44 @@ KEPT = {
     "picked by a constant": lambda x: x.index_select(0, torch.arange(B).flip(0).flip(0)),
     "repeated by a constant": lambda x: x[torch.arange(B).repeat_interleave(2)],
     "one hot": lambda x: nn.functional.one_hot(x.long(), 8).argmax(-1),
-    "moved and put back": lambda x: x[by_data(x)].relu()[by_data(x, ORDER.argsort())],
+    "moved and put back": lambda x: put_back(x, lambda order: order.argsort()),
+    "put back by a sort": lambda x: put_back(x, lambda order: order.sort().indices),
+    "put back by an inverse": lambda x: put_back(x, inverse),
+    "put back by the index": lambda x: put_back_by_the_index(x),
+    "put back by a mask": lambda x: put_back_by_a_mask(x),
     "picked by experts": lambda x: experts(x, lambda y: y),
     "picked by a mask, as many of each": lambda x: x[x[..., 0] > -1][: 3 * B].view(B, -1, 4),
     "chunks": lambda x: x.unfold(1, 2, 1),
     "strides": lambda x: x.as_strided((B, 2, 4), (12, 4, 1)),
 }
+
+
+def order_of(x):
+    return (-x[:, 0, 0]).argsort()
+
+
+def put_back(x, inverse):
+    order = order_of(x)
+    return x.index_select(0, order).relu()[inverse(order)]
+
+
+def inverse(order):
+    out = torch.empty_like(order)
+    out[order] = torch.arange(len(order))
+    return out
+
+
+def put_back_by_the_index(x):
+    order = order_of(x)
+    return torch.zeros_like(x).index_copy(0, order, x[order] * 1.0)
+
+
+def put_back_by_a_mask(x):
+    mask, out = x[..., 0] > 2, x.clone()
+    out[mask] = x[mask].relu()
+    return out
+
+
 # Results in which rows are in another order, or in one that no shape and no name of an operation tells.
 MOVED = {
     "flipped": lambda x: x.flip(0),
@@ -100,6 +135,13 @@ MOVED = {
     "moved, and something done": lambda x: (x[by_data(x)] * 2).transpose(0, 1).softmax(-1),
     "between rows": lambda x: (x[:, 0] @ x[:, 0].T) * 1.0,
     "what experts get": lambda x: picked(x),
+    "windows of rows": lambda x: pad(x.unfold(0, 2, 1).movedim(-1, 0), (0, 0, 0, 0, 0, 1)),
+    "joined with others": lambda x: torch.cat([x, x[:1], x[1:]]),
+    "moved twice": lambda x: x[order_of(x)][order_of(x)],
+    "moved twice, by data": lambda x: x[by_data(x)][by_data(x, ORDER.argsort())],
+    "put back as if it were a permutation": lambda x: x[by_data(x)][by_data(x).argsort()],
+    "put back the wrong way round": lambda x: put_back(x, lambda order: order.argsort(descending=True)),
+    "put back by another mask": lambda x: x.clone().masked_scatter(x > 2, x[x > 1]),
 }
 
 
@@ -139,10 +181,11 @@ def test_the_place_is_where_the_rows_are(case):
 
 @pytest.mark.parametrize("case", MOVED)
 def test_rows_in_another_order_are_lost(case):
-    assert place_of(followed(MOVED[case], numbered(B, 3, 4))) is LOST
+    assert isinstance(place_of(followed(MOVED[case], numbered(B, 3, 4))), Lost)
 
 
 NEED_VALUES = {
+    "put back by a mask",
     "picked by experts",
     "picked by a mask, as many of each",
     "repeated by a constant",
@@ -158,10 +201,10 @@ def test_tensors_without_values_are_followed_alike(case):
     assert fake == real
 
 
-@pytest.mark.parametrize("case", sorted(MOVED.keys() - {"what experts get"}))
+@pytest.mark.parametrize("case", sorted(MOVED.keys() - {"what experts get", "put back by another mask"}))
 def test_lost_rows_are_lost_without_values(case):
     with fake_tensors():
-        assert place_of(followed(MOVED[case], numbered(B, 3, 4))) is LOST
+        assert isinstance(place_of(followed(MOVED[case], numbered(B, 3, 4))), Lost)
 
 
 @pytest.mark.parametrize(
@@ -170,14 +213,16 @@ def test_lost_rows_are_lost_without_values(case):
         (lambda x: x.mean(), NOWHERE),
         (lambda x: x[0], NOWHERE),
         (lambda x: x[:1].expand(3, 3, 4), NOWHERE),
-        (lambda x: x[x[..., 0] > 2], RAGGED),
-        (lambda x: x[x[..., 0] > 2].relu(), RAGGED),
         (lambda x: torch.arange(3), None),
     ],
 )
 def test_other_places(function, place):
     found = place_of(followed(function, numbered(B, 3, 4)))
-    assert found is place or found == place
+    assert found == place
+    for function in (lambda x: x[x[..., 0] > 2], lambda x: x[x[..., 0] > 2].relu()):
+        found = place_of(followed(function, numbered(B, 3, 4)))
+        assert isinstance(found, Lost)
+        assert found.by_mask
 
 
 @pytest.mark.parametrize("case", ["flattened", "attention", "a mean", "eager attention", "selected", "an argmax"])

@@ -97,6 +97,7 @@ SERVED = {
     "after experts": after_experts,
     "sorted and back": sorted_and_back,
     "marked positions": marked_positions,
+    "a layer of tokens and rows": lambda m, x: m.first(m.second(m.first(x)).mean(1)),
     "layers used twice": lambda m, x: m.first(m.second(m.first(x))),
 }
 REFUSED = {
@@ -152,7 +153,7 @@ def test_sizes_of_routed_tokens_do_not_decide():
     x = doubles(4, 2, 6)
     x[..., 0] = torch.tensor([[1.0, -1], [-1, -1], [1, 1], [-1, 1]])
     assert ((x[..., 0] > 0).sum(), (x[..., 0] <= 0).sum()) == (4, 4)
-    with pytest.raises(ValueError, match=r"layer 'first' reads rows in an order that depends on the data"):
+    with pytest.raises(ValueError, match=r"layer 'first' reads rows in an order that is not known in advance"):
         apply(several(adapted, 4), frozen, x)
 
 
@@ -226,13 +227,35 @@ class TestInputs:
         assert_close(apply.with_row_axes({"table": None})(stacked, frozen, x, table=table), expected)
         assert_close(apply.with_row_axes([0, None])(stacked, frozen, x, table), expected)
 
-    def test_torchs_own_layers_with_the_sequence_first(self):
+    @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+    @pytest.mark.parametrize("batch_first", [True, False])
+    def test_torchs_own_layers(self, batch_first):
         torch.manual_seed(0)
-        model = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0).double().eval()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=batch_first)
+        model = nn.TransformerEncoder(layer, 2).double().eval()
         config = vf.VeraConfig(r=R, target_modules=["linear1", "linear2"])
         apply, _, frozen, _ = adapted = vf.adapt(model, config, dtype=torch.float64)
         stacked, x = several(adapted, 4, scale=1.0), doubles(4, 4, 8)
-        assert_close(apply.with_row_axes(1)(stacked, frozen, x), alone(apply, stacked, frozen, x, 1))
+        axis = 0 if batch_first else 1
+        f = apply.with_row_axes({} if batch_first else {"src": 1})
+        assert_close(f(stacked, frozen, src=x), alone(apply, stacked, frozen, x, axis))
+        padded = torch.zeros(4, 4, dtype=torch.bool)
+        padded[1, 2:] = True
+        out = f(stacked, frozen, src=x, src_key_padding_mask=padded)
+        own = lambda i: {"src": x.narrow(axis, i, 1), "src_key_padding_mask": padded[i : i + 1]}
+        expected = torch.cat([apply(row(stacked, i), frozen, **own(i)) for i in range(4)], axis)
+        kept = ~(padded if batch_first else padded.T)
+        assert_close(out[kept], expected[kept])
+        if not batch_first:
+            with pytest.raises(ValueError, match=r"vmap_adapters folds the adapters into axis 0 .*row_axes="):
+                vf.vmap_adapters(f)
+
+    def test_a_model_on_the_meta_device(self):
+        model = Model(SERVED["a loop over rows"]).to("meta")
+        adapted = vf.adapt(model, vf.VeraConfig(r=R, target_modules=["first"]))
+        rows = {key: leaf.expand(4, *leaf.shape).to("meta") for key, leaf in adapted.params.items()}
+        frozen = {key: leaf.to("meta") for key, leaf in adapted.frozen.items()}
+        assert adapted.apply(rows, frozen, torch.ones(4, 3, 6, device="meta")).shape == (4, 3, 6)
 
     def test_in_containers_and_objects(self):
         class Batch:
@@ -311,8 +334,25 @@ class TestRehearsal:
         call(4, 3, scale=3.0)
         assert len(count) == 5
         apply.with_dropout(torch.Generator())(several(adapted, 4), frozen, doubles(4, 3, 6))
-        pickle.loads(pickle.dumps(apply.plans))
         assert len(count) == 5
+        for _ in range(2):
+            apply.method(lambda m, x: m(x), several(adapted, 4), frozen, doubles(4, 3, 6))
+        assert len(count) == 6
+
+    def test_plans_are_no_part_of_a_pickle(self):
+        adapted = vf.adapt(nn.Sequential(nn.Linear(6, 6)), vf.VeraConfig(r=R, target_modules=["0"]))
+        stacked, x = several(adapted, 4), normal(4, 6)
+        expected = adapted.apply.method(lambda m, x: m(x), stacked, adapted.frozen, x)
+        again = pickle.loads(pickle.dumps(adapted.apply))
+        assert torch.equal(again(stacked, adapted.frozen, x), expected)
+
+    def test_many_kinds_do_not_fill_the_memory(self, count, monkeypatch):
+        monkeypatch.setattr(rows, "MOST_PLANS", 3)
+        apply, _, frozen, _ = adapted = model_of(lambda m, x, step: m.second(m.first(x)))
+        for step in range(8):
+            apply(several(adapted, 4), frozen, doubles(4, 3, 6), step=step)
+        assert len(count) == 8
+        assert len(apply.plans.found) <= 3
 
     def test_leaves_no_trace(self):
         seen = []
@@ -365,6 +405,28 @@ class TestRehearsal:
         with pytest.raises(ValueError, match="layer 'first' was not called when the model was rehearsed"):
             apply(stacked, frozen, x + 10, flag=0)
         assert_close(apply(stacked, frozen, x + 10, flag=1), alone(apply, stacked, frozen, x + 10, flag=1))
+
+    def test_data_that_changes_what_the_model_does(self):
+        # Padding is taken out where there is some; as many tokens may be left as there are rows.
+        def unpad(m, x, mask):
+            return m.second(x[mask] if not mask.all() else x)
+
+        apply, _, frozen, _ = adapted = model_of(unpad, ["second"])
+        stacked, x = several(adapted, 4), doubles(4, 3, 6)
+        full, few = torch.ones(4, 3, dtype=torch.bool), torch.zeros(4, 3, dtype=torch.bool)
+        few[0], few[1, 0] = True, True
+        assert_close(apply(stacked, frozen, x, full), alone(apply, stacked, frozen, x, mask=full))
+        with pytest.raises(ValueError, match=r"layer 'second' got \(4, 6\)\. In an earlier call .* had 3 axes"):
+            apply(stacked, frozen, x, few)
+
+        def flat(m, x):
+            tokens = x.flatten(0, 1)
+            where = (tokens[:, 0] > 9).nonzero()[:, 0]
+            return m.second(tokens[where] if len(where) else tokens)
+
+        apply, _, frozen, _ = adapted = model_of(flat, ["second"])
+        with pytest.raises(ValueError, match=r"layer 'second' reads .* where other data may give other rows"):
+            apply(several(adapted, 4), frozen, x)
 
     def test_of_a_model_that_takes_no_other_number_of_rows(self):
         apply, params, frozen, _ = adapted = model_of(lambda m, x: m.second(m.first(x.view(4, 3, 6))))
@@ -530,7 +592,7 @@ def test_experts_of_switch():
     model = transformer("switch").apply.model
     apply, params, frozen, _ = adapted = vf.adapt(model, vf.VeraConfig(r=R, target_modules=["q", "wi"]))
     inputs = {"input_ids": tokens(4, 6), "decoder_input_ids": tokens(4, 5, seed=1)}
-    with pytest.raises(ValueError, match=r"layer 'encoder.*expert_\d.wi' reads rows in an order that depends on the"):
+    with pytest.raises(ValueError, match=r"layer 'encoder.*expert_\d.wi' reads rows in an order that is not known"):
         apply(several(adapted, 4), frozen, **inputs)
     assert apply(randomized(params), frozen, **inputs).logits.shape == (4, 5, 67)
 

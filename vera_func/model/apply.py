@@ -108,8 +108,9 @@ class Apply:
     ) -> Any:
         """Run a method of the model with the adapter: `apply.method("generate", params, frozen, ...)`.
 
-        `name` may also be a function. It is called as `function(model, *args, **kwargs)`, and must return
-        tensors, not parts of the model.
+        `name` may also be a function. It is called as `function(model, *args, **kwargs)`, and must return tensors, not
+        parts of the model. With an adapter for each row it is also called in rehearsals (see `rows`), so it should have
+        no side effects.
         """
         if self.absent is not None:
             self._require_shapes_alone(params, frozen, args, kwargs)
@@ -192,7 +193,7 @@ class Apply:
         return f"Apply({type(self.model).__name__}, {len(self.targets)} adapted layers)"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "trees": join_tensors(self.trees.root, self.model)}
+        return {**self.__dict__, "plans": Plans(), "trees": join_tensors(self.trees.root, self.model)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, trees=Trees(part_tensors(state["trees"])))

@@ -187,7 +187,14 @@ def has_rows(module: nn.Module) -> bool:
 def call_by_rows(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Compute `forward(x)`, where `forward` expects the rows in axis 0 and `x` may have them along another axis."""
     layout = None if layer.projections is None else layer.projections.rows.get(layer.path)
-    return forward(x) if layout is None else layout.call(forward, x)
+    if layout is None or layout == x.dim():
+        return forward(x)
+    if isinstance(layout, int):
+        raise ValueError(
+            f"layer {layer.path!r} got {tuple(x.shape)}. In an earlier call of the same kind its input had {layout} "
+            "axes, with the rows in axis 0: what the model does depends on its data, and the rows can't be followed."
+        )
+    return layout.call(forward, x)
 
 
 def init_row_layout(layer: Any) -> None:

@@ -4,8 +4,9 @@ A tensor that depends on the rows has a place: `Place(axis, inner)` means that i
 `(i // inner) % rows`. So `Place(0, 1)` is (rows, ...), `Place(1, 1)` is (seq, rows, ...), and (rows * seq, ...) is
 `Place(0, seq)`. Views and permutations are followed exactly. Most other operations keep the order along the axes that
 they keep, and there the axis is known again by its size, which is why models are followed with a prime number of
-rows that is none of their sizes. What picks rows by an index or sorts them loses the order, and what puts picked rows
-back restores it. The rules err on the side of losing it.
+rows that is none of their sizes. Sorting rows, or selecting them by an index that depends on data, loses their order.
+It is restored if they are put back by the same index, as experts do, or selected by the inverse of the permutation. A
+rule that can't be certain gives up the order.
 """
 
 import math
@@ -26,8 +27,19 @@ class Place(NamedTuple):
 
 
 NOWHERE = Place(-1, 0)  # depends on rows and has no axis of them, as a mean over the batch
-LOST = Place(-1, -1)  # has rows in an order that is not known
-RAGGED = Place(-1, -2)  # has rows in order, but not equally many entries of each, as what a mask selects
+
+
+class Lost(NamedTuple):
+    """The rows are in an unknown order.
+
+    Attributes:
+        by: The index that selected them, if there was one.
+        by_mask: Whether it was a mask, which keeps the order but not the same number of entries of each row.
+    """
+
+    by: Tensor | None
+    by_mask: bool = False
+
 
 _VIEWS = {"view", "_unsafe_view", "_reshape_alias", "unsqueeze", "squeeze", "unsqueeze_", "squeeze_"}
 _FRESH = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "zero_", "fill_"}
@@ -38,6 +50,8 @@ _PUT |= {"index_fill", "index_fill_", "masked_scatter", "masked_scatter_", "scat
 _PUT |= {"scatter", "scatter_", "scatter_add", "scatter_add_"}
 _SORT = {"sort", "argsort", "topk", "kthvalue", "flip", "roll"}
 _DATA = {"nonzero", "masked_select", "unique_consecutive", "_unique2", "unique_dim", "randperm", "multinomial", "take"}
+_COUNTS = {"histc", "bincount"}
+_SAME_INDEX = {"_to_copy", "alias", "detach", "clone", "unsqueeze", "view", "expand", "floor_divide", "div"}
 _BROADCAST = {"expand", "repeat", "cat", "stack", "broadcast_to"}
 
 
@@ -50,6 +64,7 @@ class Follower:
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
+        self.chose = False  # whether something was picked whose number depends on the data of the rows
 
     def __call__(self, name: str, operation: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run an operation and mark its results with their places."""
@@ -59,19 +74,24 @@ class Follower:
         for tensor in _tensors((out,)):
             if depends:
                 mark(tensor, self._place(name, args, kwargs, tensor, given))
-            elif (name in _DATA or name in _SORT) and type(tensor) is not Tensor:  # a constant without values
+            elif (name in _DATA or name in _SORT) and not _has_values(tensor):
                 place = self._place(name, args, kwargs, tensor, given)
-                mark(tensor, place if place is LOST else None)
+                mark(tensor, place if isinstance(place, Lost) else None)
             elif place_of(tensor):
                 mark(tensor, None)
+        if depends:
+            _mark_index(name, args, kwargs, out)
+            self.chose |= name in _DATA or (name == "index" and any(_is_mask(i) for _, i in _indices(name, args)))
         return out
 
-    def _place(self, name: str, args: tuple, kwargs: dict[str, Any], out: Tensor, given: list[Tensor]) -> Place:
+    def _place(self, name: str, args: tuple, kwargs: dict[str, Any], out: Tensor, given: list[Tensor]) -> Place | Lost:
         """The place of the rows in `out`, one of the results."""
         if name in _DATA:
-            return LOST
+            return Lost(None)
+        if name in _COUNTS:
+            return NOWHERE
         if name in _FRESH:
-            return self._by_size(out, given)
+            return self._by_size(out, given, new=True)
         if name == "copy_":
             given = [args[1]]
         first = place_of(args[0]) if args and isinstance(args[0], Tensor) else None
@@ -79,22 +99,23 @@ class Follower:
             first = Place(self._axis(args[0].shape) or 0, 1)
         if name in _PICK:
             return self._picked(name, args, out, first)
+        lost = [place for x in given if isinstance(place := place_of(x), Lost) and x.numel() != 1]
         if name in _PUT:
             place = self._put(name, args, out, first)
-        elif any(place_of(tensor) in (LOST, RAGGED) and tensor.numel() != 1 for tensor in given):
-            if first is RAGGED and name in _VIEWS and out.shape[:1] == (self.rows,):
+        elif lost:
+            if isinstance(first, Lost) and first.by_mask and name in _VIEWS and out.shape[:1] == (self.rows,):
                 return Place(0, 1)  # the model says that it has equally many of each row
-            ragged = all(place_of(tensor) is not LOST for tensor in given)
-            place = RAGGED if ragged else LOST
-        elif first is None or first.axis < 0:
-            place = self._by_size(out, given, name in _BROADCAST)
+            place = lost[0] if all(other.by is lost[0].by for other in lost) else Lost(None)
+        elif not isinstance(first, Place) or first.axis < 0:
+            place = self._joined(args, kwargs, out, given) if name == "cat" else None
+            place = place or self._by_size(out, given, broadcast=name in _BROADCAST)
         else:
             place = self._moved(name, args, kwargs, out, first) or self._by_size(out, given)
-        if place is LOST and name.endswith("_") and (whole := viewed_tensor(args[0])) is not None:
-            mark(whole, LOST)
+        if isinstance(place, Lost) and name.endswith("_") and (whole := viewed_tensor(args[0])) is not None:
+            mark(whole, place)
         return place
 
-    def _moved(self, name: str, args: tuple, kwargs: dict[str, Any], out: Tensor, place: Place) -> Place | None:
+    def _moved(self, name: str, args: tuple, kwargs: dict[str, Any], out: Tensor, place: Place) -> Place | Lost | None:
         """The place after an operation that is followed exactly, or None."""
         x, axis = args[0], place.axis
         dims = [_dim(arg, x) for arg in args[1:] if isinstance(arg, int)]
@@ -113,15 +134,27 @@ class Follower:
             chosen = {"topk": args[2:3], "kthvalue": args[2:3], "roll": args[2:3]}.get(name, args[1:2])
             over = chosen[0] if chosen else kwargs.get("dim", kwargs.get("dims", default))
             over = list(over) if isinstance(over, Sequence) else [over]
-            return LOST if not over or axis in [_dim(d, x) for d in over] else None
+            return Lost(None) if not over or axis in [_dim(d, x) for d in over] else None
         if name == "as_strided":
             same = out.dim() > axis and out.shape[axis] == x.shape[axis] and out.stride(axis) == x.stride(axis)
-            return place if same else LOST
-        if name in ("slice", "split", "split_with_sizes", "cat"):
+            return place if same else Lost(None)
+        if name in ("slice", "split", "split_with_sizes"):
             return self._cut(name, args, kwargs, out, place)
+        if name == "unfold" and dims[0] == axis:
+            return Lost(None)  # rows with those after them
         return None
 
-    def _cut(self, name: str, args: tuple, kwargs: dict[str, Any], out: Tensor, place: Place) -> Place | None:
+    def _joined(self, args: tuple, kwargs: dict[str, Any], out: Tensor, given: list[Tensor]) -> Place | Lost | None:
+        """The place after tensors were joined along the rows' axis, which is followed where each has all rows."""
+        dim = _dim(args[1] if len(args) > 1 else kwargs.get("dim", 0), out)
+        places = [place for x in given if isinstance(place := place_of(x), Place) and place.axis == dim]
+        if not places:
+            return None
+        inner = places[0].inner or 0
+        whole = all(place_of(x) == places[0] and x.shape[dim] % (self.rows * max(inner, 1)) == 0 for x in given)
+        return places[0] if inner and whole else Lost(None)
+
+    def _cut(self, name: str, args: tuple, kwargs: dict[str, Any], out: Tensor, place: Place) -> Place | Lost | None:
         """The place in a part of the rows' axis, which is followed where the part holds whole turns of all rows."""
         x = args[0]
         at = args[1:2] if name == "slice" else args[2:3]
@@ -131,17 +164,17 @@ class Follower:
         if size == 1:
             return NOWHERE
         if place.inner is None or size % (self.rows * place.inner):
-            return LOST
+            return Lost(None)
         start = args[2] if name == "slice" and len(args) > 2 and args[2] is not None else 0
         step = args[4] if name == "slice" and len(args) > 4 else 1
-        return place if step == 1 and start % (self.rows * place.inner) == 0 else LOST
+        return place if step == 1 and start % (self.rows * place.inner) == 0 else Lost(None)
 
-    def _viewed(self, x: Tensor, place: Place, shape: torch.Size) -> Place:
+    def _viewed(self, x: Tensor, place: Place, shape: torch.Size) -> Place | Lost:
         """The place after a view that keeps the order of all entries: entry `f` is of row `(f // stride) % rows`."""
         if place.inner is None or 0 in shape:
             axis = self._axis(shape)
             if axis is None:
-                return LOST
+                return Lost(None)
             return Place(axis, 1 if shape[axis] == self.rows else None)
         stride = place.inner * math.prod(x.shape[place.axis + 1 :])
         below = 1
@@ -149,14 +182,23 @@ class Follower:
             if stride % below == 0 and shape[axis] and shape[axis] % (stride // below * self.rows) == 0:
                 return Place(axis, stride // below)
             below *= shape[axis]
-        return LOST
+        return Lost(None)
 
-    def _by_size(self, out: Tensor, given: Iterable[Tensor], broadcast: bool = True) -> Place:
-        """The place after an operation that keeps the order along the axes which it keeps."""
+    def _by_size(
+        self, out: Tensor, given: Iterable[Tensor], *, broadcast: bool = True, new: bool = False
+    ) -> Place | Lost:
+        """The place after an operation that keeps the order along the axes which it keeps.
+
+        Args:
+            out: The result.
+            given: What was given.
+            broadcast: Whether what has no rows may be spread over all rows.
+            new: Whether rows are made, or put in order, in a way that only what follows will tell.
+        """
         placed = []
         for tensor in given:
             place, axis = place_of(tensor), self._axis(tensor.shape)
-            if place is not None and place.axis >= 0:
+            if isinstance(place, Place) and place.axis >= 0:
                 placed.append((tensor, place))
             elif place is None and axis is not None and tensor.shape[axis] == self.rows:
                 placed.append((tensor, Place(axis, 1)))  # a constant
@@ -170,57 +212,66 @@ class Follower:
             if not axes:
                 return NOWHERE
             if len(axes) > 1 or not (placed or broadcast):
-                return LOST
+                return Lost(None)
         (axis,) = axes
         if out.shape[axis] == self.rows:
             return Place(axis, 1)
-        inner = {p.inner for t, p in placed if t.shape[p.axis] == out.shape[axis]} - {None}
-        return Place(axis, inner.pop() if inner else None) if len(inner) < 2 else LOST
+        inner = {p.inner for t, p in placed if t.shape[p.axis] == out.shape[axis]}
+        if not inner and not new:  # rows were added to rows
+            return Lost(None)
+        inner -= {None}
+        return Place(axis, inner.pop() if inner else None) if len(inner) < 2 else Lost(None)
 
-    def _picked(self, name: str, args: tuple, out: Tensor, place: Place | None) -> Place:
+    def _picked(self, name: str, args: tuple, out: Tensor, place: Place | Lost | None) -> Place | Lost:
         """The place in entries of `args[0]` that were picked by an index."""
         x, indices = args[0], _indices(name, args)
-        if place is LOST or place is RAGGED:
-            restored = [index for axis, index in indices if axis == 0 and place_of(index)]
-            return self._by_size(out, []) if restored and place is LOST else LOST
+        if isinstance(place, Lost):
+            back = len(indices) == 1 and place.by is not None and _inverse_of(indices[0][1]) is place.by
+            return self._by_size(out, [], new=True) if back else Lost(None)
         if place is None or place.axis < 0:
-            return self._by_size(out, [index for _, index in indices])
+            lost = [order for _, index in indices if isinstance(order := place_of(index), Lost)]
+            return lost[0] if lost else self._by_size(out, [index for _, index in indices])
         along = [(axis, i) for axis, i in indices if axis <= place.axis < axis + (i.dim() if _is_mask(i) else 1)]
         if not along:
             return self._by_size(out, [x])
         axis, index = along[0]
         if _is_mask(index):
-            return RAGGED if len(indices) == 1 and axis == place.axis and place.inner == 1 else LOST
+            in_order = len(indices) == 1 and axis == place.axis and place.inner == 1
+            return Lost(_root(index), by_mask=in_order)
         if place_of(index) or place.inner is None:
-            return LOST
+            return Lost(_root(index))
         return self._by_constant(index, place, x.shape[axis], out)
 
-    def _by_constant(self, index: Tensor, place: Place, size: int, out: Tensor) -> Place:
+    def _by_constant(self, index: Tensor, place: Place, size: int, out: Tensor) -> Place | Lost:
         """The place after picking along the rows by an index that no input has part in, such as `arange(rows)`."""
         if index.numel() % self.rows:
-            return NOWHERE if index.numel() == 1 else LOST
+            return NOWHERE if index.numel() == 1 else Lost(None)
         inner = index.numel() // self.rows if size == self.rows else place.inner
         if index.numel() != max(index.shape, default=0) or inner is None:
-            return LOST
-        if type(index) is Tensor:  # it has values
+            return Lost(None)
+        if _has_values(index):
             given = torch.arange(index.numel(), device=index.device) // inner % self.rows
             if not torch.equal(index.flatten() % size // (place.inner or 1) % self.rows, given):
-                return LOST
+                return Lost(None)
         elif index.numel() != size:
-            return LOST
+            return Lost(None)
         axis = self._axis(out.shape)
-        return LOST if axis is None else Place(axis, inner if out.shape[axis] != self.rows else 1)
+        return Lost(None) if axis is None else Place(axis, inner if out.shape[axis] != self.rows else 1)
 
-    def _put(self, name: str, args: tuple, out: Tensor, place: Place | None) -> Place:
+    def _put(self, name: str, args: tuple, out: Tensor, place: Place | Lost | None) -> Place | Lost:
         """The place in `args[0]` after something was put where an index says."""
+        if isinstance(place, Lost):
+            return Lost(None)
+        into = self._by_size(out, [], new=True) if place is None or place.axis < 0 else place
         source = args[2] if name.startswith(("index_put", "_index_put", "masked")) else args[-1]
-        source = source if isinstance(source, Tensor) else None
-        if place is None or place.axis < 0:
-            place = self._by_size(out, []) if place is not LOST else LOST
-        if place.axis < 0 or source is None or place_of(source) in (None, NOWHERE, LOST, RAGGED):
-            return place
-        along = [i for axis, i in _indices(name, args) if axis == place.axis and not _is_mask(i)]
-        return LOST if any(place_of(index) for index in along) else place
+        held = place_of(source) if isinstance(source, Tensor) and source.numel() != 1 else None
+        if held is None or held is NOWHERE or isinstance(into, Lost) or into.axis < 0:
+            return into
+        along = [i for axis, i in _indices(name, args) if axis <= into.axis < axis + (i.dim() if _is_mask(i) else 1)]
+        if isinstance(held, Lost):
+            back = len(along) == 1 and held.by is not None and _are_same(_root(along[0]), held.by)
+            return into if back else Lost(None)
+        return Lost(None) if any(place_of(index) and not _is_mask(index) for index in along) else into
 
     def _axis(self, shape: Sequence[int]) -> int | None:
         """The axis whose size is a multiple of the number of rows, or None unless there is exactly one."""
@@ -228,14 +279,53 @@ class Follower:
         return axes[0] if len(axes) == 1 else None
 
 
-def place_of(tensor: Tensor) -> Place | None:
+def place_of(tensor: Tensor) -> Place | Lost | None:
     """Where a tensor has its rows; None for one that no input has part in."""
     return getattr(tensor, "_place_of_rows", None)
 
 
-def mark(tensor: Tensor, place: Place | None) -> None:
+def mark(tensor: Tensor, place: Place | Lost | None) -> None:
     """Say where a tensor has its rows."""
     tensor._place_of_rows = place  # type: ignore[attr-defined]
+
+
+def _mark_index(name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+    """Note of what may be an index from which it was made, and of which permutation it is the inverse."""
+    x = args[0] if args and isinstance(args[0], Tensor) else None
+    if x is None:
+        return
+    if name == "sort":
+        values, order = out
+        order._is_permutation = True
+        if isinstance(place_of(values), Lost):
+            mark(values, Lost(order))
+        if not kwargs.get("descending", args[2] if len(args) > 2 else False):
+            order._inverse = _root(x)
+    elif name in _SAME_INDEX and isinstance(out, Tensor):
+        out._root = _root(x)  # type: ignore[attr-defined]
+    elif name in ("index_put", "index_put_", "scatter", "scatter_") and place_of(args[-1]) is None:
+        # inverse[permutation] = arange(...)
+        indices = _indices(name, args)
+        if len(indices) == 1 and isinstance(args[-1], Tensor) and args[-1].numel() == x.numel():
+            out._inverse = _root(indices[0][1])
+
+
+def _root(index: Tensor) -> Tensor:
+    return getattr(index, "_root", index)
+
+
+def _are_same(index: Tensor, other: Tensor) -> bool:
+    """Whether two indices pick the same: one and the same, or numbers that are found twice in a mask."""
+    if index is other:
+        return True
+    sorted_twice = any(getattr(i, "_is_permutation", False) or not _has_values(i) for i in (index, other))
+    return not sorted_twice and not _is_mask(index) and torch.equal(index, other)
+
+
+def _inverse_of(index: Tensor) -> Tensor | None:
+    """The permutation that an index undoes, if it is known to be one."""
+    other = getattr(_root(index), "_inverse", None)
+    return other if getattr(other, "_is_permutation", False) else None
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
@@ -246,6 +336,10 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
         elif isinstance(value, list | tuple):
             found += _tensors(value)
     return found
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and not tensor.is_meta
 
 
 def _dim(dim: int, x: Tensor) -> int:

@@ -51,7 +51,7 @@ class Projections(nn.Module):
         self.vera_A, self.vera_B = vera_A, vera_B
         self.product: Callable[[Tensor, Tensor], Tensor] = project
         self.generator: torch.Generator | None = None
-        self.rows: Mapping[str, RowLayout] = {}
+        self.rows: Mapping[str, RowLayout | int] = {}
         self.call: int | None = None
         self.traced = False  # whether the compiler is tracing a call
 

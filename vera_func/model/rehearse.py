@@ -22,7 +22,7 @@ from ..core.keys import join_key
 from ..private import clear_hooks, fake_tensors, tree_leaves, unwrap, watch_operations
 from .base_layers import DenseLinear, QuantizedLinear, RowwiseAffine
 from .checkout import bound_method
-from .follow import NOWHERE, Follower, Place, mark, place_of
+from .follow import NOWHERE, Follower, Lost, Place, mark, place_of
 from .layers import Linear, Linear4bit, Linear8bitLt
 from .targets import is_conv1d, linear_sizes
 
@@ -39,7 +39,7 @@ class Layout(NamedTuple):
 
     Attributes:
         axis: Axis of the rows.
-        dim: Number of axes of the tensor.
+        dim: Number of axes of the tensor; 0 if it differs between calls of the layer.
         blocks: Whether each row has a block of several consecutive entries along the axis, rather than one.
     """
 
@@ -143,6 +143,7 @@ class _Call:
     ) -> None:
         self.apply, self.args, self.kwargs, self.count, self.inputs = apply, args, kwargs, count, inputs
         self.path, self.method, self.shift = what
+        self.device = torch.get_default_device()
         devices = {tensor.device for tensor in (*inputs, *apply.model.parameters())}
         self.cuda = [device.index for device in devices if device.type == "cuda"]
         types = {device.type for device in devices if device.type != "meta"}
@@ -160,6 +161,7 @@ class _Rehearsal:
 
     def __init__(self, call: _Call, rows: int, reading: int, fake: bool, limit: int | None) -> None:
         self.call, self.rows, self.reading, self.fake, self.limit = call, rows, reading, fake, limit
+        self.follower = Follower(rows)
         self.paths: list[str] = []
         self.seen: dict[str, list[Layout | Refusal]] = {}
         self.numbers, self.width = 0, 1
@@ -175,6 +177,8 @@ class _Rehearsal:
             with contextlib.ExitStack() as contexts:
                 contexts.enter_context(torch.random.fork_rng(call.cuda))
                 contexts.enter_context(torch.no_grad())
+                if call.device.type != "cpu":
+                    contexts.enter_context(call.device)
                 for device_type, dtype in call.autocasts:
                     contexts.enter_context(torch.autocast(device_type, dtype))
                 if self.fake:
@@ -183,7 +187,7 @@ class _Rehearsal:
                 memo: dict[int, Any] = {}
                 args = tuple(self._copy(value, axes(i), memo) for i, value in enumerate(call.args))
                 kwargs = {name: self._copy(value, axes(name), memo) for name, value in call.kwargs.items()}
-                contexts.enter_context(watch_operations(Follower(self.rows)))
+                contexts.enter_context(watch_operations(self.follower))
                 outputs = tree_leaves(method(*args, **kwargs))
         finally:
             call.apply.trees.release(tree)
@@ -220,11 +224,17 @@ class _Rehearsal:
             place = Place(axes[0], 1) if len(axes) == 1 else NOWHERE
         if place is NOWHERE:
             return Refusal(f"reads {shape}, which has no axis of rows, as a table that all rows share.")
-        if not 0 <= place.axis < dims:
-            return Refusal("reads rows in an order that depends on the data, as experts that get tokens do.")
+        if isinstance(place, Lost) or not 0 <= place.axis < dims:
+            return Refusal(
+                "reads rows in an order that is not known in advance, as experts do that get tokens by routing."
+            )
         if shape[place.axis] == rows:
             return Layout(place.axis, x.dim(), False)
         if place.inner is not None and place.inner * rows == shape[place.axis]:
+            if self.follower.chose:
+                return Refusal(
+                    f"reads {shape}, where other data may give other rows: the model selects some by a mask."
+                )
             return Layout(place.axis, x.dim(), True)
         return Refusal(f"reads rows that are spread over axis {place.axis} of {shape} in an unknown order.")
 
@@ -252,7 +262,10 @@ class _Rehearsal:
         if self.fake:
             new = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
         else:
-            self.numbers += torch.Size(shape).numel() * (1 if tensor.is_floating_point() else self.width)
+            # A token, or its hidden state, becomes as wide as the widest layer.
+            wide = not tensor.is_floating_point() or tensor.dim() == 3
+            tokens = torch.Size(shape if not tensor.is_floating_point() else shape[:-1]).numel()
+            self.numbers += tokens * self.width if wide else tensor.numel()
             if self.limit is not None and self.numbers > self.limit:
                 raise _TooLarge
             if unwrap(tensor) is not tensor or type(tensor) not in (Tensor, nn.Parameter):
@@ -281,11 +294,12 @@ def _agreed(found: list[Layout | Refusal]) -> Layout | Refusal:
     refusals = [where for where in found if isinstance(where, Refusal)]
     if refusals:
         return refusals[0]
-    return (
-        found[0]
-        if found.count(found[0]) == len(found)
-        else Refusal("has its rows along different axes in different calls.")
-    )
+    layouts = {where for where in found if isinstance(where, Layout)}
+    if len(layouts) == 1:
+        return found[0]
+    if len({(where.axis, where.blocks) for where in layouts}) == 1:
+        return layouts.pop()._replace(dim=0)
+    return Refusal("has its rows along different axes in different calls.")
 
 
 def _width(module: Any) -> int | None:

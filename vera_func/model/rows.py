@@ -10,9 +10,8 @@ each kind of call is traced once in advance (a rehearsal):
     (`follow`). A second run uses another prime. The layouts on which both runs agree are used.
 
 The result is a plan that maps the path of a layer to its `Layout`. In most models the rows are in axis 0 of every
-layer's input. Then the plan is empty, and layers broadcast vectors (rows, out) as usual. For any other layer, the rows
-of its input are moved to axis 0, and those of its output are moved back. A layer whose rows can't be followed raises an
-error that names it.
+layer's input, and layers broadcast vectors (rows, out) as usual. For any other layer, the rows of its input are moved
+to axis 0, and those of its output are moved back. A layer whose rows can't be followed raises an error that names it.
 
 Calls of the same kind share a plan: they have the same arguments, with the same numbers of axes and the same dtypes. If
 a second axis of an input has as many entries as there are rows, the kind also includes the exact sizes.
@@ -34,6 +33,7 @@ from .rehearse import ALONE, Layout, Refusal, Seen, are_equal, axis_of, has_rows
 
 
 Lead: TypeAlias = Mapping[str, tuple[int, ...]]
+MOST_PLANS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class MovedRows:
         if isinstance(self.where, Refusal):
             raise ValueError(f"layer {self.path!r} {self.where.reason} {ALONE}")
         axis, dim, blocks = self.where
-        size = x.shape[axis] if x.dim() == dim else 0
+        size = x.shape[axis] if dim in (0, x.dim()) else 0
         block = size // self.rows
         if size == 0 or size % self.rows or (block % self.repeats if blocks else block != self.repeats):
             raise ValueError(
@@ -67,37 +67,50 @@ class Plan(NamedTuple):
 
     Attributes:
         layers: Layouts of all layers.
-        odd: Layouts of the layers whose rows are not in axis 0.
+        front: Number of axes of the input, for the layers whose rows are in axis 0.
+        odd: Layouts of the other layers.
         outputs: Layouts of the tensors that the call returns.
     """
 
     layers: dict[str, Layout | Refusal]
+    front: dict[str, int]
     odd: dict[str, Layout | Refusal]
     outputs: list[Layout | Refusal]
 
 
 class Plans:
-    """The plans that were made for one model, by the kind of call."""
+    """The plans that were made for one model, by the kind of call.
+
+    Attributes:
+        found: The plans, at most `MOST_PLANS`.
+        traced: Number of plans used by compiled functions, which are the attributes `traced_0`, `traced_1`, ... The
+            compiler reads an attribute when it is needed, but does not see later changes of a list or dict.
+    """
 
     def __init__(self) -> None:
-        self.places: dict[Any, int] = {}
-        self.plans: list[Plan] = []
+        self.found: dict[Any, Plan] = {}
+        self.traced = 0
 
-    def find(self, kind: Any) -> int:
-        """The number of a plan; -1 if there is none."""
-        return self.places.get(kind, -1)
-
-    def add(self, kind: Any, seen: Seen, front: int) -> int:
-        """The number of a new plan."""
-        odd = {p: where for p, where in seen.layers.items() if where[0] != front or where[2:] != (False,)}
-        self.plans.append(Plan(seen.layers, odd, seen.outputs))
-        return self.places.setdefault(kind, len(self.plans) - 1)
+    def add(self, kind: Any, seen: Seen, front: int) -> Plan:
+        """Make a plan from the layouts found by a rehearsal; `front` is the axis where no rows have to be moved."""
+        if len(self.found) >= MOST_PLANS:
+            self.found.clear()
+        plan = Plan(seen.layers, {}, {}, seen.outputs)
+        for path, where in seen.layers.items():
+            if isinstance(where, Layout) and where.axis == front and not where.blocks:
+                plan.front.update({path: where.dim} if where.dim else {})
+            else:
+                plan.odd[path] = where
+        return self.found.setdefault(kind, plan)
 
 
 def arrange(
     apply: Any, root: Any, tensors: dict[str, Tensor], lead: Lead, method: Method, args: tuple, kwargs: dict[str, Any]
-) -> Mapping[str, MovedRows]:
-    """Return `projections.rows` for one call: the layers whose rows are not in axis 0, by path.
+) -> Mapping[str, MovedRows | int]:
+    """Return `projections.rows` for one call.
+
+    It maps the path of a layer whose rows are in axis 0 to the number of axes of its input, and that of any other layer
+    to its `MovedRows`.
 
     Args:
         apply: The `Apply` that is called.
@@ -112,9 +125,9 @@ def arrange(
         ValueError: If the rows do not match the inputs, or the rows in a layer's input can't be followed.
     """
     rows = _common(lead)
-    names = [name for key in lead for name in apply.slots[key].names]
     if rows == (1,):
-        _require_rows(apply, lead, rows, args, kwargs, single=True)
+        _require_rows(apply, lead, 1, args, kwargs, single=True)
+        names = [name for key in lead for name in apply.slots[key].names]
         tensors.update({name: tensors[name].squeeze(0) for name in names})
         return {}
     if 0 in rows:
@@ -122,18 +135,15 @@ def arrange(
     if method == "generate":
         if torch.compiler.is_compiling():
             raise ValueError("generate with an adapter for each row can't be compiled as a whole; compile the model.")
-        return _Calls(apply, root, lead, rows[0], _layers(root, names), _repeats(apply.model, kwargs)).hooks()
-    _require_rows(apply, lead, rows, args, kwargs)
-    moved: dict[str, MovedRows] = {}
+        return _Calls(apply, root, lead, rows[0], _repeats(apply.model, kwargs)).hooks()
     for shift, count in enumerate(rows):
-        plan = _plan(apply, ("", method, shift), args, kwargs, count)
-        if plan.odd:
-            moved = _moved_rows(plan.odd, _layers(root, names), count)
+        plan = _plan(apply, ("", method, shift), args, kwargs, count, None if shift else lead)
+        moved = _moved_rows(plan.odd, _layers(apply, root, lead), count) if plan.odd else {}
         if moved and len(rows) > 1:
             raise ValueError(
                 f"the rows {rows} have several axes, which are not the first axes in layer {next(iter(moved))!r}."
             )
-    return moved
+    return {**plan.front, **moved} if moved else plan.front
 
 
 def axes_of_outputs(apply: Any, args: tuple, kwargs: dict[str, Any], rows: int) -> list[int | None]:
@@ -155,8 +165,9 @@ def _moved_rows(
     return moved
 
 
-def _layers(root: nn.Module, names: list[str]) -> set[str]:
-    """The paths of the layers to which tensors are bound, given the names of the tensors."""
+def _layers(apply: Any, root: nn.Module, lead: Lead) -> set[str]:
+    """The paths of the layers whose parameters have rows."""
+    names = [name for key in lead for name in apply.slots[key].names]
     layers: list[Any] = [root.get_submodule(split_key(name)[0]) for name in names]
     return {layer.path for layer in layers}
 
@@ -169,12 +180,12 @@ def path_in_model(path: str) -> str:
 class _Calls:
     """Hooks that find the plan of every outermost call of a module inside `generate`."""
 
-    def __init__(self, apply: Any, root: Any, lead: Lead, rows: int, layers: set[str], repeats: int) -> None:
-        self.apply, self.root, self.lead = apply, root, lead
-        self.rows, self.layers, self.repeats = rows, layers, repeats
+    def __init__(self, apply: Any, root: Any, lead: Lead, rows: int, repeats: int) -> None:
+        self.apply, self.root, self.lead, self.rows, self.repeats = apply, root, lead, rows, repeats
+        self.layers = _layers(apply, root, lead)
         self.depth = 0
         outside = Refusal("is called outside of every module that generate calls, where no row can be followed.")
-        self.outside = {path: MovedRows(path, outside, rows) for path in layers}
+        self.outside = {path: MovedRows(path, outside, rows) for path in self.layers}
 
     def hooks(self) -> dict[str, MovedRows]:
         """Register the hooks; return the callers of layers outside of every call, which raise."""
@@ -195,10 +206,9 @@ class _Calls:
             given = [t for value in (*args, *kwargs.values()) for t in tensors_in(value) if t.dim() > 1]
             repeats = self.repeats if any(tensor.shape[0] == expanded for tensor in given) else 1
             count = self.rows * repeats
-            _require_rows(self.apply, self.lead, (count,), args, kwargs)
-            plan = _plan(self.apply, (path, "__call__", 0), args, kwargs, count)
-            some = plan.odd if repeats == 1 else plan.layers
-            self.root.projections.rows = _moved_rows(some, self.layers, self.rows, repeats) if some else {}
+            plan = _plan(self.apply, (path, "__call__", 0), args, kwargs, count, self.lead)
+            moved = _moved_rows(plan.odd if repeats == 1 else plan.layers, self.layers, self.rows, repeats)
+            self.root.projections.rows = {**plan.front, **moved} if moved else plan.front
         self.depth += 1
 
     @torch.compiler.disable
@@ -208,30 +218,40 @@ class _Calls:
             self.root.projections.rows = self.outside
 
 
-def _plan(apply: Any, what: tuple, args: tuple, kwargs: dict[str, Any], count: int) -> Plan:
+def _plan(apply: Any, what: tuple, args: tuple, kwargs: dict[str, Any], count: int, lead: Lead | None = None) -> Plan:
     """The plan for a call of a method, which is rehearsed the first time; `what` is as in `rehearse`."""
     kind = _kind_of_call(apply, what, args, kwargs, count)
     if torch.compiler.is_compiling():
-        number = _known(apply, kind)
-        if number < 0:
-            number = _rehearsed_shapes(apply, what, kind, _shapes(args), _shapes(kwargs), len(range(count)))
-    else:
-        number = apply.plans.find(kind)
-        if number < 0:
-            number = apply.plans.add(kind, rehearse(apply, what, args, kwargs, count), what[2])
-    return apply.plans.plans[number]
+        name = _traced(apply, kind)
+        if not name:
+            if lead:
+                _require_rows(apply, lead, count, args, kwargs)
+            name = _traced_shapes(apply, what, kind, _shapes(args), _shapes(kwargs), len(range(count)))
+        return getattr(apply.plans, name)
+    plan = apply.plans.found.get(kind)
+    if plan is None:
+        if lead:
+            _require_rows(apply, lead, count, args, kwargs)
+        plan = apply.plans.add(kind, rehearse(apply, what, args, kwargs, count), what[2])
+    return plan
 
 
-# The compiler runs these two while it traces, and takes the number that they return for a constant.
+# The compiler runs these two functions while it traces, and treats the name that they return as a constant.
 @torch.compiler.assume_constant_result
-def _known(apply: Any, kind: tuple) -> int:
-    return apply.plans.find(kind)
+def _traced(apply: Any, kind: tuple) -> str:
+    plan = apply.plans.found.get(kind)
+    if plan is None:
+        return ""
+    name = f"traced_{apply.plans.traced}"
+    setattr(apply.plans, name, plan)
+    apply.plans.traced += 1
+    return name
 
 
 @torch.compiler.assume_constant_result
-def _rehearsed_shapes(apply: Any, what: tuple, kind: tuple, args: tuple, kwargs: tuple, count: int) -> int:
-    seen = rehearse(apply, what, _from_shapes(args), _from_shapes(kwargs), count)
-    return apply.plans.add(kind, seen, what[2])
+def _traced_shapes(apply: Any, what: tuple, kind: tuple, args: tuple, kwargs: tuple, count: int) -> str:
+    apply.plans.add(kind, rehearse(apply, what, _from_shapes(args), _from_shapes(kwargs), count), what[2])
+    return _traced(apply, kind)
 
 
 def _kind_of_call(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], count: int) -> tuple:
@@ -245,20 +265,30 @@ def _kind_of_call(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any
 
 def _kind(value: Any, count: int, axis: int | None) -> Any:
     if isinstance(value, Tensor):
-        shape = value.shape
-        rows = has_rows(shape, count, axis)
-        ones = tuple([are_equal(size, 1) for size in shape])
-        # If a second axis has as many entries as there are rows, the model might confuse them: include exact sizes.
-        same = len([size for size in shape if are_equal(size, count)])
-        exact = tuple([len(range(size)) for size in shape]) if same > (1 if rows else 0) else ()
-        return value.dtype, rows, ones, exact
+        return value.dtype, *_kind_of_shape(value.shape, count, axis)
     if isinstance(value, Mapping):
         return "mapping", tuple([(key, _kind(item, count, axis)) for key, item in value.items()])
     if isinstance(value, list | tuple):
         return "sequence", tuple([_kind(item, count, axis) for item in value])
-    if value is None or isinstance(value, bool | int | str | torch.dtype):
+    if value is None or isinstance(value, bool | int | torch.dtype) or (isinstance(value, str) and len(value) < 64):
         return value
-    return type(value).__qualname__
+    return type(value).__qualname__  # the value of a number, a text or an object does not change the layout
+
+
+def _kind_of_shape(shape: torch.Size, count: int, axis: int | None) -> tuple:
+    """The number of axes, whether there are rows, and the axes of size 1.
+
+    If a second axis has as many entries as there are rows, the model might confuse them: then exact sizes are included.
+    """
+    rows = has_rows(shape, count, axis)
+    if torch.compiler.is_compiling():
+        ones = tuple([i for i, size in enumerate(shape) if are_equal(size, 1)])
+        same = len([size for size in shape if are_equal(size, count)])
+    else:
+        ones = tuple([i for i, size in enumerate(shape) if size == 1]) if 1 in shape else ()
+        same = shape.count(count)
+    exact = tuple([len(range(size)) for size in shape]) if same > (1 if rows else 0) else ()
+    return len(shape), rows, ones, exact
 
 
 def _shapes(value: Any) -> Any:
@@ -285,29 +315,29 @@ def _from_shapes(shapes: tuple) -> Any:
 def _common(lead: Lead) -> tuple[int, ...]:
     """The common leading axes of params: the longest ones, of which all others must be a prefix."""
     key, rows = next(iter(lead.items()))
+    if len(set(lead.values())) == 1:
+        return rows
     for other, shape in lead.items():
         if len(shape) > len(rows):
             key, rows = other, shape
     for other, shape in lead.items():
         if shape != rows[: len(shape)]:
             raise ValueError(f"{key!r} has the leading axes {tuple(rows)}, but {other!r} has {tuple(shape)}.")
-    return tuple(rows)
+    return rows
 
 
-def _require_rows(
-    apply: Any, lead: Lead, rows: tuple[int, ...], args: tuple, kwargs: dict[str, Any], single: bool = False
-) -> None:
+def _require_rows(apply: Any, lead: Lead, rows: int, args: tuple, kwargs: dict[str, Any], single: bool = False) -> None:
     """Raise if no input has the rows; a single row must match the first input."""
     given = [(axis_of(apply.row_axes, i), value) for i, value in enumerate(args)]
     given += [(axis_of(apply.row_axes, name), value) for name, value in kwargs.items()]
     inputs = [(axis, t) for axis, value in given if axis is not None for t in tensors_in(value) if t.dim()]
     asked = inputs[:1] if single else inputs
-    if any(has_rows(tensor.shape, rows[0], axis) for axis, tensor in asked) or not inputs:
+    if any(has_rows(tensor.shape, rows, axis) for axis, tensor in asked) or not inputs:
         return
     axis, x = inputs[0]
     key = next(iter(lead))
     raise ValueError(
-        f"{key} {(*lead[key], *apply.slots[key].shape)} has leading axes {tuple(rows)}, which do not match the leading "
+        f"{key} {(*lead[key], *apply.slots[key].shape)} has leading axes {(rows,)}, which do not match the leading "
         f"axes {tuple(x.shape[:-1])} of x {tuple(x.shape)}, the first input: row i of axis {axis} of the inputs goes "
         "through adapter i. Pass one adapter per row (select_adapters), map over stacked adapters (vmap_adapters, "
         "torch.func.vmap), or say which axis the rows are (apply.with_row_axes)."

@@ -56,6 +56,11 @@ def vmap_adapters(
         raise ValueError(f"apply must be a function of (params, frozen, *batch), got {type(apply).__name__}.")
     if not (in_dims is None or isinstance(in_dims, int | Sequence | Mapping)) or isinstance(in_dims, str):
         raise ValueError(f"in_dims must be an axis, None, or a sequence or mapping of these, got {in_dims!r}.")
+    if isinstance(apply, Apply) and apply.row_axes != 0:
+        raise ValueError(
+            "vmap_adapters folds the adapters into axis 0 of the inputs, but apply has its rows elsewhere "
+            f"(row_axes={apply.row_axes!r}): use torch.func.vmap, or the apply without with_row_axes."
+        )
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
         raise ValueError(f"chunk_size must be positive or None, got {chunk_size}.")
     return functools.partial(_mapped, apply, in_dims, chunk_size)
