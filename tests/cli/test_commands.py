@@ -367,7 +367,7 @@ def other(tmp_path_factory):
         ("inspect {tmp}/gone", "does not exist"),
         ("inspect {tmp}", "adapter_config.json"),
         ("inspect {reviews}", "not a complete safetensors file"),
-        ("inspect {trained}/adapter_model.safetensors", "not a bank"),
+        ("inspect {trained}/adapter_model.safetensors", "not an adapter bank"),
         ("inspect {trained} --to nf4", "pass --model as well"),
         ("inspect {trained} --name x", "a folder"),
         ("inspect {folder} --targets nope", "target_modules"),

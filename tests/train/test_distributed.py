@@ -298,9 +298,7 @@ def test_a_host_that_is_cut_off(cut, hosts, folder, reviews, tmp_path):
                 said[i] = found[1]
         time.sleep(0.1)
     assert said.keys() == {1, 2, 3}
-    assert all(
-        re.match(r"rank \d: .*\(a process has died, hangs, or can't be reached\)", line) for line in said.values()
-    )
+    assert all(re.match(r"rank \d: .*\(a process has died, hangs, or is unreachable\)", line) for line in said.values())
     for process in first.values():
         assert process.wait(LIMIT - (time.monotonic() - begin)) != 0
     ip(f"link set vera{cut}e up")
@@ -320,7 +318,7 @@ bad(
     "mean_over_micro_batches",
     "no parts",
     lambda _: mean_over_micro_batches(lambda part: ({}, X), [], weight=len),
-    "nothing to average",
+    "has a positive weight",
 )
 bad("map_sharded", "no function", lambda _: map_sharded(None, [1]), "function must be callable, got NoneType")
 bad("map_sharded", "a number of items", lambda _: map_sharded(abs, 3), "items must be iterable, got int")

@@ -195,9 +195,9 @@ def test_progress(installed, capsys, monkeypatch):
     [
         ({"batches": [1, 2]}, r"function of the step, got list.*lambda step"),
         ({"num_adapters": 4}, r"num_adapters=4, but params\['lambda_b'\] is \(3, 7\)"),
-        ({"learning_rate": [0.1, 0.2]}, r"learning_rate has shape \(2,\); pass one number or 3"),
-        ({"learning_rate": -0.1}, "learning_rate must be 0 or more"),
-        ({"max_norm": float("nan")}, "max_norm must be 0 or more"),
+        ({"learning_rate": [0.1, 0.2]}, r"learning_rate has shape \(2,\); pass one value or 3 values"),
+        ({"learning_rate": -0.1}, "learning_rate must be at least 0"),
+        ({"max_norm": float("nan")}, "max_norm must be at least 0"),
         ({"loss_fn": lambda p, b: p["lambda_b"].sum()}, r"loss_fn must return .*\(3,\)"),
         ({"evaluate": lambda p, step: 0.0}, r"evaluate must return .*\(3,\)"),
         ({"patience": 2}, "pass evaluate"),
@@ -214,9 +214,9 @@ def test_mistakes_raise(wrong, message):
 
 
 def test_many_rates_need_num_adapters():
-    with pytest.raises(ValueError, match="num_adapters too"):
+    with pytest.raises(ValueError, match="num_adapters if params are stacked"):
         fit(loss_of_one, start(), shared, steps=1, learning_rate=[0.1, 0.2])
-    with pytest.raises(ValueError, match=r"loss_fn must return one number.*pass num_adapters"):
+    with pytest.raises(ValueError, match=r"loss_fn must return one value.*pass num_adapters"):
         fit(loss_of_many(None), start(2), shared, steps=1, learning_rate=0.1)
 
 
@@ -261,7 +261,7 @@ class Counted(TorchDispatchMode):
 @pytest.mark.parametrize("progress", [False, True])
 @pytest.mark.parametrize("n", [(), (3,)])
 def test_a_step_waits_for_no_device_and_copies_no_history(n, progress, monkeypatch):
-    monkeypatch.setattr(loop, "_look_every", lambda device: 1000)
+    monkeypatch.setattr(loop, "_sync_every", lambda device: 1000)
     loss_fn, number = (loss_of_many(None), n[0]) if n else (loss_of_one, None)
     counts = []
     for steps in (3, 13):
@@ -290,7 +290,7 @@ def test_a_run_does_not_depend_on_when_it_is_looked_at(failures, patience, evalu
     expected, told = train(**options)
     assert all(filename == __file__ for _, filename in told)
     assert len(told) == len(set(expected.stopped[expected.diverged].tolist()))
-    monkeypatch.setattr(loop, "_look_every", lambda device: 5)
+    monkeypatch.setattr(loop, "_sync_every", lambda device: 5)
     saving = {"checkpoint": tmp_path / "run", "checkpoint_every": 3}
     for more in ({}, saving):
         found, told_later = train(**options, **more)
@@ -304,7 +304,7 @@ def test_a_run_that_has_ended_is_not_gone_on_with(monkeypatch):
     run = train(shared, steps=9, evaluate=metric_of([1, 1, 1]), patience=2)
     assert run.stopped.tolist() == [3] * 3
     padded = run._replace(losses=torch.cat([run.losses, torch.full_like(run.losses, torch.nan)]))  # as by join_fits
-    monkeypatch.setattr(loop, "_look_every", lambda device: 1000)
+    monkeypatch.setattr(loop, "_sync_every", lambda device: 1000)
     for ended in (run, padded):
         assert same(train(lambda step: 1 / 0, steps=9, resume=ended), ended)
 
@@ -322,20 +322,24 @@ def train(**change):
 for what, change, message in (
     ("betas of 1", {"betas": (1.0, 0.9)}, "betas must be at least 0 and below 1"),
     ("eps of NaN", {"eps": NAN}, "eps must be at least 0"),
-    ("negative steps", {"steps": -1}, "steps=-1 counts all steps"),
-    ("integers", {"params": {"p": ones(2).long()}}, "only floating-point numbers"),
+    ("negative steps", {"steps": -1}, "steps=-1 is the total number of steps"),
+    ("integers", {"params": {"p": ones(2).long()}}, "only floating-point tensors"),
     ("no adapters", {"num_adapters": 0}, "num_adapters=0, but"),
-    ("a schedule below 0", {"schedule": lambda step: -1.0}, r"schedule\(0\) must be 0 or more, got -1.0"),
-    ("no learning rate", {"learning_rate": None}, "learning_rate must be given, .* or an optimizer"),
+    ("a schedule below 0", {"schedule": lambda step: -1.0}, r"schedule\(0\) must be at least 0, got -1.0"),
+    ("no learning rate", {"learning_rate": None}, "needs a learning_rate, .* or an optimizer"),
     ("no pair for an optimizer", {"optimizer": torch.optim.AdamW}, "optimizer must be a pair .*got type"),
-    ("weight_decay twice", {"optimizer": adamw(0.1), "weight_decay": 0.1}, "weight_decay is an option of AdamW"),
-    ("betas twice", {"optimizer": adamw(0.1), "betas": (0.9, 0.99)}, "betas is an option of AdamW"),
-    ("eps twice", {"optimizer": adamw(0.1), "eps": 1e-6}, "eps is an option of AdamW"),
-    ("a schedule of NaN", {"schedule": lambda step: NAN}, r"schedule\(0\) must be 0 or more, got nan"),
+    ("weight_decay twice", {"optimizer": adamw(0.1), "weight_decay": 0.1}, "weight_decay has no effect with optimizer"),
+    ("betas twice", {"optimizer": adamw(0.1), "betas": (0.9, 0.99)}, "betas has no effect with optimizer"),
+    ("eps twice", {"optimizer": adamw(0.1), "eps": 1e-6}, "eps has no effect with optimizer"),
+    ("a schedule of NaN", {"schedule": lambda step: NAN}, r"schedule\(0\) must be at least 0, got nan"),
     ("a loss that is a number", {"loss_fn": lambda p, b: 1.0}, "as a tensor, got float"),
-    ("a loss of nothing", {"loss_fn": lambda p, b: ones(())}, "does not depend on params; see that it is not detached"),
-    ("a detached loss", {"loss_fn": lambda p, b: p["p"].sum().detach()}, "see that it is not detached"),
-    ("a metric for others", {"evaluate": lambda p, step: ones(3)}, "evaluate must return one number"),
+    (
+        "a loss of nothing",
+        {"loss_fn": lambda p, b: ones(())},
+        "do not depend on params; check that they are not detached",
+    ),
+    ("a detached loss", {"loss_fn": lambda p, b: p["p"].sum().detach()}, "check that they are not detached"),
+    ("a metric for others", {"evaluate": lambda p, step: ones(3)}, "evaluate must return one value"),
 ):
     bad("fit", what, lambda _, change=change: train(**change), message)
 

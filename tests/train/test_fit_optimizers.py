@@ -90,9 +90,9 @@ class TestOptimizers:
         train = partial(fit, loss_of_one, start(), shared)
         train(steps=2, optimizer=momentum(0.1), checkpoint=tmp_path / "run")
         for other in (None, adamw(0.1)):
-            with pytest.raises(ValueError, match=r"run is a run .* of another optimizer: .*'state.step'"):
+            with pytest.raises(ValueError, match=r"run is a run .* or another optimizer: .*'state.step'"):
                 load_fit(tmp_path / "run", start(), optimizer=other)
-        with pytest.raises(ValueError, match=r"resume is a run .* of another optimizer"):
+        with pytest.raises(ValueError, match=r"resume is a run .* or another optimizer"):
             train(steps=3, resume=train(steps=2, optimizer=momentum(0.1)), learning_rate=0.1)
 
     def test_a_state_keeps_its_types(self):
@@ -103,7 +103,7 @@ class TestOptimizers:
     def test_a_state_that_changes_its_form_is_refused(self):
         for later in ({}, {"m": ones(2)}, [ones(())]):
             pair = (lambda params: {"m": ones(())}, lambda grads, state, params, later=later: (grads, later))
-            with pytest.raises(ValueError, match="update must return a state like the one that it was given"):
+            with pytest.raises(ValueError, match="update must return a state with the structure of its input"):
                 fit(loss_of_one, start(), shared, steps=2, optimizer=pair)
 
 

@@ -58,8 +58,8 @@ RUNS = {
     "not at all": (lambda layer, x: x, None),
     "for nothing": (lambda layer, x: x + 0 * layer(x).detach(), None),
     "once more without gradients": (half_without, None),
-    "without gradients": (without_gradients, "depends on 'middle.lambda_b', but has no gradient"),
-    "detached": (lambda layer, x: layer(x).detach(), "depends on 'middle.lambda_b', but has no gradient"),
+    "without gradients": (without_gradients, "depend on 'middle.lambda_b', but it gets no gradient"),
+    "detached": (lambda layer, x: layer(x).detach(), "depend on 'middle.lambda_b', but it gets no gradient"),
     "checkpointed": (lambda layer, x: checkpoint(layer, x, use_reentrant=False), "runs again in backward"),
     "checkpointed by reentering": (lambda layer, x: checkpoint(layer, x, use_reentrant=True), "use_reentrant"),
 }
@@ -96,14 +96,14 @@ def test_stacked_adapters_are_looked_into():
     adapted, x = adapt(Layers(without_gradients), "first", "middle"), normal(2, 5, 7)
     stacked = vf.stack_adapters([adapted.params, randomized(adapted.params, 5)])
     call = vf.vmap_adapters(adapted.apply)
-    with pytest.raises(ValueError, match=r"depends on 'middle\.lambda_b'"):
+    with pytest.raises(ValueError, match=r"depend on 'middle\.lambda_b'"):
         fit(lambda params, _: call(params, adapted.frozen, x).square().mean((1, 2)), stacked, int, num_adapters=2)
 
 
 def test_which_of_many_is_named():
     params = {f"{i}.lambda_b": torch.ones(3) for i in range(9)}
     loss = lambda p, batch: p["0.lambda_b"].sum() + p["6.lambda_b"].detach().square().sum()
-    with pytest.raises(ValueError, match=r"depends on '6\.lambda_b'"):
+    with pytest.raises(ValueError, match=r"depend on '6\.lambda_b'"):
         fit(loss, params, int)
     run = fit(lambda p, batch: p["0.lambda_b"].sum(), params, int)
     assert torch.equal(run.params["6.lambda_b"], params["6.lambda_b"])

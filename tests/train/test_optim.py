@@ -309,7 +309,7 @@ def test_inputs_are_not_modified():
 def test_mistakes_raise():
     params, state = make(), adamw_init(make())
     update = partial(adamw_update, learning_rate=0.1)
-    with pytest.raises(ValueError, match=r"grads .* lacks \['scale'\], adds \['other'\]"):
+    with pytest.raises(ValueError, match=r"grads .* lacks \['scale'\] and has the unknown \['other'\]"):
         update({**row_without(params, "scale"), "other": torch.ones(1)}, state, params)
     with pytest.raises(ValueError, match=r"state.mean .* lacks \['new'\]"):
         update({**params, "new": torch.ones(1)}, state, {**params, "new": torch.ones(1)})

@@ -88,7 +88,7 @@ def test_loading_the_wrong_run_raises(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"run is not a complete safetensors file"):
         load_fit(path, start())
-    with pytest.raises(ValueError, match="steps=1 counts all steps, and 2 are done"):
+    with pytest.raises(ValueError, match="steps=1 is the total number of steps, but the run already has 2"):
         fit(loss_of_one, start(), shared, steps=1, learning_rate=0.1, resume=run)
 
 
@@ -102,7 +102,7 @@ def test_files_of_version_0_1_are_read(n, tmp_path):
     save_file(tensors | {"stopped": run.stopped, "diverged": run.diverged}, tmp_path / "run")
     assert same(load_fit(tmp_path / "run", start(*n), num_adapters=number), run)
     save_file({"state.step": run.state.step + 1} | tensors, tmp_path / "run")
-    with pytest.raises(ValueError, match="run is a run of other params"):
+    with pytest.raises(ValueError, match="run is a run with other params"):
         load_fit(tmp_path / "run", start(*n), num_adapters=number)
 
 
@@ -122,7 +122,7 @@ def resume_raw(folder, raw):
 
 
 for what, raw in RAW.items():
-    wrong = "is a run of other params" if what == "no tensors" else UNREADABLE
+    wrong = "is a run with other params" if what == "no tensors" else UNREADABLE
     bad("fit", f"resuming from {what}", lambda t, raw=raw: resume_raw(t, raw), f"run {wrong}")
 
 

@@ -1,1 +1,1 @@
-"""Training: a pure AdamW, the loop `fit`, sweeps, and the processes of torchrun."""
+"""Training: optimizers, the training loop, sweeps, and several processes under torchrun."""

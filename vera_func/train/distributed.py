@@ -1,13 +1,13 @@
 """Adapter- and data-parallel work under torchrun.
 
-    process_group             joins the processes of torchrun
-    map_sharded               shards items across ranks: rank k of w computes items k, k + w, ...; all get all results
+    process_group             joins the process group of torchrun
+    map_sharded               shards items across ranks: rank k of w computes items k, k + w, ...; all-gathers results
     mean_over_micro_batches   sum of w_i grad_i / sum of w_i over micro-batches, by one all-reduce of one float64 buffer
 
-Items and micro-batches do not depend on the number of processes, so neither does any result: an item is computed from
-beginning to end by one process, and the float64 sum of a few products of a float32 and a count is nearly always exact,
-in any order. Collectives get plain tensors and stay outside of `torch.func`'s transforms, where they raise or are
-wrong. The quantized base is replicated. Without torchrun every function does its work alone.
+Results do not depend on the number of processes, because items and micro-batches do not: each item is computed by one
+process, and the float64 sum of float32 values times counts is nearly always exact in any order. Collectives receive
+plain tensors and are called outside of `torch.func` transforms, where they fail or give wrong results. The quantized
+base is replicated on every rank. Without torchrun every function runs in the calling process.
 
 The commands `train` and `evaluate` run under torchrun, on one machine or on several:
 
@@ -18,11 +18,11 @@ The commands `train` and `evaluate` run under torchrun, on one machine or on sev
 Evaluation shards adapters across ranks in chunks (`--chunk`); training shards the `--parts` micro-batches of each batch
 and all-reduces 8 bytes per trained parameter at each step. Only rank 0 writes files and shows progress.
 
-Failures are torch's business. All ranks meet in a `monitored_barrier` after each chunk and before each all-reduce. A
-rank that has died is noticed there at once, one that hangs or is cut off after the group's timeout: 10 minutes, or
-`$VERA_FUNC_TIMEOUT` seconds, which must be longer than a chunk or a step takes. Rank 0 then names the ranks that are
-missing, every rank exits, and torchrun stops those that can't. `--max-restarts`, or the same command given again,
-resumes from the last checkpoint, bit for bit. A host that was replaced needs the command given again on all hosts.
+Failures are detected by torch. All ranks enter a `monitored_barrier` after each chunk and before each all-reduce. It
+detects a dead rank at once, and a rank that hangs or is unreachable after the group's timeout: 10 minutes, or
+`$VERA_FUNC_TIMEOUT` seconds, which must exceed the duration of a chunk or a step. Rank 0 then names the missing ranks,
+every rank exits, and torchrun terminates ranks that do not. With `--max-restarts`, or if the same command is run again,
+training resumes exactly from the last checkpoint. After a host is replaced, run the command again on all hosts.
 
 In Python:
 
@@ -31,7 +31,7 @@ In Python:
         mean = partial(mean_over_micro_batches, weight=num_tokens)
         run = vf.fit(loss, params, lambda step: batch(step).split(2), accumulate=mean, steps=100, learning_rate=1e-2)
 
-On a Ray cluster (`pip install "vera-func[ray]"`) an actor holds the base, and adapters are the data:
+On a Ray cluster (`pip install "vera-func[ray]"`) each actor holds the base, and the adapter names are the dataset:
 
     import numpy as np
     import ray
@@ -76,8 +76,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 TIMEOUT = 600.0  # seconds that a rank waits for the others
-_groups = count()  # each group of this process has keys of its own in torchrun's store
-_wait = timedelta(seconds=TIMEOUT)  # of the current group
+_groups = count()  # prefixes of the keys of this process's groups in torchrun's store
+_wait = timedelta(seconds=TIMEOUT)  # timeout of the current group
 
 
 def rank() -> int:
@@ -91,22 +91,22 @@ def world_size() -> int:
 
 
 def under_torchrun() -> bool:
-    """Whether there is a process group, possibly of one process."""
+    """Whether a process group is initialized, possibly with one process."""
     return dist.is_available() and dist.is_initialized()
 
 
 @contextlib.contextmanager
 def process_group(timeout: float | None = None) -> Iterator[None]:
-    """Join the processes of torchrun in a gloo group; a no-op without torchrun.
+    """Join torchrun's processes in a gloo process group for a `with` block; a no-op without torchrun.
 
-    Buffers are small, so gloo serves GPUs as well; each rank gets the GPU of its local rank.
+    Buffers are small, so gloo is also used with GPUs. Each rank uses the GPU with its local rank.
 
     Args:
-        timeout: Seconds that a rank waits for the others; None is `$VERA_FUNC_TIMEOUT`, or 600.
+        timeout: Seconds that a rank waits for the others; None means `$VERA_FUNC_TIMEOUT`, or 600.
 
     Raises:
         ValueError: If the timeout is not a positive number.
-        RuntimeError: If other ranks do not arrive, die, or can't be reached.
+        RuntimeError: If another rank does not join, dies, or is unreachable.
 
     Example:
         >>> with process_group():
@@ -122,34 +122,35 @@ def process_group(timeout: float | None = None) -> Iterator[None]:
     wait = timedelta(seconds=seconds)
     global _wait
     _wait = wait
-    with _others(f"not all processes have arrived after {seconds:g} s"):
+    with _explain_errors(f"not all processes have joined after {seconds:g} s"):
         store, me, world = next(dist.rendezvous("env://", timeout=wait))
-        # torchrun (2.13) keeps its store for the next attempt, with the addresses of processes that are gone.
+        # torchrun (2.13) reuses its store for a restart, with the addresses of the previous processes.
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
         store = dist.PrefixStore(f"vera_func {attempt}/{next(_groups)}", store)
         dist.init_process_group("gloo", store=store, rank=me, world_size=world, timeout=wait)
     try:
         yield
-        _meet()
+        _barrier()
     finally:
         dist.destroy_process_group()
 
 
 def map_sharded(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`list(map(function, items))`, each item computed by one rank; every rank gets all results.
+    """`list(map(function, items))` with the items sharded across ranks; every rank returns all results.
 
-    Rank k of w takes items k, k + w, ...; ranks wait for each other after each item, and results are sent once, at the
-    end. The items must be the same on every rank and may be lazy: load what an item needs in `function`. Choose items
-    that do not depend on the number of processes, such as groups of 8 adapters: many at once are faster, and on some
-    machines the size of a batch changes the last bits.
+    Rank k of w computes items k, k + w, ... Ranks synchronize after each round of items, and the results are
+    all-gathered once, at the end. The items must be the same on every rank; load large data in `function`, not in the
+    items. Choose items that do not depend on the number of processes, such as chunks of 8 adapters: on some machines
+    the size of a batch changes rounding.
 
     Args:
-        function: An item to a result: values, tensors, dicts and tuples of them. Tensors are returned on the CPU.
+        function: Function of one item; its result may contain tensors, in dicts and tuples. Tensors are returned on the
+            CPU.
         items: The items to shard.
 
     Raises:
-        ValueError: If the function can't be called, or the items not be iterated.
-        RuntimeError: If another rank has died or can't be reached.
+        ValueError: If `function` is not callable, or `items` is not iterable.
+        RuntimeError: If another rank has died or is unreachable.
 
     Example:
         >>> from vera_func import fit
@@ -166,15 +167,15 @@ def map_sharded(function: Callable[[Item], Result], items: Iterable[Item]) -> li
     for i, item in enumerate(items):
         total = i + 1
         if i % world == me:
-            # Cloned: a view would be sent with all of the memory that it belongs to.
+            # Cloned, since pickling a view includes its whole storage.
             own.append(tree_map(lambda leaf: leaf.detach().cpu().clone() if _is_tensor(leaf) else leaf, function(item)))
         if i % world == world - 1:
-            _meet()
+            _barrier()
     gathered: list[Any] = [own]
     if world > 1:
         gathered = [None] * world
-        _meet()
-        with _others("results could not be gathered"):
+        _barrier()
+        with _explain_errors("results could not be gathered"):
             dist.all_gather_object(gathered, own)
     return [gathered[i % world][i // world] for i in range(total)]
 
@@ -182,24 +183,24 @@ def map_sharded(function: Callable[[Item], Result], items: Iterable[Item]) -> li
 def mean_over_micro_batches(
     gradient: Callable[[Any], Gradient], parts: Sequence[Any], *, weight: Callable[[Any], float]
 ) -> Gradient:
-    """The gradient and the loss of a batch from those of its micro-batches, for `fit(..., accumulate=...)`.
+    """Weighted mean of the gradients and losses of micro-batches, for `fit(..., accumulate=...)`.
 
-    Rank k of w computes micro-batches k, k + w, ...; then one buffer of 8 bytes for each trained parameter and each
-    loss is summed over all ranks. Without torchrun it is gradient accumulation. Ranks beyond the number of
-    micro-batches have no work.
+    Rank k of w computes micro-batches k, k + w, ... Then one buffer is all-reduced, with 8 bytes per trained parameter
+    and per loss. Ranks without a micro-batch are idle. Without torchrun this is gradient accumulation.
 
     Args:
-        gradient: A micro-batch to `(grads, losses)`, means over the micro-batch. `fit` provides it.
+        gradient: Function of a micro-batch that returns `(grads, losses)`, means over the micro-batch; `fit` provides
+            it.
         parts: The micro-batches that `batches(step)` returned, the same on every rank.
-        weight: A micro-batch to the count that its loss is a mean over, such as tokens without padding. Micro-batches
-            of weight 0 are skipped.
+        weight: Function of a micro-batch that returns the count over which its loss is a mean, such as the number of
+            tokens without padding. Micro-batches with weight 0 are skipped.
 
     Returns:
         `(grads, losses)`, the same on every rank.
 
     Raises:
-        ValueError: If no micro-batch has a weight.
-        RuntimeError: If another rank has died or can't be reached.
+        ValueError: If every micro-batch has weight 0.
+        RuntimeError: If another rank has died or is unreachable.
 
     Example:
         >>> from functools import partial
@@ -210,20 +211,20 @@ def mean_over_micro_batches(
         >>> run.losses
         tensor([6.], dtype=torch.float64)
     """
-    real = [part for part in parts if weight(part) > 0]
-    if not real:
-        raise ValueError(f"none of the {len(parts)} micro-batches has a weight: there is nothing to average.")
-    own = real[rank() :: world_size()]
+    nonempty = [micro_batch for micro_batch in parts if weight(micro_batch) > 0]
+    if not nonempty:
+        raise ValueError(f"none of the {len(parts)} micro-batches has a positive weight.")
+    own = nonempty[rank() :: world_size()]
     total: Any = 0.0
-    for part in own or real[:1]:  # a rank without a micro-batch adds zeros of the right shapes
-        grads, losses = gradient(part)
+    for micro_batch in own or nonempty[:1]:  # an idle rank needs the shapes, and contributes zeros
+        grads, losses = gradient(micro_batch)
         leaves = [leaf.detach().double() for leaf in (*grads.values(), losses)]
         flat = torch.cat([leaf.flatten() for leaf in (*leaves, torch.ones_like(leaves[0].flatten()[:1]))])
-        total = total + flat * (float(weight(part)) if own else 0.0)
+        total = total + flat * (float(weight(micro_batch)) if own else 0.0)
     if world_size() > 1:
-        buffer = total.cpu()  # gloo sums there
-        _meet()
-        with _others("gradients could not be summed"):
+        buffer = total.cpu()  # gloo reduces on the CPU
+        _barrier()
+        with _explain_errors("gradients could not be summed"):
             dist.all_reduce(buffer)
         total = buffer.to(total.device)
     sizes = [leaf.numel() for leaf in (*grads.values(), losses)]
@@ -236,8 +237,8 @@ def furthest(value: Any, progress: int) -> Any:
     """The value of the rank with the most progress, on all ranks: for a checkpoint that only one machine has.
 
     Args:
-        value: Anything that `map_sharded` can send.
-        progress: This rank's progress; of equal ones the lowest rank is taken.
+        value: A value that `map_sharded` can send.
+        progress: The progress of this rank; the lowest rank wins ties.
 
     Example:
         >>> furthest("step 3", 3)
@@ -251,22 +252,22 @@ def furthest(value: Any, progress: int) -> Any:
     return map_sharded(lambda k: value if k == best else None, range(world))[best]
 
 
-def _meet() -> None:
-    """Wait until all ranks are here; rank 0 raises an error that names those that are not."""
+def _barrier() -> None:
+    """Wait for all ranks; rank 0 raises an error that names the missing ranks."""
     if world_size() > 1:
-        with _others("other ranks are missing"):
-            dist.monitored_barrier(timeout=_wait, wait_all_ranks=True)  # it would not take the group's timeout
+        with _explain_errors("other ranks are missing"):
+            dist.monitored_barrier(timeout=_wait, wait_all_ranks=True)  # the group's timeout is not its default
 
 
 @contextlib.contextmanager
-def _others(what: str) -> Iterator[None]:
-    """Around torch's own waiting: its errors in one sentence."""
+def _explain_errors(what: str) -> Iterator[None]:
+    """Re-raise errors of torch.distributed with one sentence that names this rank and the operation."""
     try:
         yield
     except RuntimeError as error:
         me = f"rank {os.environ.get('RANK', '0')}"
         said = " ".join(str(error).split())
-        raise RuntimeError(f"{me}: {what}: {said[:300]} (a process has died, hangs, or can't be reached).") from error
+        raise RuntimeError(f"{me}: {what}: {said[:300]} (a process has died, hangs, or is unreachable).") from error
 
 
 def _timeout(given: float | None) -> float:

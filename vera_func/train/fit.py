@@ -1,12 +1,12 @@
-"""A training loop for one adapter or many at once, whose whole state is one value.
+"""A training loop for one adapter or for many at once; the complete state of a run is one value, a `Fit`.
 
     losses, grads = value_and_grad(loss)(params, batch)
     updates, state = optimizer.update(clip_by_norm(grads, max_norm), state, params)
     params = apply_updates(params, updates, learning_rate * schedule(step))
 
-Stacked adapters are independent, so the gradient of the sum of their losses holds each one's own:
-`n` train in one backward pass, and the update of one is mapped over all with `torch.func.vmap`.
-Data order and schedules are functions of the step. So a run is its `Fit`, and resuming is exact.
+Stacked adapters are independent, so the gradient of the sum of their losses contains the gradient of each loss: one
+backward pass trains `n` adapters. The update of one adapter is mapped over the stack with `torch.func.vmap`. Data order
+and schedules are functions of the step, so resuming from a `Fit` is exact.
 """
 
 import hashlib
@@ -37,9 +37,9 @@ from .optim import (
 from .run import Fit, PathLike, Tree, load_fit, require_like, save_fit, start_run
 
 
-Numbers = float | Sequence[float] | Tensor  # one for all adapters, or one per adapter
+PerAdapter = float | Sequence[float] | Tensor  # one value for all adapters, or one per adapter
 Accumulate = Callable[[Callable[[Any], Gradient], Any], Gradient]
-LOOK_EVERY = 16  # steps between two looks at what an accelerator computed: each look waits for it
+SYNC_EVERY = 16  # steps between two reads of an accelerator's results; each read synchronizes with the device
 
 
 def fit(
@@ -48,12 +48,12 @@ def fit(
     batches: Callable[[int], Any],
     *,
     steps: int,
-    learning_rate: Numbers | None = None,
-    weight_decay: Numbers = 0.0,
+    learning_rate: PerAdapter | None = None,
+    weight_decay: PerAdapter = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     optimizer: Optimizer | None = None,
-    max_norm: Numbers | None = None,
+    max_norm: PerAdapter | None = None,
     schedule: Callable[[int], float | Tensor] = constant,
     num_adapters: int | None = None,
     evaluate: Callable[[dict[str, Tensor], int], float | Tensor] | None = None,
@@ -65,39 +65,44 @@ def fit(
     accumulate: Accumulate | None = None,
     progress: bool = True,
 ) -> Fit:
-    """Minimizes `loss_fn(params, batches(step))` over one adapter or many at once, with AdamW or another optimizer.
+    """Minimize `loss_fn(params, batches(step))` for one adapter or many at once, with AdamW or another optimizer.
 
-    A step costs a forward and a backward of `loss_fn`, and the update of some vectors. An adapter
-    that stopped is still computed with the others, but neither it nor its optimizer state changes
-    by a bit. One whose loss, gradient or update is not finite stops before that update, with a
-    warning, and disturbs no other. The run ends early when all have stopped. On an accelerator the warning
-    may come some steps later, since `fit` does not wait for every step.
+    A step costs one forward and one backward pass of `loss_fn`, and the update of a few vectors. An adapter stops if
+    its loss, gradient or update is not finite: that update is skipped, a warning is issued, and the other adapters are
+    not affected. A stopped adapter is still computed with the others, but its params and optimizer state no longer
+    change. The run ends when all adapters have stopped. On an accelerator the warning may come some steps later, since
+    `fit` does not synchronize at every step.
 
     Args:
-        loss_fn: `(params, batch)` to one loss, or to (n,) losses, each of its own adapter alone.
-        params: Flat dict of what is trained; with `num_adapters`, every leaf is (n, ...).
-        batches: The step, from 0, to its batch. Nothing else may matter; see `batch_indices`.
-        steps: Number of steps in all, those of a run to resume included.
-        learning_rate: One for all or one per adapter, as are `weight_decay` and `max_norm`. With an `optimizer`, a
-            factor on its updates, 1 if None; else it must be given.
-        weight_decay, betas, eps: As in `adamw_update`; another optimizer brings its own.
-        optimizer: A pair of pure functions of one adapter, `init(params)` to a state, any pytree of tensors, and
-            `update(grads, state, params)` to `(updates, state)`, such as an `Optimizer` or one of torchopt's. It is
-            mapped over stacked adapters with `torch.func.vmap`. None is AdamW.
-        max_norm: Largest norm of an adapter's gradient; None clips nothing.
-        schedule: The step to a factor on `learning_rate`, one for all or one per adapter.
+        loss_fn: Function `(params, batch)` that returns one loss, or (n,) losses, each of which depends on its adapter
+            only.
+        params: Flat dict of trainable tensors; with `num_adapters`, every leaf is (n, ...).
+        batches: Function from the step, counted from 0, to its batch. It must depend on the step only; see
+            `batch_indices`.
+        steps: Total number of steps, including those of a resumed run.
+        learning_rate: One value for all adapters or one per adapter, as for `weight_decay` and `max_norm`. With an
+            `optimizer` it is a factor on the updates and defaults to 1; otherwise it is required.
+        weight_decay, betas, eps: As in `adamw_update`; not allowed with an `optimizer`, which has its own.
+        optimizer: A pair of pure functions for one adapter: `init(params)` returns a state, any pytree of tensors, and
+            `update(grads, state, params)` returns `(updates, state)`. For example an `Optimizer`, or one of torchopt's.
+            It is mapped over stacked adapters with `torch.func.vmap`. None means AdamW.
+        max_norm: Maximum norm of an adapter's gradient; None means no clipping.
+        schedule: Function from the step to a factor on `learning_rate`, one for all adapters or one per adapter.
         num_adapters: `n`, if params are stacked.
-        evaluate, evaluate_every: `(params, steps made)` to one metric or (n,); lower is better.
-        patience: An adapter stops after so many evaluations in a row without a new best.
-        resume: A run to go on from, or its checkpoint. All other arguments should be as they were.
-        checkpoint, checkpoint_every: File to hold the run, always whole, and steps between writes.
-        accumulate: `(gradient, batch)` to the grads and losses of a step, where `gradient(part)` gives those of a
-            part of the batch, as plain tensors; None is `gradient(batch)`. See `mean_over_micro_batches`.
-        progress: Shows a bar if tqdm is installed, and nothing if it is not.
+        evaluate, evaluate_every: Function `(params, number of steps done)` that returns one metric or (n,) metrics,
+            where lower is better, and the number of steps between two calls.
+        patience: Number of consecutive evaluations without improvement after which an adapter stops.
+        resume: A run to continue, or its checkpoint. The other arguments should be the same as for that run.
+        checkpoint, checkpoint_every: File to which the run is written atomically, and the number of steps between two
+            writes.
+        accumulate: Function `(gradient, batch)` that returns the gradients and losses of a step, where
+            `gradient(micro_batch)` returns those of a micro-batch, as plain tensors. None means `gradient(batch)`. See
+            `mean_over_micro_batches`.
+        progress: Whether to show a progress bar; requires tqdm.
 
     Raises:
-        ValueError: If arguments, shapes, or the run to resume do not fit together; if no leaf of `params` gets a
-            gradient, or if in the first step one gets none that the loss depends on (see `gradient_of`).
+        ValueError: If arguments, shapes, or the run to resume do not fit together, or no leaf of `params` gets a
+            gradient. Also if, in the first step, the loss depends on a leaf that gets no gradient; see `gradient_of`.
 
     Example:
         >>> loss_fn = lambda params, batch: (params["p"] - batch).square().sum(1)
@@ -113,50 +118,51 @@ def fit(
     n = () if num_adapters is None else (num_adapters,)
     _check_options(batches, evaluate, evaluate_every, patience, checkpoint, checkpoint_every)
     advance = _advance_of(optimizer, learning_rate, weight_decay, betas, eps)
-    run = _begin(params, n, optimizer, resume, steps)
+    run = _initial_run(params, n, optimizer, resume, steps)
     done, device = len(run.losses), run.stopped.device
-    rates = _spread("learning_rate", 1.0 if learning_rate is None else learning_rate, n, device)
-    decays = _spread("weight_decay", weight_decay, n, device)
-    norms = _spread("max_norm", float("inf") if max_norm is None else max_norm, n, device)
+    rates = _per_adapter("learning_rate", 1.0 if learning_rate is None else learning_rate, n, device)
+    decays = _per_adapter("weight_decay", weight_decay, n, device)
+    norms = _per_adapter("max_norm", float("inf") if max_norm is None else max_norm, n, device)
     update = torch.func.vmap(partial(_update, advance)) if n else partial(_update, advance)
-    losses_room = _room(run.losses, steps - done)
-    metrics_room = _room(run.metrics, steps // evaluate_every - done // evaluate_every if evaluate else 0)
-    saves, judges = checkpoint is not None, evaluate is not None
+    losses_buffer = _buffer(run.losses, steps - done)
+    metrics_buffer = _buffer(run.metrics, steps // evaluate_every - done // evaluate_every if evaluate else 0)
+    intervals = [checkpoint_every] if checkpoint is not None else []
+    intervals += [evaluate_every] if evaluate is not None else []
 
-    # No graph from one step to the next, even where the model's own weights require grad.
+    # Steps must not be connected in one graph, even if weights of the model require grad.
     with torch.no_grad(), _bar(done, steps, progress) as bar:
-        watch = _Watch(run, bar, [every for every, due in ((checkpoint_every, saves), (evaluate_every, judges)) if due])
+        monitor = _Monitor(run, bar, intervals)
         for step in range(done, steps):
-            if watch.due(step) and watch.look(run):
+            if monitor.due(step) and monitor.sync(run):
                 break
             gradient = partial(gradient_of, loss_fn, run.params, n, step == 0)
             batch = batches(step)
             grads, losses = gradient(batch) if accumulate is None else accumulate(gradient, batch)
             hyper = {"learning_rate": rates * _factor(schedule, step, device), "weight_decay": decays}
-            moved = update(grads, losses, run.state, run.params, run.stopped < 0, norms, hyper)
-            run = _record(run, _append(losses_room, step, losses), *moved)
+            updated = update(grads, losses, run.state, run.params, run.stopped < 0, norms, hyper)
+            run = _record(run, _append(losses_buffer, step, losses), *updated)
             if evaluate is not None and (step + 1) % evaluate_every == 0:
-                run = _judge(run, metrics_room, evaluate(run.params, step + 1), patience)
+                run = _record_metric(run, metrics_buffer, evaluate(run.params, step + 1), patience)
             if checkpoint is not None and (step + 1) % checkpoint_every == 0:
                 save_fit(checkpoint, run)
             if bar is not None:
                 bar.update()
-        watch.look(run)
-    run = _until_all_stopped(run, done)
+        monitor.sync(run)
+    run = _trim(run, done)
     if checkpoint is not None:
         save_fit(checkpoint, run)
     return run
 
 
 def batch_indices(step: int, *, num_examples: int, batch_size: int, key: int) -> Int[Tensor, " batch"]:
-    """Which examples are the batch of this step: each once per epoch, in an order of its own.
+    """Indices of the examples in the batch of this step; every epoch is a new permutation of all examples.
 
-    A function of the arguments alone, so that a resumed run sees what it would have seen. The last
-    batch of an epoch is smaller if `batch_size` does not divide `num_examples`; none is dropped.
-    Another `key` is another order. Costs a permutation of `num_examples` per call.
+    The result depends on the arguments only, so a resumed run gets the same batches as an uninterrupted one. The last
+    batch of an epoch is smaller if `batch_size` does not divide `num_examples`; no example is dropped. Different keys
+    give different orders. Costs a permutation of `num_examples` per call.
 
     Raises:
-        ValueError: If a size is not positive, the step is negative, or a number no integer.
+        ValueError: If a size is not positive, the step is negative, or an argument is not an integer.
 
     Example:
         >>> [len(batch_indices(step, num_examples=5, batch_size=2, key=0)) for step in range(4)]
@@ -171,47 +177,47 @@ def batch_indices(step: int, *, num_examples: int, batch_size: int, key: int) ->
 
 
 def epoch_order(num_examples: int, *, key: int | str, epoch: int) -> Int[Tensor, " num_examples"]:
-    """The order of the examples in one epoch: a permutation that depends on the arguments alone.
+    """The order of the examples in one epoch: a permutation that depends on the arguments only.
 
     Args:
-        num_examples: How many examples there are.
-        key: Of the run; another key gives another order.
-        epoch: The number of the epoch.
+        num_examples: Number of examples.
+        key: Key of the run; different keys give different orders.
+        epoch: Index of the epoch.
 
     Example:
         >>> sorted(epoch_order(4, key=0, epoch=7).tolist())
         [0, 1, 2, 3]
     """
-    # Hashed, since key + epoch would give epoch 1 of key 0 the order of epoch 0 of key 1.
+    # Hashed, because key + epoch would give (key 0, epoch 1) and (key 1, epoch 0) the same order.
     seed = int.from_bytes(hashlib.sha256(f"{key} {epoch}".encode()).digest()[:4], "big")
     return torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed))
 
 
-class _Watch:
-    """What is read of a run while it goes on. Each look waits for the device, and a CPU has nothing to wait for.
+class _Monitor:
+    """Reports the state of a run: warnings of diverged adapters and the progress bar.
 
-    Looks come at least every `LOOK_EVERY` steps, and before and after those steps that read the run anyway, which are
-    every so many of `marks`.
+    A read synchronizes with the device, which costs time on an accelerator. So the run is read every `SYNC_EVERY`
+    steps, and before and after the steps that synchronize anyway: checkpoints and evaluations, at these `intervals`.
     """
 
-    def __init__(self, run: Fit, bar: Any, marks: Sequence[int]) -> None:
-        self.bar, self.marks, self.first = bar, marks, len(run.losses)
+    def __init__(self, run: Fit, bar: Any, intervals: Sequence[int]) -> None:
+        self.bar, self.intervals, self.first = bar, intervals, len(run.losses)
         self.known = run.diverged.cpu()
-        self.every = _look_every(run.stopped.device)
+        self.every = _sync_every(run.stopped.device)
 
     def due(self, step: int) -> bool:
-        """Whether to look before this step."""
-        marked = any(step % mark in (0, mark - 1) for mark in self.marks)
-        return step == self.first or step % self.every == 0 or marked
+        """Whether to read the run before this step."""
+        synchronized = any(step % interval in (0, interval - 1) for interval in self.intervals)
+        return step == self.first or step % self.every == 0 or synchronized
 
-    def look(self, run: Fit) -> bool:
-        """Warn of adapters that diverged, show how far the run is, and return whether all adapters have stopped."""
+    def sync(self, run: Fit) -> bool:
+        """Warn of adapters that diverged, update the progress bar, and return whether all adapters have stopped."""
         stopped, diverged = run.stopped.cpu(), run.diverged.cpu()
         new, self.known = diverged & ~self.known, diverged
         for step in stopped[new].unique().tolist():
             which = (new & (stopped == step)).nonzero().flatten().tolist() if new.ndim else "the only one"
             warnings.warn(
-                f"step {step} is not finite and stops adapter {which} before the update.", RuntimeWarning, stacklevel=3
+                f"step {step} is not finite: adapter {which} stops before this update.", RuntimeWarning, stacklevel=3
             )
         if self.bar is not None and len(run.losses):
             left = f", {(stopped < 0).sum()} training" if stopped.ndim else ""
@@ -219,23 +225,23 @@ class _Watch:
         return bool((stopped >= 0).all())
 
 
-def _look_every(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else LOOK_EVERY
+def _sync_every(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else SYNC_EVERY
 
 
 def _advance_of(
-    optimizer: Any, learning_rate: Numbers | None, weight_decay: Numbers, betas: tuple[float, float], eps: float
+    optimizer: Any, learning_rate: PerAdapter | None, weight_decay: PerAdapter, betas: tuple[float, float], eps: float
 ) -> Callable[..., Any]:
-    """`(grads, state, params, learning_rate=, weight_decay=)` to the new params and the new state."""
+    """A function `(grads, state, params, *, learning_rate, weight_decay)` that returns new params and state."""
     if optimizer is None:
         if learning_rate is None:
-            raise ValueError("learning_rate must be given, such as learning_rate=1e-2, or an optimizer.")
+            raise ValueError("fit needs a learning_rate, such as learning_rate=1e-2, or an optimizer.")
         return partial(adamw_update, betas=betas, eps=eps)
-    own = {"weight_decay": (weight_decay, 0.0), "betas": (betas, [0.9, 0.999]), "eps": (eps, 1e-8)}
-    for name, (value, default) in own.items():
+    adamw_only = {"weight_decay": (weight_decay, 0.0), "betas": (betas, [0.9, 0.999]), "eps": (eps, 1e-8)}
+    for name, (value, default) in adamw_only.items():
         if torch.as_tensor(value, dtype=torch.float64).tolist() != default:
             raise ValueError(
-                f"{name} is an option of AdamW without an optimizer; give it to the optimizer, as in adamw."
+                f"{name} has no effect with optimizer=...; pass it to the optimizer instead, as in adamw(...)."
             )
     return partial(_advance, as_optimizer(optimizer))
 
@@ -243,13 +249,13 @@ def _advance_of(
 def _advance(
     optimizer: Optimizer, grads: Tree, state: Any, params: Tree, *, learning_rate: Tensor, weight_decay: Tensor
 ) -> tuple[dict[str, Tensor], Any]:
-    """As `adamw_update`, by an optimizer, which brings its own weight decay."""
+    """`adamw_update` for an arbitrary optimizer; `weight_decay` is unused."""
     updates, state = optimizer.update(grads, state, params)
     return apply_updates(params, updates, learning_rate), state
 
 
 def _update(advance, grads, loss, state, params, training, max_norm, hyper):
-    """The step of one adapter, not taken if it stopped or if anything is not finite."""
+    """Update one adapter, unless it has stopped or a value is not finite; returns params, state and `finite`."""
     new, new_state = advance(clip_by_norm(grads, max_norm), state, params, **hyper)
     finite = loss.isfinite() & global_norm(grads).isfinite() & global_norm(new).isfinite()
 
@@ -261,11 +267,11 @@ def _update(advance, grads, loss, state, params, training, max_norm, hyper):
     try:
         return tree_map(chosen, params, new), tree_map(chosen, state, new_state), finite
     except ValueError as error:
-        raise ValueError(f"optimizer.update must return a state like the one that it was given: {error}") from error
+        raise ValueError(f"optimizer.update must return a state with the structure of its input: {error}") from error
 
 
-def _begin(params: Tree, n: tuple[int, ...], optimizer: Any, resume: Fit | PathLike | None, steps: int) -> Fit:
-    """The run before the first step that is to be made."""
+def _initial_run(params: Tree, n: tuple[int, ...], optimizer: Any, resume: Fit | PathLike | None, steps: int) -> Fit:
+    """A new run, or the run to resume."""
     run = start_run(params, n, optimizer)
     if isinstance(resume, Fit):
         require_like(resume, run, "resume")
@@ -273,53 +279,53 @@ def _begin(params: Tree, n: tuple[int, ...], optimizer: Any, resume: Fit | PathL
     elif resume is not None:
         run = load_fit(resume, params, num_adapters=n[0] if n else None, optimizer=optimizer)
     if len(run.losses) > steps:
-        raise ValueError(f"steps={steps} counts all steps, and {len(run.losses)} are done already.")
+        raise ValueError(f"steps={steps} is the total number of steps, but the run already has {len(run.losses)}.")
     return run
 
 
-def _room(rows: Tensor, more: int) -> Tensor:
-    """The rows, and memory for more."""
+def _buffer(rows: Tensor, more: int) -> Tensor:
+    """The rows, followed by space for more."""
     return torch.cat([rows, rows.new_zeros(more, *rows.shape[1:])])
 
 
-def _append(room: Tensor, i: int, row: Tensor) -> Tensor:
-    room[i] = row
-    return room[: i + 1]
+def _append(buffer: Tensor, i: int, row: Tensor) -> Tensor:
+    buffer[i] = row
+    return buffer[: i + 1]
 
 
 def _record(run: Fit, losses: Tensor, params: dict, state: Any, finite: Tensor) -> Fit:
-    """The run after a step, in which those that were not finite stopped."""
+    """The run after a step; adapters with non-finite values stop."""
     failed = (run.stopped < 0) & ~finite
     stopped = run.stopped.masked_fill(failed, len(losses) - 1)
     return Fit(params, state, losses, run.metrics, stopped, run.diverged | failed)
 
 
-def _judge(run: Fit, room: Tensor, metric: float | Tensor, patience: int | None) -> Fit:
-    """The run after an evaluation, in which those whose best is `patience` old stopped."""
+def _record_metric(run: Fit, buffer: Tensor, metric: float | Tensor, patience: int | None) -> Fit:
+    """The run after an evaluation; adapters without improvement for `patience` evaluations stop."""
     metric = torch.as_tensor(metric, dtype=torch.float64, device=run.stopped.device)
     require_shape("evaluate", metric, run.stopped.shape)
-    run = run._replace(metrics=_append(room, len(run.metrics), metric))
+    run = run._replace(metrics=_append(buffer, len(run.metrics), metric))
     if patience is None:
         return run
-    # argmin takes the first of equal ones, so that a plateau is no progress, and NaN for the least.
+    # argmin returns the first minimum, so equal metrics do not count as improvement; it would treat NaN as the minimum.
     best = run.metrics.nan_to_num(nan=float("inf")).argmin(dim=0)
     stops = (run.stopped < 0) & (len(run.metrics) - 1 - best >= patience)
     return run._replace(stopped=run.stopped.masked_fill(stops, len(run.losses)))
 
 
-def _until_all_stopped(run: Fit, done: int) -> Fit:
-    """The run without steps that were made, of `done` on, before it was seen that all adapters had stopped."""
+def _trim(run: Fit, done: int) -> Fit:
+    """The run without the steps, after the first `done`, that were computed after all adapters had stopped."""
     if (run.stopped < 0).any():
         return run
-    # A step that diverged has a loss, but no update.
+    # A diverged step has a loss but no update.
     steps = max((run.stopped + run.diverged).flatten().tolist(), default=0)
     return run._replace(losses=run.losses[: max(steps, done)].clone())
 
 
 def _factor(schedule: Callable[[int], float | Tensor], step: int, device: torch.device) -> Tensor:
     factor = torch.as_tensor(schedule(step), dtype=torch.float64)
-    if not all(number >= 0 for number in factor.flatten().tolist()):
-        raise ValueError(f"schedule({step}) must be 0 or more, got {factor.tolist()}.")
+    if not all(value >= 0 for value in factor.flatten().tolist()):
+        raise ValueError(f"schedule({step}) must be at least 0, got {factor.tolist()}.")
     return factor.to(device, non_blocking=True)
 
 
@@ -332,7 +338,7 @@ def _check_options(
             "lambda step: batches[step % len(batches)]."
         )
     if patience is not None and evaluate is None:
-        raise ValueError(f"patience={patience} counts evaluations: pass evaluate too.")
+        raise ValueError(f"patience={patience} requires evaluations: pass evaluate.")
     if min(evaluate_every, checkpoint_every, 1 if patience is None else patience) < 1:
         raise ValueError(f"must be positive: {evaluate_every=}, {checkpoint_every=}, {patience=}.")
     if checkpoint is not None and not (folder := Path(checkpoint).parent).is_dir():
@@ -347,11 +353,11 @@ def _bar(done: int, steps: int, progress: bool) -> AbstractContextManager[Any]:
     return tqdm(initial=done, total=steps, unit="step")
 
 
-def _spread(name: str, value: Numbers, n: tuple[int, ...], device: torch.device) -> Tensor:
-    numbers = torch.as_tensor(value, dtype=torch.float64, device=device)
-    if numbers.shape not in ((), n):
-        right = f"one number or {n[0]}" if n else "one number, or num_adapters too"
-        raise ValueError(f"{name} has shape {tuple(numbers.shape)}; pass {right}.")
-    if not (numbers >= 0).all():
-        raise ValueError(f"{name} must be 0 or more, got {value}.")
-    return numbers.expand(n)
+def _per_adapter(name: str, value: PerAdapter, n: tuple[int, ...], device: torch.device) -> Tensor:
+    values = torch.as_tensor(value, dtype=torch.float64, device=device)
+    if values.shape not in ((), n):
+        expected = f"one value or {n[0]} values" if n else "one value, or num_adapters if params are stacked"
+        raise ValueError(f"{name} has shape {tuple(values.shape)}; pass {expected}.")
+    if not (values >= 0).all():
+        raise ValueError(f"{name} must be at least 0, got {value}.")
+    return values.expand(n)

@@ -1,4 +1,4 @@
-"""The gradient of a training step, which is an error where it would be zero by mistake."""
+"""The gradient of a training step, with an error where a detached layer would give a wrong zero gradient."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,27 +14,29 @@ from .optim import Gradient
 
 LossFn = Callable[[dict[str, Tensor], Any], Tensor]
 _ADVICE = (
-    "Activation checkpointing keeps gradients from params, too: call model.gradient_checkpointing_disable() before "
+    "Activation checkpointing also prevents gradients of params: call model.gradient_checkpointing_disable() before "
     "adapt or load_adapter, or train to_module(adapted)."
 )
 
 
 def gradient_of(loss_fn: LossFn, params: dict[str, Tensor], n: tuple[int, ...], first: bool, batch: Any) -> Gradient:
-    """The gradient of every adapter's own loss, and the losses.
+    """The gradient of each adapter's loss, and the losses.
 
-    A leaf that is not in the graph gets zeros. That is right where the loss does not depend on it: an expert that got
-    no token, a pooler beside mean pooling. It is wrong where a layer runs under `torch.no_grad` or its output is
-    detached. So in the first step the loss is evaluated again with other values in such leaves.
+    The gradient of a leaf that is not in the graph is zero. This is correct if the loss does not depend on the leaf,
+    for example an expert without tokens or an unused pooler. It is wrong if a layer runs under `torch.no_grad` or its
+    output is detached. To detect this, the first step evaluates the loss again with other values of such leaves.
 
     Args:
-        loss_fn: `(params, batch)` to one loss, or to (n,) losses, each of its own adapter alone.
-        params: Its first argument.
-        n: The shape of the losses.
-        first: Whether to look into leaves without a gradient.
-        batch: Its second argument.
+        loss_fn: Function `(params, batch)` that returns one loss, or (n,) losses, each of which depends on its adapter
+            only.
+        params: First argument of `loss_fn`.
+        n: Shape of the losses.
+        first: Whether to check the leaves without a gradient.
+        batch: Second argument of `loss_fn`.
 
     Raises:
-        ValueError: If the losses have another shape, no leaf gets a gradient, or one gets none that they depend on.
+        ValueError: If the losses have another shape, no leaf gets a gradient, or the losses depend on a leaf that gets
+            none.
 
     Example:
         >>> gradient_of(lambda params, batch: (params["p"] * batch).sum(), {"p": torch.ones(2)}, (), True, 3.0)
@@ -47,7 +49,9 @@ def gradient_of(loss_fn: LossFn, params: dict[str, Tensor], n: tuple[int, ...], 
         losses = loss_fn(dict(zip(params, leaves, strict=True)), batch)
         require_shape("loss_fn", losses, n)
         if not losses.requires_grad:
-            raise ValueError(f"the result of loss_fn does not depend on params; see that it is not detached. {_ADVICE}")
+            raise ValueError(
+                f"the losses of loss_fn do not depend on params; check that they are not detached. {_ADVICE}"
+            )
         return losses.sum(), losses
 
     try:
@@ -74,23 +78,23 @@ def _require_independent(
     absent: list[str],
     rewind: Callable[[], None],
 ) -> None:
-    """Refuse losses that change with leaves in which they have no gradient."""
+    """Check that the losses do not depend on the leaves without a gradient."""
 
     def changes(modules: Sequence[str]) -> bool:
         rewind()
-        moved = {k: p + 0.1 if k in absent and split_key(k)[0] in modules else p for k, p in params.items()}
-        with torch.enable_grad():  # as before, to the bit
-            return not torch.equal(loss_fn({k: p.detach().requires_grad_() for k, p in moved.items()}, batch), losses)
+        shifted = {k: p + 0.1 if k in absent and split_key(k)[0] in modules else p for k, p in params.items()}
+        with torch.enable_grad():  # for a bitwise equal computation
+            return not torch.equal(loss_fn({k: p.detach().requires_grad_() for k, p in shifted.items()}, batch), losses)
 
     modules = list(dict.fromkeys(split_key(key)[0] for key in absent))
-    if changes([]) or not changes(modules):  # a loss that is random tells nothing
+    if changes([]) or not changes(modules):  # a loss that is random by itself can't be checked
         return
     while len(modules) > 1:
         half = modules[: len(modules) // 2]
         modules = half if changes(half) else modules[len(half) :]
     key = next(key for key in absent if split_key(key)[0] in modules)
     raise ValueError(
-        f"the result of loss_fn depends on {key!r}, but has no gradient in it; see that no layer is detached. {_ADVICE}"
+        f"the losses of loss_fn depend on {key!r}, but it gets no gradient; check that no layer is detached. {_ADVICE}"
     )
 
 
@@ -105,9 +109,10 @@ def _rewind(states: Sequence[Tensor], devices: Sequence[int]) -> None:
 
 
 def require_shape(name: str, value: Tensor, n: tuple[int, ...]) -> None:
-    wanted = f"one number per adapter, {tuple(n)}" if n else "one number, ()"
+    """Check that `value` is a tensor of shape `n`; `name` is the function that returned it."""
+    expected = f"one value per adapter, {tuple(n)}" if n else "one value, ()"
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name} must return {wanted}, as a tensor, got {type(value).__name__}.")
+        raise ValueError(f"{name} must return {expected}, as a tensor, got {type(value).__name__}.")
     if value.shape != n:
         hint = "" if n else "; if params are stacked, pass num_adapters"
-        raise ValueError(f"{name} must return {wanted}, got shape {tuple(value.shape)}{hint}.")
+        raise ValueError(f"{name} must return {expected}, got shape {tuple(value.shape)}{hint}.")

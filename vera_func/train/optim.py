@@ -3,9 +3,9 @@
     mean' = b1 mean + (1 - b1) g          var' = b2 var + (1 - b2) g^2
     p'    = (1 - lr wd) p - lr (mean' / (1 - b1^t)) / (sqrt(var' / (1 - b2^t)) + eps)
 
-Every function is written for one adapter and writes to none of its inputs; many adapters are
-`torch.func.vmap` of it. So hyper-parameters are floats or 0-d tensors, which can be differentiated.
-An `Optimizer` is a pair of such functions, as in optax and torchopt.
+Every function handles one adapter and does not modify its inputs; use `torch.func.vmap` for stacked adapters.
+Hyper-parameters are floats or 0-d tensors, and results are differentiable in them. An `Optimizer` is a pair of such
+functions, as in optax and torchopt.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from ..private import tree_map
 
 
 class AdamWState(NamedTuple):
-    """The number of updates, and the running moments of the gradient, keyed like `params`."""
+    """State of AdamW: the number of updates, and running moments of the gradient with the keys of `params`."""
 
     step: Int[Tensor, ""]
     mean: dict[str, Tensor]
@@ -30,13 +30,13 @@ class AdamWState(NamedTuple):
 
 
 def adamw_init(params: Mapping[str, Tensor]) -> AdamWState:
-    """The state before the first update: `step = 0`, both moments zero, float32 or wider.
+    """Initial state of AdamW: `step = 0`, both moments zero, in float32 or wider.
 
     Args:
-        params: Flat dict of what is trained.
+        params: Flat dict of trainable tensors.
 
     Raises:
-        ValueError: If it is empty, or a leaf is not of floating-point numbers.
+        ValueError: If `params` is empty, or a leaf does not have a floating-point dtype.
 
     Example:
         >>> adamw_init({"p": torch.ones(2)})
@@ -60,20 +60,20 @@ def adamw_update(
 ) -> tuple[dict[str, Tensor], AdamWState]:
     """One step of AdamW: `p - lr * (mean_hat / (sqrt(var_hat) + eps) + wd * p)`, as new tensors.
 
-    About 15 operations per entry, and a second copy of `params` and `state`. Clips nothing.
+    Costs about 15 operations per entry and a copy of `params` and `state`. Gradients are not clipped.
 
     Args:
-        grads: Gradients, keyed and shaped like `params`.
-        state: From `adamw_init` or the last update.
+        grads: Gradients with the keys and shapes of `params`.
+        state: From `adamw_init` or the previous update.
         params: Values before the update.
-        learning_rate: `lr`, a float or a 0-d tensor, as are all that follow.
+        learning_rate: `lr`, a float or 0-d tensor, like all arguments below.
         betas: Decay rates `b1, b2` of the two moments.
-        eps: Added to the root, against division by zero.
+        eps: Added to the denominator, to avoid division by zero.
         weight_decay: `wd`, decoupled from the gradient.
 
     Raises:
-        ValueError: If keys or shapes differ, or if a hyper-parameter is not a single number, or out of range (which a
-            tensor's value is not asked).
+        ValueError: If keys or shapes differ, or a hyper-parameter is not a scalar or is out of range. The values of
+            tensors are not checked.
 
     Example:
         >>> # A learning rate per adapter. vmap does not map keyword arguments, hence the lambda.
@@ -85,8 +85,8 @@ def adamw_update(
         (tensor([0.9000, 0.5000]), tensor([1, 1]))
 
     Reference:
-        https://arxiv.org/abs/1711.05101, in the form of `torch.optim.AdamW`. Deviation: 16-bit
-        leaves are updated in float32 and cast once.
+        https://arxiv.org/abs/1711.05101, as implemented in `torch.optim.AdamW`. Deviation: 16-bit leaves are updated in
+        float32 and cast once.
     """
     learning_rate, weight_decay = _number("learning_rate", learning_rate), _number("weight_decay", weight_decay)
     directions, state = _adam(grads, state, params, betas, eps)
@@ -105,16 +105,16 @@ def _adam(
     _check_like("state.mean", state.mean, params)
     _check_like("state.var", state.var, params)
     if state.step.ndim:
-        raise ValueError("state is that of stacked adapters: map over them with torch.func.vmap.")
+        raise ValueError("state belongs to stacked adapters: map over them with torch.func.vmap.")
     beta1, beta2 = (_number("betas", beta, below=1.0) for beta in betas)
     eps = _number("eps", eps)
     step = state.step + 1
-    # float ** int64 would be float32, and 1 - b2^t lose four digits to cancellation.
+    # float ** int64 would be float32, and 1 - b2^t would lose four digits to cancellation.
     correction1, correction2 = 1 - beta1 ** step.double(), 1 - beta2 ** step.double()
     directions, mean, var = {}, {}, {}
     for key, p in params.items():
         m, v, g = state.mean[key], state.var[key], grads[key].to(_wide(p))
-        # The casts are for 0-d leaves, which a 0-d float64 hyper-parameter would promote.
+        # A 0-d float64 hyper-parameter would promote 0-d leaves, hence the casts.
         mean[key] = m = (m + (1 - beta1) * (g - m)).to(m.dtype)
         var[key] = v = (beta2 * v + (1 - beta2) * g * g).to(v.dtype)
         directions[key] = (m / correction1) / (_sqrt(v) / correction2.sqrt() + eps)
@@ -122,11 +122,11 @@ def _adam(
 
 
 class Optimizer(NamedTuple):
-    """An optimizer of one adapter as two pure functions, which write to none of their inputs.
+    """An optimizer for one adapter as two pure functions, which do not modify their inputs.
 
     Attributes:
-        init: `params` to the state before the first update, a pytree of tensors.
-        update: `(grads, state, params)` to `(updates, state)`; the new params are `params + updates`.
+        init: Function `params -> state`, the initial state as a pytree of tensors.
+        update: Function `(grads, state, params) -> (updates, state)`; the new params are `params + updates`.
     """
 
     init: Callable[[Mapping[str, Tensor]], Any]
@@ -140,16 +140,16 @@ def adamw(
     eps: float | Tensor = 1e-8,
     weight_decay: float | Tensor = 0.0,
 ) -> Optimizer:
-    """AdamW as an `Optimizer`: `adamw_init`, and `adamw_update` that returns the change of params.
+    """AdamW as an `Optimizer`: `adamw_init`, and an update function that returns the change of params.
 
     Args:
-        learning_rate: As in `adamw_update`, as are all that follow.
-        betas: Decay rates of the two moments.
-        eps: Added to the root.
-        weight_decay: Decoupled from the gradient.
+        learning_rate: As in `adamw_update`.
+        betas: As in `adamw_update`.
+        eps: As in `adamw_update`.
+        weight_decay: As in `adamw_update`.
 
     Raises:
-        ValueError: As from `adamw_update`, when `update` is called.
+        ValueError: As for `adamw_update`, when `update` is called.
 
     Example:
         >>> optimizer, params = adamw(0.1), {"p": torch.ones(2)}
@@ -174,8 +174,8 @@ def apply_updates(
 
     Args:
         params: Values before the update.
-        updates: From an optimizer, keyed and shaped like `params`.
-        scale: A float or a 0-d tensor.
+        updates: From an optimizer, with the keys and shapes of `params`.
+        scale: Factor on the updates, a float or 0-d tensor.
 
     Raises:
         ValueError: If keys or shapes differ.
@@ -189,16 +189,17 @@ def apply_updates(
 
 
 def as_optimizer(pair: Any) -> Optimizer:
-    """A pair of functions as an `Optimizer` whose state holds tensors only; torchopt's transformations are such pairs.
+    """Convert a pair of functions, such as a torchopt transformation, to an `Optimizer` whose state has only tensors.
 
-    torchopt's `update` takes `params` by name, and writes into gradients unless it is told `inplace=False`. Its Adamax
-    counts steps in a Python int, which becomes a tensor.
+    torchopt's `update` takes `params` as a keyword, and modifies the gradients unless `inplace=False` is passed; the
+    result handles both. Python numbers in a state, such as the step count of torchopt's Adamax, become tensors.
 
     Args:
         pair: `(init, update)`, such as an `Optimizer`.
 
     Raises:
-        ValueError: If it is no such pair, or, when `init` or `update` is called, if they return something else.
+        ValueError: If `pair` is not such a pair. When `init` or `update` is called: if their results have another
+            structure.
 
     Example:
         >>> descent = as_optimizer((lambda params: (), lambda grads, state, *, params: (grads, state)))
@@ -238,12 +239,12 @@ def _state_tensor(device: torch.device, leaf: Any) -> Tensor:
 
 
 def require_trainable(params: Mapping[str, Tensor]) -> None:
-    """Refuse params that are empty, or have a leaf that is not of floating-point numbers."""
+    """Check that params is not empty and that all leaves have a floating-point dtype."""
     if not params:
         raise ValueError("params is empty: there is nothing to train.")
     for key, p in params.items():
         if not p.is_floating_point():
-            raise ValueError(f"params[{key!r}] is {p.dtype}; only floating-point numbers can be trained.")
+            raise ValueError(f"params[{key!r}] is {p.dtype}; only floating-point tensors can be trained.")
 
 
 def global_norm(tree: Mapping[str, Tensor]) -> Float[Tensor, ""]:
@@ -253,33 +254,38 @@ def global_norm(tree: Mapping[str, Tensor]) -> Float[Tensor, ""]:
         tree: Flat dict of tensors.
 
     Raises:
-        ValueError: If it is empty.
+        ValueError: If `tree` is empty.
 
     Example:
         >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
         tensor(5.)
     """
     if not tree:
-        raise ValueError("the norm of an empty dict of tensors is not defined.")
+        raise ValueError("the norm of an empty dict of tensors is undefined.")
     norms = [torch.linalg.vector_norm(leaf, dtype=_wide(leaf)) for leaf in tree.values()]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def clip_by_norm(grads: Mapping[str, Tensor], max_norm: float | Tensor) -> dict[str, Tensor]:
-    """`g * min(1, max_norm / (norm + 1e-6))`, with the norm over all leaves of one adapter.
+    """Clip gradients by their global norm: `g * min(1, max_norm / (norm + 1e-6))`.
 
-    Per adapter it is `torch.func.vmap(clip_by_norm)(grads, max_norms)`. A `max_norm` of infinity
-    clips nothing. A norm that is not finite is not hidden: NaN comes out, as it does in torch.
+    The norm is taken over all leaves of one adapter. For stacked adapters use
+    `torch.func.vmap(clip_by_norm)(grads, max_norms)`. With an infinite `max_norm` nothing is clipped. If the norm is
+    not finite, the result contains NaN, as in torch.
+
+    Args:
+        grads: Gradients, a flat dict of tensors.
+        max_norm: Maximum norm, a float or 0-d tensor.
 
     Raises:
-        ValueError: If `grads` is empty, or `max_norm` is not a single number, or negative or NaN.
+        ValueError: If `grads` is empty, or `max_norm` is not a scalar, or is negative or NaN.
 
     Example:
         >>> clip_by_norm({"p": torch.tensor([3.0, 4.0])}, 1.0)
         {'p': tensor([0.6000, 0.8000])}
 
     Reference:
-        https://arxiv.org/abs/1211.5063, in the form of `torch.nn.utils.clip_grad_norm_`.
+        https://arxiv.org/abs/1211.5063, as implemented in `torch.nn.utils.clip_grad_norm_`.
     """
     max_norm = _number("max_norm", max_norm)
     scale = (max_norm / (global_norm(grads) + 1e-6)).clamp(max=1)
@@ -287,11 +293,11 @@ def clip_by_norm(grads: Mapping[str, Tensor], max_norm: float | Tensor) -> dict[
 
 
 def constant(step: int | Tensor, *, value: float = 1.0) -> Float[Tensor, "*n"]:
-    """`value` at every step, in the shape of `step` and in float64.
+    """A constant schedule: `value` for every step, with the shape of `step`, in float64.
 
     Args:
-        step: () or (n,).
-        value: What to return.
+        step: Step or steps, () or (n,).
+        value: The constant.
 
     Example:
         >>> constant(7)
@@ -303,12 +309,13 @@ def constant(step: int | Tensor, *, value: float = 1.0) -> Float[Tensor, "*n"]:
 def linear_warmup_cosine(
     step: int | Tensor, *, warmup: int, total: int, peak: float = 1.0, final: float = 0.0
 ) -> Float[Tensor, "*n"]:
-    """Up to `peak` in `warmup` steps, then half a cosine down to `final` at step `total`.
+    """Linear warmup to `peak` in `warmup` steps, then cosine decay to `final` at step `total`.
 
         step < warmup:  peak (step + 1) / (warmup + 1)
         from then on:   final + (peak - final) (1 + cos(pi (step - warmup) / (total - warmup))) / 2
 
-    Steps count from 0, which has a rate already. The result has the shape of `step`, in float64.
+    Steps count from 0; with `warmup`, step 0 has the value `peak / (warmup + 1)`. The result is float64 with the shape
+    of `step`.
 
     Raises:
         ValueError: If not `0 <= warmup < total`.
@@ -321,7 +328,7 @@ def linear_warmup_cosine(
         https://arxiv.org/abs/1608.03983, without restarts.
     """
     if not 0 <= warmup < total:
-        raise ValueError(f"must be 0 <= warmup < total, got warmup={warmup}, total={total}.")
+        raise ValueError(f"linear_warmup_cosine needs 0 <= warmup < total, got warmup={warmup}, total={total}.")
     step = torch.as_tensor(step, dtype=torch.float64)
     rising = peak * (step + 1) / (warmup + 1)
     progress = ((step - warmup) / (total - warmup)).clamp(0, 1)
@@ -334,7 +341,7 @@ def _wide(leaf: Tensor) -> torch.dtype:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """The root, with derivative 0 at 0: `lambda_d` has no gradient while `lambda_b` is zero."""
+    """Square root with derivative 0 at 0, since the gradient of `lambda_d` is 0 while `lambda_b` is 0."""
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1).sqrt(), 0)
 
@@ -347,7 +354,7 @@ def _number(name: str, value: float | Tensor, below: float | None = None) -> flo
         return value
     if value.ndim:
         raise ValueError(
-            f"{name} has shape {tuple(value.shape)}, but one adapter takes one number. Map: "
+            f"{name} has shape {tuple(value.shape)}, but one adapter takes a scalar. For stacked adapters use "
             "torch.func.vmap(lambda g, s, p, lr: adamw_update(g, s, p, learning_rate=lr))."
         )
     return value.double()
@@ -356,10 +363,10 @@ def _number(name: str, value: float | Tensor, below: float | None = None) -> flo
 def _check_like(name: str, tree: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
     missing, unknown = sorted(params.keys() - tree.keys()), sorted(tree.keys() - params.keys())
     if missing or unknown:
-        raise ValueError(f"{name} must have the keys of params: lacks {missing}, adds {unknown}.")
+        raise ValueError(f"{name} must have the keys of params: it lacks {missing} and has the unknown {unknown}.")
     for key, p in params.items():
         if (shape := tree[key].shape) != p.shape:
-            raise ValueError(f"{name}[{key!r}] is {tuple(shape)}, but params {tuple(p.shape)}.")
+            raise ValueError(f"{name}[{key!r}] is {tuple(shape)}, but params[{key!r}] is {tuple(p.shape)}.")
 
 
-Gradient = tuple[dict[str, Tensor], Tensor]  # of every adapter's own loss, and the losses
+Gradient = tuple[dict[str, Tensor], Tensor]  # gradient of each adapter's loss, and the losses

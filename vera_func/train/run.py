@@ -1,7 +1,7 @@
-"""A training run as a value, and its file.
+"""The state of a training run, and its file format.
 
-A run is one safetensors file: `params.KEY`, the leaves of the optimizer's state by their places in it, such as
-`state.mean['KEY']`, and the rest of `Fit` by name.
+A run is stored as one safetensors file. It contains the params as `params.KEY`, the leaves of the optimizer's state
+under their paths, such as `state.mean['KEY']`, and the other fields of `Fit` under their names.
 """
 
 import os
@@ -24,16 +24,16 @@ PathLike = str | os.PathLike[str]
 
 
 class Fit(NamedTuple):
-    """A run so far, of one adapter (`*n` is nothing) or of stacked ones.
+    """The state of a run of one adapter (`*n` is empty) or of `n` stacked adapters.
 
     Attributes:
-        params: The last values, which need not be the best.
-        state: State of the optimizer, a pytree of tensors; AdamW's is an `AdamWState`, whose `step` counts the updates
-            of each adapter.
-        losses: What `loss_fn` gave before each step's update, for stopped adapters too.
-        metrics: What `evaluate` gave.
-        stopped: The number of updates after which an adapter stopped, -1 if it did not.
-        diverged: True where it stopped because something was not finite.
+        params: The params after the last step, which are not necessarily the best ones.
+        state: State of the optimizer, a pytree of tensors. For AdamW it is an `AdamWState`, whose `step` is the number
+            of updates of each adapter.
+        losses: Losses of each step, before its update; stopped adapters are included.
+        metrics: Results of `evaluate`.
+        stopped: Number of updates after which an adapter stopped, or -1 if it did not stop.
+        diverged: Whether an adapter stopped because a value was not finite.
     """
 
     params: dict[str, Tensor]
@@ -45,15 +45,15 @@ class Fit(NamedTuple):
 
 
 def start_run(params: Tree, n: tuple[int, ...], optimizer: Optimizer | None = None) -> Fit:
-    """A run before its first step.
+    """The state of a run before its first step.
 
     Args:
-        params: What is trained.
-        n: The number of stacked adapters in a tuple, or ().
-        optimizer: As `fit` takes it; None is AdamW.
+        params: Flat dict of trainable tensors.
+        n: `(number of stacked adapters,)`, or `()` for one adapter.
+        optimizer: As for `fit`; None means AdamW.
 
     Raises:
-        ValueError: If params are not stacked as `n` says, or nothing in them can be trained.
+        ValueError: If the leading dimension of params is not `n`, or params can't be trained.
 
     Example:
         >>> start_run({"p": torch.ones(2, 3)}, (2,)).stopped
@@ -73,7 +73,7 @@ def start_run(params: Tree, n: tuple[int, ...], optimizer: Optimizer | None = No
 
 
 def require_like(run: Fit, other: Fit, source: PathLike) -> None:
-    """Refuse a run, from a source, that is of other params or of another optimizer than a fresh one."""
+    """Check that `run` has the same params and optimizer state as `other`; `source` is named in errors."""
     _check_run(_flatten(run), other, source)
 
 
@@ -85,8 +85,8 @@ def save_fit(path: PathLike, run: Fit) -> None:
         run: From `fit`.
 
     Raises:
-        ValueError: If it is not a `Fit`.
-        OSError: If the file can't be written; an old one is still there.
+        ValueError: If `run` is not a `Fit`.
+        OSError: If the file can't be written; an existing file is then kept.
 
     Example:
         >>> import tempfile
@@ -100,7 +100,7 @@ def save_fit(path: PathLike, run: Fit) -> None:
     """
     if not isinstance(run, Fit):
         raise ValueError(f"run must be a Fit, as fit returns it, got {type(run).__name__}.")
-    # Cloned, since safetensors refuses tensors that share memory.
+    # Cloned, since safetensors rejects tensors that share memory.
     tensors = {k: t.contiguous().cpu().clone() for k, t in _flatten(run).items()}
     with replacing(Path(path)) as file:
         file.write_bytes(save(tensors))
@@ -109,16 +109,17 @@ def save_fit(path: PathLike, run: Fit) -> None:
 def load_fit(
     path: PathLike, params: Tree, *, num_adapters: int | None = None, optimizer: Optimizer | None = None
 ) -> Fit:
-    """Read a run that `save_fit` wrote, onto the device of `params`.
+    """Load a run that `save_fit` wrote, onto the device of `params`.
 
     Args:
         path: The file.
-        params: Params of the same keys, shapes and dtypes; their values do not matter.
-        num_adapters: `n`, if they are stacked.
-        optimizer: That of the run, as `fit` takes it; None is AdamW.
+        params: Params with the keys, shapes and dtypes of the run; their values are not used.
+        num_adapters: `n`, if params are stacked.
+        optimizer: Optimizer of the run, as for `fit`; None means AdamW.
 
     Raises:
-        ValueError: If the file is damaged, of other params or of another optimizer; the file and the key are named.
+        ValueError: If the file is damaged, or has other params or another optimizer. The message names the file and the
+            key.
 
     Example:
         >>> import tempfile
@@ -132,13 +133,13 @@ def load_fit(
     """
     _, tensors = read_safetensors(Path(path))
     like = start_run(params, () if num_adapters is None else (num_adapters,), optimizer)
-    if not any(key.startswith("state") for key in tensors):  # version 0.1 knew AdamW's state only, by shorter names
+    if not any(key.startswith("state") for key in tensors):  # version 0.1 supported AdamW only, with shorter names
         old = {f"{name}.{k}": f"state.{name}[{k!r}]" for name in ("mean", "var") for k in params}
         tensors = {(old | {"step": "state.step"}).get(key, key): tensor for key, tensor in tensors.items()}
     _check_run(tensors, like, path)
     tensors = {k: t.to(like.stopped.device) for k, t in tensors.items()}
-    state = tree_unflatten([tensors[place] for place in _state_leaves(like)], tree_flatten(like.state)[1])
-    # In the order of params, which the file does not keep: norms are sums in that order.
+    state = tree_unflatten([tensors[path] for path in _state_leaves(like)], tree_flatten(like.state)[1])
+    # In the order of params, which the file does not preserve: it is the order of summation in norms.
     return Fit({k: tensors[f"params.{k}"] for k in params}, state, *(tensors[name] for name in Fit._fields[2:]))
 
 
@@ -148,18 +149,16 @@ def _flatten(run: Fit) -> dict[str, Tensor]:
 
 
 def _state_leaves(run: Fit) -> dict[str, Tensor]:
-    return {f"state{place}": leaf for place, leaf in tree_flatten_with_path(run.state)}
+    return {f"state{path}": leaf for path, leaf in tree_flatten_with_path(run.state)}
 
 
 def _check_run(tensors: Tree, like: Fit, source: PathLike) -> None:
-    wanted = _flatten(like)
-    if differing := sorted(wanted.keys() ^ tensors.keys()):
-        raise ValueError(
-            f"{source} is a run of other params or of another optimizer: only one of them has {differing}."
-        )
-    for key, right in wanted.items():
+    expected = _flatten(like)
+    if differing := sorted(expected.keys() ^ tensors.keys()):
+        raise ValueError(f"{source} is a run with other params or another optimizer: the keys {differing} differ.")
+    for key, right in expected.items():
         found = tensors[key]
-        if key in ("losses", "metrics") and found.ndim:  # of which any number of rows is right
+        if key in ("losses", "metrics") and found.ndim:  # any number of rows is valid
             found = found[:0]
         if (found.shape, found.dtype) != (right.shape, right.dtype):
             raise ValueError(

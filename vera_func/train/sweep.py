@@ -15,10 +15,13 @@ from .run import Fit
 def sweep(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """All combinations of a grid's values, one row per adapter; the last name varies fastest.
 
-    Row `i` is for adapter `i`: `learning_rate=[row["learning_rate"] for row in rows]`.
+    Row `i` belongs to adapter `i`: pass `learning_rate=[row["learning_rate"] for row in rows]` to `fit`.
+
+    Args:
+        grid: Lists of values by hyper-parameter.
 
     Raises:
-        ValueError: If a name has no values, or a str for them.
+        ValueError: If the values of a name are empty or a str.
 
     Example:
         >>> sweep({"learning_rate": [0.1, 0.01], "seed": [0]})
@@ -33,14 +36,14 @@ def sweep(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 def sweep_table(
     rows: Sequence[Mapping[str, Any]], results: Mapping[str, Tensor | Sequence[Any]]
 ) -> list[dict[str, Any]]:
-    """Join the rows of a sweep with result columns, as plain Python numbers, for `pandas.DataFrame` for example.
+    """Join the rows of a sweep with result columns, as Python numbers; for example for `pandas.DataFrame`.
 
     Args:
-        rows: From `sweep`, one for each adapter.
-        results: Name of a column -> its values, one for each row.
+        rows: From `sweep`, one per adapter.
+        results: Values by column name, one per row.
 
     Raises:
-        ValueError: If a result has not one value per row, or the name of a column that is there.
+        ValueError: If a column does not have one value per row, or its name is already a name in the rows.
 
     Example:
         >>> sweep_table(sweep({"seed": [3, 4]}), {"loss": torch.tensor([0.5, 0.25])})
@@ -49,13 +52,13 @@ def sweep_table(
     columns = {k: v.tolist() if isinstance(v, Tensor) else list(v) for k, v in results.items()}
     for name, column in columns.items():
         if len(column) != len(rows) or any(name in row for row in rows):
-            wanted = f"a new name with {len(rows)} values, got {len(column)}"
-            raise ValueError(f"{name!r} must be {wanted} beside {sorted(set().union(*rows))}.")
+            expected = f"a new name with {len(rows)} values, got {len(column)}"
+            raise ValueError(f"{name!r} must be {expected}; the rows have {sorted(set().union(*rows))}.")
     return [{**row, **{k: c[i] for k, c in columns.items()}} for i, row in enumerate(rows)]
 
 
 def fit_row(run: Fit, i: int) -> Fit:
-    """The run of adapter `i` of a stack, as if it had been trained alone.
+    """The run of adapter `i` of a stack, as if it had been trained on its own.
 
     Example:
         >>> from vera_func import fit
@@ -70,7 +73,7 @@ def fit_row(run: Fit, i: int) -> Fit:
 
 
 def join_fits(runs: Sequence[Fit]) -> Fit:
-    """Concatenate the runs of several stacks; the missing losses of a run that ended earlier are NaN.
+    """Concatenate the runs of several stacks; shorter histories of losses and metrics are padded with NaN.
 
     Example:
         >>> from vera_func import fit
