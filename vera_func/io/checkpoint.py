@@ -169,23 +169,7 @@ def load_adapter(
     if problems:
         count = f" ({len(problems)} problems of this kind)" if len(problems) > 1 else ""
         raise ValueError(f"{file} {problems[0]}{count}.")
-    if config.save_projection:
-        if projections.keys() != {"vera_A", "vera_B"}:
-            raise ValueError(
-                f"{file} lacks base_model.vera_A and base_model.vera_B, although save_projection is true in {CONFIG}."
-            )
-        _check_projections(file, projections, [linear_sizes(model.get_submodule(name)) for name in targets], config.r)
-        device = layer_device(model.get_submodule(targets[0]))
-        # In a fixed order, since that of the file is arbitrary.
-        frozen = {name: projections[name].to(device) for name in ("vera_A", "vera_B")}
-    else:
-        if projections:
-            warnings.warn(
-                f"{file} holds projections, but save_projection is false in {CONFIG}: they are drawn from "
-                "projection_prng_key, as PEFT does, and the stored ones are ignored.",
-                stacklevel=2,
-            )
-        frozen = draw_projections(model, config, targets)
+    frozen = _projections_of(file, projections, config, model, targets)
     device = frozen["vera_A"].device
     vectors = {key: value.to(device, _vector_dtype(key, value, model, dtype)) for key, value in params.items()}
     if dtype is not None:
@@ -195,6 +179,28 @@ def load_adapter(
             raise ValueError(f"{file}: {key!r} overflows {value.dtype}; pass a wider dtype.")
     order = {key: i for i, key in enumerate(apply.slots)}
     return Adapted(apply, dict(sorted(vectors.items(), key=lambda item: order[item[0]])), frozen, config)
+
+
+def _projections_of(
+    file: Path, projections: Mapping[str, Tensor], config: VeraConfig, model: nn.Module, targets: Sequence[str]
+) -> dict[str, Tensor]:
+    """The projections of an adapter: those of its file, or drawn again if the configuration says so."""
+    if not config.save_projection:
+        if projections:
+            warnings.warn(
+                f"{file} holds projections, but save_projection is false in {CONFIG}: they are drawn from "
+                "projection_prng_key, as PEFT does, and the stored ones are ignored.",
+                stacklevel=3,
+            )
+        return draw_projections(model, config, targets)
+    if projections.keys() != {"vera_A", "vera_B"}:
+        raise ValueError(
+            f"{file} lacks base_model.vera_A and base_model.vera_B, although save_projection is true in {CONFIG}."
+        )
+    _check_projections(file, projections, [linear_sizes(model.get_submodule(name)) for name in targets], config.r)
+    device = layer_device(model.get_submodule(targets[0]))
+    # In a fixed order, since that of the file is arbitrary.
+    return {name: projections[name].to(device) for name in ("vera_A", "vera_B")}
 
 
 def adapter_folder(path: str | os.PathLike[str], adapter_name: str) -> Path:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -99,21 +99,7 @@ def export_lora(
         owner, leaf = split_key(key)
         if leaf not in VECTORS:
             tensors[f"{owner}.base_layer.{leaf}" if owner in layers else key] = value
-    fields = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,  # PEFT scales by lora_alpha / r = 1
-        "lora_dropout": 0.0,
-        "target_modules": sorted(layers),
-        "bias": "lora_only" if config.bias.endswith("_only") else config.bias,
-        "fan_in_fan_out": any(is_conv1d(model.get_submodule(name)) for name in layers),
-        "modules_to_save": None if config.modules_to_save is None else list(config.modules_to_save),
-        "task_type": config.task_type,
-        "auto_mapping": config.auto_mapping,
-        "base_model_name_or_path": config.base_model_name_or_path,
-        "revision": config.revision,
-        "inference_mode": True,
-    }
+    fields = _lora_config(config, rank, sorted(layers), model)
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{key!r} overflows {tensor.dtype}; nothing was written.")
@@ -128,6 +114,25 @@ def export_lora(
         # weights beside it.
         (folder / CONFIG).unlink(missing_ok=True)
     return LoraExport(folder, error)
+
+
+def _lora_config(config: VeraConfig, rank: int, targets: list[str], model: nn.Module) -> dict[str, Any]:
+    """The content of `adapter_config.json` for PEFT's LoRA."""
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,  # PEFT scales by lora_alpha / r = 1
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "bias": "lora_only" if config.bias.endswith("_only") else config.bias,
+        "fan_in_fan_out": any(is_conv1d(model.get_submodule(name)) for name in targets),
+        "modules_to_save": None if config.modules_to_save is None else list(config.modules_to_save),
+        "task_type": config.task_type,
+        "auto_mapping": config.auto_mapping,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "revision": config.revision,
+        "inference_mode": True,
+    }
 
 
 def truncate(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
