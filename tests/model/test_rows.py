@@ -257,6 +257,27 @@ class TestInputs:
         frozen = {key: leaf.to("meta") for key, leaf in adapted.frozen.items()}
         assert adapted.apply(rows, frozen, torch.ones(4, 3, 6, device="meta")).shape == (4, 3, 6)
 
+    @pytest.mark.parametrize("targets", [["first"], ["first", "second"]])
+    def test_parts_of_rows_one_after_another(self, targets):
+        # As the patches of images, in models that see text and images.
+        def forward(m, x, where, parts):
+            mask = where[..., None].expand_as(x)
+            if int(mask.sum()) != parts.numel():
+                raise ValueError("as many parts as places")
+            return m.first(x.masked_scatter(mask, m.second(parts))).tanh()
+
+        apply, _, frozen, _ = adapted = model_of(forward, targets)
+        stacked, x, parts = several(adapted, 4, scale=1.0), doubles(4, 5, 6), doubles(8, 6, seed=1)
+        where = torch.zeros(4, 5, dtype=torch.bool)
+        where[:, 1:3] = True
+        if "second" in targets:
+            with pytest.raises(ValueError, match=r"layer 'second' reads \(.*, 6\), which has no axis of rows"):
+                apply(stacked, frozen, x, where, parts)
+            return
+        own = lambda i: (x[i : i + 1], where[i : i + 1], parts[2 * i : 2 * i + 2])
+        expected = torch.cat([apply(row(stacked, i), frozen, *own(i)) for i in range(4)])
+        assert_close(apply(stacked, frozen, x, where, parts), expected)
+
     def test_in_containers_and_objects(self):
         class Batch:
             def __init__(self, x):

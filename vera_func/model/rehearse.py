@@ -93,8 +93,8 @@ def rehearse(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], co
     runs: list[Seen] = []
     # A new thread does not inherit the caller's transforms, modes and contexts.
     with ThreadPoolExecutor(1) as thread:
-        for rows in [*primes, 7, 11, 13][:3]:
-            runs.append(_first_that_runs(thread, call, rows))
+        for prime in [*primes, 7, 11, 13][:3]:
+            runs.append(_first_that_runs(thread, call, prime))
             refused = any(isinstance(where, Refusal) and where.called for run in runs for where in run.layers.values())
             if len(runs) == 2 and runs[0] == runs[1] and not refused:
                 break
@@ -109,19 +109,16 @@ def _confirmed(found: list[Layout | Refusal]) -> Layout | Refusal:
     return (layouts or refusals or [Refusal("has its rows along different axes in each run.")])[0]
 
 
-def _first_that_runs(thread: ThreadPoolExecutor, call: "_Call", rows: int) -> Seen:
+def _first_that_runs(thread: ThreadPoolExecutor, call: "_Call", prime: int) -> Seen:
     """Rehearse under the first interpretation of the inputs with which the model runs.
 
-    An axis with as many entries as there are rows need not be the rows, as in positions (seq,) or a mask (seq, seq). If
-    such an axis is interpreted wrongly, the model fails, because the numbers of rows and positions then differ.
+    If an input is interpreted wrongly, the model fails, because the numbers of rows and positions then differ.
     """
     first: Exception | None = None
-    for reading in range(3):
-        if reading and not any(call.is_doubtful(tensor, reading) for tensor in call.inputs):
-            continue
+    for reading in call.readings():
         for fake, limit in ((False, LARGE), (True, None), (False, None)):
             try:
-                return thread.submit(_Rehearsal(call, rows, reading, fake, limit).run).result()
+                return thread.submit(_Rehearsal(call, prime, reading, fake, limit).run).result()
             except _TooLarge:
                 continue
             except Exception as error:
@@ -149,19 +146,50 @@ class _Call:
         types = {device.type for device in devices if device.type != "meta"}
         self.autocasts = [(kind, torch.get_autocast_dtype(kind)) for kind in types if torch.is_autocast_enabled(kind)]
 
-    def is_doubtful(self, tensor: Tensor, reading: int) -> bool:
-        """Whether an interpretation treats a tensor as shared by all rows although its size matches their number."""
-        if reading == 0 or tensor is self.inputs[0] or not tensor.dim():
-            return False
-        return tensor.shape == (self.count,) or (reading == 2 and list(tensor.shape).count(self.count) > 1)
+    def readings(self) -> list[Callable[[Tensor, int | None], str]]:
+        """Interpretations of the inputs: what a tensor with a given axis of rows holds.
+
+        It has `rows`, is `shared` by all of them, or has `parts` of some rows one after another, such as the patches of
+        all images. An axis with as many entries as there are rows need not be the rows, as in positions (seq,) or a
+        mask (seq, seq).
+        """
+
+        def plain(tensor: Tensor, axis: int | None) -> str:
+            return "rows" if has_rows(tensor.shape, self.count, axis) else "shared"
+
+        def without_vectors(tensor: Tensor, axis: int | None) -> str:
+            doubtful = tensor is not self.inputs[0] and tensor.shape == (self.count,)
+            return "shared" if doubtful else plain(tensor, axis)
+
+        def without_squares(tensor: Tensor, axis: int | None) -> str:
+            doubtful = tensor is not self.inputs[0] and list(tensor.shape).count(self.count) > 1
+            return "shared" if doubtful else without_vectors(tensor, axis)
+
+        def in_parts(tensor: Tensor, axis: int | None) -> str:
+            several = tensor.dim() > 1 and tensor.shape[0] > 1 and plain(tensor, axis) == "shared"
+            return "parts" if several else plain(tensor, axis)
+
+        readings = [plain, without_vectors, without_squares, in_parts]
+        found = [[reading(tensor, 0) for tensor in self.inputs] for reading in readings]
+        return [reading for i, reading in enumerate(readings) if found[i] not in found[:i]]
 
 
 class _Rehearsal:
     """One run of a copy of the model with another number of rows."""
 
-    def __init__(self, call: _Call, rows: int, reading: int, fake: bool, limit: int | None) -> None:
-        self.call, self.rows, self.reading, self.fake, self.limit = call, rows, reading, fake, limit
-        self.follower = Follower(rows)
+    def __init__(
+        self,
+        call: _Call,
+        prime: int,
+        reading: Callable[[Tensor, int | None], str],
+        fake: bool,
+        limit: int | None,
+    ) -> None:
+        self.call, self.reading, self.fake, self.limit = call, reading, fake, limit
+        # Parts are repeated as a whole, with the rows to which they belong.
+        self.times = prime if any(reading(tensor, 0) == "parts" for tensor in call.inputs) else 0
+        self.rows = prime * call.count if self.times else prime
+        self.follower = Follower(self.rows)
         self.paths: list[str] = []
         self.seen: dict[str, list[Layout | Refusal]] = {}
         self.numbers, self.width = 0, 1
@@ -203,18 +231,21 @@ class _Rehearsal:
             module.training = False  # disables dropout
             path = module.path if _is_ours(module) and module.projections is not None else None
             width = _width(module)
-            self.width = max(self.width, width or 1)
             if path is not None:
                 self.paths.append(path)
             if width is not None or path is not None:
                 module.forward = functools.partial(self._stand_in, path, width, module.forward)
+            self.width = max(self.width, width or 1)
 
     def _stand_in(self, path: str | None, width: int | None, forward: Callable[..., Any], x: Tensor) -> Tensor:
         if path is not None:
             self.seen.setdefault(path, []).append(self._where(x, x.dim() - 1))
         if width is None:
             return forward(x)
-        return x.new_zeros((*x.shape[:-1], width)) + x.mean(-1, keepdim=True)
+        y = x.mean(-1, keepdim=True)
+        if width > 8 * x.shape[-1]:  # the logits of a vocabulary, which would take most of the memory
+            return y.expand(*x.shape[:-1], width)
+        return x.new_zeros((*x.shape[:-1], width)) + y
 
     def _where(self, x: Tensor, dims: int) -> Layout | Refusal:
         """Return the layout of a tensor, whose rows must be among its first `dims` axes."""
@@ -254,11 +285,13 @@ class _Rehearsal:
             return value
 
     def _resized(self, tensor: Tensor, axis: int | None) -> Tensor:
-        count = self.call.count
-        rows = has_rows(tensor.shape, count, axis) and not self.call.is_doubtful(tensor, self.reading)
+        count, held = self.call.count, self.reading(tensor, axis)
+        rows = held == "rows" and axis is not None
         shape = list(tensor.shape)
-        if rows and axis is not None:
-            shape[axis] = self.rows
+        if rows:
+            shape[axis or 0] = self.rows
+        elif held == "parts":
+            shape[0] *= self.times
         if self.fake:
             new = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
         else:
@@ -270,11 +303,14 @@ class _Rehearsal:
                 raise _TooLarge
             if unwrap(tensor) is not tensor or type(tensor) not in (Tensor, nn.Parameter):
                 new = torch.ones(shape, dtype=tensor.dtype, device=tensor.device)  # values exist inside transforms only
-            elif rows and axis is not None:
-                new = tensor.detach().index_select(axis, torch.arange(self.rows, device=tensor.device) % count)
+            elif rows or held == "parts":
+                along, size = (axis or 0, count) if rows else (0, tensor.shape[0])
+                order = torch.arange(shape[along], device=tensor.device) % size
+                new = tensor.detach().index_select(along, order)
             else:
                 new = tensor.detach().clone()
-        mark(new, Place((axis or 0) % tensor.dim(), 1) if rows else NOWHERE)
+        if held != "parts":  # which are followed no further: no layer that reads them has rows
+            mark(new, Place((axis or 0) % tensor.dim(), 1) if rows else NOWHERE)
         return new
 
 
