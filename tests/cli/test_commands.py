@@ -100,7 +100,7 @@ def test_predict_takes_texts_from_everywhere(run, run_json, trained, folder, tmp
     ("words", "message"),
     [
         (["--adapter", "TRAINED", "a text", "--data", "new.csv"], "texts or --data, not both"),
-        (["--model", "FOLDER", "a text"], "does not say what it answers with: pass --labels a,b"),
+        (["--model", "FOLDER", "a text"], "has no labels in its metadata: pass --labels a,b"),
         (["--model", "FOLDER", "a text", "--labels", "good"], "pass --labels a,b"),
         (["--adapter", "TRAINED", " "], "text 1 of 1 is empty"),
         (["--adapter", "TRAINED", "a", "--out", "labels.txt"], "it must be .csv or .json"),
@@ -265,7 +265,7 @@ def test_a_merged_model_is_a_model(run, run_json, strong, reviews, tmp_path):
     assert found["quantization"] == "nf4"
     status, _, err = run("evaluate", "--model", tmp_path / "m", *options, "--quant", "int8")
     assert status == 2
-    assert "quantized already, to nf4" in err
+    assert "already quantized to nf4" in err
 
 
 def test_a_merged_model_is_asked_as_its_adapter_was(run, run_json, strong, reviews, tmp_path):
@@ -337,19 +337,19 @@ def other(tmp_path_factory):
     ("line", "said"),
     [
         ("evaluate --bank {trained}/gone.safetensors", "no bank"),
-        ("evaluate --bank {trained}", "PEFT directory goes with --adapter"),
-        ("evaluate --adapter {bank}", "a bank goes with --bank"),
+        ("evaluate --bank {trained}", "pass a PEFT directory with --adapter"),
+        ("evaluate --adapter {bank}", "pass a bank with --bank"),
         ("evaluate --bank {bank} --adapter {trained}", "not both"),
-        ("evaluate --adapter {trained} --name x", "pass --bank, too"),
+        ("evaluate --adapter {trained} --name x", "pass --bank as well"),
         ("evaluate --bank {bank} --name x", "no adapter 'x'; it holds 4"),
         ("evaluate --bank {bank} --data {tmp}/gone.csv", "gone.csv"),
         ("evaluate --bank {bank} --data {reviews} --out table.txt", ".csv or .json"),
         ("evaluate --bank {bank} --data {reviews} --out {tmp}/no/table.csv", "no folder"),
         ("evaluate --bank {bank} --data {odd}", "label 'ugly'"),
-        ("evaluate --bank {bank} --data {reviews} --prompt Review", "{{text}} in it once"),
-        ("evaluate --adapter {folder}", "holds a model, not an adapter"),
+        ("evaluate --bank {bank} --data {reviews} --prompt Review", "contain {{text}} exactly once"),
+        ("evaluate --adapter {folder}", "contains a model, not an adapter"),
         ("evaluate --adapter {tmp}/gone", "no adapter directory"),
-        ("evaluate --adapter {other}", "does not say which model"),
+        ("evaluate --adapter {other}", "does not name its base model"),
         ("evaluate --adapter {other} --model {folder} --data {reviews}", "must be"),
         ("evaluate --adapter {trained} --model {trained} --data {reviews}", "an adapter, not a model"),
         ("evaluate --adapter {trained} --model {tmp} --data {reviews}", "no config.json"),
@@ -357,7 +357,7 @@ def other(tmp_path_factory):
         ("generate --adapter {trained} --model {folder} a ' '", "prompt 2 of 3 is empty"),
         ("generate a b --bank {bank}", "2 prompts need one adapter, or one for each, got 4"),
         ("merge --bank {bank} --to nf4 --out {tmp}/m", "choose one with --name (lr0.005-d0.1"),
-        ("merge --model {folder} --to nf4 --out {tmp}/m", "which adapter?"),
+        ("merge --model {folder} --to nf4 --out {tmp}/m", "an adapter is required"),
         ("merge --adapter {trained} --to nf4 --data {reviews} --out {tmp}/m", "require --calibrate"),
         ("merge --adapter {trained} --to int8 --calibrate --data {reviews} --out {tmp}/m", "pass --to nf4"),
         ("merge --adapter {trained} --to nf4 --out {folder}", "choose another folder"),

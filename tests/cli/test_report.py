@@ -117,7 +117,12 @@ def test_bars_on_a_pipe_are_a_line(capsys, monkeypatch):
 
 bad = Refused()
 
-bad("merge_advice", "one report", lambda _: merge_advice(vf.MergeReport(1.0, 0.0, 1.0)), "by module, got MergeReport")
+bad(
+    "merge_advice",
+    "one report",
+    lambda _: merge_advice(vf.MergeReport(1.0, 0.0, 1.0)),
+    "the dict that model_merge_report returns, got MergeReport",
+)
 
 
 @pytest.mark.parametrize("case", bad.rows)

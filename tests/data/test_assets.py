@@ -209,7 +209,7 @@ def test_cache_folder(monkeypatch, env, expected):
 
 
 def test_unknown_domain():
-    with pytest.raises(ValueError, match=r"'books'.*'movie', 'amazon'"):
+    with pytest.raises(ValueError, match=r"'movie', 'amazon'.*'books'"):
         load_snippets("books")
 
 

@@ -45,8 +45,11 @@ BAD = {
     "short-row.csv": ("text,label\na,good\nb\n", "line 3: 'label'"),
     "no-text.csv": ("text,label\n  ,good\n", "line 2: 'text'"),
     "header.csv": ("review,label\na,good\n", r"line 1: .*without \['text'\]"),
-    "empty.csv": ("", r"line 1: the header is \[\], without \['label', 'text'\]; it names the columns"),
-    "commas.csv": ("text,label\na, b,good\n", "line 2: more fields"),
+    "empty.csv": (
+        "",
+        r"line 1: the header must have the columns text and label, got \[\], without \['label', 'text'\]",
+    ),
+    "commas.csv": ("text,label\na, b,good\n", "line 2: the row has more fields"),
     "quote.csv": ('text,label\n"a"b,good\n', "line 2: "),
     "latin.csv": (b"text,label\n\xe9,good\n", "not UTF-8"),
     "one.csv": ("text,label\na,good\nb,good\n", r"two labels, but has \['good'\]"),
@@ -76,9 +79,9 @@ def test_texts_need_no_labels(tmp_path):
     assert read_texts(write(tmp_path, "a.csv", "id,text\n1,A joy.\n2,Dull.\n")) == ["A joy.", "Dull."]
     assert read_texts(write(tmp_path, "a.jsonl", '{"text": "A joy.", "label": 3}\n')) == ["A joy."]
     for name, content, message in (
-        ("a.csv", "id,label\n1,x\n", "without \\['text'\\]; it names the columns, of which it must have text"),
-        ("a.csv", "text\nA joy.\n  \n", "line 3: 'text' must be a text that is not empty"),
-        ("a.jsonl", '{"text": 3}', "line 1: 'text' must be a text"),
+        ("a.csv", "id,label\n1,x\n", "must have the columns text, got .*without \\['text'\\]"),
+        ("a.csv", "text\nA joy.\n  \n", "line 3: 'text' must be a non-empty string"),
+        ("a.jsonl", '{"text": 3}', "line 1: 'text' must be a non-empty string"),
     ):
         with pytest.raises(ValueError, match=message):
             read_texts(write(tmp_path, name, content))

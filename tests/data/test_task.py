@@ -83,5 +83,5 @@ def test_stacked_losses_and_scores_are_each_adapters_own(folder, reviews):
 
 @pytest.mark.parametrize("prompt", ["", "{text}{text}", "Review", "{text} {label}", "{0} {text}", "{text", "{text}"])
 def test_prompts_without_one_place_for_a_text(prompt):
-    with pytest.raises(ValueError, match=r"\{text\} in it once"):
+    with pytest.raises(ValueError, match=r"\{text\} exactly once"):
         check_prompt(prompt)

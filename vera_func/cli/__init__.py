@@ -1,1 +1,1 @@
-"""The command `vera-func`."""
+"""The command-line interface, `vera-func`."""

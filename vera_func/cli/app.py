@@ -1,7 +1,7 @@
 """The typer application of `vera-func`: its commands, in the order of the help.
 
-A command is a documented function: its options, help and completion come from its signature and docstring. What it
-needs is imported when it runs, so that help, completion and invalid arguments import neither torch nor transformers.
+Each command is a function whose signature and docstring define its options, help and completion. Heavy imports are
+inside of the functions, so that help, completion and invalid arguments do not import torch or transformers.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def vera_func(
 
 
 def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """The command, not run but returned as a call: typer would handle some of the errors that it raises."""
+    """Make a command return its call instead of running it, since typer would handle some of the errors it raises."""
 
     @wraps(command)
     def parsed(**options: Any) -> Callable[[], None]:

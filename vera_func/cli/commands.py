@@ -1,4 +1,4 @@
-"""What the commands compute: functions that return plain rows and dicts, for a screen or for programs."""
+"""The work of the commands, as functions that return rows and dicts."""
 
 import os
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from .inspect import describe_reports
 from .report import bar, merge_advice, percent
 
 
-CALIBRATION = 192  # examples, some 6,000 tokens of the demo's reviews: more improves little
+CALIBRATION = 192  # examples, about 6,000 tokens of the demo's reviews; more examples improve the merge little
 
 
 def evaluate(
@@ -42,21 +42,21 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Accuracy and mean loss of each adapter on the same examples, one row per adapter.
 
-    Under torchrun, adapters are sharded across ranks in chunks, and a rank reads its own adapters only; where there are
+    Under torchrun, adapters are sharded across ranks in chunks, and each rank reads its own adapters only. If there are
     fewer chunks than ranks, batches are sharded instead. Every rank returns all rows, which do not depend on the number
     of ranks.
 
     Args:
         source: From `open_source`.
         base: From `base_of`.
-        examples: Labelled texts.
-        prompt: With `{text}` in it; None is the prompt of the adapters' training.
+        examples: Labelled examples.
+        prompt: Prompt template with `{text}`; None means the prompt used in training.
         chunk: Adapters per forward pass, which has `chunk * batch_size` rows.
         batch_size: Examples per forward pass.
-        progress: Shows progress bars.
+        progress: Whether to show progress bars.
 
     Raises:
-        ValueError: If the adapters do not fit the model, or were not trained on a label.
+        ValueError: If the adapters do not fit the model, or an example has a label they were not trained on.
     """
     task = task_of(source, base, {example.label for example in examples}, prompt)
     rows = encode_examples(base, task, examples)
@@ -91,19 +91,19 @@ def predict(
     batch_size: int = 32,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """The predicted label of each text by each adapter and its probability among the labels, one row per pair.
+    """Predicted label and its probability for each pair of adapter and text, one row per pair.
 
     The prediction is the argmax over the labels' first tokens.
 
     Args:
         source: From `open_source`.
         base: From `base_of`.
-        texts: Texts to label.
-        labels: Labels to choose from, where the adapters' metadata has none.
-        prompt: With `{text}` in it; None is the prompt of the adapters' training.
+        texts: Texts to classify.
+        labels: Labels to use if the adapters' metadata has none.
+        prompt: Prompt template with `{text}`; None means the prompt used in training.
         chunk: Adapters per forward pass.
         batch_size: Texts per forward pass.
-        progress: Shows progress bars.
+        progress: Whether to show progress bars.
 
     Raises:
         ValueError: If there is no text or an empty one, the labels are unknown, or the adapters do not fit the model.
@@ -112,7 +112,7 @@ def predict(
     task = task_of(source, base, labels, prompt)
     rows = encode_examples(base, task, [Example(text, task.labels[0], text) for text in texts])
     batches = batches_by_length(rows, batch_size, task.pad_id)
-    place = torch.cat([batch["row"] for batch in batches]).argsort()
+    position = torch.cat([batch["row"] for batch in batches]).argsort()  # restores the order of texts
     adapted, read = load_adapters(source, base.model)
     found = []
     for start in range(0, len(source.names), chunk):
@@ -120,8 +120,8 @@ def predict(
         logits = partial(logits_of(adapted, task, stacked=True), read(names))
         title = f"adapters {start + 1}-{start + len(names)} of {len(source.names)}"
         with torch.no_grad():
-            parts = [logits(batch) for batch in bar(title, progress)(batches)]
-        best, label = torch.cat(parts, dim=1)[:, place].double().softmax(-1).max(-1)  # (adapters, texts)
+            outputs = [logits(batch) for batch in bar(title, progress)(batches)]
+        best, label = torch.cat(outputs, dim=1)[:, position].double().softmax(-1).max(-1)  # (adapters, texts)
         found += [
             {"text": text, "adapter": name, "label": task.labels[label[i, j]], "probability": best[i, j].item()}
             for i, name in enumerate(names)
@@ -141,17 +141,17 @@ def generate(
     batch_size: int = 16,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Continuations of prompts, with one adapter for all or one for each, one row per prompt.
+    """Generated continuations of prompts, with one adapter for all prompts or one per prompt; one row per prompt.
 
     Args:
         source: From `open_source`, with one name or as many as there are prompts.
         base: From `base_of`.
         prompts: Texts to continue.
         max_new_tokens: Maximum number of tokens to generate.
-        temperature: 0 is greedy decoding; otherwise tokens are sampled.
-        seed: Seed of the samples.
+        temperature: Sampling temperature; 0 means greedy decoding.
+        seed: Seed for sampling.
         batch_size: Prompts per forward pass.
-        progress: Shows a progress bar.
+        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: If there is no prompt or an empty one, or the numbers of adapters and prompts differ.
@@ -160,8 +160,8 @@ def generate(
     names = source.names * len(prompts) if len(source.names) == 1 else source.names
     if len(names) != len(prompts):
         raise ValueError(
-            f"{len(prompts)} prompts need one adapter, or one for each, got {len(names)}: repeat --name in the order "
-            f"of the prompts, such as --name {names[0]}."
+            f"{len(prompts)} prompts need one adapter, or one for each, got {len(names)}: give one --name, or repeat "
+            f"--name in the order of the prompts, such as --name {names[0]}."
         )
     adapted, read = load_adapters(source, base.model)
     pad_id, eos_id = base.tokenizer.pad_token_id, base.tokenizer.eos_token_id
@@ -174,10 +174,10 @@ def generate(
     with quiet_transformers(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for start in bar("generate", progress)(range(0, len(prompts), batch_size)):
-            part = slice(start, start + batch_size)
-            unique = list(dict.fromkeys(names[part]))
-            params = select_adapters(read(unique), [unique.index(name) for name in names[part]])
-            batch = collate(encoded[part], pad_id)
+            rows = slice(start, start + batch_size)
+            unique = list(dict.fromkeys(names[rows]))
+            params = select_adapters(read(unique), [unique.index(name) for name in names[rows]])
+            batch = collate(encoded[rows], pad_id)
             inputs = {name: batch[name].to(base.model.device) for name in ("input_ids", "attention_mask")}
             out = adapted.apply.generate(params, adapted.frozen, **inputs, **options)
             new = out[:, inputs["input_ids"].shape[1] :]
@@ -198,20 +198,21 @@ def merge_to(
     prompt: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write a plain model with one adapter merged into its weights, and its tokenizer; report what the merge retains.
+    """Merge one adapter into the base, save the model and tokenizer, and report the retained fraction of the update.
 
     Args:
-        source: From `open_source`, of one adapter.
-        base: From `base_of`, in the format that the adapter was trained over.
+        source: From `open_source`, with one adapter.
+        base: From `base_of`, in the format on which the adapter was trained.
         to: "nf4", "fp4", "int8", or the name of a dtype.
-        out: The folder.
-        calibrate: Examples on which a calibrated merge preserves the predictions; a quarter of them is held out to
-            measure how many stay the same. None rounds.
-        prompt: With `{text}` in it, for these examples; None is the prompt of the adapter's training.
-        progress: Shows a progress bar.
+        out: The folder to write.
+        calibrate: Examples for a calibrated merge. A quarter of them is held out to measure how many predictions the
+            merge preserves. None means a merge by rounding.
+        prompt: Prompt template with `{text}` for these examples; None means the prompt used in training.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If the adapter does not fit, `out` holds the base or an adapter, or the format can't be calibrated.
+        ValueError: If the adapter does not fit the model, `out` contains the base or an adapter, or calibration does
+            not support the format.
     """
     adapted, _ = load_adapters(source, base.model)
     out = Path(out)
@@ -226,7 +227,9 @@ def merge_to(
     else:
         if to != base.quant or to not in ("nf4", "fp4"):
             repair = f"pass --to {base.quant}" if base.quant in ("nf4", "fp4") else "leave out --calibrate"
-            raise ValueError(f"--calibrate keeps a 4-bit format; can't go from {base.quant} to {to}: {repair}.")
+            raise ValueError(
+                f"--calibrate requires the same 4-bit format before and after, got {base.quant} and {to}: {repair}."
+            )
         task = task_of(source, base, {example.label for example in calibrate}, prompt)
         examples, others = split(calibrate, -(-len(calibrate) // 4), seed=0)
         rows = encode_examples(base, task, examples[:CALIBRATION])
@@ -240,22 +243,22 @@ def merge_to(
         merged.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
         if source.note != Note():
-            # The merged model gets its adapter's prompt, and 16-bit weights are not quantized again.
+            # The metadata of a merged model: the adapter's prompt, and "none" so that dense weights stay dense.
             write_note(folder, source.note._replace(quant=None if isinstance(form, str) else "none"))
     return done
 
 
 def lora_of(source: Source, base: Base, out: str | os.PathLike[str], rank: int | None = None) -> dict[str, Any]:
-    """Write one adapter as a PEFT LoRA directory, which is exact unless the rank is lower than r.
+    """Export one adapter as a PEFT LoRA directory; the export is exact unless the rank is lower than r.
 
     Args:
-        source: From `open_source`, of one adapter.
+        source: From `open_source`, with one adapter.
         base: A model of the same architecture, in any format.
-        out: The directory.
-        rank: Rank of the LoRA; None is the adapter's r.
+        out: The directory to write.
+        rank: Rank of the LoRA; None means the adapter's r.
 
     Raises:
-        ValueError: If the adapter does not fit, or `out` is the adapter's own directory.
+        ValueError: If the adapter does not fit the model, or `out` is the adapter's directory.
     """
     adapted, _ = load_adapters(source, base.model)
     if source.path is not None and Path(out).resolve() == source.path.resolve():
@@ -270,7 +273,7 @@ def lora_of(source: Source, base: Base, out: str | os.PathLike[str], rank: int |
         "mean_error": mean,
         "advice": None
         if mean < 0.1
-        else f"The LoRA omits {percent(mean)} of the update: use a higher rank, or r itself.",
+        else f"The LoRA omits {percent(mean)} of the update: use a higher rank; rank r is exact.",
         "bytes": _size(path / WEIGHTS),
     }
 
@@ -287,16 +290,17 @@ def convert(
     """Convert PEFT directories to an adapter bank, or a bank to PEFT directories, depending on the sources.
 
     Args:
-        sources: Directories, whose names become those of the adapters in the bank; or one bank.
-        out: A new file ending in .safetensors; or a folder, which gets a sub-folder for each adapter.
-        names: Which adapters of a bank; None is all.
-        model: The base of the directories; None is that of the first one.
-        quant: Format of the base; None is that of the first one's training.
+        sources: PEFT directories, whose names become the adapter names, or one bank.
+        out: A new `.safetensors` file, or a folder in which a sub-folder per adapter is created.
+        names: Adapters of the bank to convert; None means all.
+        model: Base model of the directories; None means that of the first one.
+        quant: Format of the base; None means that of the first one.
         dtype: Dtype of the base's arithmetic.
 
     Raises:
-        ValueError: If the sources are mixed or do not fit together, two have the same name, or `out` is the wrong kind.
-        FileExistsError: If the bank exists.
+        ValueError: If the sources are mixed or do not fit together, two have the same name, or `out` does not fit the
+            sources.
+        FileExistsError: If the bank already exists.
         FileNotFoundError: If a source does not exist.
     """
     out = Path(out)
@@ -338,7 +342,7 @@ def _check_texts(kind: str, texts: Sequence[str]) -> None:
         raise ValueError(f"expected at least one {kind}, got none.")
     for i, text in enumerate(texts, 1):
         if not text.strip():
-            raise ValueError(f"{kind} {i} of {len(texts)} is empty: leave it out.")
+            raise ValueError(f"{kind} {i} of {len(texts)} is empty: remove it.")
 
 
 def _calibrated_advice(kept: Answers) -> str:

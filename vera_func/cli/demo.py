@@ -1,6 +1,6 @@
-"""The commands `demo` and `train`: a quantized language model, a VeRA adapter, accuracy on held-out examples.
+"""The commands `demo` and `train`: train a VeRA adapter of a quantized language model, and measure its accuracy.
 
-quantized model -> adapt -> fit -> PEFT directory -> loaded again, same logits
+quantize -> adapt -> fit -> save as a PEFT directory -> load and compare the logits
 
 An interrupted run resumes from `OUT.training-<hash>`, which is deleted on success.
 """
@@ -37,18 +37,18 @@ BANK = "bank.safetensors"
 
 
 class DemoResult(NamedTuple):
-    """What a run measured.
+    """Measurements of a run.
 
     Attributes:
         before: Accuracy of the base model on the held-out examples.
-        after: Accuracy of the trained adapter, the best one of a sweep.
+        after: Accuracy of the trained adapter; in a sweep, of the best one.
         held_out: Number of held-out examples.
-        trained: Number of trained parameters of an adapter.
-        seconds: Duration of the training, including the choice of a sweep.
-        difference: Largest absolute difference between logits before saving and after loading.
+        trained: Number of trained parameters per adapter.
+        seconds: Duration of training, including the validation in a sweep.
+        difference: Largest absolute difference between the logits before saving and after loading.
         out: Folder of the adapter.
-        bank: The bank of a sweep's adapters.
-        sweep: One row per adapter of a sweep: its settings, and its loss and accuracy when the best one was chosen.
+        bank: Adapter bank of a sweep.
+        sweep: One row per adapter of a sweep: its hyper-parameters, validation loss and validation accuracy.
     """
 
     before: float
@@ -63,7 +63,7 @@ class DemoResult(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """An adapter and its configuration; of a sweep, the best one and the sweep."""
+    """A trained adapter and its configuration; in a sweep, the best adapter and the result of the sweep."""
 
     params: dict[str, Tensor]
     config: VeraConfig
@@ -94,36 +94,37 @@ def demo(
     1,000 examples are held out, or a fifth of them if there are fewer than 5,000.
 
     Args:
-        model: A folder or a hub id; None is SmolLM2-135M-Instruct, from PyPI.
-        data: A CSV or JSONL file with text and label; None is rated snippets of movie reviews, from PyPI.
-        quant: "nf4", "fp4", "int8" or "none"; None is the model's own format, else nf4.
+        model: A folder or a hub id; None means SmolLM2-135M-Instruct from PyPI.
+        data: A CSV or JSONL file with text and label; None means rated snippets of movie reviews from PyPI.
+        quant: "nf4", "fp4", "int8" or "none"; None means the format of the stored model, or nf4 if it is dense.
         r: Rank of the projections.
-        targets: Ends of the names of the layers to adapt; None is PEFT's default for the model type.
-        steps: Training steps; None is one epoch, but between 50 and 100.
-        adapters: Number of adapters to train; more than one are a sweep, see `training`.
+        targets: Suffixes of the names of the layers to adapt; None means PEFT's default for the model type.
+        steps: Training steps; None means one epoch, but at least 50 and at most 100 steps.
+        adapters: Number of adapters to train; more than one run a sweep, see `training`.
         out: Folder for the adapter, in PEFT's format, and for the bank of a sweep.
         seed: Seed of the split, the order and the projections.
-        learning_rate: Initial value, decayed along a cosine; VeRA needs a large one. A sweep goes from a quarter to
-            twice this.
+        learning_rate: Initial value, with cosine decay; VeRA needs a large one. A sweep covers a quarter to twice this
+            value.
         batch_size: Examples per step.
-        parts: Micro-batches per step, which are sharded across ranks; None is 4 under torchrun, else 1.
-        dtype: Dtype of the arithmetic and of what is not quantized; None is `native_dtype()`.
-        prompt: With `{text}` in it; the label follows.
-        progress: Shows progress bars.
-        say: Called with each line of the log.
+        parts: Micro-batches per step, sharded across ranks; None means 4 under torchrun, else 1.
+        dtype: Dtype of the dense weights and of the arithmetic; None means `native_dtype()`.
+        prompt: Prompt template with `{text}`, which the label follows.
+        progress: Whether to show progress bars.
+        say: Function that is called with each line of the log.
 
     Raises:
-        ValueError: If an option or the data cannot be used.
-        OSError: If a file, the model, or (ConnectionError) the network is missing.
-        RuntimeError: If every adapter of a sweep diverged, or the loaded adapter does not give the saved one's logits.
+        ValueError: If an option or the data is invalid.
+        OSError: If a file or the model is not found, or (ConnectionError) there is no network.
+        RuntimeError: If every adapter of a sweep diverged, or the logits of the loaded adapter differ from those of the
+            saved one.
     """
     check_prompt(prompt)
     if rank() > 0:
         progress, say = False, lambda line: None
     out = Path(out)
     if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, or not exist yet; {out} is a file.")
-    # Cheap checks first: an invalid row should not cost the time to load a model.
+        raise ValueError(f"out must be a folder or not exist; {out} is a file.")
+    # Read the data first, so that an invalid row is reported before a model is loaded.
     examples = demo_examples() if data is None else read_examples(data)
     train, test = split_examples(examples, HELD_OUT, seed=seed)
     train, validation = (train, []) if adapters == 1 else split_examples(train, VALIDATION, seed=seed)
@@ -149,8 +150,8 @@ def demo(
     )
     options |= {"checkpoint": checkpoint, "progress": progress}
     start = time.perf_counter()
-    training, choosing = (encode_examples(base, task, part) if part else [] for part in (train, validation))
-    trained = _train(adapted, task, training, choosing, adapters, say, **options)
+    train_rows, validation_rows = (encode_examples(base, task, s) if s else [] for s in (train, validation))
+    trained = _train(adapted, task, train_rows, validation_rows, adapters, say, **options)
     seconds, leaves = time.perf_counter() - start, trained.params.values()
     values, size = sum(leaf.numel() for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
     say(f"Trained {values:,} parameters ({size / 1024:,.0f} KiB) in {steps} steps and {seconds:.0f} s.")
@@ -179,7 +180,7 @@ def demo_examples() -> list[Example]:
 
 
 def split_examples(examples: Sequence[Example], most: int, *, seed: int) -> tuple[list[Example], list[Example]]:
-    """Examples to train on, and held-out ones: `most` of them, or a fifth if that is less."""
+    """Split examples into training and held-out examples; `most` are held out, or a fifth if that is less."""
     return split(examples, min(most, -(-len(examples) // 5)), seed=seed)
 
 
@@ -219,14 +220,14 @@ def _train(
 
 
 def _checkpoint(out: Path, *run: Any) -> Path:
-    """Where this run is saved as it goes on; a run with other options or data has another name."""
+    """The path of this run's checkpoint; its name is a hash of the options and the data."""
     name = hashlib.sha256(repr(run).encode()).hexdigest()[:16]
     out.parent.mkdir(parents=True, exist_ok=True)
     return Path(f"{out}.training-{name}")
 
 
 def _delete(checkpoint: Path) -> None:
-    """Delete the checkpoints of a run, and what a process that was killed had begun to write."""
+    """Delete the checkpoints of a run, and temporary files of killed processes."""
     name = glob.escape(checkpoint.name)
     for file in (*checkpoint.parent.glob(f"{name}*"), *checkpoint.parent.glob(f".{name}*")):
         file.unlink(missing_ok=True)
@@ -250,7 +251,7 @@ def _reload_difference(
     difference = (got - expected).abs().max().item()
     if not difference <= 1e-3 * expected.abs().max().item():
         raise RuntimeError(
-            f"the adapter loaded from {path} does not give the trained one's logits; they differ by up to "
+            f"the logits of the adapter loaded from {path} differ from those of the trained one by up to "
             f"{difference:.3g}: the file or the model has changed."
         )
     return difference

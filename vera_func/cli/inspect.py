@@ -1,4 +1,4 @@
-"""What an adapter directory, an adapter bank or a model folder contains, as plain rows and dicts."""
+"""Describe the contents of an adapter directory, an adapter bank or a model folder, as rows and dicts."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -33,21 +33,21 @@ def inspect_path(
     r: int = 256,
     targets: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """What an adapter directory, an adapter bank or a model folder contains.
+    """Describe the contents of an adapter directory, an adapter bank or a model folder.
 
     Args:
-        path: One of these.
-        model: The base of an adapter: adds the size of its updates and the fraction that a merge retains.
-        quant: Format of the base; None is that of the adapter's training.
+        path: The directory, bank or folder.
+        model: Base model of an adapter; adds the size of the updates and the fraction that a merge retains.
+        quant: Format of the base; None means the format used in training.
         dtype: Dtype of the base's arithmetic.
-        to: Format to merge into; None is the base's.
-        names: Which adapters of a bank; None is all, and the first for a merge.
-        r: Rank of an adapter that a model folder would get.
-        targets: Layers that it would adapt; None is PEFT's default for the model type.
+        to: Format of the merged weights; None means the format of the base.
+        names: Adapters of the bank; None means all, and the first one for a merge.
+        r: For a model folder, the rank of a new adapter.
+        targets: For a model folder, the layers of a new adapter; None means PEFT's default for the model type.
 
     Raises:
-        ValueError: If it is none of them, or damaged.
-        FileNotFoundError: If it does not exist.
+        ValueError: If the path is none of these, or damaged.
+        FileNotFoundError: If the path does not exist.
     """
     folder = Path(path)
     if not folder.exists():
@@ -93,7 +93,7 @@ def inspect_path(
     }
     if model is not None:
         base = base_of(source, model, quant, dtype)
-        adapted, _ = load_adapters(source, base.model)  # the first one's params
+        adapted, _ = load_adapters(source, base.model)  # with the params of the first adapter
         form = getattr(torch, to) if to in ("float32", "bfloat16", "float16") else to
         reports = model_merge_report(adapted, form)
         found["merge"] = {
@@ -107,7 +107,7 @@ def inspect_path(
 
 
 def summarize_reports(modules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Merge reports of many layers as one row for each kind of layer, by the end of its name.
+    """Average the merge reports of layers of the same kind, the last component of the name; one row per kind.
 
     Example:
         >>> summarize_reports([{"module": "0.q", "kept": 0.5, "error": 1.0, "size": 0.25},
@@ -131,7 +131,7 @@ def _inspect_model(folder: Path, r: int, targets: Sequence[str] | None) -> dict[
         stored = stored if isinstance(stored, dict) else stored.to_dict()
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with torch.device("meta"):  # sizes without weights
+        with torch.device("meta"):  # only sizes are needed
             model = AutoModelForCausalLM.from_config(config)
     names, _ = resolve(model, VeraConfig(r=r, target_modules=list(targets) if targets else None))
     modules = dict(model.named_modules())
@@ -161,8 +161,8 @@ def _inspect_model(folder: Path, r: int, targets: Sequence[str] | None) -> dict[
         "dtype": str(getattr(config, "dtype", None) or "").removeprefix("torch.") or None,
         "quantization": stored.get("bnb_4bit_quant_type" if stored.get("load_in_4bit") else "quant_method"),
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-        "stays_dense": dense.total,  # the share of the weights that quantize_model leaves as they are
-        "fused_experts": dense.fused or None,  # and that of them in 3-D parameters
+        "stays_dense": dense.total,  # share of the weights that quantize_model does not quantize
+        "fused_experts": dense.fused or None,  # share of the weights that are in 3-D parameters of experts
         "r": r,
         "would_train": sum(row["would_train"] for row in rows),
         "projections": r * (widest_in + widest_out),
@@ -171,8 +171,8 @@ def _inspect_model(folder: Path, r: int, targets: Sequence[str] | None) -> dict[
 
 
 def _norms(stacked: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """One row for each kind of adapted layer: how many there are, and norms of their vectors."""
-    # A safetensors file gives them in no particular order.
+    """One row per kind of adapted layer, with the number of layers and the norms of their vectors."""
+    # Sorted, since the order in a safetensors file is arbitrary.
     layers = sorted(adapted_modules(stacked))
     rows = []
     for kind, group in _by_kind(layers, lambda name: name).items():
@@ -193,7 +193,7 @@ def _by_kind(items: Iterable[Any], name_of: Callable[[Any], str]) -> dict[str, l
 
 
 def describe_reports(reports: Mapping[str, MergeReport]) -> Sequence[dict[str, Any]]:
-    """Merge reports as plain rows, one per layer.
+    """Convert merge reports to rows, one per layer.
 
     Example:
         >>> describe_reports({"q_proj": MergeReport(0.5, 0.25, 0.125)})[0]["kept"]

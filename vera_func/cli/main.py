@@ -1,11 +1,11 @@
-"""The entry point of `vera-func`: failures become one sentence on stderr and an exit status."""
+"""The entry point of `vera-func`: reports failures as one sentence on stderr and an exit status."""
 
 import sys
 from collections.abc import Callable, Sequence
 
 
 EXTRAS = {"typer", "rich", "transformers", "tokenizers", "tqdm", "gguf", "sentencepiece", "accelerate"}
-# What is put right in the arguments or the input files. Other OSErrors are the environment's.
+# Errors in the arguments or the input files; other OSErrors are environment failures.
 INPUT_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
 
@@ -13,12 +13,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status.
 
     Args:
-        argv: Arguments without the program's name; None is those of the process.
+        argv: Arguments without the name of the program; None means `sys.argv[1:]`.
 
     Returns:
-        0; 2 for invalid arguments or input files; 1 for an environment failure (network, missing package, I/O, another
-        process that died); 130 if interrupted. One sentence on stderr says what failed. Any other error is a bug, and
-        keeps its traceback.
+        0 on success; 2 for invalid arguments or input files; 1 for an environment failure (network, missing package,
+        I/O, a dead rank); 130 if interrupted. A failure is reported as one sentence on stderr. Any other exception is a
+        bug and is raised.
     """
     try:
         call = _parse(argv)
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS and error.name is not None:
             raise
-        # Without a name it is a library's own sentence about a package that it needs.
+        # Without a name, the message is from a library that requires an optional package.
         missing = f"{package} is not installed" if isinstance(error, ModuleNotFoundError) else str(error).rstrip()
         return _fail(f'{missing.removesuffix(".")}: pip install "vera-func[demo]"', 1)
     except INPUT_ERRORS as error:
@@ -45,19 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> Callable[[], None] | int:
-    """The call that a command line asks for; or a status, where that was all (`--help`, invalid arguments)."""
+    """The call of the requested command, or an exit status for `--help` and invalid arguments."""
     import rich  # noqa: F401  typer imports it late
     import typer
 
     from .app import app
 
     try:
-        # Not app(): it would replace sys.excepthook.
+        # Not app(), which would replace sys.excepthook.
         call = typer.main.get_command(app).main(argv, prog_name="vera-func", standalone_mode=False)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         program = context.command_path if context else "vera-func"
-        message = error.format_message().replace("Value error, ", "")  # pydantic's prefix to what our parsers raise
+        message = error.format_message().replace("Value error, ", "")  # pydantic's prefix to errors of our parsers
         return _fail(f"{message.rstrip('.')} (see {program} --help).", error.exit_code)
     return call or 0
 

@@ -1,4 +1,4 @@
-"""Options that commands share, as annotated types: one name, one meaning and one help text for each."""
+"""Options shared by the commands, as annotated types."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -18,7 +18,7 @@ ADAPTER, MODEL, DATA, TRAINING = "Adapter", "Base model", "Data", "Training"  # 
 
 
 def positive(kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A parser of positive, finite numbers.
+    """A parser for positive, finite numbers of type `kind`.
 
     Example:
         >>> positive(int)("8")
@@ -38,20 +38,20 @@ def positive(kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def names(text: str) -> list[str]:
-    """The parts of a comma-separated list.
+    """Parse a comma-separated list of names.
 
     Example:
         >>> names("q_proj, v_proj")
         ['q_proj', 'v_proj']
     """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts:
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
         raise ValueError("must be names separated by commas, such as q_proj,v_proj")
-    return parts
+    return found
 
 
 def newlines(text: str) -> str:
-    r"""The text with a line break for each `\n` that was typed as two characters, as a shell passes it on.
+    r"""Replace each two-character `\n`, as typed in a shell, by a line break.
 
     Example:
         >>> newlines(r"Review: {text}\nSentiment:")
@@ -61,7 +61,7 @@ def newlines(text: str) -> str:
 
 
 def option(*names: str, help: str, metavar: str | None = None, panel: str | None = None, parser: Any = None) -> Any:
-    """A typer option, with short names for what is set here."""
+    """A typer option, with shorter keyword names."""
     return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, parser=parser)
 
 
@@ -76,7 +76,7 @@ def folder(help: str) -> Any:
 
 
 def format_option(help: str, panel: str | None = None) -> Any:
-    """The option `--to`, whose choices are too long for a column."""
+    """The option `--to`; its choices are part of the help text, since they are too long for the metavar column."""
     return option("--to", help=f"{help}: {', '.join(get_args(Format))}.", metavar="FORMAT", panel=panel)
 
 
@@ -112,7 +112,9 @@ Quant = Annotated[
 ]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    option("--dtype", help="Dtype of the arithmetic (default: bfloat16 if the CPU has it, else float32).", panel=MODEL),
+    option(
+        "--dtype", help="Dtype of the arithmetic (default: bfloat16 if the CPU supports it, else float32).", panel=MODEL
+    ),
 ]
 
 # The data.
@@ -159,7 +161,7 @@ Adapters = Annotated[
     int,
     number(
         "--adapters",
-        help="More than 1 run a sweep over learning rate and d_initial, and save all adapters in OUT/bank.safetensors.",
+        help="With N > 1: run a sweep over learning rate and d_initial, and save all adapters in OUT/bank.safetensors.",
         panel=TRAINING,
     ),
 ]
@@ -186,14 +188,14 @@ Json = Annotated[bool, option("--json", help="Print JSON.")]
 
 
 def dtype_of(name: str | None) -> "torch.dtype | None":
-    """The value of `--dtype`."""
+    """The torch dtype for a value of `--dtype`."""
     import torch
 
     return getattr(torch, name) if name else None
 
 
 def load_base(source: "Source", model: str | None, quant: str | None, dtype: str | None) -> "Base":
-    """The base model of a command's adapters, by `--model`, `--quant` and `--dtype`."""
+    """Load the base model of a command, given `--model`, `--quant` and `--dtype`."""
     from ..data.sources import base_of
 
     return base_of(source, model, quant, dtype_of(dtype))

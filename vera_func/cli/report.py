@@ -1,4 +1,4 @@
-"""What a command shows and writes: text and tables on stdout, bars and errors on stderr, tables as files."""
+"""Output of the commands: text and tables on stdout, progress bars and errors on stderr, tables in files."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..merging.layer import MergeReport
 
 Row = Mapping[str, Any]
-WIDE = 1_000_000  # columns of a line that is not to be wrapped
+WIDE = 1_000_000  # console width that disables wrapping
 
 COLUMNS = Text(
     "kept: retained fraction of the update (kept_least: of the worst layer); error: norm of the deviation from the "
@@ -31,9 +31,9 @@ COLUMNS = Text(
 
 
 def show(*things: str | Text | Table) -> None:
-    """Print on stdout, on rank 0 only: a `str` as it is; a `Text` or a table fitted to a terminal, unwrapped elsewhere.
+    """Print on stdout, on rank 0 only; `Text` and tables are wrapped to the width of a terminal, `str` is not wrapped.
 
-    It is flushed, so that it stays in order with the bars, which go to stderr.
+    The output is flushed, to keep its order relative to progress bars on stderr.
     """
     from ..train.distributed import rank
 
@@ -43,12 +43,12 @@ def show(*things: str | Text | Table) -> None:
 
 
 def show_result(result: Any, json: bool, *things: str | Text | Table) -> None:
-    """Print a command's result as JSON, or what describes it."""
+    """Print the result of a command as JSON, or its description `things`."""
     show(*([to_json(result)] if json else things))
 
 
 def show_rows(rows: Sequence[Row], out: str | None, json: bool) -> None:
-    """Print rows as JSON or as a table, or write them to the file `out` and say so."""
+    """Print rows as JSON or as a table; if `out` is given, write them to this file instead."""
     from ..train.distributed import rank
 
     if out and rank() == 0:
@@ -57,14 +57,14 @@ def show_rows(rows: Sequence[Row], out: str | None, json: bool) -> None:
 
 
 def show_error(message: str) -> None:
-    """Print a failure on stderr, in one line where that is no terminal."""
+    """Print a failure on stderr; in one line if stderr is not a terminal."""
     _print(Text.assemble(("vera-func: ", "bold red"), message), sys.stderr)
 
 
 def bar(title: str, progress: bool, unit: str = "batch") -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """A wrapper of iterables that shows a progress bar on stderr; on other ranks than 0, or without `progress`, `iter`.
+    """A wrapper of iterables that shows a progress bar on stderr; `iter` without `progress`, or on ranks above 0.
 
-    Where stderr is no terminal, the finished bar is one line.
+    If stderr is not a terminal, only the finished bar is printed, as one line.
 
     Example:
         >>> list(bar("reading", False)([1, 2]))
@@ -85,11 +85,11 @@ def _track(title: str, unit: str, items: Iterable[Any]) -> Iterator[Any]:
 
 
 def make_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> Table:
-    """Rows as a table for `show`, numbers to the right.
+    """Rows as a table for `show`, with numbers right-aligned.
 
     Args:
-        rows: One for each line.
-        columns: Which to show; None is those of the first row.
+        rows: One mapping per line.
+        columns: Columns to show; None means the keys of the first row.
     """
     table = Table(box=None, pad_edge=False)
     columns = list(rows[0] if rows else ()) if columns is None else columns
@@ -102,7 +102,7 @@ def make_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> Tab
 
 
 def format_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
-    """The table of `make_table` as plain text, a line for each row.
+    """The table of `make_table` as plain text, one line per row.
 
     Example:
         >>> print(format_table([{"name": "a", "loss": 0.25}, {"name": "bc", "loss": 12}]))
@@ -114,7 +114,7 @@ def format_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> s
 
 
 def format_value(value: Any) -> str:
-    """A value for a reader: four digits of a float, separators in a large integer, the start of a long list.
+    """Format a value: floats with four digits, integers with thousands separators, long lists abbreviated.
 
     Example:
         >>> format_value(1234567), format_value(0.123456), format_value(None), format_value(["q", "v"])
@@ -132,7 +132,7 @@ def format_value(value: Any) -> str:
 
 
 def describe(fields: Row, table: str | None = None) -> list[Text | Table]:
-    """Fields for `show` as lines `name: value` without those that are None, and one of them as a table at the end.
+    """Fields for `show` as lines `name: value`, except those that are None; the field `table` is shown as a table.
 
     Example:
         >>> show(*describe({"r": 8, "model": None, "modules": [{"modules": "q", "count": 2}]}, "modules"))
@@ -149,7 +149,7 @@ def describe(fields: Row, table: str | None = None) -> list[Text | Table]:
 
 
 def to_json(value: Any) -> str:
-    """JSON that every parser takes: numbers that are not finite become null, and paths texts.
+    """Strict JSON: non-finite numbers become null, and paths become strings.
 
     Example:
         >>> to_json({"loss": float("nan")})
@@ -159,10 +159,10 @@ def to_json(value: Any) -> str:
 
 
 def write_table(path: str | os.PathLike[str], rows: Sequence[Row]) -> Path:
-    """Write rows as CSV or JSON, by the suffix; an old file is replaced as a whole.
+    """Write rows atomically as CSV or JSON, depending on the suffix.
 
     Raises:
-        ValueError: If the suffix is another.
+        ValueError: If the suffix is neither .csv nor .json.
 
     Example:
         >>> import tempfile
@@ -184,28 +184,28 @@ def write_table(path: str | os.PathLike[str], rows: Sequence[Row]) -> Path:
 
 
 def check_table_path(path: str | os.PathLike[str]) -> Path:
-    """The path, if a table can be written there: to be asked before the work that makes the table.
+    """Check that a table can be written to a path, and return the path; call it before the rows are computed.
 
     Raises:
         ValueError: If the suffix is neither .csv nor .json.
-        FileNotFoundError: If the folder is not there.
+        FileNotFoundError: If the folder does not exist.
     """
     path = Path(path)
     if path.suffix.lower() not in (".csv", ".json"):
-        raise ValueError(f"{path}: the suffix says what to write; it must be .csv or .json.")
+        raise ValueError(f"{path}: the suffix selects the format; it must be .csv or .json.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to.")
     return path
 
 
 def merge_advice(reports: Mapping[str, "MergeReport"]) -> str:
-    """Whether to merge, in a sentence or two.
+    """A recommendation whether to merge, in one or two sentences.
 
     Args:
         reports: From `model_merge_report`.
 
     Raises:
-        ValueError: If they are not a mapping.
+        ValueError: If `reports` is not a mapping.
 
     Example:
         >>> from vera_func import MergeReport
@@ -213,7 +213,7 @@ def merge_advice(reports: Mapping[str, "MergeReport"]) -> str:
         'Do not merge like this: 2 % of the update is retained o'
     """
     if not isinstance(reports, Mapping):
-        raise ValueError(f"reports must be those of model_merge_report, by module, got {type(reports).__name__}.")
+        raise ValueError(f"reports must be the dict that model_merge_report returns, got {type(reports).__name__}.")
     if not reports:
         return "Nothing to merge: the update is zero in every layer."
     kept = sum(report.kept for report in reports.values()) / len(reports)
@@ -254,12 +254,12 @@ def _print(thing: str | Text | Table, stream: TextIO) -> None:
     elif stream.isatty():
         console = Console(file=stream)
         if isinstance(thing, Text):
-            # Rich would break words that are longer than a line, such as paths, which then can't be copied.
+            # Rich would break long words such as paths, which then could not be copied.
             filled = fill(thing.plain, console.width, break_long_words=False, break_on_hyphens=False)
             thing = Text(filled, spans=thing.spans)
         elif console.measure(thing, options=console.options.update(width=WIDE)).maximum > console.width:
             for column in thing.columns:
-                column.header = Text(str(column.header).replace("_", " "))  # a name breaks at its spaces
+                column.header = Text(str(column.header).replace("_", " "))  # so that long headers can wrap
         console.print(thing, soft_wrap=isinstance(thing, Text))
     else:
         print(_plain(thing), file=stream, flush=True)

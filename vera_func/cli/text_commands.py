@@ -1,4 +1,4 @@
-"""Commands that read texts: demo, train, evaluate, predict, generate."""
+"""Commands that process texts: demo, train, evaluate, predict, generate."""
 
 import sys
 from typing import Annotated, Any

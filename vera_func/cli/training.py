@@ -1,13 +1,12 @@
-"""Training of the commands `demo` and `train`: one adapter, or a sweep whose best adapter trains on alone.
+"""Training for the commands `demo` and `train`: one adapter, or a sweep followed by further training of the best one.
 
-In a sweep of n adapters, all of them train in one run for half as many steps, on the same examples, in batches of
-2 / n times the size: together they process as many examples as a single run. Then the adapter with the lowest loss on
-validation examples trains alone for all steps in full batches, and keeps its optimizer state and schedule. So a sweep
-processes twice the training examples of a single run, for n up to twice the batch size, plus 200 validation examples
-per adapter.
+A sweep of n adapters has two phases. First, all adapters train in one run for half the steps, in batches of 2 / n times
+the size. Together they process as many examples as a single run. Then the adapter with the lowest validation loss
+trains alone for all steps in full batches; its optimizer state and schedule are kept. For n up to twice the batch size,
+a sweep processes twice the training examples of a single run, plus 200 validation examples per adapter.
 
-Work is sharded across ranks in `parts`: the micro-batches of a batch of one adapter, or the groups of adapters of a
-sweep. The result depends on the number of parts, by rounding, and not on the number of ranks.
+Work is split into `parts`, which are sharded across ranks: micro-batches for one adapter, and groups of adapters in a
+sweep. The number of parts changes the result by rounding only; the number of ranks does not change it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,10 +36,10 @@ class Sweep(NamedTuple):
     """The result of `train_sweep`.
 
     Attributes:
-        best: Params of the best adapter after all its steps.
-        row: Its index.
-        stacked: Params of all adapters after their last steps, the best one included.
-        table: One row per adapter: its name, its settings, and its loss and accuracy when the best one was chosen.
+        best: Final params of the best adapter.
+        row: Index of the best adapter.
+        stacked: Final params of all adapters, including the best one.
+        table: One row per adapter: its name, hyper-parameters, validation loss and validation accuracy.
     """
 
     best: dict[str, Tensor]
@@ -62,7 +61,7 @@ def train_one(
     parts: int = 1,
     checkpoint: Path | None = None,
 ) -> dict[str, Tensor]:
-    """The params of one adapter after training on these rows."""
+    """Train one adapter, and return its params."""
     batches = train_batches(train, batch_size, seed=seed, pad_id=task.pad_id)
     return _fit_parts(
         loss_of(adapted, task),
@@ -78,9 +77,9 @@ def train_one(
 
 
 def sweep_grid(adapters: int, learning_rate: float) -> list[dict[str, Any]]:
-    """The settings of each adapter of a sweep: learning rates times two values of `d_initial`, or one if n is odd.
+    """Hyper-parameters of each adapter of a sweep: learning rates times two values of `d_initial`, or one if n is odd.
 
-    The projections are shared by all adapters, so that their key is not part of the grid.
+    All adapters share the projections, so the projection seed is not part of the grid.
 
     Example:
         >>> [tuple(row.values()) for row in sweep_grid(4, 0.02)]
@@ -93,7 +92,7 @@ def sweep_grid(adapters: int, learning_rate: float) -> list[dict[str, Any]]:
 
 
 def small_batch(batch_size: int, adapters: int) -> int:
-    """Examples per adapter and step of a sweep: twice a full batch for all adapters together.
+    """Examples per adapter and step of a sweep, so that all adapters together process two full batches per step.
 
     Example:
         >>> small_batch(16, 8)
@@ -116,20 +115,20 @@ def train_sweep(
     parts: int = 1,
     checkpoint: Path | None = None,
 ) -> Sweep:
-    """Train all adapters for half the steps in one run, then the best one for all steps; see the module.
+    """Train all adapters for half the steps in one run, then the best one for all steps; see the module's docstring.
 
     Args:
         adapted: From `adapt`.
-        task: The labels and the prompt.
+        task: The task of the adapters.
         grid: From `sweep_grid`, one row per adapter.
-        train: Examples to train on.
-        validation: Other examples: the adapter with the lowest mean loss on them is the best.
-        steps: Steps of the best adapter alone; half as many of all adapters come before.
-        batch_size: Batch size of the best adapter alone.
+        train: Training examples.
+        validation: Validation examples; the adapter with the lowest mean loss on them is the best.
+        steps: Number of steps of the second phase; the first phase has half as many.
+        batch_size: Batch size of the second phase.
         seed: Seed of the order of the examples.
-        progress: Shows progress bars.
-        parts: Number of groups of adapters, each trained in one run, and of micro-batches of the best adapter's batch.
-        checkpoint: Prefix of the checkpoints' paths.
+        progress: Whether to show progress bars.
+        parts: Number of groups of adapters in the first phase, and of micro-batches per batch in the second.
+        checkpoint: Prefix of the paths of the checkpoints.
 
     Raises:
         RuntimeError: If every adapter diverged.
@@ -144,7 +143,7 @@ def train_sweep(
     groups = [slice(i, i + size) for i in range(0, n, size)]
     stacks = [{k: leaf[group] for k, leaf in start.items()} for group in groups]
     files = [checkpoint and checkpoint.with_name(f"{checkpoint.name}-{i}") for i in range(len(groups))]
-    # On all ranks, before each trains its own groups.
+    # On all ranks, before each rank trains its groups, since this communicates.
     runs = [_resume(file, stack, num_adapters(stack)) for file, stack in zip(files, stacks, strict=True)]
     common: dict[str, Any] = {"total": half + steps, "progress": progress}
 
@@ -159,7 +158,7 @@ def train_sweep(
     loss = torch.where(run.diverged, torch.inf, score.loss).nan_to_num(nan=torch.inf)
     row = int(loss.argmin())
     if run.diverged[row]:
-        raise RuntimeError(f"every adapter diverged: lower the learning rate; the sweep began at {min(rates):.2g}.")
+        raise RuntimeError(f"every adapter diverged: use a learning rate below {min(rates):.2g}, the sweep's lowest.")
     one, alone = fit_row(run, row), loss_of(adapted, task)
     common |= {"learning_rate": rates[row], "steps": half + steps}
     one = _fit_parts(alone, one.params, full, parts, checkpoint, resume=one, **common)
@@ -191,14 +190,14 @@ def _fit_parts(
     resume: Fit | None = None,
     **options: Any,
 ) -> Fit:
-    """A run whose micro-batches are sharded across ranks; rank 0 writes its checkpoint."""
+    """Train with micro-batches sharded across ranks; rank 0 writes the checkpoint."""
     options |= {"resume": _resume(checkpoint, params) or resume, "checkpoint": None if rank() else checkpoint}
     accumulate = partial(mean_over_micro_batches, weight=num_rows)
     return _fit(loss, params, lambda step: split_batch(batches(step), parts), accumulate=accumulate, **options)
 
 
 def _resume(checkpoint: Path | None, params: Mapping[str, Tensor], num_adapters: int | None = None) -> Fit | None:
-    """The run in the checkpoint, from whichever rank has it: machines may have different file systems."""
+    """Load the checkpoint on all ranks, from a rank that has it, since hosts may have different file systems."""
     run = None
     if checkpoint is not None and checkpoint.is_file():
         run = load_fit(checkpoint, params, num_adapters=num_adapters)

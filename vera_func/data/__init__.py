@@ -1,1 +1,1 @@
-"""What a user of a language model has: texts with labels, prompts, models, and the adapters that a command names."""
+"""Language-model data: labelled examples, prompts, base models, and adapters with their metadata."""

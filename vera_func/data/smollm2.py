@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct from PyPI: a plain folder, and its quantized forms, both kept in the cache.
+"""SmolLM2-135M-Instruct from PyPI, cached as a `from_pretrained` folder and in quantized form.
 
-The GGUF file is converted once to a folder for `from_pretrained`, and quantized once for each format and dtype. A
-quantized form is a file beside the folder that loads in a fraction of the time, bit for bit what quantizing gives. It
-is made again when the folder, bitsandbytes or the file format has changed, and when it is damaged.
+The GGUF file is converted once to a folder for `from_pretrained`, and quantized once per format and dtype. A quantized
+model is cached as a file next to the folder. It loads in a fraction of the time and is bitwise equal to the result of
+quantization. It is created again if it is damaged, or if the folder, bitsandbytes or the file format has changed.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ _NAME = "SmolLM2-135M-Instruct"
 def load_smollm2(
     dtype: torch.dtype = torch.bfloat16, quant: str = "none"
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """SmolLM2-135M-Instruct, a Llama with 210 linear layers that can be quantized, and its tokenizer.
+    """Load SmolLM2-135M-Instruct, a Llama with 210 quantizable linear layers, and its tokenizer.
 
     Args:
-        dtype: Of the weights, which come from a 4-bit file (Q4_1) by way of bfloat16 in any case.
+        dtype: Dtype of the dense weights. All weights were rounded to 4 bits (Q4_1) and to bfloat16 before.
         quant: "nf4", "fp4", "int8", or "none" for dense weights.
     """
     from transformers import AutoTokenizer
@@ -44,10 +44,10 @@ def load_smollm2(
 
 
 def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct as a plain folder for `from_pretrained`, in bfloat16.
+    """The folder of SmolLM2-135M-Instruct in bfloat16, for `from_pretrained`; created by the first call.
 
-    transformers takes 20 s to read the GGUF file, and then treats the model as a quantized one. So it is rebuilt as a
-    plain model and saved once (270 MB); loading that takes a second.
+    transformers takes 20 s to read the GGUF file and marks the model as quantized. The model is therefore converted to
+    an ordinary one and saved once (270 MB); loading it takes one second.
     """
     folder = cache_folder() / _NAME
     if not is_complete(folder, ("config.json", "model.safetensors", "tokenizer.json")):
@@ -65,16 +65,16 @@ def _load_dense(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
 
 
 def _load_quantized(folder: Path, quant: str, dtype: torch.dtype) -> "PreTrainedModel":
-    """The quantized model from the cache, or made from the folder and put there."""
+    """Load the quantized model from the cache, or quantize it and add it to the cache."""
     prefix = f"{_NAME}-{quant}-{str(dtype)[6:]}-"
     stored = (folder / "model.safetensors").stat()
-    made_from = (FORMAT, version("bitsandbytes"), stored.st_size, stored.st_mtime_ns)
-    file = folder.parent / f"{prefix}{hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]}.safetensors"
+    inputs = (FORMAT, version("bitsandbytes"), stored.st_size, stored.st_mtime_ns)
+    file = folder.parent / f"{prefix}{hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}.safetensors"
     if file.is_file():
-        with contextlib.suppress(ValueError, OSError):  # damaged, or made of other layers: made again
+        with contextlib.suppress(ValueError, OSError):  # damaged, or with other layers: quantize again
             return _load_cached(file, folder, dtype)
     model = quantize_model(_load_dense(folder, dtype), quant)
-    with contextlib.suppress(OSError):  # a full disk, or a cache that can't be written
+    with contextlib.suppress(OSError):  # the disk is full, or the cache is not writable
         for old in folder.parent.glob(f"{prefix}*.safetensors"):
             old.unlink(missing_ok=True)
         save_quantized(file, model)
@@ -90,7 +90,7 @@ def _load_cached(file: Path, folder: Path, dtype: torch.dtype) -> "PreTrainedMod
     model = load_quantized(file, skeleton)
     quantized = {name for name, module in model.named_modules() if is_bnb_linear(module)}
     if quantized != quantizable_layers(skeleton).keys():
-        raise ValueError(f"{file} holds other quantized layers than quantize_model makes.")
+        raise ValueError(f"{file} has other quantized layers than quantize_model creates.")
     with quiet_transformers():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model
@@ -101,7 +101,7 @@ def _convert(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     gguf_file = SMOLLM2.members[0].rpartition("/")[2]
-    # The reader of GGUF files has its own progress bar, which no switch of transformers turns off.
+    # The GGUF reader shows a progress bar that transformers has no option to disable.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         read = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.bfloat16)
         del read.config.quantization_config

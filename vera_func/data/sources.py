@@ -1,7 +1,7 @@
-"""The adapters that a command names, and the base that they were trained over.
+"""Load the adapters of a command, and the base model on which they were trained.
 
-What the command line does not say is read from the adapter's files: the name of the model from PEFT's configuration,
-its format, the labels and the prompt from the metadata beside it.
+Defaults of the command line come from the adapter's files: the name of the model from PEFT's configuration; its format,
+the labels and the prompt from the metadata file.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,10 +26,10 @@ class Source(NamedTuple):
     """The adapters of a command: a PEFT directory, some adapters of a bank, or none (the base alone).
 
     Attributes:
-        path: The directory or the bank; None is the base alone.
+        path: The directory or the bank; None for the base alone.
         names: Names of the adapters.
-        config: Their configuration; None for the base alone.
-        note: Their metadata.
+        config: Configuration of the adapters; None for the base alone.
+        note: Metadata of the adapters.
     """
 
     path: Path | None
@@ -41,36 +41,36 @@ class Source(NamedTuple):
 def open_source(
     adapter: str | None = None, bank: str | None = None, names: Sequence[str] | None = None, *, one: bool = False
 ) -> Source:
-    """Read the configuration and the metadata of adapters, and check the files, before a model is loaded.
+    """Read and check the configuration and metadata of adapters, without loading a model.
 
     Args:
         adapter: A PEFT directory.
         bank: An adapter bank.
-        names: Names of adapters in the bank; None is all.
+        names: Names of adapters in the bank; None means all.
         one: Whether exactly one adapter is required.
 
     Raises:
-        ValueError: If both are given, names are given without a bank or are unknown, there is not exactly one adapter
-            where one is required, or the files are damaged or of another kind.
+        ValueError: If both an adapter and a bank are given, names are given without a bank or are unknown, exactly one
+            adapter is required but not given, or the files are damaged or of the wrong kind.
         FileNotFoundError: If the directory or the file does not exist.
     """
     if adapter is not None and bank is not None:
         raise ValueError("give either --adapter or --bank, not both.")
     if names and bank is None:
-        raise ValueError("--name is the name of an adapter in a bank: pass --bank, too.")
+        raise ValueError("--name selects an adapter of a bank: pass --bank as well.")
     if bank is not None:
         if Path(bank).is_dir():
-            raise ValueError(f"{bank} is a folder; a bank is a file, and a PEFT directory goes with --adapter.")
+            raise ValueError(f"{bank} is a folder, but a bank is a file: pass a PEFT directory with --adapter.")
         opened = open_bank(bank)
         names = list(names or opened.names)
         for name in names:
             opened.row(name)  # an unknown name raises
         if one and len(names) != 1:
             some = ", ".join([*names[:3], *["..."] * (len(names) > 3)])
-            raise ValueError(f"{bank} holds {len(names)} adapters: choose one with --name ({some}).")
+            raise ValueError(f"{bank} contains {len(names)} adapters: choose one with --name ({some}).")
         return Source(Path(bank), names, opened.config, read_note(bank))
     if adapter is None and one:
-        raise ValueError("which adapter? Pass --adapter DIR, or --bank FILE with --name.")
+        raise ValueError("an adapter is required: pass --adapter DIR, or --bank FILE with --name.")
     if adapter is None:
         return Source(None, ["base"], None, Note())
     config, _ = read_files(_adapter_directory(Path(adapter)))
@@ -80,34 +80,34 @@ def open_source(
 def base_of(
     source: Source, model: str | None = None, quant: str | None = None, dtype: torch.dtype | None = None
 ) -> Base:
-    """Load the base that the adapters were trained over.
+    """Load the base model on which the adapters were trained.
 
     Args:
         source: From `open_source`.
-        model: A folder or a hub id in place of the model that the files name.
-        quant: A format in place of the one in the metadata.
+        model: A folder or a hub id; None means the model in the configuration.
+        quant: A format; None means the format in the metadata.
         dtype: As for `load_base`.
 
     Raises:
-        ValueError: If the files do not name a model, and `model` is None; or as for `load_base`.
+        ValueError: If the configuration does not name a model and `model` is None; or as for `load_base`.
         OSError: If the model is not found.
     """
     if model is None and source.config is not None:
         model = source.config.base_model_name_or_path
         if not model:
-            raise ValueError(f"{source.path} does not say which model it adapts: pass --model.")
+            raise ValueError(f"{source.path} does not name its base model: pass --model.")
     note = read_note(model) if source.path is None and model is not None else source.note
     return load_base(model, quant or note.quant, dtype)
 
 
 def load_adapters(source: Source, model: nn.Module) -> tuple[Adapted, Callable[[Sequence[str]], dict[str, Tensor]]]:
-    """The first adapter as an `Adapted`, and a function that reads others: `names -> stacked params`.
+    """The first adapter as an `Adapted`, and a function `names -> stacked params` that reads adapters by name.
 
     Raises:
         ValueError: If the adapters do not fit the model.
     """
     if source.path is None:
-        # A fresh adapter, whose update is 0, gives the base.
+        # A new adapter, whose update is 0, is equivalent to the base.
         adapted = adapt(model, VeraConfig(r=1, target_modules="all-linear"))
         return adapted, lambda names: stack_adapters([adapted.params] * len(names))
     if source.path.is_dir():
@@ -126,8 +126,8 @@ def task_of(source: Source, base: Base, labels: Iterable[str], prompt: str | Non
     Args:
         source: From `open_source`.
         base: From `base_of`.
-        labels: Used if the metadata have none.
-        prompt: In place of the one in the metadata; None is that one, or `PROMPT`.
+        labels: Labels to use if the metadata has none.
+        prompt: A prompt template; None means the one in the metadata, or `PROMPT` if it has none.
 
     Raises:
         ValueError: If fewer than two labels are known; or as for `make_task`.
@@ -135,14 +135,14 @@ def task_of(source: Source, base: Base, labels: Iterable[str], prompt: str | Non
     note = read_note(base.name) if source.path is None else source.note
     known = note.labels or sorted(set(labels))
     if len(known) < 2:
-        raise ValueError(f"{source.path or base.name} does not say what it answers with: pass --labels a,b.")
+        raise ValueError(f"{source.path or base.name} has no labels in its metadata: pass --labels a,b.")
     return make_task(base, known, prompt or note.prompt or PROMPT)
 
 
 def _adapter_directory(folder: Path) -> Path:
-    """The folder itself, unless it is a file or a model. `read_files` checks the rest."""
+    """Check that a folder is not a file or a model, and return it; `read_files` checks the rest."""
     if folder.is_file():
-        raise ValueError(f"{folder} is a file; an adapter is a PEFT directory, and a bank goes with --bank.")
+        raise ValueError(f"{folder} is a file, but an adapter is a PEFT directory: pass a bank with --bank.")
     if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} holds a model, not an adapter; a model goes with --model.")
+        raise ValueError(f"{folder} contains a model, not an adapter: pass a model with --model.")
     return folder

@@ -1,7 +1,7 @@
-"""Classification as a task of adapters: what to train, to measure and to choose by.
+"""Text classification as a task: logits, loss and score functions of adapters.
 
-A `Task` holds what does not depend on the adapter. The functions here bind it to `apply`, for one adapter or for
-stacked ones (n, ...), which share every batch in a single forward.
+A `Task` contains the labels and the prompt, which do not depend on the adapter. The functions below combine it with
+`apply`, for one adapter or for stacked adapters (n, ...), which process each batch in a single forward pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +22,14 @@ from .prompts import PROMPT, Batch, Encoded, Score, accepted_arguments, answer_i
 
 
 class Task(NamedTuple):
-    """Classification of texts: labels, prompt, and what the model needs for them.
+    """A text classification task for one model.
 
     Attributes:
         labels: All labels.
-        prompt: With `{text}` in it.
+        prompt: Prompt template with `{text}`.
         answers: The first token of each label.
         pad_id: Token to pad with.
-        accepts: Names of the arguments that the model takes.
+        accepts: Names of the arguments of the model's forward.
     """
 
     labels: list[str]
@@ -40,41 +40,41 @@ class Task(NamedTuple):
 
 
 def make_task(base: Base, labels: Sequence[str], prompt: str = PROMPT) -> Task:
-    """The task of choosing among these labels, for this model.
+    """The `Task` of classifying texts by these labels with this model.
 
     Raises:
-        ValueError: If the prompt has no place for the text, or two labels begin with the same token.
+        ValueError: If the prompt does not contain `{text}` exactly once, or two labels begin with the same token.
     """
     answers = answer_ids(base.tokenizer, labels, check_prompt(prompt))
     return Task(list(labels), prompt, answers, base.tokenizer.pad_token_id or 0, accepted_arguments(base.model))
 
 
 def check_prompt(prompt: str) -> str:
-    """The prompt itself, if it has exactly one `{text}` and no other braces.
+    """Check that a prompt template has exactly one `{text}`, no other braces and some other text, and return it.
 
     Raises:
-        ValueError: If it has not, or consists of nothing else.
+        ValueError: If it has not.
 
     Example:
         >>> check_prompt("Review: {text}")
         'Review: {text}'
     """
     try:
-        right = prompt.count("{text}") == 1 and bool(prompt.format(text=""))
+        valid = prompt.count("{text}") == 1 and bool(prompt.format(text=""))
     except (KeyError, IndexError, ValueError):
-        right = False
-    if not right:
+        valid = False
+    if not valid:
         raise ValueError(
-            f"a prompt must have {{text}} in it once, no other braces, and words around it; got {prompt!r}."
+            f"a prompt must contain {{text}} exactly once, no other braces, and some other text; got {prompt!r}."
         )
     return prompt
 
 
 def encode_examples(base: Base, task: Task, examples: Sequence[Example]) -> list[Encoded]:
-    """Examples as tokenized prompts.
+    """Tokenize examples as prompts of the task.
 
     Raises:
-        ValueError: If an example has a label that the task does not have.
+        ValueError: If the label of an example is not one of the task's labels.
     """
     odd = sorted({example.label for example in examples} - set(task.labels))
     if odd:
@@ -85,10 +85,10 @@ def encode_examples(base: Base, task: Task, examples: Sequence[Example]) -> list
 def logits_of(
     adapted: Adapted, task: Task, *, stacked: bool = False
 ) -> Callable[[Params, Batch], Float[Tensor, "*n b labels"]]:
-    """A function `(params, batch) -> logits` of the labels, for one adapter or for each in a stack.
+    """A function `(params, batch) -> logits of the labels`, for one adapter or for stacked adapters.
 
-    Only the rows of the output head that belong to the labels are multiplied, and only at the end of the prompts where
-    the model takes `logits_to_keep`; see `token_logits`.
+    The output head is computed for the labels' tokens only and, if the model accepts `logits_to_keep`, at the last
+    position only; see `token_logits`.
     """
     answers = task.answers.tolist()
     last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in task.accepts else {}
@@ -105,7 +105,7 @@ def logits_of(
 
 
 def loss_of(adapted: Adapted, task: Task, *, stacked: bool = False) -> Callable[[Params, Batch], Float[Tensor, "*n"]]:
-    """A function `(params, batch) -> loss` for `fit`; of stacked params, one loss per adapter."""
+    """A function `(params, batch) -> loss` for `fit`; for stacked params it returns one loss per adapter."""
     logits = logits_of(adapted, task, stacked=stacked)
     loss = torch.func.vmap(answer_loss, (0, None)) if stacked else answer_loss
 
@@ -119,11 +119,11 @@ def score_of(adapted: Adapted, task: Task, params: Params, rows: Sequence[Encode
     """Accuracy and mean loss of an adapter, or of each adapter in a stack.
 
     Args:
-        adapted: Its `apply` and `frozen` are used.
+        adapted: The model; its `apply` and `frozen` are used.
         task: From `make_task`.
-        params: Of one adapter, or stacked.
+        params: Params of one adapter, or stacked params.
         rows: From `encode_examples`.
-        **options: Passed to `score`.
+        **options: Keyword arguments of `score`.
     """
     stacked = any(value.shape != adapted.apply.slots[key].shape for key, value in params.items())
     logits = partial(logits_of(adapted, task, stacked=stacked), params)
