@@ -391,7 +391,7 @@ for what, result in (("updates alone", {"p": ones(2)}), ("a tensor", (ones(2), (
     bad(
         "as_optimizer", what,
         lambda _, result=result: as_optimizer((len, lambda g, s, p: result)).update({}, (), PARAMS),
-        r"must return \(updates, state\), a dict first",
+        r"must return \(updates, state\) with a dict of updates",
     )  # fmt: skip
 
 

@@ -199,7 +199,7 @@ def check_table_path(path: str | os.PathLike[str]) -> Path:
 
 
 def merge_advice(reports: Mapping[str, "MergeReport"]) -> str:
-    """A recommendation whether to merge, in one or two sentences.
+    """Recommend whether to merge, in one or two sentences.
 
     Args:
         reports: From `model_merge_report`.

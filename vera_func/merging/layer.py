@@ -326,8 +326,8 @@ def checked_delta(
     if lambda_b.shape != (out_features,) or lambda_d.dim() != 1:
         raise ValueError(
             f"a single adapter of a weight {tuple(q.shape)} has lambda_b ({out_features},) and lambda_d (r,), got "
-            f"{tuple(lambda_b.shape)} and {tuple(lambda_d.shape)}; merge stacked adapters one by one, after "
-            "unstack_adapters."
+            f"{tuple(lambda_b.shape)} and {tuple(lambda_d.shape)}; if they are stacked, split them with "
+            "unstack_adapters and merge each."
         )
     if any(leaf.is_meta for leaf in ((q,) if isinstance(q, Tensor) else flatten(q)[0])):
         raise ValueError(NO_DATA)

@@ -225,7 +225,9 @@ def _init(init: Callable[..., Any], params: Mapping[str, Tensor]) -> Any:
 def _update(update, named, options, grads, state, params):
     result = update(grads, state, params=params, **options) if named else update(grads, state, params, **options)
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Mapping)):
-        raise ValueError(f"optimizer.update must return (updates, state), a dict first, got {type(result).__name__}.")
+        raise ValueError(
+            f"optimizer.update must return (updates, state) with a dict of updates, got {type(result).__name__}."
+        )
     updates, state = result
     return updates, tree_map(partial(_state_tensor, next(iter(params.values())).device), state)
 
