@@ -349,7 +349,7 @@ def other(tmp_path_factory):
         ("evaluate --bank {bank} --data {reviews} --prompt Review", "contain {{text}} exactly once"),
         ("evaluate --adapter {folder}", "contains a model, not an adapter"),
         ("evaluate --adapter {tmp}/gone", "no adapter directory"),
-        ("evaluate --adapter {other}", "does not name its base model"),
+        ("evaluate --adapter {other} --data {reviews}", "does not name its base model"),
         ("evaluate --adapter {other} --model {folder} --data {reviews}", "must be"),
         ("evaluate --adapter {trained} --model {trained} --data {reviews}", "an adapter, not a model"),
         ("evaluate --adapter {trained} --model {tmp} --data {reviews}", "no config.json"),
