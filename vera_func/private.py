@@ -118,8 +118,7 @@ def viewed_tensor(x: Tensor) -> Tensor | None:
 def keep_signature(function: type) -> type:
     """Store the signature of an autograd Function's `forward` with it.
 
-    torch binds the arguments of every call through `inspect.signature`, which otherwise derives it each time: about 4 %
-    of a training step of one token.
+    torch binds the arguments of every call through `inspect.signature`, which otherwise derives it each time.
     """
     import inspect
 
