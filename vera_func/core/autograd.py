@@ -33,10 +33,10 @@ class SharedProduct:
 
     An instance serves one forward pass, in which all layers use the same projections. It caches the last `x`, a copy of
     its bits, and the product. The cached product is returned if the tensor and all of its bits are the same; comparing
-    version counters would not be enough, because writes through `x.data` or `x.numpy()` do not increment them. At
-    r = 256, the copy costs about 2 % of a product and the comparison about 4 %. Products that are cheaper than that are
-    not cached. Each layer differentiates the product separately, so gradients equal those of separate products, bit for
-    bit.
+    version counters would not be enough, because writes through `x.data` or `x.numpy()` do not increment them.
+    Copying and comparing are one pass each over `x`, against r multiply-adds per value of `x` for the product; products
+    that are cheaper than that are not cached. Each layer differentiates the product separately, so gradients equal
+    those of separate products, bit for bit.
 
     Products are cached on the CPU only: on other devices the comparison would synchronize.
 
