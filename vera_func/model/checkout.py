@@ -14,8 +14,8 @@ takes a copy of the tree from a free list, and restores it before it returns the
 Concurrent and nested calls use different copies. The copies share parameters and quantized weights, which are never
 modified.
 
-Restoring compares the containers with saved copies, which is cheap: a model has thousands of dicts and lists, but nearly
-all of them are empty, and Python compares identical values by identity first.
+Restoring compares the containers with saved copies, which is cheap: a model has thousands of dicts and lists, but
+nearly all of them are empty, and Python compares identical values by identity first.
 """
 
 import copy
