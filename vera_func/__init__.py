@@ -51,6 +51,7 @@ Merging:
 
 Files:
     save_adapter, load_adapter   PEFT's directories, both ways
+    from_peft           the adapter of a live `peft.PeftModel`, without files
     export_lora         the same update as a PEFT LoRA directory, exactly
     save_bank, open_bank, Bank   many adapters in one file
     save_quantized, load_quantized    a quantized model as one file, which loads without being quantized again
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from .io.checkpoint import load_adapter, save_adapter
     from .io.lora import export_lora
     from .io.module import to_module
+    from .io.peft import from_peft
     from .io.quantized import load_quantized, save_quantized
     from .merging.layer import (
         MergeReport,
@@ -121,6 +123,7 @@ _MODULES = {
     "merging.layer": (*("merge_quantized", "merge_dense", "merge_calibrated", "merge_report", "MergeReport"),),
     "merging.model": ("merge", "model_merge_report"),
     "io.checkpoint": ("save_adapter", "load_adapter"),
+    "io.peft": ("from_peft",),
     "io.lora": ("export_lora",),
     "io.bank": ("save_bank", "open_bank", "Bank"),
     "io.quantized": ("save_quantized", "load_quantized"),

@@ -116,7 +116,7 @@ def adapt(
         params[join_key(name, "lambda_d")] = lambda_d.to(device, via).to(dtype)
     for name in trained:
         params[name] = model.get_parameter(name).detach().clone()
-    return Adapted(apply, params, frozen, _with_origin(config, model))
+    return Adapted(apply, params, frozen, with_origin(config, model))
 
 
 class ParameterCount(NamedTuple):
@@ -313,7 +313,7 @@ def _absent(model: nn.Module) -> str | None:
     return None
 
 
-def _with_origin(config: VeraConfig, model: nn.Module) -> VeraConfig:
+def with_origin(config: VeraConfig, model: nn.Module) -> VeraConfig:
     """Fill in the base model's name if the configuration has none, and the class that `AutoPeftModel` needs."""
     named = (getattr(owner, "name_or_path", None) for owner in (model, getattr(model, "config", None)))
     # A transformers model that was created from a configuration has the name "".

@@ -42,16 +42,40 @@ def unwrap(model: Model) -> Model:
         plain = below
     if (part := private.peft_part(plain)) is not None:
         raise ValueError(_peft_error(*part))
-    wrappers = {id(module) for module in plain.modules() if private.wrapped_module(module) is not None}
+    return cast(Model, without_wrappers(plain, private.wrapped_module)[0])
+
+
+def without_wrappers(
+    model: nn.Module, inside: Callable[[nn.Module], nn.Module | None]
+) -> tuple[nn.Module, dict[int, nn.Module]]:
+    """The model with every wrapper replaced by the module inside it.
+
+    The modules that contain a wrapper are copied. All other modules and all parameters are shared with the model.
+
+    Args:
+        model: Any module; it is not modified.
+        inside: Takes a module, and returns the module that it wraps, or None if it is not a wrapper.
+
+    Returns:
+        The model without wrappers, and the replacement of each wrapper by the wrapper's id.
+
+    Example:
+        >>> model = nn.Sequential(nn.DataParallel(nn.Linear(2, 3)))
+        >>> without_wrappers(model, private.wrapped_module)[0]
+        Sequential(
+          (0): Linear(in_features=2, out_features=3, bias=True)
+        )
+    """
+    wrappers = {id(module) for module in model.modules() if inside(module) is not None}
     if not wrappers:
-        return cast(Model, plain)
-    memo = shared_memo(plain)
-    for module in reversed([*plain.modules()]):  # from the leaves up
-        if (below := private.wrapped_module(module)) is not None:
+        return model, {}
+    memo = shared_memo(model)
+    for module in reversed([*model.modules()]):  # from the leaves up
+        if (below := inside(module)) is not None:
             memo[id(module)] = copy.deepcopy(below, memo)
         elif wrappers.isdisjoint(map(id, module.modules())):
             memo[id(module)] = module
-    return cast(Model, copy.deepcopy(plain, memo))
+    return copy.deepcopy(model, memo), {wrapper: memo[wrapper] for wrapper in wrappers}
 
 
 def require_weights(model: nn.Module, verb: str) -> None:
@@ -231,7 +255,7 @@ def _peft_error(name: str, part: nn.Module) -> str:
     if hasattr(part, "unload"):
         return (
             f"{what}: an adapter of it would have names that can't be loaded. Pass the base model: model.unload() "
-            "removes PEFT's adapter, and model.merge_and_unload() merges it. load_adapter loads a VeRA adapter saved "
-            "by PEFT."
+            "removes PEFT's adapter, and model.merge_and_unload() merges it. For a VeRA adapter, call "
+            "from_peft(model), or load_adapter if PEFT has saved it."
         )
     return f"{what}: an adapter of it would have names that can't be loaded; load the base model again without it."
