@@ -1,18 +1,16 @@
 """Labelled examples: read from files or made from rated snippets, and split into training and held-out examples."""
 
-import csv
-import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from .files import Row, source_rows
+from .kinds import check_row, text
 
 
 if TYPE_CHECKING:
     from .assets import Snippet
-
-Rows = Iterator[tuple[int, dict[str, Any]]]  # number of the line, columns
 
 
 class Example(NamedTuple):
@@ -24,17 +22,17 @@ class Example(NamedTuple):
 
 
 def read_examples(path: str | Path) -> list[Example]:
-    """Read examples from a JSON Lines or CSV file with the columns `text` and `label`.
+    """Read examples from files with the columns `text` and `label`.
 
     An optional column `group` names the source document of a text. Without it, texts are in the same group only if they
     are equal. Other columns and empty lines are ignored.
 
     Args:
-        path: A `.csv`, `.jsonl` or `.ndjson` file.
+        path: A CSV, JSON Lines or Parquet file, or a folder or glob pattern of them; see `find_files`.
 
     Raises:
-        ValueError: If the suffix is not supported, a row is incomplete (the message names file and line), or there are
-            fewer than two labels.
+        ValueError: If the suffix is not supported, a row is incomplete or has a number where the first label is a
+            string (the message names file and line), or there are fewer than two labels.
         OSError: If the file can't be read.
 
     Example:
@@ -44,11 +42,16 @@ def read_examples(path: str | Path) -> list[Example]:
         >>> read_examples(path)[0]
         Example(text='A joy.', label='positive', group='A joy.')
     """
-    path = Path(path)
-    examples = [
-        Example(_field(path, line, row, "text"), _field(path, line, row, "label").strip(), _group(row))
-        for line, row in _read_rows(path, {"text", "label"})
-    ]
+    examples, numeric = [], None
+    for place, row in _rows(path, ("text", "label")):
+        try:
+            fields = check_row("label", row)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        if isinstance(row["label"], str) is numeric:
+            raise ValueError(f"{place}: 'label' must be a string or a number in all rows, got {row['label']!r}.")
+        numeric = not isinstance(row["label"], str)
+        examples.append(Example(**fields, group=str(row.get("group") or fields["text"])))
     labels = sorted({example.label for example in examples})
     if len(labels) < 2:
         raise ValueError(f"{path} must have at least two labels, but has {labels}.")
@@ -56,10 +59,10 @@ def read_examples(path: str | Path) -> list[Example]:
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """Read the column `text` of a JSON Lines or CSV file; other columns are ignored.
+    """Read the column `text` of files; other columns are ignored.
 
     Args:
-        path: A `.csv`, `.jsonl` or `.ndjson` file.
+        path: A CSV, JSON Lines or Parquet file, or a folder or glob pattern of them.
 
     Raises:
         ValueError: If the suffix is not supported, or a text is missing or empty (the message names file and line).
@@ -72,8 +75,13 @@ def read_texts(path: str | Path) -> list[str]:
         >>> read_texts(path)
         ['A joy.']
     """
-    path = Path(path)
-    return [_field(path, line, row, "text") for line, row in _read_rows(path, {"text"})]
+    texts = []
+    for place, row in _rows(path, ("text",)):
+        try:
+            texts.append(text("text", row.get("text")))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    return texts
 
 
 def polar_examples(snippets: "Iterable[Snippet]", threshold: float = 1.0) -> list[Example]:
@@ -127,64 +135,11 @@ def split(examples: Sequence[Example], held_out: int, *, seed: int) -> tuple[lis
     return train, test
 
 
-def _read_rows(path: Path, columns: set[str]) -> list[tuple[int, dict[str, Any]]]:
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}.")
-    csv_rows = partial(_csv_rows, columns=columns)
-    readers: dict[str, Callable[[Path], Rows]] = {".csv": csv_rows, ".jsonl": _json_rows, ".ndjson": _json_rows}
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"{path}: the suffix selects the file format; it must be {' or '.join(readers)}.")
-    try:
-        return list(readers[path.suffix.lower()](path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}.") from error
+def _rows(source: str | Path, columns: Sequence[str]) -> Iterator[Row]:
+    def check_header(header: list[str], place: str) -> None:
+        if missing := sorted(set(columns) - set(header)):
+            raise ValueError(
+                f"{place}: the header must have the columns {' and '.join(columns)}, got {header}, without {missing}."
+            )
 
-
-def _csv_rows(path: Path, columns: set[str]) -> Rows:
-    with open(path, encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
-        try:
-            header = list(reader.fieldnames or ())
-            if missing := columns - set(header):
-                raise ValueError(
-                    f"{path}, line 1: the header must have the columns {' and '.join(sorted(columns, reverse=True))}, "
-                    f"got {header}, without {sorted(missing)}."
-                )
-            for row in reader:
-                if None in row:
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: the row has more fields than the header; quote texts that "
-                        "contain commas with double quotes."
-                    )
-                yield reader.line_num, row
-        except csv.Error as error:
-            # line_num counts parsed lines only.
-            raise ValueError(f"{path}, line {reader.line_num + 1}: {error}.") from error
-
-
-def _json_rows(path: Path) -> Rows:
-    with open(path, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a plain ValueError
-                raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected an object, got {line.strip()[:60]}.")
-            yield number, row
-
-
-def _field(path: Path, line: int, row: dict[str, Any], name: str) -> str:
-    """The value of a column, a non-empty string; a label may also be a JSON number or boolean."""
-    value = row.get(name)
-    if name == "label" and isinstance(value, bool | int | float):
-        value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{path}, line {line}: {name!r} must be a non-empty string, got {value!r}.")
-    return value
-
-
-def _group(row: dict[str, Any]) -> str:
-    return str(row.get("group") or row["text"])
+    return source_rows(source, check_header)
