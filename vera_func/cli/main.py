@@ -4,7 +4,18 @@ import sys
 from collections.abc import Callable, Sequence
 
 
-EXTRAS = {"typer", "rich", "transformers", "tokenizers", "tqdm", "gguf", "sentencepiece", "accelerate"}
+EXTRAS = {
+    "typer",
+    "rich",
+    "transformers",
+    "tokenizers",
+    "tqdm",
+    "gguf",
+    "sentencepiece",
+    "accelerate",
+    "datasets",
+    "pyarrow",
+}
 # Errors in the arguments or the input files; other OSErrors are environment failures.
 INPUT_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
