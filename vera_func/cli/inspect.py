@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..core.keys import VECTORS, adapted_modules, own_parameters, split_key
 from ..data.assets import quiet_transformers
-from ..data.models import describe_base
-from ..data.sources import base_of, load_adapters, open_source
+from ..data.models import Base, describe_base
+from ..data.sources import Source, base_of, load_adapters, open_source
 from ..io.bank import open_bank
 from ..io.checkpoint import WEIGHTS, read_files
 from ..io.config import CONFIG
@@ -59,50 +59,9 @@ def inspect_path(
     if names and not folder.is_file():
         raise ValueError(f"--name selects adapters of a bank, but {path} is a folder.")
     source = open_source(bank=path, names=names) if folder.is_file() else open_source(path)
-    assert source.config is not None
-    config = source.config
-    if folder.is_file():
-        bank = open_bank(folder)
-        stacked = bank.read(source.names)
-        projections: Mapping[str, Tensor] = bank.frozen()
-        size = folder.stat().st_size
-    else:
-        _, tensors = read_files(folder)
-        projections = {key: value for key, value in tensors.items() if ".vera_A" in key or ".vera_B" in key}
-        stacked = {
-            key.removeprefix("base_model.model.").replace(".vera_lambda", ".lambda"): value[None]
-            for key, value in tensors.items()
-            if key not in projections
-        }
-        size = (folder / WEIGHTS).stat().st_size
-    found: dict[str, Any] = {
-        "path": path,
-        "kind": "bank" if folder.is_file() else "adapter",
-        "adapters": len(source.names),
-        "names": source.names,
-        "model": config.base_model_name_or_path,
-        "quant": source.note.quant,
-        "labels": source.note.labels,
-        "prompt": source.note.prompt,
-        "r": config.r,
-        "projection_key": config.projection_prng_key,
-        "projections_stored": bool(projections),
-        "trained": sum(value[0].numel() for value in stacked.values()),
-        "bytes": size,
-        "modules": _norms(stacked),
-    }
+    found = _inspect_adapters(folder, source)
     if model is not None:
-        base = base_of(source, model, quant, dtype)
-        adapted, _ = load_adapters(source, base.model)  # with the params of the first adapter
-        form = getattr(torch, to) if to in ("float32", "bfloat16", "float16") else to
-        reports = model_merge_report(adapted, form)
-        found["merge"] = {
-            "name": source.names[0],
-            "base": describe_base(base),
-            "to": to or base.quant,
-            "advice": merge_advice(reports),
-            "modules": summarize_reports(describe_reports(reports)),
-        }
+        found["merge"] = _inspect_merge(source, base_of(source, model, quant, dtype), to)
     return found
 
 
@@ -120,6 +79,58 @@ def summarize_reports(modules: Sequence[Mapping[str, Any]]) -> list[dict[str, An
         least = min(row["kept"] for row in group)
         rows.append({"modules": kind, "count": len(group), "kept": mean["kept"], "kept_least": least, **mean})
     return rows
+
+
+def _inspect_adapters(path: Path, source: Source) -> dict[str, Any]:
+    """Describe the adapters that are stored in an adapter directory or a bank."""
+    assert source.config is not None
+    if path.is_file():
+        bank = open_bank(path)
+        stacked, projections, size = bank.read(source.names), bank.frozen(), path.stat().st_size
+    else:
+        (stacked, projections), size = _read_adapter(path), (path / WEIGHTS).stat().st_size
+    return {
+        "path": str(path),
+        "kind": "bank" if path.is_file() else "adapter",
+        "adapters": len(source.names),
+        "names": source.names,
+        "model": source.config.base_model_name_or_path,
+        "quant": source.note.quant,
+        "labels": source.note.labels,
+        "prompt": source.note.prompt,
+        "r": source.config.r,
+        "projection_key": source.config.projection_prng_key,
+        "projections_stored": bool(projections),
+        "trained": sum(value[0].numel() for value in stacked.values()),
+        "bytes": size,
+        "modules": _norms(stacked),
+    }
+
+
+def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Params of an adapter directory as a stack of one, and the projections that are stored in it, without a model."""
+    _, tensors = read_files(folder)
+    projections = {key: value for key, value in tensors.items() if ".vera_A" in key or ".vera_B" in key}
+    stacked = {
+        key.removeprefix("base_model.model.").replace(".vera_lambda", ".lambda"): value[None]
+        for key, value in tensors.items()
+        if key not in projections
+    }
+    return stacked, projections
+
+
+def _inspect_merge(source: Source, base: Base, to: str | None) -> dict[str, Any]:
+    """Describe what a merge of the first adapter retains."""
+    adapted, _ = load_adapters(source, base.model)
+    form = getattr(torch, to) if to in ("float32", "bfloat16", "float16") else to
+    reports = model_merge_report(adapted, form)
+    return {
+        "name": source.names[0],
+        "base": describe_base(base),
+        "to": to or base.quant,
+        "advice": merge_advice(reports),
+        "modules": summarize_reports(describe_reports(reports)),
+    }
 
 
 def _inspect_model(folder: Path, r: int, targets: Sequence[str] | None) -> dict[str, Any]:
