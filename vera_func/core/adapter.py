@@ -16,11 +16,10 @@ from collections.abc import Callable, Mapping
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import linear
 
-from .autograd import expand, project
+from .autograd import expand, product, project
 from .keys import MIXTURE, VECTORS
-from .shapes import align_rows, contiguous_rows, require_float, require_rows_of_floats
+from .shapes import align_rows, contiguous_rows, require_float, require_product_dtype, require_rows_of_floats
 
 
 BaseFn = Callable[[Tensor], Tensor]
@@ -73,6 +72,7 @@ def vera_forward(
     base_fn: BaseFn,
     *,
     dropout_mask: Tensor | None = None,
+    product_dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "*batch out"]:
     """The adapted layer: `base_fn(x) + lambda_b * (B (lambda_d * (A x)))`.
 
@@ -80,6 +80,20 @@ def vera_forward(
     Saved for backward is `A x`, r values per row; the backward pass multiplies by `B` once more.
     Products and sum are computed in the vectors' dtype and cast once, to the base output's dtype and
     then to that of `x`: PEFT's arithmetic.
+
+    With `product_dtype`, the arithmetic is PEFT's under `torch.autocast`. `A x` and `B h`, with `h = lambda_d * (A x)`,
+    multiply 16-bit factors. Products of such factors are exact in float32, in which they are summed; each sum is then
+    rounded to 16 bits. Everything else stays in the vectors' dtype. Let u be 2^-8 in bfloat16 and 2^-11 in float16, and
+
+        M = |lambda_b| * (|B| (|lambda_d| * (|A| |x|)))    (elementwise absolute values)
+
+    Rounding `A x`, `h` and `B h` changes the update by at most 3 u M, to first order in u. Where `A`, `B` or `x` is
+    not representable in 16 bits, it is rounded as well, which adds u M for each: 6 u M in total. They are representable
+    over a dense base of this dtype, and where a 4-bit layer computes in it (PEFT's draw is rounded there). Over weights
+    quantized from float32, 8-bit weights, a float32 `compute_dtype` and with stored float32 projections, they are not.
+    Summation in float32 adds (in + r) 2^-24 M, with or without `product_dtype`. These are bounds: roundings are
+    independent, and the error of the update's norm is about 0.7 u, or 1 u with rounded factors. Gradients of the
+    vectors have the same bounds, with the sums of their own absolute values in place of M.
 
     Args:
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`. Leading axes are matched with those
@@ -90,11 +104,13 @@ def vera_forward(
         base_fn: The frozen layer, `(*batch, in) -> (*batch, out)`.
         dropout_mask: Multiplies the input of `A` (not of the base) and broadcasts to the shape of `x`;
             see `dropout_mask`. None drops nothing.
+        product_dtype: `torch.bfloat16` or `torch.float16` multiplies by `A` and `B` in 16 bits; products above 65,504
+            overflow in float16. None multiplies in the vectors' dtype.
 
     Raises:
         ValueError: If leading axes cannot be matched (both shapes are named), if `frozen` has another
             rank or is too narrow, if the mask does not broadcast to `x`, if the base gives another size than `out`,
-            if a key is missing, or a tensor has an integer dtype.
+            if a key is missing, a tensor has an integer dtype, or `product_dtype` is another dtype.
 
     Example:
         >>> import torch
@@ -107,7 +123,8 @@ def vera_forward(
     Reference:
         Equation 2 of https://arxiv.org/abs/2310.11454.
     """
-    return forward(params, frozen, x, base_fn, dropout_mask, project)
+    require_product_dtype(product_dtype)
+    return forward(params, frozen, x, base_fn, dropout_mask, project, product_dtype)
 
 
 def delta_weight(
@@ -179,11 +196,12 @@ def forward(
     base_fn: BaseFn,
     dropout_mask: Tensor | None,
     project: Callable[[Tensor, Tensor], Tensor],
+    product_dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "*batch out"]:
     """`vera_forward` with another way to compute `A x`, such as `SharedProduct`; not called with a dropout mask."""
     lambda_b, lambda_d, mixture = _vectors(params)
     require_rows_of_floats(x)
-    A, B = _projections(frozen, lambda_b, lambda_d, x.shape[-1])
+    A, B = _projections(frozen, lambda_b, lambda_d, x.shape[-1], product_dtype)
     if A.is_meta and not x.is_meta:
         raise ValueError(f"the adapter is on the meta device and has no data, but x is on {x.device}.")
     base = base_fn(contiguous_rows(x))
@@ -192,14 +210,16 @@ def forward(
             f"lambda_b {tuple(lambda_b.shape)} is for {lambda_b.shape[-1]} outputs, but base_fn(x) is "
             f"{tuple(base.shape)}."
         )
-    masked = None if dropout_mask is None else x.to(A.dtype) * _checked_mask(dropout_mask, x)
-    z = project(x, A) if masked is None else linear(contiguous_rows(masked), A)  # (*batch, r)
+    if dropout_mask is None:
+        z = project(x, A)  # (*batch, r)
+    else:
+        z = product(contiguous_rows(x.to(lambda_d.dtype) * _checked_mask(dropout_mask, x)), A)
     if mixture is None:
         update = expand(z, align_rows("lambda_b", lambda_b, x), align_rows("lambda_d", lambda_d, x), B)
     else:
         hidden = align_rows("lambda_d", lambda_d, x, inner=2) * z[..., None, :]  # (*batch, k, r)
         weighted = mixture[..., None] * lambda_b
-        update = align_rows("lambda_b", weighted, x, inner=2) * linear(hidden, B)  # (*batch, k, out)
+        update = align_rows("lambda_b", weighted, x, inner=2) * product(hidden, B)  # (*batch, k, out)
         update = update.sum(-2)
     return (base + update).to(base.dtype).to(x.dtype)
 
@@ -229,9 +249,13 @@ def _vectors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | Non
 
 
 def _projections(
-    frozen: Mapping[str, Tensor], lambda_b: Tensor, lambda_d: Tensor, in_features: int
+    frozen: Mapping[str, Tensor],
+    lambda_b: Tensor,
+    lambda_d: Tensor,
+    in_features: int,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The slices of the shared pair that this layer uses, in the vectors' dtype."""
+    """The slices of the shared pair that this layer uses, in the vectors' dtype or another one."""
     missing = {"vera_A", "vera_B"} - frozen.keys()
     if missing:
         raise ValueError(f"frozen lacks {sorted(missing)}; init_projections draws both.")
@@ -259,7 +283,8 @@ def _projections(
             f"the layer is {in_features} -> {out_features}, but vera_A {tuple(A.shape)} and vera_B "
             f"{tuple(B.shape)} were drawn for at most {A.shape[1]} -> {B.shape[0]}."
         )
-    return A[:, :in_features].to(lambda_d.dtype), B[:out_features].to(lambda_d.dtype)
+    dtype = dtype or lambda_d.dtype
+    return A[:, :in_features].to(dtype), B[:out_features].to(dtype)
 
 
 def _checked_mask(mask: Tensor, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ WORTH_SHARING = 2**16
 
 
 def project(x: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]) -> Float[Tensor, "*batch r"]:
-    """`A x`, in the dtype of `A`.
+    """`A x`, multiplied in the dtype of `A`.
 
     Example:
         >>> project(torch.ones(3, dtype=torch.bfloat16), torch.ones(2, 3))
@@ -111,14 +111,15 @@ class _Known(torch.autograd.Function):
 class _Expand(torch.autograd.Function):
     """`lambda_b * (B (lambda_d * z))`, saving its inputs for backward and not the product with `B`.
 
-    Plain autograd would save the product, of shape (*batch, out), for the gradient of `lambda_b`.
+    Plain autograd would save the product, of shape (*batch, out), for the gradient of `lambda_b`. As under autocast,
+    products with `B` are in its dtype, and everything else is in that of the vectors.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(z, lambda_b, lambda_d, B):
-        return lambda_b * linear(lambda_d * z, B)
+        return lambda_b * product(lambda_d * z, B)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -133,14 +134,14 @@ class _Expand(torch.autograd.Function):
         if grad is None:
             return None, None, None, None
         if ctx.needs_input_grad[1]:
-            grad_b = (grad * linear(lambda_d * z, B)).sum_to_size(lambda_b.shape)
-        inner = contiguous_rows(lambda_b * grad) @ B  # (*batch, r)
+            grad_b = (grad * product(lambda_d * z, B)).sum_to_size(lambda_b.shape)
+        inner = (contiguous_rows((lambda_b * grad).to(B.dtype)) @ B).to(lambda_d.dtype)  # (*batch, r)
         if ctx.needs_input_grad[0]:
-            grad_z = lambda_d * inner
+            grad_z = (lambda_d * inner).to(z.dtype)
         if ctx.needs_input_grad[2]:
             grad_d = (inner * z).sum_to_size(lambda_d.shape)
         if ctx.needs_input_grad[3]:
-            grad_B = torch.einsum("...o,...r->or", lambda_b * grad, lambda_d * z)
+            grad_B = torch.einsum("...o,...r->or", (lambda_b * grad).to(B.dtype), (lambda_d * z).to(B.dtype))
         return grad_z, grad_b, grad_d, grad_B
 
     @staticmethod
@@ -148,13 +149,13 @@ class _Expand(torch.autograd.Function):
         z, lambda_b, lambda_d, B = ctx.saved_tensors
         terms = []
         if b_t is not None:
-            terms.append(b_t * linear(lambda_d * z, B))
+            terms.append(b_t * product(lambda_d * z, B))
         if d_t is not None:
-            terms.append(lambda_b * linear(d_t * z, B))
+            terms.append(lambda_b * product(d_t * z, B))
         if z_t is not None:
-            terms.append(lambda_b * linear(lambda_d * z_t, B))
+            terms.append(lambda_b * product(lambda_d * z_t, B))
         if B_t is not None:
-            terms.append(lambda_b * linear(lambda_d * z, B_t))
+            terms.append(lambda_b * product(lambda_d * z, B_t))
         return sum(terms[1:], terms[0]) if terms else None
 
 
@@ -163,5 +164,15 @@ def expand(z: Tensor, lambda_b: Tensor, lambda_d: Tensor, B: Tensor) -> Tensor:
     # Dynamo (2.13) does not support a Function with a jvp; in the plain form the compiler decides what is saved. With
     # gradients disabled nothing is saved, and the plain form has less overhead.
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return lambda_b * linear(lambda_d * z, B)
+        return lambda_b * product(lambda_d * z, B)
     return _Expand.apply(z, lambda_b, lambda_d, B)
+
+
+def product(hidden: Float[Tensor, "*batch r"], B: Float[Tensor, "out r"]) -> Float[Tensor, "*batch out"]:
+    """`B hidden`, multiplied in the dtype of `B`.
+
+    Example:
+        >>> product(torch.ones(2), torch.ones(3, 2, dtype=torch.bfloat16))
+        tensor([2., 2., 2.], dtype=torch.bfloat16)
+    """
+    return linear(hidden.to(B.dtype), B)

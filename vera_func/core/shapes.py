@@ -60,6 +60,21 @@ def require_float(name: str, dtype: torch.dtype) -> None:
         raise ValueError(f"{name} must be a floating-point dtype, got {dtype!r}.")
 
 
+def require_product_dtype(dtype: torch.dtype | None) -> None:
+    """Raise if a dtype is not one in which products of the update can be asked for.
+
+    Raises:
+        ValueError: If `dtype` is not None, bfloat16 or float16.
+
+    Example:
+        >>> require_product_dtype(torch.bfloat16)
+    """
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"product_dtype must be torch.bfloat16, torch.float16, or None for the dtype of the vectors, got {dtype!r}."
+        )
+
+
 def require_rows_of_floats(x: Tensor) -> None:
     """Raise if `x` is not a valid input of a linear layer; results are cast to the dtype of `x`.
 

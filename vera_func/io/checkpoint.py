@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..core.keys import MARKS, VECTORS, adapted_modules, is_vector, join_key, split_key
-from ..core.shapes import require_float
+from ..core.shapes import require_float, require_product_dtype
 from ..model.adapt import Adapted, draw_projections, make_apply
 from ..model.config import VeraConfig
 from ..model.targets import layer_device, linear_sizes, resolve, trained_with
@@ -89,6 +89,7 @@ def load_adapter(
     adapter_name: str = "default",
     dtype: torch.dtype | None = torch.float32,
     int8_activations: bool = False,
+    product_dtype: torch.dtype | None = None,
     ignore_unknown: bool = False,
 ) -> Adapted:
     """Load an adapter from a PEFT directory, with `model` as a pure function.
@@ -103,6 +104,7 @@ def load_adapter(
         dtype: Dtype of vectors and projections, and therefore of the adapter's arithmetic. The default is float32 for
             every file, as in PEFT; None keeps the dtype of the file.
         int8_activations: See `adapt`.
+        product_dtype: See `adapt`. It is not stored in the file.
         ignore_unknown: Whether to ignore unknown configuration fields and tensors, for example of a newer version of
             PEFT, with a warning, as PEFT does.
 
@@ -130,6 +132,7 @@ def load_adapter(
     """
     if dtype is not None:
         require_float("dtype", dtype)
+    require_product_dtype(product_dtype)
     folder = adapter_folder(path, adapter_name)
     config, tensors = read_files(folder, ignore_unknown=ignore_unknown)
     file = folder / WEIGHTS
@@ -137,9 +140,8 @@ def load_adapter(
     try:
         targets, config = resolve(model, config, strict=False)
         trained = trained_with(model, config, targets)
-        apply = make_apply(
-            model, config.r, targets, trained, vera_dropout=config.vera_dropout, int8_activations=int8_activations
-        )
+        options: Any = {"vera_dropout": config.vera_dropout, "int8_activations": int8_activations}
+        apply = make_apply(model, config.r, targets, trained, product_dtype=product_dtype, **options)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG} does not fit this model: {error}") from error
     params, projections = {}, {}

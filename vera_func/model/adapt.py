@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import private
 from ..core.keys import BASE_SHARE, MIXTURE, is_vector, join_key, split_key
 from ..core.projection import init_projections
-from ..core.shapes import require_float
+from ..core.shapes import require_float, require_product_dtype
 from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.value import Quantized8bit
 from .apply import Apply, Root, Slot
@@ -55,6 +55,7 @@ def adapt(
     dtype: torch.dtype = torch.float32,
     int8_activations: bool = False,
     generator: torch.Generator | None = None,
+    product_dtype: torch.dtype | None = None,
 ) -> Adapted:
     """Create a pure function of a model and a fresh adapter for it; the model is not modified.
 
@@ -70,13 +71,17 @@ def adapt(
         dtype: Dtype of the vectors and of the adapter's arithmetic, independent of the base's dtype.
         int8_activations: Multiply 8-bit layers as LLM.int8() does; see `quantized_linear`.
         generator: Source of the random vectors if `config.init_weights` is False; not used otherwise.
+        product_dtype: `torch.bfloat16` or `torch.float16` multiplies by the projections in 16 bits, as PEFT does under
+            autocast; `vera_forward` states the errors. Vectors and `frozen` keep `dtype`. Each call converts the
+            projections once; `frozen` may also be passed in this dtype. None multiplies in the vectors' dtype, as PEFT
+            does without autocast.
 
     Returns:
         `(apply, params, frozen, config)`; the configuration has the names of the targets and of the base filled in.
 
     Raises:
         ValueError: If no module matches the configuration, a match cannot be adapted, the model is wrapped by PEFT, or
-            `dtype` is not a floating-point dtype.
+            `dtype` is not a floating-point dtype, or `product_dtype` not a 16-bit one.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -93,12 +98,19 @@ def adapt(
     model = unwrap(model)
     targets, config = resolve(model, config)
     require_float("dtype", dtype)
+    require_product_dtype(product_dtype)
     if not config.init_weights and not isinstance(generator, torch.Generator):
         raise ValueError("init_weights=False draws the vectors: pass adapt(..., generator=torch.Generator()).")
     frozen = draw_projections(model, config, targets, dtype=dtype)
     trained = trained_with(model, config, targets)
     apply = make_apply(
-        model, config.r, targets, trained, vera_dropout=config.vera_dropout, int8_activations=int8_activations
+        model,
+        config.r,
+        targets,
+        trained,
+        vera_dropout=config.vera_dropout,
+        int8_activations=int8_activations,
+        product_dtype=product_dtype,
     )
     params = {}
     for name in targets:
@@ -202,6 +214,7 @@ def make_apply(
     *,
     vera_dropout: float = 0.0,
     int8_activations: bool = False,
+    product_dtype: torch.dtype | None = None,
 ) -> Apply:
     """Create the `Apply` of a model: a copy of its module tree with adapted layers; `adapt` also creates the params.
 
@@ -212,6 +225,7 @@ def make_apply(
         trained: Names of the model's own parameters that `params` must contain, with or without an axis of rows.
         vera_dropout: Dropout probability used by `Apply.with_dropout`.
         int8_activations: See `quantized_linear`.
+        product_dtype: See `vera_forward`.
 
     Raises:
         ValueError: If a target cannot be adapted.
@@ -223,10 +237,11 @@ def make_apply(
     modules = dict(model.named_modules())
     owners = {split_key(name)[0] for name in trained}
     memo: dict[int, Any] = {id(p): frozen_alias(p) for p in model.parameters()}
-    widest_in = max((linear_sizes(modules[name]) or (0, 0))[0] for name in targets)
-    widest_out = max((linear_sizes(modules[name]) or (0, 0))[1] for name in targets)
+    sizes = [linear_sizes(modules[name]) or (0, 0) for name in targets]
+    widest_in, widest_out = map(max, zip(*sizes, strict=True))
     # Meta tensors as placeholders: running a layer without bound tensors raises an error.
-    projections = Projections(torch.empty(r, widest_in, device="meta"), torch.empty(widest_out, r, device="meta"))
+    pair = torch.empty(r, widest_in, device="meta"), torch.empty(widest_out, r, device="meta")
+    projections = Projections(*pair, product_dtype)
     slots: dict[str, Slot] = {}
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
@@ -267,6 +282,7 @@ def make_apply(
         slots | own,
         Trees(Root(tree, projections)),
         int8_activations,
+        product_dtype,
         tied=tied,
         offloaded=offloaded,
         absent=_absent(model),

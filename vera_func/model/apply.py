@@ -85,6 +85,7 @@ class Apply:
     slots: Mapping[str, Slot]
     trees: Trees
     int8_activations: bool = False
+    product_dtype: torch.dtype | None = None
     generator: torch.Generator | None = None
     row_axes: Axes = 0
     plans: Plans = dataclasses.field(default_factory=Plans)
@@ -237,7 +238,10 @@ class Apply:
             if key in params:
                 tensors[slots[key].names[0]] = params[key]
         for key, value in frozen.items():
-            tensors[f"projections.{key}"] = value
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{key!r} must be a tensor, got {type(value).__name__}.")
+            # Converted here, once for all layers.
+            tensors[f"projections.{key}"] = value if self.product_dtype is None else value.to(self.product_dtype)
         return tensors, lead
 
     def _add_base(

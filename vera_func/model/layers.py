@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import delta_weight, dropout_mask, forward, init_params
 from ..core.autograd import project
+from ..core.shapes import require_product_dtype
 from ..private import graph_task
 from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.value import Quantized4bit, format_of
@@ -46,9 +47,11 @@ class Projections(nn.Module):
     vera_A: Tensor
     vera_B: Tensor
 
-    def __init__(self, vera_A: Tensor, vera_B: Tensor) -> None:
+    def __init__(self, vera_A: Tensor, vera_B: Tensor, product_dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        require_product_dtype(product_dtype)
         self.vera_A, self.vera_B = vera_A, vera_B
+        self.product_dtype = product_dtype
         self.product: Callable[[Tensor, Tensor], Tensor] = project
         self.generator: torch.Generator | None = None
         self.rows: Mapping[str, RowLayout | int] = {}
@@ -107,6 +110,7 @@ class AdaptedLinear(nn.Module):
         r: int,
         vera_dropout: float = 0.0,
         d_initial: float = 0.1,
+        product_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         right: Any = layer_class(base_layer)
@@ -130,7 +134,7 @@ class AdaptedLinear(nn.Module):
         self.vera_dropout = vera_dropout
         self.generator: torch.Generator | None = None
         self.path = ""
-        self.projections = Projections(A, B)
+        self.projections = Projections(A, B, product_dtype)
         params = init_params(r, out_features, d_initial, device=A.device)
         self.lambda_b = nn.Parameter(params["lambda_b"])
         self.lambda_d = nn.Parameter(params["lambda_d"])
@@ -167,7 +171,7 @@ class AdaptedLinear(nn.Module):
         generator = self.generator or projections.generator
         if generator is not None and self.vera_dropout > 0:
             mask = dropout_mask(self.vera_dropout, tuple(x.shape), generator=generator, dtype=params["lambda_d"].dtype)
-        return forward(params, frozen, x, base_fn(self), mask, projections.product)
+        return forward(params, frozen, x, base_fn(self), mask, projections.product, projections.product_dtype)
 
 
 class Linear(AdaptedLinear):
@@ -181,9 +185,11 @@ class Linear(AdaptedLinear):
         r: Rank.
         vera_dropout: Probability of dropping an input of `A`, applied if `generator` is set to a `torch.Generator`.
         d_initial: Initial value of `lambda_d`.
+        product_dtype: Dtype of the products with the projections; see `vera_forward`.
 
     Raises:
-        ValueError: If the base layer is of another class, or the projections have another rank or are too narrow.
+        ValueError: If the base layer is of another class, the projections have another rank or are too narrow, or a
+            dtype is not supported.
 
     Example:
         >>> import torch

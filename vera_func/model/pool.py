@@ -53,8 +53,9 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
     for i, adapted in enumerate(adapters):
         if [*map(id, adapted.apply.model.parameters())] != weights:
             raise ValueError(f"adapter {i} belongs to another model object than adapter 0; adapt or load both on one.")
-        if adapted.apply.int8_activations != adapters[0].apply.int8_activations:
-            raise ValueError(f"adapter {i} and adapter 0 differ in int8_activations.")
+        for option in ("int8_activations", "product_dtype"):
+            if getattr(adapted.apply, option) != getattr(adapters[0].apply, option):
+                raise ValueError(f"adapter {i} and adapter 0 differ in {option}.")
         adapted.apply._bind(adapted.params, adapted.frozen)
         for key, value in adapted.params.items():
             if value.shape != adapted.apply.slots[key].shape:
@@ -68,7 +69,13 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
     rates = {a.config.vera_dropout for a in adapters}
     rate = rates.pop() if len(rates) == 1 else 0.0
     apply = make_apply(
-        model, r, targets, trained, vera_dropout=rate, int8_activations=adapters[0].apply.int8_activations
+        model,
+        r,
+        targets,
+        trained,
+        vera_dropout=rate,
+        int8_activations=adapters[0].apply.int8_activations,
+        product_dtype=adapters[0].apply.product_dtype,
     )
     rows = []
     for adapted, offset in zip(adapters, offsets, strict=True):
