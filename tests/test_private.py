@@ -55,6 +55,22 @@ def test_fake_tensors_have_shapes_alone():
     assert x.shape == (1 << 20, 3)
 
 
+def test_values_are_there_or_not():
+    x, seen = torch.ones(3), []
+
+    def look(y):
+        seen.append((private.has_values(y), private.has_values(x)))
+        return y
+
+    look(x)
+    vmap(look)(x)
+    with private.fake_tensors():
+        look(torch.ones(3))
+    look(x.to("meta"))
+    assert seen == [(True, True), (False, True), (False, True), (False, True)]
+    assert torch.compile(lambda x: x * private.has_values(x), backend="eager")(x).sum() == 0
+
+
 def test_hooks_are_cleared():
     layer, calls = nn.Linear(2, 3), []
     layer.register_forward_hook(lambda *_: calls.append(1))

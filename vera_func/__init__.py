@@ -40,6 +40,9 @@ Many adapters:
 
 Training:
     grad, value_and_grad    gradients of pure functions, as `torch.func.grad` at the cost of plain autograd
+    next_token_loss     loss of a language model for each row, with the head in chunks and only where there are labels
+    sequence_logprobs   log-probability of each row's labels
+    dpo_loss            loss of pairs of a better and a worse answer (direct preference optimization)
     fit, Fit            a training loop for one adapter or many, and its state as a value
     save_fit, load_fit  checkpoints of it
 
@@ -57,8 +60,9 @@ Files:
     save_quantized, load_quantized    a quantized model as one file, which loads without being quantized again
 
 In submodules: `vera_func.train.optim` (AdamW and schedules as pure functions), `vera_func.train.sweep` (grids),
-`vera_func.train.distributed` (torchrun), `vera_func.merging.second_moments` (calibrated merging of a model),
-`vera_func.io.bank` (converting banks), `vera_func.data` and `vera_func.cli` (the command `vera-func`).
+`vera_func.train.distributed` (torchrun), `vera_func.model.head` (hidden states and output head of a language model),
+`vera_func.merging.second_moments` (calibrated merging of a model), `vera_func.io.bank` (converting banks),
+`vera_func.data` and `vera_func.cli` (the command `vera-func`).
 """
 
 from importlib import import_module
@@ -97,6 +101,7 @@ if TYPE_CHECKING:
     from .quant.quantize import dequantize, quantize_4bit, quantize_8bit
     from .quant.value import Quantized4bit, Quantized8bit, validate
     from .train.fit import fit
+    from .train.losses import dpo_loss, next_token_loss, sequence_logprobs
     from .train.run import Fit, load_fit, save_fit
 
 # Public names by the module that defines them; imported when they are first used, so that `import vera_func` is light.
@@ -119,6 +124,7 @@ _MODULES = {
     "model.pool": ("pool_adapters",),
     "model.algebra": ("scale_adapter", "add_adapters"),
     "train.fit": ("fit",),
+    "train.losses": ("next_token_loss", "sequence_logprobs", "dpo_loss"),
     "train.run": ("Fit", "save_fit", "load_fit"),
     "merging.layer": (*("merge_quantized", "merge_dense", "merge_calibrated", "merge_report", "MergeReport"),),
     "merging.model": ("merge", "model_merge_report"),

@@ -135,6 +135,18 @@ def unwrap(x: Tensor) -> Tensor:
     return torch.func.debug_unwrap(x)
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether the values of a tensor can be read now: not in `torch.compile`, on meta or fake tensors, or under vmap.
+
+    Fake tensors have no public name.
+    """
+    if torch.compiler.is_compiling() or unwrap(x) is not x or x.is_meta:
+        return False
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not isinstance(x, FakeTensor)
+
+
 def graph_task() -> int:
     """The id of the backward pass that runs on this thread; -1 if there is none.
 

@@ -2,6 +2,7 @@
 
     hidden = hidden_states(apply, params, frozen, input_ids=ids)  # (b, seq, width), the input of the head
     head_logits(apply, params, frozen, hidden)  ==  apply(params, frozen, input_ids=ids).logits
+    hidden, head = hidden_and_head(apply, params, frozen, input_ids=ids)  # for next_token_loss(hidden, head, labels)
 
 With a large vocabulary, the head costs as much as many layers, and its logits are the largest tensor of a training
 step. A loss needs only the logits at labelled positions, and a classifier only those of a few tokens.
@@ -11,14 +12,17 @@ every model that returns the output of its head as logits. A model that transfor
 Granite scales them, BART adds a bias) is detected, and its head is not skipped.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import linear
 
 from ..private import unwrap
 from .apply import Apply
@@ -26,8 +30,9 @@ from .base_layers import DenseLinear, RowwiseAffine
 from .batch import Params
 
 
-# Roots of models that transform their logits, so that `token_logits` does not try to skip their head again.
+# Roots of models that transform their logits, so that nobody tries to skip their head again; and of models that do not.
 _CHANGED_LOGITS: WeakSet[nn.Module] = WeakSet()
+_OWN_LOGITS: WeakSet[nn.Module] = WeakSet()
 
 
 def hidden_states(
@@ -118,16 +123,83 @@ def token_logits(
         >>> token_logits(apply, params, frozen, [1, 5], torch.ones(3, 8)).shape
         torch.Size([3, 2])
     """
-    root: Any = apply.trees.root
-    compiling = torch.compiler.is_compiling()
-    # In training mode, a second forward would draw other dropout masks.
-    if _has_head(apply.model) and not root.model.training and (compiling or root not in _CHANGED_LOGITS):
-        logits = apply.method(_some_logits, params, frozen, tuple(tokens), *args, **kwargs)
-        if logits is not None:
-            return logits
-        if not compiling:
-            _CHANGED_LOGITS.add(root)
-    return apply(params, frozen, *args, **kwargs).logits[..., list(tokens)]
+    logits = _without_head(apply, _some_logits, params, frozen, (tuple(tokens), *args), kwargs)
+    return apply(params, frozen, *args, **kwargs).logits[..., list(tokens)] if logits is None else logits
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class RowHead:
+    """The output head of a mixed batch: `head(hidden)` computes row `i` of the logits with the adapter of row `i`.
+
+    Only a head that is adapted or trained differs between rows; see `hidden_and_head`.
+
+    Attributes:
+        apply: From `adapt`.
+        params: Params of one adapter per row.
+        frozen: From `adapt`.
+    """
+
+    apply: Apply
+    params: Params
+    frozen: Params
+
+    def __call__(self, hidden: Float[Tensor, "rows seq width"]) -> Float[Tensor, "rows seq vocab"]:
+        return head_logits(self.apply, self.params, self.frozen, hidden)
+
+
+class HiddenAndHead(NamedTuple):
+    """The input of an output head and the head, as `next_token_loss` takes them; see `hidden_and_head`."""
+
+    hidden: Float[Tensor, "b seq width"]
+    head: Tensor | Callable[[Tensor], Tensor] | None
+
+
+def hidden_and_head(apply: Apply, params: Params, frozen: Params, *args: Any, **kwargs: Any) -> HiddenAndHead:
+    """Return a model's hidden states and output head, the first two arguments of the losses in `train.losses`.
+
+    Works for every language model: where the model changes the output of its head (Gemma 2, Granite) or has no head
+    that can be found, the result is `(logits, None)`.
+
+    Args:
+        apply: From `adapt`; the model's output must have `.logits`.
+        params: Params of one adapter, or of one adapter per row.
+        frozen: From `adapt`.
+        *args: Positional arguments of the model.
+        **kwargs: Keyword arguments of the model.
+
+    Returns:
+        `(hidden, head)`. `head` is the weight (vocab, width) of a dense head without a bias and without an adapter;
+        the params' own, if it is trained. It is a function of the hidden states for any other head, and a `RowHead` if
+        it differs between rows.
+
+    Raises:
+        ValueError: If the head has an adapter with dropout (`apply.with_dropout`): the losses may compute logits twice,
+            and would draw another mask.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from vera_func import VeraConfig, adapt
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=30, **sizes)).eval()
+        >>> apply, params, frozen, _ = adapt(model, VeraConfig(r=4, target_modules=["q_proj"]))
+        >>> hidden, head = hidden_and_head(apply, params, frozen, input_ids=torch.ones(2, 5, dtype=torch.long))
+        >>> hidden.shape, head.shape
+        (torch.Size([2, 5, 8]), torch.Size([30, 8]))
+    """
+    found = _without_head(apply, _hidden_and_weights, params, frozen, args, kwargs)
+    if found is None:
+        return HiddenAndHead(apply(params, frozen, *args, **kwargs).logits, None)
+    hidden, weight, bias = found
+    if weight is not None:
+        return HiddenAndHead(hidden, weight if bias is None else partial(linear, weight=weight, bias=bias))
+    if apply.generator is not None and _is_adapted(apply):
+        raise ValueError(
+            "the output head has an adapter with dropout, of which the losses would draw several masks: pass "
+            "apply(params, frozen, ...).logits and None as the head to the loss, or do not adapt the head."
+        )
+    if any(value.shape != apply.slots[key].shape for key, value in params.items()):
+        return HiddenAndHead(hidden, RowHead(apply, params, frozen))
+    return HiddenAndHead(hidden, partial(head_logits, apply, params, frozen))
 
 
 class _Tap(nn.Module):
@@ -186,6 +258,54 @@ def _logits(model: Any, hidden: Tensor, tokens: tuple[int, ...] | None) -> Tenso
 def _some_logits(model: Any, tokens: tuple[int, ...], *args: Any, **kwargs: Any) -> Tensor | None:
     hidden = _hidden(model, *args, **kwargs)
     return None if hidden is None else _logits(model, hidden, tokens)
+
+
+def _hidden_and_weights(model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...] | None:
+    """Return the input of a model's head, and weight and bias of the head if it is dense and the same for all rows."""
+    hidden = _hidden(model, *args, **kwargs)
+    if hidden is None:
+        return None
+    head = model.get_output_embeddings()
+    if not (isinstance(head, DenseLinear) or (isinstance(head, RowwiseAffine) and type(head.base_layer) is nn.Linear)):
+        return hidden, None, None
+    weight, bias = head.weight, head.bias
+    plain = weight.dim() == 2 and weight.dtype == hidden.dtype and not weight.is_meta
+    return (hidden, weight, bias) if plain and (bias is None or bias.dim() == 1) else (hidden, None, None)
+
+
+def _without_head(
+    apply: Apply, function: Callable[..., Any], params: Params, frozen: Params, args: tuple, kwargs: dict[str, Any]
+) -> Any:
+    """Return `function(model, *args, **kwargs)`, which skips the head, or None if the logits are not those of the head.
+
+    A model that is found to change its logits is remembered. If a forward pass draws random numbers, the first one is
+    tried with other numbers, so that what follows draws its own.
+    """
+    root: Any = apply.trees.root
+    if not _has_head(apply.model):
+        return None
+    if torch.compiler.is_compiling():
+        return apply.method(function, params, frozen, *args, **kwargs)
+    if root in _CHANGED_LOGITS:
+        return None
+    if root not in _OWN_LOGITS and (root.model.training or apply.generator is not None):
+        devices = sorted({value.device.index for value in params.values() if value.is_cuda})
+        generator = None if apply.generator is None else torch.Generator(apply.generator.device)
+        trial = dataclasses.replace(apply, generator=generator)
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            found = trial.method(function, params, frozen, *args, **kwargs)
+    else:
+        found = apply.method(function, params, frozen, *args, **kwargs)
+        if found is not None:
+            return found
+    (_CHANGED_LOGITS if found is None else _OWN_LOGITS).add(root)
+    return None if found is None else apply.method(function, params, frozen, *args, **kwargs)
+
+
+def _is_adapted(apply: Apply) -> bool:
+    model: Any = apply.model
+    head = model.get_output_embeddings()
+    return any(model.get_submodule(name) is head for name in apply.targets)
 
 
 def _place(model: nn.Module, head: nn.Module) -> tuple[nn.Module | None, str]:

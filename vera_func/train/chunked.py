@@ -1,0 +1,191 @@
+"""Cross-entropy over an output head, in chunks of positions.
+
+    losses(x, weight, bias, targets, chunk) = logsumexp(z) - z[targets],    z = x weight^T + bias
+
+The logits z (tokens, vocab) are computed `chunk` positions at a time and discarded. The gradient of each loss in its
+own position, (softmax(z) - onehot(targets)) weight, is computed while they exist. So the losses of a frozen head cost
+two products, as many as without chunks; a trained head costs two more in the backward pass, where one would be enough.
+
+Higher derivatives are those of the plain expression, chunk by chunk.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import linear, log_softmax
+from torch.utils.checkpoint import checkpoint
+
+from ..private import in_transform, keep_signature
+
+
+def weight_losses(
+    x: Float[Tensor, "tokens width"],
+    weight: Float[Tensor, "vocab width"],
+    bias: Float[Tensor, " vocab"] | None,
+    targets: Int[Tensor, " tokens"],
+    chunk: int,
+) -> Float[Tensor, " tokens"]:
+    """`-log p(target)` of each position, from the weight of an output head.
+
+    Args:
+        x: Input of the head.
+        weight: Weight of the head.
+        bias: Its bias, or None.
+        targets: Token ids.
+        chunk: Number of positions whose logits are computed at once.
+
+    Example:
+        >>> weight_losses(torch.zeros(3, 8), torch.ones(4, 8), None, torch.tensor([0, 1, 2]), 2)
+        tensor([1.3863, 1.3863, 1.3863])
+    """
+    # Dynamo (2.13) does not support a Function with a jvp; the compiler decides what is saved. With gradients disabled
+    # nothing is saved.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        parts = [_losses(linear(x[i], weight, bias), targets[i]) for i in _chunks(len(x), chunk)]
+        return torch.cat(parts)
+    return _ChunkedLosses.apply(x, weight, bias, targets, chunk)[0]
+
+
+def function_losses(
+    x: Float[Tensor, "*rows tokens width"],
+    head: Callable[[Tensor], Tensor],
+    targets: Int[Tensor, "*rows tokens"],
+    chunk: int,
+) -> Float[Tensor, "*rows tokens"]:
+    """`-log p(target)` of each position, from an output head that is any function of its input.
+
+    Plain autograd computes the logits of each chunk again in the backward pass.
+
+    Args:
+        x: Input of the head.
+        head: Function from (*rows, chunk, width) to logits (*rows, chunk, vocab); its result must depend on its input
+            and on constants only.
+        targets: Token ids.
+        chunk: Number of positions, in each row, whose logits are computed at once.
+
+    Example:
+        >>> function_losses(torch.zeros(3, 4), torch.nn.Identity(), torch.tensor([0, 1, 2]), 2)
+        tensor([1.3863, 1.3863, 1.3863])
+    """
+    again = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not in_transform()
+    parts = []
+    for i in _chunks(x.shape[-2], chunk):
+        args = head, x[..., i, :], targets[..., i]
+        parts.append(checkpoint(_function_losses, *args, use_reentrant=False) if again else _function_losses(*args))
+    return torch.cat(parts, -1)
+
+
+def _function_losses(head: Callable[[Tensor], Tensor], x: Tensor, targets: Tensor) -> Tensor:
+    return _losses(head(x), targets)
+
+
+def _chunks(size: int, chunk: int) -> Iterator[slice]:
+    """Slices of a range; one empty slice of an empty range."""
+    return (slice(start, start + chunk) for start in range(0, max(size, 1), chunk))
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    return -_log_probs(logits).gather(-1, targets[..., None])[..., 0]
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    return log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _losses_and_slopes(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of each position, and its gradient in the position's x."""
+    log_probs = _log_probs(linear(x, weight, bias))
+    losses = -log_probs.gather(-1, targets[..., None])[..., 0]
+    return losses, _errors(log_probs, targets).to(x.dtype) @ weight
+
+
+def _errors(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """softmax(z) - onehot(targets), the gradient of each loss in its logits."""
+    index = targets[..., None]
+    return log_probs.exp().scatter_add(-1, index, -torch.ones_like(index, dtype=log_probs.dtype))
+
+
+@keep_signature
+class _ChunkedLosses(torch.autograd.Function):
+    """The losses of all positions, and the gradient of each loss in its position's `x`, which backward scales."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias, targets, chunk):
+        parts = [_losses_and_slopes(x[i], weight, bias, targets[i]) for i in _chunks(len(x), chunk)]
+        losses, slopes = zip(*parts, strict=True)
+        return torch.cat(losses), torch.cat(slopes)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, targets, ctx.chunk = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, targets, output[1])
+        ctx.save_for_forward(x, weight, bias, targets)
+
+    @staticmethod
+    def backward(ctx, grad, grad_slopes):
+        x, weight, bias, targets, slopes = ctx.saved_tensors
+        grads: list[Tensor | None] = [None, None, None]
+        if grad is not None:
+            if ctx.needs_input_grad[0]:
+                grads[0] = (grad[:, None] * slopes).to(x.dtype)
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                grads[1:] = _head_gradients(x, weight, bias, targets, ctx.chunk, grad)
+        if grad_slopes is not None:  # backward itself is differentiated
+            more = _slope_gradients(x, weight, bias, targets, ctx.chunk, grad_slopes)
+            grads = [b if a is None else a + b for a, b in zip_longest(grads, more)]
+        return *grads, None, None
+
+    @staticmethod
+    def jvp(ctx, x_t, weight_t, bias_t, targets_t, chunk_t):
+        x, weight, bias, targets = ctx.saved_tensors
+        parts = []
+        for i in _chunks(len(x), ctx.chunk):
+            primals, tangents = (x[i], weight, bias), (None if x_t is None else x_t[i], weight_t, bias_t)
+            parts.append(_tangents(primals, tangents, targets[i]))
+        losses, slopes = zip(*parts, strict=True)
+        return torch.cat(losses), torch.cat(slopes)
+
+
+def _head_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int, grad: Tensor
+) -> list[Tensor | None]:
+    """The gradients of `grad @ losses` in the head's weight and bias, accumulated in float32."""
+    of_weight = of_bias = None
+    for i in _chunks(len(x), chunk):
+        errors = grad[i, None] * _errors(_log_probs(linear(x[i], weight, bias)), targets[i])
+        product = (errors.to(x.dtype).mT @ x[i]).to(errors.dtype)
+        of_weight = product if of_weight is None else of_weight + product
+        if bias is not None:
+            of_bias = errors.sum(0) if of_bias is None else of_bias + errors.sum(0)
+    assert of_weight is not None
+    return [of_weight.to(weight.dtype), None if bias is None or of_bias is None else of_bias.to(bias.dtype)]
+
+
+def _slope_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int, grad: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of `(grad * slopes).sum()` in x, weight and, if there is one, bias."""
+
+    def slopes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.cat([_losses_and_slopes(x[i], weight, bias, targets[i])[1] for i in _chunks(len(x), chunk)])
+
+    primals = (x, weight) if bias is None else (x, weight, bias)
+    return torch.func.vjp(slopes, *primals)[1](grad)
+
+
+def _tangents(primals: tuple[Any, ...], tangents: tuple[Any, ...], targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The tangents of the losses and slopes of a chunk; a tangent that is None is zero."""
+    moving = [k for k, tangent in enumerate(tangents) if tangent is not None]
+
+    def function(*given: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, bias = (dict(zip(moving, given, strict=True)).get(k, primals[k]) for k in range(3))
+        return _losses_and_slopes(x, weight, bias, targets)
+
+    return torch.func.jvp(function, tuple(primals[k] for k in moving), tuple(tangents[k] for k in moving))[1]

@@ -1,0 +1,320 @@
+"""Losses of language models as pure functions: next-token loss, log-probabilities of sequences, and DPO.
+
+    total, count = next_token_loss(hidden, head, labels)  # for each row: -sum of log p(label | tokens before), number
+    sequence_logprobs(hidden, head, labels)  ==  -total
+    dpo_loss(...).losses  ==  -log sigmoid(beta ((chosen - reference_chosen) - (rejected - reference_rejected)))
+
+The loss of a language model multiplies hidden states (tokens, width) by the output head (vocab, width). The logits are
+usually the largest tensor of a training step. Here only positions with a label are multiplied, in chunks, so that the
+logits of all positions are never in memory together, in the forward pass or in the backward pass. The log-softmax is
+computed in float32. With `model.head.hidden_and_head`, the loss of a model is
+
+    hidden, head = hidden_and_head(apply, params, frozen, input_ids=ids, attention_mask=mask)
+    total, count = next_token_loss(hidden, head, labels)
+    loss = total.sum() / count.sum()
+
+Every row has its own sum and count: weight micro-batches and ranks by `count.sum()`, and take means over the rows of
+each adapter in a mixed batch. With stacked adapters, map a function that returns losses of rows:
+
+    def row_losses(params, frozen, input_ids, labels):
+        return next_token_loss(*hidden_and_head(apply, params, frozen, input_ids=input_ids), labels)
+
+    total, count = vmap_adapters(row_losses, in_dims=None)(stacked, frozen, ids, labels)  # each (n, rows)
+
+Shapes: `*rows` of a batch, `seq` tokens of a row, `width` of the model, `vocab`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from ..model.head import RowHead
+from ..private import has_values
+from .chunked import function_losses, weight_losses
+
+
+Head = Tensor | Callable[[Tensor], Tensor]
+IGNORED = -100  # the label of positions without a target, as in transformers
+
+
+class TokenLoss(NamedTuple):
+    """Sums of the negative log-probabilities of the labels, and numbers of labels; `total / count` is the mean.
+
+    Attributes:
+        total: Sum for each row, float32 (float64 for hidden states in float64); 0 for a row without labels.
+        count: Number of labels of each row.
+    """
+
+    total: Float[Tensor, "*rows"]
+    count: Int[Tensor, "*rows"]  # type: ignore[assignment]  # in place of the method of tuples
+
+
+class PreferenceLoss(NamedTuple):
+    """The DPO loss of each pair, and by how much the policy prefers the chosen answer.
+
+    Attributes:
+        losses: `-log sigmoid(margins)`.
+        margins: Reward of the chosen answer minus reward of the rejected one, where the reward of an answer is
+            `beta * (log p - log p_reference)`. The reward accuracy is `(margins > 0).float().mean()`.
+    """
+
+    losses: Float[Tensor, "*pairs"]
+    margins: Float[Tensor, "*pairs"]
+
+
+def next_token_loss(
+    hidden: Float[Tensor, "*rows seq width"],
+    head: Head | None,
+    labels: Int[Tensor, "*rows seq"],
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    chunk_size: int | None = None,
+) -> TokenLoss:
+    """Sum the negative log-probabilities of each row's labels, from hidden states and the output head.
+
+    The hidden state at position `t` predicts the label at position `t + 1`, as in transformers: `labels` are the input
+    ids, with -100 at positions that are not to be learned (prompts, padding). The head is multiplied at positions with
+    a target only, `chunk_size` of them at a time. If `head` is a weight, the backward pass needs one value of `hidden`
+    for each position and feature, and no logits, under every transform. If it is a function, the logits of a chunk are
+    computed again in the backward pass of plain autograd and `vera_func.grad`; transforms of `torch.func` keep them.
+
+    Where labels have no values while a program is made (`torch.compile`, `vmap` over the labels), the head is
+    multiplied at every position. On an accelerator, finding the targets waits for the device; it does not if `labels`
+    are on the CPU, which is allowed.
+
+    Args:
+        hidden: Input of the output head, or the logits if `head` is None.
+        head: The head's weight (vocab, width); or a function from (tokens, width) to logits (tokens, vocab), such as a
+            quantized or adapted layer; or a `RowHead`. None if `hidden` are logits.
+        labels: Token ids, and -100 for positions without a target. Leading axes of `hidden` that `labels` lack are
+            shared: stacked adapters (n, rows, seq, width) may have the same labels (rows, seq).
+        bias: Bias of the head, if `head` is a weight that has one.
+        chunk_size: Number of positions whose logits are in memory at once. By default at most a quarter of all
+            positions, and 16 MB of logits (256 MB on an accelerator).
+
+    Returns:
+        `(total, count)` for each row. A row without targets has total 0 and count 0.
+
+    Raises:
+        ValueError: If shapes or dtypes do not match, or a label is neither a token id nor -100.
+
+    Example:
+        >>> hidden, weight = torch.zeros(2, 4, 8), torch.ones(10, 8)
+        >>> labels = torch.tensor([[1, 2, 3, 4], [-100, -100, -100, 5]])
+        >>> total, count = next_token_loss(hidden, weight, labels)
+        >>> total / count, count  # log 10 for each of the labels
+        (tensor([2.3026, 2.3026]), tensor([3, 1]))
+    """
+    vocab = _check(hidden, head, labels, bias, chunk_size)
+    rows, positions = hidden.shape[:-2], hidden.shape[-2] - 1
+    x, targets = hidden[..., :-1, :], labels[..., 1:].long().expand(*rows, positions)
+    counted = targets != IGNORED
+    count = counted.sum(-1).to(hidden.device)
+    if isinstance(head, RowHead):
+        nll = _rowwise_losses(x, head, targets, counted, chunk_size)
+    else:
+        nll = _losses(x.reshape(-1, x.shape[-1]), head, bias, targets.reshape(-1), vocab, chunk_size)
+        nll = nll.reshape(*rows, positions)
+    return TokenLoss(nll.sum(-1), count)
+
+
+def sequence_logprobs(
+    hidden: Float[Tensor, "*rows seq width"],
+    head: Head | None,
+    labels: Int[Tensor, "*rows seq"],
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    chunk_size: int | None = None,
+) -> Float[Tensor, "*rows"]:
+    """Sum the log-probabilities of each row's labels; the log-probability of an answer after its prompt.
+
+    Args:
+        hidden: See `next_token_loss`.
+        head: See `next_token_loss`.
+        labels: See `next_token_loss`; -100 at the positions of the prompt and of padding.
+        bias: See `next_token_loss`.
+        chunk_size: See `next_token_loss`.
+
+    Returns:
+        One sum for each row; 0 for a row without targets.
+
+    Raises:
+        ValueError: See `next_token_loss`.
+
+    Example:
+        >>> logits = torch.zeros(1, 3, 4)
+        >>> sequence_logprobs(logits, None, torch.tensor([[0, 1, 2]]))  # 2 log 1/4
+        tensor([-2.7726])
+    """
+    return -next_token_loss(hidden, head, labels, bias=bias, chunk_size=chunk_size).total
+
+
+def dpo_loss(
+    chosen: Float[Tensor, "*pairs"],
+    rejected: Float[Tensor, "*pairs"],
+    reference_chosen: Float[Tensor, "*pairs"],
+    reference_rejected: Float[Tensor, "*pairs"],
+    beta: Float[Tensor, "*n"] | float,
+) -> PreferenceLoss:
+    """Compute the loss of direct preference optimization for each pair of answers, from their log-probabilities.
+
+    The reference is constant: its log-probabilities are computed once, without gradients, from the base model (params
+    of `select_adapters` with the id -1) or another adapter. They do not depend on `beta`, so that adapters with
+    different `beta` share them.
+
+    Args:
+        chosen: Log-probabilities of the better answers, from `sequence_logprobs`; stacked adapters have (n, pairs).
+        rejected: Log-probabilities of the worse answers.
+        reference_chosen: Log-probabilities of the better answers by the reference; (pairs,) if adapters share them.
+        reference_rejected: Log-probabilities of the worse answers by the reference.
+        beta: How strongly the policy is held to the reference; positive. A tensor with axes is matched with the first
+            axes of `chosen`: (n,) is one value for each stacked adapter.
+
+    Returns:
+        `(losses, margins)`, each like `chosen`.
+
+    Raises:
+        ValueError: If the shapes do not match.
+
+    Example:
+        >>> chosen, rejected, reference = torch.tensor([-1.0, -3.0]), torch.tensor([-2.0, -2.0]), torch.zeros(2)
+        >>> losses, margins = dpo_loss(chosen, rejected, reference, reference, beta=0.1)
+        >>> margins, (margins > 0).float().mean()
+        (tensor([ 0.1000, -0.1000]), tensor(0.5000))
+
+        One run, an adapter for each beta, with references from one forward pass before:
+
+        >>> betas = torch.tensor([0.05, 0.1, 0.5])
+        >>> policy = torch.randn(3, 4), torch.randn(3, 4)  # from vmap_adapters
+        >>> dpo_loss(*policy, torch.zeros(4), torch.zeros(4), betas).losses.mean(-1).shape
+        torch.Size([3])
+
+    Reference:
+        Rafailov et al. (2023), Direct Preference Optimization, equation 7.
+    """
+    given = {"chosen": chosen, "rejected": rejected}
+    references = {"reference_chosen": reference_chosen, "reference_rejected": reference_rejected}
+    for name, value in {**given, **references}.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            found = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name} must be a tensor of log-probabilities, as of sequence_logprobs, got {found}.")
+        fits = value.shape == chosen.shape
+        if name in references:  # may be shared along leading axes
+            fits = value.dim() <= chosen.dim() and value.shape == chosen.shape[chosen.dim() - value.dim() :]
+        if not fits:
+            raise ValueError(
+                f"{name} is {tuple(value.shape)}, but chosen is {tuple(chosen.shape)}: pass one value for each pair."
+            )
+    if isinstance(beta, Tensor) and beta.dim():
+        if beta.shape != chosen.shape[: beta.dim()]:
+            raise ValueError(
+                f"beta is {tuple(beta.shape)}, which are not the first axes of chosen {tuple(chosen.shape)}: pass one "
+                "value, or one for each stacked adapter."
+            )
+        beta = beta.reshape(*beta.shape, *[1] * (chosen.dim() - beta.dim()))
+    margins = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
+    return PreferenceLoss(-logsigmoid(margins), margins)
+
+
+def _losses(
+    x: Tensor, head: Head | None, bias: Tensor | None, targets: Tensor, vocab: int | None, chunk_size: int | None
+) -> Tensor:
+    """The loss of each of the (tokens,) targets, 0 where there is none; the head is multiplied at the others only."""
+    counted = targets != IGNORED
+    index = None
+    if has_values(targets):
+        index = counted.nonzero()[:, 0]
+        targets = targets[index]
+        _check_targets(targets, vocab)
+        index = index.to(x.device)
+        chosen = x[index]
+    else:
+        counted, targets = counted.to(x.device), targets.clamp(min=0)
+        chosen = torch.where(counted[:, None], x, 0)  # not a product, which would spread NaN of padding
+    targets = targets.to(x.device)
+    chunk = chunk_size or _default_chunk(len(chosen), vocab, x)
+    if isinstance(head, Tensor):
+        nll = weight_losses(chosen, head, bias, targets, chunk)
+    else:
+        nll = function_losses(chosen, _identity if head is None else head, targets, chunk)
+    if index is None:
+        return torch.where(counted, nll, 0)
+    return nll.new_zeros(len(x)).index_copy(0, index, nll)
+
+
+def _rowwise_losses(x: Tensor, head: RowHead, targets: Tensor, counted: Tensor, chunk_size: int | None) -> Tensor:
+    """The losses (*rows, k) of each row's targets, which are moved to the front of their rows."""
+    if has_values(targets):
+        _check_targets(targets[counted], None)
+        most = int(counted.sum(-1).max()) if counted.numel() else 0
+        order = torch.argsort(counted.to(torch.uint8), dim=-1, descending=True, stable=True)[..., :most]
+        targets, counted = targets.gather(-1, order), counted.gather(-1, order)
+        order = order.to(x.device)
+        x = x.gather(-2, order[..., None].expand(*order.shape, x.shape[-1]))
+    counted, targets = counted.to(x.device), targets.clamp(min=0).to(x.device)
+    x = torch.where(counted[..., None], x, 0)
+    rows = max(counted[..., :1].numel(), 1)
+    chunk = max((chunk_size or _default_chunk(counted.numel(), None, x)) // rows, 1)
+    return torch.where(counted, function_losses(x, head, targets, chunk), 0)
+
+
+def _identity(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _default_chunk(tokens: int, vocab: int | None, x: Tensor) -> int:
+    """At most a quarter of the positions, so that the logits are never whole, and at most 2^22 or 2^26 logits."""
+    most = (1024 if x.is_cuda else 128) if vocab is None else (2**26 if x.is_cuda else 2**22) // vocab
+    return max(min(most, tokens // 4 + 1), 1)
+
+
+def _check(
+    hidden: Tensor, head: Head | None, labels: Tensor, bias: Tensor | None, chunk_size: int | None
+) -> int | None:
+    """Check shapes and dtypes; returns the size of the vocabulary, or None if `head` is a function."""
+    if not isinstance(hidden, Tensor) or hidden.dim() < 2 or not hidden.is_floating_point():
+        found = f"{tuple(hidden.shape)} {hidden.dtype}" if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValueError(f"hidden must be a floating-point tensor (*rows, seq, width), got {found}.")
+    if isinstance(head, Tensor) and not head.is_floating_point() and labels is None:
+        raise ValueError("head is a tensor of integers: for logits, call next_token_loss(logits, None, labels).")
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        found = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"labels must be a tensor of token ids and -100, got {found}.")
+    rows = hidden.shape[:-1]
+    if not labels.dim() or labels.dim() > len(rows) or labels.shape != rows[len(rows) - labels.dim() :]:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} do not match hidden {tuple(hidden.shape)}: pass labels of shape "
+            f"{tuple(rows)}, one for each position; they are shifted here."
+        )
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
+        raise ValueError(f"chunk_size must be a positive number of positions or None, got {chunk_size!r}.")
+    if head is None or not isinstance(head, Tensor):
+        if bias is not None:
+            raise ValueError("bias belongs to a head that is a weight: add it in the function, or to the logits.")
+        if head is not None and not callable(head):
+            raise ValueError(f"head must be a weight (vocab, width), a function or None, got {type(head).__name__}.")
+        return hidden.shape[-1] if head is None else None
+    if head.dim() != 2 or head.shape[1] != hidden.shape[-1] or head.dtype != hidden.dtype:
+        raise ValueError(
+            f"head {tuple(head.shape)} {head.dtype} does not fit hidden {tuple(hidden.shape)} {hidden.dtype}: pass the "
+            f"head's weight (vocab, {hidden.shape[-1]}) in this dtype, or None if hidden are logits."
+        )
+    if bias is not None and (bias.shape != head.shape[:1] or bias.dtype != head.dtype):
+        raise ValueError(
+            f"bias must be ({head.shape[0]},) {head.dtype}, like the head's rows, got {tuple(bias.shape)} {bias.dtype}."
+        )
+    return head.shape[0]
+
+
+def _check_targets(targets: Tensor, vocab: int | None) -> None:
+    if not targets.numel():
+        return
+    low, high = (int(value) for value in targets.aminmax())
+    if low < 0 or (vocab is not None and high >= vocab):
+        wrong = low if low < 0 else high
+        known = "" if vocab is None else f" from 0 to {vocab - 1}"
+        raise ValueError(f"labels must be token ids{known}, or -100 for positions without a target, got {wrong}.")
