@@ -60,6 +60,10 @@ def results():
     by_part = train(
         loss, params, lambda step: batch(step).split(2), accumulate=partial(mean_over_micro_batches, weight=tokens)
     )
+    evolved = vf.evolve(
+        lambda stacked: -losses(stacked, 0), params, steps=3, sigma=0.05, learning_rate=0.1, seed=0, population=10,
+        chunk_size=4,
+    )  # fmt: skip
     with torch.no_grad():
         logits = map_sharded(lambda i: many(group(i), frozen, ids[:4]), starts)
     found = {
@@ -67,6 +71,8 @@ def results():
         "furthest": torch.tensor(furthest(rank(), rank())),
         "lazily": torch.tensor(map_sharded(lambda i: 10 * i, (i for i in range(7)))),
         **{f"adapters.{key}": torch.cat([run.params[key] for run in by_adapter]) for key in params},
+        **{f"evolved.{key}": leaf for key, leaf in evolved.params.items()},
+        "evolved.fitness": evolved.fitness,
         **{f"parts.{key}": leaf for key, leaf in by_part.params.items()},
         "parts.losses": by_part.losses,
     }

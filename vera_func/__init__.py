@@ -45,6 +45,9 @@ Training:
     dpo_loss            loss of pairs of a better and a worse answer (direct preference optimization)
     fit, Fit            a training loop for one adapter or many, and its state as a value
     save_fit, load_fit  checkpoints of it
+    per_example_grads   the gradient of each example, from one backward pass
+    clip_per_example, private_step    differentially private training: clipping by example, and noise
+    evolve              training without gradients, by evolution strategies over a stack
 
 Merging:
     merge_quantized, merge_dense, merge_calibrated    one layer's update in its weight
@@ -60,6 +63,7 @@ Files:
     save_quantized, load_quantized    a quantized model as one file, which loads without being quantized again
 
 In submodules: `vera_func.train.optim` (AdamW and schedules as pure functions), `vera_func.train.sweep` (grids),
+`vera_func.train.privacy` (accounting, Poisson batches), `vera_func.train.influence` (TracIn, inverse Fisher),
 `vera_func.train.distributed` (torchrun), `vera_func.model.head` (hidden states and output head of a language model),
 `vera_func.merging.second_moments` (calibrated merging of a model), `vera_func.io.bank` (converting banks),
 `vera_func.data` and `vera_func.cli` (the command `vera-func`).
@@ -100,8 +104,11 @@ if TYPE_CHECKING:
     from .quant.linear import quantized_linear
     from .quant.quantize import dequantize, quantize_4bit, quantize_8bit
     from .quant.value import Quantized4bit, Quantized8bit, validate
+    from .train.evolve import evolve
     from .train.fit import fit
     from .train.losses import dpo_loss, next_token_loss, sequence_logprobs
+    from .train.per_example import per_example_grads
+    from .train.privacy import clip_per_example, private_step
     from .train.run import Fit, load_fit, save_fit
 
 # Public names by the module that defines them; imported when they are first used, so that `import vera_func` is light.
@@ -126,6 +133,9 @@ _MODULES = {
     "train.fit": ("fit",),
     "train.losses": ("next_token_loss", "sequence_logprobs", "dpo_loss"),
     "train.run": ("Fit", "save_fit", "load_fit"),
+    "train.per_example": ("per_example_grads",),
+    "train.privacy": ("clip_per_example", "private_step"),
+    "train.evolve": ("evolve",),
     "merging.layer": (*("merge_quantized", "merge_dense", "merge_calibrated", "merge_report", "MergeReport"),),
     "merging.model": ("merge", "model_merge_report"),
     "io.checkpoint": ("save_adapter", "load_adapter"),

@@ -1,0 +1,259 @@
+"""Training without gradients: evolution strategies over a stack of adapters.
+
+    F_i    = fitness(params + sigma s_i e_j),   s_i = +1, -1,   i = 2 j, 2 j + 1,   e_j ~ N(0, I)
+    g      = 1 / (population sigma) sum_j (u_2j - u_2j+1) e_j,   u = centered ranks of F in [-1/2, 1/2]
+    params = params + learning_rate g
+
+A population is a stack of adapters, and its fitness is computed by mixed batches: with memory of inference, without a
+backward pass, and for any score, such as accuracy or a reward of generated text, which needs no derivative.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..private import tree_flatten
+from .distributed import map_sharded
+from .gradient import require_shape
+from .optim import Optimizer, apply_updates, as_optimizer, require_trainable
+
+
+class Evolution(NamedTuple):
+    """The state of a run of `evolve`.
+
+    Attributes:
+        params: The params after the last step.
+        state: State of the optimizer, a pytree of tensors; () without an optimizer.
+        fitness: Fitness of each member at each step, before its update, in float64. Member `2 j` is `params` plus
+            perturbation `j`, and member `2 j + 1` is `params` minus it.
+    """
+
+    params: dict[str, Tensor]
+    state: Any
+    fitness: Float[Tensor, "steps population"]
+
+
+def evolve(
+    fitness: Callable[..., Tensor],
+    params: Mapping[str, Tensor],
+    batches: Callable[[int], Any] | None = None,
+    *,
+    steps: int,
+    sigma: float,
+    learning_rate: float | None = None,
+    seed: int,
+    population: int = 256,
+    chunk_size: int | None = None,
+    optimizer: Optimizer | None = None,
+    on_step: Callable[[Evolution], object] | None = None,
+    resume: Evolution | None = None,
+) -> Evolution:
+    """Maximize the fitness of an adapter by evolution strategies; only forward passes are run.
+
+    Each step evaluates pairs of opposite perturbations, and moves the params along the perturbations, weighted by the
+    ranks of their fitness. Ranks make the step independent of the scale of the fitness; equal values share the mean of
+    their ranks. Perturbations are drawn from seeds, once for the evaluation and once for the update, and never stored.
+    The update is the product of a vector of weights and the matrix of perturbations, computed row by row. Everything
+    runs under `torch.no_grad`, so memory is that of inference on `chunk_size` adapters; quantized layers use their
+    inference kernels, which `apply.with_fused_weights()` extends.
+
+    Inside `process_group()` under torchrun, chunks are sharded across ranks by `map_sharded`. Only fitnesses are sent;
+    every rank draws the same perturbations and computes the same update. The result has the same bits for any number of
+    processes, if `fitness` has.
+
+    Args:
+        fitness: Function `(stacked)`, or `(stacked, batch)` with `batches`, that returns the fitness of each adapter in
+            a stack, (n,); higher is better. Leaves of `stacked` are (n, ...); use `vmap_adapters`.
+        params: Flat dict of trainable tensors, the start.
+        batches: Function from the step, counted from 0, to its batch, the same for all members. It must depend on the
+            step only.
+        steps: Total number of steps, including those of a resumed run.
+        sigma: Standard deviation of the perturbations, the same for all leaves.
+        learning_rate: Factor on the estimated gradient; with an `optimizer`, on its updates, and 1 by default.
+        seed: Seed of the perturbations. Perturbation `j` of a step depends on `seed`, the step and `j` only, and is
+            drawn on the CPU: equal seeds give equal bits.
+        population: Number of members, even.
+        chunk_size: Number of members to evaluate at once; None means all. It does not affect the perturbations.
+        optimizer: A pair of pure functions, as for `fit`, which gets the negative estimate as gradient. None means
+            gradient ascent.
+        on_step: Called with the state after each step, for example to report or to save it.
+        resume: State of a run to continue; the other arguments should be the same as for that run.
+
+    Raises:
+        ValueError: If a fitness is not finite or has another shape than (n,), `population` is odd, `params` can't be
+            trained, or another argument is out of range.
+
+    Example:
+        >>> target = torch.tensor([1.0, -1.0, 0.5])
+        >>> def fitness(stacked):
+        ...     return -(stacked["p"] - target).square().sum(1)
+        >>> options = {"steps": 100, "population": 16, "sigma": 0.05, "learning_rate": 0.01}
+        >>> run = evolve(fitness, {"p": torch.zeros(3)}, seed=0, **options)
+        >>> (run.params["p"] - target).abs().max() < 0.1, run.fitness.shape
+        (tensor(True), torch.Size([100, 16]))
+
+    Reference:
+        Algorithm 1 of https://arxiv.org/abs/1703.03864, with its antithetic sampling and rank-shaped fitness.
+        Deviations: ties share their mean rank; no weight decay.
+    """
+    _check_options(fitness, batches, steps, sigma, learning_rate, seed, population, chunk_size, optimizer)
+    require_trainable(params)
+    pair = None if optimizer is None else as_optimizer(optimizer)
+    run = _initial_run(params, population, pair, resume, steps)
+    rate = 1.0 if learning_rate is None else learning_rate
+    size = population if chunk_size is None else min(chunk_size, population)
+    chunks = [range(start, min(start + size, population)) for start in range(0, population, size)]
+    with torch.no_grad():
+        for step in range(len(run.fitness), steps):
+            draw = partial(_draw, run.params, seed, step)
+            batch = () if batches is None else (batches(step),)
+            found = torch.cat(map_sharded(partial(_evaluate, fitness, run.params, sigma, draw, batch), chunks))
+            _require_finite(found, step)  # after the gather, so that all ranks raise
+            direction = _direction(run.params, found, draw, population * sigma)
+            new, state = _update(run, direction, rate, pair)
+            run = Evolution(new, state, torch.cat([run.fitness, found[None]]))
+            if on_step is not None:
+                on_step(run)
+    return run
+
+
+def centered_ranks(fitness: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Ranks of values, scaled to [-1/2, 1/2] with mean 0, in float64; equal values share the mean of their ranks.
+
+    Raises:
+        ValueError: If `fitness` is not (n,) with at least two values.
+
+    Example:
+        >>> centered_ranks(torch.tensor([3.0, -1.0, 3.0, 100.0, 0.0]))
+        tensor([ 0.1250, -0.5000,  0.1250,  0.5000, -0.2500], dtype=torch.float64)
+    """
+    if fitness.dim() != 1 or len(fitness) < 2:
+        raise ValueError(f"fitness must be (n,) with at least two values, got {tuple(fitness.shape)}.")
+    _, place, count = fitness.unique(return_inverse=True, return_counts=True)
+    last = count.cumsum(0)
+    ranks = (last - 1 - (count - 1).double() / 2)[place]  # the mean of first and last place
+    return ranks / (len(fitness) - 1) - 0.5
+
+
+def _evaluate(
+    fitness: Callable[..., Tensor],
+    params: Mapping[str, Tensor],
+    sigma: float,
+    draw: Callable[[int], dict[str, Tensor]],
+    batch: tuple[Any, ...],
+    members: range,
+) -> Tensor:
+    """The fitness of some members, (n,) float64 on the CPU."""
+    stacked = {key: p.expand(len(members), *p.shape).clone() for key, p in params.items()}
+    noise: dict[int, dict[str, Tensor]] = {}
+    for i, member in enumerate(members):
+        pair, sign = member // 2, 1 - 2 * (member % 2)
+        if pair not in noise:
+            noise = {pair: draw(pair)}
+        for key, e in noise[pair].items():
+            stacked[key][i] = params[key].to(e.dtype) + sign * sigma * e
+    found = fitness(stacked, *batch)
+    require_shape("fitness", found, (len(members),))
+    return found.detach().double().cpu()
+
+
+def _draw(params: Mapping[str, Tensor], seed: int, step: int, pair: int) -> dict[str, Tensor]:
+    """Perturbation `pair` of a step, in float32 or wider; the leaves are drawn in the order of `params`."""
+    digest = hashlib.sha256(f"{seed} {step} {pair}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return {key: torch.randn(p.shape, generator=generator, dtype=_wide(p)).to(p.device) for key, p in params.items()}
+
+
+def _direction(
+    params: Mapping[str, Tensor], fitness: Tensor, draw: Callable[[int], dict[str, Tensor]], scale: float
+) -> dict[str, Tensor]:
+    """The estimate of the gradient of the fitness, summed in float64."""
+    ranks = centered_ranks(fitness)
+    weights = ((ranks[::2] - ranks[1::2]) / scale).tolist()
+    total = {key: torch.zeros_like(p, dtype=torch.float64) for key, p in params.items()}
+    for pair, weight in enumerate(weights):
+        if weight:  # opposite members with equal fitness need no second draw
+            for key, e in draw(pair).items():
+                total[key] += weight * e.double()
+    return {key: value.to(_wide(params[key])) for key, value in total.items()}
+
+
+def _update(
+    run: Evolution, direction: dict[str, Tensor], rate: float, optimizer: Optimizer | None
+) -> tuple[dict[str, Tensor], Any]:
+    if optimizer is None:
+        return apply_updates(run.params, direction, rate), ()
+    updates, state = optimizer.update({key: -g for key, g in direction.items()}, run.state, run.params)
+    return apply_updates(run.params, updates, rate), state
+
+
+def _initial_run(
+    params: Mapping[str, Tensor], population: int, optimizer: Optimizer | None, resume: Evolution | None, steps: int
+) -> Evolution:
+    start = {key: p.detach() for key, p in params.items()}
+    state = () if optimizer is None else optimizer.init(start)
+    run = Evolution(start, state, torch.zeros(0, population, dtype=torch.float64))
+    if resume is None:
+        return run
+    if not isinstance(resume, Evolution):
+        raise ValueError(f"resume must be an Evolution, as evolve returns it, got {type(resume).__name__}.")
+    found, expected = ([_signature(part) for part in each[:2]] for each in (resume, run))
+    if found != expected or resume.fitness.shape[1:] != (population,):
+        raise ValueError("resume is a run with other params, another optimizer or another population.")
+    if len(resume.fitness) > steps:
+        raise ValueError(f"steps={steps} is the total number of steps, but the run already has {len(resume.fitness)}.")
+    return resume
+
+
+def _signature(tree: Any) -> tuple[Any, list[Any]]:
+    leaves, structure = tree_flatten(tree)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def _require_finite(found: Tensor, step: int) -> None:
+    if len(wrong := (~found.isfinite()).nonzero().flatten().tolist()):
+        raise ValueError(
+            f"the fitness of {len(wrong)} of {len(found)} members is not finite at step {step}, first member "
+            f"{wrong[0]}: use a smaller sigma or learning_rate, or return a low finite fitness for such members."
+        )
+
+
+def _wide(leaf: Tensor) -> torch.dtype:
+    return torch.promote_types(leaf.dtype, torch.float32)
+
+
+def _check_options(
+    fitness: Any,
+    batches: Any,
+    steps: Any,
+    sigma: Any,
+    learning_rate: Any,
+    seed: Any,
+    population: Any,
+    chunk_size: Any,
+    optimizer: Any,
+) -> None:
+    if not callable(fitness):
+        raise ValueError(f"fitness must be a function of stacked params, got {type(fitness).__name__}.")
+    if batches is not None and not callable(batches):
+        raise ValueError(f"batches must be a function of the step, got {type(batches).__name__}.")
+    if not isinstance(population, int) or population < 2 or population % 2:
+        raise ValueError(
+            f"population must be an even number, since members are pairs of opposite perturbations, got {population!r}."
+        )
+    numbers = {"steps": (steps, 0), "chunk_size": (population if chunk_size is None else chunk_size, 1)}
+    for name, (value, least) in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be an integer, at least {least}, got {value!r}.")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"seed must be an integer, got {seed!r}.")
+    if learning_rate is None and optimizer is None:
+        raise ValueError("evolve needs a learning_rate, such as learning_rate=1e-2, or an optimizer.")
+    for name, value in (("sigma", sigma), ("learning_rate", 1.0 if learning_rate is None else learning_rate)):
+        if isinstance(value, Tensor) or not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be a positive, finite number, got {value!r}.")

@@ -1,0 +1,120 @@
+"""Influence of training examples on test examples, from per-example gradients.
+
+    TracIn                 sum over checkpoints c of lr_c <g_i, t_j>
+    with Fisher's inverse  t_j^T (F + damping I)^-1 g_i,    F = mean_i g_i g_i^T
+
+`g_i` and `t_j` are the gradients of the losses of training example `i` and test example `j`, from `per_example_grads`.
+A positive influence means that training on example `i` lowers the loss of example `j`. The self-influence of training
+examples, the diagonal of the influence of a set on itself, is largest for outliers, such as mislabelled examples.
+
+All functions are products of gradients, in float64; an adapter has so few parameters that the gradients of thousands of
+examples fit in memory.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..model.batch import num_adapters
+from .per_example import as_matrix
+
+
+def tracin(
+    train_grads: Iterable[Mapping[str, Tensor]],
+    test_grads: Iterable[Mapping[str, Tensor]],
+    learning_rates: Sequence[float],
+) -> Float[Tensor, "train test"]:
+    """The influence of each training example on each test example by TracIn: `sum_c lr_c <g_i, t_j>`.
+
+    An estimate of how much the steps on an example lowered the loss of another one. It is exact to first order for SGD
+    at these checkpoints.
+
+    Args:
+        train_grads: For each checkpoint the gradients of the training examples, leaves (train, ...); may be a generator
+            that computes them.
+        test_grads: For each checkpoint the gradients of the test examples, leaves (test, ...).
+        learning_rates: The learning rate at each checkpoint, times the number of steps that it stands for.
+
+    Raises:
+        ValueError: If the three have different lengths, or none, or gradients have different keys or shapes.
+
+    Example:
+        >>> train = {"p": torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])}
+        >>> tracin([train, train], [{"p": torch.ones(1, 2)}] * 2, [0.1, 0.2])
+        tensor([[0.3000],
+                [0.6000],
+                [0.6000]], dtype=torch.float64)
+
+    Reference:
+        TracInCP, section 3 of https://arxiv.org/abs/2002.08484.
+    """
+    influence = None
+    try:
+        for train, test, rate in zip(train_grads, test_grads, learning_rates, strict=True):
+            term = rate * _products(train, test)
+            influence = term if influence is None else influence + term
+    except ValueError as error:
+        if "zip()" not in str(error):
+            raise
+        raise ValueError(
+            "train_grads, test_grads and learning_rates must have one entry per checkpoint, but differ in length."
+        ) from error
+    if influence is None:
+        raise ValueError("there are no checkpoints: pass the gradients at one or more.")
+    return influence
+
+
+def fisher_influence(
+    train_grads: Mapping[str, Tensor], test_grads: Mapping[str, Tensor], *, damping: float
+) -> Float[Tensor, "train test"]:
+    """The influence by the inverse of the empirical Fisher matrix: `t_j^T (F + damping I)^-1 g_i`.
+
+    Divided by the number of training examples, it is the increase of test loss `j` when example `i` is left out and the
+    adapter trained again, to first order, with the Fisher matrix in place of the Hessian. Exact for this matrix: by the
+    Woodbury identity only a (train, train) system is solved, and no matrix of the size of the parameters is formed.
+
+    Args:
+        train_grads: Gradients of the training examples, leaves (train, ...), which also define the Fisher matrix.
+        test_grads: Gradients of the test examples, leaves (test, ...).
+        damping: Added to the diagonal, positive. Around the mean eigenvalue `mean |g_i|^2 / parameters` or above;
+            smaller values trust directions in which few examples have a gradient.
+
+    Raises:
+        ValueError: If gradients have different keys or shapes, or `damping` is not positive.
+
+    Example:
+        >>> train = {"p": torch.tensor([[1.0, 0.0], [0.0, 2.0]])}
+        >>> fisher_influence(train, train, damping=0.5)
+        tensor([[1.0000, 0.0000],
+                [0.0000, 1.6000]], dtype=torch.float64)
+
+    Reference:
+        Equation 2 of https://arxiv.org/abs/1703.04730, with the other sign.
+    """
+    if isinstance(damping, Tensor) or not 0 < damping < float("inf"):
+        raise ValueError(f"damping must be a positive, finite number, got {damping!r}.")
+    kernel = _products(train_grads, train_grads)
+    if not len(kernel):
+        raise ValueError("there are no training examples, whose gradients define the Fisher matrix.")
+    # (G^T G / n + d I)^-1 G^T = G^T (G G^T / n + d I)^-1
+    system = kernel / len(kernel) + damping * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    return torch.linalg.solve(system, _products(train_grads, test_grads))
+
+
+def _products(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Float[Tensor, "n m"]:
+    """All inner products of the gradients of two sets of examples, in float64."""
+    for name, grads in (("train", one), ("test", other)):
+        if not isinstance(grads, Mapping):
+            raise ValueError(f"{name} gradients must be a dict as from per_example_grads, got {type(grads).__name__}.")
+        num_adapters(grads)
+    if odd := sorted(one.keys() ^ other.keys()):
+        raise ValueError(f"train and test gradients differ in {len(odd)} keys, first {odd[0]!r}.")
+    for key, leaf in one.items():
+        if leaf.shape[1:] != other[key].shape[1:]:
+            raise ValueError(
+                f"{key!r} is {tuple(leaf.shape)} in train and {tuple(other[key].shape)} in test gradients."
+            )
+    pairs = ((as_matrix(leaf).double(), as_matrix(other[key]).double()) for key, leaf in one.items())
+    return sum((a @ b.T for a, b in pairs), torch.zeros((), dtype=torch.float64))

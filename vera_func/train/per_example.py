@@ -1,0 +1,128 @@
+"""The gradient of each example of a batch, from one backward pass.
+
+    grads[key][i] = d loss_i / d params[key]
+
+`apply` takes one adapter per row of a batch. Here every row gets a copy of the same adapter, so that the loss of row
+`i` depends on copy `i` only, and the gradient of the sum of the losses in the copies is the gradient of each loss. The
+model runs once, on the whole batch: per-example gradients cost about as much as the gradient of the mean.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.grad import grad
+from ..model.batch import num_adapters
+from ..private import in_transform, tree_leaves
+from .optim import require_trainable
+
+
+LossRows = Callable[[dict[str, Tensor], Any], Tensor]
+
+
+def per_example_grads(
+    loss_rows: LossRows, params: Mapping[str, Tensor], batch: Any, *, num_rows: int | None = None
+) -> dict[str, Tensor]:
+    """The gradient of each row's loss in `params`; leaves get a leading axis (n,), one entry per row of the batch.
+
+    Equals `torch.func.vmap(torch.func.grad(loss), (None, 0))(params, batch)` for the loss of one example, without
+    vmap: one forward and one backward pass of a mixed batch, in which the branch's parameters are given as `n` views of
+    one adapter. The products with the base weight and the projections are those of a plain step. Memory for the result
+    is `n` times that of `params`, which also holds for trained heads. Works under `torch.func` transforms.
+
+    Args:
+        loss_rows: Function `(rows, batch)` that returns one loss per row, (n,). `rows` are params for `apply` as
+            `select_adapters` returns them: row `i` of the batch uses entry `i` of each leaf. Loss `i` must depend on
+            row `i` only. Padded tokens must not contribute, and each row's mean is over its own tokens.
+        params: Params of one adapter, including trained biases and heads.
+        batch: Second argument of `loss_rows`, with the examples along axis 0 of every tensor. An empty batch, as
+            Poisson sampling may draw it, gives leaves (0, ...) without a call of `loss_rows`.
+        num_rows: `n`, needed only if the tensors of the batch do not show it: there are none, or some of them are
+            shared by all rows.
+
+    Raises:
+        ValueError: If the tensors of the batch have different numbers of rows, `loss_rows` does not return (n,) losses
+            or does not use `rows`, or `params` can't be trained.
+
+    Example:
+        >>> from vera_func import VeraConfig, adapt
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> apply, params, frozen, _ = adapt(model, VeraConfig(r=4, target_modules=["0"]))
+        >>> def loss_rows(rows, batch):
+        ...     return (apply(rows, frozen, batch["x"]) - batch["y"]).square().mean(1)
+        >>> batch = {"x": torch.ones(5, 8), "y": torch.zeros(5, 6)}
+        >>> {key: tuple(leaf.shape) for key, leaf in per_example_grads(loss_rows, params, batch).items()}
+        {'0.lambda_b': (5, 6), '0.lambda_d': (5, 4)}
+
+    Reference:
+        https://arxiv.org/abs/1912.06015, strategy "multi": one copy of the parameters per example. There, the copies
+        are copies of a model; here they are two vectors per layer.
+    """
+    if not callable(loss_rows):
+        raise ValueError(f"loss_rows must be a function of (rows, batch), got {type(loss_rows).__name__}.")
+    for key, p in params.items():
+        if not isinstance(p, Tensor):
+            raise ValueError(f"params[{key!r}] must be a tensor, got {type(p).__name__}.")
+    require_trainable(params)
+    n = _rows_of(batch) if num_rows is None else num_rows
+    if not isinstance(n, int) or n < 0:
+        raise ValueError(f"num_rows must be an integer, at least 0, got {n!r}.")
+    if n == 0:
+        return {key: p.new_zeros(0, *p.shape) for key, p in params.items()}
+    rows = {key: p.expand(n, *p.shape) for key, p in params.items()}
+    return grad(partial(_total, loss_rows, n))(rows, batch)
+
+
+def per_example_norms(grads: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
+    """The norm of each example's gradient over all leaves, in float64.
+
+    Args:
+        grads: From `per_example_grads`, leaves (n, ...).
+
+    Raises:
+        ValueError: If `grads` is empty, or the leaves have no common leading axis.
+
+    Example:
+        >>> per_example_norms({"a": torch.tensor([[3.0], [0.0]]), "b": torch.tensor([[4.0], [1.0]])})
+        tensor([5., 1.], dtype=torch.float64)
+    """
+    num_adapters(grads)  # checks the leading axes
+    norms = [torch.linalg.vector_norm(as_matrix(leaf), dim=1, dtype=torch.float64) for leaf in grads.values()]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
+def as_matrix(leaf: Tensor) -> Float[Tensor, "n size"]:
+    """A leaf (n, ...) with the gradient of each example flattened; an empty batch stays empty.
+
+    Example:
+        >>> as_matrix(torch.ones(3, 2, 5)).shape
+        torch.Size([3, 10])
+    """
+    return leaf.reshape(leaf.shape[0], leaf.shape[1:].numel())
+
+
+def _total(loss_rows: LossRows, n: int, rows: dict[str, Tensor], batch: Any) -> Tensor:
+    losses = loss_rows(rows, batch)
+    if not isinstance(losses, Tensor) or losses.shape != (n,):
+        found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"loss_rows must return one loss per row, ({n},), got {found}: no mean over the rows, such as "
+            "cross_entropy(..., reduction='none')."
+        )
+    # Under a transform `requires_grad` says nothing.
+    if not torch.compiler.is_compiling() and not in_transform() and not losses.requires_grad:
+        raise ValueError("the losses of loss_rows do not depend on its first argument: pass these rows to apply.")
+    return losses.sum()
+
+
+def _rows_of(batch: Any) -> int:
+    shapes = [tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    sizes = {shape[0] if shape else None for shape in shapes}
+    if len(sizes) != 1 or None in sizes:
+        found = f"its tensors are {sorted(set(shapes))}" if shapes else "it has no tensors"
+        raise ValueError(f"batch does not show its number of rows, {found}: pass num_rows.")
+    return shapes[0][0]

@@ -1,0 +1,162 @@
+"""Differentially private SGD (DP-SGD) as pure functions of per-example gradients.
+
+    g = (sum_i g_i min(1, C / |g_i|) + sigma C z) / L        z ~ N(0, I),  C = max_norm,  L = batch_size
+
+A step takes the gradients of `per_example_grads`, and any optimizer takes the result. The privacy guarantee is computed
+by the accountant of another library. It assumes that every batch contains each example independently with probability
+`L / num_examples` (Poisson sampling), as `poisson_indices` draws them:
+
+    from opacus.accountants import RDPAccountant                    # pip install "vera-func[privacy]"
+    from opacus.accountants.utils import get_noise_multiplier
+
+    rate = batch_size / num_examples
+    sigma = get_noise_multiplier(target_epsilon=8.0, target_delta=1e-5, sample_rate=rate, steps=steps)
+
+    generator, state = torch.Generator().manual_seed(0), adamw_init(params)
+    for step in range(steps):
+        indices = poisson_indices(step, num_examples=num_examples, batch_size=batch_size, key=0)
+        grads = per_example_grads(loss_rows, params, batch_of(indices))
+        grad = private_step(grads, 1.0, noise_multiplier=sigma, generator=generator, batch_size=batch_size)
+        params, state = adamw_update(grad, state, params, learning_rate=1e-2)
+
+    accountant = RDPAccountant()
+    accountant.history = [(sigma, rate, steps)]
+    epsilon = accountant.get_epsilon(delta=1e-5)
+
+The guarantee covers the params of every step. It does not cover losses, metrics on training examples, or choices of
+hyper-parameters by them. Noise and batches come from torch's generators, which are not cryptographically secure, and
+from a seed, which must remain secret.
+"""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from .per_example import per_example_norms
+
+
+def clip_per_example(grads: Mapping[str, Tensor], max_norm: float) -> dict[str, Tensor]:
+    """Clip the gradient of each example by its norm over all leaves: `g_i * min(1, max_norm / |g_i|)`.
+
+    Unlike `clip_by_norm`, nothing is added to the norm: gradients within the bound keep their bits. 16-bit gradients
+    are returned in float32, because rounding could exceed the bound. If the norm of an example is not finite, its
+    result contains NaN.
+
+    Args:
+        grads: From `per_example_grads`, leaves (n, ...).
+        max_norm: `C`, the maximum norm, positive.
+
+    Raises:
+        ValueError: If `grads` is empty, its leaves have no common leading axis, or `max_norm` is not positive.
+
+    Example:
+        >>> clip_per_example({"p": torch.tensor([[3.0, 4.0], [0.3, 0.4]])}, 1.0)
+        {'p': tensor([[0.6000, 0.8000],
+                [0.3000, 0.4000]])}
+
+    Reference:
+        Algorithm 1 of https://arxiv.org/abs/1607.00133.
+    """
+    _require_positive("max_norm", max_norm)
+    # Clamped before the division, so that norms of zero have a factor of 1, and a derivative.
+    scale = max_norm / per_example_norms(grads).clamp(min=max_norm)
+    clipped = {}
+    for key, g in grads.items():
+        wide = g.to(torch.promote_types(g.dtype, torch.float32))
+        clipped[key] = wide * scale.to(wide.dtype).reshape(-1, *[1] * (g.dim() - 1))
+    return clipped
+
+
+def private_step(
+    grads: Mapping[str, Tensor],
+    max_norm: float,
+    *,
+    noise_multiplier: float,
+    generator: torch.Generator,
+    batch_size: float | None = None,
+) -> dict[str, Tensor]:
+    """The private gradient of a step: the mean of clipped gradients plus noise, for any optimizer.
+
+        (sum_i clip(g_i, max_norm) + noise_multiplier * max_norm * z) / batch_size,   z ~ N(0, I)
+
+    Args:
+        grads: From `per_example_grads`, leaves (n, ...); n may be 0.
+        max_norm: `C`, the maximum norm of an example's gradient.
+        noise_multiplier: `sigma`, the standard deviation of the noise relative to `max_norm`; an accountant computes it
+            from ε and δ. With 0 there is no noise, and no privacy.
+        generator: Source of the noise; there is no default. The noise of the leaves is drawn in the order of `grads`,
+            on the generator's device.
+        batch_size: `L`, the expected number of examples in a batch. None means `n`, which is only private if batches
+            have a fixed size: with Poisson sampling, pass the expected size.
+
+    Returns:
+        A gradient with the keys and shapes of params, in float32 or wider.
+
+    Raises:
+        ValueError: If the gradient of an example is not finite, `generator` is not a generator, or a number is out of
+            range.
+
+    Example:
+        >>> grads = {"p": torch.tensor([[3.0, 4.0], [0.0, 0.2]])}
+        >>> private_step(grads, 1.0, noise_multiplier=0.0, generator=torch.Generator().manual_seed(0))
+        {'p': tensor([0.3000, 0.5000])}
+
+    Reference:
+        Algorithm 1 of https://arxiv.org/abs/1607.00133.
+    """
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(f"private_step needs a torch.Generator, got {type(generator).__name__}; there is no default.")
+    if not 0 <= noise_multiplier < float("inf"):
+        raise ValueError(f"noise_multiplier must be at least 0 and finite, got {noise_multiplier}.")
+    clipped = clip_per_example(grads, max_norm)
+    norms = per_example_norms(grads)
+    if batch_size is None and len(norms) == 0:
+        raise ValueError("the batch is empty: pass its expected size, batch_size.")
+    size = float(len(norms)) if batch_size is None else batch_size
+    _require_positive("batch_size", size)
+    if len(wrong := (~norms.isfinite()).nonzero().flatten().tolist()):
+        raise ValueError(f"the gradients of {len(wrong)} of {len(norms)} examples are not finite, first {wrong[0]}.")
+    step = {}
+    for key, g in clipped.items():
+        noise = torch.randn(g.shape[1:], generator=generator, device=generator.device, dtype=g.dtype).to(g.device)
+        step[key] = (g.sum(0) + noise_multiplier * max_norm * noise) / size
+    return step
+
+
+def poisson_indices(step: int, *, num_examples: int, batch_size: float, key: int) -> Int[Tensor, " batch"]:
+    """Indices of the examples in the batch of this step: each one independently with `batch_size / num_examples`.
+
+    The number of indices differs between steps, and may be 0. The result depends on the arguments only, like
+    `batch_indices`; different keys give different batches.
+
+    Args:
+        step: Step of training, counted from 0.
+        num_examples: Number of examples.
+        batch_size: Expected number of indices.
+        key: Key of the run. It must remain secret: the guarantee assumes that nobody knows who is in a batch.
+
+    Raises:
+        ValueError: If not `0 < batch_size <= num_examples`, or `step`, `num_examples` or `key` is not an integer.
+
+    Example:
+        >>> [len(poisson_indices(step, num_examples=100, batch_size=10, key=0)) for step in range(4)]
+        [5, 10, 12, 10]
+
+    Reference:
+        https://arxiv.org/abs/1607.00133, section 3.1, "lots".
+    """
+    if not all(isinstance(number, int) for number in (step, num_examples, key)) or step < 0:
+        raise ValueError(f"must be integers, and step at least 0: {step=}, {num_examples=}, {key=}.")
+    if not 0 < batch_size <= num_examples:
+        raise ValueError(f"must be 0 < batch_size <= num_examples, got {batch_size=}, {num_examples=}.")
+    seed = int.from_bytes(hashlib.sha256(f"Poisson {key} {step}".encode()).digest()[:8], "big", signed=True)
+    draws = torch.rand(num_examples, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (draws < batch_size / num_examples).nonzero().flatten()
+
+
+def _require_positive(name: str, value: float) -> None:
+    if isinstance(value, Tensor) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a positive, finite number, got {value!r}.")
