@@ -66,7 +66,7 @@ In submodules: `vera_func.train.optim` (AdamW and schedules as pure functions), 
 `vera_func.train.privacy` (accounting, Poisson batches), `vera_func.train.influence` (TracIn, inverse Fisher),
 `vera_func.train.distributed` (torchrun), `vera_func.model.head` (hidden states and output head of a language model),
 `vera_func.merging.second_moments` (calibrated merging of a model), `vera_func.io.bank` (converting banks),
-`vera_func.data` and `vera_func.cli` (the command `vera-func`).
+`vera_func.io.push` (the Hugging Face hub), `vera_func.data` and `vera_func.cli` (the command `vera-func`).
 """
 
 from importlib import import_module

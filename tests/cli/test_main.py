@@ -204,7 +204,7 @@ def test_a_missing_module_that_is_no_extra_is_a_bug(demo, error):
         cli.main(["demo"])
 
 
-COMMANDS = ["demo", "train", "evaluate", "predict", "generate", "merge", "export-lora", "inspect", "convert"]
+COMMANDS = ["demo", "train", "evaluate", "predict", "generate", "merge", "export-lora", "inspect", "convert", "push"]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .file_commands import convert, export_lora, inspect, merge
+from .file_commands import convert, export_lora, inspect, merge, push
 from .text_commands import demo, evaluate, generate, predict, train
 
 
@@ -49,5 +49,5 @@ def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]
     return parsed
 
 
-for _command in (demo, train, evaluate, predict, generate, merge, export_lora, inspect, convert):
+for _command in (demo, train, evaluate, predict, generate, merge, export_lora, inspect, convert, push):
     app.command(_command.__name__.replace("_", "-"))(_deferred(_command))

@@ -16,8 +16,7 @@ from ..data.prompts import Encoded, Score, batches_by_length, collate
 from ..data.sources import Source, base_of, load_adapters, open_source, task_of
 from ..data.task import encode_examples, logits_of, score_of
 from ..io.bank import export_adapters, import_adapters, open_bank
-from ..io.checkpoint import WEIGHTS
-from ..io.config import CONFIG
+from ..io.config import CONFIG, WEIGHTS
 from ..io.files import filling
 from ..io.lora import export_lora
 from ..merging.model import merge, model_merge_report

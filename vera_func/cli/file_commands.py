@@ -1,4 +1,4 @@
-"""Commands that read and write adapters: merge, export-lora, inspect, convert."""
+"""Commands that read and write adapters: merge, export-lora, inspect, convert, push."""
 
 from typing import Annotated, Any
 
@@ -139,4 +139,34 @@ def convert(
     from .report import describe, show_result
 
     done = convert(sources, out, names=name, model=model, quant=quant, dtype=o.dtype_of(dtype))
+    show_result(done, json, *describe(done))
+
+
+def push(
+    path: Annotated[str, typer.Argument(metavar="DIR", help="A PEFT directory.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="A repository of the Hugging Face hub: user/repo.")],
+    revision: Annotated[
+        str | None, o.option("--revision", help="Branch to push to (default: the main branch).", metavar="NAME")
+    ] = None,
+    subfolder: Annotated[str | None, o.option("--subfolder", help="Folder in the repository.", metavar="DIR")] = None,
+    private: Annotated[bool, o.option("--private", help="Make a new repository private.")] = False,
+    message: Annotated[
+        str, o.option("--message", help="Message of the commit.", metavar="TEXT")
+    ] = "Upload a VeRA adapter",
+    json: o.Json = False,
+) -> None:
+    """Push an adapter to the Hugging Face hub, with a model card.
+
+    Log in first with `hf auth login`, or set HF_TOKEN.
+
+    Example:
+      vera-func push my-adapter user/my-adapter
+    """
+    from ..io.push import push_adapter
+    from .report import describe, show_result
+
+    url = push_adapter(
+        path, repository, revision=revision, subfolder=subfolder, private=private or None, message=message
+    )
+    done = {"repository": repository, "revision": revision, "commit": url}
     show_result(done, json, *describe(done))

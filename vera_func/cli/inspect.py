@@ -12,8 +12,8 @@ from ..data.assets import quiet_transformers
 from ..data.models import Base, describe_base
 from ..data.sources import Source, base_of, load_adapters, open_source
 from ..io.bank import open_bank
-from ..io.checkpoint import WEIGHTS, read_files
-from ..io.config import CONFIG
+from ..io.checkpoint import read_files
+from ..io.config import CONFIG, WEIGHTS
 from ..merging.layer import MergeReport
 from ..merging.model import model_merge_report
 from ..model.config import VeraConfig

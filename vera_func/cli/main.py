@@ -15,6 +15,7 @@ EXTRAS = {
     "accelerate",
     "datasets",
     "pyarrow",
+    "huggingface_hub",
 }
 # Errors in the arguments or the input files; other OSErrors are environment failures.
 INPUT_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)

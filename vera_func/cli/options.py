@@ -95,7 +95,7 @@ def _data(help: str) -> Any:
 
 
 # The adapters.
-Adapter = Annotated[str | None, option("--adapter", help="A PEFT directory.", metavar="DIR", panel=ADAPTER)]
+Adapter = Annotated[str | None, option("--adapter", help="A PEFT directory or hub id.", metavar="DIR", panel=ADAPTER)]
 Bank = Annotated[str | None, option("--bank", help="An adapter bank.", metavar="FILE", panel=ADAPTER)]
 Names = Annotated[list[str] | None, _name("default: all; repeat for several")]
 OneName = Annotated[list[str] | None, _name("required if it holds several")]

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..io.bank import open_bank
 from ..io.checkpoint import load_adapter, read_files
 from ..io.config import CONFIG
+from ..io.hub import find_adapter, is_repository
 from ..model.adapt import Adapted, adapt
 from ..model.batch import stack_adapters
 from ..model.config import VeraConfig
-from .models import Base, Note, load_base, read_note
+from .models import Base, Note, load_base, note_file, read_note
 from .prompts import PROMPT
 from .task import Task, make_task
 
@@ -44,7 +45,7 @@ def open_source(
     """Read and check the configuration and metadata of adapters, without loading a model.
 
     Args:
-        adapter: A PEFT directory.
+        adapter: A PEFT directory, or the name of a repository of the hub.
         bank: An adapter bank.
         names: Names of adapters in the bank; None means all.
         one: Whether exactly one adapter is required.
@@ -73,8 +74,10 @@ def open_source(
         raise ValueError("an adapter is required: pass --adapter DIR, or --bank FILE with --name.")
     if adapter is None:
         return Source(None, ["base"], None, Note())
-    config, _ = read_files(_adapter_directory(Path(adapter)))
-    return Source(Path(adapter), [Path(adapter).resolve().name], config, read_note(adapter))
+    path = Path(adapter)
+    folder = find_adapter(adapter, optional=[note_file("").name]) if is_repository(adapter) else path
+    config, _ = read_files(_adapter_directory(folder))
+    return Source(folder, [(path if folder is not path else path.resolve()).name], config, read_note(folder))
 
 
 def base_of(

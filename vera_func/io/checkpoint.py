@@ -22,11 +22,12 @@ from ..model.adapt import Adapted, draw_projections, make_apply
 from ..model.config import VeraConfig
 from ..model.targets import layer_device, linear_sizes, resolve, trained_with
 from ..model.tree import unwrap
-from .config import CONFIG, config_from_json, config_to_json
-from .files import parse_json, read_safetensors, replacing
+from .card import CARD, card_text
+from .config import CONFIG, WEIGHTS, config_from_json, config_to_json
+from .files import parse_json, read_safetensors, replacing, written_by
+from .hub import adapter_folder, find_adapter
 
 
-WEIGHTS = "adapter_model.safetensors"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PREFIX = "base_model.model."
 
@@ -38,6 +39,8 @@ def save_adapter(
     config: VeraConfig,
     *,
     adapter_name: str = "default",
+    card: bool = False,
+    metrics: Mapping[str, float] | None = None,
 ) -> Path:
     """Write an adapter as a PEFT directory; `PeftModel.from_pretrained(model, path)` loads it.
 
@@ -47,13 +50,16 @@ def save_adapter(
         frozen: The projections; written if `config.save_projection` is True.
         config: As `adapt` returned it, with explicit target modules.
         adapter_name: Name of the adapter. A name other than "default" selects the sub-folder of that name.
+        card: Whether to write a model card, `README.md`, with the method, the base, the targets, the number of trained
+            parameters, and how to load the adapter. It replaces an existing one.
+        metrics: Results for the card, by name.
 
     Returns:
         The directory that was written.
 
     Raises:
-        ValueError: If params are stacked, do not fit the projections, or hold NaN or inf, or the target modules are not
-            explicit. Nothing is written then.
+        ValueError: If params are stacked, do not fit the projections, or hold NaN or inf, the target modules are not
+            explicit, or metrics are given without a card or are not numbers. Nothing is written then.
 
     Example:
         >>> import tempfile
@@ -65,6 +71,9 @@ def save_adapter(
     """
     folder = adapter_folder(path, adapter_name)
     check_adapter(params, frozen, config)
+    if metrics and not card:
+        raise ValueError("metrics are written in the model card: pass card=True.")
+    readme = card_text(params, config, metrics) if card else None
     layers = {*adapted_modules(params)}
     tensors = {_to_peft(key, layers): value for key, value in params.items()}
     if config.save_projection:
@@ -72,13 +81,16 @@ def save_adapter(
     text = json.dumps(config_to_json(config), indent=2, sort_keys=True)
     data = save(
         {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()},
-        {"format": "pt", "vera_func.config": text},
+        {"format": "pt", "vera_func.config": text, "vera_func.version": written_by()},
     )
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS) as file:
         file.write_bytes(data)
     with replacing(folder / CONFIG) as file:
         file.write_text(text)
+    if readme is not None:
+        with replacing(folder / CARD) as file:
+            file.write_text(readme, encoding="utf-8")
     return folder
 
 
@@ -87,20 +99,25 @@ def load_adapter(
     model: nn.Module,
     *,
     adapter_name: str = "default",
+    revision: str | None = None,
+    subfolder: str | None = None,
     dtype: torch.dtype | None = torch.float32,
     int8_activations: bool = False,
     product_dtype: torch.dtype | None = None,
     ignore_unknown: bool = False,
 ) -> Adapted:
-    """Load an adapter from a PEFT directory, with `model` as a pure function.
+    """Load an adapter from a PEFT directory or the Hugging Face hub, with `model` as a pure function.
 
     If the file does not contain the projections, they are drawn from the seed in the configuration. Over a 16-bit base
     the drawn values are rounded to 16 bits, as in PEFT.
 
     Args:
-        path: The directory.
+        path: The directory. If there is none, `"user/repo"` is a repository of the hub, which the package
+            huggingface_hub downloads into its cache; offline, its cache is used.
         model: The base model; it is not modified.
         adapter_name: Name of the adapter. A name other than "default" selects the sub-folder of that name.
+        revision: Branch, tag or commit of the repository; None means its main branch.
+        subfolder: Folder of the adapter in the directory or repository.
         dtype: Dtype of vectors and projections, and therefore of the adapter's arithmetic. The default is float32 for
             every file, as in PEFT; None keeps the dtype of the file.
         int8_activations: See `adapt`.
@@ -112,7 +129,9 @@ def load_adapter(
         `(apply, params, frozen, config)`, as from `adapt`.
 
     Raises:
-        FileNotFoundError: If the directory contains no adapter; the message lists what it contains.
+        FileNotFoundError: If the directory contains no adapter (the message lists what it contains), or the hub has no
+            such repository, revision or file.
+        ConnectionError: If the hub can't be reached and its cache lacks the files.
         ValueError: If a file is damaged, belongs to another PEFT method, or does not fit the model. The message names
             the file and the key.
 
@@ -133,7 +152,7 @@ def load_adapter(
     if dtype is not None:
         require_float("dtype", dtype)
     require_product_dtype(product_dtype)
-    folder = adapter_folder(path, adapter_name)
+    folder = find_adapter(path, adapter_name, revision=revision, subfolder=subfolder)
     config, tensors = read_files(folder, ignore_unknown=ignore_unknown)
     file = folder / WEIGHTS
     model = unwrap(model)
@@ -146,7 +165,7 @@ def load_adapter(
         raise ValueError(f"{folder / CONFIG} does not fit this model: {error}") from error
     params, projections = {}, {}
     for name, tensor in tensors.items():
-        key = _from_peft(name)
+        key = key_from_peft(name)
         if name.startswith("base_model.vera_"):
             projections[name.removeprefix("base_model.")] = tensor
         elif key is None and not ignore_unknown:
@@ -205,19 +224,6 @@ def _projections_of(
     return {name: projections[name].to(device) for name in ("vera_A", "vera_B")}
 
 
-def adapter_folder(path: str | os.PathLike[str], adapter_name: str) -> Path:
-    """The folder in which PEFT stores an adapter of this name: `path` or a sub-folder."""
-    reserved = (".", "..", CONFIG, WEIGHTS)
-    if (
-        not isinstance(adapter_name, str)
-        or not adapter_name
-        or {*adapter_name} & {*"/\\\0"}
-        or adapter_name in reserved
-    ):
-        raise ValueError(f"adapter_name must be a plain name, got {adapter_name!r}.")
-    return Path(path) if adapter_name == "default" else Path(path) / adapter_name
-
-
 def read_files(folder: Path, *, ignore_unknown: bool = False) -> tuple[VeraConfig, dict[str, Tensor]]:
     """Read and check the configuration and tensors of an adapter directory; tensors keep PEFT's names.
 
@@ -272,7 +278,7 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
     for key, value in params.items():
         module, leaf = split_key(key)
         name = _to_peft(key, layers)
-        if _from_peft(name) != key or _is_copy(name):
+        if key_from_peft(name) != key or _is_copy(name):
             raise ValueError(
                 f"{key!r} contains the name of a PEFT wrapper, so PEFT would read it as another parameter or ignore "
                 "it. Use the parameter's name in the unwrapped model, as in the params of adapt and the parameters of "
@@ -306,7 +312,13 @@ def _to_peft(key: str, layers: set[str]) -> str:
     return _PREFIX + join_key(layer, leaf)
 
 
-def _from_peft(name: str) -> str | None:
+def key_from_peft(name: str) -> str | None:
+    """The key of `params` for a tensor's name in PEFT's files; None for a projection or an unknown name.
+
+    Example:
+        >>> key_from_peft("base_model.model.q.vera_lambda_b"), key_from_peft("base_model.model.q.base_layer.bias")
+        ('q.lambda_b', 'q.bias')
+    """
     if not name.startswith(_PREFIX):
         return None
     layer, leaf = split_key(name.removeprefix(_PREFIX))

@@ -8,6 +8,7 @@ from ..model.config import VeraConfig
 
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 _PEFT_ONLY = ("inference_mode", "peft_type", "peft_version", "runtime_config")
 
 

@@ -6,6 +6,8 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +128,17 @@ def parse_json(file: Path, text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}.") from error
+
+
+@cache
+def written_by() -> str:
+    """The name and version of this package, for the files that it writes.
+
+    Example:
+        >>> written_by().split()[0]
+        'vera_func'
+    """
+    try:
+        return f"vera_func {version('vera-func')}"
+    except PackageNotFoundError:  # run from a folder, without installation
+        return "vera_func"

@@ -17,9 +17,10 @@ from ..core.keys import VECTORS, split_key
 from ..model.config import VeraConfig
 from ..model.targets import adapted_layers, is_conv1d, linear_sizes
 from ..model.tree import unwrap
-from .checkpoint import WEIGHTS, adapter_folder, check_adapter
-from .config import CONFIG
+from .checkpoint import check_adapter
+from .config import CONFIG, WEIGHTS
 from .files import replacing
+from .hub import adapter_folder
 
 
 class LoraExport(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import private
 from ..core.keys import VECTORS, split_key
+from ..core.shapes import require_product_dtype
 from ..model.adapt import Adapted, make_apply, with_origin
 from ..model.apply import Apply
 from ..model.config import VeraConfig
@@ -23,7 +24,13 @@ from ..model.tree import unwrap, without_wrappers
 from .config import config_from_json
 
 
-def from_peft(peft_model: nn.Module, *, adapter_name: str | None = None, int8_activations: bool = False) -> Adapted:
+def from_peft(
+    peft_model: nn.Module,
+    *,
+    adapter_name: str | None = None,
+    int8_activations: bool = False,
+    product_dtype: torch.dtype | None = None,
+) -> Adapted:
     """Return the adapter of a live `peft.PeftModel`, with its base model as a pure function.
 
     The result equals that of saving the adapter in PEFT and loading it with `load_adapter(..., dtype=None)`, bit for
@@ -37,6 +44,7 @@ def from_peft(peft_model: nn.Module, *, adapter_name: str | None = None, int8_ac
             and `DistributedDataParallel` are removed.
         adapter_name: Name of the adapter; None means the active one.
         int8_activations: See `adapt`.
+        product_dtype: See `adapt`.
 
     Returns:
         `(apply, params, frozen, config)`, as from `adapt`. Dtypes and devices are those of the PEFT model.
@@ -57,6 +65,7 @@ def from_peft(peft_model: nn.Module, *, adapter_name: str | None = None, int8_ac
     Reference:
         https://huggingface.co/docs/peft/package_reference/vera
     """
+    require_product_dtype(product_dtype)
     live, name = _named_adapter(peft_model, adapter_name)
     base, layers, heads = _without_peft(live.base_model.model, name)
     merged = {adapter for layer in layers.values() for adapter in layer.merged_adapters}
@@ -75,6 +84,7 @@ def from_peft(peft_model: nn.Module, *, adapter_name: str | None = None, int8_ac
         trained_with(base, config, tuple(layers)),
         vera_dropout=config.vera_dropout,
         int8_activations=int8_activations,
+        product_dtype=product_dtype,
     )
     return Adapted(apply, _params(apply, base, layers, heads, name), frozen, config)
 

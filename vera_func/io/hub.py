@@ -1,0 +1,152 @@
+"""Where the files of an adapter are: a local directory, or a repository of the Hugging Face hub.
+
+A repository has the files of an adapter directory, so everything that `load_adapter` reads can be pushed. The package
+`huggingface_hub` downloads and caches them; it is imported only if a repository is named.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .config import CONFIG, WEIGHTS
+
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_repository(name: object) -> bool:
+    """Whether a name has the form `user/repo` and is not a local file or directory.
+
+    Example:
+        >>> is_repository("user/repo"), is_repository("./user/repo"), is_repository("a/b/c"), is_repository(Path("a/b"))
+        (True, False, False, False)
+    """
+    return isinstance(name, str) and _REPOSITORY.fullmatch(name) is not None and not Path(name).exists()
+
+
+def find_adapter(
+    path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    optional: Sequence[str] = (),
+) -> Path:
+    """The local folder with an adapter's files; those of a repository are downloaded into the cache of the hub.
+
+    Args:
+        path: A directory, or `"user/repo"` if there is no such directory.
+        adapter_name: See `load_adapter`.
+        revision: Branch, tag or commit of the repository.
+        subfolder: Folder of the adapter in the directory or repository.
+        optional: Further files of the repository to download, if it has them.
+
+    Raises:
+        FileNotFoundError: If the hub has no such repository, revision or file.
+        ConnectionError: If the hub can't be reached and the files are not in its cache.
+        ValueError: If an argument is invalid, or `revision` is given for a local directory.
+        OSError: If the hub refuses the request.
+    """
+    if subfolder is not None and (not isinstance(subfolder, str) or _leaves_its_folder(subfolder)):
+        raise ValueError(f"subfolder must be a relative path such as 'adapters/first', got {subfolder!r}.")
+    if not isinstance(revision, str | None) or revision == "":
+        raise ValueError(f"revision must be a branch, tag or commit, or None, got {revision!r}.")
+    if is_repository(path):
+        adapter_folder(path, adapter_name)  # checks the name
+        inside = PurePosixPath(subfolder or "") / ("" if adapter_name == "default" else adapter_name)
+        return _download(str(path), revision, None if str(inside) == "." else str(inside), optional)
+    if revision is not None:
+        raise ValueError(f"revision={revision!r} is for a repository of the hub, but {path} is not a name 'user/repo'.")
+    return adapter_folder(Path(path) / (subfolder or ""), adapter_name)
+
+
+def adapter_folder(path: str | os.PathLike[str], adapter_name: str) -> Path:
+    """The folder in which PEFT stores an adapter of this name: `path` or a sub-folder."""
+    reserved = (".", "..", CONFIG, WEIGHTS)
+    if (
+        not isinstance(adapter_name, str)
+        or not adapter_name
+        or {*adapter_name} & {*"/\\\0"}
+        or adapter_name in reserved
+    ):
+        raise ValueError(f"adapter_name must be a plain name, got {adapter_name!r}.")
+    return Path(path) if adapter_name == "default" else Path(path) / adapter_name
+
+
+@contextmanager
+def hub_errors(repository: str, revision: str | None = None, tried: str = "") -> Iterator[Any]:
+    """Yield the package `huggingface_hub`, and report its failures as one sentence.
+
+    Args:
+        repository: The repository, for the messages.
+        revision: Its revision.
+        tried: Beginning of the messages, about what was looked for before.
+
+    Raises:
+        ModuleNotFoundError: If the package is not installed.
+        FileNotFoundError: If the hub has no such repository, revision or file.
+        ConnectionError: If the hub can't be reached.
+        ValueError: If the name is invalid.
+        OSError: If the hub refuses the request.
+    """
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub import errors
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{tried}the repository {repository} of the hub needs a package: pip install huggingface_hub.",
+            name=error.name,
+        ) from error
+    unreachable = f"{tried}the hub can't be reached for the repository {repository}"
+    try:
+        yield hub
+    except errors.RepositoryNotFoundError as error:  # also a gated one
+        raise FileNotFoundError(
+            f"{tried}the hub has no repository {repository} that you may access. If it is private or gated, log in "
+            "with `hf auth login`."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"the repository {repository} of the hub has no revision {revision!r}.") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise ConnectionError(f"{unreachable}, which is not in its cache.") from error
+    except errors.HFValidationError as error:
+        raise ValueError(f"{repository!r} is not a valid name of a repository: {error}") from error
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        hint = " Log in with `hf auth login`." if status in (401, 403) else ""
+        raise OSError(f"the hub refused the request for {repository} (HTTP status {status}).{hint}") from error
+    except Exception as error:
+        # The client passes on errors of its HTTP library, whose classes depend on its version.
+        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests"):
+            raise
+        raise ConnectionError(f"{unreachable}: {error}") from error
+
+
+def _download(repository: str, revision: str | None, subfolder: str | None, optional: Sequence[str]) -> Path:
+    folders = []
+    with hub_errors(repository, revision, f"there is no local directory {repository}, and ") as hub:
+        for name in (CONFIG, WEIGHTS, *optional):
+            try:
+                file = hub.hf_hub_download(repo_id=repository, filename=name, revision=revision, subfolder=subfolder)
+            except hub.errors.EntryNotFoundError as error:
+                if name in optional:
+                    continue
+                if isinstance(error, hub.errors.LocalEntryNotFoundError):  # not in the cache, and no network
+                    raise
+                place = f"the folder {subfolder} of the repository" if subfolder else "the repository"
+                raise FileNotFoundError(
+                    f"{place} {repository} of the hub has no {name}. An adapter has {CONFIG} and {WEIGHTS}; "
+                    "adapter_model.bin, a pickle, is not supported."
+                ) from error
+            folders.append(Path(file).parent)
+    if len({*folders}) > 1:  # the folders of the cache are named by commits
+        raise OSError(f"the repository {repository} changed while it was downloaded: try again.")
+    return folders[0]
+
+
+def _leaves_its_folder(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    return not parts or ".." in parts or parts[0] == "/" or "\\" in path

@@ -1,0 +1,69 @@
+"""Push an adapter directory to the Hugging Face hub."""
+
+import os
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from .card import CARD, card_text
+from .checkpoint import key_from_peft, read_files
+from .config import CONFIG, WEIGHTS
+from .hub import hub_errors
+
+
+NOTE = "vera_func.json"  # metadata of the command line
+
+
+def push_adapter(
+    path: str | os.PathLike[str],
+    repository: str,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    private: bool | None = None,
+    message: str = "Upload a VeRA adapter",
+) -> str:
+    """Push an adapter directory to a repository of the hub in one commit; `load_adapter(repository, model)` loads it.
+
+    The repository is created if it does not exist. Only the files of the adapter are pushed: its configuration,
+    weights, model card and the metadata of the command line. A directory without a card gets one in the repository.
+
+    Args:
+        path: A directory as written by `save_adapter` or PEFT; it is not modified.
+        repository: `"user/repo"`. The token is that of `hf auth login` or `HF_TOKEN`.
+        revision: Branch to push to, created if it does not exist; None means the main branch.
+        subfolder: Folder in the repository; None means its root.
+        private: Whether a new repository is private; None means the default of the account.
+        message: Message of the commit.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        FileNotFoundError: If the directory contains no adapter, or you may not access the repository.
+        ConnectionError: If the hub can't be reached.
+        ValueError: If the adapter is damaged, or the repository's name is invalid.
+        OSError: If the hub refuses the request.
+    """
+    folder = Path(path)
+    config, tensors = read_files(folder)
+    params = {key: value for name, value in tensors.items() if (key := key_from_peft(name)) is not None}
+    with TemporaryDirectory() as staged:
+        for name in (CONFIG, WEIGHTS, CARD, NOTE):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, Path(staged) / name)
+        if not (folder / CARD).is_file():
+            (Path(staged) / CARD).write_text(card_text(params, config), encoding="utf-8")
+        with hub_errors(repository, revision) as hub:
+            api = hub.HfApi()
+            api.create_repo(repo_id=repository, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id=repository, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repository,
+                folder_path=staged,
+                path_in_repo=subfolder,
+                revision=revision,
+                commit_message=message,
+            )
+    return str(commit)
