@@ -66,15 +66,25 @@ def bare(apply):
         parent, _, child = f"model.{name}".rpartition(".")
         tree.get_submodule(parent).register_module(child, tree.get_submodule(f"model.{name}").base_layer)
 
-    @torch.no_grad()
     def forward(ids, **options):
         return functional_call(tree, {}, ("__call__", (), {"input_ids": ids, **options}))
 
     return forward
 
 
+def train_step(loss, params):
+    """The gradient of `loss(params)` by plain autograd."""
+    leaves = {key: p.detach().requires_grad_() for key, p in params.items()}
+    return torch.autograd.grad(loss(leaves), list(leaves.values()))
+
+
 def interleave(functions, repeats=5, seconds=60.0):
-    """Minimum seconds of each function, taken in turns, so that a busy moment of the machine hits all alike."""
+    """Minimum seconds of each function, taken in turns, so that a busy moment of the machine hits all alike.
+
+    With one thread (`OMP_NUM_THREADS=1`) and no GPU these are seconds of the process, which others disturb less.
+    """
+    one_thread = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    clock = time.process_time if one_thread else time.perf_counter
     best = dict.fromkeys(functions, float("inf"))
     for function in functions.values():
         function()
@@ -82,10 +92,10 @@ def interleave(functions, repeats=5, seconds=60.0):
     for _ in tqdm(range(repeats), leave=False):
         for name, function in functions.items():
             _synchronize()
-            start = time.perf_counter()
+            start = clock()
             function()
             _synchronize()
-            best[name] = min(best[name], time.perf_counter() - start)
+            best[name] = min(best[name], clock() - start)
         if time.perf_counter() > deadline:
             break
     return best

@@ -85,7 +85,7 @@ def mixed(adapted, n, tokens, device):
     def options():
         return {**cached, "past_key_values": copy.deepcopy(prompt)} if cached else {}
 
-    ours, theirs = torch.no_grad()(lambda: apply(stacked, frozen, input_ids=ids, **options())), base
+    ours, theirs = torch.no_grad()(lambda: apply(stacked, frozen, input_ids=ids, **options())), torch.no_grad()(base)
     best = interleave({"mixed": ours, "bare": lambda: theirs(ids, **options()), "cache": lambda: options()}, repeats=10)
     copied = best["cache"] if cached else 0.0
     seconds = {name: best[name] - copied for name in ("mixed", "bare")}

@@ -37,7 +37,7 @@ def measure(dtype, device, *, adapters, tokens, width, r):
     apply, params, frozen, _ = vf.adapt(model, vf.VeraConfig(r=r, target_modules=TARGETS))
     stacked = vf.stack_adapters([params] * adapters)
     ids = torch.randint(0, 512, (adapters, tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    base = bare(apply)
+    base = torch.no_grad()(bare(apply))
 
     @torch.no_grad()
     def mixed():
