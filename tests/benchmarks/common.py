@@ -78,7 +78,7 @@ def train_step(loss, params):
     return torch.autograd.grad(loss(leaves), list(leaves.values()))
 
 
-def interleave(functions, repeats=5, seconds=60.0):
+def interleave(functions, repeats=20, seconds=30.0):
     """Minimum seconds of each function, taken in turns, so that a busy moment of the machine hits all alike.
 
     With one thread (`OMP_NUM_THREADS=1`) and no GPU these are seconds of the process, which others disturb less.
