@@ -1,0 +1,144 @@
+"""Chats as tokens, and which of them are the assistant's.
+
+A language model is trained on the assistant's turns of a chat. Where a turn begins and ends is known to the tokenizer's
+chat template alone. Some templates mark the assistant's text with `{% generation %}`; these marks are used. For any
+other template, prefixes of the chat are rendered and compared with the whole:
+
+    begin of turn i = length of render(messages[:i], add_generation_prompt=True)
+    end of turn i   = length of render(messages[:i + 1]), without what follows the token that ends the turn
+
+So the targets are what the model has to generate after the prompt that it gets: the text of the turn and the token that
+ends it, such as `<|im_end|>`, and not the line break that the template writes after it.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = Sequence[dict[str, Any]]
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
+_ADVICE = "Use a template with {% generation %} marks, or one that renders each message after the others."
+
+
+class ChatTokens(NamedTuple):
+    """A tokenized chat.
+
+    Attributes:
+        ids: Token ids.
+        assistant: For each token, whether the assistant says it.
+    """
+
+    ids: list[int]
+    assistant: list[bool]
+
+
+def chat_tokens(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **options: Any) -> ChatTokens:
+    """Tokenize a chat by the tokenizer's chat template, and find the tokens of the assistant's turns.
+
+    Costs one rendering of the chat if the template has `{% generation %}` marks, and two more for each turn of the
+    assistant if it has not.
+
+    Args:
+        tokenizer: A fast tokenizer with a chat template.
+        messages: Dicts with `role` and `content`.
+        **options: For the template, such as `tools`.
+
+    Raises:
+        ValueError: If the tokenizer has no chat template or is not a fast one, the template refuses the messages, it
+            has marks but marks nothing, or it has none and the rendering of a part of the chat is not the beginning of
+            the whole.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"user:": 0, "bot:": 1, "hi": 2, "hello": 3, "</s>": 4}, "hi"))
+        >>> words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", chat_template=(
+        ...     "{% for m in messages %}{% if m.role == 'user' %}user: {{ m.content }} {% else %}"
+        ...     "bot: {{ m.content }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}bot:{% endif %}"))
+        >>> chat_tokens(tokenizer, [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}])
+        ChatTokens(ids=[0, 2, 1, 3, 4], assistant=[False, False, False, True, True])
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template, which messages need: use a model that is made for chats.")
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} does not know where its tokens are in a text: use a fast one.")
+    if not messages:
+        raise ValueError("the chat has no messages.")
+    if _MARK.search(tokenizer.get_chat_template(tools=options.get("tools"))):
+        return _marked(tokenizer, messages, options)
+    text = _render(tokenizer, messages, options)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    assistant = [False] * len(encoded["input_ids"])
+    for begin, end in _turns(tokenizer, messages, text, options):
+        inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > begin]
+        if inside:
+            assistant[inside[0] : inside[-1] + 1] = [True] * (inside[-1] + 1 - inside[0])
+    return ChatTokens(encoded["input_ids"], assistant)
+
+
+def _marked(tokenizer: Any, messages: Messages, options: dict[str, Any]) -> ChatTokens:
+    """The tokens, and those that the template marks."""
+    found = _apply(tokenizer, messages, options, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    assistant = [bool(mark) for mark in found["assistant_masks"]]
+    if not any(assistant) and any(message["role"] == "assistant" for message in messages):
+        raise ValueError("the chat template has {% generation %} marks, but marks no token of the assistant's turns.")
+    return ChatTokens(found["input_ids"], assistant)
+
+
+def _turns(tokenizer: Any, messages: Messages, text: str, options: dict[str, Any]) -> Iterator[tuple[int, int]]:
+    """Begin and end of the assistant's turns in the rendered chat."""
+    special = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}, key=len, reverse=True)
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = _prompt(tokenizer, messages[:i], message, options)
+        until = _render(tokenizer, messages[: i + 1], options)
+        ends = [end for end in _ends(until, len(prompt), special) if text.startswith(until[:end])]
+        if not until.startswith(prompt) or not text.startswith(prompt) or not ends:
+            raise ValueError(
+                f"the chat template can't be split: what it renders for the first {i} or {i + 1} messages is not the "
+                f"beginning of the whole chat, so that the turn of the assistant can't be found. {_ADVICE}"
+            )
+        yield len(prompt), ends[min(1, len(ends) - 1)]
+
+
+def _ends(text: str, begin: int, special: Sequence[str]) -> list[int]:
+    """Where a turn that begins at `begin` may end: after its words, and after each special token behind them.
+
+    The last special tokens may end the whole chat. Without a special token, all of the text belongs to the turn.
+    """
+    position, ends = len(text), list[int]()
+    while True:
+        end = max(len(text[:position].rstrip()), begin)
+        token = next((token for token in special if text.endswith(token, begin, end)), None)
+        if token is None:
+            return [end, *reversed(ends or [len(text)])]
+        ends.append(end)
+        position = end - len(token)
+
+
+def _prompt(tokenizer: Any, before: Messages, message: dict[str, Any], options: dict[str, Any]) -> str:
+    """What the model is given before a turn of the assistant."""
+    if before:
+        return _render(tokenizer, before, options, add_generation_prompt=True)
+    # A template renders no empty chat: what two different first turns have in common.
+    one, other = (_render(tokenizer, [{**message, "content": content}], options) for content in ("0", "1"))
+    return one[: next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)]
+
+
+def _render(tokenizer: Any, messages: Messages, options: dict[str, Any], **more: Any) -> str:
+    return _apply(tokenizer, messages, options, tokenize=False, **more)
+
+
+def _apply(tokenizer: Any, messages: Messages, options: dict[str, Any], **more: Any) -> Any:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(list(messages), **options, **more)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses the messages: {error}.") from error
