@@ -15,6 +15,7 @@ from transformers import (
 )
 
 import vera_func as vf
+from vera_func import private
 from vera_func.model.targets import DEFAULT_TARGETS, linear_sizes, resolve, trained_with
 
 from helpers import bert, gpt2, llama, quantized
@@ -265,3 +266,18 @@ def test_a_quantized_module_cannot_be_trained_whole():
     config = vf.VeraConfig(target_modules=QV, modules_to_save=["o_proj"])
     with pytest.raises(ValueError, match=r"modules_to_save trains '.*o_proj\.weight', but it is quantized"):
         vf.adapt(model, config)
+
+
+def test_layers_on_several_devices():
+    # Tensors without data stand for those of two GPUs.
+    with private.fake_tensors():
+        model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
+        for layer, device in ((model[0], "cuda:0"), (model[2], "cuda:1")):
+            for name, parameter in [*layer.named_parameters()]:
+                setattr(layer, name, nn.Parameter(parameter.detach().to(device)))
+        message = r"must be on one device, but are on cuda:0 \(0\), cuda:1 \(2\). Load the model onto one"
+        for fields in ({"target_modules": ["0", "2"]}, {"target_modules": ["0"], "modules_to_save": ["2"]}):
+            with pytest.raises(ValueError, match=message):
+                vf.adapt(model, vf.VeraConfig(r=4, **fields))
+        # A layer without an adapter may be elsewhere.
+        assert vf.adapt(model, vf.VeraConfig(r=4, target_modules=["0"])).apply.targets == ("0",)

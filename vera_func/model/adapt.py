@@ -27,7 +27,7 @@ from .checkout import Trees
 from .config import VeraConfig
 from .layers import Projections, layer_class
 from .rows import path_in_model
-from .targets import layer_device, linear_sizes, peft_dtype, resolve, trained_with
+from .targets import layer_device, linear_sizes, peft_dtype, require_one_device, resolve, trained_with
 from .tree import copy_tree, frozen_alias, no_data_error, parameter_aliases, unwrap
 
 
@@ -66,7 +66,8 @@ def adapt(
     Args:
         model: Any module with `nn.Linear`, bitsandbytes' linear layers or transformers' `Conv1D`. Wrappers of
             `torch.compile`, `DataParallel` and `DistributedDataParallel` are removed; compile `apply` instead. Dense
-            layers offloaded by accelerate run through its hooks; quantized ones raise.
+            layers offloaded by accelerate run through its hooks; quantized ones raise. The adapted layers must be on
+            one device.
         config: The layers to adapt, the rank and the initial values.
         dtype: Dtype of the vectors and of the adapter's arithmetic, independent of the base's dtype.
         int8_activations: Multiply 8-bit layers as LLM.int8() does; see `quantized_linear`.
@@ -80,8 +81,9 @@ def adapt(
         `(apply, params, frozen, config)`; the configuration has the names of the targets and of the base filled in.
 
     Raises:
-        ValueError: If no module matches the configuration, a match cannot be adapted, the model is wrapped by PEFT, or
-            `dtype` is not a floating-point dtype, or `product_dtype` not a 16-bit one.
+        ValueError: If no module matches the configuration, a match cannot be adapted, the model is wrapped by PEFT or
+            quantized by another library than bitsandbytes, the adapted layers are on several devices, `dtype` is not a
+            floating-point dtype, or `product_dtype` not a 16-bit one.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -228,12 +230,13 @@ def make_apply(
         product_dtype: See `vera_forward`.
 
     Raises:
-        ValueError: If a target cannot be adapted.
+        ValueError: If a target cannot be adapted, or they are on several devices.
 
     Example:
         >>> make_apply(nn.Sequential(nn.Linear(8, 6)), 4, ["0"])
         Apply(Sequential, 1 adapted layers)
     """
+    require_one_device(model, targets, trained)
     modules = dict(model.named_modules())
     owners = {split_key(name)[0] for name in trained}
     memo: dict[int, Any] = {id(p): frozen_alias(p) for p in model.parameters()}

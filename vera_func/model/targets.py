@@ -270,6 +270,30 @@ def layer_device(module: nn.Module) -> torch.device:
     return device if hook is None else torch.device(hook.execution_device)
 
 
+def require_one_device(model: nn.Module, targets: Sequence[str], trained: Sequence[str]) -> None:
+    """Raise if the layers that read an adapter are on several devices, as with a `device_map` over several GPUs.
+
+    Args:
+        model: Any module.
+        targets: Names of the adapted modules.
+        trained: Names of the trained parameters of the model itself.
+
+    Raises:
+        ValueError: If there is more than one device; weights without data do not count.
+
+    Example:
+        >>> require_one_device(nn.Sequential(nn.Linear(3, 5)), ["0"], ["0.bias"])
+    """
+    owners = dict.fromkeys([*targets, *(split_key(name)[0] for name in trained)])
+    devices = {layer_device(model.get_submodule(name)): name for name in owners}
+    places = sorted(f"{device} ({name})" for device, name in devices.items() if device.type != "meta")
+    if len(places) > 1:
+        raise ValueError(
+            f"the layers of an adapter must be on one device, but are on {', '.join(places)}. Load the model onto one, "
+            "with device_map={'': 0} instead of 'auto'; quantize it if it is too large."
+        )
+
+
 def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Group adapter vectors by module, `{name: {"lambda_b": ..., "lambda_d": ...}}`, and check them against the model.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .. import private
 from ..core.keys import join_key, split_key
 from ..quant.bnb import is_bnb_linear, to_bnb
+from ..quant.foreign import foreign_error, foreign_layer
 from ..quant.value import Quantized
 from .base_layers import QuantizedLinear
 from .targets import held_parameters, is_conv1d
@@ -28,7 +29,8 @@ def unwrap(model: Model) -> Model:
         model: Any module; it is not modified.
 
     Raises:
-        ValueError: If `model` is not a module, or contains modules of PEFT.
+        ValueError: If `model` is not a module, or contains modules of PEFT or layers quantized by another library than
+            bitsandbytes.
 
     Example:
         >>> model = nn.Linear(2, 3)
@@ -42,6 +44,8 @@ def unwrap(model: Model) -> Model:
         plain = below
     if (part := private.peft_part(plain)) is not None:
         raise ValueError(_peft_error(*part))
+    if (foreign := foreign_layer(plain)) is not None:
+        raise ValueError(foreign_error(*foreign))
     return cast(Model, without_wrappers(plain, private.wrapped_module)[0])
 
 

@@ -1,0 +1,83 @@
+"""Recognize layers quantized by other libraries, which are not supported, by the names of their classes.
+
+Their kernels have no derivatives, or only for plain autograd, and their weights no values here. The libraries need not
+be installed.
+"""
+
+import re
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Library(NamedTuple):
+    """A quantization library.
+
+    Attributes:
+        name: Name for error messages.
+        packages: Python packages of its layers or tensors.
+        classes: Regular expression for the names of its layers, wherever they are defined.
+        dequantize: How to get a dense weight from a layer, or None if the library has no public way.
+        holds: An attribute that such layers have, if the names of their classes are too common.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    classes: str = ""
+    dequantize: str | None = None
+    holds: str | None = None
+
+
+# The first that matches. GPTQModel has layers of AWQ, too.
+LIBRARIES = (
+    Library("AWQ", ("awq",), r"WQLinear\w*|Awq\w*Linear\w*"),
+    Library("GPTQ", ("auto_gptq", "gptqmodel"), r"\w*QuantLinear\w*", "layer.dequantize_weight().T", "qweight"),
+    Library("HQQ", ("hqq",), r"HQQLinear\w*", "layer.dequantize()"),
+    Library("EETQ", ("eetq",), r"E[Ee][Tt][Qq]Linear|W8A16Linear"),
+    Library("torchao", ("torchao",), dequantize="layer.weight.dequantize()"),
+    Library("Quanto", ("optimum.quanto", "quanto"), dequantize="layer.weight.dequantize()"),
+    Library("AQLM", ("aqlm",)),
+    Library("compressed-tensors", ("compressed_tensors",), r"CompressedTensors\w*Linear|CompressedLinear"),
+    Library("FP8", (), r"FP8\w*Linear|FbgemmFp8Linear"),
+)
+
+
+def foreign_layer(model: nn.Module) -> tuple[str, str, Library] | None:
+    """The first layer of a model that another library has quantized: its name, its type, and the library.
+
+    Example:
+        >>> foreign_layer(nn.Linear(3, 5)) is None
+        True
+        >>> HQQLinear = type("HQQLinear", (nn.Module,), {})
+        >>> name, kind, library = foreign_layer(nn.Sequential(nn.ReLU(), HQQLinear()))
+        >>> name, kind, library.name
+        ('1', 'HQQLinear', 'HQQ')
+    """
+    known: dict[type, Library | None] = {}
+    for name, module in model.named_modules():
+        for part in (module, module._parameters.get("weight")):  # some libraries replace only the class of the weight
+            kind = type(part)
+            if kind not in known:
+                known[kind] = next((library for library in LIBRARIES if _belongs(part, library)), None)
+            library = known[kind]
+            if library is not None:
+                return name, kind.__name__, library
+    return None
+
+
+def foreign_error(name: str, kind: str, library: Library) -> str:
+    """The error message for a layer of another library."""
+    dense = f" Or make each an nn.Linear with the weight {library.dequantize}." if library.dequantize else ""
+    return (
+        f"{name!r} is quantized by {library.name} ({kind}); only dense layers and those of bitsandbytes are supported. "
+        "Load the original weights and quantize them: vf.quantize_model(model, 'nf4'), or "
+        f"BitsAndBytesConfig(load_in_4bit=True) in transformers.{dense}"
+    )
+
+
+def _belongs(part: object, library: Library) -> bool:
+    packages = tuple(f"{package}." for package in library.packages)
+    if any(f"{kind.__module__}.".startswith(packages) for kind in type(part).__mro__):
+        return True
+    named = bool(library.classes) and re.fullmatch(library.classes, type(part).__name__) is not None
+    return named and (library.holds is None or hasattr(part, library.holds))
