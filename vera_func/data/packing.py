@@ -1,0 +1,144 @@
+"""Several documents in each row of a batch, none of which sees another.
+
+    split    a long document to pieces of at most `max_length` tokens
+    pack     pieces to rows of at most `max_length` tokens, with little padding (best fit, the longest first)
+    packed_batch    rows to a batch: each document attends to itself only, and its positions begin at 0
+
+So the logits of a document in a packed row are those of the document alone, and so are its losses: the last token of a
+document is not asked for the first token of the next.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..train.losses import IGNORED
+
+
+Document = tuple[Sequence[int], Sequence[int]]  # token ids, and labels
+T = TypeVar("T", bound=Sequence[int])
+
+
+def split(document: T, max_length: int) -> list[T]:
+    """Cut a sequence of tokens to pieces of at most `max_length`; an empty sequence has none.
+
+    Example:
+        >>> split([5, 6, 7, 8, 9], 2)
+        [[5, 6], [7, 8], [9]]
+    """
+    _check_length(max_length)
+    return [document[start : start + max_length] for start in range(0, len(document), max_length)]  # type: ignore[misc]
+
+
+def pack(lengths: Iterable[int], max_length: int) -> list[list[int]]:
+    """Group documents to rows of at most `max_length` tokens: for each row, the indices of its documents.
+
+    The longest document that is left is put into the row with the least space that is enough. Costs O(n log n). The
+    result depends on the arguments only. Documents are in order within rows, and rows by their first document.
+
+    Args:
+        lengths: Number of tokens of each document.
+        max_length: Maximum number of tokens of a row.
+
+    Raises:
+        ValueError: If a document is longer than a row, or a length is not positive.
+
+    Example:
+        >>> pack([5, 2, 4, 3], 8)
+        [[0, 3], [1, 2]]
+    """
+    _check_length(max_length)
+    lengths = list(lengths)
+    rows: list[list[int]] = []
+    by_space: dict[int, list[int]] = {}  # rows by their space
+    spaces: list[int] = []  # the keys of `by_space`, sorted
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not 0 < lengths[i] <= max_length:
+            raise ValueError(f"document {i} has {lengths[i]} tokens: pass documents of 1 to {max_length}; see split.")
+        at = bisect_left(spaces, lengths[i])
+        if at == len(spaces):
+            row, space = len(rows), max_length
+            rows.append([])
+        else:
+            space = spaces[at]
+            row = by_space[space].pop()
+            if not by_space[space]:
+                del by_space[space], spaces[at]
+        rows[row].append(i)
+        left = space - lengths[i]
+        if left not in by_space:
+            by_space[left] = []
+            insort(spaces, left)
+        by_space[left].append(row)
+    return sorted(sorted(row) for row in rows)
+
+
+def packed_batch(
+    rows: Sequence[Sequence[Document]], *, pad_id: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """A batch of rows that hold several documents each, padded on the right.
+
+    The mask is block-diagonal and causal, and replaces the model's own: one with a sliding window sees whole documents.
+    It takes `rows * seq * seq` values.
+
+    Args:
+        rows: For each row its documents, pairs of token ids and labels (-100 where there is no target). For language
+            modelling, labels are the ids.
+        pad_id: Token to pad with.
+        dtype: Dtype of the mask; that of the model's activations.
+
+    Returns:
+        `input_ids`, `position_ids` and `labels` (b, seq), and `attention_mask` (b, 1, seq, seq), which is added to the
+        attention scores. The label of the first token of each document is -100.
+
+    Raises:
+        ValueError: If there are no rows, a row or document is empty, or ids and labels differ in length.
+
+    Example:
+        >>> batch = packed_batch([[([5, 6], [5, 6]), ([7, 8, 9], [-100, 8, 9])], [([5, 6, 7], [5, 6, 7])]])
+        >>> batch["labels"]
+        tensor([[-100,    6, -100,    8,    9],
+                [-100,    6,    7, -100, -100]])
+        >>> batch["position_ids"]
+        tensor([[0, 1, 0, 1, 2],
+                [0, 1, 2, 0, 1]])
+        >>> (batch["attention_mask"][0, 0] == 0).int()
+        tensor([[1, 0, 0, 0, 0],
+                [1, 1, 0, 0, 0],
+                [0, 0, 1, 0, 0],
+                [0, 0, 1, 1, 0],
+                [0, 0, 1, 1, 1]], dtype=torch.int32)
+    """
+    if not rows or not all(rows) or not all(len(ids) for row in rows for ids, _ in row):
+        raise ValueError("there is nothing to batch: pass rows of documents, each with a token at least.")
+    for tokens, targets in (document for row in rows for document in row):
+        if len(tokens) != len(targets):
+            raise ValueError(f"a document has {len(tokens)} tokens and {len(targets)} labels: one label for each.")
+    width = max(sum(len(ids) for ids, _ in row) for row in rows)
+    shape = len(rows), width
+    ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORED)
+    positions, owner = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    for i, row in enumerate(rows):
+        # Padding is one more document, so that each position attends to itself at least.
+        padding = width - sum(len(ids) for ids, _ in row)
+        begin = 0
+        for k, (tokens, targets) in enumerate([*row, ([pad_id] * padding, [IGNORED] * padding)]):
+            end = begin + len(tokens)
+            ids[i, begin:end] = torch.as_tensor(tokens)
+            labels[i, begin:end] = torch.as_tensor(targets)
+            labels[i, begin : begin + 1] = IGNORED
+            positions[i, begin:end] = torch.arange(len(tokens))
+            owner[i, begin:end] = k
+            begin = end
+    sees = (owner[:, :, None] == owner[:, None, :]).tril()
+    mask = torch.zeros(len(rows), 1, width, width, dtype=dtype)
+    mask = mask.masked_fill(~sees[:, None], torch.finfo(dtype).min)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
+
+
+def _check_length(max_length: int) -> None:
+    if not isinstance(max_length, int) or max_length < 1:
+        raise ValueError(f"max_length must be a positive number of tokens, got {max_length!r}.")
