@@ -24,7 +24,7 @@ def run(dtype, width=1024, r=256, tokens=(1, 16, 128, 512, 2048)):
 
 
 def products(width, counts=(1, 4, 16, 32, 64, 128)):
-    """Print where the fused kernel stops to be faster than dequantizing: what `FUSED_ROWS` was chosen by."""
+    """Print up to how many rows the fused kernel is faster than dequantizing, and than a dense copy."""
     q = vf.quantize_4bit(torch.randn(width, width, generator=torch.Generator().manual_seed(0)).bfloat16())
     fused, dense, spec = fused_weight(q), vf.dequantize(q), flatten(q)[1]
     rows = []

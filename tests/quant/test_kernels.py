@@ -18,8 +18,7 @@ import vera_func as vf
 from vera_func import private
 from vera_func.model.base_layers import QuantizedLinear
 from vera_func.quant import linear as module
-from vera_func.quant.cpu_layout import fused_weight, unpack_cpu_layout
-from vera_func.quant.linear import FUSED_ROWS
+from vera_func.quant.cpu_layout import FUSED_ROWS, fused_weight, unpack_cpu_layout
 from vera_func.quant.value import flatten
 
 from helpers import FORMATS, llama, quantized, randomized, relative_error, repack
@@ -137,7 +136,7 @@ def test_a_copy_of_another_weight_is_refused(calls):
 def test_a_model_decodes_with_fused_weights(calls):
     model = quantized(llama(torch.bfloat16, hidden_size=64, intermediate_size=128), "nested")
     apply, params, frozen, _ = vf.adapt(model, vf.VeraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-    params, fast = randomized(params), apply.with_fused_weights()
+    params, fast = randomized(params), apply.with_fused_weights(max_rows=FUSED_ROWS)
     ids = torch.randint(3, 60, (2, 3), generator=torch.Generator().manual_seed(0))
 
     def logits(apply, ids):
@@ -204,3 +203,33 @@ def test_on_a_gpu(name, dtype, rows):
     assert relative_error(tangent.double(), x.double() @ dense.T) < tolerance
     mapped = vmap(grad(lambda x: vf.quantized_linear(q, x).float().sum()))(x)
     assert relative_error(mapped.double(), dense.sum(0).expand_as(x)) < tolerance
+
+
+def test_the_limit_is_given_or_measured(calls, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "measured_rows", lambda kind, *rest: asked.append(kind) or 5)
+    q, dense = weight("nf4"), vf.dequantize(weight("nf4"), torch.bfloat16)
+    with torch.no_grad():
+        for rows in (1, 5, 6, 257):
+            for given in (None, dense):
+                vf.quantized_linear(q, normal(rows, IN), fused=fused_weight(q, None), dense=given)
+        assert calls == [1, 1, 5, 5]
+        assert len(asked) == 6  # not for 257 rows, which are always multiplied by a dense weight
+        assert len(set(asked)) == 2  # the alternatives are a dense copy, and dequantizing
+        calls.clear()
+        for limit in (0, 3, 300):
+            vf.quantized_linear(q, normal(3, IN), fused=fused_weight(q, limit), dense=dense)
+        assert calls == [3, 3]
+    vf.quantized_linear(q, normal(3, IN), fused=fused_weight(q, None))  # gradients may be asked for
+    assert (len(asked), len(calls)) == (6, 2)
+
+
+@needs_kernel
+def test_the_measured_choice_is_fixed_in_a_process():
+    q, x = weight("nf4"), normal(16, IN)
+    with torch.no_grad():
+        fused = fused_weight(q, None)
+        first = vf.quantized_linear(q, x, fused=fused)
+        assert all(torch.equal(vf.quantized_linear(q, x, fused=fused_weight(q, None)), first) for _ in range(3))
+        either = [vf.quantized_linear(q, x, fused=fused_weight(q, limit)) for limit in (0, 16)]
+    assert any(torch.equal(first, y) for y in either)

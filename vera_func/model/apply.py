@@ -10,7 +10,7 @@ see `checkout`.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from ..private import graph_task, tree_leaves, unwrap
 from ..quant.cpu_layout import fused_weight
 from .base_layers import QuantizedLinear
 from .checkout import Method, Trees, bound_method
+from .dense_cache import counted_calls, dense_bytes, dense_dtype, keep_dense
 from .layers import WITHOUT_CHECKPOINTING, Projections
 from .rehearse import Axes
 from .rows import Plans, arrange
@@ -177,18 +178,79 @@ class Apply:
             raise ValueError(f"axes must be an axis, None, or a sequence or mapping of these, got {axes!r}.")
         return dataclasses.replace(self, row_axes=axes, plans=Plans())
 
-    def with_fused_weights(self) -> "Apply":
+    def with_fused_weights(self, max_rows: int | None = None) -> "Apply":
         """Return a copy with a second layout of the 4-bit weights, for fast decoding in bfloat16 on a CPU.
 
         bitsandbytes has a kernel for CPUs with AVX512-BF16 that needs this layout. With gradients disabled, it
-        multiplies up to 32 rows without dequantizing; see `quant.cpu_layout.fused_weight` for its costs. On other
-        machines no weights are copied.
+        multiplies a few rows without dequantizing; see `quant.cpu_layout.fused_weight` for its costs. On other machines
+        no weights are copied.
+
+        Args:
+            max_rows: The kernel multiplies up to this number of rows (tokens of all sequences). None measures where it
+                stops being faster, at the first product of each format and shape in the process, which takes up to a
+                few tenths of a second. The kernels round differently: with None, results near that number of rows may
+                differ between processes, and within a process they do not. Pass a number, such as 32, for results that
+                do not depend on measured times.
+
+        Raises:
+            ValueError: If `max_rows` is not a non-negative integer or None.
         """
+        if max_rows is not None and (not isinstance(max_rows, int) or isinstance(max_rows, bool) or max_rows < 0):
+            raise ValueError(f"max_rows must be a non-negative integer or None, got {max_rows!r}.")
         root = self.trees.copy()
         for module in root.modules():
             if isinstance(module, QuantizedLinear):
-                module.fused = fused_weight(module.quantized)
+                module.fused = fused_weight(module.quantized, max_rows)
         return dataclasses.replace(self, trees=Trees(root))
+
+    def with_dense_cache(self, max_bytes: int, *, workload: Callable[["Apply"], Any] | None = None) -> "Apply":
+        """Return a copy that keeps dense copies of the most used quantized layers, for up to `max_bytes` of memory.
+
+        These layers are not dequantized for each product, forward and backward; forward results are the same, bit for
+        bit. A copy takes `out * in` values of the dtype in which the layer multiplies: `compute_dtype` if a 4-bit layer
+        has one, else the dtype of the model's dense parameters. Calls in another dtype dequantize as before. The copies
+        are made here and live as long as the result; its own copies share them, and pickle leaves them out.
+
+        With `with_fused_weights`, that kernel is used for the numbers of rows for which it is faster than the copy. On
+        GPUs, bitsandbytes' kernels for 4-bit weights are used instead of copies, which are made for 8-bit layers only.
+
+        Args:
+            max_bytes: Memory for the copies.
+            workload: A function that calls the given `Apply` as it will be used. It runs once, to count the calls of
+                each layer; layers that are called most are copied first, and uncalled ones are not copied. Without it,
+                layers are copied in the order of the model.
+
+        Raises:
+            ValueError: If `max_bytes` is not a non-negative integer, or `workload` is not a function.
+
+        Example:
+            >>> from vera_func import VeraConfig, adapt, quantize_model
+            >>> model = quantize_model(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), "nf4")
+            >>> apply, params, frozen, _ = adapt(model, VeraConfig(r=4, target_modules=["0"]))
+            >>> fast = apply.with_dense_cache(max_bytes=20_000)
+            >>> fast.dense_bytes
+            16384
+            >>> x = torch.ones(3, 64)
+            >>> torch.equal(fast(params, frozen, x), apply(params, frozen, x))
+            True
+        """
+        if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 0:
+            raise ValueError(f"max_bytes must be a non-negative integer, the bytes for copies, got {max_bytes!r}.")
+        if workload is not None and not callable(workload):
+            raise ValueError(f"workload must be a function of an Apply, got {type(workload).__name__}.")
+        calls = None
+        if workload is not None:
+            root = self.trees.copy()
+            calls = counted_calls(root)
+            workload(dataclasses.replace(self, trees=Trees(root)))
+        root = self.trees.copy()
+        keep_dense(root, max_bytes, dense_dtype(self.model), calls)
+        return dataclasses.replace(self, trees=Trees(root))
+
+    @property
+    def dense_bytes(self) -> int:
+        """Memory of the dense copies that `with_dense_cache` made, in bytes."""
+        return dense_bytes(self.trees.root)
 
     def __repr__(self) -> str:
         return f"Apply({type(self.model).__name__}, {len(self.targets)} adapted layers)"

@@ -16,6 +16,7 @@ from torch.nn.functional import layer_norm, linear
 from ..core.shapes import align_rows, contiguous_rows
 from ..private import tree_leaves, tree_map
 from ..quant.cpu_layout import FusedWeight, fused_weight
+from ..quant.dense_copy import DenseCopy, dense_copy
 from ..quant.linear import quantized_linear
 from ..quant.value import Quantized, format_of
 from .targets import is_conv1d
@@ -56,6 +57,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.quantized = quantized
         self.fused: FusedWeight | None = None  # see `fused_weight`
+        self.dense: DenseCopy | None = None  # see `DenseCopy`
         self.int8_activations = int8_activations
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         init_row_layout(self)
@@ -74,7 +76,8 @@ class QuantizedLinear(nn.Module):
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         bias = self.bias if bias is None else bias
-        options: Any = {"int8_activations": self.int8_activations, "fused": self.fused}
+        dense = None if self.dense is None else self.dense.weight
+        options: Any = {"int8_activations": self.int8_activations, "fused": self.fused, "dense": dense}
         if bias is None or bias.dim() == 1:
             return quantized_linear(self.quantized, x, bias, **options)
         y = quantized_linear(self.quantized, x, **options)
@@ -84,8 +87,19 @@ class QuantizedLinear(nn.Module):
         super()._apply(fn, recurse)
         # The weight's tensors are moved but never cast: `fn` may be `.half()`, and absmax must stay float32.
         self.quantized = tree_map(lambda leaf: moved(leaf, fn, cast=False), self.quantized)
-        self.fused = None if self.fused is None else fused_weight(self.quantized)
+        self.fused = None if self.fused is None else fused_weight(self.quantized, self.fused.max_rows)
+        weight = None if self.dense is None else self.dense.weight
+        if self.dense is not None and weight is not None and not (like := fn(weight[:0])).is_meta:
+            if like.dtype != weight.dtype:
+                self.dense = None  # in another dtype it would not be used, or take more memory
+            elif like.device != weight.device:
+                self.dense = dense_copy(self.quantized, weight.dtype)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.dense is not None and self.dense.weight is None:  # unpickled
+            self.dense = dense_copy(self.quantized, self.dense.dtype)
 
 
 class DenseLinear(nn.Linear):

@@ -15,15 +15,25 @@ class FusedWeight(NamedTuple):
 
     packed: Tensor  # (out, in / 2)
     absmax: Tensor  # (in / blocksize, out) bfloat16
+    max_rows: int | None = None  # up to which the kernel is used; None measures it
 
 
-def fused_weight(q: Quantized) -> FusedWeight | None:
+# Used for up to this number of rows by default; `python -m tests.benchmarks roofline` times the kernels.
+FUSED_ROWS = 32
+
+
+def fused_weight(q: Quantized, max_rows: int | None = FUSED_ROWS) -> FusedWeight | None:
     """Copy a 4-bit weight into the layout of bitsandbytes' fused kernel for CPUs with AVX512-BF16.
 
-    For up to `FUSED_ROWS` rows of bfloat16 the kernel is faster than dequantizing, because it reads only the packed
+    For a few rows of bfloat16 the kernel is faster than dequantizing, because it reads only the packed
     weight. It costs memory, half a byte and 2 / blocksize per weight, and rounds the scales to bfloat16: by up to
     0.4 %, or not at all if the weight was bfloat16 and its scales are not nested. bitsandbytes' own modules silently
     replace their weight by such a copy in eval mode; here `q` is unchanged, and gradients are taken through `q`.
+
+    Args:
+        q: A quantized weight.
+        max_rows: The kernel is used for up to this number of rows. None measures the kernels at the first product of
+            this format and shape in the process. The kernels round differently; see `quant.crossover`.
 
     Returns:
         The copy, or None where the kernel can't be used: on other CPUs, for 8 bits, or if `out` is not a multiple of 32
@@ -43,7 +53,7 @@ def fused_weight(q: Quantized) -> FusedWeight | None:
     # 32 rows at a time, column pair by column pair; of 64 codes the first 32 are the low halves of 32 bytes.
     codes = codes.reshape(out_features // 32, 32, in_features // 2, 2).transpose(1, 2).reshape(-1, 2, 32)
     packed = ((codes[:, 1] << 4) | codes[:, 0]).reshape(out_features, in_features // 2)
-    return FusedWeight(packed, absmax.reshape(out_features, -1).T.to(torch.bfloat16).contiguous())
+    return FusedWeight(packed, absmax.reshape(out_features, -1).T.to(torch.bfloat16).contiguous(), max_rows)
 
 
 def unpack_cpu_layout(packed: Tensor, state: Any, compute_dtype: torch.dtype | None) -> Quantized4bit:

@@ -20,13 +20,9 @@ from torch.nn.functional import linear
 from .. import private
 from ..core.shapes import contiguous_rows, require_rows_of_floats
 from .cpu_layout import FusedWeight
+from .crossover import ROWS, measured_rows
 from .quantize import dequantize_leaves, is_differentiated, refuse_weight_derivative
 from .value import FLOATS, NO_DATA, Quantized, Quantized4bit, Quantized8bit, Spec, Spec4bit, check_sizes, flatten
-
-
-# Up to this number of rows bitsandbytes' fused CPU kernel is used; `python -m tests.benchmarks roofline` times it
-# against dequantizing.
-FUSED_ROWS = 32
 
 
 def quantized_linear(
@@ -36,6 +32,7 @@ def quantized_linear(
     *,
     int8_activations: bool = False,
     fused: FusedWeight | None = None,
+    dense: Float[Tensor, "out in"] | None = None,
 ) -> Float[Tensor, "*batch out"]:
     """`x dequantize(q)ᵀ + bias`, differentiable in `x` and `bias` to any order.
 
@@ -51,12 +48,14 @@ def quantized_linear(
         int8_activations: For an 8-bit `q`: also quantize the rows of `x` to 8 bits and multiply integers
             (LLM.int8()), except for features with a value above `q.threshold`, if it is not 0. Faster on
             GPUs, with an error of one or two percent; the derivative is that of the exact product.
-        fused: `fused_weight(q)`, used for up to `FUSED_ROWS` rows of bfloat16 where gradients are disabled.
+        fused: `fused_weight(q)`, used for few rows of bfloat16 where gradients are disabled.
+        dense: `dequantize(q, dtype)`, used instead of dequantizing where the product is in its dtype. On a GPU,
+            bitsandbytes' kernels for packed 4-bit weights are used regardless.
 
     Raises:
         ValueError: If `x` is not a floating-point (*batch, in), if the bias is not (out,), if `int8_activations` is
-            set for a 4-bit weight, if `fused` belongs to another weight, if the weight is offloaded (on the meta
-            device), or if the weight itself is differentiated or mapped over.
+            set for a 4-bit weight, if `fused` or `dense` belongs to another weight, if the weight is offloaded (on the
+            meta device), or if the weight itself is differentiated or mapped over.
 
     Example:
         >>> import torch
@@ -77,6 +76,8 @@ def quantized_linear(
         raise ValueError(
             f"fused {tuple(fused.packed.shape)} is not a copy of the weight {q.shape}; fused_weight(q) makes one."
         )
+    if dense is not None and dense.shape != q.shape:
+        raise ValueError(f"dense {tuple(dense.shape)} is not a copy of the weight {q.shape}; dequantize(q) makes one.")
     if leaves[0].is_meta and not x.is_meta:
         raise ValueError(NO_DATA)
     dtype = x.dtype
@@ -89,6 +90,11 @@ def quantized_linear(
             raise ValueError("int8_activations needs an 8-bit weight; this one has 4 bits.")
         check_sizes(spec, leaves)
         y = _Int8Product.apply(x, bias, spec, *leaves)
+    elif _is_plain(x, bias, leaves):
+        # A custom Function costs 0.1 ms, even if it records nothing.
+        y = _multiply(x, bias, spec, None if torch.is_grad_enabled() else fused, leaves, dense)
+    elif dense is not None and _may_replace(dense, x, spec, leaves):
+        y = linear(contiguous_rows(x), dense, bias)
     elif torch.compiler.is_compiling() or not (torch.is_grad_enabled() or x.is_cuda or fused):
         # Dynamo (2.13) refuses a Function with a jvp; what the plain form keeps is the compiler's choice. Where nothing
         # is kept, the plain form has less overhead.
@@ -218,16 +224,39 @@ def _tangent(ctx: Any, x_t: Tensor | None, bias_t: Tensor | None, transposed: bo
     return y_t if bias_t is None else y_t + bias_t
 
 
+def _is_plain(x: Tensor, bias: Tensor | None, leaves: Sequence[Tensor]) -> bool:
+    """Whether nothing is differentiated, transformed or compiled."""
+    if torch.compiler.is_compiling() or private.in_transform():
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not (x.requires_grad or (bias is not None and bias.requires_grad) or any(t.requires_grad for t in leaves))
+
+
+def _may_replace(dense: Tensor, x: Tensor, spec: Spec, leaves: Sequence[Tensor]) -> bool:
+    """Whether a product with the dense copy is what is asked for; not if a transform wraps the quantized weight."""
+    if dense.dtype != x.dtype or (x.is_cuda and isinstance(spec, Spec4bit)):
+        return False
+    if torch.compiler.is_compiling():
+        return not any(map(is_differentiated, leaves))
+    return not any(leaf.requires_grad or private.unwrap(leaf) is not leaf for leaf in leaves)
+
+
 def _multiply(
-    x: Tensor, bias: Tensor | None, spec: Spec, fused: FusedWeight | None, leaves: Sequence[Tensor]
+    x: Tensor,
+    bias: Tensor | None,
+    spec: Spec,
+    fused: FusedWeight | None,
+    leaves: Sequence[Tensor],
+    dense: Tensor | None = None,
 ) -> Tensor:
     """The product, by the kernel that suits the number of rows.
 
     Only for tensors that no transform has wrapped: bitsandbytes' kernels have no derivatives, and don't say so.
     """
     rows = x.numel() // x.shape[-1]
-    # Kernels take addresses: tensors of another device are left to torch, which refuses them.
-    if fused is not None and 0 < rows <= FUSED_ROWS and x.dtype == torch.bfloat16 and x.device == fused.packed.device:
+    dense = dense if dense is not None and dense.dtype == x.dtype else None
+    if fused is not None and _suits_fused(x, rows, spec, fused, leaves, dense):
         assert isinstance(spec, Spec4bit)
         y = fused_product(x.contiguous(), fused, spec)
         return y if bias is None else y + bias
@@ -235,7 +264,25 @@ def _multiply(
         together = all(tensor is None or tensor.device == x.device for tensor in (bias, *leaves))
         if together:
             return _gpu_product(x, bias, spec, leaves)
-    return linear(contiguous_rows(x), dequantize_leaves(spec, leaves, x.dtype), bias)
+    return linear(contiguous_rows(x), dequantize_leaves(spec, leaves, x.dtype) if dense is None else dense, bias)
+
+
+def _suits_fused(
+    x: Tensor, rows: int, spec: Spec, fused: FusedWeight, leaves: Sequence[Tensor], dense: Tensor | None
+) -> bool:
+    # Kernels take addresses: tensors of another device are left to torch, which refuses them.
+    if x.dtype != torch.bfloat16 or x.device != fused.packed.device or not rows:
+        return False
+    if fused.max_rows is not None:
+        return rows <= fused.max_rows
+
+    def products() -> Any:
+        assert isinstance(spec, Spec4bit)
+        weight = lambda: dequantize_leaves(spec, leaves, torch.bfloat16) if dense is None else dense
+        return lambda x: fused_product(x, fused, spec), lambda x: linear(x, weight())
+
+    kind = spec, len(leaves), dense is None
+    return rows <= ROWS[-1] and rows <= measured_rows(kind, x.shape[-1], products)
 
 
 def fused_product(x: Tensor, fused: FusedWeight, spec: Spec4bit) -> Tensor:

@@ -1,0 +1,86 @@
+"""Choose the quantized layers of a module tree that keep dense copies, within a budget of memory."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..quant.bnb import is_bnb_linear
+from ..quant.dense_copy import dense_copy
+from ..quant.value import Quantized4bit
+from .base_layers import QuantizedLinear
+
+
+def keep_dense(root: nn.Module, max_bytes: int, dtype: torch.dtype, calls: Mapping[str, int] | None = None) -> None:
+    """Give layers of a tree dense copies, and remove those that others had.
+
+    A copy saves the dequantization of its layer at each call. That time is proportional to the size of the copy, so
+    that a byte saves most in the layer that is called most.
+
+    Args:
+        root: Root of the tree, modified in place.
+        max_bytes: Memory for the copies. A layer whose copy does not fit any more is skipped.
+        dtype: Dtype of the inputs of layers without a `compute_dtype`.
+        calls: Number of calls by path, from `counted_calls`; None counts one for each layer.
+
+    Example:
+        >>> from vera_func import quantize_8bit
+        >>> layers = nn.Sequential(*(QuantizedLinear(quantize_8bit(torch.ones(2, 3)), None) for _ in range(3)))
+        >>> keep_dense(layers, 50, torch.float32, {"1": 2, "2": 5})
+        >>> [layer.dense is not None for layer in layers], dense_bytes(layers)
+        ([False, True, True], 48)
+    """
+    layers: list[tuple[str, Any]] = [(path, m) for path, m in root.named_modules() if isinstance(m, QuantizedLinear)]
+    if calls is not None:
+        layers = sorted(layers, key=lambda item: -calls.get(item[0], 0))  # stable: ties keep the order of the model
+    left = max_bytes
+    for path, layer in layers:
+        q = layer.quantized
+        layer.dense = None
+        in_dtype = (q.compute_dtype if isinstance(q, Quantized4bit) else None) or dtype
+        size = q.shape[0] * q.shape[1] * in_dtype.itemsize
+        used = not layer.int8_activations and not (q.device.type == "cuda" and isinstance(q, Quantized4bit))
+        if size <= left and used and q.device.type != "meta" and (calls is None or calls.get(path, 0)):
+            layer.dense = dense_copy(q, in_dtype)
+            left -= size
+
+
+def counted_calls(root: nn.Module) -> Counter[str]:
+    """Register hooks that count the calls of each quantized layer, also in copies of the tree; return the counter.
+
+    Example:
+        >>> from vera_func import quantize_8bit
+        >>> layers = nn.Sequential(QuantizedLinear(quantize_8bit(torch.ones(3, 3)), None))
+        >>> calls = counted_calls(layers)
+        >>> _ = layers(layers(torch.ones(3)))
+        >>> calls
+        Counter({'0': 2})
+    """
+    calls: Counter[str] = Counter()
+    for path, module in root.named_modules():
+        if isinstance(module, QuantizedLinear):
+            # A function, which copies of the tree share; a callable object would be copied with its counter.
+            module.register_forward_pre_hook(lambda module, args, path=path: calls.update([path]))
+    return calls
+
+
+def dense_bytes(root: nn.Module) -> int:
+    """Memory of the dense copies in a tree, in bytes."""
+    layers: list[Any] = [module for module in root.modules() if isinstance(module, QuantizedLinear)]
+    return sum(layer.dense.weight.nbytes for layer in layers if layer.dense is not None)
+
+
+def dense_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's first floating-point parameter that is not a packed weight; float32 if there is none.
+
+    Example:
+        >>> dense_dtype(nn.Linear(3, 2).bfloat16())
+        torch.bfloat16
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and not (name == "weight" and is_bnb_linear(module)):
+                return parameter.dtype
+    return torch.float32
