@@ -21,6 +21,24 @@ each adapter in a mixed batch. With stacked adapters, map a function that return
 
     total, count = vmap_adapters(row_losses, in_dims=None)(stacked, frozen, ids, labels)  # each (n, rows)
 
+Preferences need the log-probabilities of a reference. The base model is the id -1 of `select_adapters`, so there is no
+second model, and training can't move it. They do not depend on beta, and are computed once. The first half of the rows
+of `ids` are the better answers. One run trains an adapter for each beta:
+
+    def logprobs(params, frozen, input_ids, labels):
+        return sequence_logprobs(*hidden_and_head(apply, params, frozen, input_ids=input_ids), labels)
+
+    base = select_adapters(stacked, [-1] * len(ids))  # or [k] * len(ids), another adapter of a stack
+    with torch.no_grad():
+        reference = logprobs(base, frozen, ids, labels)  # (2 * pairs,)
+
+    def loss(stacked, batch):  # (n,), for rows `batch` of the pairs
+        rows = torch.cat([batch, batch + len(ids) // 2])
+        policy = vmap_adapters(logprobs, in_dims=None)(stacked, frozen, ids[rows], labels[rows])  # (n, 2 * rows)
+        return dpo_loss(*policy.chunk(2, -1), *reference[rows].chunk(2), betas).losses.mean(-1)
+
+    run = fit(loss, stacked, batches, steps=100, learning_rate=1e-2, num_adapters=len(betas))
+
 Shapes: `*rows` of a batch, `seq` tokens of a row, `width` of the model, `vocab`.
 """
 
@@ -94,7 +112,7 @@ def next_token_loss(
             shared: stacked adapters (n, rows, seq, width) may have the same labels (rows, seq).
         bias: Bias of the head, if `head` is a weight that has one.
         chunk_size: Number of positions whose logits are in memory at once. By default at most a quarter of all
-            positions, and 16 MB of logits (256 MB on an accelerator).
+            positions, and 32 MB of logits (256 MB on an accelerator).
 
     Returns:
         `(total, count)` for each row. A row without targets has total 0 and count 0.
@@ -267,8 +285,8 @@ def _identity(logits: Tensor) -> Tensor:
 
 
 def _default_chunk(tokens: int, vocab: int | None, x: Tensor) -> int:
-    """At most a quarter of the positions, so that the logits are never whole, and at most 2^22 or 2^26 logits."""
-    most = (1024 if x.is_cuda else 128) if vocab is None else (2**26 if x.is_cuda else 2**22) // vocab
+    """At most a quarter of the positions, so that the logits are never whole, and at most 2^23 or 2^26 logits."""
+    most = (1024 if x.is_cuda else 128) if vocab is None else (2**26 if x.is_cuda else 2**23) // vocab
     return max(min(most, tokens // 4 + 1), 1)
 
 
