@@ -293,6 +293,7 @@ def test_export_lora(run_json, strong, folder, tmp_path, rank):
     assert (done["rank"], done["modules"]) == (rank or 16, 4)
     assert (done["largest_error"] == 0) == (rank is None)
     assert (done["advice"] is None) == (rank is None)
+    assert done["servers"] is None  # vLLM's default is rank 16
     dense = load_base(str(folder), "none", torch.float32).model
     adapted = vf.load_adapter(path, dense)
     ids = torch.arange(4, 18).reshape(2, 7)
@@ -302,6 +303,22 @@ def test_export_lora(run_json, strong, folder, tmp_path, rank):
         assert_close(got, expected, rtol=1e-4, atol=1e-5)
     else:
         assert not torch.allclose(got, expected, rtol=1e-3)
+
+
+def test_export_for_llama_cpp(run_json, strong, tmp_path):
+    import gguf
+
+    done = run_json("export-lora", "--adapter", strong[0], "--out", tmp_path / "x.gguf", "--format", "gguf")
+    assert (done["out"], done["rank"], done["servers"]) == (str(tmp_path / "x.gguf"), 16, None)
+    assert done["bytes"] == (tmp_path / "x.gguf").stat().st_size
+    assert len(gguf.GGUFReader(tmp_path / "x.gguf").tensors) == 2 * done["modules"]
+
+
+def test_export_says_what_servers_refuse(run_json, strong, folder, tmp_path):
+    adapted = vf.adapt(load_base(str(folder), "nf4", torch.float32).model, vf.VeraConfig(r=17, task_type="CAUSAL_LM"))
+    vf.save_adapter(tmp_path / "wide", *adapted[1:])
+    done = run_json("export-lora", "--adapter", tmp_path / "wide", "--model", folder, "--out", tmp_path / "lora")
+    assert "vLLM: rank 17 is above its default maximum of 16 (start it with --max-lora-rank 32)." in done["servers"]
 
 
 # convert

@@ -23,6 +23,8 @@ from refused import (
 )
 
 
+# Trained biases and heads; the warning is tested with the servers' rules.
+pytestmark = pytest.mark.filterwarnings("ignore:a server may refuse:UserWarning")
 IDS = torch.randint(3, 67, (2, 9), generator=torch.Generator().manual_seed(0))
 OPTIONS = {"llama": {}, "gpt2": {"bias": "vera_only"}, "bert": {"bias": "vera_only", "task_type": "SEQ_CLS"}}
 

@@ -1,6 +1,7 @@
 """The work of the commands, as functions that return rows and dicts."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..io.bank import export_adapters, import_adapters, open_bank
 from ..io.config import CONFIG, WEIGHTS
 from ..io.files import filling
 from ..io.lora import export_lora
+from ..io.servers import check_lora, warning_text
 from ..merging.model import merge, model_merge_report
 from ..model.batch import select_adapters
 from ..train.distributed import map_sharded, rank, world_size
@@ -247,14 +249,17 @@ def merge_to(
     return done
 
 
-def lora_of(source: Source, base: Base, out: str | os.PathLike[str], rank: int | None = None) -> dict[str, Any]:
-    """Export one adapter as a PEFT LoRA directory; the export is exact unless the rank is lower than r.
+def lora_of(
+    source: Source, base: Base, out: str | os.PathLike[str], rank: int | None = None, format: str = "peft"
+) -> dict[str, Any]:
+    """Export one adapter as a LoRA; the export is exact unless the rank is lower than r.
 
     Args:
         source: From `open_source`, with one adapter.
         base: A model of the same architecture, in any format.
-        out: The directory to write.
+        out: The directory or GGUF file to write.
         rank: Rank of the LoRA; None means the adapter's r.
+        format: "peft" or "gguf".
 
     Raises:
         ValueError: If the adapter does not fit the model, or `out` is the adapter's directory.
@@ -262,7 +267,9 @@ def lora_of(source: Source, base: Base, out: str | os.PathLike[str], rank: int |
     adapted, _ = load_adapters(source, base.model)
     if source.path is not None and Path(out).resolve() == source.path.resolve():
         raise ValueError(f"--out {out} is the adapter itself: choose another folder.")
-    path, error = export_lora(out, *adapted[1:], base.model, rank=rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # reported below
+        path, error = export_lora(out, *adapted[1:], base.model, rank=rank, format=format)
     mean = sum(error.values()) / len(error)
     return {
         "out": str(path),
@@ -273,7 +280,8 @@ def lora_of(source: Source, base: Base, out: str | os.PathLike[str], rank: int |
         "advice": None
         if mean < 0.1
         else f"The LoRA omits {percent(mean)} of the update: use a higher rank; rank r is exact.",
-        "bytes": _size(path / WEIGHTS),
+        "servers": warning_text(check_lora(path)) if format == "peft" else None,
+        "bytes": _size(path / WEIGHTS if format == "peft" else path),
     }
 
 

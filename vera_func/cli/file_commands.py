@@ -1,6 +1,6 @@
 """Commands that read and write adapters: merge, export-lora, inspect, convert, push."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -57,7 +57,7 @@ def merge(
 
 
 def export_lora(
-    out: Annotated[str, o.folder("Folder for the LoRA.")],
+    out: Annotated[str, o.folder("Folder for the LoRA, or a .gguf file.")],
     adapter: o.Adapter = None,
     bank: o.Bank = None,
     name: o.OneName = None,
@@ -67,22 +67,27 @@ def export_lora(
     rank: Annotated[
         int | None, o.number("--rank", help="Rank of the LoRA (default: r, which is exact; a lower rank truncates).")
     ] = None,
+    format: Annotated[
+        Literal["peft", "gguf"], o.option("--format", help="Format of the LoRA; gguf is for llama.cpp.")
+    ] = "peft",
     json: o.Json = False,
 ) -> None:
-    """Export an adapter as a PEFT LoRA directory, for PEFT, vLLM and others.
+    """Export an adapter as a LoRA, for PEFT, vLLM, SGLang or llama.cpp.
 
     The LoRA's factors are A' = lambda_d * A and B' = B scaled by lambda_b, so
-    it is exact at the adapter's rank r; a lower --rank truncates it.
+    it is exact at the adapter's rank r; a lower --rank truncates it. What a
+    server would refuse is reported.
 
     Example:
       vera-func export-lora --adapter vera-demo --out my-lora
+      vera-func export-lora --adapter vera-demo --out my.gguf --format gguf
     """
     from ..data.sources import open_source
     from .commands import lora_of
     from .report import describe, show_result
 
     source = open_source(adapter, bank, name, one=True)
-    done = lora_of(source, o.load_base(source, model, quant, dtype), out, rank)
+    done = lora_of(source, o.load_base(source, model, quant, dtype), out, rank, format)
     show_result(done, json, *describe(done))
 
 

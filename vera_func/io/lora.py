@@ -1,10 +1,11 @@
-"""Export a VeRA adapter as a PEFT LoRA directory, for tools without VeRA support.
+"""Export a VeRA adapter as a LoRA, for tools without VeRA support: a PEFT directory, or a GGUF file for llama.cpp.
 
 A' = lambda_d ∘ A,  B' = lambda_b ∘ B      (ΔW = B' A', exactly)
 """
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,21 +14,23 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..core.keys import VECTORS, split_key
+from ..core.keys import own_parameters, split_key
 from ..model.config import VeraConfig
-from ..model.targets import adapted_layers, is_conv1d, linear_sizes
+from ..model.targets import adapted_layers, is_conv1d, linear_sizes, resolve
 from ..model.tree import unwrap
 from .checkpoint import check_adapter
 from .config import CONFIG, WEIGHTS
 from .files import replacing
+from .gguf_lora import write_gguf
 from .hub import adapter_folder
+from .servers import refusals, warning_text
 
 
 class LoraExport(NamedTuple):
     """Result of `export_lora`.
 
     Attributes:
-        path: The directory that was written.
+        path: The directory or GGUF file that was written.
         error: Relative truncation error ‖ΔW - B'A'‖ / ‖ΔW‖ by module name; 0 if the export is exact or ΔW is 0.
     """
 
@@ -43,25 +46,34 @@ def export_lora(
     model: nn.Module,
     *,
     rank: int | None = None,
+    format: str = "peft",
 ) -> LoraExport:
-    """Write the adapter as a PEFT LoRA directory, for PEFT, vLLM or LoRAX. It is exact unless `rank` is less than r.
+    """Write the adapter as a LoRA, for PEFT, vLLM, SGLang or llama.cpp. It is exact unless `rank` is less than r.
 
     A smaller rank gives the truncated singular value decomposition of ΔW. ΔW is never materialized: the cost is one QR
     decomposition of (out, r) and one of (in, r) per layer.
 
+    A warning names the servers that refuse the directory, and what to do: vLLM loads ranks above 16 only if it is
+    started with a larger `--max-lora-rank`, and no server loads trained heads or biases. `io.servers.check_lora`
+    returns the same for any LoRA directory.
+
     Args:
-        path: The directory; created if it does not exist.
+        path: The directory, created if it does not exist; for GGUF, a file that ends in `.gguf`, or a directory, in
+            which `adapter.gguf` is written.
         params: Params of a single adapter.
         frozen: The projections.
         config: As `adapt` returned it.
         model: The base model; its layer sizes are used.
         rank: Rank of the LoRA; None means `config.r`.
+        format: "peft", or "gguf" for llama.cpp (`--lora`): models of the types llama, mistral and qwen2 only, without
+            trained heads or biases. Needs the package gguf.
 
     Returns:
-        The directory, and the relative error of each module.
+        What was written, and the relative error of each module.
 
     Raises:
-        ValueError: If the adapter does not fit the model or holds NaN or inf, or the rank is out of range.
+        ValueError: If the adapter does not fit the model or holds NaN or inf, the rank is out of range, the format is
+            unknown, or llama.cpp can't load the adapter.
 
     Example:
         >>> import tempfile
@@ -75,16 +87,62 @@ def export_lora(
     Reference:
         https://arxiv.org/abs/2106.09685 (LoRA); section 3.2 of https://arxiv.org/abs/2310.11454.
     """
+    if format not in ("peft", "gguf"):
+        raise ValueError(f"format must be 'peft' or 'gguf', got {format!r}.")
     check_adapter(params, frozen, config)
     rank = config.r if rank is None else rank
     if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= config.r:
         raise ValueError(f"rank must be in 1 ... {config.r}, the rank of the adapter, got {rank}.")
     model = unwrap(model)
+    factors, error = lora_factors(params, frozen, model, rank)
+    own = own_parameters(params)
+    if format == "gguf":
+        if own:
+            raise ValueError(f"llama.cpp loads no trained heads or biases, such as {own[0]!r}: merge the adapter.")
+        path = Path(path)
+        file = path if path.suffix == ".gguf" else path / "adapter.gguf"
+        write_gguf(file, factors, model)
+        return LoraExport(file, error)
+    tensors: dict[str, Tensor] = {}
+    for name, (lora_A, lora_B) in factors.items():
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = lora_A, lora_B
+    for key in own:
+        owner, leaf = split_key(key)
+        tensors[f"{owner}.base_layer.{leaf}" if owner in factors else key] = params[key]
+    fields = _lora_config(config, rank, list(factors), model)
+    folder = adapter_folder(path, "default")
+    _write_peft(folder, fields, tensors)
+    if (text := warning_text(refusals(fields, tensors))) is not None:
+        warnings.warn(text, stacklevel=2)
+    return LoraExport(folder, error)
+
+
+def lora_factors(
+    params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], model: nn.Module, rank: int
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
+    """A' (rank, in) and B' (out, rank) of each adapted layer, and the relative error of each.
+
+    Args:
+        params: Params of a single adapter.
+        frozen: The projections.
+        model: The base model.
+        rank: Rank of the result.
+
+    Raises:
+        ValueError: If the adapter does not fit the model, or a factor overflows.
+
+    Example:
+        >>> params = {"0.lambda_b": torch.ones(6), "0.lambda_d": torch.ones(4)}
+        >>> frozen = {"vera_A": torch.ones(4, 8), "vera_B": torch.ones(6, 4)}
+        >>> factors, error = lora_factors(params, frozen, nn.Sequential(nn.Linear(8, 6)), rank=1)
+        >>> [tuple(factor.shape) for factor in factors["0"]]
+        [(1, 8), (6, 1)]
+    """
     layers = adapted_layers(model, params)
     widest = max((linear_sizes(model.get_submodule(name)) or (0, 0))[0] for name in layers)
     if frozen["vera_A"].shape[1] < widest:
         raise ValueError(f"vera_A {tuple(frozen['vera_A'].shape)} is too narrow: a layer has {widest} inputs.")
-    tensors: dict[str, Tensor] = {}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
     error: dict[str, float] = {}
     for name, vectors in layers.items():
         sizes = linear_sizes(model.get_submodule(name))
@@ -93,18 +151,15 @@ def export_lora(
         lora_A = vectors["lambda_d"][:, None] * frozen["vera_A"][:, :in_features]  # (r, in)
         lora_B = vectors["lambda_b"][:, None] * frozen["vera_B"][:out_features]  # (out, r)
         error[name] = 0.0
-        if rank < config.r:
+        if rank < len(lora_A):
             lora_A, lora_B, error[name] = truncate(lora_A, lora_B, rank)
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = lora_A, lora_B
-    for key, value in params.items():
-        owner, leaf = split_key(key)
-        if leaf not in VECTORS:
-            tensors[f"{owner}.base_layer.{leaf}" if owner in layers else key] = value
-    fields = _lora_config(config, rank, sorted(layers), model)
-    for key, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{key!r} overflows {tensor.dtype}; nothing was written.")
-    folder = adapter_folder(path, "default")
+        if not (lora_A.isfinite().all() and lora_B.isfinite().all()):
+            raise ValueError(f"the LoRA of {name!r} overflows {lora_A.dtype}; nothing was written.")
+        factors[name] = lora_A, lora_B
+    return factors, error
+
+
+def _write_peft(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     cpu = {f"base_model.model.{key}": t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     text, data = json.dumps(fields, indent=2, sort_keys=True), save(cpu, {"format": "pt"})
@@ -114,7 +169,14 @@ def export_lora(
         # The files are replaced one after the other. Without an old configuration, a crash in between can't leave new
         # weights beside it.
         (folder / CONFIG).unlink(missing_ok=True)
-    return LoraExport(folder, error)
+
+
+def _short_targets(layers: list[str], model: nn.Module) -> list[str]:
+    """The ends of the layers' names if no other layer has them, as servers expect, else the full names."""
+    ends = sorted({split_key(name)[1] for name in layers})
+    if not all(ends):  # the model itself is the layer
+        return layers
+    return ends if {*resolve(model, VeraConfig(target_modules=ends), strict=False)[0]} == {*layers} else sorted(layers)
 
 
 def _lora_config(config: VeraConfig, rank: int, targets: list[str], model: nn.Module) -> dict[str, Any]:
@@ -124,7 +186,7 @@ def _lora_config(config: VeraConfig, rank: int, targets: list[str], model: nn.Mo
         "r": rank,
         "lora_alpha": rank,  # PEFT scales by lora_alpha / r = 1
         "lora_dropout": 0.0,
-        "target_modules": targets,
+        "target_modules": _short_targets(targets, model),
         "bias": "lora_only" if config.bias.endswith("_only") else config.bias,
         "fan_in_fan_out": any(is_conv1d(model.get_submodule(name)) for name in targets),
         "modules_to_save": None if config.modules_to_save is None else list(config.modules_to_save),

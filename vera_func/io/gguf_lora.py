@@ -1,0 +1,98 @@
+"""Write a LoRA as a GGUF adapter, the format of llama.cpp.
+
+llama.cpp's converter renames the layers of a model and, for some architectures, permutes the rows of the query and key
+weights, because it rotates pairs of neighbouring rows where transformers rotates rows that are half a head apart. The
+rows of B' must be permuted in the same way. The order is known and tested for the architectures in `ARCHITECTURES`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .files import replacing, written_by
+
+
+# From `model.config.model_type` to the architecture in GGUF, and whether rows of query and key weights are permuted.
+ARCHITECTURES = {"llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False)}
+
+
+def write_gguf(file: Path, factors: Mapping[str, tuple[Tensor, Tensor]], model: nn.Module) -> None:
+    """Write factors as a GGUF adapter of scale 1, in float32, atomically.
+
+    Args:
+        file: The file; an existing file is replaced, and its folder is created if it does not exist.
+        factors: A' (rank, in) and B' (out, rank) of each layer, by its name in the model.
+        model: The base model, of transformers.
+
+    Raises:
+        ValueError: If the model's architecture is not supported, or a layer has no counterpart in llama.cpp.
+        ModuleNotFoundError: If the package `gguf` is not installed.
+
+    Reference:
+        https://github.com/ggml-org/llama.cpp/blob/master/convert_lora_to_gguf.py
+    """
+    config: Any = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    if kind not in ARCHITECTURES:
+        raise ValueError(
+            f"the order of rows in llama.cpp is known for model types {sorted(ARCHITECTURES)}, not for {kind!r}: use "
+            "format='peft', and convert the directory with llama.cpp's convert_lora_to_gguf.py."
+        )
+    architecture, permuted = ARCHITECTURES[kind]
+    names = _names(factors, architecture, config)
+    import gguf
+
+    rank = next(iter(factors.values()))[0].shape[0]
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads or config.num_attention_heads}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as temporary:
+        writer = gguf.GGUFWriter(temporary, architecture)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))  # llama.cpp scales by alpha / rank
+        writer.add_description(f"VeRA adapter as a LoRA, written by {written_by()}")
+        for name, (lora_A, lora_B) in factors.items():
+            end = name.rpartition(".")[2]
+            if permuted and end in heads:
+                lora_B = permute_rows(lora_B, heads[end])
+            for suffix, tensor in (("lora_a", lora_A), ("lora_b", lora_B)):
+                writer.add_tensor(f"{names[name]}.{suffix}", tensor.detach().float().cpu().contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def permute_rows(weight: Tensor, heads: int) -> Tensor:
+    """The rows of a query or key weight in llama.cpp's order, in which the two rows of a rotated pair are neighbours.
+
+    Args:
+        weight: (heads * size, columns), each head with its first halves of the pairs before the second halves.
+        heads: Number of attention heads.
+
+    Example:
+        >>> import torch
+        >>> permute_rows(torch.arange(8)[:, None], heads=2).flatten()
+        tensor([0, 2, 1, 3, 4, 6, 5, 7])
+    """
+    rows, columns = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def _names(factors: Mapping[str, tuple[Tensor, Tensor]], architecture: str, config: Any) -> dict[str, str]:
+    """The names in GGUF of the layers' weights."""
+    import gguf
+
+    kind = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    known = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    names = {}
+    for layer in factors:
+        name = known.get_name(f"{layer}.weight", try_suffixes=(".weight",))
+        if name is None:
+            raise ValueError(f"{layer!r} has no counterpart in llama.cpp's architecture {architecture!r}.")
+        if name == "output.weight" and getattr(config, "tie_word_embeddings", False):
+            raise ValueError(f"{layer!r} is tied to the embeddings, and llama.cpp then has no such layer.")
+        names[layer] = name
+    return names

@@ -1,0 +1,116 @@
+"""What inference servers require of a LoRA directory, and which of their rules a directory breaks.
+
+The rules, with the files that they were read from (November 2026):
+
+- vLLM: `vllm/lora/peft_helper.py` refuses DoRA, `modules_to_save`, trained biases, and a rank above `max_lora_rank`,
+  which `vllm/config/lora.py` sets to 16 by default and limits to the values `VLLM_RANKS`; `vllm/lora/utils.py` refuses
+  tensors other than `lora_A` and `lora_B`. https://github.com/vllm-project/vllm
+- SGLang: `python/sglang/srt/lora/lora_manager.py` refuses DoRA; `lora.py` has no place for tensors other than `lora_A`
+  and `lora_B`. It sizes its memory for the adapters that it is started with; for one that is loaded later,
+  `--max-lora-rank` and `--lora-target-modules` must include it. https://github.com/sgl-project/sglang
+- llama.cpp: `convert_lora_to_gguf.py` and `src/llama-adapter.cpp` refuse tensors other than `lora_A` and `lora_B`, and
+  so DoRA's magnitudes. https://github.com/ggml-org/llama.cpp
+"""
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .config import CONFIG, WEIGHTS
+from .files import map_safetensors, parse_json
+
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_DEFAULT_RANK = 16
+_FACTORS = (".lora_A.weight", ".lora_B.weight")
+
+
+class Refusal(NamedTuple):
+    """A rule of a server that a LoRA breaks.
+
+    Attributes:
+        server: "vLLM", "SGLang" or "llama.cpp".
+        reason: What the server refuses.
+        repair: What to do about it.
+    """
+
+    server: str
+    reason: str
+    repair: str
+
+
+def check_lora(path: str | os.PathLike[str]) -> list[Refusal]:
+    """The reasons why servers would refuse a PEFT LoRA directory; an empty list if they would load it.
+
+    Args:
+        path: A directory as written by `export_lora` or PEFT.
+
+    Raises:
+        OSError: If the directory lacks a file.
+        ValueError: If a file is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from vera_func import VeraConfig, adapt, export_lora
+        >>> model = nn.Sequential(nn.Linear(8, 6))
+        >>> adapted = adapt(model, VeraConfig(r=4, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     check_lora(export_lora(folder, *adapted[1:], model).path)
+        []
+    """
+    config_file, weights_file = Path(path) / CONFIG, Path(path) / WEIGHTS
+    fields = parse_json(config_file, config_file.read_text(encoding="utf-8"))
+    if not isinstance(fields, dict) or not isinstance(fields.get("r"), int):
+        raise ValueError(f"{config_file} is not the configuration of a LoRA: it has no integer r.")
+    return refusals(fields, map_safetensors(weights_file)[1].keys())
+
+
+def refusals(fields: Mapping[str, Any], names: Collection[str]) -> list[Refusal]:
+    """The rules that a LoRA breaks.
+
+    Args:
+        fields: The content of its `adapter_config.json`.
+        names: Names of its tensors.
+
+    Example:
+        >>> for refusal in refusals({"r": 200, "use_dora": True}, []):
+        ...     print(*refusal, sep=" | ")
+        vLLM | rank 200 is above its default maximum of 16 | start it with --max-lora-rank 256
+        vLLM | DoRA | merge the adapter
+        SGLang | DoRA | merge the adapter
+        llama.cpp | DoRA | merge the adapter
+    """
+    found: list[Refusal] = []
+    rank = fields["r"]
+    if rank > VLLM_RANKS[-1]:
+        repair = f"export it with rank={VLLM_RANKS[-1]}, which truncates it, or merge it"
+        found.append(Refusal("vLLM", f"rank {rank} is above its maximum of {VLLM_RANKS[-1]}", repair))
+    elif rank > VLLM_DEFAULT_RANK:
+        enough = next(each for each in VLLM_RANKS if each >= rank)
+        reason = f"rank {rank} is above its default maximum of {VLLM_DEFAULT_RANK}"
+        found.append(Refusal("vLLM", reason, f"start it with --max-lora-rank {enough}"))
+    own = [name for name in sorted(names) if not name.endswith(_FACTORS) and "lora_magnitude_vector" not in name]
+    reasons = []
+    if own or fields.get("modules_to_save") or fields.get("bias", "none") != "none":
+        what = f" ({own[0].removeprefix('base_model.model.')})" if own else ""
+        reasons.append(f"a trained head or bias{what}")
+    if fields.get("use_dora"):
+        reasons.append("DoRA")
+    servers = ("vLLM", "SGLang", "llama.cpp")
+    return found + [Refusal(server, reason, "merge the adapter") for reason in reasons for server in servers]
+
+
+def warning_text(found: Collection[Refusal]) -> str | None:
+    """One sentence for each server, or None if nothing is refused.
+
+    Example:
+        >>> warning_text(refusals({"r": 8, "use_dora": True}, []))
+        'a server may refuse this LoRA. vLLM, SGLang, llama.cpp: DoRA (merge the adapter).'
+    """
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for server, reason, repair in found:
+        by_reason.setdefault((reason, repair), []).append(server)
+    parts = [f"{', '.join(servers)}: {reason} ({repair})." for (reason, repair), servers in by_reason.items()]
+    return f"a server may refuse this LoRA. {' '.join(parts)}" if parts else None
