@@ -16,6 +16,7 @@ from ..data.models import Base, Note, write_note
 from ..data.prompts import Encoded, Score, batches_by_length, collate
 from ..data.sources import Source, base_of, load_adapters, open_source, task_of
 from ..data.task import encode_examples, logits_of, score_of
+from ..data.tokens import chat_prompt
 from ..io.bank import export_adapters, import_adapters, open_bank
 from ..io.config import CONFIG, WEIGHTS
 from ..io.files import filling
@@ -136,6 +137,7 @@ def generate(
     base: Base,
     prompts: Sequence[str],
     *,
+    chat: bool = False,
     max_new_tokens: int = 40,
     temperature: float = 0.0,
     seed: int = 0,
@@ -148,6 +150,7 @@ def generate(
         source: From `open_source`, with one name or as many as there are prompts.
         base: From `base_of`.
         prompts: Texts to continue.
+        chat: Whether a prompt is a message of the user, which the tokenizer's chat template turns into a prompt.
         max_new_tokens: Maximum number of tokens to generate.
         temperature: Sampling temperature; 0 means greedy decoding.
         seed: Seed for sampling.
@@ -167,7 +170,10 @@ def generate(
     adapted, read = load_adapters(source, base.model)
     pad_id, eos_id = base.tokenizer.pad_token_id, base.tokenizer.eos_token_id
     pad_id = next((token for token in (pad_id, eos_id) if token is not None), 0)
-    encoded = [Encoded(ids, 0) for ids in base.tokenizer(list(prompts)).input_ids]
+    ids = (
+        [chat_prompt(base.tokenizer, prompt) for prompt in prompts] if chat else base.tokenizer(list(prompts)).input_ids
+    )
+    encoded = [Encoded(one, 0) for one in ids]
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id, "do_sample": temperature > 0}
     if temperature > 0:
         options["temperature"] = temperature
@@ -293,6 +299,7 @@ def convert(
     model: str | None = None,
     quant: str | None = None,
     dtype: torch.dtype | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Convert PEFT directories to an adapter bank, or a bank to PEFT directories, depending on the sources.
 
@@ -303,6 +310,7 @@ def convert(
         model: Base model of the directories; None means that of the first one.
         quant: Format of the base; None means that of the first one.
         dtype: Dtype of the base's arithmetic.
+        device: Device of the base.
 
     Raises:
         ValueError: If the sources are mixed or do not fit together, two have the same name, or `out` does not fit the
@@ -338,7 +346,7 @@ def convert(
     if len(folders) < len(sources):
         raise ValueError(f"adapters of a bank need distinct names, but the directories' names are {sorted(folders)}.")
     first = next(iter(opened.values()))
-    bank = import_adapters(out, folders, base_of(first, model, quant, dtype).model)
+    bank = import_adapters(out, folders, base_of(first, model, quant, dtype, device).model)
     if all(source.note == first.note for source in opened.values()):
         write_note(out, first.note)
     return {"out": str(out), "kind": "bank", "names": list(bank.names), "bytes": _size(out)}

@@ -6,8 +6,6 @@ An interrupted run resumes from `OUT.training-<hash>`, which is deleted on succe
 """
 
 import dataclasses
-import glob
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,6 +25,8 @@ from ..io.checkpoint import load_adapter, save_adapter
 from ..model.adapt import Adapted, adapt
 from ..model.config import VeraConfig
 from ..train.distributed import map_sharded, rank, under_torchrun, world_size
+from .checkpoints import checkpoint_path, delete_checkpoints
+from .recipe import Recipe
 from .report import bar, format_table, percent
 from .training import Sweep, small_batch, sweep_grid, train_one, train_sweep
 
@@ -86,6 +86,10 @@ def demo(
     parts: int | None = None,
     dtype: torch.dtype | None = None,
     prompt: str = PROMPT,
+    device: str = "cpu",
+    epochs: float | None = None,
+    recipe: Recipe | None = None,
+    max_length: int = 256,
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> DemoResult:
@@ -109,6 +113,10 @@ def demo(
         parts: Micro-batches per step, sharded across ranks; None means 4 under torchrun, else 1.
         dtype: Dtype of the dense weights and of the arithmetic; None means `native_dtype()`.
         prompt: Prompt template with `{text}`, which the label follows.
+        device: Where the model is; see `find_device`.
+        epochs: Number of passes over the training examples, if there are no `steps`.
+        recipe: Other options of training one adapter; `batch_size`, `parts` and `seed` are those above.
+        max_length: Maximum number of tokens of a prompt; longer texts are truncated at the end.
         progress: Whether to show progress bars.
         say: Function that is called with each line of the log.
 
@@ -130,28 +138,30 @@ def demo(
     train, validation = (train, []) if adapters == 1 else split_examples(train, VALIDATION, seed=seed)
     if len(train) < batch_size:
         raise ValueError(f"{len(train)} training examples do not fill a batch of {batch_size}.")
-    steps = steps or min(max(len(train) // batch_size, MIN_STEPS), MAX_STEPS)
+    per_epoch = len(train) // batch_size
+    steps = steps or (round(per_epoch * epochs) or 1 if epochs else min(max(per_epoch, MIN_STEPS), MAX_STEPS))
     parts = parts or (PARTS if under_torchrun() else 1)
-    base = load_base(model, quant, dtype)
+    recipe = (recipe or Recipe())._replace(batch_size=batch_size, micro_batches=parts, seed=seed)
+    if adapters > 1 and recipe != Recipe(batch_size=batch_size, micro_batches=parts, seed=seed):
+        raise ValueError("a sweep has a recipe of its own: leave out --adapters, or the other options of training.")
+    base = load_base(model, quant, dtype, max_tokens=max_length, device=device)
     say(describe_base(base))
     if world_size() > parts:
         say(f"{parts} of {world_size()} ranks have work: pass --parts {world_size()}.")
-    task = make_task(base, sorted({example.label for example in examples}), prompt)
-    adapted = adapt(base.model, _config(base, r, targets, seed))
+    task = make_task(base, sorted({example.label for example in examples}), prompt)._replace(max_tokens=max_length)
+    adapted = adapt(base.model, _config(base, r, targets, seed, recipe.dropout))
     rows = encode_examples(base, task, test)
     measure = partial(score_of, adapted, task, rows=rows, map=map_sharded)
     before = measure(adapted.params, progress=bar("before", progress)).accuracy.item()
     say(f"Before: accuracy {percent(before, 1)} on {len(test):,} held-out examples.")
 
-    options: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
-    options["parts"] = parts
-    checkpoint = _checkpoint(
-        out, base.name, base.quant, base.dtype, adapted.config, options, adapters, prompt, examples
-    )
+    options: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate}
+    state = (base.name, base.quant, base.dtype, adapted.config, options, recipe, adapters, prompt, max_length)
+    checkpoint = checkpoint_path(out, *state, examples)
     options |= {"checkpoint": checkpoint, "progress": progress}
     start = time.perf_counter()
-    train_rows, validation_rows = (encode_examples(base, task, s) if s else [] for s in (train, validation))
-    trained = _train(adapted, task, train_rows, validation_rows, adapters, say, **options)
+    train_rows, validation_rows = (encode_examples(base, task, s) if s else rows for s in (train, validation))
+    trained = _train(adapted, task, train_rows, validation_rows, adapters, say, recipe, **options)
     seconds, leaves = time.perf_counter() - start, trained.params.values()
     values, size = sum(leaf.numel() for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
     say(f"Trained {values:,} parameters ({size / 1024:,.0f} KiB) in {steps} steps and {seconds:.0f} s.")
@@ -162,8 +172,9 @@ def demo(
         _save(out, adapted, trained, note)
         return _reload_difference(out, adapted, task, trained.params, collate(rows[:batch_size], task.pad_id))
 
-    (difference,) = map_sharded(save, [Note(base.quant, task.labels, task.prompt)])  # on rank 0
-    _delete(checkpoint)
+    note = Note(base.quant, task.labels, task.prompt, max_length=None if max_length == 256 else max_length)
+    (difference,) = map_sharded(save, [note])  # on rank 0
+    delete_checkpoints(checkpoint)
     say(f"Saved in {out} and loaded again: the logits differ by at most {difference:.1g}.")
     bank = None if trained.sweep is None else out / BANK
     if bank is not None:
@@ -184,13 +195,15 @@ def split_examples(examples: Sequence[Example], most: int, *, seed: int) -> tupl
     return split(examples, min(most, -(-len(examples) // 5)), seed=seed)
 
 
-def _config(base: Base, r: int, targets: Sequence[str] | None, seed: int) -> VeraConfig:
+def _config(base: Base, r: int, targets: Sequence[str] | None, seed: int, dropout: float) -> VeraConfig:
+    every = targets is not None and list(targets) == ["all-linear"]
     return VeraConfig(
         base_model_name_or_path=base.name,
         task_type="CAUSAL_LM",
         r=r,
-        target_modules=list(targets) if targets is not None else None,
+        target_modules="all-linear" if every else list(targets) if targets is not None else None,
         projection_prng_key=seed,
+        vera_dropout=dropout,
     )
 
 
@@ -201,13 +214,16 @@ def _train(
     validation: Sequence[Encoded],
     adapters: int,
     say: Callable[[str], None],
+    recipe: Recipe,
     *,
     learning_rate: float,
     **options: Any,
 ) -> Trained:
     if adapters == 1:
-        return Trained(train_one(adapted, task, train, learning_rate=learning_rate, **options), adapted.config)
-    steps, batch_size = options["steps"], options["batch_size"]
+        params = train_one(adapted, task, train, validation, recipe, learning_rate=learning_rate, **options)
+        return Trained(params, adapted.config)
+    steps, batch_size = options["steps"], recipe.batch_size
+    options |= {"batch_size": batch_size, "seed": recipe.seed, "parts": recipe.micro_batches}
     say(
         f"Sweep: {adapters} adapters in one run, {max(1, steps // 2)} steps of {small_batch(batch_size, adapters)} "
         f"examples each; the best on {len(validation)} validation examples then trains alone for {steps} steps."
@@ -217,20 +233,6 @@ def _train(
     say(format_table(found.table))
     say(f"Best: {best['name']}, which then trained alone, {batch_size} examples per step.")
     return Trained(found.best, dataclasses.replace(adapted.config, d_initial=best["d_initial"]), found)
-
-
-def _checkpoint(out: Path, *run: Any) -> Path:
-    """The path of this run's checkpoint; its name is a hash of the options and the data."""
-    name = hashlib.sha256(repr(run).encode()).hexdigest()[:16]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return Path(f"{out}.training-{name}")
-
-
-def _delete(checkpoint: Path) -> None:
-    """Delete the checkpoints of a run, and temporary files of killed processes."""
-    name = glob.escape(checkpoint.name)
-    for file in (*checkpoint.parent.glob(f"{name}*"), *checkpoint.parent.glob(f".{name}*")):
-        file.unlink(missing_ok=True)
 
 
 def _save(out: Path, adapted: Adapted, trained: Trained, note: Note) -> None:

@@ -16,6 +16,7 @@ def merge(
     model: o.ModelOfAdapter = None,
     quant: o.Quant = None,
     dtype: o.Dtype = None,
+    device: o.Device = None,
     calibrate: Annotated[
         bool,
         o.option("--calibrate", help="Choose the 4-bit codes so that predictions on --data change least."),
@@ -49,7 +50,9 @@ def merge(
     examples = None
     if calibrate:
         examples = read_examples(data) if data else split_examples(demo_examples(), HELD_OUT, seed=0)[0]
-    done = merge_to(source, o.load_base(source, model, quant, dtype), to, out, calibrate=examples, prompt=prompt)
+    done = merge_to(
+        source, o.load_base(source, model, quant, dtype, device), to, out, calibrate=examples, prompt=prompt
+    )
     shown: list[Any] = [Text(done["advice"]), f"The merged model is in {out}. Next: vera-func evaluate --model {out}"]
     if "modules" in done:
         shown = [make_table(summarize_reports(done["modules"])), COLUMNS, *shown]
@@ -64,6 +67,7 @@ def export_lora(
     model: o.ModelOfAdapter = None,
     quant: o.Quant = None,
     dtype: o.Dtype = None,
+    device: o.Device = None,
     rank: Annotated[
         int | None, o.number("--rank", help="Rank of the LoRA (default: r, which is exact; a lower rank truncates).")
     ] = None,
@@ -87,7 +91,7 @@ def export_lora(
     from .report import describe, show_result
 
     source = open_source(adapter, bank, name, one=True)
-    done = lora_of(source, o.load_base(source, model, quant, dtype), out, rank, format)
+    done = lora_of(source, o.load_base(source, model, quant, dtype, device), out, rank, format)
     show_result(done, json, *describe(done))
 
 
@@ -97,6 +101,7 @@ def inspect(
     model: o.ModelToMerge = None,
     quant: o.Quant = None,
     dtype: o.Dtype = None,
+    device: o.Device = None,
     to: Annotated[o.Format | None, o.format_option("Format to merge into (default: the model's)", o.MODEL)] = None,
     r: o.Rank = 256,
     targets: o.Targets = None,
@@ -115,7 +120,15 @@ def inspect(
     from .report import describe, show_result
 
     found = inspect_path(
-        path, model=model, quant=quant, dtype=o.dtype_of(dtype), to=to, names=name, r=r, targets=targets
+        path,
+        model=model,
+        quant=quant,
+        dtype=o.dtype_of(dtype),
+        device=device or "auto",
+        to=to,
+        names=name,
+        r=r,
+        targets=targets,
     )
     shown: list[Any] = describe({key: value for key, value in found.items() if key != "merge"}, "modules")
     if "merge" in found:
@@ -130,6 +143,7 @@ def convert(
     model: o.ModelOfAdapter = None,
     quant: o.Quant = None,
     dtype: o.Dtype = None,
+    device: o.Device = None,
     json: o.Json = False,
 ) -> None:
     """Convert PEFT directories to an adapter bank, or a bank to PEFT directories.
@@ -143,7 +157,7 @@ def convert(
     from .commands import convert
     from .report import describe, show_result
 
-    done = convert(sources, out, names=name, model=model, quant=quant, dtype=o.dtype_of(dtype))
+    done = convert(sources, out, names=name, model=model, quant=quant, dtype=o.dtype_of(dtype), device=device or "auto")
     show_result(done, json, *describe(done))
 
 

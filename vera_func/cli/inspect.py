@@ -28,6 +28,7 @@ def inspect_path(
     model: str | None = None,
     quant: str | None = None,
     dtype: torch.dtype | None = None,
+    device: str = "cpu",
     to: str | None = None,
     names: Sequence[str] | None = None,
     r: int = 256,
@@ -40,6 +41,7 @@ def inspect_path(
         model: Base model of an adapter; adds the size of the updates and the fraction that a merge retains.
         quant: Format of the base; None means the format used in training.
         dtype: Dtype of the base's arithmetic.
+        device: Device of the base.
         to: Format of the merged weights; None means the format of the base.
         names: Adapters of the bank; None means all, and the first one for a merge.
         r: For a model folder, the rank of a new adapter.
@@ -61,7 +63,7 @@ def inspect_path(
     source = open_source(bank=path, names=names) if folder.is_file() else open_source(path)
     found = _inspect_adapters(folder, source)
     if model is not None:
-        found["merge"] = _inspect_merge(source, base_of(source, model, quant, dtype), to)
+        found["merge"] = _inspect_merge(source, base_of(source, model, quant, dtype, device), to)
     return found
 
 
@@ -98,6 +100,8 @@ def _inspect_adapters(path: Path, source: Source) -> dict[str, Any]:
         "quant": source.note.quant,
         "labels": source.note.labels,
         "prompt": source.note.prompt,
+        "trained_on": source.note.kind,
+        "data": source.note.data,
         "r": source.config.r,
         "projection_key": source.config.projection_prng_key,
         "projections_stored": bool(projections),

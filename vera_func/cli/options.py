@@ -50,6 +50,46 @@ def names(text: str) -> list[str]:
     return found
 
 
+def numbers(kind: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
+    """A parser for comma-separated positive numbers of type `kind`.
+
+    Example:
+        >>> numbers(float)("0.05,0.1")
+        [0.05, 0.1]
+    """
+    one = positive(kind)
+    return lambda text: [one(item) for item in str(text).split(",")]
+
+
+def fraction(text: str) -> float:
+    """Parse a number from 0 to below 1.
+
+    Example:
+        >>> fraction("0.1")
+        0.1
+    """
+    value = not_negative(text)
+    if value >= 1:
+        raise ValueError(f"must be below 1, got {text}")
+    return value
+
+
+def not_negative(text: Any) -> float:
+    """Parse a finite number that is at least 0.
+
+    Example:
+        >>> not_negative("0")
+        0.0
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"invalid float value: {text!r}") from None
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"must be at least 0, got {text}")
+    return value
+
+
 def newlines(text: str) -> str:
     r"""Replace each two-character `\n`, as typed in a shell, by a line break.
 
@@ -117,11 +157,52 @@ Dtype = Annotated[
     ),
 ]
 
+Device = Annotated[
+    str | None,
+    option(
+        "--device",
+        help="Device of the model: auto, cpu, cuda or cuda:N (default: auto, a GPU if there is one).",
+        metavar="NAME",
+        panel=MODEL,
+    ),
+]
+
+Packing = Annotated[
+    bool,
+    typer.Option(
+        "--packing/--no-packing",
+        help="Put several texts into each row of a batch; they do not see each other.",
+        rich_help_panel=DATA,
+    ),
+]
+
 # The data.
-Examples = Annotated[str, _data("CSV or JSONL with text and label.")]
+DataSets = Annotated[
+    list[str],
+    _data(
+        "CSV, JSON Lines or Parquet with text and label; text; prompt and completion; messages; or prompt, chosen and "
+        "rejected. A file, a folder, a glob pattern, or owner/name:split of the hub; repeat for several."
+    ),
+]
+Each = Annotated[
+    bool, option("--each", help="Train an adapter for each file or sub-folder of the folders of --data.", panel=DATA)
+]
+MaxLength = Annotated[
+    int | None,
+    number(
+        "--max-length",
+        help="Maximum number of tokens of a sequence (default: 256 with labels, else 512).",
+        panel=DATA,
+    ),
+]
+TruncateSide = Annotated[
+    Literal["end", "start"],
+    option("--truncate-side", help="Which end of longer sequences is cut off; long texts are split.", panel=DATA),
+]
 ExamplesOrReviews = Annotated[
     str | None, _data("CSV or JSONL with text and label (default: the demo's movie reviews).")
 ]
+RowsOrReviews = Annotated[str | None, _data("Rows of any kind that train takes (default: the demo's movie reviews).")]
 Texts = Annotated[str | None, _data("CSV or JSONL with text.")]
 Prompt = Annotated[
     str | None,
@@ -146,7 +227,8 @@ Targets = Annotated[
     Any,
     option(
         "--targets",
-        help="Comma-separated ends of the names of the layers to adapt (default: q_proj,v_proj or the like).",
+        help="Comma-separated ends of the names of the layers to adapt, or all-linear (default: q_proj,v_proj or the "
+        "like).",
         metavar="A,B",
         panel=TRAINING,
         parser=names,
@@ -178,6 +260,96 @@ TrainingSeed = Annotated[
     int, option("--seed", help="Seed of split, order and projections.", metavar="N", panel=TRAINING, parser=int)
 ]
 
+TrainSteps = Annotated[
+    Any,
+    option(
+        "--steps",
+        help="Training steps, or one number for each adapter (default: one epoch, 50 to 100).",
+        metavar="N,...",
+        panel=TRAINING,
+        parser=numbers(int),
+    ),
+]
+Epochs = Annotated[
+    float | None,
+    number("--epochs", help="Passes over the training rows, in place of --steps.", panel=TRAINING, kind=float),
+]
+LearningRates = Annotated[
+    Any,
+    option(
+        "--learning-rate",
+        help="Peak of the learning rate, or one for each adapter.",
+        metavar="X,...",
+        panel=TRAINING,
+        parser=numbers(float),
+    ),
+]
+Accumulate = Annotated[
+    int | None,
+    number(
+        "--parts",
+        "--accumulate",
+        help="Micro-batches per step (in a sweep: groups of adapters), sharded across the ranks of torchrun; the "
+        "result depends on it by rounding only, not on the number of ranks (default: 4 under torchrun, else 1).",
+        panel=TRAINING,
+    ),
+]
+ScheduleName = Annotated[
+    Literal["cosine", "linear", "constant"],
+    option("--schedule", help="How the learning rate decays.", panel=TRAINING),
+]
+Warmup = Annotated[
+    float,
+    option(
+        "--warmup",
+        help="Steps in which the learning rate rises, or a fraction of the steps if below 1.",
+        metavar="X",
+        panel=TRAINING,
+        parser=not_negative,
+    ),
+]
+WeightDecay = Annotated[
+    float,
+    option("--weight-decay", help="Weight decay of AdamW.", metavar="X", panel=TRAINING, parser=not_negative),
+]
+Clip = Annotated[float, number("--clip", help="Maximum norm of a gradient.", panel=TRAINING, kind=float)]
+Dropout = Annotated[
+    float,
+    option("--dropout", help="Probability of the adapter's dropout.", metavar="X", panel=TRAINING, parser=fraction),
+]
+EvalEvery = Annotated[
+    int | None,
+    number(
+        "--eval-every",
+        help="Measure the held-out loss every N steps, and keep the best adapter (default: keep the last).",
+        panel=TRAINING,
+    ),
+]
+Patience = Annotated[
+    int | None,
+    number("--patience", help="Evaluations without improvement after which an adapter stops.", panel=TRAINING),
+]
+Betas = Annotated[
+    Any,
+    option(
+        "--beta",
+        help="Of preferences: strength of the reference (default: 0.1); an adapter is trained for each value.",
+        metavar="X,...",
+        panel=TRAINING,
+        parser=numbers(float),
+    ),
+]
+Reference = Annotated[
+    str | None,
+    option(
+        "--reference",
+        help="Of preferences: a PEFT directory, the reference and the initial adapter (default: the base).",
+        metavar="DIR",
+        panel=TRAINING,
+    ),
+]
+Together = Annotated[int, number("--together", help="Adapters that train together.", panel=TRAINING)]
+
 # Evaluation.
 Chunk = Annotated[int, number("--chunk", help="Adapters per forward pass.")]
 BatchSize = Annotated[int, number("--batch-size", help="Examples per forward pass.")]
@@ -194,8 +366,10 @@ def dtype_of(name: str | None) -> "torch.dtype | None":
     return getattr(torch, name) if name else None
 
 
-def load_base(source: "Source", model: str | None, quant: str | None, dtype: str | None) -> "Base":
-    """Load the base model of a command, given `--model`, `--quant` and `--dtype`."""
+def load_base(
+    source: "Source", model: str | None, quant: str | None, dtype: str | None, device: str | None = None
+) -> "Base":
+    """Load the base model of a command, given `--model`, `--quant`, `--dtype` and `--device`."""
     from ..data.sources import base_of
 
-    return base_of(source, model, quant, dtype_of(dtype))
+    return base_of(source, model, quant, dtype_of(dtype), device or "auto")

@@ -5,7 +5,9 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -82,6 +84,41 @@ def _track(title: str, unit: str, items: Iterable[Any]) -> Iterator[Any]:
         *columns, TimeRemainingColumn(elapsed_when_finished=True), console=console, transient=console.is_terminal
     ) as shown:
         yield from shown.track(items, description=Text(title).markup)
+
+
+@contextmanager
+def training_bar(done: int, steps: int, progress: bool) -> Iterator[Callable[[Any, Any], None]]:
+    """A progress bar of training on stderr: loss, tokens per second and the time left.
+
+    Yields a function that is called after each step, with its micro-batches and losses. The losses are read every
+    `SYNC_EVERY` steps if they are on an accelerator, since a read waits for it. Without `progress`, or on ranks above
+    0, nothing is shown. If stderr is not a terminal, only the finished bar is printed, as one line.
+    """
+    from ..train.distributed import rank
+    from ..train.fit import SYNC_EVERY
+
+    if not progress or rank():
+        yield lambda micro, losses: None
+        return
+    console = Console(stderr=True)
+    words = "loss {task.fields[loss]}, {task.fields[speed]} tokens/s"
+    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn(f"step, {words}"))
+    time_left = TimeRemainingColumn(elapsed_when_finished=True)
+    with Progress(*columns, time_left, console=console, transient=console.is_terminal) as shown:
+        task = shown.add_task("train", total=steps, completed=done, loss="", speed="")
+        tokens, start, step = 0, time.perf_counter(), done
+
+        def show(micro: Sequence[Mapping[str, Any]], losses: Any) -> None:
+            nonlocal tokens, step
+            step += 1
+            tokens += sum(batch["input_ids"].numel() for batch in micro)
+            fields: dict[str, Any] = {"speed": f"{tokens / (time.perf_counter() - start):,.0f}"}
+            if losses.device.type == "cpu" or step % SYNC_EVERY == 0 or step == steps:
+                training = losses[losses > 0]  # adapters that had all their steps have the loss 0
+                fields["loss"] = f"{training.mean().item():.4f}" if training.numel() else "0"
+            shown.update(task, advance=1, **fields)
+
+        yield show
 
 
 def make_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> Table:

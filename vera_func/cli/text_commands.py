@@ -14,6 +14,7 @@ def demo(
     model: o.ModelToTrain = None,
     quant: o.Quant = None,
     dtype: o.Dtype = None,
+    device: o.Device = None,
     r: o.Rank = 256,
     targets: o.Targets = None,
     steps: o.Steps = None,
@@ -34,41 +35,67 @@ def demo(
       vera-func demo
       vera-func demo --adapters 8 --steps 100 --out my-sweep
     """
-    _train(narrated=not json, **locals())
+    _classify(narrated=not json, **locals())
 
 
 def train(
-    data: o.Examples,
+    data: o.DataSets,
     out: Annotated[str, o.folder("Folder for the adapter.")],
+    each: o.Each = False,
     prompt: o.Prompt = None,
+    max_length: o.MaxLength = None,
+    truncate_side: o.TruncateSide = "end",
+    packing: o.Packing = True,
     model: o.ModelToTrain = None,
     quant: o.Quant = None,
     dtype: o.Dtype = None,
+    device: o.Device = None,
     r: o.Rank = 256,
     targets: o.Targets = None,
-    steps: o.Steps = None,
+    steps: o.TrainSteps = None,
+    epochs: o.Epochs = None,
     batch_size: o.TrainingBatch = 16,
-    learning_rate: o.LearningRate = 2e-2,
+    parts: o.Accumulate = None,
+    learning_rate: o.LearningRates = "2e-2",
+    schedule: o.ScheduleName = "cosine",
+    warmup: o.Warmup = 0.0,
+    weight_decay: o.WeightDecay = 0.0,
+    clip: o.Clip = 1.0,
+    dropout: o.Dropout = 0.0,
+    eval_every: o.EvalEvery = None,
+    patience: o.Patience = None,
+    beta: o.Betas = None,
+    reference: o.Reference = None,
+    together: o.Together = 64,
     adapters: o.Adapters = 1,
-    parts: o.MicroBatches = None,
     seed: o.TrainingSeed = 0,
     json: o.Json = False,
 ) -> None:
-    """Train an adapter to classify your texts, and save it as a PEFT directory.
+    """Train adapters on your data, and save one as a PEFT directory, several as a bank.
 
-    A fifth of the examples, at most 1,000, is held out to measure accuracy. An
+    The columns tell the kind: text and label (classification), text (language
+    modelling), prompt and completion, messages (chats), or prompt, chosen and
+    rejected (preferences). All rows are checked before a model is loaded. A
+    fifth of the rows, at most 1,000, is held out to measure the result. An
     interrupted run resumes from OUT.training-<hash>, which is deleted on
-    success. Labels must begin with different tokens.
+    success. With several data sets or betas, all adapters train in one run.
 
     Example:
       vera-func train --data reviews.csv --model ./my-model --out my-adapter
+      vera-func train --data chats.jsonl --epochs 2 --out my-chat
+      vera-func train --data a.jsonl --data b.jsonl --steps 60,100 --out both
+      vera-func train --data pairs.jsonl --beta 0.05,0.1,0.5 --out swept
       vera-func train --data messages.csv --out my-adapter \\
         --prompt 'Message: {text}\\nTopic:'
     """
-    _train(narrated=False, **locals())
+    from .routes import train
+
+    options = locals()
+    del options["train"], options["json"]
+    train(classify=_classify, show=json, **options)
 
 
-def _train(*, narrated: bool, prompt: str | None, dtype: str | None, json: bool, **options: Any) -> None:
+def _classify(*, narrated: bool, prompt: str | None, dtype: str | None, json: bool, **options: Any) -> None:
     from rich.text import Text
 
     from .demo import demo
@@ -79,6 +106,8 @@ def _train(*, narrated: bool, prompt: str | None, dtype: str | None, json: bool,
 
     if prompt:
         options["prompt"] = prompt
+    if options["device"] is None:
+        del options["device"]
     result = demo(dtype=o.dtype_of(dtype), say=narrate if narrated else _ignore, **options)
     if not narrated:
         fields, out = result._asdict(), options["out"]
@@ -93,36 +122,39 @@ def evaluate(
     model: o.ModelOfAdapter = None,
     quant: o.Quant = None,
     dtype: o.Dtype = None,
-    data: o.ExamplesOrReviews = None,
+    device: o.Device = None,
+    data: o.RowsOrReviews = None,
     prompt: o.Prompt = None,
-    limit: Annotated[int | None, o.number("--limit", help="Use the first N examples only.", panel=o.DATA)] = None,
+    limit: Annotated[int | None, o.number("--limit", help="Use the first N rows only.", panel=o.DATA)] = None,
     chunk: o.Chunk = 8,
     batch_size: o.BatchSize = 32,
     out: o.Table = None,
     json: o.Json = False,
 ) -> None:
-    """Accuracy and loss of one adapter, of every adapter of a bank, or of the base model.
+    """Measure one adapter, every adapter of a bank, or the base model.
 
-    All examples of --data are used; without it, the demo's held-out reviews.
-    Under torchrun, adapters are sharded across ranks in chunks; the only
-    communication is one final all-gather.
+    With labels: accuracy and loss. With texts, completions or chats: loss and
+    perplexity. With preferences: loss, reward accuracy and reward margin. All
+    rows of --data are used; without it, the demo's held-out reviews. Under
+    torchrun, adapters or batches are sharded across ranks.
 
     Example:
       vera-func evaluate --bank vera-demo/bank.safetensors --out table.csv
       vera-func evaluate --adapter my-adapter --data reviews.csv
+      vera-func evaluate --adapter my-chat --data chats.jsonl
     """
-    from ..data.examples import read_examples
     from ..data.sources import open_source
-    from .commands import evaluate
-    from .demo import HELD_OUT, demo_examples, split_examples
     from .report import check_table_path, show_rows
+    from .routes import evaluate
 
     source = open_source(adapter, bank, name)
     if out:
         check_table_path(out)  # before an hour's work
-    examples = read_examples(data) if data else split_examples(demo_examples(), HELD_OUT, seed=0)[1]
-    base = o.load_base(source, model, quant, dtype)
-    rows = evaluate(source, base, examples[:limit], prompt=prompt, chunk=chunk, batch_size=batch_size)
+
+    def load() -> Any:
+        return o.load_base(source, model, quant, dtype, device)
+
+    rows = evaluate(source, load, data, prompt=prompt, limit=limit, chunk=chunk, batch_size=batch_size)
     show_rows(rows, out, json)
 
 
@@ -136,6 +168,7 @@ def predict(
     model: o.ModelOfAdapter = None,
     quant: o.Quant = None,
     dtype: o.Dtype = None,
+    device: o.Device = None,
     data: o.Texts = None,
     prompt: o.Prompt = None,
     labels: o.Labels = None,
@@ -165,7 +198,7 @@ def predict(
     if out:
         check_table_path(out)  # before an hour's work
     texts = texts or (read_texts(data) if data else _lines())
-    base = o.load_base(source, model, quant, dtype)
+    base = o.load_base(source, model, quant, dtype, device)
     rows = predict(source, base, texts, labels=labels or (), prompt=prompt, chunk=chunk, batch_size=batch_size)
     show_rows(rows, out, json)
 
@@ -181,6 +214,11 @@ def generate(
     model: o.ModelOfAdapter = None,
     quant: o.Quant = None,
     dtype: o.Dtype = None,
+    device: o.Device = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Apply the chat template (default: if trained on chats)."),
+    ] = None,
     max_new_tokens: Annotated[int, o.number("--max-new-tokens", help="Maximum number of tokens to generate.")] = 40,
     temperature: Annotated[
         float | None, o.number("--temperature", help="Sample at this temperature (default: greedy).", kind=float)
@@ -204,16 +242,19 @@ def generate(
 
     source = open_source(adapter, bank, name)
     lines = [o.newlines(prompt) for prompt in prompts or _lines()]
+    chat = source.note.kind == "chat" if chat is None else chat
     rows = generate(
         source,
-        o.load_base(source, model, quant, dtype),
+        o.load_base(source, model, quant, dtype, device),
         lines,
+        chat=chat,
         max_new_tokens=max_new_tokens,
         temperature=temperature or 0.0,
         seed=seed,
         batch_size=batch_size,
     )
-    show_result(rows, json, "\n\n".join(f"[{row['adapter']}] {row['prompt']}{row['text']}" for row in rows))
+    gap = "\n" if chat else ""
+    show_result(rows, json, "\n\n".join(f"[{row['adapter']}] {row['prompt']}{gap}{row['text']}" for row in rows))
 
 
 def _lines() -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.keys import split_key
+from ..data.objective import with_dropout
 from ..data.prompts import Batch, Encoded, num_rows, split_batch, train_batches
 from ..data.task import Task, loss_of, score_of
 from ..model.adapt import Adapted
@@ -26,10 +27,8 @@ from ..train.distributed import furthest, map_sharded, mean_over_micro_batches, 
 from ..train.fit import Fit, fit, load_fit
 from ..train.optim import linear_warmup_cosine
 from ..train.sweep import fit_row, join_fits, sweep, sweep_table
+from .recipe import CHECKPOINT_EVERY, Recipe, train_together
 from .report import bar
-
-
-CHECKPOINT_EVERY = 10
 
 
 class Sweep(NamedTuple):
@@ -52,27 +51,36 @@ def train_one(
     adapted: Adapted,
     task: Task,
     train: Sequence[Encoded],
+    held_out: Sequence[Encoded],
+    recipe: Recipe,
     *,
     steps: int,
     learning_rate: float,
-    batch_size: int,
-    seed: int,
     progress: bool,
-    parts: int = 1,
     checkpoint: Path | None = None,
 ) -> dict[str, Tensor]:
-    """Train one adapter, and return its params."""
-    batches = train_batches(train, batch_size, seed=seed, pad_id=task.pad_id)
-    return _fit_parts(
-        loss_of(adapted, task),
+    """Train one adapter, and return its params; with evaluations, the best ones on the held-out examples."""
+    order = train_batches(train, recipe.batch_size, seed=recipe.seed, pad_id=task.pad_id)
+
+    def batches(step: int) -> list[Any]:
+        parts = split_batch(order(step), recipe.micro_batches)
+        return [{**part, "step": step, "micro_batch": i} for i, part in enumerate(parts) if num_rows(part)]
+
+    def loss(params: Mapping[str, Tensor], batch: Any) -> Tensor:
+        model = with_dropout(adapted, recipe.seed, batch) if recipe.dropout else adapted
+        return loss_of(model, task)(params, batch)
+
+    return train_together(
+        loss,
         adapted.params,
         batches,
-        parts,
-        checkpoint,
-        learning_rate=learning_rate,
-        steps=steps,
-        total=steps,
+        recipe,
+        steps=[steps],
+        learning_rates=[learning_rate],
+        evaluate=lambda params: score_of(adapted, task, dict(params), held_out, map=map_sharded).loss,
+        checkpoint=checkpoint,
         progress=progress,
+        weight=num_rows,
     ).params
 
 

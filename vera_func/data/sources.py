@@ -81,7 +81,11 @@ def open_source(
 
 
 def base_of(
-    source: Source, model: str | None = None, quant: str | None = None, dtype: torch.dtype | None = None
+    source: Source,
+    model: str | None = None,
+    quant: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
 ) -> Base:
     """Load the base model on which the adapters were trained.
 
@@ -90,6 +94,7 @@ def base_of(
         model: A folder or a hub id; None means the model in the configuration.
         quant: A format; None means the format in the metadata.
         dtype: As for `load_base`.
+        device: As for `load_base`.
 
     Raises:
         ValueError: If the configuration does not name a model and `model` is None; or as for `load_base`.
@@ -100,7 +105,7 @@ def base_of(
         if not model:
             raise ValueError(f"{source.path} does not name its base model: pass --model.")
     note = read_note(model) if source.path is None and model is not None else source.note
-    return load_base(model, quant or note.quant, dtype)
+    return load_base(model, quant or note.quant, dtype, max_tokens=note.max_length or 256, device=device)
 
 
 def load_adapters(source: Source, model: nn.Module) -> tuple[Adapted, Callable[[Sequence[str]], dict[str, Tensor]]]:
@@ -139,7 +144,8 @@ def task_of(source: Source, base: Base, labels: Iterable[str], prompt: str | Non
     known = note.labels or sorted(set(labels))
     if len(known) < 2:
         raise ValueError(f"{source.path or base.name} has no labels in its metadata: pass --labels a,b.")
-    return make_task(base, known, prompt or note.prompt or PROMPT)
+    task = make_task(base, known, prompt or note.prompt or PROMPT)
+    return task._replace(max_tokens=note.max_length or task.max_tokens)
 
 
 def _adapter_directory(folder: Path) -> Path:

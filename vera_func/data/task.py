@@ -30,6 +30,7 @@ class Task(NamedTuple):
         answers: The first token of each label.
         pad_id: Token to pad with.
         accepts: Names of the arguments of the model's forward.
+        max_tokens: Maximum number of tokens of a prompt.
     """
 
     labels: list[str]
@@ -37,6 +38,7 @@ class Task(NamedTuple):
     answers: Tensor
     pad_id: int
     accepts: frozenset[str]
+    max_tokens: int = 256
 
 
 def make_task(base: Base, labels: Sequence[str], prompt: str = PROMPT) -> Task:
@@ -71,7 +73,7 @@ def check_prompt(prompt: str) -> str:
 
 
 def encode_examples(base: Base, task: Task, examples: Sequence[Example]) -> list[Encoded]:
-    """Tokenize examples as prompts of the task.
+    """Tokenize examples as prompts of the task; longer ones are truncated at the end of the text.
 
     Raises:
         ValueError: If the label of an example is not one of the task's labels.
@@ -79,7 +81,7 @@ def encode_examples(base: Base, task: Task, examples: Sequence[Example]) -> list
     odd = sorted({example.label for example in examples} - set(task.labels))
     if odd:
         raise ValueError(f"the data has the label {odd[0]!r}, but the adapter was trained on the labels {task.labels}.")
-    return encode(base.tokenizer, examples, task.labels, prompt=task.prompt)
+    return encode(base.tokenizer, examples, task.labels, max_tokens=task.max_tokens, prompt=task.prompt)
 
 
 def logits_of(
@@ -99,7 +101,8 @@ def logits_of(
     many = vmap_adapters(logits, in_dims=None) if stacked else logits
 
     def bound(params: Params, batch: Batch) -> Tensor:
-        return many(params, adapted.frozen, **{name: batch[name] for name in batch.keys() & task.accepts})
+        device = next(iter(params.values())).device
+        return many(params, adapted.frozen, **{name: batch[name].to(device) for name in batch.keys() & task.accepts})
 
     return bound
 
@@ -110,7 +113,8 @@ def loss_of(adapted: Adapted, task: Task, *, stacked: bool = False) -> Callable[
     loss = torch.func.vmap(answer_loss, (0, None)) if stacked else answer_loss
 
     def bound(params: Params, batch: Batch) -> Tensor:
-        return loss(logits(params, batch), batch["label"])
+        found = logits(params, batch)
+        return loss(found, batch["label"].to(found.device))
 
     return bound
 

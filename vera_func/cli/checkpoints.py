@@ -1,0 +1,24 @@
+"""Where the state of an interrupted run is kept."""
+
+import glob
+import hashlib
+from pathlib import Path
+
+
+def checkpoint_path(out: Path, *run: object) -> Path:
+    """The path of a run's checkpoint; its name is a hash of the options and the data.
+
+    Args:
+        out: Folder of the result.
+        *run: Options and data, with a `repr` that is the same in the next process.
+    """
+    name = hashlib.sha256(repr(run).encode()).hexdigest()[:16]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return Path(f"{out}.training-{name}")
+
+
+def delete_checkpoints(checkpoint: Path) -> None:
+    """Delete the checkpoints of a run, and temporary files of killed processes."""
+    name = glob.escape(checkpoint.name)
+    for file in (*checkpoint.parent.glob(f"{name}*"), *checkpoint.parent.glob(f".{name}*")):
+        file.unlink(missing_ok=True)

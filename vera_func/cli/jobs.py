@@ -1,0 +1,131 @@
+"""What the adapters of a run are trained on: data sets, betas, rows, steps and rates."""
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.batches import Part
+from ..data.dataset import DataSet, split_rows
+from ..data.files import find_files, is_hub_id
+from ..data.tokens import TokenRows
+
+
+HELD_OUT = 1000  # rows, or a fifth of them if that is less
+MIN_STEPS, MAX_STEPS = 50, 100  # of the default, one epoch
+
+
+class Job(NamedTuple):
+    """An adapter to train.
+
+    Attributes:
+        name: Its name in the bank and the table.
+        data: Number of its data set.
+        train: Its training rows.
+        held_out: Its held-out rows.
+        steps: Its number of steps.
+        learning_rate: The peak of its learning rate.
+        num_rows: Number of its training rows before packing.
+    """
+
+    name: str
+    data: int
+    train: Part
+    held_out: Part
+    steps: int
+    learning_rate: float
+    num_rows: int
+
+
+def expand_sources(sources: Sequence[str], each: bool) -> list[str]:
+    """The data sets of `--data`; with `each`, every file (or sub-folder) of the folders is a data set of its own.
+
+    Raises:
+        ValueError: If a folder has no data.
+        FileNotFoundError: If there is no such file.
+    """
+    if not each:
+        return list(sources)
+    found: list[str] = []
+    for source in sources:
+        if is_hub_id(source):
+            found.append(source)
+        elif not Path(source).is_dir():
+            found += [str(file) for file in find_files(source)]
+        else:
+            files = find_files(source)
+            found += sorted({str(Path(source, file.relative_to(source).parts[0])) for file in files})
+    return found
+
+
+def make_jobs(
+    sets: Sequence[DataSet],
+    rows: Sequence[TokenRows],
+    references: Sequence[Tensor | None],
+    *,
+    batch_size: int,
+    seed: int,
+    steps: Sequence[int] | None,
+    epochs: float | None,
+    learning_rates: Sequence[float],
+    betas: Sequence[float],
+    pack_to: int | None = None,
+) -> list[Job]:
+    """The adapters of a run: one for each data set and, of preferences, each beta.
+
+    Args:
+        sets: The data sets.
+        rows: Their tokenized rows.
+        references: Of preferences, the log-probabilities of the reference for these rows.
+        batch_size: Rows per adapter and step.
+        seed: Seed of the splits.
+        steps: Number of steps, one value or one per adapter.
+        epochs: Number of passes over the rows, if there are no `steps`; None means one, with limits.
+        learning_rates: One value, or one per adapter.
+        betas: Of preferences.
+        pack_to: Length to which training rows are packed; None means that they are not.
+
+    Raises:
+        ValueError: If numbers of values do not match, names are equal, or a data set is too small to be split.
+    """
+    pairs = list(product(range(len(sets)), betas if rows[0].width == 2 else [None]))
+    names = _names(sets, pairs)
+    splits = [split_rows(one.groups, min(HELD_OUT, -(-len(one.groups) // 5)), seed=seed) for one in rows]
+    jobs = []
+    for i, (data, beta) in enumerate(pairs):
+        train, test = splits[data]
+        own = Part(rows[data], train, beta, references[data])
+        held_out = own._replace(use=test)
+        if pack_to is not None:
+            packed = rows[data].pack(train, pack_to)
+            own = own._replace(rows=packed, use=torch.arange(len(packed.packed or ())))
+        batches = max(len(own.use) // batch_size, 1)
+        count = min(max(batches, MIN_STEPS), MAX_STEPS) if epochs is None else max(round(batches * epochs), 1)
+        if steps is not None:
+            count = _one("--steps", steps, i, len(pairs))
+        rate = _one("--learning-rate", learning_rates, i, len(pairs))
+        jobs.append(Job(names[i], data, own, held_out, count, rate, len(train)))
+    return jobs
+
+
+def _one(option: str, values: Sequence[Any], i: int, n: int) -> Any:
+    if len(values) not in (1, n):
+        raise ValueError(f"{option} must have one value, or one for each of the {n} adapters, got {len(values)}.")
+    return values[i if len(values) > 1 else 0]
+
+
+def _names(sets: Sequence[DataSet], pairs: Sequence[tuple[int, float | None]]) -> list[str]:
+    """Distinct names: the data set's file or folder, and beta if there are several."""
+    stems = [Path(data.source.partition(":")[0].rstrip("/")).stem or "data" for data in sets]
+    several = len({beta for _, beta in pairs}) > 1
+    names: list[str] = []
+    for data, beta in pairs:
+        stem = stems[data] if stems.count(stems[data]) == 1 else f"{stems[data]}-{data + 1}"
+        parts = [stem] if len(sets) > 1 or not several else []
+        names.append("-".join([*parts, *([f"beta{beta:g}"] if several else [])]))
+    if len(set(names)) < len(names):
+        raise ValueError(f"each adapter needs a name of its own, got {names}: give each data set and beta once.")
+    return names

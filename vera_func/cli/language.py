@@ -1,0 +1,270 @@
+"""Training on texts, completions, chats and preferences: one adapter, or one for each data set or beta.
+
+read and check all rows -> load the model -> tokenize -> split -> score -> train -> score -> save
+
+All adapters of a run train together; each takes batches of its own rows. An interrupted run resumes from
+`OUT.training-<hash>`, which is deleted on success.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.batches import Part, collate_items, training_batches
+from ..data.dataset import DataSet, open_dataset
+from ..data.models import Base, Note, load_base, write_note
+from ..data.objective import Scores, loss_of_rows, reference_logprobs, score_rows
+from ..data.sources import Source, open_source
+from ..data.tokens import Side, TokenRows, tokenize
+from ..io.bank import save_bank
+from ..io.checkpoint import load_adapter, save_adapter
+from ..model.adapt import Adapted, adapt
+from ..model.batch import Params, stack_adapters
+from ..model.config import VeraConfig
+from ..train.distributed import map_sharded, rank, world_size
+from .checkpoints import checkpoint_path, delete_checkpoints
+from .jobs import Job, make_jobs
+from .recipe import Recipe, Trained, train_together
+from .report import bar
+from .scoring import BETA, pad_id
+
+
+BANK = "bank.safetensors"
+
+
+def train_language(
+    sources: Sequence[str],
+    *,
+    out: str | Path,
+    recipe: Recipe,
+    model: str | None = None,
+    quant: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    r: int = 256,
+    targets: str | Sequence[str] | None = None,
+    steps: Sequence[int] | None = None,
+    epochs: float | None = None,
+    learning_rates: Sequence[float] = (2e-2,),
+    betas: Sequence[float] | None = None,
+    reference: str | None = None,
+    max_length: int = 512,
+    truncate_side: Side = "end",
+    packing: bool = True,
+    chunk: int = 64,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train adapters on data sets that are not labelled, and measure them on held-out rows before and after.
+
+    Args:
+        sources: The data sets, of one kind; one adapter is trained for each.
+        out: Folder for the adapter, or for the bank if there are several.
+        recipe: The options of the run.
+        model, quant, dtype, device: As for `load_base`.
+        r: Rank of the projections.
+        targets: Suffixes of the names of the layers to adapt, or "all-linear"; None means PEFT's default.
+        steps: Number of steps, one value or one per adapter.
+        epochs: Number of passes over the rows of an adapter, if there are no `steps`. If both are None: one epoch, but
+            at least 50 and at most 100 steps.
+        learning_rates: One value, or one per adapter.
+        betas: Of preferences; one adapter is trained for each value and data set.
+        reference: Of preferences: directory of an adapter that is the reference and the initial adapter. None means
+            the base and a new adapter.
+        max_length: Maximum number of tokens of a sequence.
+        truncate_side: Which end of longer sequences is cut off.
+        packing: Whether training rows of texts are packed to `max_length` tokens; documents do not see each other.
+        chunk: Adapters that train together; under torchrun, chunks are sharded across ranks.
+        progress: Whether to show progress bars.
+
+    Returns:
+        A dict for the report: for one adapter, its measurements; for several, `adapters` has a row for each.
+
+    Raises:
+        ValueError: If an option or a row is invalid.
+        OSError: If a file or the model is not found, or (ConnectionError) there is no network.
+    """
+    progress = progress and rank() == 0
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder or not exist; {out} is a file.")
+    initial = None if reference is None else open_source(reference)
+    sets = [open_dataset(source) for source in sources]
+    kind = _same_kind(sets)
+    if kind != "preference" and (betas or reference):
+        raise ValueError("--beta and --reference belong to preferences, with the columns prompt, chosen, rejected.")
+    base = load_base(
+        model or _model_of(initial), quant or _quant_of(initial), dtype, max_tokens=max_length, device=device
+    )
+    adapted = _adapted(base, initial, r, targets, recipe)
+    rows = [tokenize(data, base.tokenizer, max_length=max_length, side=truncate_side) for data in sets]
+    references = _references(base, adapted, rows, progress)
+    jobs = make_jobs(
+        sets, rows, references, batch_size=recipe.batch_size, seed=recipe.seed, steps=steps, epochs=epochs,
+        learning_rates=learning_rates, betas=betas or (BETA,),
+        pack_to=max_length if packing and kind == "text" else None,
+    )  # fmt: skip
+    options = (recipe, [(job.name, job.steps, job.learning_rate, job.train.beta) for job in jobs], chunk)
+    state = (base.name, base.quant, base.dtype, adapted.config, reference, max_length, truncate_side, packing)
+    checkpoint = checkpoint_path(out, *state, *options, [_hash(one) for one in rows])
+    before = _score(base, adapted, adapted.params, jobs, progress, "before", stacked=False)
+    start = time.perf_counter()
+    trained = _train(base, adapted, jobs, recipe, chunk, checkpoint, progress)
+    seconds = time.perf_counter() - start
+    after = _score(base, adapted, trained.params, jobs, progress, "after", stacked=len(jobs) > 1)
+    note = Note(
+        base.quant, kind=kind, data=[sets[job.data].source for job in jobs], max_length=max_length,
+        truncate_side=truncate_side, reference=None if reference is None else str(Path(reference).resolve()),
+        beta=[job.train.beta or BETA for job in jobs] if kind == "preference" else None,
+    )  # fmt: skip
+    map_sharded(partial(_save, out, adapted, trained.params, [job.name for job in jobs]), [note])  # on rank 0
+    delete_checkpoints(checkpoint)
+    table = [_row(job, sets, trained, before, after, i) for i, job in enumerate(jobs)]
+    common = {
+        "kind": kind,
+        "omitted": sum(one.omitted for one in rows) or None,
+        "trained": sum(leaf.numel() for leaf in adapted.params.values()),
+        "seconds": seconds,
+        "out": str(out),
+    }
+    return common | ({"bank": str(out / BANK), "adapters": table} if len(jobs) > 1 else table[0])
+
+
+def _same_kind(sets: Sequence[DataSet]) -> str:
+    for data in sets:
+        if data.kind != sets[0].kind:
+            raise ValueError(
+                f"all data sets of a run must be of one kind, but {sets[0].source} has rows of the kind "
+                f"{sets[0].kind!r} and {data.source} of the kind {data.kind!r}."
+            )
+    return sets[0].kind
+
+
+def _model_of(initial: Source | None) -> str | None:
+    return None if initial is None or initial.config is None else initial.config.base_model_name_or_path
+
+
+def _quant_of(initial: Source | None) -> str | None:
+    return None if initial is None else initial.note.quant
+
+
+def _adapted(base: Base, initial: Source | None, r: int, targets: Any, recipe: Recipe) -> Adapted:
+    if initial is not None and initial.path is not None:
+        return load_adapter(initial.path, base.model)
+    if targets is not None and not isinstance(targets, str):
+        targets = "all-linear" if list(targets) == ["all-linear"] else list(targets)
+    config = VeraConfig(
+        base_model_name_or_path=base.name,
+        task_type="CAUSAL_LM",
+        r=r,
+        target_modules=targets,
+        projection_prng_key=recipe.seed,
+        vera_dropout=recipe.dropout,
+    )
+    return adapt(base.model, config)
+
+
+def _references(base: Base, adapted: Adapted, rows: Sequence[TokenRows], progress: bool) -> list[Tensor | None]:
+    """The log-probabilities of the initial adapter, the reference, for all rows of preferences."""
+    if rows[0].width == 1:
+        return [None] * len(rows)
+    options: dict[str, Any] = {"pad_id": pad_id(base), "device": base.model.device, "map": map_sharded}
+    options["progress"] = bar("reference", progress)
+    return [
+        reference_logprobs(adapted, adapted.params, Part(one, torch.arange(len(one.groups))), **options) for one in rows
+    ]
+
+
+def _score(
+    base: Base, adapted: Adapted, params: Params, jobs: Sequence[Job], progress: bool, title: str, *, stacked: bool
+) -> Scores:
+    place: dict[str, Any] = {"pad_id": pad_id(base), "device": base.model.device, "map": map_sharded}
+    parts = [job.held_out for job in jobs]
+    return score_rows(adapted, params, parts, stacked=stacked, progress=bar(title, progress), **place)
+
+
+def _train(
+    base: Base, adapted: Adapted, jobs: Sequence[Job], recipe: Recipe, chunk: int, checkpoint: Path, progress: bool
+) -> Trained:
+    """Train all adapters, at most `chunk` of them together."""
+    groups = [jobs[start : start + chunk] for start in range(0, len(jobs), chunk)]
+    by_group = len(groups) > 1 and world_size() > 1
+
+    def train(i: int) -> Trained:
+        file = checkpoint if len(groups) == 1 else checkpoint.with_name(f"{checkpoint.name}-{i}")
+        return _train_group(base, adapted, groups[i], recipe, file, progress and rank() == 0, shared=not by_group)
+
+    found = map_sharded(train, range(len(groups))) if by_group else [train(i) for i in range(len(groups))]
+    if len(jobs) == 1:
+        return found[0]
+    device = base.model.device
+    stacks = [one.params if len(one.steps) > 1 else stack_adapters([one.params]) for one in found]
+    params = {key: torch.cat([stack[key].to(device) for stack in stacks]) for key in stacks[0]}
+    lists = zip(*(one[1:] for one in found), strict=True)
+    return Trained(params, *([value for part in column for value in part] for column in lists))
+
+
+def _train_group(
+    base: Base, adapted: Adapted, jobs: Sequence[Job], recipe: Recipe, file: Path, progress: bool, *, shared: bool
+) -> Trained:
+    n = len(jobs)
+    place: dict[str, Any] = {"pad_id": pad_id(base), "device": base.model.device}
+    parts, held_out = [job.train for job in jobs], [job.held_out for job in jobs]
+    batches = training_batches(
+        parts, [job.steps for job in jobs], recipe.batch_size, seed=recipe.seed, micro_batches=recipe.micro_batches,
+        collate=partial(collate_items, parts, dtype=base.dtype, **place),
+    )  # fmt: skip
+    mapping: Callable[..., Any] = map_sharded if shared else map
+
+    def metric(params: Params) -> Tensor:
+        return score_rows(adapted, params, held_out, stacked=n > 1, map=mapping, **place).loss
+
+    return train_together(
+        loss_of_rows(adapted, n if n > 1 else None, dropout_seed=recipe.seed if recipe.dropout else None),
+        stack_adapters([adapted.params] * n) if n > 1 else adapted.params,
+        batches,
+        recipe,
+        steps=[job.steps for job in jobs],
+        learning_rates=[job.learning_rate for job in jobs],
+        evaluate=metric,
+        checkpoint=file,
+        progress=progress,
+        shared=shared,
+    )
+
+
+def _save(out: Path, adapted: Adapted, params: dict[str, Tensor], names: Sequence[str], note: Note) -> None:
+    if len(names) == 1:
+        save_adapter(out, params, adapted.frozen, adapted.config)
+        write_note(out, note)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    write_note(save_bank(out / BANK, params, adapted.frozen, adapted.config, names), note)
+
+
+def _row(job: Job, sets: Sequence[DataSet], trained: Trained, before: Scores, after: Scores, i: int) -> dict[str, Any]:
+    first = before.row(i)
+    return {
+        "name": job.name,
+        "data": sets[job.data].source,
+        **({} if job.train.beta is None else {"beta": job.train.beta}),
+        "learning_rate": job.learning_rate,
+        "rows": job.num_rows,
+        "held_out": len(job.held_out.use),
+        "steps": trained.steps[i],
+        **{f"{name}_before": value for name, value in first.items() if name in ("loss", "accuracy")},
+        **after.row(i),
+        "diverged": trained.diverged[i],
+    }
+
+
+def _hash(rows: TokenRows) -> str:
+    digest = hashlib.sha256()
+    for tensor in (rows.ids, rows.labels, rows.offsets, rows.groups):
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,195 @@
+"""How `train` trains: the options of a trainer, and the run of one adapter or of several at once."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.batches import Batch
+from ..model.batch import Params
+from ..train.best import Best, better, load_best, save_best, start_best
+from ..train.distributed import furthest, mean_over_micro_batches, rank
+from ..train.fit import Fit, fit, load_fit
+from ..train.optim import Gradient
+from ..train.schedules import Schedule, schedule_of
+from .report import training_bar
+
+
+CHECKPOINT_EVERY = 10
+
+
+class Recipe(NamedTuple):
+    """The options of a run that do not depend on the data.
+
+    Attributes:
+        batch_size: Rows per adapter and step.
+        micro_batches: Micro-batches per step, sharded across ranks.
+        schedule: How the learning rates decay.
+        warmup: Steps in which they rise, or a fraction of the steps if below 1.
+        weight_decay: Weight decay of AdamW.
+        clip: Maximum norm of a gradient.
+        dropout: Probability of the adapter's dropout.
+        checkpointing: Whether activations are computed again in the backward pass.
+        eval_every: Steps between two evaluations; None means none during training.
+        patience: Evaluations without improvement after which an adapter stops; None means that it does not.
+        seed: Seed of split, order, projections and dropout.
+    """
+
+    batch_size: int = 16
+    micro_batches: int = 1
+    schedule: Schedule = "cosine"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    dropout: float = 0.0
+    checkpointing: bool = False
+    eval_every: int | None = None
+    patience: int | None = None
+    seed: int = 0
+
+
+def _one(batch: Batch) -> float:
+    return 1.0
+
+
+class Trained(NamedTuple):
+    """What `train_together` returns.
+
+    Attributes:
+        params: The params to keep: the best ones if there were evaluations, else the last ones.
+        steps: Steps after which they were reached, for each adapter.
+        loss: Training loss of each adapter in its last step.
+        diverged: Whether each adapter stopped because a value was not finite.
+    """
+
+    params: dict[str, Tensor]
+    steps: list[int]
+    loss: list[float]
+    diverged: list[bool]
+
+
+def train_together(
+    loss: Callable[..., Tensor],
+    params: Params,
+    batches: Callable[[int], list[Batch]],
+    recipe: Recipe,
+    *,
+    steps: Sequence[int],
+    learning_rates: Sequence[float],
+    evaluate: Callable[[Params], Tensor],
+    checkpoint: Path | None,
+    progress: bool,
+    shared: bool = True,
+    weight: Callable[[Batch], float] = _one,
+) -> Trained:
+    """Train one adapter, or several at once, each with its own rate and number of steps.
+
+    Args:
+        loss: From `loss_of_rows`.
+        params: Initial params; stacked, if there are several `steps`.
+        batches: From `training_batches`.
+        recipe: The options.
+        steps: Number of steps of each adapter.
+        learning_rates: Peak of the learning rate of each adapter.
+        evaluate: Function from params to the metric of each adapter (n,), where lower is better.
+        checkpoint: File of the run's state; None means that it is not saved.
+        progress: Whether to show a progress bar.
+        shared: Whether all ranks train these adapters, and share the micro-batches; else this rank alone.
+        weight: Weight of the loss of a micro-batch, if `shared`; 1 for those of `training_batches`.
+
+    Raises:
+        ValueError: If the options do not fit together.
+    """
+    n = len(steps)
+    stacked = n > 1
+    state = _Evaluations(params, (n,) if stacked else (), evaluate, checkpoint, shared)
+    options: dict[str, Any] = {}
+    if recipe.eval_every:
+        options = {"evaluate": state, "evaluate_every": recipe.eval_every, "patience": recipe.patience}
+    elif recipe.patience is not None:
+        raise ValueError("--patience counts evaluations: pass --eval-every as well.")
+    schedule = schedule_of(recipe.schedule, recipe.warmup, steps)
+    resume = _resume(checkpoint, params, n if stacked else None, shared)
+    done = 0 if resume is None else len(resume.losses)
+    with training_bar(done, max(steps), progress) as show:
+        run = fit(
+            loss,
+            params,
+            batches,
+            steps=max(steps),
+            learning_rate=list(learning_rates) if stacked else learning_rates[0],
+            weight_decay=recipe.weight_decay,
+            max_norm=recipe.clip,
+            schedule=schedule if stacked else lambda step: schedule(step)[0],
+            num_adapters=n if stacked else None,
+            resume=resume,
+            checkpoint=checkpoint if rank() == 0 or not shared else None,
+            checkpoint_every=CHECKPOINT_EVERY,
+            accumulate=partial(_accumulate, show, weight if shared else None),
+            progress=False,
+            **options,
+        )
+    if not recipe.eval_every:
+        return _result(run, None, steps)
+    if len(run.losses) % recipe.eval_every:
+        state(run.params, len(run.losses))
+    return _result(run, state.best, steps)
+
+
+class _Evaluations:
+    """`evaluate` of `fit`, which keeps the best params."""
+
+    def __init__(
+        self, params: Params, n: tuple[int, ...], metric: Callable[[Params], Tensor], file: Path | None, shared: bool
+    ) -> None:
+        self.n, self.metric = n, metric
+        self.file = None if file is None else file.with_name(f"{file.name}-best")
+        self.best: Best = start_best(params, n)
+        self.writes = rank() == 0 or not shared
+        if self.file is not None:
+            found = load_best(self.file, self.best) if self.file.is_file() else None
+            found = furthest(found, -1 if found is None else 0) if shared else found
+            self.best = found or self.best
+
+    def __call__(self, params: Params, step: int) -> Tensor:
+        metric = self.metric(params).cpu().reshape(self.n)
+        self.best = better(self.best, params, metric, step)
+        if self.file is not None and self.writes:
+            save_best(self.file, self.best)
+        return metric
+
+
+def _accumulate(show: Callable[..., None], weight: Any, gradient: Callable[..., Gradient], micro: list[Batch]) -> Any:
+    if weight is not None:
+        grads, losses = mean_over_micro_batches(gradient, micro, weight=weight)
+    else:
+        grads, losses = _mean([gradient(batch) for batch in micro])
+    show(micro, losses)
+    return grads, losses
+
+
+def _mean(results: list[Gradient]) -> Gradient:
+    """`mean_over_micro_batches` on this rank alone."""
+    grads = {k: torch.stack([g[k].double() for g, _ in results]).mean(0).to(v) for k, v in results[0][0].items()}
+    losses = torch.stack([loss.double() for _, loss in results]).mean(0).to(results[0][1])
+    return grads, losses
+
+
+def _resume(checkpoint: Path | None, params: Params, n: int | None, shared: bool) -> Fit | None:
+    """Load the checkpoint; if ranks share the run, from one that has it, since hosts may have other file systems."""
+    run = load_fit(checkpoint, params, num_adapters=n) if checkpoint is not None and checkpoint.is_file() else None
+    return furthest(run, -1 if run is None else len(run.losses)) if shared else run
+
+
+def _result(run: Fit, best: Best | None, steps: Sequence[int]) -> Trained:
+    losses = run.losses.reshape(len(run.losses), -1)
+    stopped, diverged = run.stopped.reshape(-1).tolist(), run.diverged.reshape(-1).tolist()
+    ends = [min(end if end >= 0 else total, total) for end, total in zip(stopped, steps, strict=True)]
+    last = [losses[max(end - 1, 0), i].item() for i, end in enumerate(ends)]
+    if best is None:
+        return Trained(run.params, ends, last, diverged)
+    kept = [min(int(step), end) for step, end in zip(best.step.reshape(-1).tolist(), ends, strict=True)]
+    return Trained(best.params, kept, last, diverged)

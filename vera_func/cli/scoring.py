@@ -1,0 +1,87 @@
+"""Evaluation on texts, completions, chats and preferences."""
+
+from typing import Any
+
+import torch
+
+from ..data.batches import Part
+from ..data.dataset import DataSet
+from ..data.models import Base
+from ..data.objective import reference_logprobs, score_rows
+from ..data.sources import Source, load_adapters
+from ..data.tokens import tokenize
+from ..io.bank import open_bank
+from ..io.checkpoint import load_adapter
+from ..model.adapt import Adapted, adapt
+from ..model.config import VeraConfig
+from ..train.distributed import map_sharded
+from .report import bar
+
+
+BETA = 0.1  # the default of preferences, TRL's
+
+
+def evaluate_language(
+    source: Source,
+    base: Base,
+    data: DataSet,
+    *,
+    limit: int | None = None,
+    chunk: int = 8,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Measure adapters on all rows of a data set: loss and perplexity, or reward accuracy and margin.
+
+    Sequences are cut off, and preferences compared with a reference, as in training.
+
+    Args:
+        source: From `open_source`.
+        base: From `base_of`.
+        data: From `open_dataset`.
+        limit: Number of rows to use; None means all.
+        chunk: Adapters per forward pass.
+        progress: Whether to show progress bars.
+
+    Raises:
+        ValueError: If the adapters do not fit the model, or the reference is not found.
+    """
+    note = source.note
+    side: Any = note.truncate_side or "end"
+    rows = tokenize(data, base.tokenizer, max_length=note.max_length or 512, side=side)
+    use = torch.arange(len(rows.groups))[:limit]
+    adapted, read = load_adapters(source, base.model)
+    place: dict[str, Any] = {"pad_id": pad_id(base), "device": base.model.device}
+    reference = None
+    if rows.width == 2:
+        initial = load_adapter(note.reference, base.model) if note.reference else _plain(base)
+        show = bar("reference", progress)
+        reference = reference_logprobs(
+            initial, initial.params, Part(rows, use), progress=show, map=map_sharded, **place
+        )
+    found = []
+    for start in range(0, len(source.names), chunk):
+        names = source.names[start : start + chunk]
+        parts = [Part(rows, use, _beta(source, name), reference) for name in names]
+        show = bar(f"adapters {start + 1}-{start + len(names)} of {len(source.names)}", progress)
+        scores = score_rows(adapted, read(names), parts, stacked=True, progress=show, map=map_sharded, **place)
+        found += [{"name": name, **scores.row(i), "rows": len(use)} for i, name in enumerate(names)]
+    return found
+
+
+def _plain(base: Base) -> Adapted:
+    """A new adapter, whose update is 0: the base."""
+    return adapt(base.model, VeraConfig(r=1, target_modules="all-linear"))
+
+
+def pad_id(base: Base) -> int:
+    """The token to pad with: the tokenizer's, else its end token, else 0."""
+    ids = (base.tokenizer.pad_token_id, base.tokenizer.eos_token_id)
+    return next((token for token in ids if token is not None), 0)
+
+
+def _beta(source: Source, name: str) -> float:
+    """The beta of an adapter from the metadata."""
+    betas = source.note.beta or [BETA]
+    if len(betas) == 1 or source.path is None or source.path.is_dir():
+        return betas[0]
+    return dict(zip(open_bank(source.path).names, betas, strict=False)).get(name, BETA)

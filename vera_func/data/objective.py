@@ -1,0 +1,179 @@
+"""Losses and scores of adapters on tokenized rows: language modelling and preferences.
+
+    language     loss of an adapter = sum over its targets of -log p(target | tokens before) / number of targets
+    preference   loss of an adapter = mean over its pairs of the DPO loss with its own beta
+
+One adapter has plain params. Stacked adapters (n, ...) share a forward pass, in which each row has its own adapter.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..model.adapt import Adapted
+from ..model.batch import Params, select_adapters
+from ..model.head import hidden_and_head
+from ..train.losses import dpo_loss, next_token_loss
+from .batches import Batch, Item, Part, collate_items, evaluation_batches
+
+
+EVALUATION_TOKENS = 4096  # of a forward pass without gradients, padding included
+
+
+class Scores(NamedTuple):
+    """Measurements on held-out rows, one value per adapter; `accuracy` and `margin` are those of preferences.
+
+    Attributes:
+        loss: Mean loss of a target, or of a pair.
+        accuracy: Share of the pairs whose chosen answer has the larger reward.
+        margin: Mean difference of the rewards.
+    """
+
+    loss: Float[Tensor, " n"]
+    accuracy: Float[Tensor, " n"] | None = None
+    margin: Float[Tensor, " n"] | None = None
+
+    def row(self, i: int) -> dict[str, Any]:
+        """The measurements of an adapter by name, with the perplexity of a language model."""
+        loss = self.loss[i].item()
+        if self.accuracy is None or self.margin is None:
+            return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        return {"loss": loss, "accuracy": self.accuracy[i].item(), "margin": self.margin[i].item()}
+
+
+def sequence_losses(
+    adapted: Adapted, params: Params, batch: Batch, *, stacked: bool, width: int = 1
+) -> Float[Tensor, " sequences"]:
+    """The sum of -log p over the targets of each sequence.
+
+    Args:
+        adapted: Its `apply` and `frozen` are used.
+        params: Params of one adapter, or stacked params.
+        batch: From `collate_items`.
+        stacked: Whether params are stacked.
+        width: Sequences per row.
+    """
+    if stacked:
+        params = select_adapters(params, batch["adapter"].repeat_interleave(width))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    hidden, head = hidden_and_head(adapted.apply, params, adapted.frozen, **inputs)
+    return next_token_loss(hidden, head, batch["labels"]).total
+
+
+def loss_of_rows(
+    adapted: Adapted, num_adapters: int | None = None, *, dropout_seed: int | None = None
+) -> Callable[[Params, Batch], Float[Tensor, "*n"]]:
+    """A function `(params, micro-batch) -> losses` for `fit`: one loss, or (n,) losses of stacked adapters.
+
+    Args:
+        adapted: The model.
+        num_adapters: `n`, if params are stacked.
+        dropout_seed: Seed of the adapter's dropout, whose masks depend on the step; None means no dropout.
+    """
+
+    def loss(params: Params, batch: Batch) -> Tensor:
+        model = adapted if dropout_seed is None else with_dropout(adapted, dropout_seed, batch)
+        width = len(batch["input_ids"]) // len(batch["adapter"])
+        losses = sequence_losses(model, params, batch, stacked=num_adapters is not None, width=width)
+        if width == 2:
+            losses = _preference(losses, batch)[0]
+        losses = losses * batch["weight"]
+        if num_adapters is None:
+            return losses.sum()
+        return losses.new_zeros(num_adapters).index_add(0, batch["adapter"], losses)
+
+    return loss
+
+
+def with_dropout(adapted: Adapted, seed: int, batch: Batch) -> Adapted:
+    """The model with the adapter's dropout, whose masks depend on the seed, the step and the micro-batch only."""
+    device = next(iter(adapted.params.values())).device
+    seed = hash((seed, batch["step"], batch["micro_batch"])) % 2**63
+    return adapted._replace(apply=adapted.apply.with_dropout(torch.Generator(device).manual_seed(seed)))
+
+
+@torch.no_grad()
+def reference_logprobs(
+    adapted: Adapted,
+    params: Params,
+    part: Part,
+    *,
+    pad_id: int = 0,
+    device: Any = None,
+    map: Callable[..., Iterable[Any]] = map,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Float[Tensor, "rows 2"]:
+    """The log-probabilities of the chosen and rejected answers of all rows, by a reference.
+
+    Args:
+        adapted: The model.
+        params: Params of the reference; a new adapter, whose update is 0, is the base.
+        part: The rows; `use` is not used.
+        pad_id: Token to pad with.
+        device: Device of the model.
+        map: Function that maps over the batches; `map_sharded` shards them across ranks.
+        progress: Wrapper of the list of batches.
+    """
+    count = len(part.rows.groups)
+    groups = evaluation_batches([Item(0, row) for row in range(count)], [part], EVALUATION_TOKENS)
+
+    def logprobs(items: list[Item]) -> Tensor:
+        batch = collate_items([part], items, pad_id=pad_id, device=device)
+        return -sequence_losses(adapted, params, batch, stacked=False, width=2).reshape(-1, 2)
+
+    found = torch.cat([value.cpu() for value in map(logprobs, progress(groups))])
+    order = torch.tensor([item.row for items in groups for item in items])
+    return torch.empty_like(found).index_copy(0, order, found)
+
+
+@torch.no_grad()
+def score_rows(
+    adapted: Adapted,
+    params: Params,
+    parts: Sequence[Part],
+    *,
+    stacked: bool,
+    pad_id: int = 0,
+    device: Any = None,
+    map: Callable[..., Iterable[Any]] = map,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Scores:
+    """Measure adapters, each on the rows of its own part.
+
+    Args:
+        adapted: The model.
+        params: Params of one adapter, or stacked params.
+        parts: The rows of each adapter; `use` are those to measure on.
+        stacked: Whether params are stacked.
+        pad_id: Token to pad with.
+        device: Device of the model.
+        map: Function that maps over the batches; `map_sharded` shards them across ranks.
+        progress: Wrapper of the list of batches.
+    """
+    items = [Item(i, row) for i, part in enumerate(parts) for row in part.use.tolist()]
+    width = parts[0].rows.width
+
+    def sums(items: list[Item]) -> Tensor:
+        batch = collate_items(parts, items, pad_id=pad_id, device=device)
+        losses = sequence_losses(adapted, params, batch, stacked=stacked, width=width)
+        columns = [losses]
+        if width == 2:
+            losses, margins = _preference(losses, batch)
+            columns = [losses, (margins > 0).to(losses), margins]
+        values = torch.stack(columns, 1).double()
+        return values.new_zeros(len(parts), len(columns)).index_add(0, batch["adapter"], values)
+
+    batches = evaluation_batches(items, parts, EVALUATION_TOKENS)
+    total = sum(value.cpu() for value in map(sums, progress(batches)))
+    counts = [sum(part.rows.num_targets(row) for row in part.use.tolist()) for part in parts]
+    return Scores(*(total / torch.tensor(counts)[:, None]).unbind(1))
+
+
+def _preference(losses: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Losses and margins of pairs, from the losses of their sequences."""
+    (chosen, rejected), (reference_chosen, reference_rejected) = (-losses).reshape(-1, 2).T, batch["reference"].T
+    return dpo_loss(chosen, rejected, reference_chosen, reference_rejected, batch["beta"])

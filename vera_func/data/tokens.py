@@ -1,0 +1,243 @@
+"""Tokenized rows of a data set, in memory-mapped files: token ids, and labels with -100 where there is no target.
+
+    text         the whole text, then the end token; long texts are split
+    completion   prompt, completion, end token; targets are the completion's tokens and the end token
+    chat         the tokenizer's chat template; targets are the assistant's turns
+    preference   prompt + chosen and prompt + rejected, each as a completion
+
+A row of a preference has two sequences, the chosen one first; all other rows have one.
+"""
+
+import shutil
+import tempfile
+import weakref
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ..train.losses import IGNORED
+from .assets import quiet_transformers
+from .chat import chat_tokens
+from .dataset import DataSet
+from .packing import pack, split
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Side = Literal["end", "start"]
+_FILES = ("ids", "labels")
+CHUNK = 256  # rows that are tokenized at once
+FLUSH = 2**20  # tokens that are kept in memory before they are written
+
+
+class Tokens(NamedTuple):
+    """A sequence: token ids, and a label for each of them."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+class TokenRows(NamedTuple):
+    """Tokenized rows.
+
+    Attributes:
+        ids: Tokens of all sequences, one after another.
+        labels: Their labels.
+        offsets: Where each sequence begins, and where the last one ends.
+        width: Sequences of a row: 2 for preferences, else 1.
+        groups: For each row, a hash of what keeps rows together; see `DataSet`.
+        omitted: Number of rows of the data set that are omitted, since truncation leaves them without a target.
+        packed: If rows were packed, the sequences of each row, which do not see each other; see `packing`.
+    """
+
+    ids: Int[Tensor, " tokens"]
+    labels: Int[Tensor, " tokens"]
+    offsets: Int[Tensor, " sequences+1"]
+    width: int
+    groups: Int[Tensor, " rows"]
+    omitted: int = 0
+    packed: list[list[int]] | None = None
+
+    def lengths(self) -> Int[Tensor, " rows"]:
+        """The number of tokens of each row; of a preference, of the longer sequence."""
+        if self.packed is not None:
+            return torch.tensor([sum(int(self.offsets[k + 1] - self.offsets[k]) for k in row) for row in self.packed])
+        return self.offsets.diff().reshape(-1, self.width).amax(1)
+
+    def row(self, i: int) -> list[Tokens]:
+        """The sequences of a row."""
+        members = range(i * self.width, (i + 1) * self.width) if self.packed is None else self.packed[i]
+        spans = [self.offsets[k : k + 2].tolist() for k in members]
+        return [Tokens(self.ids[a:b].tolist(), self.labels[a:b].tolist()) for a, b in spans]
+
+    def pack(self, use: Int[Tensor, " used"], max_length: int) -> "TokenRows":
+        """Some of the rows, packed to rows of at most `max_length` tokens."""
+        found = pack(self.lengths()[use].tolist(), max_length)
+        numbers = use.tolist()
+        return self._replace(packed=[[numbers[k] for k in row] for row in found])
+
+    def num_targets(self, i: int) -> int:
+        """What the loss of a row is a sum over: the number of its targets, or 1 for a preference."""
+        if self.width == 2:
+            return 1
+        members = [i] if self.packed is None else self.packed[i]
+        spans = [self.offsets[k : k + 2].tolist() for k in members]
+        return sum(int((self.labels[a + 1 : b] != IGNORED).sum()) for a, b in spans)
+
+
+def tokenize(data: DataSet, tokenizer: "PreTrainedTokenizerBase", *, max_length: int, side: Side = "end") -> TokenRows:
+    """Tokenize a data set; texts that are too long become several rows, and other rows are truncated.
+
+    Args:
+        data: From `open_dataset`.
+        tokenizer: Tokenizer of the model.
+        max_length: Maximum number of tokens of a sequence.
+        side: Which end of a sequence is cut off: "end", or "start", which keeps the last tokens of a completion.
+
+    Raises:
+        ValueError: If the tokenizer has no chat template but the data has messages, no row has a target, or the
+            template can't be applied to a row.
+    """
+    ids, labels, offsets, groups = array("i"), array("i"), array("q", [0]), array("q")
+    omitted, width = 0, 2 if data.kind == "preference" else 1
+    folder = Path(tempfile.mkdtemp(prefix="vera_func-"))
+    try:
+        with (folder / _FILES[0]).open("wb") as id_file, (folder / _FILES[1]).open("wb") as label_file:
+            for i, row in enumerate(_tokenized(data, tokenizer, max_length)):
+                pieces = [_truncated(tokens, max_length, side) for tokens in row]
+                kept = [pieces] if width == 2 else [[piece] for piece in pieces]
+                good = [one for one in kept if all(_has_target(tokens) for tokens in one)]
+                omitted += not good
+                for one in good:
+                    groups.append(int(data.groups[i]))
+                    for tokens in one:
+                        ids.extend(tokens.ids)
+                        labels.extend(tokens.labels)
+                        offsets.append(offsets[-1] + len(tokens.ids))
+                if len(ids) > FLUSH:
+                    _flush(ids, id_file)
+                    _flush(labels, label_file)
+            _flush(ids, id_file)
+            _flush(labels, label_file)
+        if not groups:
+            raise ValueError(
+                f"{data.source}: no row has a target within {max_length} tokens: raise --max-length, or pass "
+                "--truncate-side start."
+            )
+        flat, targets = (torch.from_file(str(folder / n), size=offsets[-1], dtype=torch.int32) for n in _FILES)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(flat, shutil.rmtree, folder, ignore_errors=True)
+    return TokenRows(flat, targets, torch.tensor(offsets), width, torch.tensor(groups), omitted)
+
+
+def prompt_tokens(full: Sequence[int], prompt: Sequence[int]) -> Tokens:
+    """Tokens of a prompt with its answer, whose targets are those that follow the prompt.
+
+    The targets begin at the first token that differs from the prompt's own tokens: if a token straddles the end of the
+    prompt, it is a target.
+
+    Example:
+        >>> prompt_tokens([5, 6, 7, 2], [5, 6, 2])
+        Tokens(ids=[5, 6, 7, 2], labels=[-100, -100, 7, 2])
+    """
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(full, prompt, strict=False)) if a != b), min(len(full), len(prompt))
+    )
+    return Tokens(list(full), [IGNORED] * shared + list(full[shared:]))
+
+
+def chat_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens of a chat that begins with this message of the user, up to where the assistant answers.
+
+    Raises:
+        ValueError: If the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template: leave out --chat, or use a model that is made for chats.")
+    message = {"role": "user", "content": prompt}
+    return tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
+
+
+def _tokenized(data: DataSet, tokenizer: Any, max_length: int) -> Iterator[list[Tokens]]:
+    """For each row, its sequences; for texts, the pieces of the text."""
+    with quiet_transformers():
+        for start in range(0, len(data.rows), CHUNK):
+            chunk = data.rows[start : start + CHUNK]  # a list for each column
+            rows = [dict(zip(chunk, values, strict=True)) for values in zip(*chunk.values(), strict=True)]
+            convert = _texts if data.kind == "text" else _answers
+            if any(isinstance(value, list) for value in rows[0].values()):
+                convert = _messages
+            number = start
+            try:
+                for row in convert(tokenizer, rows, max_length):
+                    number += 1
+                    yield row
+            except ValueError as error:
+                raise ValueError(f"{data.source}, row {number + 1}: {error}") from error
+
+
+def _texts(tokenizer: Any, rows: list[dict[str, Any]], max_length: int) -> Iterator[list[Tokens]]:
+    for ids in tokenizer([row["text"] for row in rows]).input_ids:
+        ids = _ended(tokenizer, ids)
+        yield [Tokens(piece, piece) for piece in split(ids, max_length)]
+
+
+def _answers(tokenizer: Any, rows: list[dict[str, Any]], max_length: int) -> Iterator[list[Tokens]]:
+    columns = [name for name in rows[0] if name != "prompt"]
+    prompts = tokenizer([row["prompt"] for row in rows]).input_ids
+    full = [tokenizer([row["prompt"] + row[name] for row in rows]).input_ids for name in columns]
+    for prompt, *answers in zip(prompts, *full, strict=True):
+        yield [prompt_tokens(_ended(tokenizer, ids), prompt) for ids in answers]
+
+
+def _messages(tokenizer: Any, rows: list[dict[str, Any]], max_length: int) -> Iterator[list[Tokens]]:
+    """Chats, whose targets are the assistant's turns; or prompts with answers, whose targets are in the answers."""
+    columns = [name for name in rows[0] if name not in ("prompt", "messages")]
+    for row in rows:
+        if not columns:
+            ids, assistant = chat_tokens(tokenizer, row["messages"])
+            yield [_masked(ids, assistant, 0)]
+            continue
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        answers = [chat_tokens(tokenizer, row["prompt"] + row[name]) for name in columns]
+        yield [_masked(ids, assistant, _common(ids, prompt)) for ids, assistant in answers]
+
+
+def _masked(ids: list[int], assistant: list[bool], begin: int) -> Tokens:
+    """Tokens whose targets are the assistant's from position `begin`."""
+    labels = [id if said and i >= begin else IGNORED for i, (id, said) in enumerate(zip(ids, assistant, strict=True))]
+    return Tokens(ids, labels)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
+    """The ids with the end token of the tokenizer, if it has one."""
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def _truncated(tokens: Tokens, max_length: int, side: Side) -> Tokens:
+    part = slice(None, max_length) if side == "end" else slice(-max_length, None)
+    return Tokens(tokens.ids[part], tokens.labels[part])
+
+
+def _has_target(tokens: Tokens) -> bool:
+    return any(label != IGNORED for label in tokens.labels[1:])
+
+
+def _flush(values: array, file: Any) -> None:
+    values.tofile(file)
+    del values[:]

@@ -1,0 +1,67 @@
+"""Learning-rate schedules by name, for adapters with a number of steps each."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .optim import linear_warmup_cosine
+
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+def linear_warmup_linear(step: int | Tensor, *, warmup: int, total: int) -> Float[Tensor, "*n"]:
+    """Linear warmup to 1 in `warmup` steps, then linear decay to 0 at step `total`.
+
+        step < warmup:  (step + 1) / (warmup + 1)
+        from then on:   (total - step) / (total - warmup)
+
+    Raises:
+        ValueError: If not `0 <= warmup < total`.
+
+    Example:
+        >>> linear_warmup_linear(torch.tensor([0, 1, 3, 8, 13]), warmup=3, total=13)
+        tensor([0.2500, 0.5000, 1.0000, 0.5000, 0.0000], dtype=torch.float64)
+    """
+    if not 0 <= warmup < total:
+        raise ValueError(f"linear_warmup_linear needs 0 <= warmup < total, got warmup={warmup}, total={total}.")
+    step = torch.as_tensor(step, dtype=torch.float64)
+    return torch.where(step < warmup, (step + 1) / (warmup + 1), ((total - step) / (total - warmup)).clamp(0, 1))
+
+
+def schedule_of(name: Schedule, warmup: float, totals: Sequence[int]) -> Callable[[int], Float[Tensor, " n"]]:
+    """A schedule for `fit` with one factor per adapter, which is 0 when the adapter has had its steps.
+
+    Args:
+        name: How the learning rate decays after warmup.
+        warmup: Number of steps, or a fraction of an adapter's steps if below 1.
+        totals: Number of steps of each adapter.
+
+    Raises:
+        ValueError: If the name is unknown, or warmup is negative or takes all steps of an adapter.
+
+    Example:
+        >>> factors = schedule_of("constant", 0, [1, 3])
+        >>> factors(0), factors(1)
+        (tensor([1., 1.], dtype=torch.float64), tensor([0., 1.], dtype=torch.float64))
+    """
+    shapes = {"cosine": linear_warmup_cosine, "linear": linear_warmup_linear, "constant": _linear_warmup}
+    if name not in shapes:
+        raise ValueError(f"the schedule must be {', '.join(shapes)}, got {name!r}.")
+    warmups = [int(warmup * total) if warmup < 1 else int(warmup) for total in totals]
+    for steps, total in zip(warmups, totals, strict=True):
+        if not 0 <= steps < total:
+            raise ValueError(f"warmup must take fewer than the {total} steps of training, got {warmup:g}.")
+
+    def factors(step: int) -> Tensor:
+        rising = [shapes[name](step, warmup=w, total=t) for w, t in zip(warmups, totals, strict=True)]
+        return torch.stack(rising) * (step < torch.tensor(totals))
+
+    return factors
+
+
+def _linear_warmup(step: int | Tensor, *, warmup: int, total: int) -> Float[Tensor, "*n"]:
+    return ((torch.as_tensor(step, dtype=torch.float64) + 1) / (warmup + 1)).clamp(max=1)
