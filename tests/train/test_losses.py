@@ -8,6 +8,7 @@ from torch import nn, ones
 from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vera_func as vf
 from vera_func.model.head import RowHead, hidden_and_head
@@ -187,6 +188,32 @@ def test_logits_are_never_whole(head, transform):
     with torch.no_grad(), LargestTensor() as largest:
         HEADS[head](hidden, big, bias.repeat(20), labels)
     assert largest.numel <= 3 * ROWS * SEQ * len(big) // 8
+
+
+@pytest.mark.parametrize("head", ["weight", "function"])
+def test_logits_are_not_kept_for_the_backward_pass(head):
+    (hidden, _, _), labels = inputs(), torch.zeros(ROWS, SEQ, dtype=torch.long)
+    big, kept = torch.randn(VOCAB * 20, WIDTH, dtype=torch.float64), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        HEADS[head](hidden.requires_grad_(), big, big[:, 0], labels)
+    assert sum(kept) < ROWS * SEQ * len(big) / 2
+
+
+@pytest.mark.parametrize("head", ["weight", "function"])
+def test_the_head_is_multiplied_only_where_there_is_a_target(head):
+    (hidden, weight, bias), labels = inputs(), labels_of()
+    products = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func.overloadpacket.__name__ in ("mm", "addmm") and out.shape[-1] == VOCAB:
+                products.append(len(out))
+            return out
+
+    with Products():
+        HEADS[head](hidden.requires_grad_(), weight, bias, labels)
+    assert sum(products) == (labels[:, 1:] != IGNORED).sum()
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 1000])

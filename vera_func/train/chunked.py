@@ -105,8 +105,8 @@ def _losses_and_slopes(x: Tensor, weight: Tensor, bias: Tensor | None, targets: 
 
 def _errors(log_probs: Tensor, targets: Tensor) -> Tensor:
     """softmax(z) - onehot(targets), the gradient of each loss in its logits."""
-    index = targets[..., None]
-    return log_probs.exp().scatter_add(-1, index, -torch.ones_like(index, dtype=log_probs.dtype))
+    index, ones = targets[..., None], log_probs.new_ones(()).expand(*targets.shape, 1)
+    return log_probs.exp().scatter_add(-1, index, -ones)
 
 
 @keep_signature

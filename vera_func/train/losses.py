@@ -249,7 +249,7 @@ def _losses(
         targets = targets[index]
         _check_targets(targets, vocab)
         index = index.to(x.device)
-        chosen = x[index]
+        chosen = x.index_select(0, index)
     else:
         counted, targets = counted.to(x.device), targets.clamp(min=0)
         chosen = torch.where(counted[:, None], x, 0)  # not a product, which would spread NaN of padding
