@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vera_func as vf
 from vera_func.model.head import RowHead, hidden_and_head
+from vera_func.train.distributed import mean_over_micro_batches
 from vera_func.train.losses import IGNORED, dpo_loss, next_token_loss, sequence_logprobs
 
-from helpers import LargestTensor, gpt2, left_padded, llama, normal, quantized, randomized, tokens
+from helpers import LargestTensor, gpt2, left_padded, llama, normal, quantized, randomized, relative_error, tokens
 from refused import Refused
 
 
@@ -177,6 +178,20 @@ def test_bfloat16_rounds_no_more_than_its_logits():
         assert_close(one.double(), other, rtol=0.03, atol=0.03)
 
 
+def test_many_chunks_in_bfloat16_are_summed_in_float32():
+    hidden, weight = normal(1, 401, WIDTH, dtype=torch.bfloat16), normal(VOCAB, WIDTH, dtype=torch.bfloat16)
+    labels = torch.zeros(1, 401, dtype=torch.long)  # one token: its products all add up
+
+    def gradient(weight, chunk_size):
+        return vf.grad(lambda weight: next_token_loss(hidden, weight, labels, chunk_size=chunk_size).total.sum())(
+            weight
+        )
+
+    right = vf.grad(lambda weight: loop(hidden, weight, torch.zeros(VOCAB), labels).sum())(weight.double())
+    one, many = (relative_error(gradient(weight, size).double(), right) for size in (400, 1))
+    assert many < 2 * one < 0.02
+
+
 @pytest.mark.parametrize("transform", [vf.grad, grad])
 @pytest.mark.parametrize("head", ["weight", "function"])
 def test_logits_are_never_whole(head, transform):
@@ -336,6 +351,71 @@ def test_each_adapter_of_a_mixed_batch_has_its_own_loss(case):
             assert_close(gradient[key][i], right[key], rtol=1e-4, atol=1e-5)
 
 
+def test_padding_does_not_matter_where_each_row_has_its_own_head():
+    (apply, params, frozen, _), _ = adapted_model("adapted head")
+    rows = vf.stack_adapters([randomized(params, seed=seed, scale=0.2) for seed in range(3)])
+    inputs, labels = batch()
+    hidden, head = hidden_and_head(apply, rows, frozen, **inputs)
+    assert isinstance(head, RowHead)
+    predicts = torch.zeros(3, 7, 1, dtype=torch.bool)
+    predicts[:, :-1, 0] = labels[:, 1:] != IGNORED
+    spoiled = torch.where(predicts, hidden, torch.nan)
+    gradient = vf.grad(lambda hidden: next_token_loss(hidden, head, labels).total.sum())
+    assert torch.equal(next_token_loss(spoiled, head, labels).total, next_token_loss(hidden, head, labels).total)
+    assert torch.equal(gradient(spoiled), gradient(hidden))
+    assert torch.equal((gradient(spoiled) != 0).any(-1, keepdim=True), predicts)
+    with pytest.raises(ValueError, match=r"labels must be token ids, or -100 .* got -1"):
+        next_token_loss(hidden, head, labels.clamp(min=-1))
+    with pytest.raises(ValueError, match=r"labels must be token ids from 0 to 66, or -100, got 100"):
+        next_token_loss(hidden, head, labels.abs())
+
+
+def test_micro_batches_of_unequal_size_weigh_by_their_labels():
+    (apply, params, frozen, _), _ = adapted_model("llama")
+    inputs, labels = batch()
+
+    def loss(params, rows):
+        chosen = {name: value[rows] for name, value in inputs.items()}
+        total, count = row_losses(apply, params, frozen, labels[rows], **chosen)
+        return total.sum() / count.sum().clamp(min=1)
+
+    def weight(rows):
+        return (labels[rows, 1:] != IGNORED).sum().item()
+
+    fit = partial(vf.fit, loss, params, steps=2, learning_rate=1e-2, progress=False)
+    whole = fit(lambda step: torch.arange(3))
+    parts = fit(lambda step: torch.arange(3).split(2), accumulate=partial(mean_over_micro_batches, weight=weight))
+    assert_close(parts.losses, whole.losses, rtol=1e-5, atol=1e-6)
+    assert_close(parts.params, whole.params, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_at_an_adapted_head_is_refused():
+    adapted = vf.adapt(llama(), vf.VeraConfig(r=8, target_modules=["q_proj", "lm_head"], vera_dropout=0.5))
+    apply, (inputs, labels) = adapted.apply.with_dropout(torch.Generator()), batch()
+    with pytest.raises(ValueError, match="the output head has an adapter with dropout"):
+        hidden_and_head(apply, adapted.params, adapted.frozen, **inputs)
+    logits = apply(adapted.params, adapted.frozen, **inputs).logits
+    assert next_token_loss(logits, None, labels).total.isfinite().all()
+
+
+@pytest.mark.parametrize("make", [llama, gemma2])
+def test_dropout_is_drawn_once(make):
+    """Whatever was called before: finding out whether the head can be taken apart draws nothing."""
+    adapted = vf.adapt(make(), vf.VeraConfig(r=8, target_modules=["q_proj"], vera_dropout=0.5))
+    params, (inputs, labels) = randomized(adapted.params, scale=0.5), batch()
+
+    def draw(loss):
+        return loss(adapted.apply.with_dropout(torch.Generator().manual_seed(3)))
+
+    def loss(apply):
+        return row_losses(apply, params, adapted.frozen, labels, **inputs).total
+
+    first, again = draw(loss), draw(loss)
+    assert torch.equal(first, again)
+    right = draw(lambda apply: next_token_loss(apply(params, adapted.frozen, **inputs).logits, None, labels).total)
+    assert_close(first, right)
+
+
 def test_dpo_is_its_formula():
     chosen, rejected, reference_chosen, reference_rejected = (normal(5, seed=seed).double() for seed in range(4))
     losses, margins = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, 0.3)
@@ -373,13 +453,25 @@ bad(
     "next_token_loss",
     "an id beyond the vocabulary",
     lambda _: next_token_loss(HIDDEN, WEIGHT, LABELS * 7),
-    "from 0 to 6, or -100 .* got 7",
+    "from 0 to 6, or -100, got 7",
+)
+bad(
+    "next_token_loss",
+    "an id beyond the vocabulary of a function",
+    lambda _: next_token_loss(HIDDEN, lambda x: x @ WEIGHT.mT, LABELS * 7),
+    "from 0 to 6, or -100, got 7",
+)
+bad(
+    "next_token_loss",
+    "a function of something else",
+    lambda _: next_token_loss(HIDDEN, lambda x: WEIGHT @ x.mT, LABELS),
+    r"head must return logits \(3, vocab\) for \(3, 3\), got \(7, 3\)",
 )
 bad(
     "next_token_loss",
     "a negative id",
     lambda _: next_token_loss(HIDDEN, None, LABELS * -1),
-    "from 0 to 2, or -100 .* got -1",
+    "token ids, or -100 .* got -1",
 )
 bad(
     "next_token_loss",

@@ -99,7 +99,7 @@ def _turns(tokenizer: Any, messages: Messages, text: str, options: dict[str, Any
         prompt = _prompt(tokenizer, messages[:i], message, options)
         until = _render(tokenizer, messages[: i + 1], options)
         ends = [end for end in _ends(until, len(prompt), special) if text.startswith(until[:end])]
-        if not until.startswith(prompt) or not text.startswith(prompt) or not ends:
+        if not until.startswith(prompt) or not ends:
             raise ValueError(
                 f"the chat template can't be split: what it renders for the first {i} or {i + 1} messages is not the "
                 f"beginning of the whole chat, so that the turn of the assistant can't be found. {_ADVICE}"

@@ -43,6 +43,7 @@ Shapes: `*rows` of a batch, `seq` tokens of a row, `width` of the model, `vocab`
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -243,11 +244,12 @@ def _losses(
 ) -> Tensor:
     """The loss of each of the (tokens,) targets, 0 where there is none; the head is multiplied at the others only."""
     counted = targets != IGNORED
-    index = None
+    index, largest = None, -1
     if has_values(targets):
         index = counted.nonzero()[:, 0]
         targets = targets[index]
-        _check_targets(targets, vocab)
+        largest = _largest(targets)
+        _check_vocabulary(largest, vocab)
         index = index.to(x.device)
         chosen = x.index_select(0, index)
     else:
@@ -258,7 +260,7 @@ def _losses(
     if isinstance(head, Tensor):
         nll = weight_losses(chosen, head, bias, targets, chunk)
     else:
-        nll = function_losses(chosen, _identity if head is None else head, targets, chunk)
+        nll = function_losses(chosen, partial(_logits, head, largest), targets, chunk)
     if index is None:
         return torch.where(counted, nll, 0)
     return nll.new_zeros(len(x)).index_copy(0, index, nll)
@@ -266,8 +268,9 @@ def _losses(
 
 def _rowwise_losses(x: Tensor, head: RowHead, targets: Tensor, counted: Tensor, chunk_size: int | None) -> Tensor:
     """The losses (*rows, k) of each row's targets, which are moved to the front of their rows."""
+    largest = -1
     if has_values(targets):
-        _check_targets(targets[counted], None)
+        largest = _largest(targets[counted])
         most = int(counted.sum(-1).max()) if counted.numel() else 0
         order = torch.argsort(counted.to(torch.uint8), dim=-1, descending=True, stable=True)[..., :most]
         targets, counted = targets.gather(-1, order), counted.gather(-1, order)
@@ -277,10 +280,19 @@ def _rowwise_losses(x: Tensor, head: RowHead, targets: Tensor, counted: Tensor, 
     x = torch.where(counted[..., None], x, 0)
     rows = max(counted[..., :1].numel(), 1)
     chunk = max((chunk_size or _default_chunk(counted.numel(), None, x)) // rows, 1)
-    return torch.where(counted, function_losses(x, head, targets, chunk), 0)
+    return torch.where(counted, function_losses(x, partial(_logits, head, largest), targets, chunk), 0)
 
 
-def _identity(logits: Tensor) -> Tensor:
+def _logits(head: Callable[[Tensor], Tensor] | None, largest: int, x: Tensor) -> Tensor:
+    """The logits of a chunk, from any function; `largest` is the largest label."""
+    logits = x if head is None else head(x)
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != x.shape[:-1] or not logits.is_floating_point():
+        found = f"{tuple(logits.shape)} {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
+        expected = (*x.shape[:-1], "vocab")
+        raise ValueError(
+            f"head must return logits ({', '.join(map(str, expected))}) for {tuple(x.shape)}, got {found}."
+        )
+    _check_vocabulary(largest, logits.shape[-1])
     return logits
 
 
@@ -328,11 +340,16 @@ def _check(
     return head.shape[0]
 
 
-def _check_targets(targets: Tensor, vocab: int | None) -> None:
+def _largest(targets: Tensor) -> int:
+    """The largest of the targets, of which none may be negative; -1 if there are none."""
     if not targets.numel():
-        return
+        return -1
     low, high = (int(value) for value in targets.aminmax())
-    if low < 0 or (vocab is not None and high >= vocab):
-        wrong = low if low < 0 else high
-        known = "" if vocab is None else f" from 0 to {vocab - 1}"
-        raise ValueError(f"labels must be token ids{known}, or -100 for positions without a target, got {wrong}.")
+    if low < 0:
+        raise ValueError(f"labels must be token ids, or {IGNORED} for positions without a target, got {low}.")
+    return high
+
+
+def _check_vocabulary(largest: int, vocab: int | None) -> None:
+    if vocab is not None and largest >= vocab:
+        raise ValueError(f"labels must be token ids from 0 to {vocab - 1}, or {IGNORED}, got {largest}.")
