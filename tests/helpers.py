@@ -73,7 +73,7 @@ QUANTIZERS = {
 BASES = ["dense", "conv1d", *QUANTIZERS]
 
 
-def make_layer(*n, out=OUT, in_=IN, r=R, dtype=torch.float64, seed=0):
+def make_layer(*n, out=OUT, in_=IN, r=R, dtype=torch.float64, seed=0, dora=False):
     """`n` stacked adapters (one without an axis if there is no n), projections, a weight, an input (3, in)."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -81,6 +81,8 @@ def make_layer(*n, out=OUT, in_=IN, r=R, dtype=torch.float64, seed=0):
         return torch.randn(*shape, generator=generator, dtype=dtype)
 
     params = {"lambda_b": normal(*n, out), "lambda_d": normal(*n, r)}
+    if dora:
+        params["magnitude"] = normal(*n, out)
     # Wider than the layer, as when another layer is wider.
     frozen = {"vera_A": normal(r, in_ + 2), "vera_B": normal(out + 3, r)}
     return params, frozen, normal(out, in_), normal(3, in_)
@@ -92,6 +94,21 @@ def dense_forward(params, frozen, x, weight, bias=0.0):
     A, B = frozen["vera_A"][:, :in_], frozen["vera_B"][:out]
     delta = torch.diag(params["lambda_b"]) @ B @ torch.diag(params["lambda_d"]) @ A
     return x @ (weight + delta).T + bias
+
+
+def dora_weight(params, weight, delta, differentiate=True):
+    """The oracle of DVoRA: the rows of the adapted weight, each scaled to its magnitude."""
+    adapted = weight + delta
+    norm = adapted.norm(dim=-1)
+    return (params["magnitude"] / (norm if differentiate else norm.detach()))[..., None] * adapted
+
+
+def dora_forward(params, frozen, x, weight, bias=0.0, differentiate=False):
+    """`dense_forward` of a DVoRA layer."""
+    out, in_ = weight.shape
+    A, B = frozen["vera_A"][:, :in_], frozen["vera_B"][:out]
+    delta = torch.diag(params["lambda_b"]) @ B @ torch.diag(params["lambda_d"]) @ A
+    return x @ dora_weight(params, weight, delta, differentiate).T + bias
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -258,10 +275,12 @@ def merged(model, adapted):
         if f"{prefix}lambda_b" in adapted.params:
             vectors = {key: adapted.params[prefix + key] for key in ("lambda_b", "lambda_d")}
             transposed = isinstance(dense, Conv1D)
-            in_features = dense.weight.shape[0 if transposed else 1]
-            delta = vf.delta_weight(vectors, adapted.frozen, in_features)
+            weight = dense.weight.detach().T if transposed else dense.weight.detach()
+            delta = vf.delta_weight(vectors, adapted.frozen, weight.shape[1])
+            magnitude = adapted.params.get(f"{prefix}magnitude")
+            new = weight + delta if magnitude is None else dora_weight({"magnitude": magnitude}, weight, delta)
             # A new parameter: one that was tied stays as it was for the other layer.
-            dense.weight = nn.Parameter(dense.weight.detach() + (delta.T if transposed else delta))
+            dense.weight = nn.Parameter((new.T if transposed else new).clone())
     return model
 
 

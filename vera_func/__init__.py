@@ -37,6 +37,7 @@ Many adapters:
     vmap_adapters       all adapters on one batch, in one forward
     pool_adapters       adapters of different rank, targets and projections as one stack
     scale_adapter, add_adapters         arithmetic that stays an adapter
+    fold_magnitude      DVoRA adapters for inference: row norms computed once
 
 Training:
     grad, value_and_grad    gradients of pure functions, as `torch.func.grad` at the cost of plain autograd
@@ -65,8 +66,9 @@ Files:
 In submodules: `vera_func.train.optim` (AdamW and schedules as pure functions), `vera_func.train.sweep` (grids),
 `vera_func.train.privacy` (accounting, Poisson batches), `vera_func.train.influence` (TracIn, inverse Fisher),
 `vera_func.train.distributed` (torchrun), `vera_func.model.head` (hidden states and output head of a language model),
-`vera_func.merging.second_moments` (calibrated merging of a model), `vera_func.io.bank` (converting banks),
-`vera_func.io.push` (the Hugging Face hub), `vera_func.data` and `vera_func.cli` (the command `vera-func`).
+`vera_func.core.dora` and `vera_func.model.dora` (the row norms of DVoRA), `vera_func.merging.second_moments`
+(calibrated merging of a model), `vera_func.io.bank` (converting banks), `vera_func.io.push` (the Hugging Face hub),
+`vera_func.data` and `vera_func.cli` (the command `vera-func`).
 """
 
 from importlib import import_module
@@ -97,6 +99,7 @@ if TYPE_CHECKING:
     from .model.batch import select_adapters, stack_adapters, unstack_adapters
     from .model.config import VeraConfig
     from .model.convert import dequantize_model, quantize_model
+    from .model.dora import fold_magnitude
     from .model.layers import Linear, Linear4bit, Linear8bitLt
     from .model.pool import pool_adapters
     from .model.vmap import vmap_adapters
@@ -130,6 +133,7 @@ _MODULES = {
     "model.vmap": ("vmap_adapters",),
     "model.pool": ("pool_adapters",),
     "model.algebra": ("scale_adapter", "add_adapters"),
+    "model.dora": ("fold_magnitude",),
     "train.fit": ("fit",),
     "train.losses": ("next_token_loss", "sequence_logprobs", "dpo_loss"),
     "train.run": ("Fit", "save_fit", "load_fit"),

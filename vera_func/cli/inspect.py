@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.keys import VECTORS, adapted_modules, own_parameters, split_key
+from ..core.keys import SCALES, VECTORS, adapted_modules, join_key, own_parameters, split_key
 from ..data.assets import quiet_transformers
 from ..data.models import Base, describe_base
 from ..data.sources import Source, base_of, load_adapters, open_source
@@ -192,8 +192,8 @@ def _norms(stacked: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     rows = []
     for kind, group in _by_kind(layers, lambda name: name).items():
         row: dict[str, Any] = {"modules": kind, "count": len(group)}
-        for leaf in VECTORS:
-            norms = torch.stack([stacked[f"{name}.{leaf}".lstrip(".")].float().norm(dim=1) for name in group])
+        for leaf in (*VECTORS, *(name for name in SCALES if join_key(group[0], name) in stacked)):
+            norms = torch.stack([stacked[join_key(name, leaf)].float().norm(dim=1) for name in group])
             row |= {f"{leaf}_norm": norms.mean().item(), f"{leaf}_norm_most": norms.max().item()}
         rows.append(row)
     own = own_parameters(stacked)

@@ -12,17 +12,20 @@ leading axes of `x`, and `*rows` leading axes of the vectors, matched with those
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .autograd import expand, product, project
-from .keys import MIXTURE, VECTORS
+from .dora import fold_layer, norm_statistics, rescaled_delta, row_norms, scaled_base
+from .keys import BASE_SHARE, MAGNITUDE, MIXTURE, OUTPUT_SCALE, SCALES, STATISTICS, VECTORS, join_key
 from .shapes import align_rows, contiguous_rows, require_float, require_product_dtype, require_rows_of_floats
 
 
 BaseFn = Callable[[Tensor], Tensor]
+_OPTIONAL = {MIXTURE, *SCALES, *(join_key(name, BASE_SHARE) for name in SCALES)}
 
 
 def init_params(
@@ -32,6 +35,7 @@ def init_params(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    weight: Float[Tensor, "out in"] | None = None,
 ) -> dict[str, Tensor]:
     """Return a fresh adapter, `lambda_b = 0` and `lambda_d = d_initial`: the layer starts equal to its base.
 
@@ -41,13 +45,15 @@ def init_params(
         d_initial: Value of every entry of `lambda_d`; the paper recommends at most 0.1 (its table 6c).
         dtype: Dtype of both vectors, and therefore of the arithmetic of the update.
         device: Device of both vectors.
+        weight: The dense base weight of a DVoRA adapter, whose row norms are the initial magnitude, in float32 or
+            wider. None for VeRA.
 
     Returns:
-        `{"lambda_b": (out,), "lambda_d": (r,)}`.
+        `{"lambda_b": (out,), "lambda_d": (r,)}`, for DVoRA with `"magnitude"` (out,).
 
     Raises:
-        ValueError: If `r` or `out_features` is not a positive integer, `d_initial` not finite, or the dtype not a
-            floating-point one.
+        ValueError: If `r` or `out_features` is not a positive integer, `d_initial` not finite, the dtype not a
+            floating-point one, or the weight not (out, in).
 
     Example:
         >>> init_params(2, 3)
@@ -59,10 +65,17 @@ def init_params(
     if not abs(d_initial) < float("inf"):
         raise ValueError(f"d_initial must be finite, got {d_initial}.")
     require_float("dtype", dtype)
-    return {
+    params = {
         "lambda_b": torch.zeros(out_features, dtype=dtype, device=device),
         "lambda_d": torch.full((r,), d_initial, dtype=dtype, device=device),
     }
+    if weight is None:
+        return params
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] != out_features:
+        what = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"weight must be a dense ({out_features}, in), got {what}; dequantize(q) returns one.")
+    magnitude = row_norms(weight.detach().to(torch.promote_types(dtype, weight.dtype)))
+    return params | {MAGNITUDE: magnitude.to(device)}
 
 
 def vera_forward(
@@ -73,6 +86,8 @@ def vera_forward(
     *,
     dropout_mask: Tensor | None = None,
     product_dtype: torch.dtype | None = None,
+    bias: Float[Tensor, "*rows out"] | None = None,
+    differentiate_norm: bool = False,
 ) -> Float[Tensor, "*batch out"]:
     """The adapted layer: `base_fn(x) + lambda_b * (B (lambda_d * (A x)))`.
 
@@ -98,14 +113,19 @@ def vera_forward(
     Args:
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`. Leading axes are matched with those
             of `x` from the left, for each vector separately. With `"mixture"` (*rows, k), the vectors are
-            (*rows, k, ...), and a row gets the sum of its `k` updates with these weights.
-        frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`; the first columns and rows are used.
+            (*rows, k, ...), and a row gets the sum of its `k` updates with these weights. With `"magnitude"`
+            (*rows, out), or `"output_scale"` in its place (`dora.fold_layer`), the layer is DVoRA; see `dora`.
+        frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`; the first columns and rows are used. A magnitude needs
+            the row norms of the base's weight as well, from `dora.norm_statistics`. Without these, each call computes
+            the weight as `base_fn(identity)`, in `in` rows.
         x: Input rows.
         base_fn: The frozen layer, `(*batch, in) -> (*batch, out)`.
         dropout_mask: Multiplies the input of `A` (not of the base) and broadcasts to the shape of `x`;
             see `dropout_mask`. None drops nothing.
         product_dtype: `torch.bfloat16` or `torch.float16` multiplies by `A` and `B` in 16 bits; products above 65,504
             overflow in float16. None multiplies in the vectors' dtype.
+        bias: The bias that `base_fn` adds, if any, which DVoRA does not scale. Not used without a magnitude.
+        differentiate_norm: Whether the norm of DVoRA is differentiated, or a constant as in the paper.
 
     Raises:
         ValueError: If leading axes cannot be matched (both shapes are named), if `frozen` has another
@@ -121,14 +141,18 @@ def vera_forward(
         tensor([3., 3., 3., 3.])
 
     Reference:
-        Equation 2 of https://arxiv.org/abs/2310.11454.
+        Equation 2 of https://arxiv.org/abs/2310.11454; equation 5 of https://arxiv.org/abs/2402.09353.
     """
     require_product_dtype(product_dtype)
-    return forward(params, frozen, x, base_fn, dropout_mask, project, product_dtype)
+    options: Any = {"bias": bias, "differentiate_norm": differentiate_norm}
+    return forward(params, frozen, x, base_fn, dropout_mask, project, product_dtype, **options)
 
 
 def delta_weight(
-    params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], in_features: int
+    params: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
+    in_features: int,
+    weight: Float[Tensor, "out in"] | None = None,
 ) -> Float[Tensor, "*rows out in"]:
     """The dense update `diag(lambda_b) B diag(lambda_d) A`, in the vectors' dtype.
 
@@ -138,9 +162,11 @@ def delta_weight(
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`.
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         in_features: Input size of the layer, which `params` does not determine.
+        weight: The dense base weight, on which the update of DVoRA depends: `m (W + ΔW) / ‖W + ΔW‖ - W`, with rows
+            divided by their norms. Not used without a magnitude.
 
     Raises:
-        ValueError: If the projections have another rank or are too narrow.
+        ValueError: If the projections have another rank or are too narrow, or a magnitude is given without a weight.
 
     Example:
         >>> import torch
@@ -152,9 +178,18 @@ def delta_weight(
     lambda_b, lambda_d, mixture = _vectors(params)
     A, B = _projections(frozen, lambda_b, lambda_d, in_features)
     if mixture is None:
-        return (lambda_b[..., None] * B) @ (lambda_d[..., None] * A)
-    weighted = mixture[..., None] * lambda_b
-    return ((weighted[..., None] * B) @ (lambda_d[..., None] * A)).sum(-3)
+        delta = (lambda_b[..., None] * B) @ (lambda_d[..., None] * A)
+    else:
+        weighted = mixture[..., None] * lambda_b
+        delta = ((weighted[..., None] * B) @ (lambda_d[..., None] * A)).sum(-3)
+    if not any(name in params for name in SCALES):
+        return delta
+    if weight is None or tuple(weight.shape) != tuple(delta.shape[-2:]):
+        what = None if weight is None else tuple(weight.shape)
+        raise ValueError(
+            f"the update of DVoRA depends on the base weight: pass weight={tuple(delta.shape[-2:])}, got {what}."
+        )
+    return rescaled_delta(delta, params, weight.to(torch.promote_types(delta.dtype, weight.dtype)))
 
 
 def dropout_mask(
@@ -197,10 +232,16 @@ def forward(
     dropout_mask: Tensor | None,
     project: Callable[[Tensor, Tensor], Tensor],
     product_dtype: torch.dtype | None = None,
+    *,
+    bias: Tensor | None = None,
+    differentiate_norm: bool = False,
 ) -> Float[Tensor, "*batch out"]:
     """`vera_forward` with another way to compute `A x`, such as `SharedProduct`; not called with a dropout mask."""
     lambda_b, lambda_d, mixture = _vectors(params)
     require_rows_of_floats(x)
+    if MAGNITUDE in params:
+        params = fold_layer(params, _with_statistics(frozen, x, base_fn, bias), differentiate_norm=differentiate_norm)
+        lambda_b = params["lambda_b"]
     A, B = _projections(frozen, lambda_b, lambda_d, x.shape[-1], product_dtype)
     if A.is_meta and not x.is_meta:
         raise ValueError(f"the adapter is on the meta device and has no data, but x is on {x.device}.")
@@ -210,6 +251,9 @@ def forward(
             f"lambda_b {tuple(lambda_b.shape)} is for {lambda_b.shape[-1]} outputs, but base_fn(x) is "
             f"{tuple(base.shape)}."
         )
+    dtype = base.dtype
+    if OUTPUT_SCALE in params:
+        base = scaled_base(base, params, bias, x)
     if dropout_mask is None:
         z = project(x, A)  # (*batch, r)
     else:
@@ -221,14 +265,26 @@ def forward(
         weighted = mixture[..., None] * lambda_b
         update = align_rows("lambda_b", weighted, x, inner=2) * product(hidden, B)  # (*batch, k, out)
         update = update.sum(-2)
-    return (base + update).to(base.dtype).to(x.dtype)
+    return (base + update).to(dtype).to(x.dtype)
+
+
+def _with_statistics(
+    frozen: Mapping[str, Tensor], x: Tensor, base_fn: BaseFn, bias: Tensor | None
+) -> Mapping[str, Tensor]:
+    """`frozen` with the norm statistics of the layer, which are computed if they are missing."""
+    if any(name in frozen for name in STATISTICS):
+        return frozen
+    transposed = base_fn(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
+    if bias is not None:
+        transposed = transposed - bias
+    return {**frozen, **norm_statistics(transposed.mT, frozen)}
 
 
 def _vectors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    if params.keys() - {MIXTURE} != {*VECTORS}:
+    if params.keys() != {*VECTORS} and (params.keys() - _OPTIONAL != {*VECTORS} or {*SCALES} <= params.keys()):
         raise ValueError(
-            "params of one layer must have the keys 'lambda_b' and 'lambda_d' (and, for a weighted sum of "
-            f"adapters, 'mixture'), got {sorted(params)}."
+            "params of one layer must have the keys 'lambda_b' and 'lambda_d' (for a weighted sum of adapters also "
+            f"'mixture', for DVoRA also 'magnitude' or 'output_scale'), got {sorted(params)}."
         )
     lambda_b, lambda_d, mixture = params["lambda_b"], params["lambda_d"], params.get("mixture")
     for name, vector in (("lambda_b", lambda_b), ("lambda_d", lambda_d)):

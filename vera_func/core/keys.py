@@ -1,8 +1,9 @@
 """Keys of a flat dict of params: `"{module}.{leaf}"`, as in `named_parameters()`.
 
-The leaves `lambda_b` and `lambda_d` are the adapter vectors of a module. `mixture` holds the weights of a weighted sum
-of adapters. Any other leaf is a parameter of the model itself, such as a trained bias or head. A key such as
-`"classifier.weight.base_share"` holds the factor of the base model's value that is added to `"classifier.weight"`.
+The leaves `lambda_b` and `lambda_d` are the adapter vectors of a module, in DVoRA with a `magnitude`, or folded with an
+`output_scale` (see `dora`). `mixture` holds the weights of a weighted sum of adapters. Any other leaf is a parameter of
+the model itself, such as a trained bias or head. A key such as `"classifier.weight.base_share"` holds the factor of the
+base model's value that is added to `"classifier.weight"`; the base's value of an output scale is 1.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,8 @@ from torch import Tensor
 
 
 VECTORS = ("lambda_b", "lambda_d")
+MAGNITUDE, OUTPUT_SCALE = SCALES = ("magnitude", "output_scale")
+STATISTICS = ("square_norm", "C", "G")  # of a layer of the base, in `frozen`; see `dora.norm_statistics`
 MIXTURE = "mixture"
 BASE_SHARE = "base_share"
 MARKS = (MIXTURE, BASE_SHARE)  # leaves that `select_adapters` adds to params
@@ -38,13 +41,13 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def is_vector(key: str) -> bool:
-    """Whether the leaf of a key is `lambda_b` or `lambda_d`.
+    """Whether the leaf of a key is a vector of an adapter: `lambda_b`, `lambda_d`, a magnitude or an output scale.
 
     Example:
         >>> is_vector("q_proj.lambda_b"), is_vector("classifier.weight")
         (True, False)
     """
-    return split_key(key)[1] in VECTORS
+    return split_key(key)[1] in (*VECTORS, *SCALES)
 
 
 def own_parameters(keys: Iterable[str]) -> list[str]:
@@ -54,7 +57,7 @@ def own_parameters(keys: Iterable[str]) -> list[str]:
         >>> own_parameters(["q_proj.lambda_b", "q_proj.mixture", "classifier.weight"])
         ['classifier.weight']
     """
-    return [key for key in keys if split_key(key)[1] not in (*VECTORS, *MARKS)]
+    return [key for key in keys if split_key(key)[1] not in (*VECTORS, *SCALES, *MARKS)]
 
 
 def adapted_modules(keys: Iterable[str]) -> list[str]:
@@ -78,6 +81,6 @@ def by_module(params: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in params.items():
         module, leaf = split_key(key)
-        if leaf in VECTORS:
+        if is_vector(key):
             layers.setdefault(module, {})[leaf] = value
     return layers

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..core.keys import split_key
+from ..core.keys import BASE_SHARE, MAGNITUDE, join_key, split_key
 from ..merging.second_moments import calibrate_weights, second_moments
 from ..model.adapt import Adapted, adapt
 from ..quant.value import Quantized
@@ -102,7 +102,10 @@ def compare_answers(
     """
     # A new adapter, whose update is 0, makes `apply` compute the merged model from its stored weights.
     plain = adapt(merged.eval(), adapted.config)
-    zero = {k: torch.zeros_like(v) if split_key(k)[1] == "lambda_b" else v for k, v in adapted.params.items()}
+    updates = ("lambda_b", MAGNITUDE)
+    zero = {k: torch.zeros_like(v) if split_key(k)[1] in updates else v for k, v in adapted.params.items()}
+    # In DVoRA, an output scale of 1 is added instead.
+    zero |= {join_key(k, BASE_SHARE): v.new_ones(()) for k, v in zero.items() if split_key(k)[1] == MAGNITUDE}
     expected = _centered_logits(adapted, adapted.params, task, rows, progress)
     base = _centered_logits(adapted, zero, task, rows, progress)
     actual = _centered_logits(plain, plain.params, task, rows, progress)

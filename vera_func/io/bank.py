@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.keys import MARKS, adapted_modules, own_parameters, split_key
-from ..model.adapt import Adapted, make_apply
+from ..core.keys import MAGNITUDE, MARKS, adapted_modules, own_parameters, split_key
+from ..model.adapt import Adapted, layer_options, make_apply
 from ..model.batch import num_adapters, stack_adapters
 from ..model.config import VeraConfig
 from ..model.targets import layer_device
@@ -89,10 +89,12 @@ class Bank:
             raise ValueError(f"{self.path} adapts {missing[0]!r}, which is not a module of this model.")
         targets.sort(key=list(modules).index)
         trained = own_parameters(params)
-        apply = make_apply(model, self.config.r, targets, trained, vera_dropout=self.config.vera_dropout)
+        apply = make_apply(model, self.config.r, targets, trained, **layer_options(self.config))
         for key, value in params.items():
             if key not in apply.slots or value.shape[1:] != apply.slots[key].shape:
                 raise ValueError(f"{self.path}: {key!r} {tuple(value.shape)} does not fit this model.")
+        if missing := apply.missing(params):
+            raise ValueError(f"{self.path} lacks {missing[0]!r}.")
         device = layer_device(modules[targets[0]])
         order = {key: i for i, key in enumerate(apply.slots)}
         params = {key: params[key].to(device) for key in sorted(params, key=order.__getitem__)}
@@ -217,7 +219,7 @@ def open_bank(path: str | os.PathLike[str]) -> Bank:
                 raise ValueError(f"{path}: {key!r} is {shape}, but the metadata names {len(names)} adapters.")
             if (dtype := file.get_slice(key).get_dtype()) not in ("F16", "BF16", "F32", "F64"):
                 raise ValueError(f"{path}: {key!r} is {dtype}, but must have a floating-point dtype.")
-        _check_ranks(path, shapes, config.r)
+        _check_ranks(path, shapes, config)
     return Bank(path, tuple(names), config, {name: i for i, name in enumerate(names)})
 
 
@@ -340,8 +342,9 @@ def _require_sequence(names: Any) -> None:
         raise ValueError(f"names must be a sequence of names, got the string {names!r}: pass [{names!r}].")
 
 
-def _check_ranks(path: Path, shapes: Mapping[str, tuple[int, ...]], r: int) -> None:
+def _check_ranks(path: Path, shapes: Mapping[str, tuple[int, ...]], config: VeraConfig) -> None:
     """Check the shapes of a bank's tensors against each other and the configuration."""
+    r = config.r
     A, B = (shapes[name] for name in _PROJECTIONS)
     if len(A) != 2 or len(B) != 2 or A[0] != r or B[1] != r:
         raise ValueError(f"{path}: vera_A {A} and vera_B {B} must be ({r}, in) and (out, {r}) for config.r={r}.")
@@ -353,6 +356,12 @@ def _check_ranks(path: Path, shapes: Mapping[str, tuple[int, ...]], r: int) -> N
         if leaf == "lambda_b" and (len(shape) != 2 or shape[1] > B[0]):
             raise ValueError(
                 f"{path}: {key!r} is {shape}, but must be ({shape[0]}, out) with out <= {B[0]}, the rows of vera_B."
+            )
+        magnitude = key.removesuffix("lambda_b") + MAGNITUDE
+        if leaf == "lambda_b" and shapes.get(magnitude) != (shape if config.use_dora else None):
+            raise ValueError(
+                f"{path}: {magnitude!r} is {shapes.get(magnitude)}, for use_dora={config.use_dora} and a lambda_b "
+                f"{shape}."
             )
         if leaf in other and key.removesuffix(leaf) + other[leaf] not in shapes:
             raise ValueError(f"{path} has {key!r}, but lacks the other vector of that layer.")

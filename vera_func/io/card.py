@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.keys import VECTORS, adapted_modules, split_key
+from ..core.keys import adapted_modules, is_vector, split_key
 from ..model.config import VeraConfig
 from .files import written_by
 from .hub import is_repository
@@ -33,19 +33,21 @@ import vera_func as vf
 apply, params, frozen, config = vf.load_adapter(adapter, model)
 output = apply(params, frozen, input_ids=input_ids)
 ```
+{peft}
+As a LoRA{dora}, for servers without VeRA: the same update exactly, in PEFT's format.
 
+```python
+vf.export_lora("lora", params, frozen, config, model)
+```
+"""
+
+_PEFT = """
 With [PEFT](https://github.com/huggingface/peft):
 
 ```python
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(model, adapter)
-```
-
-As a LoRA, for servers without VeRA: the same update exactly, in PEFT's format.
-
-```python
-vf.export_lora("lora", params, frozen, config, model)
 ```
 """
 
@@ -54,7 +56,7 @@ def card_text(params: Mapping[str, Tensor], config: VeraConfig, metrics: Mapping
     r"""The text of an adapter's model card.
 
     The metadata names the base model only if its name is an id of the hub; the hub refuses others. Its `library_name`
-    is PEFT, whose format the files have and whose snippet the hub shows.
+    is PEFT, whose format the files have and whose snippet the hub shows. For DVoRA it is vera_func, as PEFT has none.
 
     Args:
         params: Params of a single adapter.
@@ -80,21 +82,28 @@ def card_text(params: Mapping[str, Tensor], config: VeraConfig, metrics: Mapping
     fields = _front_matter(config, base if is_repository(base) else None, list(metrics or {}))
     # A JSON value is a YAML value.
     front = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in fields.items())
-    title = f"# VeRA adapter for {base}" if base else "# VeRA adapter"
+    method = "DVoRA" if config.use_dora else "VeRA"
+    title = f"# {method} adapter for {base}" if base else f"# {method} adapter"
     intro = (
         "Trained with [VeRA](https://arxiv.org/abs/2310.11454), `W x + lambda_b * (B (lambda_d * (A x)))`: two vectors "
         "for each adapted layer; `A` and `B` are random, frozen and shared by all layers."
     )
+    if config.use_dora:
+        intro += (
+            " The rows of each adapted weight are scaled to trained magnitudes, as in "
+            "[DoRA](https://arxiv.org/abs/2402.09353). PEFT can't load this adapter."
+        )
     text = f"---\n{front}---\n\n{title}\n\n{intro}\n\n{_table(('', ''), _facts(params, config))}"
     if metrics:
         rows = [(name, f"{value:.6g}") for name, value in metrics.items()]
         text += f"\n## Metrics\n\n{_table(('metric', 'value'), rows)}"
-    return text + _LOADING
+    peft, dora = ("", " with `use_dora`") if config.use_dora else (_PEFT, "")
+    return text + _LOADING.replace("{peft}", peft).replace("{dora}", dora)
 
 
 def _front_matter(config: VeraConfig, base: str | None, metrics: list[str]) -> dict[str, Any]:
     fields = {
-        "library_name": "peft",
+        "library_name": "vera_func" if config.use_dora else "peft",
         "base_model": base,
         "tags": ["vera", "vera_func", *([f"base_model:adapter:{base}"] if base else [])],
         "pipeline_tag": _PIPELINES.get(config.task_type or ""),
@@ -110,13 +119,13 @@ def _facts(params: Mapping[str, Tensor], config: VeraConfig) -> list[tuple[str, 
         matched = f"`{targets}`"
     else:
         matched = ", ".join(f"`{end}`" for end in sorted({split_key(name)[1] for name in targets or layers}))
-    vectors = sum(value.numel() for key, value in params.items() if split_key(key)[1] in VECTORS)
+    vectors = sum(value.numel() for key, value in params.items() if is_vector(key))
     total = sum(value.numel() for value in params.values())
     own = f", {total - vectors:,} of them the model's own (biases, heads)" if total > vectors else ""
     drawn = f"not stored, drawn from the seed {config.projection_prng_key}"
     return [
         ("base model", config.base_model_name_or_path or "not named"),
-        ("method", "VeRA"),
+        ("method", "DVoRA" if config.use_dora else "VeRA"),
         ("rank r", f"{config.r:,}"),
         ("target modules", matched),
         ("adapted layers", f"{len({*layers}):,}"),

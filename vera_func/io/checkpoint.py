@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..core.keys import MARKS, VECTORS, adapted_modules, is_vector, join_key, split_key
+from ..core.keys import MAGNITUDE, MARKS, OUTPUT_SCALE, VECTORS, adapted_modules, is_vector, join_key, split_key
 from ..core.shapes import require_float, require_product_dtype
-from ..model.adapt import Adapted, draw_projections, make_apply
+from ..model.adapt import Adapted, draw_projections, layer_options, make_apply
 from ..model.config import VeraConfig
 from ..model.targets import layer_device, linear_sizes, resolve, trained_with
 from ..model.tree import unwrap
@@ -43,6 +43,9 @@ def save_adapter(
     metrics: Mapping[str, float] | None = None,
 ) -> Path:
     """Write an adapter as a PEFT directory; `PeftModel.from_pretrained(model, path)` loads it.
+
+    PEFT has no DVoRA. The files of such an adapter have the `peft_type` "DVERA", which PEFT refuses; `export_lora`
+    writes an adapter that PEFT loads.
 
     Args:
         path: The directory; created if it does not exist.
@@ -159,7 +162,7 @@ def load_adapter(
     try:
         targets, config = resolve(model, config, strict=False)
         trained = trained_with(model, config, targets)
-        options: Any = {"vera_dropout": config.vera_dropout, "int8_activations": int8_activations}
+        options: Any = {**layer_options(config), "int8_activations": int8_activations}
         apply = make_apply(model, config.r, targets, trained, product_dtype=product_dtype, **options)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG} does not fit this model: {error}") from error
@@ -180,7 +183,7 @@ def load_adapter(
     if ignore_unknown and (odd := sorted(params.keys() - apply.slots.keys())):
         warnings.warn(f"{file} has {len(odd)} unknown tensors, which are ignored, first {odd[0]!r}.", stacklevel=2)
         params = {key: value for key, value in params.items() if key in apply.slots}
-    problems = [f"lacks {key!r}" for key, slot in apply.slots.items() if slot.required and key not in params]
+    problems = [f"lacks {key!r}" for key in apply.missing(params)]
     problems += [f"has {key!r}, unknown to this model and config" for key in params if key not in apply.slots]
     problems += [
         f"has {key!r} of shape {tuple(value.shape)}, which must be {apply.slots[key].shape} for this model"
@@ -286,6 +289,8 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
             )
         if leaf in MARKS:
             raise ValueError(f"{key!r} marks a sum of adapters, which PEFT's format can't store; save each adapter.")
+        if leaf == OUTPUT_SCALE:
+            raise ValueError(f"{key!r} is of folded params: save the params with magnitudes, from which it follows.")
         if leaf == "lambda_d" and value.shape != (config.r,):
             raise ValueError(f"{key!r} must be ({config.r},), got {tuple(value.shape)}; see unstack_adapters.")
         if leaf == "lambda_b" and (value.dim() != 1 or value.shape[0] > frozen["vera_B"].shape[0]):
@@ -296,6 +301,7 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
         other = join_key(module, {"lambda_b": "lambda_d", "lambda_d": "lambda_b"}.get(leaf, leaf))
         if other not in params:
             raise ValueError(f"params has {key!r}, but not {other!r}.")
+    check_magnitudes(params, config)
     if frozen["vera_A"].shape[0] != config.r or frozen["vera_B"].shape[1] != config.r:
         raise ValueError(
             f"config.r is {config.r}, but vera_A {tuple(frozen['vera_A'].shape)} and vera_B "
@@ -303,9 +309,28 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
         )
 
 
+def check_magnitudes(params: Mapping[str, Tensor], config: VeraConfig) -> None:
+    """Check that each layer has a magnitude of the shape of its `lambda_b` if the configuration says so, else none.
+
+    Raises:
+        ValueError: If a magnitude is missing, unexpected, or of another shape.
+    """
+    layers = adapted_modules(params)
+    wanted = {join_key(name, MAGNITUDE): join_key(name, "lambda_b") for name in layers if config.use_dora}
+    given = {key for key in params if split_key(key)[1] == MAGNITUDE}
+    if odd := sorted(given ^ wanted.keys()):
+        what = "has" if odd[0] in given else "lacks"
+        raise ValueError(f"config.use_dora is {config.use_dora}, but params {what} {odd[0]!r}.")
+    for key, other in wanted.items():
+        if params[key].shape != params[other].shape:
+            raise ValueError(
+                f"{key!r} must be {tuple(params[other].shape)} like lambda_b, got {tuple(params[key].shape)}."
+            )
+
+
 def _to_peft(key: str, layers: set[str]) -> str:
     layer, leaf = split_key(key)
-    if leaf in VECTORS:
+    if leaf in (*VECTORS, MAGNITUDE):
         leaf = f"vera_{leaf}"
     elif layer in layers:
         leaf = f"base_layer.{leaf}"
@@ -322,7 +347,7 @@ def key_from_peft(name: str) -> str | None:
     if not name.startswith(_PREFIX):
         return None
     layer, leaf = split_key(name.removeprefix(_PREFIX))
-    if leaf in ("vera_lambda_b", "vera_lambda_d"):
+    if leaf in ("vera_lambda_b", "vera_lambda_d", "vera_magnitude"):
         leaf = leaf.removeprefix("vera_")
     elif layer == "base_layer" or layer.endswith(".base_layer"):
         layer = layer.removesuffix("base_layer").removesuffix(".")
@@ -349,7 +374,8 @@ def _check_projections(
 
 def _vector_dtype(key: str, value: Tensor, model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
     if is_vector(key):
-        return dtype or value.dtype
+        dtype = dtype or value.dtype
+        return torch.promote_types(dtype, torch.float32) if split_key(key)[1] == MAGNITUDE else dtype
     return model.get_parameter(key).dtype
 
 
@@ -358,6 +384,7 @@ def _tensor_fields(config: VeraConfig) -> tuple[Any, ...]:
         config.r,
         config.projection_prng_key,
         config.save_projection,
+        config.use_dora,
         config.bias,
         frozenset(config.modules_to_save or ()),
         config.target_modules if isinstance(config.target_modules, str) else frozenset(config.target_modules or ()),

@@ -1,4 +1,7 @@
-"""Convert a `VeraConfig` to the content of PEFT's `adapter_config.json`, and back."""
+"""Convert a `VeraConfig` to the content of PEFT's `adapter_config.json`, and back.
+
+The `peft_type` of a DVoRA adapter is "DVERA", which PEFT does not know and refuses.
+"""
 
 import dataclasses
 import warnings
@@ -9,13 +12,17 @@ from ..model.config import VeraConfig
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_DORA = ("use_dora", "differentiate_norm")
 _PEFT_ONLY = ("inference_mode", "peft_type", "peft_version", "runtime_config")
 
 
 def config_to_json(config: VeraConfig) -> dict[str, Any]:
     """The content of `adapter_config.json`, including the fields that PEFT adds when it saves."""
     fields = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items()}
-    return {**fields, "inference_mode": True, "peft_type": "VERA"}
+    if not config.use_dora:
+        fields = {name: value for name, value in fields.items() if name not in _DORA}
+    # PEFT would ignore the magnitudes of a "VERA" file; it refuses a type that it does not know.
+    return {**fields, "inference_mode": True, "peft_type": "DVERA" if config.use_dora else "VERA"}
 
 
 def config_from_json(fields: Any, source: str = CONFIG, *, ignore_unknown: bool = False) -> VeraConfig:
@@ -38,8 +45,13 @@ def config_from_json(fields: Any, source: str = CONFIG, *, ignore_unknown: bool 
     """
     if not isinstance(fields, dict):
         raise ValueError(f"{source} must hold a JSON object, got {type(fields).__name__}.")
-    if fields.get("peft_type") != "VERA":
-        raise ValueError(f"{source} has peft_type {fields.get('peft_type')!r}; only 'VERA' is supported.")
+    kind = fields.get("peft_type")
+    if kind not in ("VERA", "DVERA"):
+        raise ValueError(f"{source} has peft_type {kind!r}; only 'VERA' is supported, and 'DVERA' for DVoRA.")
+    if fields.get("use_dora", kind == "DVERA") is not (kind == "DVERA"):
+        raise ValueError(
+            f"{source} has peft_type {kind!r} and use_dora={fields['use_dora']!r}: 'DVERA' stands for use_dora=true."
+        )
     known = {field.name for field in dataclasses.fields(VeraConfig)}
     unknown = sorted(k for k, v in fields.items() if k not in known and k not in _PEFT_ONLY and v)
     if unknown and not ignore_unknown:
@@ -50,7 +62,7 @@ def config_from_json(fields: Any, source: str = CONFIG, *, ignore_unknown: bool 
     if unknown:
         names = ", ".join(unknown)
         warnings.warn(f"{source} has unknown fields, which are ignored: {names}.", stacklevel=4)
-    values = {name: value for name, value in fields.items() if name in known}
+    values = {name: value for name, value in fields.items() if name in known} | {"use_dora": kind == "DVERA"}
     targets = values.get("target_modules")
     if isinstance(targets, str) and targets.lower() != "all-linear":
         # For a regular expression PEFT ignores these two fields but still writes them.

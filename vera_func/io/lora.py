@@ -1,6 +1,8 @@
 """Export a VeRA adapter as a LoRA, for tools without VeRA support: a PEFT directory, or a GGUF file for llama.cpp.
 
 A' = lambda_d ∘ A,  B' = lambda_b ∘ B      (ΔW = B' A', exactly)
+
+DVoRA becomes a LoRA with `use_dora`, whose `lora_magnitude_vector` is the magnitude.
 """
 
 import json
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..core.keys import own_parameters, split_key
+from ..core.keys import MAGNITUDE, join_key, own_parameters, split_key
 from ..model.config import VeraConfig
 from ..model.targets import adapted_layers, is_conv1d, linear_sizes, resolve
 from ..model.tree import unwrap
@@ -49,6 +51,9 @@ def export_lora(
     format: str = "peft",
 ) -> LoraExport:
     """Write the adapter as a LoRA, for PEFT, vLLM, SGLang or llama.cpp. It is exact unless `rank` is less than r.
+
+    A DVoRA adapter becomes a LoRA with `use_dora=True`. PEFT loads it; servers refuse DoRA (vLLM, SGLang, llama.cpp),
+    and need the adapter merged (`merge`) instead.
 
     A smaller rank gives the truncated singular value decomposition of ΔW. ΔW is never materialized: the cost is one QR
     decomposition of (out, r) and one of (in, r) per layer.
@@ -99,6 +104,8 @@ def export_lora(
     if format == "gguf":
         if own:
             raise ValueError(f"llama.cpp loads no trained heads or biases, such as {own[0]!r}: merge the adapter.")
+        if config.use_dora:
+            raise ValueError("llama.cpp has no DoRA, and would ignore the magnitudes: merge the adapter.")
         path = Path(path)
         file = path if path.suffix == ".gguf" else path / "adapter.gguf"
         write_gguf(file, factors, model)
@@ -106,6 +113,8 @@ def export_lora(
     tensors: dict[str, Tensor] = {}
     for name, (lora_A, lora_B) in factors.items():
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = lora_A, lora_B
+        if config.use_dora:
+            tensors[f"{name}.lora_magnitude_vector"] = params[join_key(name, MAGNITUDE)]
     for key in own:
         owner, leaf = split_key(key)
         tensors[f"{owner}.base_layer.{leaf}" if owner in factors else key] = params[key]
@@ -186,6 +195,7 @@ def _lora_config(config: VeraConfig, rank: int, targets: list[str], model: nn.Mo
         "r": rank,
         "lora_alpha": rank,  # PEFT scales by lora_alpha / r = 1
         "lora_dropout": 0.0,
+        "use_dora": config.use_dora,
         "target_modules": _short_targets(targets, model),
         "bias": "lora_only" if config.bias.endswith("_only") else config.bias,
         "fan_in_fan_out": any(is_conv1d(model.get_submodule(name)) for name in targets),

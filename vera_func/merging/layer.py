@@ -2,6 +2,7 @@
 
     W' = round(W + ΔW)        kept = <W' - W, ΔW> / ‖ΔW‖²        ΔW = diag(lambda_b) B diag(lambda_d) A
 
+In DVoRA, ΔW stands for the whole change of the weight, `m (W + ΔW) / ‖W + ΔW‖ - W` (see `core.dora`).
 A dequantized weight lies on the quantization grid. Requantizing `W + ΔW` silently discards updates below half a
 quantization step; `merge_report` measures this loss. A 16-bit merge (`merge_dense`) loses much less, and a LoRA
 (`export_lora`) is exact. Merges cannot be undone: keep `q` to unmerge.
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .. import private
 from ..core.adapter import delta_weight
-from ..core.keys import VECTORS
+from ..core.keys import SCALES, VECTORS
 from ..core.shapes import require_float
 from ..quant.quantize import dequantize, levels, pack, quantize_4bit, quantize_8bit, unpack
 from ..quant.value import NO_DATA, Quantized, Quantized4bit, Quantized8bit, flatten
@@ -48,7 +49,7 @@ def merge_quantized(q: Quantized, params: Mapping[str, Tensor], frozen: Mapping[
 
     Args:
         q: The base weight (out, in).
-        params: `{"lambda_b": (out,), "lambda_d": (r,)}`.
+        params: `{"lambda_b": (out,), "lambda_d": (r,)}`, for DVoRA with `"magnitude"` (out,).
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
 
     Returns:
@@ -92,7 +93,7 @@ def merge_calibrated(
 
     Args:
         q: The base weight; `in` must be a multiple of its block size.
-        params: `{"lambda_b": (out,), "lambda_d": (r,)}`.
+        params: `{"lambda_b": (out,), "lambda_d": (r,)}`, for DVoRA with `"magnitude"` (out,).
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         inputs: Representative inputs of the layer, without padding; several thousand tokens are enough.
         gram: Second moments of the inputs in place of the inputs, from `second_moments`.
@@ -160,7 +161,7 @@ def merge_stochastic(
 
     Args:
         q: The base weight; `in` must be a multiple of its block size.
-        params: `{"lambda_b": (out,), "lambda_d": (r,)}`.
+        params: `{"lambda_b": (out,), "lambda_d": (r,)}`, for DVoRA with `"magnitude"` (out,).
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         generator: Source of randomness; there is no default.
 
@@ -201,7 +202,7 @@ def merge_dense(
 
     Args:
         q: The base weight, quantized or dense (out, in).
-        params: `{"lambda_b": (out,), "lambda_d": (r,)}`.
+        params: `{"lambda_b": (out,), "lambda_d": (r,)}`, for DVoRA with `"magnitude"` (out,).
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         dtype: Dtype of the result.
 
@@ -237,7 +238,7 @@ def merge_report(
 
     Args:
         q: The base weight.
-        params: `{"lambda_b": (out,), "lambda_d": (r,)}`.
+        params: `{"lambda_b": (out,), "lambda_d": (r,)}`, for DVoRA with `"magnitude"` (out,).
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         inputs: Representative inputs of the layer, (tokens, in), to measure the error in its outputs.
         merged: The weight to measure, quantized or dense; None means the result of `merge_quantized`.
@@ -305,14 +306,17 @@ def checked_delta(
 ) -> Float[Tensor, "out in"]:
     """`delta_weight` of an adapter, after checking that it can be merged into `q`.
 
+    For DVoRA it is the whole change of the weight, rescaling included.
+
     Raises:
         ValueError: If the adapter holds NaN or inf (the message names the tensor), is stacked or does not fit the
             weight, or the weight is offloaded.
     """
-    if params.keys() != {*VECTORS}:
+    scales = params.keys() & {*SCALES}
+    if params.keys() - scales != {*VECTORS} or len(scales) > 1:
         raise ValueError(
-            f"params must have the keys 'lambda_b' and 'lambda_d', got {sorted(params)}; merge the terms of a sum one "
-            "by one."
+            "params must have the keys 'lambda_b' and 'lambda_d' (for DVoRA also 'magnitude' or 'output_scale'), got "
+            f"{sorted(params)}; merge the terms of a sum one by one."
         )
     for name, tensor in (*params.items(), *frozen.items()):
         if not isinstance(tensor, Tensor):
@@ -329,9 +333,15 @@ def checked_delta(
             f"{tuple(lambda_b.shape)} and {tuple(lambda_d.shape)}; if they are stacked, split them with "
             "unstack_adapters and merge each."
         )
+    if any(params[name].shape != lambda_b.shape for name in scales):
+        shapes = {name: tuple(params[name].shape) for name in scales}
+        raise ValueError(f"a single adapter of a weight {tuple(q.shape)} has a scale ({out_features},), got {shapes}.")
     if any(leaf.is_meta for leaf in ((q,) if isinstance(q, Tensor) else flatten(q)[0])):
         raise ValueError(NO_DATA)
-    return delta_weight(params, frozen, in_features)
+    if not scales:
+        return delta_weight(params, frozen, in_features)
+    dtype = torch.promote_types(lambda_d.dtype, torch.float32)
+    return delta_weight(params, frozen, in_features, q.to(dtype) if isinstance(q, Tensor) else dequantize(q, dtype))
 
 
 def _require_whole_blocks(q: Quantized4bit) -> None:

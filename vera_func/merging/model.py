@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .. import private
-from ..core.keys import join_key, own_parameters, split_key
+from ..core.keys import VECTORS, join_key, own_parameters, split_key
 from ..model.adapt import Adapted
 from ..model.convert import Format, check_format
 from ..model.describe import describe_dtype, describe_quantization, describe_ties
@@ -20,7 +20,7 @@ from ..model.tree import copy_with_weights, parameter_aliases, require_weights, 
 from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.quantize import QUANTIZERS, dequantize
 from ..quant.value import FLOATS, Quantized, format_of
-from .layer import MergeReport, merge_dense, merge_quantized, merge_report
+from .layer import MergeReport, checked_delta, merge_dense, merge_quantized, merge_report
 
 
 _FLOATS = (*FLOATS, torch.float64)
@@ -151,10 +151,15 @@ def model_merge_report(
     for name, vectors in layers.items():
         base = _base_weight(name, model.get_submodule(name), to, adapted.params.get(join_key(name, "weight")))
         merged = _merged_weight(base, vectors, frozen, to)
-        if not vectors["lambda_b"].any() or not vectors["lambda_d"].any():
+        if not ((vectors["lambda_b"].any() and vectors["lambda_d"].any()) or _is_rescaled(base, vectors, frozen)):
             continue
         reports[name] = merge_report(base, vectors, frozen, (inputs or {}).get(name), merged=merged)
     return reports
+
+
+def _is_rescaled(base: Quantized | Tensor, vectors: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> bool:
+    """Whether DVoRA changes the weight of a layer whose `lambda_b` or `lambda_d` is zero."""
+    return len(vectors) > len(VECTORS) and bool(checked_delta(base, vectors, frozen).any())
 
 
 def _base_weight(name: str, module: Any, to: Format | None, given: Tensor | None) -> Quantized | Tensor:

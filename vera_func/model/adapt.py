@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import private
-from ..core.keys import BASE_SHARE, MIXTURE, is_vector, join_key, split_key
+from ..core.dora import row_norms
+from ..core.keys import BASE_SHARE, MAGNITUDE, MIXTURE, OUTPUT_SCALE, SCALES, is_vector, join_key, split_key
 from ..core.projection import init_projections
 from ..core.shapes import require_float, require_product_dtype
 from ..quant.bnb import from_bnb, is_bnb_linear
@@ -110,7 +111,7 @@ def adapt(
         config.r,
         targets,
         trained,
-        vera_dropout=config.vera_dropout,
+        **layer_options(config),
         int8_activations=int8_activations,
         product_dtype=product_dtype,
     )
@@ -128,6 +129,9 @@ def adapt(
             lambda_d = torch.randn(config.r, generator=generator)
         params[join_key(name, "lambda_b")] = lambda_b.to(device, via).to(dtype)
         params[join_key(name, "lambda_d")] = lambda_d.to(device, via).to(dtype)
+        if config.use_dora:
+            adapted: Any = apply.trees.root.get_submodule(join_key("model", name))
+            params[join_key(name, MAGNITUDE)] = row_norms(adapted.base_weight(dtype)).detach().to(device)
     for name in trained:
         params[name] = model.get_parameter(name).detach().clone()
     return Adapted(apply, params, frozen, with_origin(config, model))
@@ -215,6 +219,8 @@ def make_apply(
     trained: Sequence[str] = (),
     *,
     vera_dropout: float = 0.0,
+    use_dora: bool = False,
+    differentiate_norm: bool = False,
     int8_activations: bool = False,
     product_dtype: torch.dtype | None = None,
 ) -> Apply:
@@ -226,6 +232,8 @@ def make_apply(
         targets: Names of the modules to adapt.
         trained: Names of the model's own parameters that `params` must contain, with or without an axis of rows.
         vera_dropout: Dropout probability used by `Apply.with_dropout`.
+        use_dora: Whether the layers are DVoRA layers.
+        differentiate_norm: Whether the norms of DVoRA are differentiated.
         int8_activations: See `quantized_linear`.
         product_dtype: See `vera_forward`.
 
@@ -262,12 +270,13 @@ def make_apply(
             return None
         if name in targets:
             _require_called(name, modules)
-            adapted: Any = layer_class(layer)(layer, "default", projections.vera_A, projections.vera_B, r, vera_dropout)
-            adapted.projections = projections
-            for leaf, size in (("lambda_b", adapted.out_features), ("lambda_d", r)):
-                slots[join_key(name, leaf)] = Slot((join_key("model", name, leaf),), (size,), True, True)
-            slots[join_key(name, MIXTURE)] = Slot((join_key("model", name, MIXTURE),), (), True, False)
-            layer = adapted
+            if use_dora and private.offload_hook(module) is not None and layer.weight.is_meta:
+                raise ValueError(no_data_error(name, "adapt with use_dora=True"))
+            pair = projections.vera_A, projections.vera_B
+            dora: Any = {"use_dora": use_dora, "differentiate_norm": differentiate_norm}
+            layer = layer_class(layer)(layer, "default", *pair, r, vera_dropout, **dora)
+            layer.projections = projections
+            slots.update(_vector_slots(name, layer.out_features, r, use_dora))
         return layer
 
     tree = copy_tree(model, replace, memo)
@@ -289,7 +298,30 @@ def make_apply(
         tied=tied,
         offloaded=offloaded,
         absent=_absent(model),
+        magnitudes={key: join_key(split_key(key)[0], OUTPUT_SCALE) for key in slots if split_key(key)[1] == MAGNITUDE},
     )
+
+
+def layer_options(config: VeraConfig) -> dict[str, Any]:
+    """The options of `make_apply` that a configuration determines."""
+    names = ("vera_dropout", "use_dora", "differentiate_norm")
+    return {name: getattr(config, name) for name in names}
+
+
+def _vector_slots(name: str, out_features: int, r: int, use_dora: bool) -> dict[str, Slot]:
+    """The slots of the vectors of one layer."""
+    sizes: list[tuple[str, str, tuple[int, ...], bool]] = [  # key, name in the layer, shape, whether it is required
+        ("lambda_b", "lambda_b", (out_features,), True),
+        ("lambda_d", "lambda_d", (r,), True),
+        (MIXTURE, MIXTURE, (), False),
+    ]
+    for scale in SCALES if use_dora else ():
+        sizes.append((scale, scale, (out_features,), False))
+        sizes.append((join_key(scale, BASE_SHARE), "scale_share", (), False))
+    return {
+        join_key(name, key): Slot((join_key("model", name, leaf),), shape, True, required)
+        for key, leaf, shape, required in sizes
+    }
 
 
 def _parameter_slots(

@@ -6,6 +6,9 @@
 In general, a sum of adapters is not a VeRA of rank r. `select_adapters` with ids (rows, k) sums the outputs of any
 adapters at run time, `pool_adapters` combines adapters into a VeRA of larger rank, and merging or LoRA export stores a
 sum.
+
+The update of DVoRA is not linear in its vectors. These functions take such adapters folded (`fold_magnitude`): then the
+change of the layer's output is linear in `lambda_b` and in `output_scale - 1`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..core.keys import VECTORS, adapted_modules, is_vector, join_key, split_key
+from ..core.keys import MAGNITUDE, OUTPUT_SCALE, VECTORS, adapted_modules, is_vector, join_key, split_key
 
 
 def scale_adapter(params: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
@@ -24,8 +27,8 @@ def scale_adapter(params: Mapping[str, Tensor], factor: float) -> dict[str, Tens
         factor: Any finite number; 0 gives the base model, and -1 the negated update.
 
     Raises:
-        ValueError: If the factor is not finite, or `params` contain the model's own parameters, whose difference from
-            the base is unknown.
+        ValueError: If the factor is not finite, or `params` contain magnitudes, or the model's own parameters, whose
+            difference from the base is unknown.
 
     Example:
         >>> scale_adapter({"q.lambda_b": torch.ones(3), "q.lambda_d": torch.ones(2)}, 0.5)["q.lambda_b"]
@@ -34,7 +37,12 @@ def scale_adapter(params: Mapping[str, Tensor], factor: float) -> dict[str, Tens
     if not abs(factor) < float("inf"):
         raise ValueError(f"factor must be finite, got {factor}.")
     _check_vectors(params)
-    return {key: factor * value if split_key(key)[1] == "lambda_b" else value for key, value in params.items()}
+    scaled = {
+        "lambda_b": lambda value: factor * value,
+        OUTPUT_SCALE: lambda value: 1 + factor * (value - 1),
+        "lambda_d": lambda value: value,
+    }
+    return {key: scaled[split_key(key)[1]](value) for key, value in params.items()}
 
 
 def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
@@ -48,8 +56,8 @@ def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[flo
         weights: One weight per adapter; None is 1 for all, which gives the sum of several active adapters in PEFT.
 
     Raises:
-        ValueError: If the sum in a layer is not a VeRA of this rank; if keys or shapes differ; if params contain the
-            model's own parameters; or if the weights do not fit.
+        ValueError: If the sum in a layer is not a VeRA of this rank; if keys or shapes differ; if params contain
+            magnitudes or the model's own parameters; or if the weights do not fit.
 
     Example:
         >>> a = {"q.lambda_b": torch.tensor([1.0, 0.0]), "q.lambda_d": torch.full((3,), 0.1)}
@@ -93,6 +101,9 @@ def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[flo
                 "parallel. select_adapters with ids (rows, k) adds outputs, pool_adapters creates a VeRA of larger "
                 "rank, and export_lora exports each adapter as a LoRA, which can be concatenated."
             )
+    for key in (key for key in first if split_key(key)[1] == OUTPUT_SCALE):
+        terms = [weight * (params[key] - 1) for weight, params in zip(weights, adapters, strict=True)]
+        total[key] = 1 + torch.stack(terms).sum(0)
     return {key: total[key] for key in first}
 
 
@@ -101,6 +112,11 @@ def _check_vectors(params: Mapping[str, Tensor]) -> None:
     if own:
         raise ValueError(
             f"{own[0]!r} is not an adapter vector: params do not contain its difference from the base model."
+        )
+    if magnitudes := [key for key in params if split_key(key)[1] == MAGNITUDE]:
+        raise ValueError(
+            f"params has the magnitude {magnitudes[0]!r}, in which the update is not linear: pass "
+            "fold_magnitude(apply, params, frozen)."
         )
 
 

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from .. import private
 from ..core.autograd import SharedProduct
-from ..core.keys import MIXTURE, VECTORS, join_key, split_key
+from ..core.keys import MIXTURE, STATISTICS, VECTORS, join_key, split_key
 from ..private import graph_task, tree_leaves, unwrap
 from ..quant.cpu_layout import fused_weight
 from .base_layers import QuantizedLinear
@@ -94,6 +94,8 @@ class Apply:
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     offloaded: frozenset[str] = frozenset()  # parameters that accelerate's hooks load
     absent: str | None = None  # name of a parameter on the meta device that no hook loads
+    # From the magnitude of each DVoRA layer to its output scale; params contain one of the two.
+    magnitudes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __call__(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         return self.method("__call__", params, frozen, *args, **kwargs)
@@ -261,19 +263,35 @@ class Apply:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, trees=Trees(part_tensors(state["trees"])))
 
+    def missing(self, params: Mapping[str, Tensor]) -> list[str]:
+        """The required keys that params lack. A magnitude is required unless its output scale is given.
+
+        Raises:
+            ValueError: If params contain both.
+        """
+        for magnitude, scale in self.magnitudes.items():
+            if magnitude in params and scale in params:
+                raise ValueError(f"params has both {magnitude!r} and {scale!r}, into which it was folded; give one.")
+        keys = [key for key, slot in self.slots.items() if slot.required and key not in params]
+        return keys + [key for key, scale in self.magnitudes.items() if key not in params and scale not in params]
+
+    def _statistics(self) -> list[str]:
+        """The keys of the norm statistics that `frozen` may contain."""
+        return [join_key(split_key(key)[0], name) for key in self.magnitudes for name in STATISTICS]
+
     def _bind(
         self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
         """Return the tensors to bind, by their full names in the tree, and the leading axes of each key with rows."""
         slots = self.slots
-        missing = [key for key, slot in slots.items() if slot.required and key not in params]
+        missing = self.missing(params)
         unknown = [key for key in params if key not in slots]
         unknown += [key for key, first in self.tied.items() if key in params and first not in params]
         if missing or unknown:
             if unknown and unknown[0] in self.offloaded:
                 raise ValueError(no_data_error(unknown[0], "override a parameter of"))
             raise ValueError(_key_error(missing, unknown, slots))
-        if frozen.keys() != {"vera_A", "vera_B"}:
+        if frozen.keys() != {"vera_A", "vera_B"} and frozen.keys() - {*self._statistics()} != {"vera_A", "vera_B"}:
             raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
         tensors: dict[str, Tensor] = {}
         lead: dict[str, tuple[int, ...]] = {}
@@ -302,6 +320,9 @@ class Apply:
         for key, value in frozen.items():
             if not isinstance(value, Tensor):
                 raise ValueError(f"{key!r} must be a tensor, got {type(value).__name__}.")
+            if not key.startswith("vera_"):
+                tensors[join_key("model", key)] = value
+                continue
             # Converted here, once for all layers.
             tensors[f"projections.{key}"] = value if self.product_dtype is None else value.to(self.product_dtype)
         return tensors, lead

@@ -18,7 +18,8 @@ from ..private import tree_leaves, tree_map
 from ..quant.cpu_layout import FusedWeight, fused_weight
 from ..quant.dense_copy import DenseCopy, dense_copy
 from ..quant.linear import quantized_linear
-from ..quant.value import Quantized, format_of
+from ..quant.quantize import dequantize
+from ..quant.value import FLOATS, Quantized, format_of
 from .targets import is_conv1d
 
 
@@ -186,6 +187,32 @@ def _call_with(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Te
         y = x.reshape(*rows, -1, in_features) @ weight.mT
         y = y.reshape(*x.shape[:-1], out_features)
     return y if bias is None else y + align_rows("bias", bias, x)
+
+
+def dense_weight(layer: Any, dtype: torch.dtype, own: Tensor | None = None) -> Tensor:
+    """The dense weight (out, in) of a base layer, for the row norms of DVoRA.
+
+    Args:
+        layer: A `QuantizedLinear`, `nn.Linear` or `Conv1D`.
+        dtype: Dtype of the result.
+        own: A weight that replaces that of a dense layer, in its layout.
+
+    Raises:
+        ValueError: If the weight is not in memory, or scaled (float8).
+
+    Example:
+        >>> dense_weight(nn.Linear(3, 2), torch.float64).shape
+        torch.Size([2, 3])
+    """
+    if isinstance(layer, QuantizedLinear):
+        return dequantize(layer.quantized, dtype)
+    weight = layer.weight if own is None else own
+    if weight.dtype not in (*FLOATS, torch.float64):
+        raise ValueError(
+            f"DVoRA needs the norms of the weight, but a {type(layer).__name__} has a {weight.dtype} weight; "
+            "dequantize the model first."
+        )
+    return (weight.mT if is_conv1d(layer) else weight).to(dtype)
 
 
 def has_rows(module: nn.Module) -> bool:

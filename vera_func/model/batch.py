@@ -11,7 +11,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..core.keys import BASE_SHARE, MARKS, MIXTURE, adapted_modules, join_key, own_parameters, split_key
+from ..core.keys import (
+    BASE_SHARE,
+    MAGNITUDE,
+    MARKS,
+    MIXTURE,
+    SCALES,
+    adapted_modules,
+    join_key,
+    own_parameters,
+    split_key,
+)
 
 
 Params: TypeAlias = Mapping[str, Tensor]
@@ -119,7 +129,8 @@ def select_adapters(
             several active adapters in PEFT. The weights of a sum are stored under the key `"{module}.mixture"`, which
             distinguishes its axis from axes of the batch. For trained heads and biases, the differences from the base
             are summed, base + Σ weights (head - base). The factor of the base value, which `apply` adds, is stored
-            under the key `"{parameter}.base_share"`.
+            under the key `"{parameter}.base_share"`. The same holds for the output scales of DVoRA, whose base value
+            is 1; sums of DVoRA adapters need folded params (`fold_magnitude`).
         weights: (rows, k), the weights of the updates in a sum; 1 by default.
 
     Raises:
@@ -150,7 +161,8 @@ def select_adapters(
         empty = bool((ids < 0).any())
     if ids.dim() == 1 and weights is not None:
         raise ValueError("weights apply to sums: adapter_ids must have the shape (rows, k) as well.")
-    own = own_parameters(stacked)
+    # Of a magnitude or an output scale, too, the base's part is added separately: its scale is 1.
+    own = own_parameters(stacked) + [key for key in stacked if split_key(key)[1] in SCALES]
     rows = {key: leaf[ids.clamp(min=0)] for key, leaf in stacked.items()}
     if empty:
         # `where` rather than a product with 0: NaN in adapter 0 would otherwise reach the rows of the base.
@@ -167,6 +179,11 @@ def select_adapters(
     weights = torch.where(ids < 0, 0, weights.to(first.dtype))
     if any(split_key(key)[1] in MARKS for key in stacked):
         raise ValueError("these params are sums already, or have rows of the base; select from a plain stack.")
+    if magnitudes := [key for key in stacked if split_key(key)[1] == MAGNITUDE]:
+        raise ValueError(
+            f"params has the magnitude {magnitudes[0]!r}: DVoRA adapters can be summed if they are folded, "
+            "select_adapters(fold_magnitude(apply, stacked, frozen), ids)."
+        )
     # base + Σ weights (value - base); `apply` adds the terms with the base.
     for key in own:
         of_value = weights.to(rows[key].dtype)

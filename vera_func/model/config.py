@@ -24,7 +24,7 @@ _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VeraConfig:
-    """The configuration of an adapter, with the fields of PEFT's `VeraConfig`.
+    """The configuration of an adapter, with the fields of PEFT's `VeraConfig`, and two for DVoRA.
 
     Attributes:
         r: Rank of the shared projections.
@@ -42,6 +42,10 @@ class VeraConfig:
         bias: "none", "vera_only" (also train the biases of adapted layers) or "all" (every bias of the model).
         modules_to_save: Names or endings of further modules to train in full, such as a new classifier. The heads of
             `task_type` are added.
+        use_dora: Whether to decompose the adapted weights into magnitudes and directions (DVoRA, see `core.dora`). Each
+            layer gets a third vector, `magnitude` (out,). PEFT can't load such an adapter; `export_lora` converts it.
+        differentiate_norm: Whether the norms of DVoRA are differentiated. False treats them as constants, as the paper
+            does.
         init_weights: True starts at the base model; False draws `lambda_d` and sets `lambda_b = 1` (for tests).
         layers_to_transform: Indices of the layers to adapt, among those matched by an ending.
         layers_pattern: Name of the module list that `layers_to_transform` refers to.
@@ -72,6 +76,8 @@ class VeraConfig:
     fan_in_fan_out: bool = False
     bias: str = "none"
     modules_to_save: Sequence[str] | None = None
+    use_dora: bool = False
+    differentiate_norm: bool = False
     init_weights: bool = True
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: _Names = None
@@ -86,9 +92,11 @@ class VeraConfig:
         if not 0 < self.r < 2**31:
             wanted = "positive" if self.r <= 0 else "below 2**31"
             raise ValueError(f"r must be {wanted}, got {self.r}.")
-        for name in ("save_projection", "fan_in_fan_out", "init_weights"):
+        for name in ("save_projection", "fan_in_fan_out", "use_dora", "differentiate_norm", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        if self.differentiate_norm and not self.use_dora:
+            raise ValueError("differentiate_norm=True applies to DVoRA only: pass use_dora=True as well.")
         if not 0 <= _number("vera_dropout", self.vera_dropout) < 1:
             raise ValueError(f"vera_dropout must be at least 0 and below 1, got {self.vera_dropout}.")
         if not abs(_number("d_initial", self.d_initial)) <= torch.finfo(torch.float32).max:

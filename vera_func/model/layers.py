@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..core.adapter import delta_weight, dropout_mask, forward, init_params
 from ..core.autograd import project
+from ..core.dora import norm_statistics
+from ..core.keys import BASE_SHARE, MAGNITUDE, OUTPUT_SCALE, STATISTICS, join_key
 from ..core.shapes import require_product_dtype
 from ..private import graph_task
 from ..quant.bnb import from_bnb, is_bnb_linear
@@ -22,6 +24,7 @@ from .base_layers import (
     RowwiseAffine,
     base_fn,
     call_by_rows,
+    dense_weight,
     moved,
     own_or_base,
     register_own,
@@ -33,6 +36,10 @@ WITHOUT_CHECKPOINTING = (
     "Call model.gradient_checkpointing_disable() before adapt or load_adapter, or train to_module(adapted), which may "
     "checkpoint."
 )
+
+
+# Tensors of a DVoRA layer that a call may bind; the magnitude is a parameter of a layer with weights.
+_DORA = (MAGNITUDE, OUTPUT_SCALE, "scale_share", *STATISTICS)
 
 
 class Projections(nn.Module):
@@ -99,7 +106,11 @@ def frozen_layer(module: nn.Module) -> nn.Module:
 class AdaptedLinear(nn.Module):
     """The implementation of `Linear`, `Linear4bit` and `Linear8bitLt`: a base layer, two vectors, the projections."""
 
+    lambda_b: nn.Parameter
+    lambda_d: nn.Parameter
     mixture: Tensor | None
+    output_scale: Tensor | None
+    scale_share: Tensor | None
 
     def __init__(
         self,
@@ -111,6 +122,9 @@ class AdaptedLinear(nn.Module):
         vera_dropout: float = 0.0,
         d_initial: float = 0.1,
         product_dtype: torch.dtype | None = None,
+        *,
+        use_dora: bool = False,
+        differentiate_norm: bool = False,
     ) -> None:
         super().__init__()
         right: Any = layer_class(base_layer)
@@ -135,10 +149,13 @@ class AdaptedLinear(nn.Module):
         self.generator: torch.Generator | None = None
         self.path = ""
         self.projections = Projections(A, B, product_dtype)
-        params = init_params(r, out_features, d_initial, device=A.device)
-        self.lambda_b = nn.Parameter(params["lambda_b"])
-        self.lambda_d = nn.Parameter(params["lambda_d"])
-        self.register_buffer("mixture", None, persistent=False)
+        self.use_dora, self.differentiate_norm = use_dora, differentiate_norm
+        for name in ("mixture", *(_DORA if use_dora else ())):
+            self.register_buffer(name, None, persistent=False)
+        # With placeholders for the projections, a call binds a magnitude or an output scale.
+        weight = dense_weight(self.base_layer, torch.float32) if use_dora and not A.is_meta else None
+        for name, vector in init_params(r, out_features, d_initial, device=A.device, weight=weight).items():
+            setattr(self, name, nn.Parameter(vector))
 
     weight, bias = own_or_base("weight"), own_or_base("bias")
 
@@ -149,10 +166,15 @@ class AdaptedLinear(nn.Module):
         """Return the dense update of the base layer's weight, in the layout of that weight."""
         if adapter != self.adapter_name:
             raise ValueError(f"this layer has the adapter {self.adapter_name!r}, not {adapter!r}.")
-        params = {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d}
         frozen = {"vera_A": self.projections.vera_A, "vera_B": self.projections.vera_B}
-        delta = delta_weight(params, frozen, self.in_features)
+        weight = self.base_weight(self.lambda_d.dtype) if self.use_dora else None
+        delta = delta_weight(self._params(), frozen, self.in_features, weight)
         return delta.mT if is_conv1d(self.base_layer) else delta
+
+    def base_weight(self, dtype: torch.dtype, own: Tensor | None = None) -> Tensor:
+        """Return the dense weight (out, in) of the base layer, or `own`, in float32 or wider, as vectors of `dtype`."""
+        own = self._parameters.get("weight") if own is None else own
+        return dense_weight(self.base_layer, torch.promote_types(dtype, torch.float32), own)
 
     def extra_repr(self) -> str:
         base: Any = self.base_layer
@@ -162,16 +184,34 @@ class AdaptedLinear(nn.Module):
     def _adapted(self, x: Tensor) -> Tensor:
         projections = self.projections
         projections.require_call()
-        params: dict[str, Tensor] = {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d}
-        if self.mixture is not None:
-            params["mixture"] = self.mixture
+        params = self._params()
         # Usually the projections are on the layer's device, and nothing is copied.
         frozen = {"vera_A": projections.vera_A.to(x.device), "vera_B": projections.vera_B.to(x.device)}
         mask = None
         generator = self.generator or projections.generator
         if generator is not None and self.vera_dropout > 0:
             mask = dropout_mask(self.vera_dropout, tuple(x.shape), generator=generator, dtype=params["lambda_d"].dtype)
-        return forward(params, frozen, x, base_fn(self), mask, projections.product, projections.product_dtype)
+        branch = mask, projections.product, projections.product_dtype
+        if not self.use_dora:
+            return forward(params, frozen, x, base_fn(self), *branch)
+        if MAGNITUDE in params:
+            given = {name: getattr(self, name) for name in STATISTICS}
+            if given["C"] is None or self._parameters.get("weight") is not None:
+                given = norm_statistics(self.base_weight(self.lambda_d.dtype), frozen)
+            frozen |= given
+        options: Any = {"bias": self.bias, "differentiate_norm": self.differentiate_norm}
+        return forward(params, frozen, x, base_fn(self), *branch, **options)
+
+    def _params(self) -> dict[str, Tensor]:
+        params: dict[str, Tensor] = {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d}
+        if self.mixture is not None:
+            params["mixture"] = self.mixture
+        if self.use_dora:
+            name = MAGNITUDE if self.output_scale is None else OUTPUT_SCALE
+            params[name] = getattr(self, name)
+            if self.scale_share is not None:
+                params[join_key(name, BASE_SHARE)] = self.scale_share
+        return params
 
 
 class Linear(AdaptedLinear):
@@ -186,6 +226,8 @@ class Linear(AdaptedLinear):
         vera_dropout: Probability of dropping an input of `A`, applied if `generator` is set to a `torch.Generator`.
         d_initial: Initial value of `lambda_d`.
         product_dtype: Dtype of the products with the projections; see `vera_forward`.
+        use_dora: Whether the layer has a `magnitude`; see `core.dora`.
+        differentiate_norm: Whether the norm of DVoRA is differentiated.
 
     Raises:
         ValueError: If the base layer is of another class, the projections have another rank or are too narrow, or a

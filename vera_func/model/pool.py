@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core.keys import VECTORS, join_key, own_parameters, split_key
+from ..core.keys import BASE_SHARE, MAGNITUDE, OUTPUT_SCALE, SCALES, VECTORS, join_key, own_parameters, split_key
 from .adapt import Adapted, make_apply
 from .batch import Params, stack_adapters
 from .config import VeraConfig
@@ -25,6 +25,10 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
     stored once. A row costs as much as an adapter of the summed rank. `with_dropout` applies dropout only if all
     adapters have the same rate.
 
+    VeRA and DVoRA adapters can be pooled. A layer in which an adapter has no magnitude gets the magnitude 0 and, under
+    the key `"{module}.magnitude.base_share"`, 1, which is added to its output scale. Such an adapter of the pool can't
+    be saved.
+
     Args:
         adapters: From `adapt` or `load_adapter`, over the same model object, each with a single adapter.
 
@@ -33,7 +37,8 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
         it.
 
     Raises:
-        ValueError: If `adapters` is empty, the adapters belong to different models, or params are stacked.
+        ValueError: If `adapters` is empty, the adapters belong to different models, params are stacked, or only some
+            DVoRA adapters are folded.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -68,12 +73,15 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
     trained = [name for name, _ in held_parameters(model) if name in own]
     rates = {a.config.vera_dropout for a in adapters}
     rate = rates.pop() if len(rates) == 1 else 0.0
+    scale, differentiate = _common_scale(adapters)
     apply = make_apply(
         model,
         r,
         targets,
         trained,
         vera_dropout=rate,
+        use_dora=scale is not None,
+        differentiate_norm=differentiate,
         int8_activations=adapters[0].apply.int8_activations,
         product_dtype=adapters[0].apply.product_dtype,
     )
@@ -86,6 +94,7 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
                 value = adapted.params[key].to(row[key])
                 before = offset if split_key(key)[1] == "lambda_d" else 0
                 row[key] = pad(value, (before, row[key].shape[0] - before - value.shape[0]))
+        row |= _scales(adapted.params, row, targets, scale)
         for name in trained:
             row[name] = adapted.params.get(name, model.get_parameter(name).detach())
         rows.append(row)
@@ -93,8 +102,37 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
     for field in ("base_model_name_or_path", "revision", "auto_mapping"):
         values = [getattr(adapted.config, field) for adapted in adapters]
         origin[field] = values[0] if all(value == values[0] for value in values) else None
-    config = VeraConfig(r=r, target_modules=targets, vera_dropout=rate, save_projection=True, **origin)
-    return Adapted(apply, stack_adapters(rows), frozen, config)
+    dora: Any = {"use_dora": scale is not None, "differentiate_norm": differentiate}
+    config = VeraConfig(r=r, target_modules=targets, vera_dropout=rate, save_projection=True, **dora, **origin)
+    stacked = stack_adapters(rows)
+    idle = {key for key, leaf in stacked.items() if split_key(key)[1] == BASE_SHARE and not leaf.any()}
+    return Adapted(apply, {key: leaf for key, leaf in stacked.items() if key not in idle}, frozen, config)
+
+
+def _common_scale(adapters: Sequence[Adapted]) -> tuple[str | None, bool]:
+    """The leaf of the DVoRA adapters' scales, None for VeRA alone, and whether their norms are differentiated."""
+    leaves = {leaf for adapted in adapters for key in adapted.params if (leaf := split_key(key)[1]) in SCALES}
+    if len(leaves) > 1:
+        raise ValueError("some adapters have magnitudes and others output scales: fold all of them, or none.")
+    differentiate = {adapted.config.differentiate_norm for adapted in adapters if adapted.config.use_dora}
+    if len(differentiate) > 1:
+        raise ValueError("the adapters differ in config.differentiate_norm.")
+    return next(iter(leaves), None), differentiate == {True}
+
+
+def _scales(params: Params, row: Params, targets: Sequence[str], scale: str | None) -> dict[str, Tensor]:
+    """The magnitudes or output scales of one adapter of a pool, with scales of 1 where it has none."""
+    scales: dict[str, Tensor] = {}
+    for name in targets if scale else ():
+        key = join_key(name, scale or "")
+        given = params.get(key)
+        like = torch.zeros_like(row[join_key(name, "lambda_b")])
+        if scale == OUTPUT_SCALE:
+            scales[key] = like + 1 if given is None else given.to(like.device)
+        else:
+            scales[key] = like if given is None else given.to(like.device)
+            scales[join_key(name, MAGNITUDE, BASE_SHARE)] = like.new_tensor(given is None)
+    return scales
 
 
 def _stack_projections(pairs: Sequence[Params]) -> tuple[dict[str, Tensor], list[int]]:

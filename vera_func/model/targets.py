@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import private
-from ..core.keys import MARKS, VECTORS, split_key
+from ..core.keys import MARKS, SCALES, VECTORS, is_vector, split_key
 from ..quant.bnb import is_bnb_linear
 from .config import HEADS, VeraConfig, is_all_linear
 from .expressions import Expression
@@ -297,6 +297,8 @@ def require_one_device(model: nn.Module, targets: Sequence[str], trained: Sequen
 def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Group adapter vectors by module, `{name: {"lambda_b": ..., "lambda_d": ...}}`, and check them against the model.
 
+    The vectors of DVoRA include a magnitude or an output scale.
+
     Raises:
         ValueError: If a module is missing, can't be adapted or lacks one of its vectors, or if a value is not finite.
 
@@ -310,21 +312,28 @@ def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, 
     for key, value in params.items():
         name, leaf = split_key(key)
         if leaf in MARKS:
-            raise ValueError(f"{key!r} marks a sum of adapters; merge or export its adapters one by one.")
+            raise ValueError(
+                f"{key!r} marks a sum of adapters, or one that is the base in some layers; merge or export its "
+                "adapters one by one, as they were before the sum or pool."
+            )
         if not isinstance(value, Tensor):
             raise ValueError(f"{key!r} must be a tensor, got {type(value).__name__}.")
         if not value.isfinite().all():
             raise ValueError(f"{key!r} holds NaN or inf: the adapter is broken, and nothing was written.")
-        if leaf in VECTORS:
+        if is_vector(key):
             if name not in modules or linear_sizes(modules[name]) is None:
                 raise ValueError(f"params has {key!r}, but the model has no linear layer {name!r}.")
             layers.setdefault(name, {})[leaf] = value
     for name, vectors in layers.items():
         sizes = linear_sizes(modules[name])
-        if vectors.keys() != {*VECTORS} or vectors["lambda_b"].shape != (sizes or (0, 0))[1:]:
+        out = (sizes or (0, 0))[1:]
+        scales = vectors.keys() & {*SCALES}
+        fits = vectors.keys() - scales == {*VECTORS} and vectors["lambda_b"].shape == out and len(scales) <= 1
+        if not fits or any(vectors[scale].shape != out for scale in scales):
             shapes = {leaf: tuple(value.shape) for leaf, value in vectors.items()}
             raise ValueError(
-                f"{name!r} needs lambda_b ({(sizes or (0, 0))[1]},) and lambda_d (r,) of one adapter, got {shapes}."
+                f"{name!r} needs lambda_b {out} and lambda_d (r,) of one adapter, and for DVoRA a magnitude or an "
+                f"output_scale {out}, got {shapes}."
             )
     if not layers:
         raise ValueError(f"params has no 'lambda_b' of any layer, only {sorted(params)[:3]}.")

@@ -1,0 +1,234 @@
+"""DVoRA: VeRA inside DoRA's decomposition of a weight into magnitudes and directions.
+
+    y_i = m_i ((W + ΔW) x)_i / ‖W_i + ΔW_i‖ + bias_i          ΔW = diag(lambda_b) B diag(lambda_d) A
+
+`W_i` is row i of the weight, and `magnitude` m (out,) a third trained vector. With `s = m / ‖W + ΔW‖`, DVoRA is VeRA
+with another `lambda_b` over a base whose outputs are scaled:
+
+    y = s * (W x) + (s * lambda_b) * (B (lambda_d * (A x))) + bias
+
+`fold_layer` converts params to this form, in which `output_scale` s replaces the magnitude. The row norms are computed
+without ΔW:
+
+    ‖W_i + ΔW_i‖² = ‖W_i‖² + 2 b_i Σ_k B_ik d_k C_ik + b_i² (B_i * d) G (B_i * d)ᵀ        C = W Aᵀ,  G = A Aᵀ
+
+`C`, `G` and ‖W_i‖² are the same for all adapters of a layer (`norm_statistics`).
+
+Reference:
+    DoRA, https://arxiv.org/abs/2402.09353: equation 5; section 4.3 for the constant norm; section 5.4 for DVoRA.
+"""
+
+import contextlib
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .keys import BASE_SHARE, MAGNITUDE, OUTPUT_SCALE, STATISTICS, VECTORS, join_key
+from .shapes import align_rows
+
+
+# Values of the largest temporary tensor of the row norms.
+_CHUNK = 2**24
+
+
+def row_norms(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
+    """The norm of each row of a weight, the initial magnitude; in float32, or float64 for a float64 weight.
+
+    Example:
+        >>> row_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+        tensor([5., 2.])
+    """
+    return _square_norm(_wide(weight)).sqrt()
+
+
+def norm_statistics(weight: Float[Tensor, "out in"], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the row norms of all DVoRA adapters of one layer need: `{"square_norm": ‖W_i‖², "C": W Aᵀ, "G": A Aᵀ}`.
+
+    Costs `r in (out + r)` multiply-adds; the result has `out (r + 1) + r²` values. `frozen | norm_statistics(W,
+    frozen)` passes it to `vera_forward`, which otherwise computes it in each call.
+
+    Args:
+        weight: The dense base weight, from `dequantize` if it is quantized.
+        frozen: `{"vera_A": (r, >= in), ...}`. The statistics are valid for these projections only.
+
+    Returns:
+        `{"square_norm": (out,), "C": (out, r), "G": (r, r)}`, in float32 or wider.
+
+    Raises:
+        ValueError: If the weight is not a dense (out, in), or `vera_A` is missing or too narrow.
+
+    Example:
+        >>> frozen = {"vera_A": torch.ones(2, 3), "vera_B": torch.ones(4, 2)}
+        >>> {name: tuple(value.shape) for name, value in norm_statistics(torch.ones(4, 3), frozen).items()}
+        {'square_norm': (4,), 'C': (4, 2), 'G': (2, 2)}
+    """
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        what = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"weight must be a dense floating-point (out, in), got {what}; dequantize(q) returns one.")
+    A = frozen.get("vera_A")
+    if A is None or A.dim() != 2 or A.shape[1] < weight.shape[1]:
+        what = "nothing" if A is None else str(tuple(A.shape))
+        raise ValueError(f"vera_A must be (r, >= {weight.shape[1]}) for a weight {tuple(weight.shape)}, got {what}.")
+    with _without_autocast(weight.device):
+        weight = _wide(weight)
+        A = A[:, : weight.shape[1]].to(weight.dtype)
+        return {"square_norm": _square_norm(weight), "C": linear(weight, A), "G": linear(A, A)}
+
+
+def fold_layer(
+    params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *, differentiate_norm: bool = False
+) -> dict[str, Tensor]:
+    """Fold the magnitude of one layer: `{"lambda_b": s * lambda_b, "lambda_d", "output_scale": s}`.
+
+    Costs `out r²` multiply-adds for each adapter. A row of `W + ΔW` that is zero has the scale m.
+
+    Args:
+        params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r), "magnitude": (*rows, out)}`. Rows of the base, as
+            from `select_adapters`, get a scale of 1.
+        frozen: The projections and the `norm_statistics` of the layer.
+        differentiate_norm: Whether the norm depends on `lambda_b` and `lambda_d` in derivatives. False treats it as
+            a constant, as the paper does.
+
+    Raises:
+        ValueError: If params or statistics are missing or do not fit each other.
+
+    Example:
+        >>> frozen = {"vera_A": torch.ones(1, 2), "vera_B": torch.ones(1, 1)}
+        >>> params = {"lambda_b": torch.ones(1), "lambda_d": torch.ones(1), "magnitude": torch.ones(1)}
+        >>> fold_layer(params, frozen | norm_statistics(torch.tensor([[2.0, 3.0]]), frozen))["output_scale"]
+        tensor([0.2000])
+    """
+    lambda_b, lambda_d, magnitude = _checked(params, frozen)
+    dims = max(lambda_b.dim(), lambda_d.dim(), magnitude.dim())
+    b, d, m = (_with_dims(vector, dims) for vector in (lambda_b, lambda_d, magnitude))
+    statistics = [frozen[name] for name in STATISTICS]
+    B = frozen["vera_B"][: b.shape[-1]]
+    inputs = (b, d, B, *statistics)
+    with _without_autocast(b.device):
+        inputs = inputs if differentiate_norm else tuple(tensor.detach() for tensor in inputs)
+        square = _adapted_square_norm(*inputs)
+        some = square > 0
+        scale = m / torch.where(some, square, 1.0).sqrt().to(m.dtype)
+        scale = _with_share(params, MAGNITUDE, scale)
+    return {"lambda_b": scale * b, "lambda_d": lambda_d, OUTPUT_SCALE: scale}
+
+
+def scaled_base(
+    base: Float[Tensor, "*batch out"], params: Mapping[str, Tensor], bias: Tensor | None, x: Float[Tensor, "*batch in"]
+) -> Float[Tensor, "*batch out"]:
+    """`s * (base - bias) + bias`, where s is the `output_scale` of folded params; equal to `base` where s = 1.
+
+    Example:
+        >>> params = {"output_scale": torch.tensor([2.0, 1.0])}
+        >>> scaled_base(torch.tensor([3.0, 3.0]), params, torch.ones(2), torch.ones(5))
+        tensor([5., 3.])
+    """
+    scale = _with_share(params, OUTPUT_SCALE, params[OUTPUT_SCALE])
+    if scale.shape[-1:] != base.shape[-1:]:
+        raise ValueError(f"{OUTPUT_SCALE} {tuple(scale.shape)} must end in the {base.shape[-1]} outputs of the layer.")
+    scale = align_rows(OUTPUT_SCALE, scale, x)
+    if bias is None:
+        return scale * base
+    # The bias is subtracted from a vector, not from the output: no pass over (*batch, out), and s = 1 changes no bit.
+    return scale * base + (1 - scale) * align_rows("bias", bias, x)
+
+
+def rescaled_delta(
+    delta: Float[Tensor, "*rows out in"], params: Mapping[str, Tensor], weight: Float[Tensor, "out in"]
+) -> Float[Tensor, "*rows out in"]:
+    """The change of the weight by DVoRA, `s (W + ΔW) - W`, from the dense `ΔW` of `lambda_b` and `lambda_d`.
+
+    Example:
+        >>> weight, params = torch.tensor([[3.0, 3.0]]), {"magnitude": torch.tensor([10.0])}
+        >>> rescaled_delta(torch.tensor([[0.0, 1.0]]), params, weight)
+        tensor([[3., 5.]])
+    """
+    if MAGNITUDE in params:
+        norm = row_norms(weight + delta)
+        scale = _with_share(params, MAGNITUDE, params[MAGNITUDE] / torch.where(norm > 0, norm, 1.0))
+        delta = scale[..., None] * delta
+    else:
+        scale = _with_share(params, OUTPUT_SCALE, params[OUTPUT_SCALE])
+    return (scale - 1)[..., None] * weight + delta
+
+
+def _adapted_square_norm(
+    b: Tensor, d: Tensor, B: Tensor, square_norm: Tensor, C: Tensor, G: Tensor
+) -> Float[Tensor, "*rows out"]:
+    """‖W_i + ΔW_i‖² by the formula of this module."""
+    dtype = torch.promote_types(C.dtype, b.dtype)
+    square_norm, C, G = square_norm.to(dtype), C.to(dtype), G.to(dtype)
+    b, d, B = b.to(dtype), d.to(dtype), B.to(dtype)
+    rows = max(1, d.numel() // d.shape[-1])
+    quadratic = []
+    for part in B.split(max(1, _CHUNK // (rows * d.shape[-1]))):
+        scaled = part * d[..., None, :]  # (*rows, chunk, r)
+        quadratic.append((scaled @ G * scaled).sum(-1))
+    return square_norm + 2 * b * linear(d, B * C) + b.square() * torch.cat(quadratic, -1)
+
+
+def _checked(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The three vectors, after a check of all shapes."""
+    wanted = {*VECTORS, MAGNITUDE}
+    odd = sorted(wanted ^ (params.keys() - {join_key(MAGNITUDE, BASE_SHARE)}))
+    if odd:
+        raise ValueError(
+            f"params of a DVoRA layer must have the keys {sorted(wanted)}, got {sorted(params)}. A weighted sum needs "
+            "folded params (fold_magnitude)."
+        )
+    lambda_b, lambda_d, magnitude = (params[name] for name in (*VECTORS, MAGNITUDE))
+    for name, vector in zip((*VECTORS, MAGNITUDE), (lambda_b, lambda_d, magnitude), strict=True):
+        if not isinstance(vector, Tensor) or not vector.is_floating_point() or vector.dim() < 1:
+            what = f"{tuple(vector.shape)} {vector.dtype}" if isinstance(vector, Tensor) else type(vector).__name__
+            raise ValueError(f"{name} must be a floating-point vector, got {what}.")
+    out_features, r = lambda_b.shape[-1], lambda_d.shape[-1]
+    if magnitude.shape[-1] != out_features:
+        raise ValueError(
+            f"magnitude {tuple(magnitude.shape)} must be (*rows, {out_features}), as lambda_b is "
+            f"{tuple(lambda_b.shape)}."
+        )
+    missing = sorted({"vera_B", *STATISTICS} - frozen.keys())
+    if missing:
+        raise ValueError(f"frozen lacks {missing}; pass frozen | norm_statistics(weight, frozen).")
+    shapes = {name: tuple(frozen[name].shape) for name in STATISTICS}
+    expected = {"square_norm": (out_features,), "C": (out_features, r), "G": (r, r)}
+    if shapes != expected or frozen["vera_B"].shape[0] < out_features or frozen["vera_B"].shape[1:] != (r,):
+        raise ValueError(
+            f"lambda_b {tuple(lambda_b.shape)} and lambda_d {tuple(lambda_d.shape)} need statistics {expected} and a "
+            f"vera_B (>= {out_features}, {r}), got {shapes} and {tuple(frozen['vera_B'].shape)}."
+        )
+    rows = sorted((tuple(vector.shape[:-1]) for vector in (lambda_b, lambda_d, magnitude)), key=len)
+    if any(rows[-1][: len(shape)] != shape for shape in rows):
+        raise ValueError(
+            f"the leading axes of lambda_b {tuple(lambda_b.shape)}, lambda_d {tuple(lambda_d.shape)} and magnitude "
+            f"{tuple(magnitude.shape)} do not match."
+        )
+    return lambda_b, lambda_d, magnitude
+
+
+def _with_share(params: Mapping[str, Tensor], name: str, scale: Tensor) -> Tensor:
+    """Add 1 for rows of the base, which `select_adapters` marks."""
+    share = params.get(join_key(name, BASE_SHARE))
+    return scale if share is None else scale + _with_dims(share[..., None], scale.dim())
+
+
+def _with_dims(vector: Tensor, dims: int) -> Tensor:
+    """View (*rows, k) with `dims` axes, by axes of size 1 after the rows."""
+    return vector.reshape(*vector.shape[:-1], *[1] * (dims - vector.dim()), vector.shape[-1])
+
+
+def _square_norm(weight: Tensor) -> Tensor:
+    return weight.square().sum(-1)
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
