@@ -46,13 +46,15 @@ def logits_without_bnb(model):
     return logits_of(nothing)
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["VeRA", "DVoRA"])
 @pytest.mark.parametrize("base", ["dense", "nf4", "int8"])
 @pytest.mark.parametrize("name", MODELS)
-def test_lora_is_exact(name, base, tmp_path):
-    model, adapted = make_adapted(name, base)
+def test_lora_is_exact(name, base, use_dora, tmp_path):
+    model, adapted = make_adapted(name, base, use_dora=use_dora)
     report = vf.export_lora(tmp_path, *adapted[1:], model)
     assert set(report.error.values()) == {0.0}
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    assert theirs.peft_config["default"].use_dora is use_dora
     # In training mode PEFT multiplies by the dequantized weights; there is no dropout left to matter.
     for module in theirs.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -44,11 +44,12 @@ def logits_without_bnb(model):
     return logits_of(nothing)
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["VeRA", "DVoRA"])
 @pytest.mark.parametrize("to", [None, torch.float32])
 @pytest.mark.parametrize("base", ["dense", "nf4", "int8"])
 @pytest.mark.parametrize("name", MODELS)
-def test_merged_is_adapted(name, base, to):
-    model, adapted = make_adapted(name, base)
+def test_merged_is_adapted(name, base, to, use_dora):
+    model, adapted = make_adapted(name, base, use_dora=use_dora)
     before = snapshot(model)
     merged = vf.merge(model, adapted.params, adapted.frozen, to)
     assert type(merged) is type(model)

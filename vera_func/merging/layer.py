@@ -315,8 +315,8 @@ def checked_delta(
     scales = params.keys() & {*SCALES}
     if params.keys() - scales != {*VECTORS} or len(scales) > 1:
         raise ValueError(
-            "params must have the keys 'lambda_b' and 'lambda_d' (for DVoRA also 'magnitude' or 'output_scale'), got "
-            f"{sorted(params)}; merge the terms of a sum one by one."
+            f"params must have the keys 'lambda_b' and 'lambda_d', got {sorted(params)} (for DVoRA also 'magnitude' or "
+            "'output_scale'); merge the terms of a sum one by one."
         )
     for name, tensor in (*params.items(), *frozen.items()):
         if not isinstance(tensor, Tensor):
