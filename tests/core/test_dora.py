@@ -203,6 +203,19 @@ class TestRows:
         assert largest.numel == dense.shape[0] * 5
         assert_close(vf.vera_forward(norms, frozen, x, base_fn, bias=bias), whole, **EXACT)
 
+    def test_rows_of_one_adapter_have_one_norm(self):
+        params, frozen, base_fn, _, bias, x = make_dora("dense", out=40, in_=40, r=30)
+        x = x.repeat(30, 1)
+
+        def losses(rows):
+            return vf.vera_forward(rows, frozen, x, base_fn, bias=bias).square().sum()
+
+        copies = {key: value.repeat(90, 1) for key, value in params.items()}
+        with LargestTensor() as largest:
+            actual = grad(losses)({key: value.expand(90, -1) for key, value in params.items()})
+        assert largest.numel <= 90 * 40  # not 90 (40, 30)
+        assert_close(actual, grad(losses)(copies), **EXACT)
+
 
 class TestFolded:
     @pytest.mark.parametrize("base", BASES)

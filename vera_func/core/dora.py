@@ -108,7 +108,7 @@ def fold_layer(
     B = frozen["vera_B"][: b.shape[-1]]
     inputs = (b, d, B, *statistics)
     with _without_autocast(b.device):
-        inputs = inputs if differentiate_norm else tuple(tensor.detach() for tensor in inputs)
+        inputs = inputs if differentiate_norm else tuple(_distinct(tensor.detach()) for tensor in inputs)
         square = _adapted_square_norm(*inputs)
         some = square > 0
         scale = m / torch.where(some, square, 1.0).sqrt().to(m.dtype)
@@ -213,6 +213,11 @@ def _with_share(params: Mapping[str, Tensor], name: str, scale: Tensor) -> Tenso
     """Add 1 for rows of the base, which `select_adapters` marks."""
     share = params.get(join_key(name, BASE_SHARE))
     return scale if share is None else scale + _with_dims(share[..., None], scale.dim())
+
+
+def _distinct(vector: Tensor) -> Tensor:
+    """The first row alone if all rows are views of one, as in per-example gradients; their norms are the same."""
+    return vector[:1] if vector.dim() > 1 and vector.stride(0) == 0 else vector
 
 
 def _with_dims(vector: Tensor, dims: int) -> Tensor:
