@@ -480,7 +480,7 @@ def test_what_is_unknown_is_ignored_on_demand(tmp_path):
         after = vf.load_adapter(tmp_path, model(), ignore_unknown=True)
     assert [str(w.message).partition(str(tmp_path))[2].partition(" ")[2] for w in warned] == [
         "has unknown fields, which are ignored: alpha_pattern, use_dora.",
-        "has 1 unknown tensors, which are ignored, first '0.vera_magnitude'.",
+        "has 1 unknown tensors, which are ignored, first '0.magnitude'.",
     ]
     assert all(w.filename == __file__ for w in warned)
     assert after.config == before.config

@@ -123,7 +123,7 @@ bad(
     "save_adapter", "another size", saved(DORA.params | {"0.magnitude": torch.ones(4)}), r"must be \(5,\) like lambda_b"
 )
 bad("load_adapter", "no magnitude", damaged(drop=[f"{PREFIX}0.vera_magnitude"]), "lacks '0.magnitude'")
-bad("load_adapter", "a type that contradicts", damaged({"use_dora": False}), "'DVERA' stands for use_dora=true")
+bad("load_adapter", "a type that contradicts", damaged({"use_dora": False}), "'DVERA', DVoRA, but use_dora=False")
 bad(
     "load_adapter",
     "magnitudes of VeRA",

@@ -59,9 +59,13 @@ def test_layers_do_not_apply_to_a_regular_expression():
     assert len(peft.get_peft_model(llama(), theirs).base_model.targeted_module_names) == 2
 
 
+OF_DVORA = {"use_dora", "differentiate_norm"}  # which PEFT does not have
+
+
 def test_fields_and_defaults_are_those_of_peft():
     theirs = {field.name: field for field in dataclasses.fields(peft.VeraConfig)}
     ours, defaults = dataclasses.asdict(vf.VeraConfig()), dataclasses.asdict(peft.VeraConfig())
+    assert {name: ours.pop(name) for name in OF_DVORA} == dict.fromkeys(OF_DVORA, False)
     assert ours == {name: defaults[name] for name in ours}
     of_the_file = {"peft_type", "auto_mapping", "peft_version", "inference_mode"}
     assert theirs.keys() - ours.keys() <= of_the_file | {"runtime_config", "target_parameters"}

@@ -48,11 +48,9 @@ def config_from_json(fields: Any, source: str = CONFIG, *, ignore_unknown: bool 
     kind = fields.get("peft_type")
     if kind not in ("VERA", "DVERA"):
         raise ValueError(f"{source} has peft_type {kind!r}; only 'VERA' is supported, and 'DVERA' for DVoRA.")
-    if fields.get("use_dora", kind == "DVERA") is not (kind == "DVERA"):
-        raise ValueError(
-            f"{source} has peft_type {kind!r} and use_dora={fields['use_dora']!r}: 'DVERA' stands for use_dora=true."
-        )
-    known = {field.name for field in dataclasses.fields(VeraConfig)}
+    if kind == "DVERA" and fields.get("use_dora", True) is not True:
+        raise ValueError(f"{source} has peft_type 'DVERA', DVoRA, but use_dora={fields['use_dora']!r}.")
+    known = {field.name for field in dataclasses.fields(VeraConfig)} - {*(_DORA if kind == "VERA" else ())}
     unknown = sorted(k for k, v in fields.items() if k not in known and k not in _PEFT_ONLY and v)
     if unknown and not ignore_unknown:
         raise ValueError(

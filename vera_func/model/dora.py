@@ -31,8 +31,9 @@ def fold_magnitude(apply: Apply, params: Mapping[str, Tensor], frozen: Mapping[s
         ValueError: If params do not fit the model, or contain no magnitude.
 
     Example:
+        >>> import torch
         >>> from vera_func import VeraConfig, adapt
-        >>> model = nn.Sequential(nn.Linear(8, 6))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
         >>> apply, params, frozen, _ = adapt(model, VeraConfig(r=4, target_modules=["0"], use_dora=True))
         >>> folded = fold_magnitude(apply, params, frozen)
         >>> folded["0.output_scale"]
@@ -78,8 +79,9 @@ def keep_norm_statistics(apply: Apply, frozen: Mapping[str, Tensor]) -> dict[str
         ValueError: If the layers have no magnitudes, or the projections do not fit.
 
     Example:
+        >>> import torch
         >>> from vera_func import VeraConfig, adapt
-        >>> model = nn.Sequential(nn.Linear(8, 6))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
         >>> apply, params, frozen, _ = adapt(model, VeraConfig(r=4, target_modules=["0"], use_dora=True))
         >>> sorted(keep_norm_statistics(apply, frozen))
         ['0.C', '0.G', '0.square_norm', 'vera_A', 'vera_B']
