@@ -136,6 +136,8 @@ bad("save_bank", "folded params", lambda folder: vf.save_bank(
     folder / "new", STACK, FROZEN, DORA.config, ["a"]), "is of folded params")  # fmt: skip
 bad("export_lora", "folded params", lambda folder: vf.export_lora(
     folder / "lora", FOLDED, FROZEN, DORA.config, small_model()), "is of folded params")  # fmt: skip
+bad("export_lora", "DVoRA for llama.cpp", lambda folder: vf.export_lora(
+    folder / "lora", *DORA[1:], small_model(), format="gguf"), "llama.cpp has no DoRA")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", bad.rows)
