@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 
+import optree
 import pytest
 import torch
 from torch import nn
@@ -35,6 +36,15 @@ def test_pytrees():
     assert private.tree_unflatten(leaves, spec)["q"].shape == (2, 3)
     assert private.tree_map(lambda leaf: leaf.double(), q).threshold == q.threshold
     assert private.tree_flatten_with_path({"a": [5]}) == [("['a'][0]", 5)]
+
+
+def test_optree_sees_the_leaves():
+    q = vf.quantize_4bit(torch.ones(32, 64), double_quant=True)  # registered by private.register_optree
+    leaves, spec = optree.tree_flatten({"q": q})
+    assert [id(leaf) for leaf in leaves] == [id(leaf) for leaf in private.tree_leaves(q)]
+    again = optree.tree_unflatten(spec, leaves)["q"]
+    assert (again.shape, again.nested.offset) == (q.shape, q.nested.offset)
+    assert optree.tree_map(torch.clone, q, namespace="torchopt").blocksize == q.blocksize
 
 
 def test_operations_are_seen_below_autograd():

@@ -71,6 +71,7 @@ In submodules: `vera_func.train.optim` (AdamW and schedules as pure functions), 
 `vera_func.data` and `vera_func.cli` (the command `vera-func`).
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -186,3 +187,12 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _register_quantized_weights() -> None:
+    """Register them with `torch.load` and as pytrees, unless torch is not in use, as by the command's help."""
+    if "torch" in sys.modules:
+        import_module(f"{__name__}.quant.value")
+
+
+_register_quantized_weights()

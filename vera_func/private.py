@@ -26,6 +26,23 @@ def register_pytree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], 
     register_pytree_node(cls, flatten, unflatten)
 
 
+def register_optree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], unflatten: Callable[..., Any]) -> None:
+    """Make a class a pytree node for optree, which torchopt and others use, if it is installed.
+
+    The global namespace, which all of them share, has a private name only.
+    """
+    try:
+        import optree
+    except ImportError:
+        return
+
+    def rebuild(spec: Any, leaves: Any) -> Any:  # optree passes them in the other order
+        return unflatten(leaves, spec)
+
+    namespace: Any = optree.registry.__GLOBAL_NAMESPACE
+    optree.register_pytree_node(cls, flatten, rebuild, namespace=namespace)
+
+
 def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """Apply a function to the leaves of a pytree, as `torch.func` defines pytrees."""
     from torch.utils import _pytree

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from itertools import product
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 import vera_func as vf
 from vera_func import private
-from vera_func.quant.value import BLOCKSIZES, validate
+from vera_func.quant.value import BLOCKSIZES, flatten, validate
 
 from helpers import FORMATS, normal, relative_error
 from refused import INF, Q4, Q4_NESTED, Q8, Refused, X
@@ -316,3 +318,23 @@ for what, (q, change, message) in LIES.items():
 @pytest.mark.parametrize("case", bad.rows)
 def test_is_refused(case, tmp_path):
     bad.check(case, tmp_path)
+
+
+# Files
+
+
+@pytest.mark.parametrize("q", [Q4, Q4_NESTED, Q8, FORMATS["bf16 storage"](normal(32, 64))], ids=repr)
+def test_a_value_is_safe_to_load(q, tmp_path):
+    torch.save({"q": q}, tmp_path / "file")
+    (read, spec), (leaves, right) = (
+        flatten(each) for each in (torch.load(tmp_path / "file", weights_only=True)["q"], q)
+    )
+    assert spec == right
+    assert all(torch.equal(one, other) for one, other in zip(read, leaves, strict=True))
+
+
+def test_a_new_process_reads_it_as_well(tmp_path):
+    torch.save(Q4_NESTED, tmp_path / "file")
+    code = f"import torch, vera_func; print(torch.load({str(tmp_path / 'file')!r}, weights_only=True))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.stdout.strip(), run.stderr) == (repr(Q4_NESTED), "")

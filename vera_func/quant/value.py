@@ -1,7 +1,9 @@
 """4-bit and 8-bit weights as immutable values.
 
-bitsandbytes keeps a quantized weight in a module that rewrites itself as it runs. Here the weight is a value, a pytree:
-tensors are leaves, everything else is static. Shapes are those of `core.adapter`: a weight is (out, in).
+bitsandbytes keeps a quantized weight in a module that rewrites itself as it runs. Here the weight is a value, a pytree
+of torch and of optree: tensors are leaves, everything else is static. `torch.save` writes it, and
+`torch.load(weights_only=True)` reads it once this module is imported; `import vera_func` does that if torch is imported
+before it. Shapes are those of `core.adapter`: a weight is (out, in).
 """
 
 import dataclasses
@@ -258,3 +260,6 @@ def shape2(shape: Any) -> tuple[int, int]:
 
 for _class in (Quantized4bit, Quantized8bit):
     private.register_pytree(_class, flatten, unflatten)
+    private.register_optree(_class, flatten, unflatten)
+# Unpickling these classes only sets their fields.
+torch.serialization.add_safe_globals([Quantized4bit, Quantized8bit, NestedStatistics])
