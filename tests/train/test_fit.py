@@ -3,6 +3,7 @@
 import sys
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -310,6 +311,46 @@ def test_a_run_that_has_ended_is_not_gone_on_with(monkeypatch):
 
 
 # What is refused
+
+# Loggers
+
+
+@pytest.mark.parametrize("n", [None, N])
+def test_a_logger_gets_plain_numbers(n):
+    seen = []
+    metric, stack = (metric_of([*range(n)]), [n]) if n else (metric_of(3), [])
+    halved = {"schedule": lambda step: 0.5**step, "evaluate": metric, "evaluate_every": 2}
+    options = {"num_adapters": n, "learning_rate": 0.1, "on_step": lambda *each: seen.append(each), **halved}
+    run = fit(loss_of_many(None) if n else loss_of_one, start(*stack), shared, steps=4, **options)
+    assert [step for step, _ in seen] == [1, 2, 3, 4]
+    for step, numbers in seen:
+        assert {type(value) for value in numbers.values()} == {float}
+        ends = [f"/{i}" for i in range(n)] if n else [""]
+        names = ["loss", "learning_rate", *(["metric"] if step % 2 == 0 else [])]
+        assert list(numbers) == [name + end for name in names for end in ends]
+        assert [numbers[f"loss{end}"] for end in ends] == run.losses[step - 1].reshape(-1).tolist()
+        assert [numbers[f"learning_rate{end}"] for end in ends] == [0.1 * 0.5 ** (step - 1)] * len(ends)
+        if step % 2 == 0:
+            assert [numbers[f"metric{end}"] for end in ends] == run.metrics[step // 2 - 1].reshape(-1).tolist()
+    more = fit(loss_of_many(None) if n else loss_of_one, start(*stack), shared, steps=6, resume=run, **options)
+    assert [step for step, _ in seen[4:]] == [5, 6]
+    assert len(more.losses) == 6
+
+
+def test_the_recipes_of_the_docstring(tmp_path, monkeypatch):
+    """Each logger's function as it stands in the docstring, over a stand-in of the logger that keeps what it gets."""
+    kept = []
+    writer = SimpleNamespace(add_scalar=lambda name, value, step: kept.append((name, value, step)))
+    log = lambda numbers, step: kept.extend((name, value, step) for name, value in numbers.items())
+    loggers = {"writer": writer, "wandb": SimpleNamespace(log=log), "mlflow": SimpleNamespace(log_metrics=log)}
+    recipes = [line.strip() for line in vf.fit.__doc__.splitlines() if line.strip().startswith("lambda step, numbers:")]
+    assert len(recipes) == 3
+    for recipe in recipes:
+        kept.clear()
+        run = fit(loss_of_one, start(), shared, steps=2, learning_rate=0.1, on_step=eval(recipe, loggers))
+        losses = [(value, step) for name, value, step in kept if name == "loss"]
+        assert losses == [(loss, step) for step, loss in enumerate(run.losses.tolist(), 1)]
+
 
 bad = Refused()
 

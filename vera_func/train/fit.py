@@ -34,11 +34,12 @@ from .optim import (
     constant,
     global_norm,
 )
-from .run import Fit, PathLike, Tree, load_fit, require_like, save_fit, start_run
+from .run import Fit, PathLike, Tree, load_fit, require_like, save_fit, start_run, step_numbers
 
 
 PerAdapter = float | Sequence[float] | Tensor  # one value for all adapters, or one per adapter
 Accumulate = Callable[[Callable[[Any], Gradient], Any], Gradient]
+OnStep = Callable[[int, dict[str, float]], Any]
 SYNC_EVERY = 16  # steps between two reads of an accelerator's results; each read synchronizes with the device
 
 
@@ -63,6 +64,7 @@ def fit(
     checkpoint: PathLike | None = None,
     checkpoint_every: int = 100,
     accumulate: Accumulate | None = None,
+    on_step: OnStep | None = None,
     progress: bool = True,
 ) -> Fit:
     """Minimize `loss_fn(params, batches(step))` for one adapter or many at once, with AdamW or another optimizer.
@@ -98,7 +100,19 @@ def fit(
         accumulate: Function `(gradient, batch)` that returns the gradients and losses of a step, where
             `gradient(micro_batch)` returns those of a micro-batch, as plain tensors. None means `gradient(batch)`. See
             `mean_over_micro_batches`.
+        on_step: Function `(number of steps done, numbers)` that is called after each step, for a logger. `numbers` is a
+            flat dict of floats with the keys `loss` and `learning_rate`, and `metric` after an evaluation; with
+            `num_adapters` the keys are `loss/0`, `loss/1` and so on. On an accelerator it synchronizes at each step.
         progress: Whether to show a progress bar; requires tqdm.
+
+    Loggers, each with the function for `on_step`:
+
+        TensorBoard:  writer = torch.utils.tensorboard.SummaryWriter("runs/first")
+                      lambda step, numbers: [writer.add_scalar(name, x, step) for name, x in numbers.items()]
+        W&B:          wandb.init(project="vera")
+                      lambda step, numbers: wandb.log(numbers, step=step)
+        MLflow:       mlflow.start_run()
+                      lambda step, numbers: mlflow.log_metrics(numbers, step=step)
 
     Raises:
         ValueError: If arguments, shapes, or the run to resume do not fit together, or no leaf of `params` gets a
@@ -141,10 +155,13 @@ def fit(
             hyper = {"learning_rate": rates * _factor(schedule, step, device), "weight_decay": decays}
             updated = update(grads, losses, run.state, run.params, run.stopped < 0, norms, hyper)
             run = _record(run, _append(losses_buffer, step, losses), *updated)
-            if evaluate is not None and (step + 1) % evaluate_every == 0:
+            evaluated = evaluate is not None and (step + 1) % evaluate_every == 0
+            if evaluate is not None and evaluated:
                 run = _record_metric(run, metrics_buffer, evaluate(run.params, step + 1), patience)
             if checkpoint is not None and (step + 1) % checkpoint_every == 0:
                 save_fit(checkpoint, run)
+            if on_step is not None:
+                on_step(step + 1, step_numbers(run, hyper["learning_rate"], evaluated))
             if bar is not None:
                 bar.update()
         monitor.sync(run)

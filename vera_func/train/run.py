@@ -165,3 +165,28 @@ def _check_run(tensors: Tree, like: Fit, source: PathLike) -> None:
                 f"{source}: {key!r} is {tuple(found.shape)} {found.dtype}, but params and "
                 f"num_adapters imply {tuple(right.shape)} {right.dtype}."
             )
+
+
+def step_numbers(run: Fit, learning_rate: Tensor, evaluated: bool) -> dict[str, float]:
+    """The results of the last step as a flat dict of floats, for loggers; see `on_step` of `fit`.
+
+    Args:
+        run: The run after the step.
+        learning_rate: Learning rate of the step, () or (n,).
+        evaluated: Whether there was an evaluation after the step.
+
+    Example:
+        >>> run = start_run({"p": torch.zeros(2, 3)}, (2,), None)._replace(losses=torch.tensor([[0.5, 0.25]]))
+        >>> step_numbers(run, torch.ones(2), evaluated=False)
+        {'loss/0': 0.5, 'loss/1': 0.25, 'learning_rate/0': 1.0, 'learning_rate/1': 1.0}
+    """
+    values = {"loss": run.losses[-1], "learning_rate": learning_rate}
+    if evaluated:
+        values["metric"] = run.metrics[-1]
+    numbers: dict[str, float] = {}
+    for name, value in values.items():
+        if value.ndim:
+            numbers |= {f"{name}/{i}": number for i, number in enumerate(value.tolist())}
+        else:
+            numbers[name] = value.item()
+    return numbers
