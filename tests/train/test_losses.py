@@ -314,6 +314,38 @@ def test_the_loss_of_a_model(case):
     assert_close(loss(params), from_logits(params))
 
 
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
+def test_transforms_of_the_loss_of_a_model(targets):
+    model = quantized(llama(attention="eager"), "nf4")
+    apply, params, frozen, _ = vf.adapt(model, vf.VeraConfig(r=8, target_modules=targets))
+    params, (inputs, labels) = randomized(params, scale=0.3), batch()
+
+    def loss(params):
+        total, count = row_losses(apply, params, frozen, labels, **inputs)
+        return total.sum() / count.sum()
+
+    right = vf.grad(loss)(params)
+    slope = jvp(loss, (params,), (params,))[1]
+    assert_close(slope, sum((params[key] * right[key]).sum() for key in params), rtol=1e-4, atol=1e-5)
+    many = vf.stack_adapters([params, randomized(params)])
+    together = vmap(grad(loss))(many)
+    for key in params:
+        assert_close(together[key][0], right[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_of_a_model():
+    apply, params, frozen, _ = vf.adapt(quantized(llama(), "nf4"), vf.VeraConfig(r=8, target_modules=["q_proj"]))
+    inputs, labels = batch()
+
+    def loss(params):
+        return row_losses(apply, params, frozen, labels, **inputs).total.sum()
+
+    compiled = torch.compile(vf.grad(loss), fullgraph=True)(randomized(params))
+    for key, right in vf.grad(loss)(randomized(params)).items():
+        assert_close(compiled[key], right, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("case", MODELS)
 def test_each_adapter_of_a_mixed_batch_has_its_own_loss(case):
     (apply, params, frozen, _), kind = adapted_model(case)
