@@ -132,23 +132,6 @@ def test_no_pickle():
             )
 
 
-def test_no_code_sends_a_signal():
-    """No process signals another one; a rank that hangs ends through torch's timeouts and torchrun."""
-    forbidden = {"kill", "killpg", "pidfd_send_signal", "send_signal", "raise_signal", "terminate", "abort"}
-    for path in PACKAGE.rglob("*.py"):
-        where, text = path.relative_to(PACKAGE), path.read_text()
-        nodes = [*ast.walk(ast.parse(text))]
-        modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-        modules |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
-        used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-        used |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
-        assert not {name.partition(".")[0] for name in modules} & {"signal", "multiprocessing", "psutil"}, where
-        assert not used & forbidden, where
-        assert "kill -" not in text, where  # by a shell
-        # pip is the only process that the library starts.
-        assert "subprocess" not in modules or path.name == "assets.py", where
-
-
 @pytest.mark.parametrize("module", OLD)
 def test_an_old_module_says_what_to_use(module):
     sys.modules.pop(f"vera_func.{module}", None)
