@@ -54,6 +54,7 @@ def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
     for kind, row in ROWS.items():
         (path / f"{kind}.jsonl").write_text(jsonl([row(i) for i in range(40)]))
+    (path / "stars.jsonl").write_text(jsonl([{"text": words(i), "label": i % 3} for i in range(9)]))
     (path / "other.jsonl").write_text(jsonl([ROWS["text"](i) for i in range(100, 124)]))
     return path
 
@@ -243,7 +244,7 @@ def test_hostile_data_is_refused_before_a_model_is_loaded(run, tmp_path, monkeyp
     [
         ("--data {data}/text.jsonl --data {data}/chat.jsonl", "of one kind, but"),
         ("--data {data}/text.jsonl --beta 0.1", "--beta and --reference belong to preferences"),
-        ("--data {data}/text.jsonl --adapters 4", "--adapters has no effect on data with no labels"),
+        ("--data {data}/text.jsonl --adapters 4", "--adapters sweeps over one data set with labels"),
         ("--data {data}/text.jsonl --prompt {{text}}:", "--prompt has no effect on data with no labels"),
         ("--data {data}/text.jsonl --steps 5 --epochs 2", "--steps or --epochs, not both"),
         ("--data {data}/text.jsonl --steps 5,6", "--steps must have one value, or one for each of the 1 adapters"),
@@ -255,10 +256,13 @@ def test_hostile_data_is_refused_before_a_model_is_loaded(run, tmp_path, monkeyp
         ("--data {data}/text.jsonl --device cuda:7", "there is no GPU cuda:7"),
         ("--data {data}/text.jsonl --device tpu", "auto, cpu, cuda or cuda:N, got 'tpu'"),
         ("--data {data}/text.jsonl --dropout 1", "must be below 1"),
+        ("--data {data}/text.jsonl --dropout 0.1 --checkpointing", "trains one adapter without dropout"),
         ("--data {data}/text.jsonl --beta 0", "must be positive"),
         ("--data {data}/text.jsonl --out {data}/text.jsonl", "is a file"),
         ("--data {reviews} --beta 0.1", "--beta has no effect on data with text and label"),
-        ("--data {reviews} --data {reviews}", "labelled texts train one adapter in a run, got 2 data sets"),
+        ("--data {reviews} --steps 4,5", "--steps must have one value, or one for each of the 1 adapters, got 2"),
+        ("--data {reviews} --data {data}/stars.jsonl", "must have the same ones to be trained in one run, but"),
+        ("--data {reviews} --data {data}/text.jsonl", "'label' must be a non-empty string, got None"),
         ("--data {reviews} --adapters 2 --clip 0.5", "a sweep has a recipe of its own"),
     ],
 )
@@ -300,3 +304,38 @@ def test_a_parquet_folder_of_labels(run_json, folder, reviews, tmp_path):
     assert one["held_out"] == two["held_out"] == 12
     (row,) = run_json("evaluate", "--adapter", tmp_path / "b", "--data", tmp_path / "data", "--dtype", "float32")
     assert row["texts"] == 60
+
+
+def test_sets_of_labels_together_are_as_alone(run_json, folder, reviews, tmp_path):
+    header, *lines = reviews.read_text().splitlines()
+    options = ("--model", folder, "--r", "8", "--batch-size", "4", "--dtype", "float32", "--max-length", "30")
+    sources, steps, rates = [tmp_path / "a.csv", tmp_path / "b.csv"], ["12", "6"], ["0.1", "0.05"]
+    for source, some in zip(sources, (lines[:36], lines[36:]), strict=True):
+        source.write_text("\n".join([header, *some]) + "\n")
+    both = [word for source in sources for word in ("--data", source)]
+    two = ("--steps", ",".join(steps), "--learning-rate", ",".join(rates), "--accumulate", "3")
+    found = run_json("train", *both, *two, *options, "--out", tmp_path / "both")
+    bank = vf.open_bank(tmp_path / "both" / "bank.safetensors")
+    assert bank.names == ("a", "b")
+    assert [(row["rows"], row["held_out"], row["steps"]) for row in found["adapters"]] == [(28, 8, 12), (19, 5, 6)]
+    for i, name in enumerate("ab"):
+        one = ("--data", sources[i], "--steps", steps[i], "--learning-rate", rates[i])
+        alone = run_json("train", *one, *options, "--out", tmp_path / name)
+        assert found["adapters"][i]["after"] == alone["after"]
+        assert found["adapters"][i]["before"] == alone["before"]
+        for key, value in params_of(tmp_path / name, folder).items():
+            assert_close(bank.read([name])[key][0], value, rtol=1e-4, atol=1e-5)
+    rows = run_json("predict", "--bank", bank.path, "--name", "b", "the film was joy", "--dtype", "float32")
+    assert rows[0]["label"] in ("good", "bad")
+    row, _ = run_json("evaluate", "--bank", bank.path, "--data", reviews, "--dtype", "float32")
+    assert row["texts"] == 60
+
+
+@pytest.mark.parametrize("kind", ["text", "preference", "label"])
+def test_checkpointing_gives_the_same_adapter(run_json, data, model, reviews, tmp_path, kind):
+    source = reviews if kind == "label" else data / f"{kind}.jsonl"
+    options = ("--data", source, "--steps", "6", "--learning-rate", "0.1", "--accumulate", "2", "--batch-size", "4")
+    for more, out in (((), "plain"), (("--checkpointing",), "again")):
+        run_json("train", *options, *more, "--model", model, "--dtype", "float32", "--r", "8", "--out", tmp_path / out)
+    plain, again = (params_of(tmp_path / out, model) for out in ("plain", "again"))
+    assert_close(plain, again, rtol=1e-4, atol=1e-5)

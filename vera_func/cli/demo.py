@@ -144,6 +144,8 @@ def demo(
     recipe = (recipe or Recipe())._replace(batch_size=batch_size, micro_batches=parts, seed=seed)
     if adapters > 1 and recipe != Recipe(batch_size=batch_size, micro_batches=parts, seed=seed):
         raise ValueError("a sweep has a recipe of its own: leave out --adapters, or the other options of training.")
+    if recipe.checkpointing and recipe.dropout:
+        raise ValueError("--checkpointing trains without dropout: leave out one of them.")
     base = load_base(model, quant, dtype, max_tokens=max_length, device=device)
     say(describe_base(base))
     if world_size() > parts:

@@ -92,7 +92,7 @@ def make_jobs(
         ValueError: If numbers of values do not match, names are equal, or a data set is too small to be split.
     """
     pairs = list(product(range(len(sets)), betas if rows[0].width == 2 else [None]))
-    names = _names(sets, pairs)
+    names = adapter_names([data.source for data in sets], pairs)
     splits = [split_rows(one.groups, min(HELD_OUT, -(-len(one.groups) // 5)), seed=seed) for one in rows]
     jobs = []
     for i, (data, beta) in enumerate(pairs):
@@ -103,28 +103,51 @@ def make_jobs(
             packed = rows[data].pack(train, pack_to)
             own = own._replace(rows=packed, use=torch.arange(len(packed.packed or ())))
         batches = max(len(own.use) // batch_size, 1)
-        count = min(max(batches, MIN_STEPS), MAX_STEPS) if epochs is None else max(round(batches * epochs), 1)
-        if steps is not None:
-            count = _one("--steps", steps, i, len(pairs))
-        rate = _one("--learning-rate", learning_rates, i, len(pairs))
+        count = num_steps(batches, steps, epochs, i, len(pairs))
+        rate = value_of("--learning-rate", learning_rates, i, len(pairs))
         jobs.append(Job(names[i], data, own, held_out, count, rate, len(train)))
     return jobs
 
 
-def _one(option: str, values: Sequence[Any], i: int, n: int) -> Any:
+def num_steps(batches: int, steps: Sequence[int] | None, epochs: float | None, i: int, n: int) -> int:
+    """The number of steps of adapter `i` of `n`, whose rows are so many batches.
+
+    Example:
+        >>> num_steps(8, None, None, 0, 1), num_steps(8, None, 2.0, 0, 1), num_steps(8, [5, 6], None, 1, 2)
+        (50, 16, 6)
+    """
+    if steps is not None:
+        return value_of("--steps", steps, i, n)
+    return min(max(batches, MIN_STEPS), MAX_STEPS) if epochs is None else max(round(batches * epochs), 1)
+
+
+def value_of(option: str, values: Sequence[Any], i: int, n: int) -> Any:
+    """The value of an option for adapter `i` of `n`.
+
+    Raises:
+        ValueError: If there is neither one value nor one for each adapter.
+    """
     if len(values) not in (1, n):
         raise ValueError(f"{option} must have one value, or one for each of the {n} adapters, got {len(values)}.")
     return values[i if len(values) > 1 else 0]
 
 
-def _names(sets: Sequence[DataSet], pairs: Sequence[tuple[int, float | None]]) -> list[str]:
-    """Distinct names: the data set's file or folder, and beta if there are several."""
-    stems = [Path(data.source.partition(":")[0].rstrip("/")).stem or "data" for data in sets]
+def adapter_names(sources: Sequence[str], pairs: Sequence[tuple[int, float | None]]) -> list[str]:
+    """A name for each pair of a data set and beta: the file or folder, and beta if there are several.
+
+    Raises:
+        ValueError: If two pairs are equal.
+
+    Example:
+        >>> adapter_names(["a.jsonl", "b.jsonl"], [(0, None), (1, None)])
+        ['a', 'b']
+    """
+    stems = [Path(source.partition(":")[0].rstrip("/")).stem or "data" for source in sources]
     several = len({beta for _, beta in pairs}) > 1
     names: list[str] = []
     for data, beta in pairs:
         stem = stems[data] if stems.count(stems[data]) == 1 else f"{stems[data]}-{data + 1}"
-        parts = [stem] if len(sets) > 1 or not several else []
+        parts = [stem] if len(sources) > 1 or not several else []
         names.append("-".join([*parts, *([f"beta{beta:g}"] if several else [])]))
     if len(set(names)) < len(names):
         raise ValueError(f"each adapter needs a name of its own, got {names}: give each data set and beta once.")

@@ -18,24 +18,20 @@ from torch import Tensor
 
 from ..data.batches import Part, collate_items, training_batches
 from ..data.dataset import DataSet, open_dataset
-from ..data.models import Base, Note, load_base, write_note
-from ..data.objective import Scores, loss_of_rows, reference_logprobs, score_rows
+from ..data.models import Base, Note, load_base
+from ..data.objective import Scores, checkpointed_rows, loss_of_rows, reference_logprobs, score_rows
 from ..data.sources import Source, open_source
 from ..data.tokens import Side, TokenRows, tokenize
-from ..io.bank import save_bank
-from ..io.checkpoint import load_adapter, save_adapter
-from ..model.adapt import Adapted, adapt
+from ..io.checkpoint import load_adapter
+from ..model.adapt import Adapted
 from ..model.batch import Params, stack_adapters
-from ..model.config import VeraConfig
-from ..train.distributed import map_sharded, rank, world_size
+from ..train.distributed import map_sharded, rank
 from .checkpoints import checkpoint_path, delete_checkpoints
 from .jobs import Job, make_jobs
-from .recipe import Recipe, Trained, train_together
+from .outputs import BANK, new_adapter, save_adapters
+from .recipe import Recipe, Trained, train_chunks, train_together
 from .report import bar
 from .scoring import BETA, pad_id
-
-
-BANK = "bank.safetensors"
 
 
 def train_language(
@@ -101,7 +97,7 @@ def train_language(
     base = load_base(
         model or _model_of(initial), quant or _quant_of(initial), dtype, max_tokens=max_length, device=device
     )
-    adapted = _adapted(base, initial, r, targets, recipe)
+    adapted = load_adapter(reference, base.model) if reference is not None else new_adapter(base, r, targets, recipe)
     rows = [tokenize(data, base.tokenizer, max_length=max_length, side=truncate_side) for data in sets]
     references = _references(base, adapted, rows, progress)
     jobs = make_jobs(
@@ -109,12 +105,18 @@ def train_language(
         learning_rates=learning_rates, betas=betas or (BETA,),
         pack_to=max_length if packing and kind == "text" else None,
     )  # fmt: skip
+    if recipe.checkpointing and (len(jobs) > 1 or recipe.dropout):
+        raise ValueError("--checkpointing trains one adapter without dropout: leave it out, or raise --accumulate.")
     options = (recipe, [(job.name, job.steps, job.learning_rate, job.train.beta) for job in jobs], chunk)
     state = (base.name, base.quant, base.dtype, adapted.config, reference, max_length, truncate_side, packing)
     checkpoint = checkpoint_path(out, *state, *options, [_hash(one) for one in rows])
     before = _score(base, adapted, adapted.params, jobs, progress, "before", stacked=False)
     start = time.perf_counter()
-    trained = _train(base, adapted, jobs, recipe, chunk, checkpoint, progress)
+
+    def train(part: slice, file: Path, shared: bool) -> Trained:
+        return _train_group(base, adapted, jobs[part], recipe, file, progress, shared=shared)
+
+    trained = train_chunks(len(jobs), chunk, checkpoint, train, base.model.device)
     seconds = time.perf_counter() - start
     after = _score(base, adapted, trained.params, jobs, progress, "after", stacked=len(jobs) > 1)
     note = Note(
@@ -122,7 +124,7 @@ def train_language(
         truncate_side=truncate_side, reference=None if reference is None else str(Path(reference).resolve()),
         beta=[job.train.beta or BETA for job in jobs] if kind == "preference" else None,
     )  # fmt: skip
-    map_sharded(partial(_save, out, adapted, trained.params, [job.name for job in jobs]), [note])  # on rank 0
+    map_sharded(partial(save_adapters, out, adapted, trained.params, [job.name for job in jobs]), [note])  # on rank 0
     delete_checkpoints(checkpoint)
     table = [_row(job, sets, trained, before, after, i) for i, job in enumerate(jobs)]
     common = {
@@ -153,22 +155,6 @@ def _quant_of(initial: Source | None) -> str | None:
     return None if initial is None else initial.note.quant
 
 
-def _adapted(base: Base, initial: Source | None, r: int, targets: Any, recipe: Recipe) -> Adapted:
-    if initial is not None and initial.path is not None:
-        return load_adapter(initial.path, base.model)
-    if targets is not None and not isinstance(targets, str):
-        targets = "all-linear" if list(targets) == ["all-linear"] else list(targets)
-    config = VeraConfig(
-        base_model_name_or_path=base.name,
-        task_type="CAUSAL_LM",
-        r=r,
-        target_modules=targets,
-        projection_prng_key=recipe.seed,
-        vera_dropout=recipe.dropout,
-    )
-    return adapt(base.model, config)
-
-
 def _references(base: Base, adapted: Adapted, rows: Sequence[TokenRows], progress: bool) -> list[Tensor | None]:
     """The log-probabilities of the initial adapter, the reference, for all rows of preferences."""
     if rows[0].width == 1:
@@ -188,27 +174,6 @@ def _score(
     return score_rows(adapted, params, parts, stacked=stacked, progress=bar(title, progress), **place)
 
 
-def _train(
-    base: Base, adapted: Adapted, jobs: Sequence[Job], recipe: Recipe, chunk: int, checkpoint: Path, progress: bool
-) -> Trained:
-    """Train all adapters, at most `chunk` of them together."""
-    groups = [jobs[start : start + chunk] for start in range(0, len(jobs), chunk)]
-    by_group = len(groups) > 1 and world_size() > 1
-
-    def train(i: int) -> Trained:
-        file = checkpoint if len(groups) == 1 else checkpoint.with_name(f"{checkpoint.name}-{i}")
-        return _train_group(base, adapted, groups[i], recipe, file, progress and rank() == 0, shared=not by_group)
-
-    found = map_sharded(train, range(len(groups))) if by_group else [train(i) for i in range(len(groups))]
-    if len(jobs) == 1:
-        return found[0]
-    device = base.model.device
-    stacks = [one.params if len(one.steps) > 1 else stack_adapters([one.params]) for one in found]
-    params = {key: torch.cat([stack[key].to(device) for stack in stacks]) for key in stacks[0]}
-    lists = zip(*(one[1:] for one in found), strict=True)
-    return Trained(params, *([value for part in column for value in part] for column in lists))
-
-
 def _train_group(
     base: Base, adapted: Adapted, jobs: Sequence[Job], recipe: Recipe, file: Path, progress: bool, *, shared: bool
 ) -> Trained:
@@ -224,8 +189,12 @@ def _train_group(
     def metric(params: Params) -> Tensor:
         return score_rows(adapted, params, held_out, stacked=n > 1, map=mapping, **place).loss
 
+    if recipe.checkpointing:
+        loss = checkpointed_rows(adapted)
+    else:
+        loss = loss_of_rows(adapted, n if n > 1 else None, dropout_seed=recipe.seed if recipe.dropout else None)
     return train_together(
-        loss_of_rows(adapted, n if n > 1 else None, dropout_seed=recipe.seed if recipe.dropout else None),
+        loss,
         stack_adapters([adapted.params] * n) if n > 1 else adapted.params,
         batches,
         recipe,
@@ -236,15 +205,6 @@ def _train_group(
         progress=progress,
         shared=shared,
     )
-
-
-def _save(out: Path, adapted: Adapted, params: dict[str, Tensor], names: Sequence[str], note: Note) -> None:
-    if len(names) == 1:
-        save_adapter(out, params, adapted.frozen, adapted.config)
-        write_note(out, note)
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    write_note(save_bank(out / BANK, params, adapted.frozen, adapted.config, names), note)
 
 
 def _row(job: Job, sets: Sequence[DataSet], trained: Trained, before: Scores, after: Scores, i: int) -> dict[str, Any]:

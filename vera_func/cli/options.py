@@ -317,6 +317,10 @@ Dropout = Annotated[
     float,
     option("--dropout", help="Probability of the adapter's dropout.", metavar="X", panel=TRAINING, parser=fraction),
 ]
+Checkpointing = Annotated[
+    bool,
+    option("--checkpointing", help="Compute activations again in the backward pass, to save memory.", panel=TRAINING),
+]
 EvalEvery = Annotated[
     int | None,
     number(

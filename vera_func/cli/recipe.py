@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Batch
-from ..model.batch import Params
+from ..model.batch import Params, stack_adapters
+from ..private import tree_map
 from ..train.best import Best, better, load_best, save_best, start_best
-from ..train.distributed import furthest, mean_over_micro_batches, rank
+from ..train.distributed import furthest, map_sharded, mean_over_micro_batches, rank, world_size
 from ..train.fit import Fit, fit, load_fit
 from ..train.optim import Gradient
 from ..train.schedules import Schedule, schedule_of
@@ -139,6 +140,36 @@ def train_together(
     return _result(run, state.best, steps)
 
 
+def train_chunks(
+    n: int, chunk: int, checkpoint: Path, train: Callable[[slice, Path, bool], Trained], device: torch.device
+) -> Trained:
+    """Train `n` adapters, at most `chunk` of them together.
+
+    Under torchrun, chunks are sharded across ranks; the ranks share the micro-batches of a single chunk.
+
+    Args:
+        n: Number of adapters.
+        chunk: Number of adapters that train together.
+        checkpoint: Prefix of the paths of the checkpoints.
+        train: Function `(adapters, checkpoint, shared) -> Trained`.
+        device: Device of the params.
+    """
+    parts = [slice(start, min(start + chunk, n)) for start in range(0, n, chunk)]
+    by_chunk = len(parts) > 1 and world_size() > 1
+
+    def one(i: int) -> Trained:
+        file = checkpoint if len(parts) == 1 else checkpoint.with_name(f"{checkpoint.name}-{i}")
+        return train(parts[i], file, not by_chunk)
+
+    found = map_sharded(one, range(len(parts))) if by_chunk else [one(i) for i in range(len(parts))]
+    if n == 1:
+        return found[0]
+    stacks = [each.params if len(each.steps) > 1 else stack_adapters([each.params]) for each in found]
+    params = {key: torch.cat([stack[key].to(device) for stack in stacks]) for key in stacks[0]}
+    lists = zip(*(each[1:] for each in found), strict=True)
+    return Trained(params, *([value for part in column for value in part] for column in lists))
+
+
 class _Evaluations:
     """`evaluate` of `fit`, which keeps the best params."""
 
@@ -152,7 +183,8 @@ class _Evaluations:
         if self.file is not None:
             found = load_best(self.file, self.best) if self.file.is_file() else None
             found = furthest(found, -1 if found is None else 0) if shared else found
-            self.best = found or self.best
+            if found is not None:
+                self.best = found._replace(params=to_device(found.params, params))
 
     def __call__(self, params: Params, step: int) -> Tensor:
         metric = self.metric(params).cpu().reshape(self.n)
@@ -181,7 +213,13 @@ def _mean(results: list[Gradient]) -> Gradient:
 def _resume(checkpoint: Path | None, params: Params, n: int | None, shared: bool) -> Fit | None:
     """Load the checkpoint; if ranks share the run, from one that has it, since hosts may have other file systems."""
     run = load_fit(checkpoint, params, num_adapters=n) if checkpoint is not None and checkpoint.is_file() else None
-    return furthest(run, -1 if run is None else len(run.losses)) if shared else run
+    return to_device(furthest(run, -1 if run is None else len(run.losses)), params) if shared else run
+
+
+def to_device(value: Any, params: Params) -> Any:
+    """A pytree that was sent between ranks, on the device of params."""
+    device = next(iter(params.values())).device
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)
 
 
 def _result(run: Fit, best: Best | None, steps: Sequence[int]) -> Trained:

@@ -9,7 +9,7 @@ from ..data.examples import read_examples
 from ..data.files import find_files, is_hub_id
 from ..data.models import Base
 from ..data.sources import Source
-from .jobs import expand_sources
+from .jobs import expand_sources, value_of
 from .report import describe, show_result
 
 
@@ -43,45 +43,49 @@ def train(
     recipe = {name: options.pop(name) for name in _RECIPE}
     for source in sources if len(sources) > 1 or beta or reference else ():
         _ = is_hub_id(source) or find_files(source)  # raises if there is no such file
+    from ..train.distributed import under_torchrun
+    from .options import dtype_of
+
     if _kind(sources[0]) == "label":
         _refuse({"--beta": beta, "--reference": reference}, "text and label")
-        for name, values in (("data sets", sources), ("--steps", steps or [0]), ("--learning-rate", learning_rate)):
-            if len(values) > 1:
-                raise ValueError(f"labelled texts train one adapter in a run, got {len(values)} {name}: give one.")
-        new = _changed(recipe, max_length, epochs)
-        classify(
-            narrated=False, data=sources[0], out=out, dtype=dtype, device=device, prompt=prompt, json=show,
-            steps=steps[0] if steps else None, learning_rate=learning_rate[0], parts=parts, adapters=adapters,
-            **new, **options,
-        )  # fmt: skip
-        return
-    _refuse({"--prompt": prompt, "--adapters": adapters > 1 or None}, "no labels")
-    from ..train.distributed import under_torchrun
-    from .language import train_language
-    from .options import dtype_of
+        if len(sources) == 1:
+            lr, count = value_of("--learning-rate", learning_rate, 0, 1), value_of("--steps", steps or [0], 0, 1)
+            classify(
+                narrated=False, data=sources[0], out=out, dtype=dtype, device=device, prompt=prompt, json=show,
+                steps=count or None, learning_rate=lr, parts=parts, adapters=adapters,
+                **_changed(recipe, max_length, epochs), **options,
+            )  # fmt: skip
+            return
+        from .label_sets import train_label_sets as train_sets
+
+        options |= {"prompt": prompt} if prompt else {}
+        options |= {"max_length": max_length or 256}
+    else:
+        _refuse({"--prompt": prompt}, "no labels")
+        from .language import train_language as train_sets  # type: ignore[assignment]
+
+        options |= {"betas": beta, "reference": reference, "truncate_side": truncate_side, "packing": packing}
+        options |= {"max_length": max_length or 512}
+    if adapters > 1:
+        raise ValueError("--adapters sweeps over one data set with labels: leave it out.")
+    batch_size, seed = options.pop("batch_size"), options.pop("seed")
     from .recipe import Recipe
 
-    batch_size, seed = options.pop("batch_size"), options.pop("seed")
-    accumulate = parts or (4 if under_torchrun() else 1)
-    result = train_language(
+    result = train_sets(
         sources,
         out=out,
-        recipe=Recipe(batch_size=batch_size, micro_batches=accumulate, seed=seed, **recipe),
+        recipe=Recipe(batch_size, parts or (4 if under_torchrun() else 1), seed=seed, **recipe),
         dtype=dtype_of(dtype),
         device=device or "auto",
         steps=steps,
         epochs=epochs,
         learning_rates=learning_rate,
-        betas=beta,
-        reference=reference,
-        max_length=max_length or 512,
-        truncate_side=truncate_side,
-        packing=packing,
         chunk=together,
         **options,
     )
     what = f"--bank {result['bank']}" if "bank" in result else f"--adapter {out}"
-    following = f"Next: vera-func generate {what} 'A prompt'; vera-func evaluate {what} --data FILE"
+    command = f"predict {what} 'A new text.'" if result["kind"] == "label" else f"generate {what} 'A prompt'"
+    following = f"Next: vera-func {command}; vera-func evaluate {what} --data FILE"
     show_result(result, show, *describe(result, "adapters"), following)
 
 
@@ -110,7 +114,7 @@ def evaluate(
 
 
 # Options of the recipe, which `demo` takes as one.
-_RECIPE = ("schedule", "warmup", "weight_decay", "clip", "dropout", "eval_every", "patience")
+_RECIPE = ("schedule", "warmup", "weight_decay", "clip", "dropout", "checkpointing", "eval_every", "patience")
 
 
 def _kind(source: str) -> str:

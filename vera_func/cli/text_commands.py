@@ -62,6 +62,7 @@ def train(
     weight_decay: o.WeightDecay = 0.0,
     clip: o.Clip = 1.0,
     dropout: o.Dropout = 0.0,
+    checkpointing: o.Checkpointing = False,
     eval_every: o.EvalEvery = None,
     patience: o.Patience = None,
     beta: o.Betas = None,

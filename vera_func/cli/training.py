@@ -19,15 +19,16 @@ from torch import Tensor
 
 from ..core.keys import split_key
 from ..data.objective import with_dropout
-from ..data.prompts import Batch, Encoded, num_rows, split_batch, train_batches
+from ..data.prompts import Batch, Encoded, answer_loss, num_rows, split_batch, train_batches
 from ..data.task import Task, loss_of, score_of
 from ..model.adapt import Adapted
 from ..model.batch import num_adapters, stack_adapters
+from ..train.checkpointing import checkpointed_loss
 from ..train.distributed import furthest, map_sharded, mean_over_micro_batches, rank
 from ..train.fit import Fit, fit, load_fit
 from ..train.optim import linear_warmup_cosine
 from ..train.sweep import fit_row, join_fits, sweep, sweep_table
-from .recipe import CHECKPOINT_EVERY, Recipe, train_together
+from .recipe import CHECKPOINT_EVERY, Recipe, to_device, train_together
 from .report import bar
 
 
@@ -66,12 +67,17 @@ def train_one(
         parts = split_batch(order(step), recipe.micro_batches)
         return [{**part, "step": step, "micro_batch": i} for i, part in enumerate(parts) if num_rows(part)]
 
+    def classify(module: Any, batch: Any) -> Tensor:
+        inputs = {name: batch[name].to(module.device) for name in batch.keys() & task.accepts}
+        logits = module(**inputs, use_cache=False).logits[:, -1, task.answers]
+        return answer_loss(logits, batch["label"].to(logits.device))
+
     def loss(params: Mapping[str, Tensor], batch: Any) -> Tensor:
         model = with_dropout(adapted, recipe.seed, batch) if recipe.dropout else adapted
         return loss_of(model, task)(params, batch)
 
     return train_together(
-        loss,
+        checkpointed_loss(adapted, classify) if recipe.checkpointing else loss,
         adapted.params,
         batches,
         recipe,
@@ -209,7 +215,7 @@ def _resume(checkpoint: Path | None, params: Mapping[str, Tensor], num_adapters:
     run = None
     if checkpoint is not None and checkpoint.is_file():
         run = load_fit(checkpoint, params, num_adapters=num_adapters)
-    return furthest(run, -1 if run is None else len(run.losses))
+    return to_device(furthest(run, -1 if run is None else len(run.losses)), params)
 
 
 def _start(params: Mapping[str, Tensor], d_initial: float) -> dict[str, Tensor]:

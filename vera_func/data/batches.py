@@ -165,7 +165,8 @@ def collate_items(
     rows = [parts[item.adapter].rows.row(item.row) for item in items]
     packed = parts[items[0].adapter].rows.packed is not None
     if packed and any(len(row) > 1 for row in rows):
-        batch: Batch = {name: leaf.to(device) for name, leaf in packed_batch(rows, pad_id=pad_id, dtype=dtype).items()}
+        found = packed_batch(rows, pad_id=pad_id, dtype=dtype)
+        batch: Batch = {name: leaf if name == "labels" else leaf.to(device) for name, leaf in found.items()}
     else:
         sequences = [tokens for row in rows for tokens in row]
         longest = max(len(tokens.ids) for tokens in sequences)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..model.adapt import Adapted
 from ..model.batch import Params, select_adapters
 from ..model.head import hidden_and_head
+from ..train.checkpointing import checkpointed_loss
 from ..train.losses import dpo_loss, next_token_loss
 from .batches import Batch, Item, Part, collate_items, evaluation_batches
 
@@ -59,8 +60,7 @@ def sequence_losses(
     """
     if stacked:
         params = select_adapters(params, batch["adapter"].repeat_interleave(width))
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    hidden, head = hidden_and_head(adapted.apply, params, adapted.frozen, **inputs)
+    hidden, head = hidden_and_head(adapted.apply, params, adapted.frozen, **_inputs(batch))
     return next_token_loss(hidden, head, batch["labels"]).total
 
 
@@ -87,6 +87,19 @@ def loss_of_rows(
         return losses.new_zeros(num_adapters).index_add(0, batch["adapter"], losses)
 
     return loss
+
+
+def checkpointed_rows(adapted: Adapted) -> Callable[[Params, Batch], Float[Tensor, ""]]:
+    """`loss_of_rows` of one adapter with activation checkpointing; it computes all logits of a micro-batch."""
+
+    def value(module: Any, batch: Batch) -> Tensor:
+        logits = module(**_inputs(batch), use_cache=False).logits
+        losses = next_token_loss(logits, None, batch["labels"]).total
+        if len(losses) == 2 * len(batch["adapter"]):
+            losses = _preference(losses, batch)[0]
+        return (losses * batch["weight"]).sum()
+
+    return checkpointed_loss(adapted, value)
 
 
 def with_dropout(adapted: Adapted, seed: int, batch: Batch) -> Adapted:
@@ -171,6 +184,11 @@ def score_rows(
     total = sum(value.cpu() for value in map(sums, progress(batches)))
     counts = [sum(part.rows.num_targets(row) for row in part.use.tolist()) for part in parts]
     return Scores(*(total / torch.tensor(counts)[:, None]).unbind(1))
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    """What a model is called with."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
 
 
 def _preference(losses: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,42 @@
+"""New adapters, and where trained ones are saved."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..data.models import Base, Note, write_note
+from ..io.bank import save_bank
+from ..io.checkpoint import save_adapter
+from ..model.adapt import Adapted, adapt
+from ..model.config import VeraConfig
+from .recipe import Recipe
+
+
+BANK = "bank.safetensors"
+
+
+def new_adapter(base: Base, r: int, targets: Any, recipe: Recipe) -> Adapted:
+    """The base with a new adapter."""
+    if targets is not None and not isinstance(targets, str):
+        targets = "all-linear" if list(targets) == ["all-linear"] else list(targets)
+    config = VeraConfig(
+        base_model_name_or_path=base.name,
+        task_type="CAUSAL_LM",
+        r=r,
+        target_modules=targets,
+        projection_prng_key=recipe.seed,
+        vera_dropout=recipe.dropout,
+    )
+    return adapt(base.model, config)
+
+
+def save_adapters(out: Path, adapted: Adapted, params: dict[str, Tensor], names: Sequence[str], note: Note) -> None:
+    """Save one adapter as a PEFT directory, or several, stacked ones as a bank in `out`, with their metadata."""
+    if len(names) == 1:
+        save_adapter(out, params, adapted.frozen, adapted.config)
+        write_note(out, note)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    write_note(save_bank(out / BANK, params, adapted.frozen, adapted.config, names), note)
