@@ -14,6 +14,7 @@ from vera_func.model.dora import keep_norm_statistics
 from helpers import (
     RANK,
     TOLERANCE,
+    LargestTensor,
     assert_near,
     assert_same,
     build,
@@ -142,6 +143,22 @@ class TestManyAdapters:
         many, x = several(small_ones), torch.ones(2, 7)
         mapped = vmap(small_ones.apply, (0, None, None))(many, small_ones.frozen, x)
         assert_near(mapped, torch.stack([one(small_ones, many, i, x) for i in range(4)]))
+
+    @pytest.mark.parametrize("differentiate", [False, True])
+    def test_mapped_over_batches_norms_are_computed_once_an_adapter(self, differentiate):
+        adapted = small(use_dora=True, differentiate_norm=differentiate)
+        stacked, x = several(adapted), torch.randn(4, 50, 7, generator=torch.Generator().manual_seed(2))
+
+        def losses(p, x):
+            return adapted.apply(p, adapted.frozen, x).square().sum()
+
+        def mapped(p):
+            return vf.vmap_adapters(adapted.apply)(p, adapted.frozen, x).square().sum()
+
+        with LargestTensor() as largest:
+            mapped(stacked)
+        assert largest.numel <= 4 * 50 * 8  # the largest activation; norms of all rows need (200, 5, 8)
+        assert_close(vf.grad(mapped)(stacked), vmap(torch.func.grad(losses))(stacked, x), rtol=1e-4, atol=1e-4)
 
     def test_gradients_of_rows(self):
         _, adapted = dora("llama", "nf4")

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..private import tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 from .apply import Apply
 from .batch import Params, num_adapters
+from .dora import fold_magnitude
 from .rows import axes_of_outputs
 
 
@@ -127,6 +128,8 @@ def _fold(
         folded[i] = leaf if size is None else leaf.flatten(0, 1)
     rows = dict(stacked)
     if size not in (None, 1):
+        if isinstance(apply, Apply) and any(key in stacked for key in apply.magnitudes):
+            stacked = fold_magnitude(apply, stacked, frozen)  # one norm for each adapter, not for each row
         rows = {key: leaf.repeat_interleave(size, 0) for key, leaf in stacked.items()}
     args, kwargs = tree_unflatten(folded, spec)
     # An `Apply` may return tensors whose rows are not in axis 0; for other functions axis 0 is required.
