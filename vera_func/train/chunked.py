@@ -104,9 +104,11 @@ def _losses_and_slopes(x: Tensor, weight: Tensor, bias: Tensor | None, targets: 
 
 
 def _errors(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """softmax(z) - onehot(targets), the gradient of each loss in its logits."""
+    """softmax(z) - onehot(targets), the gradient of each loss in its logits; may overwrite `log_probs`."""
     index, ones = targets[..., None], log_probs.new_ones(()).expand(*targets.shape, 1)
-    return log_probs.exp().scatter_add(-1, index, -ones)
+    if torch.is_grad_enabled() or in_transform():
+        return log_probs.exp().scatter_add(-1, index, -ones)
+    return log_probs.exp_().scatter_add_(-1, index, -ones)  # a chunk of logits is the largest tensor here
 
 
 @keep_signature
