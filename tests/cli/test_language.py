@@ -135,7 +135,7 @@ def test_each_file_of_a_folder_in_chunks(train, data, tmp_path):
     assert [row["loss"] for row in chunks["adapters"]] == pytest.approx([row["loss"] for row in found["adapters"]])
 
 
-def test_betas_in_one_run(train, run_json, data, model):
+def test_betas_in_one_run(train, run_json, data, model, tmp_path):
     options = ("--data", data / "preference.jsonl", "--steps", "12", "--learning-rate", "0.1")
     found, out = train(*options, "--beta", "0.05,0.5")
     assert [(row["name"], row["beta"]) for row in found["adapters"]] == [("beta0.05", 0.05), ("beta0.5", 0.5)]
@@ -152,6 +152,14 @@ def test_betas_in_one_run(train, run_json, data, model):
     # The margin is beta times what the adapter changed: each has its own beta from the metadata.
     assert rows[0]["loss"] > rows[1]["loss"]
     assert [row["rows"] for row in rows] == [40, 40]
+    # Also if they go through directories, in another order.
+    run_json("convert", bank.path, "--out", tmp_path / "each")
+    assert [read_note(tmp_path / "each" / name).beta for name in bank.names] == [[0.05], [0.5]]
+    swapped = tmp_path / "swapped.safetensors"
+    run_json("convert", *(tmp_path / "each" / name for name in reversed(bank.names)), "--out", swapped)
+    assert read_note(swapped).beta == [0.5, 0.05]
+    again = run_json("evaluate", "--bank", swapped, "--data", data / "preference.jsonl", "--dtype", "float32")
+    assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in reversed(rows)], rel=1e-5)
 
 
 def test_a_reference_is_where_training_begins_and_is_not_changed(train, run_json, data, tmp_path):

@@ -146,7 +146,7 @@ def test_a_data_set_of_the_hub(monkeypatch):
 def test_what_is_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "all").mkdir(parents=True)
-    for source in ("data/all", "./data", "data/gone.csv", "/data/all", "data", "a/b/c", "a/*"):
+    for source in ("data/all", "./data", "data/gone.csv", "/data/all", "data", "data/gone", "a/b/c", "a/*"):
         assert not is_hub_id(source)
     for source in ("owner/name", "owner/name:train[:10%]"):
         assert is_hub_id(source)

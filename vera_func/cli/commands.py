@@ -12,7 +12,7 @@ import torch
 from ..data.answers import Answers, calibrate_answers, compare_answers
 from ..data.assets import quiet_transformers
 from ..data.examples import Example, split
-from ..data.models import Base, Note, write_note
+from ..data.models import Base, Note, join_notes, split_note, write_note
 from ..data.prompts import Encoded, Score, batches_by_length, collate
 from ..data.sources import Source, base_of, load_adapters, open_source, task_of
 from ..data.task import encode_examples, logits_of, score_of
@@ -330,8 +330,9 @@ def convert(
             raise ValueError(f"--out {out} is a file: a bank is converted to a folder of PEFT directories.")
         source = open_source(bank=files[0], names=names)
         written = export_adapters(open_bank(files[0]), out, source.names)
-        for folder in written:
-            write_note(folder, source.note)
+        places = {name: i for i, name in enumerate(open_bank(files[0]).names)}
+        for folder, name in zip(written, source.names, strict=True):
+            write_note(folder, split_note(source.note, places[name]))
         return {"out": str(out), "kind": "directories", "names": source.names, "paths": [str(path) for path in written]}
     if names:
         raise ValueError(
@@ -347,8 +348,8 @@ def convert(
         raise ValueError(f"adapters of a bank need distinct names, but the directories' names are {sorted(folders)}.")
     first = next(iter(opened.values()))
     bank = import_adapters(out, folders, base_of(first, model, quant, dtype, device).model)
-    if all(source.note == first.note for source in opened.values()):
-        write_note(out, first.note)
+    if (note := join_notes([source.note for source in opened.values()])) is not None:
+        write_note(out, note)
     return {"out": str(out), "kind": "bank", "names": list(bank.names), "bytes": _size(out)}
 
 

@@ -6,7 +6,7 @@ import torch
 
 from ..data.batches import Part
 from ..data.dataset import DataSet
-from ..data.models import Base
+from ..data.models import Base, read_note
 from ..data.objective import reference_logprobs, score_rows
 from ..data.sources import Source, load_adapters
 from ..data.tokens import tokenize
@@ -45,7 +45,7 @@ def evaluate_language(
     Raises:
         ValueError: If the adapters do not fit the model, or the reference is not found.
     """
-    note = source.note
+    note = read_note(base.name) if source.path is None else source.note
     side: Any = note.truncate_side or "end"
     rows = tokenize(data, base.tokenizer, max_length=note.max_length or 512, side=side)
     use = torch.arange(len(rows.groups))[:limit]

@@ -49,15 +49,15 @@ def source_rows(source: str | Path, check_header: CheckHeader) -> Iterator[Row]:
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Whether a source is the name of a data set of the hub, such as `owner/name:split`, and no file.
+    """Whether a source is the name of a data set of the hub, such as `owner/name:split`, and not of a file.
 
     Example:
         >>> is_hub_id("owner/name:train"), is_hub_id("data/reviews.csv"), is_hub_id("/data/all")
         (True, False, False)
     """
     path = Path(source)
-    if path.exists() or path.suffix or str(source).startswith((".", "~")):
-        return False
+    if path.exists() or path.suffix or str(source).startswith((".", "~")) or path.parent.is_dir():
+        return False  # a name in a folder that exists is a file that does not
     return HUB_ID.fullmatch(str(source)) is not None
 
 

@@ -7,8 +7,9 @@ stores the format, the labels and the prompt. PEFT ignores this file, and comman
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -44,6 +45,7 @@ class Base(NamedTuple):
     dtype: torch.dtype
 
 
+_PER_ADAPTER = ("data", "beta")  # entries with a value for each adapter of a bank
 _ALWAYS = ("quant", "labels", "prompt")  # entries that are written even if they are unknown
 
 
@@ -203,6 +205,43 @@ def note_file(path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     return path.with_suffix(".json") if path.suffix == ".safetensors" else path / "vera_func.json"
+
+
+def split_note(note: Note, i: int) -> Note:
+    """The metadata of adapter `i` of a bank.
+
+    Example:
+        >>> split_note(Note("nf4", data=["a.csv", "b.csv"]), 1).data
+        ['b.csv']
+    """
+    own: dict[str, Any] = {name: _own(getattr(note, name), i) for name in _PER_ADAPTER}
+    return note._replace(**own)
+
+
+def join_notes(notes: Sequence[Note]) -> Note | None:
+    """The metadata of a bank of adapters with this metadata; None if they differ in what adapters of a bank share.
+
+    Example:
+        >>> join_notes([Note("nf4", data=["a.csv"]), Note("nf4", data=["b.csv"])]).data
+        ['a.csv', 'b.csv']
+    """
+    shared = {note._replace(**dict.fromkeys(_PER_ADAPTER)) for note in map(_hashable, notes)}
+    if len(shared) > 1:
+        return None
+    joined: dict[str, Any] = {}
+    for name in _PER_ADAPTER:
+        values = [getattr(note, name) for note in notes]
+        known = all(value is not None and len(value) == 1 for value in values)
+        joined[name] = [value[0] for value in values] if known else None
+    return notes[0]._replace(**joined)
+
+
+def _own(values: list[Any] | None, i: int) -> list[Any] | None:
+    return values if values is None or len(values) <= i else [values[i]]
+
+
+def _hashable(note: Note) -> Note:
+    return note._replace(labels=None if note.labels is None else tuple(note.labels))  # type: ignore[arg-type]
 
 
 def write_note(path: str | os.PathLike[str], note: Note) -> None:
