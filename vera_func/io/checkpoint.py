@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..core.keys import MAGNITUDE, MARKS, OUTPUT_SCALE, VECTORS, adapted_modules, is_vector, join_key, split_key
 from ..core.shapes import require_float, require_product_dtype
 from ..model.adapt import Adapted, draw_projections, layer_options, make_apply
+from ..model.apply import Apply
 from ..model.config import VeraConfig
 from ..model.targets import layer_device, linear_sizes, resolve, trained_with
 from ..model.tree import unwrap
@@ -166,7 +167,25 @@ def load_adapter(
         apply = make_apply(model, config.r, targets, trained, product_dtype=product_dtype, **options)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG} does not fit this model: {error}") from error
-    params, projections = {}, {}
+    params, projections = _split_tensors(file, tensors, apply, ignore_unknown)
+    frozen = _projections_of(file, projections, config, model, targets)
+    device = frozen["vera_A"].device
+    vectors = {key: value.to(device, _vector_dtype(key, value, model, dtype)) for key, value in params.items()}
+    if dtype is not None:
+        frozen = {name: tensor.to(dtype) for name, tensor in frozen.items()}
+    for key, value in (*vectors.items(), *frozen.items()):
+        if not value.isfinite().all():
+            raise ValueError(f"{file}: {key!r} overflows {value.dtype}; pass a wider dtype.")
+    order = {key: i for i, key in enumerate(apply.slots)}
+    return Adapted(apply, dict(sorted(vectors.items(), key=lambda item: order[item[0]])), frozen, config)
+
+
+def _split_tensors(
+    file: Path, tensors: Mapping[str, Tensor], apply: Apply, ignore_unknown: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The params and the projections of a file; raises if they are not those of this model and configuration."""
+    params: dict[str, Tensor] = {}
+    projections = {}
     for name, tensor in tensors.items():
         key = key_from_peft(name)
         if name.startswith("base_model.vera_"):
@@ -181,7 +200,7 @@ def load_adapter(
             params.setdefault(key, params[alias])
     params |= {alias: params[key] for alias, key in apply.tied.items() if key in params and alias not in params}
     if ignore_unknown and (odd := sorted(params.keys() - apply.slots.keys())):
-        warnings.warn(f"{file} has {len(odd)} unknown tensors, which are ignored, first {odd[0]!r}.", stacklevel=2)
+        warnings.warn(f"{file} has {len(odd)} unknown tensors, which are ignored, first {odd[0]!r}.", stacklevel=3)
         params = {key: value for key, value in params.items() if key in apply.slots}
     problems = [f"lacks {key!r}" for key in apply.missing(params)]
     problems += [f"has {key!r}, unknown to this model and config" for key in params if key not in apply.slots]
@@ -193,16 +212,7 @@ def load_adapter(
     if problems:
         count = f" ({len(problems)} problems of this kind)" if len(problems) > 1 else ""
         raise ValueError(f"{file} {problems[0]}{count}.")
-    frozen = _projections_of(file, projections, config, model, targets)
-    device = frozen["vera_A"].device
-    vectors = {key: value.to(device, _vector_dtype(key, value, model, dtype)) for key, value in params.items()}
-    if dtype is not None:
-        frozen = {name: tensor.to(dtype) for name, tensor in frozen.items()}
-    for key, value in (*vectors.items(), *frozen.items()):
-        if not value.isfinite().all():
-            raise ValueError(f"{file}: {key!r} overflows {value.dtype}; pass a wider dtype.")
-    order = {key: i for i, key in enumerate(apply.slots)}
-    return Adapted(apply, dict(sorted(vectors.items(), key=lambda item: order[item[0]])), frozen, config)
+    return params, projections
 
 
 def _projections_of(

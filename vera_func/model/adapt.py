@@ -248,11 +248,7 @@ def make_apply(
     modules = dict(model.named_modules())
     owners = {split_key(name)[0] for name in trained}
     memo: dict[int, Any] = {id(p): frozen_alias(p) for p in model.parameters()}
-    sizes = [linear_sizes(modules[name]) or (0, 0) for name in targets]
-    widest_in, widest_out = map(max, zip(*sizes, strict=True))
-    # Meta tensors as placeholders: running a layer without bound tensors raises an error.
-    pair = torch.empty(r, widest_in, device="meta"), torch.empty(widest_out, r, device="meta")
-    projections = Projections(*pair, product_dtype)
+    projections = _placeholders(modules, r, targets, product_dtype)
     slots: dict[str, Slot] = {}
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
@@ -300,6 +296,16 @@ def make_apply(
         absent=_absent(model),
         magnitudes={key: join_key(split_key(key)[0], OUTPUT_SCALE) for key in slots if split_key(key)[1] == MAGNITUDE},
     )
+
+
+def _placeholders(
+    modules: Mapping[str, nn.Module], r: int, targets: Sequence[str], product_dtype: torch.dtype | None
+) -> Projections:
+    """Projections on the meta device, so that running a layer without bound tensors raises an error."""
+    sizes = [linear_sizes(modules[name]) or (0, 0) for name in targets]
+    widest_in, widest_out = map(max, zip(*sizes, strict=True))
+    A, B = torch.empty(r, widest_in, device="meta"), torch.empty(widest_out, r, device="meta")
+    return Projections(A, B, product_dtype)
 
 
 def layer_options(config: VeraConfig) -> dict[str, Any]:
