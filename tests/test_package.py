@@ -70,6 +70,8 @@ import vera_func
 heavy = {"bitsandbytes", "transformers", "peft", "tqdm", "matplotlib"} & (set(sys.modules) - loaded)
 assert not heavy, heavy
 assert state == (torch.get_default_dtype(), torch.random.get_rng_state().sum())
+vera_func.adapt  # whose modules do not import the compiler, which takes a second
+assert "torch._dynamo" not in sys.modules
 """
     run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

@@ -9,7 +9,8 @@ import optree
 import pytest
 import torch
 from torch import nn
-from torch.func import grad, vmap
+from torch.autograd import forward_ad
+from torch.func import grad, jvp, vmap
 from transformers import BitsAndBytesConfig, T5Config, T5ForConditionalGeneration
 
 import vera_func as vf
@@ -113,6 +114,60 @@ def test_the_signature_of_a_function_is_kept():
 
     assert inspect.signature(Double.forward) is Double.forward.__signature__
     assert grad(lambda x: Double.apply(x))(torch.tensor(1.0)) == 2
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(x, factor):
+        return factor * x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.factor = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * ctx.factor * grad * ctx.saved_tensors[0] ** 2, None
+
+    @staticmethod
+    def jvp(ctx, x_t, factor):
+        return 3 * ctx.factor * x_t * ctx.saved_tensors[0] ** 2
+
+    @staticmethod
+    def vmap(info, dims, x, factor):
+        return Cube.apply(x.movedim(dims[0], 0), factor), 0
+
+
+def test_a_function_is_applied_without_its_signature(monkeypatch):
+    f = lambda x: private.apply_function(Cube, x, 2)
+    x, escaped = torch.tensor([1.0, 3.0]), []
+    assert torch.equal(vmap(grad(f))(x), 6 * x**2)
+    assert torch.equal(jvp(f, (x,), (x,))[1], 6 * x**3)
+    with forward_ad.dual_level():
+        dual = f(forward_ad.make_dual(x, x))
+        assert torch.equal(forward_ad.unpack_dual(dual).tangent, 6 * x**3)
+    grad(lambda x: escaped.append(x) or x.sum())(x)  # a wrapper that outlives its transform
+    monkeypatch.setattr(inspect, "signature", None)
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(f(leaf).sum(), leaf, create_graph=True)
+    assert torch.equal(first, 6 * x**2)
+    assert torch.equal(torch.autograd.grad(first.sum(), leaf)[0], 12 * x)
+    assert torch.equal(f(escaped[0]), 2 * x**3)
+
+
+def test_a_function_is_a_constant_to_the_compiler():
+    calls = []
+
+    @private.constant_when_traced
+    def count(name):
+        calls.append(name)
+        return len(calls)
+
+    f = torch.compile(lambda x: x + count("a"), fullgraph=True, backend="eager")
+    assert f(torch.zeros(())) == f(torch.zeros(())) == 1
+    assert calls == ["a"]
 
 
 def test_transforms_are_noticed():

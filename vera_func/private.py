@@ -144,6 +144,19 @@ def keep_signature(function: type) -> type:
     return function
 
 
+def apply_function(function: Any, *args: Any) -> Any:
+    """`function.apply(*args)` of an autograd Function, with all arguments of its `forward` by position.
+
+    Outside of transforms `apply` binds the arguments to the signature of `forward`, which takes as long as a small
+    product, and then calls the method of its base class.
+    """
+    if in_transform():
+        return function.apply(*args)
+    from torch._functorch.utils import unwrap_dead_wrappers
+
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
+
+
 def unwrap(x: Tensor) -> Tensor:
     """The tensor inside the wrappers of `torch.func`'s transforms; outside of transforms, `x` itself.
 
@@ -170,6 +183,15 @@ def graph_task() -> int:
     It is the only way to detect that activation checkpointing recomputes a layer; torch's own checkpointing uses it.
     """
     return torch._C._current_graph_task_id()
+
+
+def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the compiler run a function while it traces, and treat the result as a constant.
+
+    `torch.compiler.assume_constant_result` sets the same attribute, but imports the compiler, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def in_transform() -> bool:
@@ -199,11 +221,11 @@ def bitsandbytes() -> Any:
     On CPUs with AVX512-BF16 it logs at import that the optional package `kernels` is not installed. The package is not
     needed here, and users mistake the message for an error. Other messages are passed on.
     """
-    import importlib
-
     loaded = sys.modules.get("bitsandbytes")
     if loaded is not None:
         return loaded
+    import importlib
+
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.addFilter(_is_not_about_kernels)
     try:

@@ -339,8 +339,12 @@ def _projections(
             f"the layer is {in_features} -> {out_features}, but vera_A {tuple(A.shape)} and vera_B "
             f"{tuple(B.shape)} were drawn for at most {A.shape[1]} -> {B.shape[0]}."
         )
+    if A.shape[1] > in_features:
+        A = A[:, :in_features]
+    if B.shape[0] > out_features:
+        B = B[:out_features]
     dtype = dtype or lambda_d.dtype
-    return A[:, :in_features].to(dtype), B[:out_features].to(dtype)
+    return (A, B) if A.dtype == B.dtype == dtype else (A.to(dtype), B.to(dtype))
 
 
 def _checked_mask(mask: Tensor, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import linear
 
-from ..private import keep_signature, unwrap
+from ..private import apply_function, in_transform, keep_signature, unwrap
 from .shapes import contiguous_rows
 
 
@@ -65,7 +65,7 @@ class SharedProduct:
         if self.last is not None:
             same, before, kept, z = self.last
             if same is x and before == state and z.dtype == A.dtype and torch.equal(bits, kept):
-                return _Known.apply(x, A, z) if torch.is_grad_enabled() else z
+                return apply_function(_Known, x, A, z) if _is_recorded(x, A, z) else z
         z = project(x, A)
         self.last = x, state, bits.clone(), z
         return z
@@ -161,11 +161,16 @@ class _Expand(torch.autograd.Function):
 
 def expand(z: Tensor, lambda_b: Tensor, lambda_d: Tensor, B: Tensor) -> Tensor:
     """`lambda_b * (B (lambda_d * z))`, differentiable in all arguments."""
-    # Dynamo (2.13) does not support a Function with a jvp; in the plain form the compiler decides what is saved. With
-    # gradients disabled nothing is saved, and the plain form has less overhead.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    # Dynamo (2.13) does not support a Function with a jvp; in the plain form the compiler decides what is saved. Where
+    # nothing is recorded, the plain form has less overhead.
+    if torch.compiler.is_compiling() or not _is_recorded(z, lambda_b, lambda_d, B):
         return lambda_b * product(lambda_d * z, B)
-    return _Expand.apply(z, lambda_b, lambda_d, B)
+    return apply_function(_Expand, z, lambda_b, lambda_d, B)
+
+
+def _is_recorded(*tensors: Tensor) -> bool:
+    """Whether autograd or a transform may differentiate operations on these tensors."""
+    return torch.is_grad_enabled() and (any(tensor.requires_grad for tensor in tensors) or in_transform())
 
 
 def product(hidden: Float[Tensor, "*batch r"], B: Float[Tensor, "out r"]) -> Float[Tensor, "*batch out"]:

@@ -73,6 +73,8 @@ class QuantizedLinear(nn.Module):
         return f"in_features={in_features}, out_features={out_features}, format={format_of(self.quantized)}"
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.projections is None:  # no parameters with rows
+            return self._multiply(x, bias)
         return call_by_rows(self, partial(self._multiply, bias=bias), x)
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -227,7 +229,8 @@ def has_rows(module: nn.Module) -> bool:
 
 def call_by_rows(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Compute `forward(x)`, where `forward` expects the rows in axis 0 and `x` may have them along another axis."""
-    layout = None if layer.projections is None else layer.projections.rows.get(layer.path)
+    projections = layer.projections
+    layout = None if projections is None else projections.rows.get(layer.path)
     if layout is None or layout == x.dim():
         return forward(x)
     if isinstance(layout, int):

@@ -185,8 +185,9 @@ class AdaptedLinear(nn.Module):
         projections = self.projections
         projections.require_call()
         params = self._params()
-        # Usually the projections are on the layer's device, and nothing is copied.
-        frozen = {"vera_A": projections.vera_A.to(x.device), "vera_B": projections.vera_B.to(x.device)}
+        frozen = {"vera_A": projections.vera_A, "vera_B": projections.vera_B}
+        if frozen["vera_A"].device != x.device:
+            frozen = {name: tensor.to(x.device) for name, tensor in frozen.items()}
         mask = None
         generator = self.generator or projections.generator
         if generator is not None and self.vera_dropout > 0:

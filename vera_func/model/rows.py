@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.keys import join_key, split_key
+from ..private import constant_when_traced
 from .checkout import Method
 from .rehearse import ALONE, Layout, Refusal, Seen, are_equal, axis_of, has_rows, rehearse, tensors_in
 
@@ -189,17 +190,17 @@ class _Calls:
 
     def hooks(self) -> dict[str, MovedRows]:
         """Register the hooks; return the callers of layers outside of every call, which raise."""
+        untraced = torch.compiler.disable  # imports the compiler, which takes a second
         paths = {path for layer in self.layers for path in _ancestors(layer)}
         for path in sorted(paths):
             if any(part.isdecimal() for part in path.split(".")):
                 continue  # one of many blocks, which is called by a containing module
             module = self.root.get_submodule(join_key("model", path))
-            before = functools.partial(self.before, path)
+            before = functools.partial(untraced(self.before), path)
             module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-            module.register_forward_hook(self.after, always_call=True)
+            module.register_forward_hook(untraced(self.after), always_call=True)
         return self.outside
 
-    @torch.compiler.disable
     def before(self, path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self.depth == 0:
             expanded = self.rows * self.repeats
@@ -211,7 +212,6 @@ class _Calls:
             self.root.projections.rows = {**plan.front, **moved} if moved else plan.front
         self.depth += 1
 
-    @torch.compiler.disable
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.depth -= 1
         if self.depth == 0:
@@ -237,7 +237,7 @@ def _plan(apply: Any, what: tuple, args: tuple, kwargs: dict[str, Any], count: i
 
 
 # The compiler runs these two functions while it traces, and treats the name that they return as a constant.
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _traced(apply: Any, kind: tuple) -> str:
     plan = apply.plans.found.get(kind)
     if plan is None:
@@ -248,7 +248,7 @@ def _traced(apply: Any, kind: tuple) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _traced_shapes(apply: Any, what: tuple, kind: tuple, args: tuple, kwargs: tuple, count: int) -> str:
     apply.plans.add(kind, rehearse(apply, what, _from_shapes(args), _from_shapes(kwargs), count), what[2])
     return _traced(apply, kind)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import private
-from .quantize import unpack
+from .quantize import levels, unpack
 from .value import Quantized, Quantized4bit, shape2
 
 
@@ -15,6 +15,7 @@ class FusedWeight(NamedTuple):
 
     packed: Tensor  # (out, in / 2)
     absmax: Tensor  # (in / blocksize, out) bfloat16
+    code: Tensor  # the levels of the format, (16,) float32, which tell the kernel the format
     max_rows: int | None = None  # up to which the kernel is used; None measures it
 
 
@@ -53,7 +54,8 @@ def fused_weight(q: Quantized, max_rows: int | None = FUSED_ROWS) -> FusedWeight
     # 32 rows at a time, column pair by column pair; of 64 codes the first 32 are the low halves of 32 bytes.
     codes = codes.reshape(out_features // 32, 32, in_features // 2, 2).transpose(1, 2).reshape(-1, 2, 32)
     packed = ((codes[:, 1] << 4) | codes[:, 0]).reshape(out_features, in_features // 2)
-    return FusedWeight(packed, absmax.reshape(out_features, -1).T.to(torch.bfloat16).contiguous(), max_rows)
+    absmax = absmax.reshape(out_features, -1).T.to(torch.bfloat16).contiguous()
+    return FusedWeight(packed, absmax, levels(q), max_rows)
 
 
 def unpack_cpu_layout(packed: Tensor, state: Any, compute_dtype: torch.dtype | None) -> Quantized4bit:

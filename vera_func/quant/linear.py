@@ -101,9 +101,18 @@ def quantized_linear(
         refuse_weight_derivative(any(map(is_differentiated, leaves)))
         y = linear(contiguous_rows(x), dequantize_leaves(spec, leaves, x.dtype), bias)
     else:
-        y = _Product.apply(x, bias, spec, None if torch.is_grad_enabled() else fused, False, *leaves)
+        y = _product(x, bias, spec, None if torch.is_grad_enabled() else fused, False, *leaves)
     # Under autocast, bitsandbytes' 4-bit layer returns the dtype of x, and its 8-bit layer that of the product.
     return y.to(dtype) if isinstance(q, Quantized4bit) else y
+
+
+def _product(
+    x: Tensor, bias: Tensor | None, spec: Spec, fused: FusedWeight | None, transposed: bool, *leaves: Tensor
+) -> Tensor:
+    """`_Product.apply`, or the product alone where nothing is recorded, such as in most backward passes."""
+    if _is_plain(x, bias, leaves):
+        return _Product.forward(x, bias, spec, fused, transposed, *leaves)
+    return private.apply_function(_Product, x, bias, spec, fused, transposed, *leaves)
 
 
 @private.keep_signature
@@ -136,7 +145,7 @@ class _Product(torch.autograd.Function):
         leaves = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor a single time
         grad_x = grad_bias = None
         if grad is not None and ctx.needs_input_grad[0]:
-            grad_x = _Product.apply(grad, None, ctx.spec, None, not ctx.transposed, *leaves)
+            grad_x = _product(grad, None, ctx.spec, None, not ctx.transposed, *leaves)
         if grad is not None and ctx.needs_input_grad[1]:
             grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
         return grad_x, grad_bias, None, None, None, *[None] * len(leaves)
@@ -190,7 +199,7 @@ class _Int8Product(torch.autograd.Function):
         refuse_weight_derivative(any(ctx.needs_input_grad[3:]))
         grad_x = grad_bias = None
         if grad is not None and ctx.needs_input_grad[0]:
-            grad_x = _Product.apply(grad, None, ctx.spec, None, True, *ctx.saved_tensors)
+            grad_x = _product(grad, None, ctx.spec, None, True, *ctx.saved_tensors)
         if grad is not None and ctx.needs_input_grad[1]:
             grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
         return grad_x, grad_bias, None, None, None
@@ -287,8 +296,7 @@ def _suits_fused(
 
 def fused_product(x: Tensor, fused: FusedWeight, spec: Spec4bit) -> Tensor:
     """`x Wᵀ` by bitsandbytes' kernel for CPUs with AVX512-BF16; `x` is contiguous and bfloat16."""
-    code = private.bnb_levels(spec.quant_type, x.device)  # tells the kernel which format it is
-    return private.bnb_ops().gemv_4bit(x, fused.packed, spec.shape, fused.absmax, code, spec.blocksize)
+    return private.bnb_ops().gemv_4bit(x, fused.packed, spec.shape, fused.absmax, fused.code, spec.blocksize)
 
 
 def _gpu_product(x: Tensor, bias: Tensor | None, spec: Spec4bit, leaves: Sequence[Tensor]) -> Tensor:

@@ -203,15 +203,12 @@ def dequantize_leaves(spec: Spec, leaves: Sequence[Tensor], dtype: torch.dtype) 
         return (codes.to(dtype) * (scale * (1.0 / 127.0))[:, None]).to(dtype)
     packed, absmax, *nested = leaves
     kernel_dtype = dtype if dtype in FLOATS else torch.float32
-    weight = private.bnb_ops().dequantize_4bit(
-        packed,
-        _block_scales(absmax, *nested),
-        spec.blocksize,
-        spec.quant_type,
-        _kernel_shape(spec.shape, spec.blocksize),
-        kernel_dtype,
-    )
-    return weight.reshape(spec.shape).to(dtype)
+    shape = _kernel_shape(spec.shape, spec.blocksize)
+    absmax = _block_scales(absmax, *nested) if nested else absmax
+    weight = private.bnb_ops().dequantize_4bit(packed, absmax, spec.blocksize, spec.quant_type, shape, kernel_dtype)
+    if shape != spec.shape:
+        weight = weight.reshape(spec.shape)
+    return weight if kernel_dtype == dtype else weight.to(dtype)
 
 
 def _kernel_shape(shape: tuple[int, int], blocksize: int) -> tuple[int, int]:
