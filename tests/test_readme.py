@@ -17,6 +17,6 @@ def test_readme_runs(tmp_path, monkeypatch, capsys):
     for block in BLOCKS:
         exec(compile(block, str(README), "exec"), namespace)
     printed = capsys.readouterr().out
-    assert len(README.read_text().splitlines()) <= 170
+    assert len(README.read_text().splitlines()) <= 150
     # The first example ends in a number that should be about 0.
     assert float(printed.split()[0]) == pytest.approx(0, abs=1e-4)
