@@ -1,0 +1,187 @@
+"""Evaluate adapters with EleutherAI's lm-evaluation-harness (`pip install lm_eval`).
+
+One adapter, with every kind of task:
+
+    from lm_eval.models.huggingface import HFLM
+    lm_eval.simple_evaluate(model=HFLM(pretrained=vf.to_module(adapted), tokenizer=tokenizer), tasks=["piqa"])
+
+All adapters of a bank on tasks that compare log-likelihoods, such as multiple choice; each text passes through the base
+once, for all adapters:
+
+    bank = vf.open_bank("all.safetensors")
+    for name, lm in zip(bank.names, harness_models(bank.adapted(model), tokenizer)):
+        print(name, lm_eval.simple_evaluate(model=lm, tasks=["piqa"])["results"])
+
+Reference:
+    https://github.com/EleutherAI/lm-evaluation-harness
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..model.adapt import Adapted
+from ..model.batch import num_adapters, select_adapters
+from ..model.head import hidden_and_head
+
+
+class AdapterLM:
+    """One adapter of a stack as a model of lm-evaluation-harness, from `harness_models`.
+
+    The first of these models that is asked for a log-likelihood computes it for all of them.
+
+    Args:
+        scores: The scores that all adapters share.
+        index: Index of the adapter in the stack.
+    """
+
+    rank, world_size = 0, 1
+
+    def __init__(self, scores: "SharedScores", index: int) -> None:
+        self.scores, self.index = scores, index
+        self.tokenizer_name = str(scores.tokenizer.name_or_path).replace("/", "__")
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """The log-probability of each continuation after its context, and whether greedy decoding would return it."""
+        pairs = [request.args for request in requests]
+        found = self.scores.of(pairs)
+        return [(found[pair].logprob[self.index].item(), bool(found[pair].greedy[self.index])) for pair in pairs]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Not supported."""
+        raise NotImplementedError(_ONE_BY_ONE)
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Not supported."""
+        raise NotImplementedError(_ONE_BY_ONE)
+
+    def set_cache_hook(self, hook: Any) -> None:
+        """Ignored: `SharedScores` keeps the results."""
+
+
+_ONE_BY_ONE = (
+    "harness_models supports tasks that compare log-likelihoods of continuations, such as multiple choice. For other "
+    "tasks evaluate one adapter at a time: HFLM(pretrained=vf.to_module(adapted), tokenizer=tokenizer)."
+)
+
+
+def harness_models(adapted: Adapted, tokenizer: Any, *, batch_size: int = 1) -> list[AdapterLM]:
+    """A model of lm-evaluation-harness for each adapter of a stack; all adapters are computed in one pass.
+
+    Args:
+        adapted: A language model with stacked params, as from `Bank.adapted`.
+        tokenizer: The tokenizer of transformers.
+        batch_size: Texts per forward pass, which has `batch_size * n` rows.
+
+    Raises:
+        ModuleNotFoundError: If lm_eval is not installed.
+        ValueError: If params are not stacked, or `batch_size` is not positive.
+    """
+    from lm_eval.api.model import LM
+
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
+    LM.register(AdapterLM)  # a virtual subclass, so that this module can be imported without lm_eval
+    scores = SharedScores(adapted, tokenizer, batch_size)
+    return [AdapterLM(scores, i) for i in range(num_adapters(adapted.params))]
+
+
+class Score(NamedTuple):
+    """The scores of a continuation.
+
+    Attributes:
+        logprob: Its log-probability with each adapter, (n,).
+        greedy: Whether each of its tokens is the most probable one, (n,).
+    """
+
+    logprob: Tensor
+    greedy: Tensor
+
+
+class SharedScores:
+    """Scores of continuations with every adapter of a stack, each computed once.
+
+    Args:
+        adapted: A language model with stacked params.
+        tokenizer: Its tokenizer.
+        batch_size: Texts per forward pass.
+    """
+
+    def __init__(self, adapted: Adapted, tokenizer: Any, batch_size: int) -> None:
+        self.adapted, self.tokenizer, self.batch_size = adapted, tokenizer, batch_size
+        self.n = num_adapters(adapted.params)
+        config: Any = getattr(adapted.apply.model, "config", None)
+        self.max_length = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+        self.known: dict[tuple[str, str], Score] = {}
+
+    def of(self, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Score]:
+        """The scores of pairs of a context and its continuation."""
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
+        encoded = {pair: encode_pair(self.tokenizer, *pair) for pair in new}
+        new.sort(key=lambda pair: sum(map(len, encoded[pair])))  # texts of a batch are of similar length
+        for start in range(0, len(new), self.batch_size):
+            batch = new[start : start + self.batch_size]
+            self.known |= zip(batch, self._compute([encoded[pair] for pair in batch]), strict=True)
+        return self.known
+
+    @torch.no_grad()
+    def _compute(self, batch: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
+        model: Any = self.adapted.apply.model
+        device = model.device
+        # The last token is predicted, but not read.
+        rows = [(context + continuation)[-(self.max_length + 1) :][:-1] for context, continuation in batch]
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):  # padding is on the right, where causal attention does not see it
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        many = {"input_ids": ids.repeat(self.n, 1).to(device), "attention_mask": mask.repeat(self.n, 1).to(device)}
+        which = torch.arange(self.n).repeat_interleave(len(rows))
+        params = select_adapters(self.adapted.params, which)
+        hidden, head = hidden_and_head(self.adapted.apply, params, self.adapted.frozen, **many)
+        width = max(len(continuation) for _, continuation in batch)
+        # The positions before the continuation's tokens; those of shorter ones are repeated, and left out below.
+        ends = torch.tensor([len(row) for row in rows])
+        at = (ends[:, None] - width + torch.arange(width)).clamp(min=0)  # (rows, width)
+        at = at.repeat(self.n, 1).to(hidden.device)
+        hidden = hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1]))
+        logits = hidden if head is None else linear(hidden, head) if isinstance(head, Tensor) else head(hidden)
+        logprobs = logits.float().log_softmax(-1).unflatten(0, (self.n, len(rows)))  # (n, rows, width, vocab)
+        scores = []
+        for i, (_, continuation) in enumerate(batch):
+            tokens = torch.tensor(continuation, device=logprobs.device)
+            own = logprobs[:, i, width - len(continuation) :]  # (n, length, vocab)
+            chosen = own.gather(2, tokens.expand(self.n, -1)[:, :, None])[:, :, 0]
+            scores.append(Score(chosen.sum(1).cpu(), (own.argmax(2) == tokens).all(1).cpu()))
+        return scores
+
+
+def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """The tokens of a context and of its continuation, as lm-evaluation-harness separates them.
+
+    Spaces between both belong to the continuation. After an empty context comes the token that begins a text.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        context: A text, or "".
+        continuation: The text after it.
+
+    Raises:
+        ValueError: If the continuation has no tokens.
+    """
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if not context:
+        tokens = tokenizer.encode(continuation, add_special_tokens=False)
+        head, rest = ([start], tokens) if tokens[:1] != [start] else (tokens[:1], tokens[1:])
+    else:
+        spaces = context[len(context.rstrip()) :]
+        context = context.rstrip()
+        options = {"add_special_tokens": False} if context.startswith(tokenizer.decode(start)) else {}
+        whole = tokenizer.encode(context + spaces + continuation, **options)
+        head = tokenizer.encode(context, **options)
+        rest = whole[len(head) :]
+    if not rest:
+        raise ValueError(f"the continuation {continuation!r} has no tokens.")
+    return head, rest
