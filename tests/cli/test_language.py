@@ -120,6 +120,14 @@ def test_data_sets_together_are_as_alone(train, data, model, extra):
             assert difference <= 1e-5 * value.abs().max(), key
 
 
+def test_of_one_long_document_the_end_is_held_out(train, run_json, tmp_path):
+    (tmp_path / "a.jsonl").write_text(jsonl([{"text": " ".join(words(i) for i in range(100))}]))
+    found, _ = train("--data", tmp_path / "a.jsonl", "--steps", "20", "--learning-rate", "0.1", "--max-length", "16")
+    assert found["rows"] + found["held_out"] > 30
+    assert found["held_out"] == -(-(found["rows"] + found["held_out"]) // 5)
+    assert found["loss"] < found["loss_before"]
+
+
 def test_each_file_of_a_folder_in_chunks(train, data, tmp_path):
     folder = tmp_path / "all"
     (folder / "c").mkdir(parents=True)
@@ -266,6 +274,8 @@ def test_hostile_data_is_refused_before_a_model_is_loaded(run, tmp_path, monkeyp
         ("--data {data}/text.jsonl --dropout 1", "must be below 1"),
         ("--data {data}/text.jsonl --dropout 0.1 --checkpointing", "trains one adapter without dropout"),
         ("--data {data}/text.jsonl --beta 0", "must be positive"),
+        ("--data {data}/text.jsonl --max-length 4096", "has 2048 positions: pass --max-length 2048 or less"),
+        ("--data {data}/preference.jsonl --reference {first} --dropout 0.1", "are the reference's own"),
         ("--data {data}/text.jsonl --out {data}/text.jsonl", "is a file"),
         ("--data {reviews} --beta 0.1", "--beta has no effect on data with text and label"),
         ("--data {reviews} --steps 4,5", "--steps must have one value, or one for each of the 1 adapters, got 2"),
@@ -275,7 +285,11 @@ def test_hostile_data_is_refused_before_a_model_is_loaded(run, tmp_path, monkeyp
     ],
 )
 def test_mistakes_are_one_sentence(run, data, model, folder, reviews, tmp_path, line, said):
-    line = line.format(data=data, folder=folder, reviews=reviews)
+    first = tmp_path / "first"
+    if "{first}" in line:
+        adapted = vf.adapt(load_base(str(model), "none", torch.float32).model, vf.VeraConfig(r=4))
+        vf.save_adapter(first, adapted.params, adapted.frozen, adapted.config)
+    line = line.format(data=data, folder=folder, reviews=reviews, first=first)
     given = {"--model": model, "--out": tmp_path / "out", "--r": 8, "--dtype": "float32"}
     options = [word for name, value in given.items() if name not in line for word in (name, value)]
     status, out, err = run("train", *line.split(), *options)

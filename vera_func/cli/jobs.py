@@ -93,7 +93,7 @@ def make_jobs(
     """
     pairs = list(product(range(len(sets)), betas if rows[0].width == 2 else [None]))
     names = adapter_names([data.source for data in sets], pairs)
-    splits = [split_rows(one.groups, min(HELD_OUT, -(-len(one.groups) // 5)), seed=seed) for one in rows]
+    splits = [_split(one.groups, seed) for one in rows]
     jobs = []
     for i, (data, beta) in enumerate(pairs):
         train, test = splits[data]
@@ -107,6 +107,15 @@ def make_jobs(
         rate = value_of("--learning-rate", learning_rates, i, len(pairs))
         jobs.append(Job(names[i], data, own, held_out, count, rate, len(train)))
     return jobs
+
+
+def _split(groups: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Training and held-out rows. Of a single document, which is in several rows, the end is held out."""
+    held_out = min(HELD_OUT, -(-len(groups) // 5))
+    if len(groups) > 1 and bool((groups == groups[0]).all()):
+        first, last = torch.arange(len(groups)).split([len(groups) - held_out, held_out])
+        return first, last
+    return split_rows(groups, held_out, seed=seed)
 
 
 def num_steps(batches: int, steps: Sequence[int] | None, epochs: float | None, i: int, n: int) -> int:

@@ -31,7 +31,7 @@ from .jobs import Job, make_jobs
 from .outputs import BANK, new_adapter, save_adapters
 from .recipe import Recipe, Trained, train_chunks, train_together
 from .report import bar
-from .scoring import BETA, pad_id
+from .scoring import BETA, MAX_LENGTH, length_of, pad_id
 
 
 def train_language(
@@ -50,7 +50,7 @@ def train_language(
     learning_rates: Sequence[float] = (2e-2,),
     betas: Sequence[float] | None = None,
     reference: str | None = None,
-    max_length: int = 512,
+    max_length: int | None = None,
     truncate_side: Side = "end",
     packing: bool = True,
     chunk: int = 64,
@@ -72,7 +72,7 @@ def train_language(
         betas: Of preferences; one adapter is trained for each value and data set.
         reference: Of preferences: directory of an adapter that is the reference and the initial adapter. None means
             the base and a new adapter.
-        max_length: Maximum number of tokens of a sequence.
+        max_length: Maximum number of tokens of a sequence; None means 512, or the model's positions if it has fewer.
         truncate_side: Which end of longer sequences is cut off.
         packing: Whether training rows of texts are packed to `max_length` tokens; documents do not see each other.
         chunk: Adapters that train together; under torchrun, chunks are sharded across ranks.
@@ -94,9 +94,11 @@ def train_language(
     kind = _same_kind(sets)
     if kind != "preference" and (betas or reference):
         raise ValueError("--beta and --reference belong to preferences, with the columns prompt, chosen, rejected.")
-    base = load_base(
-        model or _model_of(initial), quant or _quant_of(initial), dtype, max_tokens=max_length, device=device
-    )
+    if reference and (recipe.dropout or targets):
+        raise ValueError("--targets and --dropout are the reference's own: leave them out with --reference.")
+    model, quant = model or _model_of(initial), quant or _quant_of(initial)
+    base = load_base(model, quant, dtype, max_tokens=max_length or MAX_LENGTH, device=device)
+    max_length = length_of(base, max_length)
     adapted = load_adapter(reference, base.model) if reference is not None else new_adapter(base, r, targets, recipe)
     rows = [tokenize(data, base.tokenizer, max_length=max_length, side=truncate_side) for data in sets]
     references = _references(base, adapted, rows, progress)

@@ -65,7 +65,7 @@ def train(
         from .language import train_language as train_sets  # type: ignore[assignment]
 
         options |= {"betas": beta, "reference": reference, "truncate_side": truncate_side, "packing": packing}
-        options |= {"max_length": max_length or 512}
+        options |= {"max_length": max_length}
     if adapters > 1:
         raise ValueError("--adapters sweeps over one data set with labels: leave it out.")
     batch_size, seed = options.pop("batch_size"), options.pop("seed")

@@ -18,6 +18,7 @@ from ..train.distributed import map_sharded
 from .report import bar
 
 
+MAX_LENGTH = 512  # the default
 BETA = 0.1  # the default of preferences, TRL's
 
 
@@ -47,7 +48,7 @@ def evaluate_language(
     """
     note = read_note(base.name) if source.path is None else source.note
     side: Any = note.truncate_side or "end"
-    rows = tokenize(data, base.tokenizer, max_length=note.max_length or 512, side=side)
+    rows = tokenize(data, base.tokenizer, max_length=note.max_length or length_of(base, None), side=side)
     use = torch.arange(len(rows.groups))[:limit]
     adapted, read = load_adapters(source, base.model)
     place: dict[str, Any] = {"pad_id": pad_id(base), "device": base.model.device}
@@ -71,6 +72,18 @@ def evaluate_language(
 def _plain(base: Base) -> Adapted:
     """A new adapter, whose update is 0: the base."""
     return adapt(base.model, VeraConfig(r=1, target_modules="all-linear"))
+
+
+def length_of(base: Base, given: int | None) -> int:
+    """The maximum number of tokens of a sequence: the given one, else `MAX_LENGTH` or the model's positions.
+
+    Raises:
+        ValueError: If the model has fewer positions than the given number.
+    """
+    most = getattr(base.model.config, "max_position_embeddings", None) or given or MAX_LENGTH
+    if given is not None and given > most:
+        raise ValueError(f"{base.name} has {most} positions: pass --max-length {most} or less, got {given}.")
+    return min(given or MAX_LENGTH, most)
 
 
 def pad_id(base: Base) -> int:
