@@ -158,8 +158,8 @@ def demo(
     say(f"Before: accuracy {percent(before, 1)} on {len(test):,} held-out examples.")
 
     options: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate}
-    state = (base.name, base.quant, base.dtype, adapted.config, options, recipe, adapters, prompt, max_length)
-    checkpoint = checkpoint_path(out, *state, examples)
+    state = (base.name, base.quant, base.dtype, adapted.config, options, recipe._replace(log=None), adapters)
+    checkpoint = checkpoint_path(out, *state, prompt, max_length, examples)
     options |= {"checkpoint": checkpoint, "progress": progress}
     start = time.perf_counter()
     train_rows, validation_rows = (encode_examples(base, task, s) if s else rows for s in (train, validation))

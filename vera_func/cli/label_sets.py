@@ -80,8 +80,8 @@ def train_label_sets(
     task = make_task(base, labels, prompt)._replace(max_tokens=max_length)
     adapted = new_adapter(base, r, targets, recipe)
     train, held_out = ([encode_examples(base, task, part) for part in side] for side in zip(*splits, strict=True))
-    state = (base.name, base.quant, base.dtype, adapted.config, recipe, counts, rates, prompt, max_length, chunk)
-    checkpoint = checkpoint_path(out, *state, examples)
+    state = (base.name, base.quant, base.dtype, adapted.config, recipe._replace(log=None), counts, rates)
+    checkpoint = checkpoint_path(out, *state, prompt, max_length, chunk, examples)
     before = [score_of(adapted, task, adapted.params, rows, map=map_sharded) for rows in held_out]
     start = time.perf_counter()
 

@@ -109,7 +109,8 @@ def train_language(
     )  # fmt: skip
     if recipe.checkpointing and (len(jobs) > 1 or recipe.dropout):
         raise ValueError("--checkpointing trains one adapter without dropout: leave it out, or raise --accumulate.")
-    options = (recipe, [(job.name, job.steps, job.learning_rate, job.train.beta) for job in jobs], chunk)
+    jobs_of_run = [(job.name, job.steps, job.learning_rate, job.train.beta) for job in jobs]
+    options = (recipe._replace(log=None), jobs_of_run, chunk)
     state = (base.name, base.quant, base.dtype, adapted.config, reference, max_length, truncate_side, packing)
     checkpoint = checkpoint_path(out, *state, *options, [_hash(one) for one in rows])
     before = _score(base, adapted, adapted.params, jobs, progress, "before", stacked=False)

@@ -333,6 +333,17 @@ Patience = Annotated[
     int | None,
     number("--patience", help="Evaluations without improvement after which an adapter stops.", panel=TRAINING),
 ]
+Log = Annotated[
+    str | None,
+    option(
+        "--log",
+        "--log-steps",
+        help="Write the loss of each step to this folder: TensorBoard's files, or steps.jsonl if tensorboard is not "
+        "installed (torchrun takes --log for itself).",
+        metavar="DIR",
+        panel=TRAINING,
+    ),
+]
 Betas = Annotated[
     Any,
     option(

@@ -16,6 +16,7 @@ from ..train.distributed import furthest, map_sharded, mean_over_micro_batches, 
 from ..train.fit import Fit, fit, load_fit
 from ..train.optim import Gradient
 from ..train.schedules import Schedule, schedule_of
+from .logs import step_logger
 from .report import training_bar
 
 
@@ -37,6 +38,7 @@ class Recipe(NamedTuple):
         eval_every: Steps between two evaluations; None means none during training.
         patience: Evaluations without improvement after which an adapter stops; None means that it does not.
         seed: Seed of split, order, projections and dropout.
+        log: Folder for the numbers of each step; None means that they are not written. It is no part of the run.
     """
 
     batch_size: int = 16
@@ -50,6 +52,7 @@ class Recipe(NamedTuple):
     eval_every: int | None = None
     patience: int | None = None
     seed: int = 0
+    log: str | None = None
 
 
 def _one(batch: Batch) -> float:
@@ -115,7 +118,11 @@ def train_together(
     schedule = schedule_of(recipe.schedule, recipe.warmup, steps)
     resume = _resume(checkpoint, params, n if stacked else None, shared)
     done = 0 if resume is None else len(resume.losses)
-    with training_bar(done, max(steps), progress) as show:
+    writes = rank() == 0 or not shared
+    with (
+        training_bar(done, max(steps), progress) as show,
+        step_logger(recipe.log if writes else None, checkpoint) as on_step,
+    ):
         run = fit(
             loss,
             params,
@@ -127,9 +134,10 @@ def train_together(
             schedule=schedule if stacked else lambda step: schedule(step)[0],
             num_adapters=n if stacked else None,
             resume=resume,
-            checkpoint=checkpoint if rank() == 0 or not shared else None,
+            checkpoint=checkpoint if writes else None,
             checkpoint_every=CHECKPOINT_EVERY,
             accumulate=partial(_accumulate, show, weight if shared else None),
+            on_step=on_step,
             progress=False,
             **options,
         )

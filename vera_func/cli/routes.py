@@ -114,7 +114,7 @@ def evaluate(
 
 
 # Options of the recipe, which `demo` takes as one.
-_RECIPE = ("schedule", "warmup", "weight_decay", "clip", "dropout", "checkpointing", "eval_every", "patience")
+_RECIPE = ("schedule", "warmup", "weight_decay", "clip", "dropout", "checkpointing", "eval_every", "patience", "log")
 
 
 def _kind(source: str) -> str:

@@ -65,6 +65,7 @@ def train(
     checkpointing: o.Checkpointing = False,
     eval_every: o.EvalEvery = None,
     patience: o.Patience = None,
+    log: o.Log = None,
     beta: o.Betas = None,
     reference: o.Reference = None,
     together: o.Together = 64,
