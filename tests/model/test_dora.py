@@ -9,6 +9,7 @@ from torch.func import functional_call, hessian, vmap
 from torch.testing import assert_close
 
 import vera_func as vf
+from vera_func.model.algebra import without_update
 from vera_func.model.dora import keep_norm_statistics
 
 from helpers import (
@@ -237,6 +238,16 @@ class TestManyAdapters:
         assert_near(change(vf.scale_adapter(first, -0.5)), -0.5 * change(first))
         total = vf.add_adapters([first, second], [2.0, 0.5])
         assert_near(change(total), 2 * change(first) + 0.5 * change(second))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_without_its_update_an_adapter_is_the_base_with_its_heads(use_dora):
+    adapted = small(use_dora=use_dora, modules_to_save=["2"], targets=["0"])
+    params, x = randomized(adapted.params), torch.ones(3, 7)
+    model = copy.deepcopy(adapted.apply.model)
+    model.load_state_dict({key: value for key, value in params.items() if key.startswith("2.")}, strict=False)
+    for given in (params, fold(adapted.apply, params, adapted.frozen)) if use_dora else (params,):
+        assert torch.equal(adapted.apply(without_update(given), adapted.frozen, x), model(x))
 
 
 def one(adapted, stacked, i, x):

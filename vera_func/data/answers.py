@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..core.keys import BASE_SHARE, MAGNITUDE, join_key, split_key
 from ..merging.second_moments import calibrate_weights, second_moments
 from ..model.adapt import Adapted, adapt
+from ..model.algebra import without_update
 from ..quant.value import Quantized
 from .prompts import Encoded, batches_by_length
 from .task import Task, logits_of
@@ -102,10 +102,7 @@ def compare_answers(
     """
     # A new adapter, whose update is 0, makes `apply` compute the merged model from its stored weights.
     plain = adapt(merged.eval(), adapted.config)
-    updates = ("lambda_b", MAGNITUDE)
-    zero = {k: torch.zeros_like(v) if split_key(k)[1] in updates else v for k, v in adapted.params.items()}
-    # In DVoRA, an output scale of 1 is added instead.
-    zero |= {join_key(k, BASE_SHARE): v.new_ones(()) for k, v in zero.items() if split_key(k)[1] == MAGNITUDE}
+    zero = without_update(adapted.params)
     expected = _centered_logits(adapted, adapted.params, task, rows, progress)
     base = _centered_logits(adapted, zero, task, rows, progress)
     actual = _centered_logits(plain, plain.params, task, rows, progress)

@@ -311,7 +311,7 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
         other = join_key(module, {"lambda_b": "lambda_d", "lambda_d": "lambda_b"}.get(leaf, leaf))
         if other not in params:
             raise ValueError(f"params has {key!r}, but not {other!r}.")
-    check_magnitudes(params, config)
+    _check_magnitudes(params, config)
     if frozen["vera_A"].shape[0] != config.r or frozen["vera_B"].shape[1] != config.r:
         raise ValueError(
             f"config.r is {config.r}, but vera_A {tuple(frozen['vera_A'].shape)} and vera_B "
@@ -319,23 +319,17 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
         )
 
 
-def check_magnitudes(params: Mapping[str, Tensor], config: VeraConfig) -> None:
-    """Check that each layer has a magnitude of the shape of its `lambda_b` if the configuration says so, else none.
-
-    Raises:
-        ValueError: If a magnitude is missing, unexpected, or of another shape.
-    """
-    layers = adapted_modules(params)
-    wanted = {join_key(name, MAGNITUDE): join_key(name, "lambda_b") for name in layers if config.use_dora}
-    given = {key for key in params if split_key(key)[1] == MAGNITUDE}
-    if odd := sorted(given ^ wanted.keys()):
+def _check_magnitudes(params: Mapping[str, Tensor], config: VeraConfig) -> None:
+    """Check that each layer has a magnitude of the shape of its `lambda_b`, or none without `use_dora`."""
+    layers = adapted_modules(params) if config.use_dora else []
+    wanted = {join_key(name, MAGNITUDE): params[join_key(name, "lambda_b")].shape for name in layers}
+    given = {key: value.shape for key, value in params.items() if split_key(key)[1] == MAGNITUDE}
+    if odd := sorted(given.keys() ^ wanted.keys()):
         what = "has" if odd[0] in given else "lacks"
         raise ValueError(f"config.use_dora is {config.use_dora}, but params {what} {odd[0]!r}.")
-    for key, other in wanted.items():
-        if params[key].shape != params[other].shape:
-            raise ValueError(
-                f"{key!r} must be {tuple(params[other].shape)} like lambda_b, got {tuple(params[key].shape)}."
-            )
+    for key, shape in wanted.items():
+        if given[key] != shape:
+            raise ValueError(f"{key!r} must be {tuple(shape)} like lambda_b, got {tuple(given[key])}.")
 
 
 def _to_peft(key: str, layers: set[str]) -> str:

@@ -16,7 +16,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..core.keys import MAGNITUDE, OUTPUT_SCALE, VECTORS, adapted_modules, is_vector, join_key, split_key
+from ..core.keys import (
+    BASE_SHARE,
+    MAGNITUDE,
+    OUTPUT_SCALE,
+    SCALES,
+    VECTORS,
+    adapted_modules,
+    is_vector,
+    join_key,
+    split_key,
+)
 
 
 def scale_adapter(params: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
@@ -43,6 +53,26 @@ def scale_adapter(params: Mapping[str, Tensor], factor: float) -> dict[str, Tens
         "lambda_d": lambda value: value,
     }
     return {key: scaled[split_key(key)[1]](value) for key, value in params.items()}
+
+
+def without_update(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return params of the base model, with the model's own parameters, such as heads, of `params`.
+
+    Args:
+        params: Params of one adapter.
+
+    Example:
+        >>> without_update({"q.lambda_b": torch.ones(2), "head.bias": torch.ones(3)})
+        {'q.lambda_b': tensor([0., 0.]), 'head.bias': tensor([1., 1., 1.])}
+    """
+    zero = dict(params)
+    for key, value in params.items():
+        leaf = split_key(key)[1]
+        if leaf in ("lambda_b", *SCALES):
+            zero[key] = torch.zeros_like(value)
+        if leaf in SCALES:
+            zero[join_key(key, BASE_SHARE)] = value.new_ones(())  # added to the output scale
+    return zero
 
 
 def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
