@@ -11,7 +11,7 @@ from .common import machine
 CASES = [(1, 16), (16, 16), (64, 16), (128, 4), (128, 16), (512, 4)]
 DEFAULT = ["many", "single", "compiled", "memory", "roofline", "attention", "language", "decoding", "dora", "scaling"]
 DEFAULT += ["bank"]
-WHAT = [*DEFAULT, "merging", "layers", "processes", "gpu"]
+WHAT = [*DEFAULT, "merging", "layers", "comparison", "processes", "gpu"]
 OF_EACH_DTYPE = DEFAULT[: DEFAULT.index("bank")]
 
 
@@ -28,6 +28,8 @@ def main():
     )
     parser.add_argument("--adapters", type=int, nargs="*", help="of many: only the cases of so many")
     parser.add_argument("--restarts", type=int, default=0, help="of the search of layers, which then looks at two only")
+    parser.add_argument("--seeds", type=int, default=5, help="of the comparison of methods (%(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="of the comparison of methods (%(default)s)")
     parser.add_argument("--size", type=int, default=10_000, help="adapters of the bank (%(default)s)")
     parser.add_argument("--out", help="file for the plots of scaling, such as scaling.png")
     parser.add_argument("--dry-run", action="store_true", help="of gpu: tiny, on a CPU, to see that it runs")
@@ -40,6 +42,7 @@ def main():
         "bank": (args.size,),
         "merging": (args.adapter, args.texts),
         "layers": (args.restarts,),
+        "comparison": (args.seeds, args.steps),
         "gpu": (args.dry_run,),
     }
 
