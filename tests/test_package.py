@@ -19,7 +19,7 @@ from refused import Refused
 PACKAGE = Path(vf.__file__).parent
 # From the ground up; a folder imports only from itself and from those before it.
 ROOMS = ["core", "quant", "model", "merging", "io", "train", "data", "cli"]
-# Modules of version 0.1 that scripts import from; they go with the next version.
+# Modules of version 0.1 that scripts import from; they will be removed in the next version.
 OLD = {"pretrained": "quantize_model", "bnb": "is_bnb_linear"}
 PUBLIC = {name: getattr(vf, name) for name in vf.__all__}
 
@@ -137,6 +137,6 @@ def test_no_pickle():
 @pytest.mark.parametrize("module", OLD)
 def test_an_old_module_says_what_to_use(module):
     sys.modules.pop(f"vera_func.{module}", None)
-    with pytest.warns(DeprecationWarning, match=f"vera_func.{module} goes with the next version: use vera_func"):
+    with pytest.warns(DeprecationWarning, match=f"vera_func.{module} will be removed in the next version: use "):
         imported = importlib.import_module(f"vera_func.{module}")
     assert callable(getattr(imported, OLD[module]))

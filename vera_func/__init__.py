@@ -2,66 +2,66 @@
 
     y = W x + lambda_b * (B (lambda_d * (A x)))
 
-`W` is frozen and may be quantized; `A` and `B` are random, frozen, and shared by all layers and all adapters. An
-adapter is the pair of vectors `lambda_b` (out,) and `lambda_d` (r,) of each layer: data, a flat dict of tensors.
-`help(vf.X)` gives the shapes, errors and an example of each name below.
+`W` is frozen and may be quantized. `A` and `B` are random, frozen, and shared by all layers and all adapters. An
+adapter is a flat dict of tensors, the vectors `lambda_b` (out,) and `lambda_d` (r,) of each layer. For each name below,
+`help(vf.X)` gives the shapes, the errors and an example.
 
 One layer:
     init_projections    draw the shared pair `{"vera_A": (r, in), "vera_B": (out, r)}`, PEFT's draw bit for bit
     init_params         a fresh adapter, `{"lambda_b": (out,), "lambda_d": (r,)}`
     vera_forward        the adapted layer over any `base_fn`
-    delta_weight        the dense update (out, in)
-    dropout_mask        a mask for the input of `A`
+    delta_weight        the dense update of the weight, (out, in)
+    dropout_mask        a random mask for the input of `A`
 
 Quantized weights:
     quantize_4bit, quantize_8bit    a weight as an immutable value, with bitsandbytes' bytes
     Quantized4bit, Quantized8bit    these values; pytrees
-    dequantize          the dense weight of a value
-    quantized_linear    the product with `x`, under every transform
+    dequantize          the dense weight of such a value
+    quantized_linear    the linear layer with such a weight, under every transform
     validate            check a value that was made by hand
-    from_bnb, to_bnb    bitsandbytes' modules to values, and back
+    from_bnb, to_bnb    convert bitsandbytes' modules to values, and back
 
 A model:
-    VeraConfig          what is adapted; PEFT's fields
-    adapt               a model and a configuration to `(apply, params, frozen, config)`
-    Adapted, Apply      this tuple, and the model as a pure function
+    VeraConfig          the layers to adapt, and how; the fields are PEFT's
+    adapt               make `(apply, params, frozen, config)` from a model and a configuration
+    Adapted, Apply      the type of this tuple, and that of `apply`, which is the model as a pure function
     to_module           the adapted model as an `nn.Module`, for Trainer and activation checkpointing
     quantize_model      a copy of a model with quantized linear layers
-    dequantize_model    a copy of a model with dense ones
-    num_parameters      trainable and total parameters
+    dequantize_model    a copy of a model with dense linear layers
+    num_parameters      the numbers of trainable and of all parameters
     Linear, Linear4bit, Linear8bitLt    one adapted layer as a module
 
 Many adapters:
-    stack_adapters, unstack_adapters    adapters to one dict with a leading axis (n,), and back
-    select_adapters     an adapter, or a weighted sum of several, for each row of a batch
-    vmap_adapters       all adapters on one batch, in one forward
-    pool_adapters       adapters of different rank, targets and projections as one stack
-    scale_adapter, add_adapters         arithmetic that stays an adapter
-    fold_magnitude      DVoRA adapters for inference: row norms computed once
+    stack_adapters, unstack_adapters    combine adapters in one dict with a leading axis (n,), and split it again
+    select_adapters     select an adapter, or a weighted sum of several, for each row of a batch
+    vmap_adapters       run all adapters on one batch, in one forward pass
+    pool_adapters       combine adapters of different rank, targets and projections in one stack
+    scale_adapter, add_adapters         arithmetic whose result is an adapter again
+    fold_magnitude      prepare DVoRA adapters for inference: compute their row norms once
 
 Training:
-    grad, value_and_grad    gradients of pure functions, as `torch.func.grad` at the cost of plain autograd
-    next_token_loss     loss of a language model for each row, with the head in chunks and only where there are labels
+    grad, value_and_grad    gradients of pure functions: `torch.func.grad`, but as fast as plain autograd
+    next_token_loss     loss of a language model for each row; multiplies by the output head only where labels are
     sequence_logprobs   log-probability of each row's labels
-    dpo_loss            loss of pairs of a better and a worse answer (direct preference optimization)
-    fit, Fit            a training loop for one adapter or many, and its state as a value
-    save_fit, load_fit  checkpoints of it
+    dpo_loss            loss for pairs of a better and a worse answer (direct preference optimization)
+    fit, Fit            a training loop for one adapter or many, and the state of such a loop
+    save_fit, load_fit  write and read this state as a checkpoint
     per_example_grads   the gradient of each example, from one backward pass
-    clip_per_example, private_step    differentially private training: clipping by example, and noise
+    clip_per_example, private_step    differentially private training: clip per-example gradients, and add noise
     evolve              training without gradients, by evolution strategies over a stack
 
 Merging:
-    merge_quantized, merge_dense, merge_calibrated    one layer's update in its weight
+    merge_quantized, merge_dense, merge_calibrated    merge the update of one layer into its weight
     merge_report, MergeReport    how much of the update a merged weight retains
-    merge               a plain model with the adapter in its weights
+    merge               a plain model with the adapter merged into its weights
     model_merge_report  `merge_report` for each layer of a model
 
 Files:
-    save_adapter, load_adapter   PEFT's directories, both ways
-    from_peft           the adapter of a live `peft.PeftModel`, without files
-    export_lora         the same update as a PEFT LoRA directory, exactly
-    save_bank, open_bank, Bank   many adapters in one file
-    save_quantized, load_quantized    a quantized model as one file, which loads without being quantized again
+    save_adapter, load_adapter   write and read PEFT's adapter directories
+    from_peft           convert the adapter of a `peft.PeftModel` in memory
+    export_lora         write exactly the same update as a PEFT LoRA directory
+    save_bank, open_bank, Bank   write and read many adapters in one file
+    save_quantized, load_quantized    write and read a quantized model, so that it need not be quantized again
 
 In submodules: `vera_func.train.optim` (AdamW and schedules as pure functions), `vera_func.train.sweep` (grids),
 `vera_func.train.privacy` (accounting, Poisson batches), `vera_func.train.influence` (TracIn, inverse Fisher),
@@ -115,7 +115,8 @@ if TYPE_CHECKING:
     from .train.privacy import clip_per_example, private_step
     from .train.run import Fit, load_fit, save_fit
 
-# Public names by the module that defines them; imported when they are first used, so that `import vera_func` is light.
+# The public names of each module. A module is imported when one of its names is first used, so that importing
+# `vera_func` is cheap.
 _MODULES = {
     "core.projection": ("init_projections",),
     "core.adapter": ("init_params", "vera_forward", "delta_weight", "dropout_mask"),
@@ -150,10 +151,10 @@ _MODULES = {
     "io.quantized": ("save_quantized", "load_quantized"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-# Names of version 0.1 that are gone, and what stands in their place.
+# Names of version 0.1 that were removed, and their replacements.
 _RENAMED = {
     "merge_reports": "vf.model_merge_report(adapted)",
-    "merge_advice": "vf.model_merge_report(adapted), whose figures it judged; the command line prints a judgement",
+    "merge_advice": "vf.model_merge_report(adapted), which returns the figures; the command line also judges them",
     "layer_grams": "vera_func.merging.second_moments.second_moments",
     "calibrated_weights": "vera_func.merging.second_moments.calibrate_weights(adapted, moments)",
     "merge_stochastic": "vera_func.merging.layer.merge_stochastic",
@@ -190,7 +191,10 @@ def __dir__() -> list[str]:
 
 
 def _register_quantized_weights() -> None:
-    """Register them with `torch.load` and as pytrees, unless torch is not in use, as by the command's help."""
+    """Register quantized weights with `torch.load` and as pytrees.
+
+    If torch is not imported yet, skip this: `vera-func --help` runs without torch.
+    """
     if "torch" in sys.modules:
         import_module(f"{__name__}.quant.value")
 

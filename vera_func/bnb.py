@@ -1,8 +1,10 @@
-"""Where version 0.1 had `is_bnb_linear`; it is in `vera_func.quant.bnb`. This module goes with the next version."""
+"""Deprecated: import from `vera_func.quant.bnb`. This module of version 0.1 will be removed in the next version."""
 
 import warnings
 
 from .quant.bnb import from_bnb as from_bnb, is_bnb_linear as is_bnb_linear, to_bnb as to_bnb
 
 
-warnings.warn("vera_func.bnb goes with the next version: use vera_func.quant.bnb.", DeprecationWarning, stacklevel=2)
+warnings.warn(
+    "vera_func.bnb will be removed in the next version: use vera_func.quant.bnb.", DeprecationWarning, stacklevel=2
+)

@@ -1,4 +1,4 @@
-"""Where version 0.1 had `quantize_model`; use `vera_func.quantize_model`. This module goes with the next version."""
+"""Deprecated: use `vera_func.quantize_model`. This module of version 0.1 will be removed in the next version."""
 
 import warnings
 
@@ -6,5 +6,7 @@ from .model.convert import quantize_model as quantize_model
 
 
 warnings.warn(
-    "vera_func.pretrained goes with the next version: use vera_func.quantize_model.", DeprecationWarning, stacklevel=2
+    "vera_func.pretrained will be removed in the next version: use vera_func.quantize_model.",
+    DeprecationWarning,
+    stacklevel=2,
 )

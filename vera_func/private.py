@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 def register_pytree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], unflatten: Callable[..., Any]) -> None:
-    """Make a class a pytree node for torch's transforms.
+    """Make a class a pytree node of torch.
 
     torch has no public registration that preserves static fields: `register_dataclass(drop_field_names=...)` resets
     them.
@@ -27,16 +27,16 @@ def register_pytree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], 
 
 
 def register_optree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], unflatten: Callable[..., Any]) -> None:
-    """Make a class a pytree node for optree, which torchopt and others use, if it is installed.
+    """Make a class a pytree node of optree, if optree is installed. torchopt and other libraries use it.
 
-    The global namespace, which all of them share, has a private name only.
+    These libraries share only the global namespace, which has no public name.
     """
     try:
         import optree
     except ImportError:
         return
 
-    def rebuild(spec: Any, leaves: Any) -> Any:  # optree passes them in the other order
+    def rebuild(spec: Any, leaves: Any) -> Any:  # optree passes these arguments in the opposite order
         return unflatten(leaves, spec)
 
     namespace: Any = optree.registry.__GLOBAL_NAMESPACE
@@ -51,28 +51,28 @@ def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def tree_leaves(tree: Any) -> list[Any]:
-    """The leaves of a pytree."""
+    """Return the leaves of a pytree."""
     from torch.utils import _pytree
 
     return _pytree.tree_leaves(tree)
 
 
 def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
-    """The leaves of a pytree and its structure."""
+    """Return the leaves of a pytree and its structure."""
     from torch.utils import _pytree
 
     return _pytree.tree_flatten(tree)
 
 
 def tree_unflatten(leaves: list[Any], spec: Any) -> Any:
-    """The pytree with a given structure and leaves."""
+    """Return the pytree with a given structure and leaves."""
     from torch.utils import _pytree
 
     return _pytree.tree_unflatten(leaves, spec)
 
 
 def tree_flatten_with_path(tree: Any) -> list[tuple[str, Any]]:
-    """The leaves of a pytree, each with its path as an expression such as `['logits']`.
+    """Return the leaves of a pytree, each with its path as an expression such as `['logits']`.
 
     Raises:
         ValueError: If a class in the pytree was registered without the names of its fields.
@@ -83,9 +83,9 @@ def tree_flatten_with_path(tree: Any) -> list[tuple[str, Any]]:
 
 
 def watch_operations(run: Callable[[str, Callable[..., Any], tuple, dict[str, Any]], Any]) -> AbstractContextManager:
-    """A context in which `run(name, operation, args, kwargs)` replaces every tensor operation below autograd.
+    """Return a context in which `run(name, operation, args, kwargs)` replaces each tensor operation below autograd.
 
-    The class is documented only in torch's notes.
+    The base class, `TorchDispatchMode`, is documented only in torch's notes.
     """
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -100,10 +100,10 @@ def watch_operations(run: Callable[[str, Callable[..., Any], tuple, dict[str, An
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """A context in which tensors have shapes but no data, so that a model runs without memory and arithmetic.
+    """Enter a context in which tensors have shapes but no data, so that a model runs without memory and arithmetic.
 
-    The compiler uses this mode; it has no public name. An unsupported operation raises, and torch also logs it; the log
-    messages of this thread are suppressed.
+    torch's compiler uses this mode, which has no public name. An unsupported operation raises an error, which torch
+    also logs. Log messages of this thread are suppressed.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -128,14 +128,14 @@ def clear_hooks(module: nn.Module) -> None:
 
 
 def viewed_tensor(x: Tensor) -> Tensor | None:
-    """The base tensor if `x` is a view, else None."""
+    """Return the tensor that `x` is a view of, or None if `x` is not a view."""
     return x._base
 
 
 def keep_signature(function: type) -> type:
     """Store the signature of an autograd Function's `forward` with it.
 
-    torch binds the arguments of every call through `inspect.signature`, which otherwise derives it each time.
+    torch binds the arguments of every call with `inspect.signature`, which would derive the signature each time.
     """
     import inspect
 
@@ -158,17 +158,17 @@ def apply_function(function: Any, *args: Any) -> Any:
 
 
 def unwrap(x: Tensor) -> Tensor:
-    """The tensor inside the wrappers of `torch.func`'s transforms; outside of transforms, `x` itself.
+    """Return the tensor inside the wrappers of `torch.func`'s transforms; outside of transforms, `x` itself.
 
-    Only the innermost tensor has a valid version counter. If it is `x` itself, no transform has wrapped `x`.
+    Only the innermost tensor has a valid version counter. If the result is `x` itself, no transform has wrapped `x`.
     """
     return torch.func.debug_unwrap(x)
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether the values of a tensor can be read now: not in `torch.compile`, on meta or fake tensors, or under vmap.
+    """Whether the values of a tensor can be read now: not under `torch.compile` or vmap, nor of meta or fake tensors.
 
-    Fake tensors have no public name.
+    The class of fake tensors has no public name.
     """
     if torch.compiler.is_compiling() or unwrap(x) is not x or x.is_meta:
         return False
@@ -178,9 +178,10 @@ def has_values(x: Tensor) -> bool:
 
 
 def graph_task() -> int:
-    """The id of the backward pass that runs on this thread; -1 if there is none.
+    """Return the id of the backward pass that runs on this thread, or -1 if there is none.
 
-    It is the only way to detect that activation checkpointing recomputes a layer; torch's own checkpointing uses it.
+    This id is the only way to detect that activation checkpointing recomputes a layer. torch's own checkpointing uses
+    it too.
     """
     return torch._C._current_graph_task_id()
 
@@ -204,10 +205,11 @@ def in_transform() -> bool:
 
 
 def skip_fused_encoder_path(module: nn.Module) -> None:
-    """Make an `nn.TransformerEncoderLayer` call its linear layers, on ordinary tensors.
+    """Make an `nn.TransformerEncoderLayer` call its linear layers, and an `nn.TransformerEncoder` avoid nested tensors.
 
-    Its fused inference path reads their weights, and would pass over adapters. No public switch turns it off for one
-    module. With a padding mask, the encoder around it would give them nested tensors.
+    The layer has a fused inference path, which reads the weights of its linear layers without calling them, and would
+    ignore adapters. No public switch turns this path off for one module. The encoder makes nested tensors for this path
+    if there is a padding mask.
     """
     if isinstance(module, nn.TransformerEncoderLayer):
         module.activation_relu_or_gelu = 0
@@ -261,7 +263,7 @@ def bnb_ops() -> Any:
 
 
 def bnb_levels(quant_type: str, device: torch.device) -> Tensor:
-    """The 16 levels of a 4-bit format, (16,) float32; publicly available only as a part of a quantization state."""
+    """Return the levels of a 4-bit format, (16,) float32. The public API has them only in a quantization state."""
     return bitsandbytes().functional.get_4bit_type(quant_type, device=device)
 
 
@@ -271,7 +273,7 @@ def bnb_has_avx512bf16() -> bool:
 
 
 def float32_modules(model: nn.Module) -> tuple[str, ...]:
-    """Endings of the names of modules that a transformers model keeps in float32, such as T5's `wo`.
+    """Return endings of the names of modules that a transformers model keeps in float32, such as T5's `wo`.
 
     The model's forward uses the dtype of these weights, so they can't be quantized.
     """
@@ -291,18 +293,18 @@ def forget_quantization(model: Any) -> None:
 
 
 def wrapped_module(module: nn.Module) -> nn.Module | None:
-    """The module wrapped by `torch.compile`, `DataParallel` or `DistributedDataParallel`, or None.
+    """Return the module that `torch.compile`, `DataParallel` or `DistributedDataParallel` has wrapped, or None.
 
     The class of compiled modules has no public name, and stores the module in a private attribute.
     """
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return module.module
-    dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled before it is imported
+    dynamo = sys.modules.get("torch._dynamo")  # not imported if nothing was compiled
     return module._orig_mod if dynamo is not None and isinstance(module, dynamo.OptimizedModule) else None
 
 
 def peft_part(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """The first PEFT module of a model, with its name; None if there is none.
+    """Return the first PEFT module of a model, with its name, or None if there is none.
 
     The base classes of PEFT's tuners and layers are not exported by `peft`.
     """
@@ -314,7 +316,7 @@ def peft_part(model: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def offload_hook(module: nn.Module) -> Any:
-    """accelerate's hook that loads the offloaded weights of a module; None if there is none.
+    """Return accelerate's hook that loads the offloaded weights of a module, or None if there is none.
 
     The hook has the attributes `execution_device` and `weights_map`. accelerate has no public function to find it.
     """

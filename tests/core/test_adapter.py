@@ -135,7 +135,7 @@ class TestMixtures:
     def test_shapes_that_do_not_fit_raise(self):
         params, frozen, _, x, base_fn = self.mixture(4)
         for change, message in (
-            ({"mixture": params["mixture"][:, :2]}, r"mixture \(4, 2\) must be \(\*rows, k\)"),
+            ({"mixture": params["mixture"][:, :2]}, r"mixture \(4, 2\), .* must have shapes \(\*rows, k\)"),
             ({"mixture": params["mixture"][0]}, r"mixture \(3,\)"),
             ({"lambda_b": params["lambda_b"][:, 0]}, r"lambda_b \(4, 13\)"),
             ({"lambda_d": params["lambda_d"][0]}, r"lambda_d \(3, 5\)"),
@@ -433,28 +433,28 @@ bad("vera_forward", "None for a vector", lambda _: forward({"lambda_d": None}), 
 bad("vera_forward", "a list", lambda _: forward({"lambda_d": [1.0] * 4}), "lambda_d must be a .*, got list")
 bad("vera_forward", "integers", lambda _: forward({"lambda_d": ones(4).long()}), "lambda_d .*got torch.int64")
 bad("vera_forward", "complex", lambda _: forward({"lambda_b": ones(32) + 0j}), "lambda_b .*got torch.complex64")
-bad("vera_forward", "a scalar vector", lambda _: forward({"lambda_d": ones(())}), r"lambda_d \(\) must be")
+bad("vera_forward", "a scalar vector", lambda _: forward({"lambda_d": ones(())}), r"lambda_d \(\) must have")
 bad("vera_forward", "another rank", lambda _: forward({"lambda_d": ones(5)}), r"implies rank 5, but vera_A \(4, 64\)")
 bad("vera_forward", "one lambda_b for all", lambda _: forward({"lambda_b": ones(1)}), r"is for 1 outputs.*\(3, 32\)")
 bad("vera_forward", "lambda_b too short", lambda _: forward({"lambda_b": ones(31)}), "is for 31 outputs")
-bad("vera_forward", "a base of one output", lambda _: forward(base=lambda x: x[..., :1]), r"base_fn\(x\) is \(3, 1\)")
-bad("vera_forward", "half a mixture", lambda _: forward({"mixture": ones(2)}), r"mixture \(2,\) must be \(\*rows, k\)")
+bad("vera_forward", "a base of one output", lambda _: forward(base=lambda x: x[..., :1]), r"has shape \(3, 1\)")
+bad("vera_forward", "half a mixture", lambda _: forward({"mixture": ones(2)}), r"mixture \(2,\), .* must have")
 bad("vera_forward", "half the pair", lambda _: forward(frozen={"vera_A": ones(4, 64)}), r"frozen lacks \['vera_B'\]")
-bad("vera_forward", "a flat A", lambda _: forward(frozen=PAIR | {"vera_A": ones(4)}), r"vera_A \(4,\) .*must be")
+bad("vera_forward", "a flat A", lambda _: forward(frozen=PAIR | {"vera_A": ones(4)}), r"vera_A \(4,\) .*must have")
 bad("vera_forward", "a stack of A", lambda _: forward(frozen=PAIR | {"vera_A": ones(4, 64, 1)}), r"\(4, 64, 1\)")
 bad("vera_forward", "a narrow A", lambda _: forward(frozen=vf.init_projections(4, 63, 32)), "layer is 64 -> 32, but")
 bad(
     "vera_forward", "no data", lambda _: forward(frozen={k: v.to("meta") for k, v in PAIR.items()}),
-    "are on meta and meta, but lambda_b and lambda_d on cpu",
+    "are on meta and meta, but lambda_b and lambda_d are on cpu",
 )  # fmt: skip
 bad("vera_forward", "a scalar x", lambda _: forward(x=ones(())), r"x must be a floating-point tensor .*got \(\)")
 bad("vera_forward", "x of integers", lambda _: forward(x=X.long()), r"got \(3, 64\) torch.int64")
 bad("vera_forward", "x as a list", lambda _: forward(x=[1.0] * 64), "got list")
-bad("vera_forward", "x without features", lambda _: forward(x=ones(3, 0)), "positive in, here 0")
+bad("vera_forward", "x without features", lambda _: forward(x=ones(3, 0)), "positive in, got in = 0")
 bad("vera_forward", "a mask for others", lambda _: forward(mask=ones(5)), r"dropout_mask \(5,\) does not broadcast")
 
 for size in (0, -1):
-    bad("delta_weight", f"in={size}", lambda _, n=size: vf.delta_weight(LAYER, PAIR, n), f"positive in, here {size}")
+    bad("delta_weight", f"in={size}", lambda _, n=size: vf.delta_weight(LAYER, PAIR, n), f"got in = {size}")
 
 bad("delta_weight", "in of 65", lambda _: vf.delta_weight(LAYER, PAIR, 65), "were drawn for at most 64 -> 32")
 bad("delta_weight", "no lambda_d", lambda _: vf.delta_weight({"lambda_b": ones(32)}, PAIR, 64), r"got \['lambda_b'\]")

@@ -305,21 +305,21 @@ def weighted(weight):
 
 for what, call, message in (
     ("a magnitude and an output scale", forward(DORA | {"output_scale": ones(32)}), "keys 'lambda_b' and 'lambda_d'"),
-    ("a magnitude of another layer", forward(LAYER | {"magnitude": ones(31)}), r"magnitude \(31,\) must be \(\*rows"),
-    ("an output scale of another layer", forward(LAYER | {"output_scale": ones(1)}), "must end in the 32 outputs"),
+    ("a magnitude of another layer", forward(LAYER | {"magnitude": ones(31)}), r"magnitude \(31,\) must have shape"),
+    ("an output scale of another layer", forward(LAYER | {"output_scale": ones(1)}), "the layer has 32 outputs"),
     ("integers as a magnitude", forward(LAYER | {"magnitude": ones(32).int()}), "magnitude must be a floating"),
     ("statistics of another layer", forward(DORA, PAIR | norm_statistics(ones(31, 64), PAIR)), "square_norm': .31,"),
     ("a part of the statistics", forward(DORA, PAIR | {"C": ones(32, 4)}), r"lacks \['G', 'square_norm'\]; pass"),
     ("magnitudes of other rows", forward(ROWS | {"magnitude": ones(2, 32)}), "the leading axes of .* do not match"),
-    ("a sum with magnitudes", forward(ROWS | {"magnitude": ones(3, 32), "mixture": ones(3)}), "needs folded params"),
+    ("a sum with magnitudes", forward(ROWS | {"magnitude": ones(3, 32), "mixture": ones(3)}), "fold them first"),
 ):
     bad("vera_forward", what, call, message)
-bad("delta_weight", "no weight", lambda _: vf.delta_weight(DORA, PAIR, 64), r"weight=\(32, 64\), got None")
+bad("delta_weight", "no weight", lambda _: vf.delta_weight(DORA, PAIR, 64), r"a weight of shape \(32, 64\), got None")
 bad("delta_weight", "another weight", lambda _: vf.delta_weight(DORA, PAIR, 64, ones(32, 63)), r"got \(32, 63\)")
 bad("init_params", "another weight", weighted(ones(31, 64)), r"\(32, in\), got \(31, 64\)")
 bad("init_params", "a quantized weight", weighted(vf.quantize_8bit(ones(32, 64))), "got Quantized8bit; dequantize")
 bad("norm_statistics", "a number", lambda _: norm_statistics(1.0, PAIR), "got float; dequantize")
-bad("norm_statistics", "a wider layer", lambda _: norm_statistics(ones(32, 99), PAIR), r"vera_A must be \(r, >= 99\)")
+bad("norm_statistics", "a wider layer", lambda _: norm_statistics(ones(32, 99), PAIR), r"have shape \(r, >= 99\)")
 bad("norm_statistics", "no projections", lambda _: norm_statistics(ones(32, 64), {}), "got nothing")
 bad("fold_layer", "VeRA", lambda _: fold_layer(LAYER, COMPLETE), "must have the keys .*'magnitude'")
 

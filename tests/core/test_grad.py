@@ -344,23 +344,23 @@ total = lambda *args: args[0].sum()
 
 for name in ("grad", "value_and_grad"):
     f = getattr(vf, name)
-    bad(name, "a vector for the value", lambda _, f=f: f(lambda x: x)(X), r"one number.*got shape \(3,\): take the sum")
+    bad(name, "a vector for the value", lambda _, f=f: f(lambda x: x)(X), r"scalar.*got shape \(3,\): take the sum")
     bad(name, "a float for the value", lambda _, f=f: f(lambda x: 1.0)(X), "a tensor of shape .*got float")
     bad(name, "a pair for the value", lambda _, f=f: f(lambda x: (x.sum(), x))(X), "got tuple.*has_aux=True")
     bad(name, "no pair", lambda _, f=f: f(total, has_aux=True)(X), r"must return a pair \(value, aux\), got Tensor")
-    bad(name, "text in aux", lambda _, f=f: f(lambda x: (x.sum(), {"a": "b"}), has_aux=True)(X), "aux .* a str in it")
+    bad(name, "text in aux", lambda _, f=f: f(lambda x: (x.sum(), {"a": "b"}), has_aux=True)(X), "aux .* type str")
     bad(
         name,
         "integers",
         lambda _, f=f: f(total)(X.long()),
-        "must be a pytree of floating-point tensors.*torch.int64 in it",
+        "must be a pytree of floating-point tensors.*type torch.int64",
     )
-    bad(name, "a number", lambda _, f=f: f(total)({"a": 1.0}), "floating-point tensors, got one with a float in it")
+    bad(name, "a number", lambda _, f=f: f(total)({"a": 1.0}), "floating-point tensors, got a leaf of type float")
     bad(
         name,
         "integers under vmap",
         lambda _, f=f: vmap(f(total))(torch.ones(2, 3).long()),
-        "got one with a torch.int64",
+        "got a leaf of type torch.int64",
     )
     for argnums in (1, -2, 0.0, "0", (), (0, 5), [0], None):
         bad(

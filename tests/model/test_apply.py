@@ -380,7 +380,12 @@ bad("Adapted", "a number", lambda _: call({"0.lambda_b": 1.0}), "'0.lambda_b' mu
 bad("Adapted", "integers", lambda _: call({"0.lambda_b": ones(5).long()}), "lambda_b must be .*floating.*torch.int64")
 bad("Adapted", "another layer's key", lambda _: call({"1.lambda_b": ones(5)}), "unknown keys, first '1.lambda_b'")
 bad("Adapted", "a transposed pair", lambda _: call(frozen={k: v.T for k, v in FROZEN.items()}), "implies rank 4, but")
-bad("Adapted", "flat projections", lambda _: call(frozen={k: v.flatten() for k, v in FROZEN.items()}), "must be .r, >=")
+bad(
+    "Adapted",
+    "flat projections",
+    lambda _: call(frozen={k: v.flatten() for k, v in FROZEN.items()}),
+    "have shapes .r, >=",
+)
 bad("Adapted", "another rank", lambda _: call(frozen=vf.init_projections(5, 7, 5)), r"vera_A \(5, 7\)")
 bad("Adapted", "more than the pair", lambda _: call(frozen=FROZEN | {"C": ones(2)}), "keys 'vera_A' and 'vera_B', got")
 bad("Adapted", "a batch of another size", lambda _: call(STACK), r"\(3, 5\) has leading axes \(3,\).*\(2, 7\)")

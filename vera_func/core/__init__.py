@@ -1,1 +1,1 @@
-"""The maths of one adapted layer, on torch alone."""
+"""The maths of one adapted layer; depends on torch only."""

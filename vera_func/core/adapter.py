@@ -3,12 +3,12 @@
     y = base(x) + lambda_b * (B (lambda_d * (A x)))          W' = W + diag(lambda_b) B diag(lambda_d) A
 
 An adapter, `params`, holds the trained vectors: `{"lambda_b": (out,), "lambda_d": (r,)}`. `frozen` holds the
-projections that all adapters share: `{"vera_A": (r, in), "vera_B": (out, r)}`, possibly wider than this layer. The base
-layer is any callable; this module does not depend on quantization or on `nn.Module`.
+projections that all adapters share: `{"vera_A": (r, in), "vera_B": (out, r)}`. They may be wider than this layer. The
+base layer is any callable; this module does not depend on quantization or on `nn.Module`.
 
-Shapes, here and in the whole package: `in` and `out` are the sizes of a layer, `r` the rank, `*batch` the
-leading axes of `x`, and `*rows` leading axes of the vectors, matched with those of `x` from the left: with
-`lambda_b` (rows, out), row `i` of an `x` (rows, in) or (rows, seq, in) goes through adapter `i`.
+Shapes, here and in the whole package: `in` and `out` are the sizes of a layer, `r` is the rank, `*batch` are the
+leading axes of `x`, and `*rows` are leading axes of the vectors. `*rows` are matched with `*batch` from the left: with
+a `lambda_b` of shape (rows, out), row `i` of an `x` of shape (rows, in) or (rows, seq, in) goes through adapter `i`.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ def init_params(
     device: torch.device | str = "cpu",
     weight: Float[Tensor, "out in"] | None = None,
 ) -> dict[str, Tensor]:
-    """Return a fresh adapter, `lambda_b = 0` and `lambda_d = d_initial`: the layer starts equal to its base.
+    """Return a fresh adapter with `lambda_b = 0` and `lambda_d = d_initial`: the adapted layer equals its base.
 
     Args:
         r: Rank of the projections that the adapter will be used with.
@@ -45,15 +45,15 @@ def init_params(
         d_initial: Value of every entry of `lambda_d`; the paper recommends at most 0.1 (its table 6c).
         dtype: Dtype of both vectors, and therefore of the arithmetic of the update.
         device: Device of both vectors.
-        weight: The dense base weight of a DVoRA adapter, whose row norms are the initial magnitude, in float32 or
-            wider. None for VeRA.
+        weight: The dense base weight, for a DVoRA adapter. Its row norms, in float32 or wider, are the initial
+            magnitude. None for VeRA.
 
     Returns:
-        `{"lambda_b": (out,), "lambda_d": (r,)}`, for DVoRA with `"magnitude"` (out,).
+        `{"lambda_b": (out,), "lambda_d": (r,)}`; for DVoRA also `"magnitude"` of shape (out,).
 
     Raises:
-        ValueError: If `r` or `out_features` is not a positive integer, `d_initial` not finite, the dtype not a
-            floating-point one, or the weight not (out, in).
+        ValueError: If `r` or `out_features` is not a positive integer, `d_initial` is not finite, the dtype is not a
+            floating-point dtype, or the weight does not have shape (out, in).
 
     Example:
         >>> init_params(2, 3)
@@ -73,7 +73,9 @@ def init_params(
         return params
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] != out_features:
         what = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-        raise ValueError(f"weight must be a dense ({out_features}, in), got {what}; dequantize(q) returns one.")
+        raise ValueError(
+            f"weight must be a dense tensor of shape ({out_features}, in), got {what}; dequantize(q) returns one."
+        )
     magnitude = row_norms(weight.detach().to(torch.promote_types(dtype, weight.dtype)))
     return params | {MAGNITUDE: magnitude.to(device)}
 
@@ -89,48 +91,51 @@ def vera_forward(
     bias: Float[Tensor, "*rows out"] | None = None,
     differentiate_norm: bool = False,
 ) -> Float[Tensor, "*batch out"]:
-    """The adapted layer: `base_fn(x) + lambda_b * (B (lambda_d * (A x)))`.
+    """Apply an adapted layer: `base_fn(x) + lambda_b * (B (lambda_d * (A x)))`.
 
-    Costs `r (in + out)` multiply-adds per row of `x` on top of the base; the (out, in) update is never formed.
-    Saved for backward is `A x`, r values per row; the backward pass multiplies by `B` once more.
-    Products and sum are computed in the vectors' dtype and cast once, to the base output's dtype and
-    then to that of `x`: PEFT's arithmetic.
+    This costs `r (in + out)` multiply-adds per row of `x` in addition to the base. The (out, in) update is never
+    formed. `A x`, r values per row, is saved for backward, and the backward pass multiplies by `B` once more.
+    As in PEFT, the products and the sum are computed in the vectors' dtype. Only the result is cast, to the dtype of
+    the base's output and then to that of `x`.
 
-    With `product_dtype`, the arithmetic is PEFT's under `torch.autocast`. `A x` and `B h`, with `h = lambda_d * (A x)`,
-    multiply 16-bit factors. Products of such factors are exact in float32, in which they are summed; each sum is then
-    rounded to 16 bits. Everything else stays in the vectors' dtype. Let u be 2^-8 in bfloat16 and 2^-11 in float16, and
+    With `product_dtype`, the arithmetic is that of PEFT under `torch.autocast`. `A x` and `B h`, with
+    `h = lambda_d * (A x)`, are products of 16-bit factors. They are summed in float32, where a product of two 16-bit
+    numbers is exact, and each sum is rounded to 16 bits. Everything else stays in the vectors' dtype. Let u be 2^-8 in
+    bfloat16 and 2^-11 in float16, and
 
         M = |lambda_b| * (|B| (|lambda_d| * (|A| |x|)))    (elementwise absolute values)
 
-    Rounding `A x`, `h` and `B h` changes the update by at most 3 u M, to first order in u. Where `A`, `B` or `x` is
-    not representable in 16 bits, it is rounded as well, which adds u M for each: 6 u M in total. They are representable
-    over a dense base of this dtype, and where a 4-bit layer computes in it (PEFT's draw is rounded there). Over weights
-    quantized from float32, 8-bit weights, a float32 `compute_dtype` and with stored float32 projections, they are not.
-    Summation in float32 adds (in + r) 2^-24 M, with or without `product_dtype`. These are bounds: roundings are
-    independent, and the error of the update's norm is about 0.7 u, or 1 u with rounded factors. Gradients of the
-    vectors have the same bounds, with the sums of their own absolute values in place of M.
+    Rounding `A x`, `h` and `B h` changes the update by at most 3 u M, to first order in u. `A`, `B` and `x` are rounded
+    as well if they are not representable in 16 bits. This adds u M for each of the three, 6 u M in total. They are
+    representable over a dense base of this dtype, and over a 4-bit layer with this compute dtype (for which PEFT rounds
+    the projections). They are not representable over weights quantized from float32, over 8-bit weights, with a float32
+    `compute_dtype`, or with projections stored in float32. Summation in float32 adds (in + r) 2^-24 M, with or without
+    `product_dtype`. All these are upper bounds. Roundings are independent, and the relative error of the update, in
+    norm, is about 0.7 u, or 1 u with rounded factors. Gradients of the vectors have bounds of the same form, in which M
+    is the sum of absolute values for that gradient.
 
     Args:
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`. Leading axes are matched with those
-            of `x` from the left, for each vector separately. With `"mixture"` (*rows, k), the vectors are
-            (*rows, k, ...), and a row gets the sum of its `k` updates with these weights. With `"magnitude"`
-            (*rows, out), or `"output_scale"` in its place (`dora.fold_layer`), the layer is DVoRA; see `dora`.
-        frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`; the first columns and rows are used. A magnitude needs
-            the row norms of the base's weight as well, from `dora.norm_statistics`. Without these, each call computes
-            the weight as `base_fn(identity)`, in `in` rows.
+            of `x` from the left, for each vector separately. With a `"mixture"` of shape (*rows, k), the vectors have
+            shape (*rows, k, ...), and each row gets the sum of its `k` updates with these weights. With a `"magnitude"`
+            of shape (*rows, out), or the `"output_scale"` that `dora.fold_layer` puts in its place, the layer is DVoRA.
+        frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`; the first `in` columns and `out` rows are used. For a
+            magnitude, it should also have the statistics from `dora.norm_statistics`. If it has none, each call
+            computes the base weight as `base_fn(identity)`, a product with `in` rows.
         x: Input rows.
         base_fn: The frozen layer, `(*batch, in) -> (*batch, out)`.
-        dropout_mask: Multiplies the input of `A` (not of the base) and broadcasts to the shape of `x`;
-            see `dropout_mask`. None drops nothing.
-        product_dtype: `torch.bfloat16` or `torch.float16` multiplies by `A` and `B` in 16 bits; products above 65,504
-            overflow in float16. None multiplies in the vectors' dtype.
-        bias: The bias that `base_fn` adds, if any, which DVoRA does not scale. Not used without a magnitude.
-        differentiate_norm: Whether the norm of DVoRA is differentiated, or a constant as in the paper.
+        dropout_mask: Mask by which the input of `A` is multiplied, but not the input of the base. It must broadcast to
+            the shape of `x`; see the function `dropout_mask`. None means no dropout.
+        product_dtype: Dtype of the products with `A` and `B`: `torch.bfloat16`, or `torch.float16`, in which results
+            above 65,504 overflow. None means the vectors' dtype.
+        bias: The bias that `base_fn` adds, if any. DVoRA does not scale it. Ignored for VeRA.
+        differentiate_norm: Whether to differentiate through the norm of DVoRA. False treats the norm as a constant, as
+            in the paper.
 
     Raises:
-        ValueError: If leading axes cannot be matched (both shapes are named), if `frozen` has another
-            rank or is too narrow, if the mask does not broadcast to `x`, if the base gives another size than `out`,
-            if a key is missing, a tensor has an integer dtype, or `product_dtype` is another dtype.
+        ValueError: If leading axes cannot be matched, if `frozen` has another rank or is too narrow, if the mask does
+            not broadcast to `x`, if the last axis of the base's output does not have the size `out`, if a key is
+            missing, if a tensor has an integer dtype, or if `product_dtype` is any other dtype.
 
     Example:
         >>> import torch
@@ -154,19 +159,21 @@ def delta_weight(
     in_features: int,
     weight: Float[Tensor, "out in"] | None = None,
 ) -> Float[Tensor, "*rows out in"]:
-    """The dense update `diag(lambda_b) B diag(lambda_d) A`, in the vectors' dtype.
+    """Return the dense update `diag(lambda_b) B diag(lambda_d) A`, in the vectors' dtype.
 
-    Costs `r out in` multiply-adds and an (out, in) tensor: use it for merging and inspection, not in the forward pass.
+    This costs `r out in` multiply-adds and the memory of an (out, in) tensor. Use it for merging and inspection, not in
+    the forward pass.
 
     Args:
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`.
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         in_features: Input size of the layer, which `params` does not determine.
-        weight: The dense base weight, on which the update of DVoRA depends: `m (W + ΔW) / ‖W + ΔW‖ - W`, with rows
-            divided by their norms. Not used without a magnitude.
+        weight: The dense base weight W, for DVoRA, whose update is `m (W + ΔW) / ‖W + ΔW‖ - W` with the norm of each
+            row. Ignored for VeRA.
 
     Raises:
-        ValueError: If the projections have another rank or are too narrow, or a magnitude is given without a weight.
+        ValueError: If the projections have another rank than the vectors or are too narrow, or if a weight is needed
+            and missing.
 
     Example:
         >>> import torch
@@ -187,7 +194,8 @@ def delta_weight(
     if weight is None or tuple(weight.shape) != tuple(delta.shape[-2:]):
         what = None if weight is None else tuple(weight.shape)
         raise ValueError(
-            f"the update of DVoRA depends on the base weight: pass weight={tuple(delta.shape[-2:])}, got {what}."
+            "the update of a DVoRA adapter depends on the base weight: pass a weight of shape "
+            f"{tuple(delta.shape[-2:])}, got {what}."
         )
     return rescaled_delta(delta, params, weight.to(torch.promote_types(delta.dtype, weight.dtype)))
 
@@ -199,13 +207,13 @@ def dropout_mask(
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """A dropout mask: 0 with probability `p`, else `1 / (1 - p)`, on the generator's device.
+    """Draw a dropout mask on the generator's device: entries are 0 with probability `p`, else `1 / (1 - p)`.
 
     Under `torch.func.vmap(..., randomness="different")` each adapter draws its own mask.
 
     Args:
         p: Probability of a zero, 0 <= p < 1.
-        shape: Shape of the mask, that of the layer's input.
+        shape: Shape of the mask: that of the layer's input.
         generator: Source of randomness; there is no default.
         dtype: Dtype of the mask.
 
@@ -236,7 +244,7 @@ def forward(
     bias: Tensor | None = None,
     differentiate_norm: bool = False,
 ) -> Float[Tensor, "*batch out"]:
-    """`vera_forward` with another way to compute `A x`, such as `SharedProduct`; not called with a dropout mask."""
+    """Compute `vera_forward` with `A x` from `project`, such as a `SharedProduct`; a dropout mask bypasses it."""
     lambda_b, lambda_d, mixture = _vectors(params)
     require_rows_of_floats(x)
     if MAGNITUDE in params:
@@ -246,9 +254,9 @@ def forward(
     if A.is_meta and not x.is_meta:
         raise ValueError(f"the adapter is on the meta device and has no data, but x is on {x.device}.")
     base = base_fn(contiguous_rows(x))
-    if base.shape[-1] != lambda_b.shape[-1]:  # one of them could be 1, and broadcast
+    if base.shape[-1] != lambda_b.shape[-1]:  # if one of these sizes is 1, the sum would broadcast
         raise ValueError(
-            f"lambda_b {tuple(lambda_b.shape)} is for {lambda_b.shape[-1]} outputs, but base_fn(x) is "
+            f"lambda_b {tuple(lambda_b.shape)} is for {lambda_b.shape[-1]} outputs, but base_fn(x) has shape "
             f"{tuple(base.shape)}."
         )
     dtype = base.dtype
@@ -271,7 +279,7 @@ def forward(
 def _with_statistics(
     frozen: Mapping[str, Tensor], x: Tensor, base_fn: BaseFn, bias: Tensor | None
 ) -> Mapping[str, Tensor]:
-    """`frozen` with the norm statistics of the layer, which are computed if they are missing."""
+    """Return `frozen` with the norm statistics of the layer, and compute these if they are missing."""
     if any(name in frozen for name in STATISTICS):
         return frozen
     transposed = base_fn(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
@@ -293,13 +301,13 @@ def _vectors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | Non
             raise ValueError(f"{name} must be a floating-point tensor, got {what}.")
     if lambda_b.dim() < 1 or lambda_d.dim() < 1:
         raise ValueError(
-            f"lambda_b {tuple(lambda_b.shape)} and lambda_d {tuple(lambda_d.shape)} must be (*rows, out) and "
-            "(*rows, r)."
+            f"lambda_b {tuple(lambda_b.shape)} and lambda_d {tuple(lambda_d.shape)} must have shapes "
+            "(*rows, out) and (*rows, r)."
         )
     if mixture is not None and not mixture.shape == lambda_b.shape[:-1] == lambda_d.shape[:-1]:
         raise ValueError(
-            f"mixture {tuple(mixture.shape)} must be (*rows, k), and lambda_b {tuple(lambda_b.shape)} and lambda_d "
-            f"{tuple(lambda_d.shape)} (*rows, k, out) and (*rows, k, r)."
+            f"mixture {tuple(mixture.shape)}, lambda_b {tuple(lambda_b.shape)} and lambda_d {tuple(lambda_d.shape)} "
+            "must have shapes (*rows, k), (*rows, k, out) and (*rows, k, r)."
         )
     return lambda_b, lambda_d, mixture
 
@@ -311,7 +319,7 @@ def _projections(
     in_features: int,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The slices of the shared pair that this layer uses, in the vectors' dtype or another one."""
+    """Return the slices of the projections that this layer uses, in `dtype`, by default the vectors' dtype."""
     missing = {"vera_A", "vera_B"} - frozen.keys()
     if missing:
         raise ValueError(f"frozen lacks {sorted(missing)}; init_projections draws both.")
@@ -319,14 +327,14 @@ def _projections(
     out_features, r = lambda_b.shape[-1], lambda_d.shape[-1]
     if in_features < 1 or A.dim() != 2 or B.dim() != 2:
         raise ValueError(
-            f"vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} must be (r, >= in) and (>= out, r), for a positive "
-            f"in, here {in_features}."
+            f"vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} must have shapes (r, >= in) and (>= out, r), "
+            f"with a positive in, got in = {in_features}."
         )
-    # torch 2.13 multiplies a CPU tensor by one on the meta device, and gives uninitialised memory.
+    # torch 2.13 accepts a product of a CPU tensor with a meta tensor, and returns uninitialised memory.
     if not A.device == B.device == lambda_d.device == lambda_b.device:
         raise ValueError(
-            f"vera_A and vera_B are on {A.device} and {B.device}, but lambda_b and lambda_d on {lambda_b.device} and "
-            f"{lambda_d.device}; move them to one device."
+            f"vera_A and vera_B are on {A.device} and {B.device}, but lambda_b and lambda_d are on {lambda_b.device} "
+            f"and {lambda_d.device}; move all of them to one device."
         )
     if A.shape[0] != r or B.shape[1] != r:
         raise ValueError(

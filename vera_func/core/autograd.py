@@ -19,7 +19,7 @@ WORTH_SHARING = 2**16
 
 
 def project(x: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]) -> Float[Tensor, "*batch r"]:
-    """`A x`, multiplied in the dtype of `A`.
+    """Compute `A x` in the dtype of `A`.
 
     Example:
         >>> project(torch.ones(3, dtype=torch.bfloat16), torch.ones(2, 3))
@@ -34,9 +34,9 @@ class SharedProduct:
     An instance serves one forward pass, in which all layers use the same projections. It caches the last `x`, a copy of
     its bits, and the product. The cached product is returned if the tensor and all of its bits are the same; comparing
     version counters would not be enough, because writes through `x.data` or `x.numpy()` do not increment them.
-    Copying and comparing are one pass each over `x`, against r multiply-adds per value of `x` for the product; products
-    that are cheaper than that are not cached. Each layer differentiates the product separately, so gradients equal
-    those of separate products, bit for bit.
+    Copying and comparing each take one pass over `x`, whereas the product takes r multiply-adds per value of `x`. Small
+    products, which are cheaper than a comparison, are not cached. Each layer differentiates the product separately, so
+    gradients equal those of separate products, bit for bit.
 
     Products are cached on the CPU only: on other devices the comparison would synchronize.
 
@@ -58,8 +58,8 @@ class SharedProduct:
             return project(x, A)
         if type(memory) not in (Tensor, Parameter) or not memory.is_cpu:
             return project(x, A)
-        # An in-place operation can change the graph of `x` and not its bits; the version counter reveals it. A product
-        # computed with gradients disabled has no graph, so it can't be reused with gradients enabled.
+        # An in-place operation can change the graph of `x` but not its bits; the version counter reveals this.
+        # A product computed with gradients disabled has no graph, so it can't be reused with gradients enabled.
         state = None if memory.is_inference() else memory._version, torch.is_grad_enabled()
         bits = _bits(memory)
         if self.last is not None:
@@ -82,7 +82,7 @@ def _bits(x: Tensor) -> Tensor:
 
 @keep_signature
 class _Known(torch.autograd.Function):
-    """Return `value`, a cached `project(x, A)`; the gradient of x is computed here, that of A through `value`."""
+    """Return `value`, a cached `project(x, A)`. Backward computes the gradient of x, and passes that of `value` on."""
 
     generate_vmap_rule = True
 
@@ -109,10 +109,10 @@ class _Known(torch.autograd.Function):
 
 @keep_signature
 class _Expand(torch.autograd.Function):
-    """`lambda_b * (B (lambda_d * z))`, saving its inputs for backward and not the product with `B`.
+    """Compute `lambda_b * (B (lambda_d * z))`, and save the inputs for backward instead of the product with `B`.
 
     Plain autograd would save the product, of shape (*batch, out), for the gradient of `lambda_b`. As under autocast,
-    products with `B` are in its dtype, and everything else is in that of the vectors.
+    products with `B` are computed in the dtype of `B`, and everything else in the dtype of the vectors.
     """
 
     generate_vmap_rule = True
@@ -160,9 +160,9 @@ class _Expand(torch.autograd.Function):
 
 
 def expand(z: Tensor, lambda_b: Tensor, lambda_d: Tensor, B: Tensor) -> Tensor:
-    """`lambda_b * (B (lambda_d * z))`, differentiable in all arguments."""
-    # Dynamo (2.13) does not support a Function with a jvp; in the plain form the compiler decides what is saved. Where
-    # nothing is recorded, the plain form has less overhead.
+    """Compute `lambda_b * (B (lambda_d * z))`, differentiable in all arguments."""
+    # Dynamo (torch 2.13) does not support a Function with a jvp; in the plain form, the compiler decides what is saved.
+    # Where nothing is recorded, the plain form has less overhead.
     if torch.compiler.is_compiling() or not _is_recorded(z, lambda_b, lambda_d, B):
         return lambda_b * product(lambda_d * z, B)
     return apply_function(_Expand, z, lambda_b, lambda_d, B)
@@ -174,7 +174,7 @@ def _is_recorded(*tensors: Tensor) -> bool:
 
 
 def product(hidden: Float[Tensor, "*batch r"], B: Float[Tensor, "out r"]) -> Float[Tensor, "*batch out"]:
-    """`B hidden`, multiplied in the dtype of `B`.
+    """Compute `B hidden` in the dtype of `B`.
 
     Example:
         >>> product(torch.ones(2), torch.ones(3, 2, dtype=torch.bfloat16))

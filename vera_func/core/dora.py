@@ -2,13 +2,13 @@
 
     y_i = m_i ((W + ΔW) x)_i / ‖W_i + ΔW_i‖ + bias_i          ΔW = diag(lambda_b) B diag(lambda_d) A
 
-`W_i` is row i of the weight, and `magnitude` m (out,) a third trained vector. With `s = m / ‖W + ΔW‖`, DVoRA is VeRA
-with another `lambda_b` over a base whose outputs are scaled:
+`W_i` is row i of the weight. `magnitude`, here m, is a third trained vector of shape (out,). With
+`s_i = m_i / ‖W_i + ΔW_i‖`, DVoRA is VeRA with another `lambda_b` over a base whose outputs are scaled:
 
     y = s * (W x) + (s * lambda_b) * (B (lambda_d * (A x))) + bias
 
-`fold_layer` converts params to this form, in which `output_scale` s replaces the magnitude. The row norms are computed
-without ΔW:
+`fold_layer` converts params to this form, in which `output_scale`, here s, replaces the magnitude. The row norms are
+computed without forming ΔW. With b for `lambda_b` and d for `lambda_d`,
 
     ‖W_i + ΔW_i‖² = ‖W_i‖² + 2 b_i Σ_k B_ik d_k C_ik + b_i² (B_i * d) G (B_i * d)ᵀ        C = W Aᵀ,  G = A Aᵀ
 
@@ -30,12 +30,12 @@ from .keys import BASE_SHARE, MAGNITUDE, OUTPUT_SCALE, STATISTICS, VECTORS, join
 from .shapes import align_rows
 
 
-# Values of the largest temporary tensor of the row norms.
+# Number of values in the largest temporary tensor that the row norms need.
 _CHUNK = 2**24
 
 
 def row_norms(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
-    """The norm of each row of a weight, the initial magnitude; in float32, or float64 for a float64 weight.
+    """Return the norm of each row of a weight, which is the initial magnitude, in float32 or wider.
 
     Example:
         >>> row_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
@@ -45,10 +45,10 @@ def row_norms(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
 
 
 def norm_statistics(weight: Float[Tensor, "out in"], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the row norms of all DVoRA adapters of one layer need: `{"square_norm": ‖W_i‖², "C": W Aᵀ, "G": A Aᵀ}`.
+    """Compute what the row norms of a DVoRA layer depend on: `{"square_norm": ‖W_i‖², "C": W Aᵀ, "G": A Aᵀ}`.
 
-    Costs `r in (out + r)` multiply-adds; the result has `out (r + 1) + r²` values. `frozen | norm_statistics(W,
-    frozen)` passes it to `vera_forward`, which otherwise computes it in each call.
+    This costs `r in (out + r)` multiply-adds, and the result has `out (r + 1) + r²` values. Add it to the projections,
+    `frozen | norm_statistics(W, frozen)`; otherwise `vera_forward` computes it in each call.
 
     Args:
         weight: The dense base weight, from `dequantize` if it is quantized.
@@ -58,7 +58,7 @@ def norm_statistics(weight: Float[Tensor, "out in"], frozen: Mapping[str, Tensor
         `{"square_norm": (out,), "C": (out, r), "G": (r, r)}`, in float32 or wider.
 
     Raises:
-        ValueError: If the weight is not a dense (out, in), or `vera_A` is missing or too narrow.
+        ValueError: If the weight is not a dense tensor of shape (out, in), or `vera_A` is missing or too narrow.
 
     Example:
         >>> frozen = {"vera_A": torch.ones(2, 3), "vera_B": torch.ones(4, 2)}
@@ -67,11 +67,15 @@ def norm_statistics(weight: Float[Tensor, "out in"], frozen: Mapping[str, Tensor
     """
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         what = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
-        raise ValueError(f"weight must be a dense floating-point (out, in), got {what}; dequantize(q) returns one.")
+        raise ValueError(
+            f"weight must be a dense floating-point tensor of shape (out, in), got {what}; dequantize(q) returns one."
+        )
     A = frozen.get("vera_A")
     if A is None or A.dim() != 2 or A.shape[1] < weight.shape[1]:
         what = "nothing" if A is None else str(tuple(A.shape))
-        raise ValueError(f"vera_A must be (r, >= {weight.shape[1]}) for a weight {tuple(weight.shape)}, got {what}.")
+        raise ValueError(
+            f"vera_A must have shape (r, >= {weight.shape[1]}) for a weight of shape {tuple(weight.shape)}, got {what}."
+        )
     with _without_autocast(weight.device):
         weight = _wide(weight)
         A = A[:, : weight.shape[1]].to(weight.dtype)
@@ -81,13 +85,13 @@ def norm_statistics(weight: Float[Tensor, "out in"], frozen: Mapping[str, Tensor
 def fold_layer(
     params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *, differentiate_norm: bool = False
 ) -> dict[str, Tensor]:
-    """Fold the magnitude of one layer: `{"lambda_b": s * lambda_b, "lambda_d", "output_scale": s}`.
+    """Convert the params of one layer to `{"lambda_b": s * lambda_b, "lambda_d": lambda_d, "output_scale": s}`.
 
-    Costs `out r²` multiply-adds for each adapter. A row of `W + ΔW` that is zero has the scale m.
+    This costs `out r²` multiply-adds for each adapter. Where a row of `W + ΔW` is zero, its scale s is m.
 
     Args:
-        params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r), "magnitude": (*rows, out)}`. Rows of the base, as
-            from `select_adapters`, get a scale of 1.
+        params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r), "magnitude": (*rows, out)}`. Rows for which
+            `select_adapters` selected the base get a scale of 1.
         frozen: The projections and the `norm_statistics` of the layer.
         differentiate_norm: Whether the norm depends on `lambda_b` and `lambda_d` in derivatives. False treats it as
             a constant, as the paper does.
@@ -119,7 +123,7 @@ def fold_layer(
 def scaled_base(
     base: Float[Tensor, "*batch out"], params: Mapping[str, Tensor], bias: Tensor | None, x: Float[Tensor, "*batch in"]
 ) -> Float[Tensor, "*batch out"]:
-    """`s * (base - bias) + bias`, where s is the `output_scale` of folded params; equal to `base` where s = 1.
+    """Compute `s * (base - bias) + bias`, where s is the `output_scale` of folded params.
 
     Example:
         >>> params = {"output_scale": torch.tensor([2.0, 1.0])}
@@ -128,18 +132,21 @@ def scaled_base(
     """
     scale = _with_share(params, OUTPUT_SCALE, params[OUTPUT_SCALE])
     if scale.shape[-1:] != base.shape[-1:]:
-        raise ValueError(f"{OUTPUT_SCALE} {tuple(scale.shape)} must end in the {base.shape[-1]} outputs of the layer.")
+        raise ValueError(
+            f"{OUTPUT_SCALE} {tuple(scale.shape)} must have shape (*rows, {base.shape[-1]}): the layer has "
+            f"{base.shape[-1]} outputs."
+        )
     scale = align_rows(OUTPUT_SCALE, scale, x)
     if bias is None:
         return scale * base
-    # The bias is subtracted from a vector, not from the output: no pass over (*batch, out), and s = 1 changes no bit.
+    # Subtracting the bias from `base` would take a pass over (*batch, out), and change bits where s = 1.
     return scale * base + (1 - scale) * align_rows("bias", bias, x)
 
 
 def rescaled_delta(
     delta: Float[Tensor, "*rows out in"], params: Mapping[str, Tensor], weight: Float[Tensor, "out in"]
 ) -> Float[Tensor, "*rows out in"]:
-    """The change of the weight by DVoRA, `s (W + ΔW) - W`, from the dense `ΔW` of `lambda_b` and `lambda_d`.
+    """Return DVoRA's update of a weight, `s (W + ΔW) - W`, given `delta = diag(lambda_b) B diag(lambda_d) A`.
 
     Example:
         >>> weight, params = torch.tensor([[3.0, 3.0]]), {"magnitude": torch.tensor([10.0])}
@@ -158,7 +165,7 @@ def rescaled_delta(
 def _adapted_square_norm(
     b: Tensor, d: Tensor, B: Tensor, square_norm: Tensor, C: Tensor, G: Tensor
 ) -> Float[Tensor, "*rows out"]:
-    """‖W_i + ΔW_i‖² by the formula of this module."""
+    """Compute ‖W_i + ΔW_i‖² by the formula at the top of this module."""
     dtype = torch.promote_types(C.dtype, b.dtype)
     square_norm, C, G = square_norm.to(dtype), C.to(dtype), G.to(dtype)
     b, d, B = b.to(dtype), d.to(dtype), B.to(dtype)
@@ -171,13 +178,13 @@ def _adapted_square_norm(
 
 
 def _checked(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The three vectors, after a check of all shapes."""
+    """Return the three vectors after checking the keys and all shapes."""
     wanted = {*VECTORS, MAGNITUDE}
     odd = sorted(wanted ^ (params.keys() - {join_key(MAGNITUDE, BASE_SHARE)}))
     if odd:
         raise ValueError(
-            f"params of a DVoRA layer must have the keys {sorted(wanted)}, got {sorted(params)}. A weighted sum needs "
-            "folded params (fold_magnitude)."
+            f"params of a DVoRA layer must have the keys {sorted(wanted)}, got {sorted(params)}. For a weighted sum "
+            "of adapters, fold them first (fold_magnitude)."
         )
     lambda_b, lambda_d, magnitude = (params[name] for name in (*VECTORS, MAGNITUDE))
     for name, vector in zip((*VECTORS, MAGNITUDE), (lambda_b, lambda_d, magnitude), strict=True):
@@ -187,7 +194,7 @@ def _checked(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> tupl
     out_features, r = lambda_b.shape[-1], lambda_d.shape[-1]
     if magnitude.shape[-1] != out_features:
         raise ValueError(
-            f"magnitude {tuple(magnitude.shape)} must be (*rows, {out_features}), as lambda_b is "
+            f"magnitude {tuple(magnitude.shape)} must have shape (*rows, {out_features}), because lambda_b has shape "
             f"{tuple(lambda_b.shape)}."
         )
     missing = sorted({"vera_B", *STATISTICS} - frozen.keys())
@@ -197,8 +204,9 @@ def _checked(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> tupl
     expected = {"square_norm": (out_features,), "C": (out_features, r), "G": (r, r)}
     if shapes != expected or frozen["vera_B"].shape[0] < out_features or frozen["vera_B"].shape[1:] != (r,):
         raise ValueError(
-            f"lambda_b {tuple(lambda_b.shape)} and lambda_d {tuple(lambda_d.shape)} need statistics {expected} and a "
-            f"vera_B (>= {out_features}, {r}), got {shapes} and {tuple(frozen['vera_B'].shape)}."
+            f"lambda_b {tuple(lambda_b.shape)} and lambda_d {tuple(lambda_d.shape)} need statistics of shapes "
+            f"{expected} and a vera_B of shape (>= {out_features}, {r}), got {shapes} and "
+            f"{tuple(frozen['vera_B'].shape)}."
         )
     rows = sorted((tuple(vector.shape[:-1]) for vector in (lambda_b, lambda_d, magnitude)), key=len)
     if any(rows[-1][: len(shape)] != shape for shape in rows):
@@ -210,18 +218,18 @@ def _checked(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> tupl
 
 
 def _with_share(params: Mapping[str, Tensor], name: str, scale: Tensor) -> Tensor:
-    """Add 1 for rows of the base, which `select_adapters` marks."""
+    """Add the base model's share of each row, which `select_adapters` stores; the base model has a scale of 1."""
     share = params.get(join_key(name, BASE_SHARE))
     return scale if share is None else scale + _with_dims(share[..., None], scale.dim())
 
 
 def _distinct(vector: Tensor) -> Tensor:
-    """The first row alone if all rows are views of one, as in per-example gradients; their norms are the same."""
+    """Return only the first row if all rows are views of one adapter, so that its norm is computed once."""
     return vector[:1] if vector.dim() > 1 and vector.stride(0) == 0 else vector
 
 
 def _with_dims(vector: Tensor, dims: int) -> Tensor:
-    """View (*rows, k) with `dims` axes, by axes of size 1 after the rows."""
+    """View a vector (*rows, k) with `dims` axes, by inserting axes of size 1 after the rows."""
     return vector.reshape(*vector.shape[:-1], *[1] * (dims - vector.dim()), vector.shape[-1])
 
 

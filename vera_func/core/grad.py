@@ -1,10 +1,10 @@
-"""Gradients of pure functions, at the cost of plain autograd.
+"""Gradients of pure functions, as fast as plain autograd.
 
     value_and_grad(f)(x, ...) = f(x, ...), df/dx
 
-`torch.func.grad` has costs that most calls do not need: it creates a class for every call of a custom
-`autograd.Function`, and it keeps the graph of the backward pass. The functions here use plain autograd where its result
-is the same. Inside a transform and under `torch.compile` they call `torch.func`.
+`torch.func.grad` is slower than most calls need: it creates a class for every call of a custom `autograd.Function`, and
+it keeps the graph of the backward pass. The functions here use plain autograd where the result is the same. Inside a
+transform and under `torch.compile`, they call `torch.func`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +22,12 @@ Function = Callable[..., Any]
 
 
 def grad(function: Function, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Function:
-    """Return a function that computes the gradient of a scalar function: `torch.func.grad` at the cost of autograd.
+    """Return a function that computes the gradient of a scalar function, as `torch.func.grad` does, but faster.
 
-    Outside of transforms, the gradient equals that of `torch.autograd.grad`, bit for bit. The graph of the backward
-    pass is kept only if an argument or a closed-over tensor requires grad, so that plain autograd can differentiate the
-    result again. It is never kept under `torch.no_grad()`. Activation checkpointing is supported. Inside `vmap`, `jvp`,
-    `grad` and other transforms, under `torch.compile` and in inference mode, `torch.func.grad` computes the gradient.
+    Outside of transforms, `torch.autograd.grad` computes the gradient. The graph of the backward pass is kept only if
+    an argument or a closed-over tensor requires grad, so that plain autograd can differentiate the result again. The
+    graph is never kept under `torch.no_grad()`. Activation checkpointing is supported. Inside `vmap`, `jvp`, `grad` and
+    other transforms, under `torch.compile` and in inference mode, `torch.func.grad` computes the gradient.
 
     Args:
         function: Maps `(*args, **kwargs)` to a scalar tensor of shape (), or to a pair `(scalar, aux)`.
@@ -77,14 +77,14 @@ def value_and_grad(function: Function, argnums: int | tuple[int, ...] = 0, has_a
 def gradients(function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, Any, list[Tensor | None]]:
     """Compute `(value, aux, gradients)` of `function(*inputs) -> (value, aux)` by plain autograd.
 
-    Call it outside of transforms only.
+    Do not call this function inside a transform.
 
     Args:
         function: Returns a scalar tensor of shape () and a pytree of tensors.
         inputs: Floating-point tensors.
 
     Returns:
-        The value, `aux`, and one gradient for each input, or None if the value does not depend on that input.
+        The value, `aux`, and for each input its gradient, or None if the value does not depend on that input.
 
     Example:
         >>> gradients(lambda x, y: (x.square(), ()), [torch.tensor(3.0), torch.ones(2)])
@@ -139,14 +139,14 @@ def _differentiate(
 
 
 class _Outer:
-    """The part of the autograd graph outside of a function; `own` are the ids of the function's own leaves."""
+    """The part of the autograd graph outside of a function. `own` holds the ids of the function's own leaves."""
 
     def __init__(self, own: set[int]) -> None:
         self.own = own
         self.inside: set[Node] = set()  # nodes from which only own leaves are reached
 
     def reached_from(self, result: Tensor) -> bool:
-        """Whether a result depends on a tensor outside that requires grad."""
+        """Whether a result depends on a tensor from outside of the function that requires grad."""
         seen, left = set(), [get_gradient_edge(result).node]
         while left:
             node = left.pop()
@@ -182,11 +182,11 @@ def _call(function: Function, has_aux: bool, /, *args: Any, **kwargs: Any) -> tu
     value, aux = result if has_aux else (result, ())
     if not isinstance(value, Tensor) or value.dim() != 0:
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        hint = "" if has_aux else ", or has_aux=True for a pair (value, aux)"
-        raise ValueError(f"function must return one number, a tensor of shape (), got {found}: take the sum{hint}.")
+        hint = "" if has_aux else ", or pass has_aux=True for a pair (value, aux)"
+        raise ValueError(f"function must return a scalar, a tensor of shape (), got {found}: take the sum{hint}.")
     for leaf in tree_leaves(aux):
         if not isinstance(leaf, Tensor):
-            raise ValueError(f"aux must be a pytree of tensors, got one with a {type(leaf).__name__} in it.")
+            raise ValueError(f"aux must be a pytree of tensors, got a leaf of type {type(leaf).__name__}.")
     return value, aux
 
 
@@ -205,6 +205,6 @@ def _check_leaves(leaves: Sequence[Any]) -> None:
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
             found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise ValueError(
-                f"a differentiated argument must be a pytree of floating-point tensors, got one with a {found} in it: "
-                "pass it in another argument, or close over it."
+                f"a differentiated argument must be a pytree of floating-point tensors, got a leaf of type {found}: "
+                "pass that leaf in another argument, or close over it."
             )

@@ -1,9 +1,10 @@
 """Keys of a flat dict of params: `"{module}.{leaf}"`, as in `named_parameters()`.
 
-The leaves `lambda_b` and `lambda_d` are the adapter vectors of a module, in DVoRA with a `magnitude`, or folded with an
-`output_scale` (see `dora`). `mixture` holds the weights of a weighted sum of adapters. Any other leaf is a parameter of
-the model itself, such as a trained bias or head. A key such as `"classifier.weight.base_share"` holds the factor of the
-base model's value that is added to `"classifier.weight"`; the base's value of an output scale is 1.
+The leaves `lambda_b` and `lambda_d` are the adapter vectors of a module. DVoRA has a third, `magnitude`, or
+`output_scale` after folding (see `dora`). `mixture` holds the weights of a weighted sum of adapters. Any other leaf is
+a parameter of the model itself, such as a trained bias or head. A key such as `"classifier.weight.base_share"` holds a
+factor f: the base model's value, times f, is added to `"classifier.weight"`. For an output scale, the base model's
+value is 1.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,14 +14,14 @@ from torch import Tensor
 
 VECTORS = ("lambda_b", "lambda_d")
 MAGNITUDE, OUTPUT_SCALE = SCALES = ("magnitude", "output_scale")
-STATISTICS = ("square_norm", "C", "G")  # of a layer of the base, in `frozen`; see `dora.norm_statistics`
+STATISTICS = ("square_norm", "C", "G")  # keys of one layer's `frozen`; see `dora.norm_statistics`
 MIXTURE = "mixture"
 BASE_SHARE = "base_share"
 MARKS = (MIXTURE, BASE_SHARE)  # leaves that `select_adapters` adds to params
 
 
 def join_key(*parts: str) -> str:
-    """Join parts of a name with dots; empty parts, such as the root module's name, are skipped.
+    """Join the parts of a name with dots, skipping empty parts such as the root module's name.
 
     Example:
         >>> join_key("model", "", "lambda_b")
@@ -51,7 +52,7 @@ def is_vector(key: str) -> bool:
 
 
 def own_parameters(keys: Iterable[str]) -> list[str]:
-    """The keys of the model's own parameters, in order.
+    """Return the keys that are parameters of the model itself and not of an adapter, in the same order.
 
     Example:
         >>> own_parameters(["q_proj.lambda_b", "q_proj.mixture", "classifier.weight"])
@@ -61,7 +62,7 @@ def own_parameters(keys: Iterable[str]) -> list[str]:
 
 
 def adapted_modules(keys: Iterable[str]) -> list[str]:
-    """The names of the modules that have a `lambda_b`, in order.
+    """Return the names of the modules that have a `lambda_b`, in the same order.
 
     Example:
         >>> adapted_modules(["q_proj.lambda_b", "q_proj.lambda_d", "classifier.weight"])
@@ -71,7 +72,7 @@ def adapted_modules(keys: Iterable[str]) -> list[str]:
 
 
 def by_module(params: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Group the adapter vectors by module: `{module: {"lambda_b": ..., "lambda_d": ...}}`; missing vectors are omitted.
+    """Group the adapter vectors in params by module: `{module: {"lambda_b": ..., "lambda_d": ...}}`.
 
     Example:
         >>> import torch

@@ -1,8 +1,8 @@
 """The frozen random projections that all layers and all adapters share.
 
 VeRA (Kopiczko et al., 2024, https://arxiv.org/abs/2310.11454) draws `A` (r, in) and `B` (out, r) once,
-for the widest adapted layer; a narrower layer uses the first `in` columns of `A` and the first `out` rows
-of `B`. They are not trained, so an adapter can be stored as its vectors and a seed.
+for the widest adapted layer. A narrower layer uses the first `in` columns of `A` and the first `out` rows
+of `B`. The projections are not trained, so an adapter can be stored as its vectors and a seed.
 """
 
 import math
@@ -16,7 +16,7 @@ def init_projections(r: int, in_features: int, out_features: int, key: int = 0) 
 
     The draw is PEFT's, bit for bit, for the same key and sizes: a CPU Mersenne twister seeded with `key`
     gives `A` and then `B`, each uniform in ±sqrt(6 / fan_in), where fan_in is `in` for `A` and `r` for `B`.
-    It does not depend on the default dtype, the global generator or the number of threads. Values are drawn
+    The draw does not depend on the default dtype, the global generator or the number of threads. Values are drawn
     row by row, so the pair for a wider layer is not an extension of a narrower layer's pair: the same key
     with other sizes gives other values.
 
@@ -27,7 +27,7 @@ def init_projections(r: int, in_features: int, out_features: int, key: int = 0) 
         key: Seed of the draw. PEFT calls it `projection_prng_key`.
 
     Raises:
-        ValueError: If a size is not a positive integer, or the key not an integer.
+        ValueError: If a size is not a positive integer, or the key is not an integer.
 
     Example:
         >>> frozen = init_projections(4, 8, 6, key=0)
@@ -53,6 +53,6 @@ def init_projections(r: int, in_features: int, out_features: int, key: int = 0) 
 
 
 def _kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    # The order of these operations fixes the last bit of the bound.
+    # The last bit of the bound depends on the order of these operations.
     bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
     return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)

@@ -9,8 +9,9 @@ def align_rows(name: str, vector: Tensor, x: Tensor, *, inner: int = 1) -> Tenso
 
     Args:
         name: Name of the vector, for the error message.
-        vector: The last `inner` axes belong to the vector, the axes before them are rows.
-        x: (*batch, in); `rows` must be its first axes. Under vmap, shapes are logical shapes, without the mapped axis.
+        vector: Tensor whose last `inner` axes belong to the vector; the axes before them are rows.
+        x: Input of shape (*batch, in), whose first axes must be `rows`. Under vmap, shapes are logical shapes, without
+            the mapped axis.
         inner: Number of axes that belong to the vector.
 
     Raises:
@@ -34,7 +35,7 @@ def align_rows(name: str, vector: Tensor, x: Tensor, *, inner: int = 1) -> Tenso
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
-    """`x` (*batch, in), copied if it is not contiguous.
+    """Return `x` (*batch, in), copied if it is not contiguous.
 
     torch multiplies a contiguous `x` (b, seq, in) by a frozen weight as one matrix (b * seq, in). Otherwise it copies
     the weight `b` times and multiplies each entry of the batch separately. For the output head of a language model and
@@ -48,7 +49,7 @@ def contiguous_rows(x: Tensor) -> Tensor:
 
 
 def require_float(name: str, dtype: torch.dtype) -> None:
-    """Raise if a dtype is not floating-point; an adapter would silently be rounded to integers.
+    """Raise an error if a dtype is not floating-point: other dtypes would silently round an adapter to integers.
 
     Raises:
         ValueError: If `dtype` is not a floating-point dtype.
@@ -61,7 +62,7 @@ def require_float(name: str, dtype: torch.dtype) -> None:
 
 
 def require_product_dtype(dtype: torch.dtype | None) -> None:
-    """Raise if a dtype is not one in which products of the update can be asked for.
+    """Raise an error if a dtype is not a valid `product_dtype`; see `vera_forward`.
 
     Raises:
         ValueError: If `dtype` is not None, bfloat16 or float16.
@@ -76,7 +77,7 @@ def require_product_dtype(dtype: torch.dtype | None) -> None:
 
 
 def require_rows_of_floats(x: Tensor) -> None:
-    """Raise if `x` is not a valid input of a linear layer; results are cast to the dtype of `x`.
+    """Raise an error if `x` is not a valid input of a linear layer: a floating-point tensor with at least one axis.
 
     Raises:
         ValueError: If `x` is a scalar, or not a floating-point tensor.
@@ -86,4 +87,4 @@ def require_rows_of_floats(x: Tensor) -> None:
     """
     if not isinstance(x, Tensor) or not x.dim() or not x.is_floating_point():
         what = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x must be a floating-point tensor (*batch, in), got {what}.")
+        raise ValueError(f"x must be a floating-point tensor of shape (*batch, in), got {what}.")
