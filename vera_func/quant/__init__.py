@@ -1,1 +1,1 @@
-"""4-bit and 8-bit weights as values, the linear layer over them, and bitsandbytes' modules to these and back."""
+"""4-bit and 8-bit weights as values, the linear layer over them, and conversion from and to bitsandbytes' modules."""

@@ -1,7 +1,7 @@
-"""Conversion between bitsandbytes' modules and values, without running a module.
+"""Convert bitsandbytes' modules to quantized weights as values, and back, without running a module.
 
-A `Linear4bit` or `Linear8bitLt` rewrites itself when it runs. `from_bnb` reads it in every state and does not change
-it; `to_bnb` makes a new module.
+A `Linear4bit` or `Linear8bitLt` rewrites itself when it runs. `from_bnb` reads such a module in every state, and does
+not change it. `to_bnb` makes a new module.
 """
 
 import sys
@@ -17,7 +17,7 @@ from .value import NESTED_BLOCKSIZE, NestedStatistics, Quantized, Quantized4bit,
 
 
 def is_bnb_linear(module: nn.Module) -> bool:
-    """Whether a module is bitsandbytes' `Linear4bit` or `Linear8bitLt` (which need not be installed).
+    """Whether a module is bitsandbytes' `Linear4bit` or `Linear8bitLt`; bitsandbytes need not be installed.
 
     Example:
         >>> is_bnb_linear(torch.nn.Linear(2, 3))
@@ -31,10 +31,10 @@ def is_bnb_linear(module: nn.Module) -> bool:
 def from_bnb(module: nn.Module) -> tuple[Quantized, Tensor | None]:
     """Read the weight and bias of a bitsandbytes linear module, in any state, without changing it.
 
-    The states: not yet quantized (quantized here as bitsandbytes would when the module is moved), fresh, after a
-    forward in training, after an 8-bit forward (statistics moved to `module.state`), and after an eval-mode forward on
-    a CPU with AVX512-BF16, which repacks a 4-bit weight in place. A repacked weight is unpacked into a copy whose
-    scales bitsandbytes has rounded to bfloat16. In all other states the result shares the module's memory.
+    A weight that is not quantized yet is quantized here, as bitsandbytes does when the module is moved to a device.
+    An 8-bit forward moves the statistics to `module.state`, where they are found. An eval-mode forward on a CPU with
+    AVX512-BF16 repacks a 4-bit weight in place, and rounds its scales to bfloat16; such a weight is unpacked into a
+    copy, with the rounded scales. In all other states, the result shares the module's memory.
 
     Args:
         module: `bitsandbytes.nn.Linear4bit` or `Linear8bitLt`.
@@ -43,7 +43,7 @@ def from_bnb(module: nn.Module) -> tuple[Quantized, Tensor | None]:
         The weight, and the bias (out,) or None.
 
     Raises:
-        ValueError: If it is not such a module, or its tensors contradict each other.
+        ValueError: If `module` is of another class, or its tensors contradict each other.
 
     Example:
         >>> import bitsandbytes as bnb
@@ -61,17 +61,17 @@ def from_bnb(module: nn.Module) -> tuple[Quantized, Tensor | None]:
 
 
 def to_bnb(q: Quantized, bias: Tensor | None = None) -> nn.Module:
-    """Make a bitsandbytes module with a copy of this weight; the inverse of `from_bnb`.
+    """Make a bitsandbytes module with a copy of a quantized weight: the inverse of `from_bnb`.
 
     Args:
         q: A quantized weight.
-        bias: (out,), or None.
+        bias: Bias of shape (out,), or None.
 
     Returns:
         `bitsandbytes.nn.Linear4bit` or `Linear8bitLt`, on the weight's device.
 
     Raises:
-        ValueError: If the bias is not (out,).
+        ValueError: If the bias does not have shape (out,).
 
     Example:
         >>> import torch
@@ -81,7 +81,7 @@ def to_bnb(q: Quantized, bias: Tensor | None = None) -> nn.Module:
     validate(q)
     out_features, in_features = q.shape
     if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias must be ({out_features},), got {tuple(bias.shape)}.")
+        raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}.")
     bnb = private.bitsandbytes()
 
     has_bias = bias is not None
@@ -142,14 +142,14 @@ def _read_8bit(module: Any) -> Quantized8bit:
     weight, state = module.weight, module.state
     if weight.dtype != torch.int8 and state.CB is None:
         return quantize_8bit(weight.data, threshold=state.threshold)
-    # An unpickled layer has an ordinary parameter, whose copy has lost the attributes.
+    # The weight of an unpickled layer is an ordinary parameter; copying it loses the attributes CB and SCB.
     held, scale = getattr(weight, "CB", None), getattr(weight, "SCB", None)
     codes = next(value for value in (held, state.CB, weight.data) if value is not None)
     scale = state.SCB if scale is None else scale
     if scale is None:
         raise ValueError(
-            "the Linear8bitLt holds int8 codes, but no row scales (SCB). A copy.deepcopy of an unpickled layer loses "
-            "them: unpickle it a second time instead."
+            "the Linear8bitLt has int8 codes, but no row scales (SCB). copy.deepcopy of an unpickled layer loses "
+            "the scales: unpickle the layer a second time instead."
         )
     return Quantized8bit(codes, scale, shape2(codes.shape), float(state.threshold))
 
@@ -174,22 +174,22 @@ def _to_state(q: Quantized4bit) -> Any:
 
 
 def _from_state(packed: Tensor, state: Any, compute_dtype: torch.dtype | None) -> Quantized4bit:
-    """A weight from bitsandbytes' bytes and `QuantState`, which keep their memory.
+    """Make a value from bitsandbytes' packed weight and `QuantState`. The result shares their memory.
 
     Raises:
-        ValueError: If statistics are nested in blocks of another size.
+        ValueError: If the blocks of nested statistics do not have bitsandbytes' size.
     """
     nested = None
     if state.nested:
         if state.state2.blocksize != NESTED_BLOCKSIZE:
             raise ValueError(
-                f"nested statistics in blocks of {state.state2.blocksize} are not supported by bitsandbytes "
-                f"either; {NESTED_BLOCKSIZE} is."
+                f"the blocks of nested statistics must have size {NESTED_BLOCKSIZE}, the only one that bitsandbytes "
+                f"supports, got {state.state2.blocksize}."
             )
         nested = NestedStatistics(state.state2.absmax, state.state2.code, state.offset.float())
     absmax = state.absmax if state.nested else state.absmax.float()
     if absmax.dim() == 2:
-        # A state_dict() of the module unpacked its weight, and forgot to turn these back.
+        # bitsandbytes' state_dict() unpacks a repacked weight, but leaves its scales transposed.
         absmax = absmax.t().reshape(-1)
     shape = shape2(state.shape)
     return Quantized4bit(packed, absmax, nested, shape, state.dtype, state.quant_type, state.blocksize, compute_dtype)

@@ -15,30 +15,31 @@ class FusedWeight(NamedTuple):
 
     packed: Tensor  # (out, in / 2)
     absmax: Tensor  # (in / blocksize, out) bfloat16
-    code: Tensor  # the levels of the format, (16,) float32, which tell the kernel the format
-    max_rows: int | None = None  # up to which the kernel is used; None measures it
+    code: Tensor  # the levels of the format, (16,) float32, from which the kernel infers the format
+    max_rows: int | None = None  # the kernel is used for up to this number of rows; None: for a measured number
 
 
-# Used for up to this number of rows by default; `python -m tests.benchmarks roofline` times the kernels.
+# Default of `max_rows`; `python -m tests.benchmarks roofline` times the kernels.
 FUSED_ROWS = 32
 
 
 def fused_weight(q: Quantized, max_rows: int | None = FUSED_ROWS) -> FusedWeight | None:
     """Copy a 4-bit weight into the layout of bitsandbytes' fused kernel for CPUs with AVX512-BF16.
 
-    For a few rows of bfloat16 the kernel is faster than dequantizing, because it reads only the packed
-    weight. It costs memory, half a byte and 2 / blocksize per weight, and rounds the scales to bfloat16: by up to
-    0.4 %, or not at all if the weight was bfloat16 and its scales are not nested. bitsandbytes' own modules silently
-    replace their weight by such a copy in eval mode; here `q` is unchanged, and gradients are taken through `q`.
+    For a few rows of bfloat16, the kernel is faster than dequantizing, because it reads only the packed weight. The
+    copy takes half a byte plus `2 / blocksize` bytes per value of the weight. Its scales are rounded to bfloat16, by up
+    to 0.4 %, or not at all if the weight was bfloat16 and its scales are not nested. bitsandbytes' own modules silently
+    replace their weight by such a copy in eval mode. Here `q` is unchanged, and gradients are taken through `q`.
 
     Args:
         q: A quantized weight.
-        max_rows: The kernel is used for up to this number of rows. None measures the kernels at the first product of
-            this format and shape in the process. The kernels round differently; see `quant.crossover`.
+        max_rows: The kernel is used for up to this number of rows. With None, the number up to which it is faster is
+            measured at the first product of this format and shape in the process. The fused and the dense product round
+            differently; see `quant.crossover`.
 
     Returns:
-        The copy, or None where the kernel can't be used: on other CPUs, for 8 bits, or if `out` is not a multiple of 32
-        or `in` not a multiple of the block size.
+        The copy, or None if the kernel can't be used: on other CPUs, for 8-bit weights, if `out` is not a multiple of
+        32, or if `in` is not a multiple of the block size.
 
     Example:
         >>> from vera_func import quantize_8bit
@@ -51,7 +52,7 @@ def fused_weight(q: Quantized, max_rows: int | None = FUSED_ROWS) -> FusedWeight
     if out_features % 32 or in_features % q.blocksize:
         return None
     codes, absmax = unpack(q)
-    # 32 rows at a time, column pair by column pair; of 64 codes the first 32 are the low halves of 32 bytes.
+    # Groups of 32 rows, each in order of column pairs; of 64 codes, the first 32 become low halves of bytes.
     codes = codes.reshape(out_features // 32, 32, in_features // 2, 2).transpose(1, 2).reshape(-1, 2, 32)
     packed = ((codes[:, 1] << 4) | codes[:, 0]).reshape(out_features, in_features // 2)
     absmax = absmax.reshape(out_features, -1).T.to(torch.bfloat16).contiguous()
@@ -59,10 +60,10 @@ def fused_weight(q: Quantized, max_rows: int | None = FUSED_ROWS) -> FusedWeight
 
 
 def unpack_cpu_layout(packed: Tensor, state: Any, compute_dtype: torch.dtype | None) -> Quantized4bit:
-    """Undo bitsandbytes' layout for its AVX512-BF16 kernel, without touching the state.
+    """Convert a weight from bitsandbytes' layout for its AVX512-BF16 kernel, without changing `packed` or `state`.
 
-    That layout holds 32 rows at a time, column pair by column pair: of 64 neighbouring indices the first 32
-    are the low halves of 32 bytes, the last 32 the high ones.
+    The layout stores groups of 32 rows, each in order of column pairs. Each 32 bytes hold 64 codes: the first 32 in the
+    low halves of the bytes, and the last 32 in the high halves.
     """
     out_features, in_features = state.shape
     halves = packed.reshape(-1, 32)

@@ -1,11 +1,11 @@
-"""The number of rows up to which a kernel on packed weights is faster than a dense product, measured once per process.
+"""Measure the number of rows up to which a kernel on packed weights is faster than a dense product.
 
-The time of a packed kernel grows with each row from little; a dense product is slow to start (it dequantizes the
-weight, or reads four times as many bytes) and grows slower. Where they cross depends on the CPU and on the shape: 2 to
-100 rows on machines that were measured.
+The time of a packed kernel starts small, and grows with each row. A dense product takes longer for few rows, because it
+dequantizes the weight or reads four times as many bytes, but its time grows more slowly. The two times cross at 2 to
+100 rows on the machines that were measured, depending on the CPU and on the shape.
 
-The two kernels round differently. A limit is therefore never measured a second time in a process, so that equal
-arguments give equal bits. Between processes the limit may differ; a fixed number of rows avoids that (`max_rows` of
+The two kernels round differently. Within a process, a limit is therefore measured only once, so that equal arguments
+give equal bits. Different processes may measure different limits. A fixed number of rows avoids this (`max_rows` of
 `fused_weight` and `Apply.with_fused_weights`).
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 ROWS = (1, 4, 16, 64, 256)
-# Limits are rounded down to these, so that processes on the same machine usually agree.
+# Limits are rounded down to one of these numbers, so that processes on the same machine usually agree.
 STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 REPEATS = 5
 
@@ -30,12 +30,12 @@ Product = Callable[[Tensor], Tensor]
 
 
 def measured_rows(kind: Hashable, in_features: int, products: Callable[[], tuple[Product, Product]]) -> int:
-    """Return the number of rows up to which the packed product of this kind is used; measured at the first call.
+    """Return the number of rows up to which the packed product is faster, measured at the first call for this `kind`.
 
     Args:
-        kind: What the times depend on: format, shape, and the alternative.
-        in_features: Size of the products' inputs, which are (rows, in) bfloat16 on the CPU.
-        products: Returns the packed product and its alternative; called only if they have to be measured.
+        kind: Everything that the times depend on: the format, the shape, and the alternative product.
+        in_features: Input size. The inputs have shape (rows, in), in bfloat16 on the CPU.
+        products: Returns the packed product and its alternative. Called only if the times have to be measured.
 
     Example:
         >>> quick, slow = lambda x: x, lambda x: (time.sleep(0.001), x)[1]
@@ -46,7 +46,7 @@ def measured_rows(kind: Hashable, in_features: int, products: Callable[[], tuple
     if limit is None:
         with _LOCK:
             if kind not in _LIMITS:
-                # A new thread does not inherit transforms, autocast, modes and inference mode of the caller.
+                # A new thread does not inherit the caller's transforms, autocast and inference mode.
                 with ThreadPoolExecutor(1) as thread:
                     _LIMITS[kind] = thread.submit(_measure, in_features, *products()).result()
         limit = _LIMITS[kind]
@@ -60,8 +60,9 @@ def crossover(rows: Sequence[int], packed: Sequence[float], other: Sequence[floa
 
     Args:
         rows: Increasing numbers of rows, from 1.
-        packed: Seconds of the packed product for the first of them, at least up to the first that is slower.
-        other: Seconds of its alternative.
+        packed: Seconds that the packed product takes for each of these numbers. The sequence may end after the first
+            number for which the packed product is slower.
+        other: Seconds that the alternative product takes, in the same order.
 
     Example:
         >>> crossover((1, 4, 16), (1.0, 4.0, 16.0), (9.0, 9.0, 9.0)), crossover((1, 4), (2.0,), (1.0,))
@@ -84,7 +85,7 @@ def _measure(in_features: int, packed: Product, other: Product) -> int:
         for count in ROWS:
             x = torch.ones(count, in_features, dtype=torch.bfloat16)
             best = [float("inf")] * 2
-            for _ in range(REPEATS):  # in turn: other work on the machine then disturbs both
+            for _ in range(REPEATS):  # alternate, so that other work on the machine disturbs both products
                 for i, product in enumerate((packed, other)):
                     start = time.perf_counter()
                     product(x)

@@ -1,4 +1,4 @@
-"""A dense copy of a quantized weight, which takes memory to save the time of dequantizing."""
+"""Dense copies of quantized weights, which take memory but save the time of dequantizing."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from .value import Quantized
 
 
 class DenseCopy:
-    """`dequantize(q, dtype)`, kept. Copies of its layer share it, and pickle stores only the dtype.
+    """The stored result of `dequantize(q, dtype)`. Copies of a layer share it, and pickle stores only its dtype.
 
-    A product with it equals, bit for bit, that of a dequantized weight.
+    A product with the stored weight equals that with a newly dequantized weight, bit for bit.
 
     Attributes:
         weight: (out, in); None after unpickling.
@@ -36,7 +36,7 @@ class DenseCopy:
 
 
 def dense_copy(q: Quantized, dtype: torch.dtype) -> DenseCopy:
-    """Copy a quantized weight densely.
+    """Return a dense copy of a quantized weight.
 
     Example:
         >>> from vera_func import quantize_8bit

@@ -1,7 +1,7 @@
-"""Recognize layers quantized by other libraries, which are not supported, by the names of their classes.
+"""Recognize layers that other libraries have quantized by the names of their classes. They are not supported.
 
-Their kernels have no derivatives, or only for plain autograd, and their weights no values here. The libraries need not
-be installed.
+The kernels of these libraries have no derivatives, or only derivatives for plain autograd, and this package has no
+values for their weights. The libraries need not be installed.
 """
 
 import re
@@ -28,7 +28,7 @@ class Library(NamedTuple):
     holds: str | None = None
 
 
-# The first that matches. GPTQModel has layers of AWQ, too.
+# The first match counts, since GPTQModel also has AWQ layers.
 LIBRARIES = (
     Library("AWQ", ("awq",), r"WQLinear\w*|Awq\w*Linear\w*"),
     Library("GPTQ", ("auto_gptq", "gptqmodel"), r"\w*QuantLinear\w*", "layer.dequantize_weight().T", "qweight"),
@@ -43,7 +43,7 @@ LIBRARIES = (
 
 
 def foreign_layer(model: nn.Module) -> tuple[str, str, Library] | None:
-    """The first layer of a model that another library has quantized: its name, its type, and the library.
+    """Return the first layer that another library has quantized (its name, its type, and the library), or None.
 
     Example:
         >>> foreign_layer(nn.Linear(3, 5)) is None
@@ -66,10 +66,10 @@ def foreign_layer(model: nn.Module) -> tuple[str, str, Library] | None:
 
 
 def foreign_error(name: str, kind: str, library: Library) -> str:
-    """The error message for a layer of another library."""
-    dense = f" Or make each an nn.Linear with the weight {library.dequantize}." if library.dequantize else ""
+    """Return the error message for a layer of another library."""
+    dense = f" Or replace each layer by an nn.Linear with weight {library.dequantize}." if library.dequantize else ""
     return (
-        f"{name!r} is quantized by {library.name} ({kind}); only dense layers and those of bitsandbytes are supported. "
+        f"{name!r} is quantized by {library.name} ({kind}); only dense layers and bitsandbytes' layers are supported. "
         "Load the original weights and quantize them: vf.quantize_model(model, 'nf4'), or "
         f"BitsAndBytesConfig(load_in_4bit=True) in transformers.{dense}"
     )

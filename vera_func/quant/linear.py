@@ -2,11 +2,11 @@
 
     y = x dequantize(q)ᵀ + bias
 
-bitsandbytes multiplies by a quantized weight with operations that `torch.func` refuses or differentiates to zero. Here
-the product is linear in `x` under every transform: `grad`, `jvp`, `vmap` to any depth, forward and reverse. Saved for
-backward is the packed weight.
+bitsandbytes' modules multiply by a quantized weight with operations that `torch.func` refuses or differentiates to
+zero. Here the product is linear in `x` under every transform: `grad`, `jvp`, and `vmap`, nested to any depth. Only the
+packed weight is saved for backward.
 
-Shapes are those of `core.adapter`: a weight is (out, in), its input (*batch, in).
+Shapes are named as in `core.adapter`: a weight has shape (out, in), and its input (*batch, in).
 """
 
 from collections.abc import Sequence
@@ -34,28 +34,28 @@ def quantized_linear(
     fused: FusedWeight | None = None,
     dense: Float[Tensor, "out in"] | None = None,
 ) -> Float[Tensor, "*batch out"]:
-    """`x dequantize(q)ᵀ + bias`, differentiable in `x` and `bias` to any order.
+    """Compute `x dequantize(q)ᵀ + bias`, differentiable in `x` and `bias` to any order.
 
-    The dense weight is a temporary of the product; the backward pass dequantizes again. This is the arithmetic of
-    bitsandbytes' modules in training. Use it as a `base_fn`: `functools.partial(quantized_linear, q)`.
-    On a GPU, for few rows, bitsandbytes' kernel multiplies by the packed weight directly.
-    Inside `torch.compile` the compiler decides what is saved for backward, and may save dense weights.
+    The dense weight is a temporary tensor, and the backward pass dequantizes again. This is the arithmetic of
+    bitsandbytes' modules in training. As a `base_fn`, pass `functools.partial(quantized_linear, q)`. On a GPU and for
+    few rows, bitsandbytes' kernel multiplies by the packed weight directly. Under `torch.compile`, the compiler decides
+    what is saved for backward, and may save dense weights.
 
     Args:
         q: A quantized weight.
-        x: Input; multiplied in `q.compute_dtype` if that is set, else in the dtype of `x`.
+        x: Input. The product is computed in `q.compute_dtype` if that is set, else in the dtype of `x`.
         bias: Added in the product's dtype, or None.
         int8_activations: For an 8-bit `q`: also quantize the rows of `x` to 8 bits and multiply integers
-            (LLM.int8()), except for features with a value above `q.threshold`, if it is not 0. Faster on
-            GPUs, with an error of one or two percent; the derivative is that of the exact product.
+            (LLM.int8()). If `q.threshold` is not 0, features with a value above it are not quantized. This is faster on
+            GPUs, with an error of one or two percent. The derivative is that of the exact product.
         fused: `fused_weight(q)`, used for few rows of bfloat16 where gradients are disabled.
-        dense: `dequantize(q, dtype)`, used instead of dequantizing where the product is in its dtype. On a GPU,
-            bitsandbytes' kernels for packed 4-bit weights are used regardless.
+        dense: `dequantize(q, dtype)`, used instead of dequantizing if the product is computed in this dtype. On a GPU,
+            bitsandbytes' kernels for packed 4-bit weights take precedence.
 
     Raises:
-        ValueError: If `x` is not a floating-point (*batch, in), if the bias is not (out,), if `int8_activations` is
-            set for a 4-bit weight, if `fused` or `dense` belongs to another weight, if the weight is offloaded (on the
-            meta device), or if the weight itself is differentiated or mapped over.
+        ValueError: If `x` is not a floating-point tensor of shape (*batch, in), if the bias does not have shape (out,),
+            if `int8_activations` is set for a 4-bit weight, if `fused` or `dense` belongs to another weight, if the
+            weight is offloaded (on the meta device), or if the weight itself is differentiated or mapped over.
 
     Example:
         >>> import torch
@@ -69,9 +69,9 @@ def quantized_linear(
     require_rows_of_floats(x)
     out_features, in_features = q.shape
     if x.shape[-1] != in_features:
-        raise ValueError(f"x {tuple(x.shape)} must end in the weight's in_features {in_features} (weight {q.shape}).")
+        raise ValueError(f"x must have shape (*batch, {in_features}) for a weight {q.shape}, got {tuple(x.shape)}.")
     if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias must be ({out_features},), got {tuple(bias.shape)}.")
+        raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}.")
     if fused is not None and (isinstance(q, Quantized8bit) or fused.packed.shape != (out_features, in_features // 2)):
         raise ValueError(
             f"fused {tuple(fused.packed.shape)} is not a copy of the weight {q.shape}; fused_weight(q) makes one."
@@ -96,8 +96,8 @@ def quantized_linear(
     elif dense is not None and _may_replace(dense, x, spec, leaves):
         y = linear(contiguous_rows(x), dense, bias)
     elif torch.compiler.is_compiling() or not (torch.is_grad_enabled() or x.is_cuda or fused):
-        # Dynamo (2.13) refuses a Function with a jvp; what the plain form keeps is the compiler's choice. Where nothing
-        # is kept, the plain form has less overhead.
+        # Dynamo (torch 2.13) refuses a Function with a jvp; in the plain form, the compiler decides what is saved for
+        # backward. Where nothing is saved, the plain form has less overhead.
         refuse_weight_derivative(any(map(is_differentiated, leaves)))
         y = linear(contiguous_rows(x), dequantize_leaves(spec, leaves, x.dtype), bias)
     else:
@@ -109,7 +109,7 @@ def quantized_linear(
 def _product(
     x: Tensor, bias: Tensor | None, spec: Spec, fused: FusedWeight | None, transposed: bool, *leaves: Tensor
 ) -> Tensor:
-    """`_Product.apply`, or the product alone where nothing is recorded, such as in most backward passes."""
+    """Call `_Product`, or only its forward where nothing is recorded, as in most backward passes."""
     if _is_plain(x, bias, leaves):
         return _Product.forward(x, bias, spec, fused, transposed, *leaves)
     return private.apply_function(_Product, x, bias, spec, fused, transposed, *leaves)
@@ -117,10 +117,10 @@ def _product(
 
 @private.keep_signature
 class _Product(torch.autograd.Function):
-    """`x Wᵀ + bias`, or `x W` if transposed, with W dequantized temporarily.
+    """Compute `x Wᵀ + bias`, or `x W` if transposed, with W dequantized temporarily.
 
-    The packed leaves are arguments, not hidden in `spec`, because a transform may have wrapped them.
-    Each rule is expressed by this Function again, so that derivatives of all orders exist, forward and reverse.
+    The packed tensors are arguments, not hidden in `spec`, because a transform may have wrapped them. Each derivative
+    rule calls this Function again, so that derivatives of all orders exist, in forward and in reverse mode.
     """
 
     @staticmethod
@@ -133,7 +133,7 @@ class _Product(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _, _, spec, _, transposed, *leaves = inputs
         ctx.spec, ctx.transposed = spec, transposed
-        # An absent tangent stays None, so that a tangent of the weight can be told from zeros and refused.
+        # An absent tangent stays None, so that a tangent of the weight is distinguished from zeros, and refused.
         ctx.set_materialize_grads(False)
         ctx.output_shape = output.shape
         ctx.save_for_backward(*leaves)
@@ -142,7 +142,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         refuse_weight_derivative(any(ctx.needs_input_grad[5:]))
-        leaves = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor a single time
+        leaves = ctx.saved_tensors  # accessed only once, because activation checkpointing can unpack a tensor only once
         grad_x = grad_bias = None
         if grad is not None and ctx.needs_input_grad[0]:
             grad_x = _product(grad, None, ctx.spec, None, not ctx.transposed, *leaves)
@@ -159,7 +159,7 @@ class _Product(torch.autograd.Function):
     def vmap(info, in_dims, x, bias, spec, fused, transposed, *leaves):
         x_dim, bias_dim, _, _, _, *leaf_dims = in_dims
         _refuse_weight_map(leaf_dims)
-        # One product over all rows; a mapped bias is one a row.
+        # One product over all rows. A mapped bias has one value for each index of the mapped axis.
         if x_dim is not None:
             x = x.movedim(x_dim, 0)
         if bias_dim is None:
@@ -213,7 +213,7 @@ class _Int8Product(torch.autograd.Function):
     def vmap(info, in_dims, x, bias, spec, *leaves):
         x_dim, bias_dim, _, *leaf_dims = in_dims
         _refuse_weight_map(leaf_dims)
-        # Which features are outliers depends on all rows of one call, so every call is made by itself.
+        # Which features are outliers depends on all rows of a call, so the mapped calls are made one by one.
         ys = [
             _Int8Product.apply(
                 x if x_dim is None else x.select(x_dim, i),
@@ -243,7 +243,7 @@ def _is_plain(x: Tensor, bias: Tensor | None, leaves: Sequence[Tensor]) -> bool:
 
 
 def _may_replace(dense: Tensor, x: Tensor, spec: Spec, leaves: Sequence[Tensor]) -> bool:
-    """Whether a product with the dense copy is what is asked for; not if a transform wraps the quantized weight."""
+    """Whether the product may use the dense copy: dtypes agree, and no transform has wrapped the quantized weight."""
     if dense.dtype != x.dtype or (x.is_cuda and isinstance(spec, Spec4bit)):
         return False
     if torch.compiler.is_compiling():
@@ -259,9 +259,9 @@ def _multiply(
     leaves: Sequence[Tensor],
     dense: Tensor | None = None,
 ) -> Tensor:
-    """The product, by the kernel that suits the number of rows.
+    """Compute the product with the kernel that suits the number of rows.
 
-    Only for tensors that no transform has wrapped: bitsandbytes' kernels have no derivatives, and don't say so.
+    Only for tensors that no transform has wrapped: bitsandbytes' kernels silently have no derivatives.
     """
     rows = x.numel() // x.shape[-1]
     dense = dense if dense is not None and dense.dtype == x.dtype else None
@@ -279,7 +279,7 @@ def _multiply(
 def _suits_fused(
     x: Tensor, rows: int, spec: Spec, fused: FusedWeight, leaves: Sequence[Tensor], dense: Tensor | None
 ) -> bool:
-    # Kernels take addresses: tensors of another device are left to torch, which refuses them.
+    # The kernel reads addresses, and does not check devices; torch does, and raises an error if they differ.
     if x.dtype != torch.bfloat16 or x.device != fused.packed.device or not rows:
         return False
     if fused.max_rows is not None:
@@ -295,12 +295,12 @@ def _suits_fused(
 
 
 def fused_product(x: Tensor, fused: FusedWeight, spec: Spec4bit) -> Tensor:
-    """`x Wᵀ` by bitsandbytes' kernel for CPUs with AVX512-BF16; `x` is contiguous and bfloat16."""
+    """Compute `x Wᵀ` with bitsandbytes' kernel for CPUs with AVX512-BF16; `x` is contiguous and bfloat16."""
     return private.bnb_ops().gemv_4bit(x, fused.packed, spec.shape, fused.absmax, fused.code, spec.blocksize)
 
 
 def _gpu_product(x: Tensor, bias: Tensor | None, spec: Spec4bit, leaves: Sequence[Tensor]) -> Tensor:
-    """The product by bitsandbytes' `gemm_4bit`, which chooses by GPU, shape and number of rows."""
+    """Compute the product with bitsandbytes' `gemm_4bit`, which selects a kernel by GPU, shape and number of rows."""
     check_sizes(spec, leaves)
     packed, absmax, *nested = leaves
     arguments: dict[str, Any] = {"bias": bias}
@@ -313,4 +313,4 @@ def _gpu_product(x: Tensor, bias: Tensor | None, spec: Spec4bit, leaves: Sequenc
 
 def _refuse_weight_map(dims: list) -> None:
     if any(dim is not None for dim in dims):
-        raise ValueError("a quantized weight can't be mapped over: give it in_dims None, or close over it.")
+        raise ValueError("a quantized weight can't be mapped over: pass None for it in in_dims, or close over it.")

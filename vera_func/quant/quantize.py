@@ -1,6 +1,6 @@
-"""Dense weights to quantized values, and back.
+"""Quantize dense weights, and dequantize them again.
 
-dequantize(q)[i] = code[index[i]] * absmax[i // blocksize]
+dequantize(q)[i] = levels[codes[i]] * absmax[i // blocksize]          (4 bits, i runs over the flattened weight)
 """
 
 import dataclasses
@@ -43,17 +43,17 @@ def quantize_4bit(
     quant_storage: torch.dtype = torch.uint8,
     compute_dtype: torch.dtype | None = None,
 ) -> Quantized4bit:
-    """Quantize a weight to 4 bits: each block is rounded to 16 levels times its largest absolute value.
+    """Quantize a weight to 4 bits: each value is rounded to one of 16 levels times the largest value of its block.
 
-    The bytes are those of bitsandbytes. Takes 4 bits per value, and 32 / `blocksize` bits for the statistics, or about
-    8 / `blocksize` with `double_quant`.
+    The bytes are those of bitsandbytes. A value takes 4 bits, plus 32 / `blocksize` bits for the scales, or about
+    8 / `blocksize` bits with `double_quant`.
 
     Args:
-        weight: (out, in), float16, bfloat16 or float32, finite.
-        quant_type: "nf4", levels at the quantiles of a normal distribution, or "fp4", a 4-bit float.
-        blocksize: Values that share a scale, one of `BLOCKSIZES`.
-        double_quant: Also quantize the scales to 8 bits (QLoRA's double quantization).
-        quant_storage: Dtype that the bytes are viewed as; it changes nothing else.
+        weight: Finite weight of shape (out, in), in float16, bfloat16 or float32.
+        quant_type: "nf4" for levels at the quantiles of a normal distribution, or "fp4" for a 4-bit float.
+        blocksize: Number of values that share a scale, one of `BLOCKSIZES`.
+        double_quant: Whether to quantize the scales to 8 bits as well (QLoRA's double quantization).
+        quant_storage: Dtype as which the packed bytes are viewed. It affects nothing else.
         compute_dtype: Dtype of the product with `x`; None means the dtype of `x`.
 
     Raises:
@@ -74,8 +74,8 @@ def quantize_4bit(
         raise ValueError(f"quant_storage must be one of {_STORAGES}, got {quant_storage!r}.")
     if quant_storage != torch.uint8 and weight.numel() % (2 * quant_storage.itemsize):
         raise ValueError(
-            f"a weight {tuple(weight.shape)} does not fill whole elements of quant_storage={quant_storage}; "
-            "use torch.uint8."
+            f"the packed bytes of a weight {tuple(weight.shape)} do not fill whole elements of "
+            f"quant_storage={quant_storage}; use torch.uint8."
         )
     packed, state = private.bitsandbytes().functional.quantize_4bit(
         weight.detach().contiguous(),
@@ -96,11 +96,11 @@ def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) ->
     The bytes are those of bitsandbytes, which rounds the weight to float16 first.
 
     Args:
-        weight: (out, in), float16, bfloat16 or float32, finite also in float16 (below 65,504).
-        threshold: Stored for `quantized_linear(int8_activations=True)` and `to_bnb`; the codes do not depend on it.
+        weight: Weight of shape (out, in), in float16, bfloat16 or float32, and finite in float16 (at most 65,504).
+        threshold: Stored for `quantized_linear(int8_activations=True)` and `to_bnb`. The codes do not depend on it.
 
     Raises:
-        ValueError: If the weight is not 2-D, not finite in float16 or of another dtype, or the threshold negative.
+        ValueError: If the weight is not 2-D, not finite in float16 or of another dtype, or the threshold is negative.
 
     Example:
         >>> import torch
@@ -114,26 +114,26 @@ def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) ->
     """
     _check_weight(weight)
     if not 0 <= threshold < float("inf"):
-        raise ValueError(f"threshold must be at least 0 and finite (0 is none), got {threshold}.")
+        raise ValueError(f"threshold must be finite and at least 0 (0 means no threshold), got {threshold}.")
     half = weight.detach().to(torch.float16).contiguous()
     if half.device.type != "meta" and not half.isfinite().all():
-        raise ValueError("the weight overflows float16, through which 8-bit weights are rounded.")
+        raise ValueError("the weight overflows float16, to which bitsandbytes rounds it before quantizing to 8 bits.")
     codes, scale, _ = private.bnb_ops().int8_vectorwise_quant(half, 0.0)
     return Quantized8bit(codes, scale, shape2(codes.shape), float(threshold))
 
 
 def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
-    """Return the dense weight of a quantized one.
+    """Return a quantized weight as a dense tensor of shape (out, in).
 
-    Costs a pass over the packed weight and an (out, in) tensor. Not differentiable with respect to `q`.
+    This costs a pass over the packed weight and the memory of the result, which is not differentiable in `q`.
 
     Args:
         q: A quantized weight.
-        dtype: Dtype of the result; None means the weight's dtype before it was quantized to 4 bits, and
-            float32 for 8 bits.
+        dtype: Dtype of the result. None means the dtype before quantization for a 4-bit weight, and float32 for an
+            8-bit weight.
 
     Raises:
-        ValueError: If `dtype` is not a floating-point one, or a 4-bit weight itself is to be differentiated.
+        ValueError: If `dtype` is not a floating-point dtype, or a 4-bit weight itself is differentiated.
 
     Example:
         >>> import torch
@@ -150,7 +150,7 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, 
 
 
 def levels(q: Quantized4bit) -> Float[Tensor, "16"]:
-    """The 16 levels that the codes of a 4-bit weight index, in bitsandbytes' order.
+    """Return the 16 levels of a 4-bit weight's format, in bitsandbytes' order. Codes are indices into them.
 
     Example:
         >>> levels(quantize_4bit(torch.ones(1, 64)))[[0, 7, 15]]
@@ -160,7 +160,7 @@ def levels(q: Quantized4bit) -> Float[Tensor, "16"]:
 
 
 def unpack(q: Quantized4bit) -> tuple[UInt8[Tensor, "out in"], Float[Tensor, " blocks"]]:
-    """The codes of a 4-bit weight, one uint8 each, and its block scales, dequantized to float32.
+    """Return the codes of a 4-bit weight, as one uint8 for each value, and its block scales in float32.
 
     Example:
         >>> codes, absmax = unpack(quantize_4bit(torch.ones(1, 64)))
@@ -173,12 +173,12 @@ def unpack(q: Quantized4bit) -> tuple[UInt8[Tensor, "out in"], Float[Tensor, " b
 
 
 def pack(q: Quantized4bit, codes: UInt8[Tensor, "out in"], absmax: Float[Tensor, " blocks"]) -> Quantized4bit:
-    """A weight of the same format with these codes and scales; the inverse of `unpack`.
+    """Return a weight in the format of `q` with other codes and scales: the inverse of `unpack`.
 
-    The scales are stored in float32: double quantization would round away small changes of them.
+    The scales are stored in float32, because double quantization would discard small changes of them.
 
     Raises:
-        ValueError: If the shapes are not those of `q`.
+        ValueError: If the shapes do not fit `q`.
 
     Example:
         >>> q = quantize_4bit(torch.linspace(-1, 1, 64)[None])
@@ -195,11 +195,11 @@ def pack(q: Quantized4bit, codes: UInt8[Tensor, "out in"], absmax: Float[Tensor,
 
 
 def dequantize_leaves(spec: Spec, leaves: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "out in"]:
-    """`dequantize`, of the tensors and the specification that `flatten` gives."""
+    """Compute `dequantize` from the tensors and the specification that `flatten` returns."""
     check_sizes(spec, leaves)
     if isinstance(spec, Spec8bit):
         codes, scale = leaves
-        # bitsandbytes' order of operations in training: the last bit depends on it.
+        # The order of operations is that of bitsandbytes in training, because the last bit depends on the order.
         return (codes.to(dtype) * (scale * (1.0 / 127.0))[:, None]).to(dtype)
     packed, absmax, *nested = leaves
     kernel_dtype = dtype if dtype in FLOATS else torch.float32
@@ -212,10 +212,10 @@ def dequantize_leaves(spec: Spec, leaves: Sequence[Tensor], dtype: torch.dtype) 
 
 
 def _kernel_shape(shape: tuple[int, int], blocksize: int) -> tuple[int, int]:
-    """The shape to dequantize in, which is only a row length to bitsandbytes' kernels.
+    """Return a shape for bitsandbytes' kernel, which uses it only to split the values into rows.
 
-    On CPUs with AVX512, bitsandbytes 0.50 finds the scales row by row, and takes wrong ones where a block goes from one
-    row over into the next. Rows of one block each, or a single row, have no such blocks.
+    On CPUs with AVX512, bitsandbytes 0.50 looks up the scales row by row, and uses wrong scales if a block continues in
+    the next row. With rows of one block each, or a single row, no block does.
     """
     out_features, in_features = shape
     if in_features % blocksize == 0:
@@ -233,17 +233,17 @@ def _block_scales(absmax: Tensor, *nested: Tensor) -> Tensor:
 
 def _check_weight(weight: Tensor) -> None:
     if not isinstance(weight, Tensor):
-        raise ValueError(f"weight must be a tensor (out, in), got {type(weight).__name__}.")
+        raise ValueError(f"weight must be a tensor of shape (out, in), got {type(weight).__name__}.")
     if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(f"weight must be (out, in), both positive, got {tuple(weight.shape)}.")
+        raise ValueError(f"weight must have shape (out, in), both positive, got {tuple(weight.shape)}.")
     if weight.dtype not in FLOATS:
         raise ValueError(f"weight must be float16, bfloat16 or float32, got {weight.dtype}.")
     if weight.device.type != "meta" and not weight.isfinite().all():
-        raise ValueError(f"weight {tuple(weight.shape)} has NaN or inf; one such value spoils its whole block.")
+        raise ValueError(f"weight {tuple(weight.shape)} has NaN or inf values, which would spoil whole blocks.")
 
 
 def is_differentiated(leaf: Tensor) -> bool:
-    # bitsandbytes' kernel has no derivative, and torch would take it for zero.
+    # bitsandbytes' kernel has no derivative, and torch would treat it as zero.
     if torch.compiler.is_compiling():
         leaf = leaf.view_as(leaf)  # Dynamo (2.13) does not see that an argument of grad itself is differentiated
     return leaf.requires_grad or forward_ad.unpack_dual(leaf).tangent is not None
@@ -254,7 +254,7 @@ def refuse_weight_derivative(wanted: bool) -> None:
         raise ValueError("a quantized weight is a constant: differentiate in x, the bias or an adapter.")
 
 
-# The formats that have a name, as the quantizer of each.
+# The name of each format, and the function that quantizes to it.
 QUANTIZERS: dict[str, Callable[[Tensor], Quantized]] = {
     "nf4": partial(quantize_4bit, quant_type="nf4"),
     "fp4": partial(quantize_4bit, quant_type="fp4"),

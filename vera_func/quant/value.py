@@ -1,9 +1,9 @@
 """4-bit and 8-bit weights as immutable values.
 
-bitsandbytes keeps a quantized weight in a module that rewrites itself as it runs. Here the weight is a value, a pytree
-of torch and of optree: tensors are leaves, everything else is static. `torch.save` writes it, and
-`torch.load(weights_only=True)` reads it once this module is imported; `import vera_func` does that if torch is imported
-before it. Shapes are those of `core.adapter`: a weight is (out, in).
+bitsandbytes keeps a quantized weight in a module that rewrites itself when it runs. Here the weight is a value. It is a
+pytree of torch and of optree, whose leaves are tensors; everything else is static. `torch.save` writes such a value.
+`torch.load(weights_only=True)` reads it after this module was imported, which `import vera_func` does if torch was
+imported before. Shapes are named as in `core.adapter`: a weight has shape (out, in).
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from .. import private
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-NESTED_BLOCKSIZE = 256  # of nested statistics, the only one that bitsandbytes has
+NESTED_BLOCKSIZE = 256  # block size of nested statistics; bitsandbytes has no other
 
 
 class NestedStatistics(NamedTuple):
@@ -30,17 +30,17 @@ class NestedStatistics(NamedTuple):
 
 
 def _device(self: "Quantized") -> torch.device:
-    """The device of the tensors."""
+    """Return the device of the tensors."""
     return private.tree_leaves(self)[0].device
 
 
 def _nbytes(self: "Quantized") -> int:
-    """Memory of the tensors, in bytes."""
+    """Return the memory of the tensors, in bytes."""
     return sum(leaf.nbytes for leaf in private.tree_leaves(self))
 
 
 def _to(self: "Quantized", device: torch.device | str) -> Any:
-    """This weight on another device. Dtypes stay: they belong to the format."""
+    """Return this weight on another device. Dtypes belong to the format and do not change."""
     target = torch.device(device)
     return private.tree_map(lambda leaf: leaf.to(target), self)
 
@@ -51,18 +51,18 @@ def _repr(self: "Quantized") -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Quantized4bit:
-    """A weight (out, in) in blocks of 4-bit indices into a table of 16 levels, as bitsandbytes stores it.
+    """A weight (out, in) as 4-bit indices into a table of 16 levels, with a scale for each block, as in bitsandbytes.
 
-    Invariants, checked by `validate`: `packed` holds `ceil(out * in / 2)` bytes, the first of two values in
-    the high half of a byte, in the row-major order of the weight; there is one `absmax` for each
-    `blocksize` consecutive values, also where a block continues in the next row.
+    Invariants, checked by `validate`: `packed` holds `ceil(out * in / 2)` bytes, with two values per byte in the
+    row-major order of the weight, the first of them in the high half. There is one `absmax` for each `blocksize`
+    consecutive values; a block may continue in the next row.
 
     Attributes:
-        packed: Two values per byte, (bytes / itemsize, 1), in the storage dtype.
-        absmax: Scale of each block, (blocks,) float32; uint8 indices where `nested` is given.
+        packed: Two values per byte, of shape (bytes / itemsize, 1), in the storage dtype.
+        absmax: Scale of each block, (blocks,) float32. If `nested` is given, uint8 indices instead.
         nested: Statistics of the double quantization of `absmax`, or None.
-        shape: (out, in).
-        dtype: Dtype of the weight before quantization, and of `dequantize` by default.
+        shape: The shape of the weight, (out, in).
+        dtype: Dtype of the weight before quantization, and default dtype of `dequantize`.
         quant_type: "nf4" or "fp4".
         blocksize: Values per block, one of `BLOCKSIZES`.
         compute_dtype: Dtype in which `quantized_linear` multiplies; None means the dtype of `x`.
@@ -95,10 +95,10 @@ class Quantized8bit:
     """A weight (out, in) as 8-bit integers with one scale per row: `codes * scale / 127`.
 
     Attributes:
-        codes: (out, in) int8.
+        codes: Integers of shape (out, in), int8.
         scale: Largest absolute value of each row, (out,) float32.
-        shape: (out, in).
-        threshold: Activations above it are outliers for `int8_activations`; 0 means that none are.
+        shape: The shape of the weight, (out, in).
+        threshold: Larger activations are outliers for `int8_activations`; 0 means that there are no outliers.
         device: The device of the tensors; `to(device)` moves them and keeps their dtypes.
         nbytes: Memory of the tensors, in bytes.
 
@@ -154,7 +154,7 @@ def validate(q: Quantized) -> None:
     flatten(q)  # raises for anything else
     out_features, in_features = q.shape
     if out_features <= 0 or in_features <= 0:
-        raise ValueError(f"shape must be (out, in), both positive, got {q.shape}.")
+        raise ValueError(f"shape must be a pair (out, in), both positive, got {q.shape}.")
     if isinstance(q, Quantized8bit):
         _check_leaf("codes", q.codes, q.shape, torch.int8)
         _check_leaf("scale", q.scale, (out_features,), torch.float32)
@@ -178,15 +178,15 @@ def validate(q: Quantized) -> None:
         _check_leaf("nested.offset", q.nested.offset, (), torch.float32)
 
 
-# torch 2.13 multiplies by a weight on the meta device, and returns uninitialised memory.
+# torch 2.13 accepts a product with a weight on the meta device, and returns uninitialised memory.
 NO_DATA = (
-    "the weight is on the meta device and has no data: it is offloaded, or was never loaded. Load the model into "
+    "the weight is on the meta device and has no data: it is offloaded or was never loaded. Load the model into "
     "memory, for instance with device_map={'': 'cpu'}."
 )
 
 
 def check_sizes(spec: Spec, leaves: Sequence[Tensor]) -> None:
-    """`validate`, for a value made by hand: bitsandbytes' kernels read as far as the shape says, whatever is there."""
+    """Raise an error if tensors do not have the sizes that `spec` implies: bitsandbytes' kernels do not check them."""
     if leaves[0].is_meta is not leaves[1].is_meta:
         raise ValueError(NO_DATA)
     out_features, in_features = spec.shape
@@ -202,10 +202,10 @@ def check_sizes(spec: Spec, leaves: Sequence[Tensor]) -> None:
 
 
 def flatten(q: Quantized) -> tuple[list[Tensor], Spec]:
-    """The tensors of a quantized weight, and everything else as a hashable value.
+    """Return the tensors of a quantized weight, and everything else as a hashable value.
 
     Raises:
-        ValueError: If it is not a quantized weight.
+        ValueError: If `q` is not a quantized weight.
     """
     if isinstance(q, Quantized8bit):
         return [q.codes, q.scale], Spec8bit(q.shape, q.threshold)
@@ -219,7 +219,7 @@ def flatten(q: Quantized) -> tuple[list[Tensor], Spec]:
 
 
 def unflatten(leaves: Iterable[Any], spec: Spec) -> Quantized:
-    """Undoes `flatten`."""
+    """Make a quantized weight from the results of `flatten`."""
     if isinstance(spec, Spec8bit):
         codes, scale = leaves
         return Quantized8bit(codes, scale, *spec)
@@ -228,7 +228,7 @@ def unflatten(leaves: Iterable[Any], spec: Spec) -> Quantized:
 
 
 def format_of(q: Quantized) -> str:
-    """The name of a weight's format, a key of `QUANTIZERS`.
+    """Return the name of a weight's format, a key of `QUANTIZERS`.
 
     Example:
         >>> from vera_func import quantize_8bit
@@ -249,11 +249,11 @@ def check_4bit_options(quant_type: str, blocksize: int, compute_dtype: torch.dty
 
 def _check_leaf(name: str, leaf: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(leaf.shape) != shape or leaf.dtype != dtype:
-        raise ValueError(f"{name} must be {shape} {dtype}, got {tuple(leaf.shape)} {leaf.dtype}.")
+        raise ValueError(f"{name} must have shape {shape} and dtype {dtype}, got {tuple(leaf.shape)} {leaf.dtype}.")
 
 
 def shape2(shape: Any) -> tuple[int, int]:
-    """`(out, in)` as plain integers."""
+    """Return a shape `(out, in)` as plain integers."""
     out_features, in_features = (int(size) for size in shape)
     return out_features, in_features
 
