@@ -285,7 +285,9 @@ def require_one_device(model: nn.Module, targets: Sequence[str], trained: Sequen
         >>> require_one_device(nn.Sequential(nn.Linear(3, 5)), ["0"], ["0.bias"])
     """
     owners = dict.fromkeys([*targets, *(split_key(name)[0] for name in trained)])
-    devices = {layer_device(model.get_submodule(name)): name for name in owners}
+    # A target without parameters is refused later, by its class.
+    layers = [(name, model.get_submodule(name)) for name in owners]
+    devices = {layer_device(layer): name for name, layer in layers if next(layer.parameters(), None) is not None}
     places = sorted(f"{device} ({name})" for device, name in devices.items() if device.type != "meta")
     if len(places) > 1:
         raise ValueError(
