@@ -1,5 +1,6 @@
 """Tokenized rows: what is a target, what is cut off, and which documents share a row."""
 
+import gc
 import json
 
 import pytest
@@ -125,12 +126,18 @@ def test_packing(rows, tokenizer):
     assert [packed.num_targets(i) for i in range(2)] == [4, 4]
 
 
-def test_many_rows_are_flushed_to_the_file(rows, tokenizer, monkeypatch):
+def test_many_rows_are_flushed_to_a_file(rows, tokenizer, monkeypatch, tmp_path):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr("vera_func.data.tokens.FLUSH", 10)
     monkeypatch.setattr("vera_func.data.tokens.CHUNK", 7)
     found = rows(*({"text": " ".join("abcdefgh"[: 1 + i % 8])} for i in range(50)))
     for i in range(50):
         assert words(tokenizer, found.row(i)[0]) == " ".join(["A B C D E F G H"[: 2 * (i % 8) + 1], "[EOS]"])
+    with pytest.raises(ValueError, match="no row has a target"):
+        rows(*({"text": "a"} for _ in range(50)), max_length=1)
+    gc.collect()
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_bad_chats_name_the_row(rows, tokenizer, monkeypatch):

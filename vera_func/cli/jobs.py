@@ -1,5 +1,6 @@
 """What the adapters of a run are trained on: data sets, betas, rows, steps and rates."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -152,10 +153,10 @@ def adapter_names(sources: Sequence[str], pairs: Sequence[tuple[int, float | Non
         ['a', 'b']
     """
     stems = [Path(source.partition(":")[0].rstrip("/")).stem or "data" for source in sources]
-    several = len({beta for _, beta in pairs}) > 1
+    counts, several = Counter(stems), len({beta for _, beta in pairs}) > 1
     names: list[str] = []
     for data, beta in pairs:
-        stem = stems[data] if stems.count(stems[data]) == 1 else f"{stems[data]}-{data + 1}"
+        stem = stems[data] if counts[stems[data]] == 1 else f"{stems[data]}-{data + 1}"
         parts = [stem] if len(sources) > 1 or not several else []
         names.append("-".join([*parts, *([f"beta{beta:g}"] if several else [])]))
     if len(set(names)) < len(names):

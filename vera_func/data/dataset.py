@@ -1,4 +1,8 @@
-"""Data sets of any kind: read and checked row by row, then stored in an Arrow file, which may be larger than memory."""
+"""Data sets of any kind: read and checked row by row.
+
+Large ones are stored in a memory-mapped Arrow file, which may be larger than memory. Small ones are kept in memory, so
+that a run may have thousands of them.
+"""
 
 import hashlib
 import shutil
@@ -6,7 +10,7 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +35,7 @@ class DataSet(NamedTuple):
     Attributes:
         source: What they were read from.
         kind: Their kind.
-        rows: The rows; `rows[i]` has the columns of the kind, see `COLUMNS`. They are read from a temporary Arrow file.
+        rows: The rows; `rows[i]` has the columns of the kind, see `COLUMNS`.
         groups: For each row, a hash of its column `group`, else of its prompt or text. Rows with equal values belong
             together when the data is split.
     """
@@ -45,8 +49,8 @@ class DataSet(NamedTuple):
 def open_dataset(source: str | Path) -> DataSet:
     """Read and check all rows of a data set.
 
-    All rows are checked before this returns, in bounded memory. The temporary file is in `$TMPDIR`, and is deleted with
-    the result.
+    All rows are checked before this returns, in bounded memory. The temporary file of a large data set is in `$TMPDIR`,
+    and is deleted with the result.
 
     Args:
         source: A CSV, JSON Lines or Parquet file, a folder or glob pattern of them, or a data set of the Hugging Face
@@ -164,17 +168,21 @@ def _group(values: dict[str, Any], given: Any) -> int:
 
 
 def _store(rows: Iterator[dict[str, Any]]) -> "datasets.Dataset":
-    """Write rows to an Arrow file, and open it memory-mapped."""
+    """Keep rows in memory if they are one batch; else write them to an Arrow file, and open it memory-mapped."""
     import pyarrow
     from datasets import Dataset
 
+    first = next(rows)
+    schema = _schema(first)
+    batches = _batches(first, rows)
+    start = list(islice(batches, 2))
+    if len(start) == 1:
+        return Dataset(pyarrow.Table.from_pylist(start[0], schema))
     folder = tempfile.mkdtemp(prefix="vera_func-")
     try:
         path = Path(folder) / "rows.arrow"
-        first = next(rows)
-        schema = _schema(first)
         with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
-            for batch in _batches(first, rows):
+            for batch in chain(start, batches):
                 writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema))
         data = Dataset.from_file(str(path))
     except BaseException:

@@ -1,4 +1,4 @@
-"""Tokenized rows of a data set, in memory-mapped files: token ids, and labels with -100 where there is no target.
+"""Tokenized rows of a data set: token ids, and labels with -100 where there is no target.
 
     text         the whole text, then the end token; long texts are split
     completion   prompt, completion, end token; targets are the completion's tokens and the end token
@@ -8,11 +8,12 @@
 A row of a preference has two sequences, the chosen one first; all other rows have one.
 """
 
-import shutil
+import os
 import tempfile
 import weakref
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Side = Literal["end", "start"]
-_FILES = ("ids", "labels")
 CHUNK = 256  # rows that are tokenized at once
 FLUSH = 2**20  # tokens that are kept in memory before they are written
 
@@ -104,38 +104,25 @@ def tokenize(data: DataSet, tokenizer: "PreTrainedTokenizerBase", *, max_length:
         ValueError: If the tokenizer has no chat template but the data has messages, no row has a target, or the
             template can't be applied to a row.
     """
-    ids, labels, offsets, groups = array("i"), array("i"), array("q", [0]), array("q")
+    ids, labels, offsets, groups = _Column(), _Column(), array("q", [0]), array("q")
     omitted, width = 0, 2 if data.kind == "preference" else 1
-    folder = Path(tempfile.mkdtemp(prefix="vera_func-"))
-    try:
-        with (folder / _FILES[0]).open("wb") as id_file, (folder / _FILES[1]).open("wb") as label_file:
-            for i, row in enumerate(_tokenized(data, tokenizer, max_length)):
-                pieces = [_truncated(tokens, max_length, side) for tokens in row]
-                kept = [pieces] if width == 2 else [[piece] for piece in pieces]
-                good = [one for one in kept if all(_has_target(tokens) for tokens in one)]
-                omitted += not good
-                for one in good:
-                    groups.append(int(data.groups[i]))
-                    for tokens in one:
-                        ids.extend(tokens.ids)
-                        labels.extend(tokens.labels)
-                        offsets.append(offsets[-1] + len(tokens.ids))
-                if len(ids) > FLUSH:
-                    _flush(ids, id_file)
-                    _flush(labels, label_file)
-            _flush(ids, id_file)
-            _flush(labels, label_file)
-        if not groups:
-            raise ValueError(
-                f"{data.source}: no row has a target within {max_length} tokens: raise --max-length, or pass "
-                "--truncate-side start."
-            )
-        flat, targets = (torch.from_file(str(folder / n), size=offsets[-1], dtype=torch.int32) for n in _FILES)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    weakref.finalize(flat, shutil.rmtree, folder, ignore_errors=True)
-    return TokenRows(flat, targets, torch.tensor(offsets), width, torch.tensor(groups), omitted)
+    for i, row in enumerate(_tokenized(data, tokenizer, max_length)):
+        pieces = [_truncated(tokens, max_length, side) for tokens in row]
+        kept = [pieces] if width == 2 else [[piece] for piece in pieces]
+        good = [one for one in kept if all(_has_target(tokens) for tokens in one)]
+        omitted += not good
+        for one in good:
+            groups.append(int(data.groups[i]))
+            for tokens in one:
+                ids.extend(tokens.ids)
+                labels.extend(tokens.labels)
+                offsets.append(offsets[-1] + len(tokens.ids))
+    if not groups:
+        raise ValueError(
+            f"{data.source}: no row has a target within {max_length} tokens: raise --max-length, or pass "
+            "--truncate-side start."
+        )
+    return TokenRows(ids.tensor(), labels.tensor(), torch.tensor(offsets), width, torch.tensor(groups), omitted)
 
 
 def prompt_tokens(full: Sequence[int], prompt: Sequence[int]) -> Tokens:
@@ -238,6 +225,38 @@ def _has_target(tokens: Tokens) -> bool:
     return any(label != IGNORED for label in tokens.labels[1:])
 
 
-def _flush(values: array, file: Any) -> None:
-    values.tofile(file)
-    del values[:]
+class _Column:
+    """A growing column of integers, in memory up to `FLUSH` of them, and then in a temporary file."""
+
+    def __init__(self) -> None:
+        self.values, self.size = array("i"), 0
+        self.path: Path | None = None
+
+    def extend(self, values: Sequence[int]) -> None:
+        """Append values."""
+        self.values.extend(values)
+        self.size += len(values)
+        if len(self.values) > FLUSH:
+            self._flush()
+
+    def tensor(self) -> Int[Tensor, " size"]:
+        """All values, int32; the file is mapped, and unlinked when the column goes."""
+        if self.path is None:
+            return torch.frombuffer(self.values, dtype=torch.int32).clone()
+        self._flush()
+        return torch.from_file(str(self.path), size=self.size, dtype=torch.int32)
+
+    def _flush(self) -> None:
+        if self.path is None:
+            handle, name = tempfile.mkstemp(prefix="vera_func-")
+            os.close(handle)
+            self.path = Path(name)
+            weakref.finalize(self, _unlink, self.path)
+        with self.path.open("ab") as file:
+            self.values.tofile(file)
+        del self.values[:]
+
+
+def _unlink(path: Path) -> None:
+    with suppress(OSError):  # where mapped files can't be deleted
+        path.unlink(missing_ok=True)
