@@ -37,8 +37,8 @@ class Adapted(NamedTuple):
 
     Attributes:
         apply: `apply(params, frozen, *args, **kwargs)` returns the output of the adapted model.
-        params: The trained parameters: `"{module}.lambda_b"` (out,), `"{module}.lambda_d"` (r,), and the model's own
-            parameters that the configuration trains.
+        params: The trained parameters: `"{module}.lambda_b"` (out,), `"{module}.lambda_d"` (r,), for DVoRA
+            `"{module}.magnitude"` (out,), and the model's own parameters that the configuration trains.
         frozen: `{"vera_A": (r, max in), "vera_B": (max out, r)}`, shared by all layers and adapters.
         config: The configuration, with default targets and "all-linear" replaced by names.
     """
@@ -60,9 +60,10 @@ def adapt(
 ) -> Adapted:
     """Create a pure function of a model and a fresh adapter for it; the model is not modified.
 
-    The adapter is initialized as in PEFT: `lambda_b` is 0, so the output equals that of the base model. The function
-    runs a copy of the module tree that shares the parameters' memory; buffers are copied. Before the call, move the
-    model to its device, and choose between `model.eval()` and `model.train()`, which controls the base's own dropout.
+    The adapter is initialized as in PEFT: `lambda_b` is 0, and a magnitude is the norm of its row of the weight, so the
+    output equals that of the base model. The function runs a copy of the module tree that shares the parameters'
+    memory; buffers are copied. Before the call, move the model to its device, and choose between `model.eval()` and
+    `model.train()`, which controls the base's own dropout.
 
     Args:
         model: Any module with `nn.Linear`, bitsandbytes' linear layers or transformers' `Conv1D`. Wrappers of

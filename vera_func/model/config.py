@@ -43,7 +43,8 @@ class VeraConfig:
         modules_to_save: Names or endings of further modules to train in full, such as a new classifier. The heads of
             `task_type` are added.
         use_dora: Whether to decompose the adapted weights into magnitudes and directions (DVoRA, see `core.dora`). Each
-            layer gets a third vector, `magnitude` (out,). PEFT can't load such an adapter; `export_lora` converts it.
+            layer gets a third vector, `magnitude` (out,). Each call computes the norms of the adapted weights; for
+            inference, `fold_magnitude` computes them once. PEFT can't load such an adapter; `export_lora` converts it.
         differentiate_norm: Whether the norms of DVoRA are differentiated. False treats them as constants, as the paper
             does.
         init_weights: True starts at the base model; False draws `lambda_d` and sets `lambda_b = 1` (for tests).
