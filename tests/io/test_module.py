@@ -2,7 +2,11 @@
 
 import copy
 import io
+import os
 import pickle
+import shutil
+import textwrap
+from functools import partial
 
 import peft
 import pytest
@@ -13,8 +17,10 @@ from torch.func import functional_call, grad
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import get_last_checkpoint
 
 import vera_func as vf
+from vera_func.io import module as module_file
 from vera_func.model.convert import quantize_model
 
 from helpers import (
@@ -438,6 +444,42 @@ def test_trainer_loads_the_best(kind, base_folder, tmp_path, monkeypatch):
     assert best.keys() == trained(module).keys()
     for key, value in trained(module).items():
         assert torch.equal(value, best[key])
+
+
+def test_the_recipe_of_the_docstring(base_folder, tmp_path, monkeypatch):
+    """It runs as it stands: interrupted, it resumes to the same bits; the best checkpoint is what is saved."""
+    recipe = textwrap.dedent("    quantization" + module_file.__doc__.partition("    quantization")[2])
+    quiet = {"report_to": [], "use_cpu": True, "dataloader_pin_memory": False, "disable_tqdm": True}
+    rows = [{"input_ids": row, "labels": row} for row in tokens(16, 6)]
+    names = {
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "BitsAndBytesConfig": BitsAndBytesConfig,
+        "TrainingArguments": partial(TrainingArguments, logging_strategy="no", **quiet),
+        "Trainer": Trainer,
+        "get_last_checkpoint": get_last_checkpoint,
+        **{"vf": vf, "os": os, "name": str(base_folder), "train": rows[:12], "held_out": rows[12:]},
+    }
+    runs = []
+    for folder in (tmp_path / "whole", tmp_path / "resumed"):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        if runs:  # as if it had been killed after its first checkpoint
+            shutil.copytree(tmp_path / "whole" / "out" / "checkpoint-2", folder / "out" / "checkpoint-2")
+        exec(recipe, run := dict(names))
+        assert {path.name for path in (folder / "out").iterdir()} >= {"checkpoint-4", "checkpoint-6"}
+        best = vf.load_adapter(run["trainer"].state.best_model_checkpoint, run["model"])
+        saved = vf.load_adapter(folder / "my-adapter", run["model"])
+        assert all(torch.equal(saved.params[key], value) for key, value in best.params.items())
+        runs.append((saved, vf.load_adapter(folder / "out" / "checkpoint-6", run["model"]).params))
+    (saved, whole), (again, resumed) = runs
+    for key in whole:
+        assert_close(resumed[key], whole[key], rtol=1e-6, atol=1e-7)
+        assert_close(again.params[key], saved.params[key], rtol=1e-6, atol=1e-7)
+    theirs = peft.PeftModel.from_pretrained(
+        load(base_folder, "4 bit").train(), tmp_path / "whole" / "my-adapter"
+    ).train()
+    ours = saved.apply(saved.params, saved.frozen, input_ids=tokens()).logits
+    assert relative_error(theirs(input_ids=tokens()).logits, ours) < 1e-6
 
 
 def test_an_adapter_is_all_that_such_a_module_loads(base_folder):

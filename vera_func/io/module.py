@@ -1,4 +1,19 @@
-"""The adapted model as an `nn.Module` for transformers' Trainer, which saves it as an adapter."""
+"""The adapted model as an `nn.Module` for transformers' Trainer, which saves it as an adapter.
+
+A whole run over a model that transformers loads in 4 bits. Checkpoints are adapter directories, which `load_adapter`
+and PEFT read; an interrupted run resumes from the last one, and the best one is loaded at the end:
+
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization)
+    module = vf.to_module(vf.adapt(model, vf.VeraConfig(r=256, target_modules=["q_proj", "v_proj"])))
+    args = TrainingArguments(
+        "out", num_train_epochs=2, per_device_train_batch_size=4, learning_rate=2e-2, save_steps=2, eval_steps=2,
+        eval_strategy="steps", load_best_model_at_end=True,
+    )
+    trainer = Trainer(module, args, train_dataset=train, eval_dataset=held_out)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint("out") if os.path.isdir("out") else None)
+    trainer.save_model("my-adapter")
+"""
 
 import dataclasses
 import os
