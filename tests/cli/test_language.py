@@ -1,5 +1,6 @@
 """`train`, `evaluate` and `generate` on texts, completions, chats and preferences, with one adapter or several."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -276,6 +277,7 @@ def test_hostile_data_is_refused_before_a_model_is_loaded(run, tmp_path, monkeyp
         ("--data {data}/text.jsonl --beta 0", "must be positive"),
         ("--data {data}/text.jsonl --max-length 4096", "has 2048 positions: pass --max-length 2048 or less"),
         ("--data {data}/preference.jsonl --reference {first} --dropout 0.1", "are the reference's own"),
+        ("--data {data}/preference.jsonl --reference {first} --model=", "first does not name its base model"),
         ("--data {data}/text.jsonl --out {data}/text.jsonl", "is a file"),
         ("--data {reviews} --beta 0.1", "--beta has no effect on data with text and label"),
         ("--data {reviews} --steps 4,5", "--steps must have one value, or one for each of the 1 adapters, got 2"),
@@ -288,7 +290,8 @@ def test_mistakes_are_one_sentence(run, data, model, folder, reviews, tmp_path, 
     first = tmp_path / "first"
     if "{first}" in line:
         adapted = vf.adapt(load_base(str(model), "none", torch.float32).model, vf.VeraConfig(r=4))
-        vf.save_adapter(first, adapted.params, adapted.frozen, adapted.config)
+        config = dataclasses.replace(adapted.config, base_model_name_or_path=None)
+        vf.save_adapter(first, adapted.params, adapted.frozen, config)
     line = line.format(data=data, folder=folder, reviews=reviews, first=first)
     given = {"--model": model, "--out": tmp_path / "out", "--r": 8, "--dtype": "float32"}
     options = [word for name, value in given.items() if name not in line for word in (name, value)]

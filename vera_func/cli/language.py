@@ -112,7 +112,8 @@ def train_language(
     jobs_of_run = [(job.name, job.steps, job.learning_rate, job.train.beta) for job in jobs]
     options = (recipe._replace(log=None), jobs_of_run, chunk)
     state = (base.name, base.quant, base.dtype, adapted.config, reference, max_length, truncate_side, packing)
-    checkpoint = checkpoint_path(out, *state, *options, [_hash(one) for one in rows])
+    tensors = [(one.ids, one.labels, one.offsets, one.groups) for one in rows]
+    checkpoint = checkpoint_path(out, *state, *options, [_hash(*one) for one in (*tensors, adapted.params.values())])
     before = _score(base, adapted, adapted.params, jobs, progress, "before", stacked=False)
     start = time.perf_counter()
 
@@ -124,7 +125,7 @@ def train_language(
     after = _score(base, adapted, trained.params, jobs, progress, "after", stacked=len(jobs) > 1)
     note = Note(
         base.quant, kind=kind, data=[sets[job.data].source for job in jobs], max_length=max_length,
-        truncate_side=truncate_side, reference=None if reference is None else str(Path(reference).resolve()),
+        truncate_side=truncate_side, reference=_absolute(reference),
         beta=[job.train.beta or BETA for job in jobs] if kind == "preference" else None,
     )  # fmt: skip
     map_sharded(partial(save_adapters, out, adapted, trained.params, [job.name for job in jobs]), [note])  # on rank 0
@@ -151,7 +152,16 @@ def _same_kind(sets: Sequence[DataSet]) -> str:
 
 
 def _model_of(initial: Source | None) -> str | None:
-    return None if initial is None or initial.config is None else initial.config.base_model_name_or_path
+    if initial is None or initial.config is None:
+        return None
+    if not initial.config.base_model_name_or_path:
+        raise ValueError(f"{initial.path} does not name its base model: pass --model.")
+    return initial.config.base_model_name_or_path
+
+
+def _absolute(reference: str | None) -> str | None:
+    """A folder's absolute path; the name of an adapter of the hub as it is."""
+    return str(Path(reference).resolve()) if reference is not None and Path(reference).exists() else reference
 
 
 def _quant_of(initial: Source | None) -> str | None:
@@ -226,8 +236,8 @@ def _row(job: Job, sets: Sequence[DataSet], trained: Trained, before: Scores, af
     }
 
 
-def _hash(rows: TokenRows) -> str:
+def _hash(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
-    for tensor in (rows.ids, rows.labels, rows.offsets, rows.groups):
-        digest.update(tensor.numpy().data)
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -153,7 +153,9 @@ Quant = Annotated[
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     option(
-        "--dtype", help="Dtype of the arithmetic (default: bfloat16 if the CPU supports it, else float32).", panel=MODEL
+        "--dtype",
+        help="Dtype of the arithmetic (default: bfloat16 on GPUs and CPUs that support it, else float32).",
+        panel=MODEL,
     ),
 ]
 
@@ -235,7 +237,7 @@ Targets = Annotated[
     ),
 ]
 Steps = Annotated[int | None, number("--steps", help="Training steps (default: one epoch, 50 to 100).", panel=TRAINING)]
-TrainingBatch = Annotated[int, number("--batch-size", help="Examples per step.", panel=TRAINING)]
+TrainingBatch = Annotated[int, number("--batch-size", help="Examples per step and adapter.", panel=TRAINING)]
 LearningRate = Annotated[
     float, number("--learning-rate", help="Initial value, decayed along a cosine.", panel=TRAINING, kind=float)
 ]

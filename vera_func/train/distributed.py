@@ -16,7 +16,9 @@ The commands `train` and `evaluate` run under torchrun, on one machine or on sev
         -m vera_func train --data reviews.csv --out my-adapter --parts 16
 
 Evaluation shards adapters across ranks in chunks (`--chunk`); training shards the `--parts` micro-batches of each batch
-and all-reduces 8 bytes per trained parameter at each step. Only rank 0 writes files and shows progress.
+and all-reduces 8 bytes per trained parameter at each step. Training on many data sets shards adapters in chunks
+(`--together`) if there are several chunks. Only rank 0 writes files and shows progress; each rank uses the GPU with its
+local rank.
 
 Failures are detected by torch. All ranks enter a `monitored_barrier` after each chunk and before each all-reduce. It
 detects a dead rank at once, and a rank that hangs or is unreachable after the group's timeout: 10 minutes, or
