@@ -29,14 +29,13 @@ def printed(code):
 
 def test_the_readme_lists_the_notebooks_by_number():
     assert NOTEBOOKS
-    listed = re.findall(
-        r"^\| \[(\d+)\. (.+)\]\(notebooks/(.+)\)", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE
-    )
+    readme = (ROOT / "README.md").read_text("utf-8")
+    listed = re.findall(r"\[(\d+)\. ([^]]+)\]\(notebooks/([^)]+)\)", readme)
     assert [name for _, _, name in listed] == [path.name for path in NOTEBOOKS]
     for number, (place, title, name) in enumerate(listed, start=1):
         first = nbformat.read(ROOT / "notebooks" / name, as_version=4).cells[0].source.splitlines()[0]
         assert int(place) == int(name[:2]) == number
-        assert first == f"# {number}. {title}"
+        assert first.startswith(f"# {number}. {title}")
 
 
 @pytest.mark.filterwarnings("ignore")  # of the kernel's machinery, in this process; the notebook's own are shown in it
