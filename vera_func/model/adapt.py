@@ -76,8 +76,9 @@ def adapt(
         generator: Source of the random vectors if `config.init_weights` is False; not used otherwise.
         product_dtype: `torch.bfloat16` or `torch.float16` multiplies by the projections in 16 bits, as PEFT does under
             autocast; `vera_forward` states the errors. Vectors and `frozen` keep `dtype`. Each call converts the
-            projections once; `frozen` may also be passed in this dtype. None multiplies in the vectors' dtype, as PEFT
-            does without autocast.
+            projections once; `frozen` may also be passed in this dtype. It is faster for many rows on CPUs with
+            instructions for the dtype and on GPUs; for a single row on a CPU it may be slower. None multiplies in the
+            vectors' dtype, as PEFT does without autocast.
 
     Returns:
         `(apply, params, frozen, config)`; the configuration has the names of the targets and of the base filled in.
