@@ -170,3 +170,23 @@ def test_layers_that_read_the_same_input_share_its_product(monkeypatch):
     monkeypatch.setattr(autograd, "project", lambda x, A: calls.append(x) or original(x, A))
     apply(params, frozen, input_ids=torch.ones(1, 3, dtype=torch.long))
     assert len(calls) == len(params) // 2 // 7 * 4
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4", "int8"])
+def test_nothing_is_recorded_where_nothing_is_differentiated(base, monkeypatch):
+    from vera_func.quant import linear
+
+    from helpers import llama, quantized, randomized
+
+    def refuse(ctx, inputs, output):
+        raise AssertionError("a custom Function was applied")
+
+    monkeypatch.setattr(autograd, "WORTH_SHARING", 0)
+    for function in (autograd._Known, autograd._Expand, linear._Product):
+        monkeypatch.setattr(function, "setup_context", staticmethod(refuse))
+    adapted = vf.adapt(quantized(llama(), base), vf.VeraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    params, ids = randomized(adapted.params), torch.ones(1, 3, dtype=torch.long)
+    assert torch.is_grad_enabled()
+    adapted.apply(params, adapted.frozen, input_ids=ids)
+    with pytest.raises(AssertionError, match="a custom Function was applied"):
+        vf.grad(lambda p: adapted.apply(p, adapted.frozen, input_ids=ids).logits.sum())(params)
