@@ -4,6 +4,8 @@ import dataclasses
 import json
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -364,3 +366,31 @@ def test_checkpointing_gives_the_same_adapter(run_json, data, model, reviews, tm
         run_json("train", *options, *more, "--model", model, "--dtype", "float32", "--r", "8", "--out", tmp_path / out)
     plain, again = (params_of(tmp_path / out, model) for out in ("plain", "again"))
     assert_close(plain, again, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_under_torchrun_the_adapters_are_the_same(train, data, model, tmp_path):
+    """With a chunk for each adapter they are sharded across the ranks; in one chunk their micro-batches are."""
+    options = [*("--data", data / "text.jsonl", "--data", data / "other.jsonl"), "--steps", "6", "--eval-every", "4"]
+    _, out = train(*options, "--learning-rate", "0.1", "--accumulate", "4")
+    right = vf.open_bank(out / "bank.safetensors").read()
+    for together in ("1", "2"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        line = ["--learning-rate", "0.1", "--together", together, "--model", model, "--rank", "8", "--batch-size", "4"]
+        words = [
+            *command,
+            "-m",
+            "vera_func",
+            "train",
+            *options,
+            *line,
+            "--dtype",
+            "float32",
+            "--out",
+            tmp_path / together,
+        ]
+        done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("kind: text") == 1  # rank 0 alone says so
+        assert_close(vf.open_bank(tmp_path / together / "bank.safetensors").read(), right, rtol=1e-4, atol=1e-5)
+        assert not list(tmp_path.glob(f"{together}.training*"))
