@@ -368,6 +368,37 @@ def test_checkpointing_gives_the_same_adapter(run_json, data, model, reviews, tm
     assert_close(plain, again, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "demo --data {reviews}",
+        "train --data {reviews} --out x",
+        "train --data {reviews} --data {reviews} --out x",
+        "train --data {data}/text.jsonl --out x",
+        "evaluate --data {data}/text.jsonl",
+        "evaluate --data {reviews}",
+        "predict a",
+        "generate a",
+        "merge --adapter {first} --to nf4 --out x",
+        "export-lora --adapter {first} --out x",
+        "inspect {first} --model y",
+        "convert {first} --out {first}/x.safetensors",
+    ],
+)
+def test_the_device_of_every_command(run, data, reviews, tmp_path, monkeypatch, line):
+    def load_base(*args, device, **kwargs):
+        raise ValueError(f"on {device}")
+
+    for module in ("cli.demo", "cli.language", "cli.label_sets", "data.sources"):
+        monkeypatch.setattr(f"vera_func.{module}.load_base", load_base)
+    adapted = vf.adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), vf.VeraConfig(r=2, target_modules=["0"]))
+    config = dataclasses.replace(adapted.config, base_model_name_or_path="somewhere")
+    vf.save_adapter(tmp_path / "first", adapted.params, adapted.frozen, config)
+    words = line.format(data=data, reviews=reviews, first=tmp_path / "first").split()
+    assert run(*words) == (2, "", "vera-func: on auto\n")
+    assert run(*words, "--device", "cuda:1") == (2, "", "vera-func: on cuda:1\n")
+
+
 @pytest.mark.slow
 def test_under_torchrun_the_adapters_are_the_same(train, data, model, tmp_path):
     """With a chunk for each adapter they are sharded across the ranks; in one chunk their micro-batches are."""

@@ -86,7 +86,7 @@ def demo(
     parts: int | None = None,
     dtype: torch.dtype | None = None,
     prompt: str = PROMPT,
-    device: str = "cpu",
+    device: str = "auto",
     epochs: float | None = None,
     recipe: Recipe | None = None,
     max_length: int = 256,
