@@ -278,7 +278,10 @@ NOT_SAVED = {
         lambda p, f, c: (vf.select_adapters(stacked(p), [[0, 1]]), f, c),
         r"'0\.lambda_b' must be|mixture",
     ),
-    "a mixture": (lambda p, f, c: (p | {"0.mixture": torch.ones(())}, f, c), r"'0\.mixture' marks a sum"),
+    "a mixture": (
+        lambda p, f, c: (p | {"0.mixture": torch.ones(())}, f, c),
+        r"'0\.mixture' marks a sum",
+    ),
     "NaN": (lambda p, f, c: (p | {"2.lambda_b": torch.full((5,), float("nan"))}, f, c), r"'2\.lambda_b' holds NaN"),
     "inf": (lambda p, f, c: (p, f | {"vera_B": f["vera_B"] / 0}, c), "'vera_B' holds NaN or inf"),
     "half a layer": (
@@ -439,7 +442,7 @@ def test_damaged_configuration(text, message, tmp_path):
         ({"r": "3"}, "r must be an integer, got '3'"),
         ({"r": True}, "r must be an integer, got True"),
         ({"target_modules": 5}, "target_modules|not iterable"),
-        ({"target_modules": [5]}, r"target_modules must hold names, got \[5\]"),
+        ({"target_modules": [5]}, r"target_modules must contain names only, got \[5\]"),
         ({"target_modules": "("}, "is not a regular expression"),
         ({"layers_to_transform": "1"}, "layers_to_transform must be an integer"),
         ({"bias": "some"}, "bias must be"),

@@ -117,7 +117,7 @@ for what, fields, message in (
     ("a dict for a path", {"base_model_name_or_path": {"a": 1}}, "must be a string or None"),
     ("a field of the future", {"future_scaling": 2.0}, "unknown field future_scaling=2.0"),
     ("the text NaN", {"d_initial": "NaN"}, "d_initial must be a number"),
-    ("modules that are numbers", {"modules_to_save": [5]}, "modules_to_save must hold names"),
+    ("modules that are numbers", {"modules_to_save": [5]}, "modules_to_save must contain names"),
 ):
     bad(
         "load_adapter",

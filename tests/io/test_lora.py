@@ -93,7 +93,7 @@ def test_truncate_is_the_best_approximation(sizes):
     ("change", "message"),
     [
         ({"model.layers.9.self_attn.q_proj.lambda_b": torch.ones(64)}, "no linear layer"),
-        ({"model.layers.0.self_attn.q_proj.lambda_b": torch.ones(63)}, "needs lambda_b"),
+        ({"model.layers.0.self_attn.q_proj.lambda_b": torch.ones(63)}, "needs a lambda_b"),
         ({"model.layers.0.self_attn.q_proj.lambda_b": torch.full((64,), torch.nan)}, "q_proj.lambda_b.*NaN"),
         ({"model.norm.weights": torch.ones(64)}, "not a parameter of the model"),
         ({"model.norm.weight": torch.ones(63)}, r"must be \(64,\)"),
@@ -107,7 +107,7 @@ def test_params_that_do_not_fit(change, message):
 
 def test_sizes_of_a_model_are_checked_before_anything_is_written(tmp_path):
     _, adapted = make_adapted("llama")
-    with pytest.raises(ValueError, match="needs lambda_b"):
+    with pytest.raises(ValueError, match="needs a lambda_b"):
         vf.export_lora(tmp_path / "lora", *adapted[1:], llama(hidden_size=128))
     assert not (tmp_path / "lora").exists()
 
@@ -156,7 +156,7 @@ bad(
     "export_lora",
     "another model",
     lambda t: export(t, base=nn.Sequential(nn.Linear(7, 6))),
-    "needs lambda_b .6,.|'2.lambda_b'",
+    "needs a lambda_b of shape .6,.|'2.lambda_b'",
 )
 
 

@@ -215,7 +215,7 @@ for to in ("int4", torch.int8, 4, True):
     bad("merge", f"to {to}", lambda _, to=to: vf.merge(small_model(), PARAMS, FROZEN, to), wrong)
     bad("model_merge_report", f"to {to}", lambda _, to=to: vf.model_merge_report(ADAPTED, to), wrong)
 
-bad("merge", "no vectors", lambda _: vf.merge(small_model(), {}, FROZEN), "no 'lambda_b' of any layer")
+bad("merge", "no vectors", lambda _: vf.merge(small_model(), {}, FROZEN), "the 'lambda_b' of a layer")
 bad(
     "merge",
     "a list",

@@ -411,7 +411,7 @@ class TestDrawnVectors:
 def test_no_config_matches_nothing():
     with pytest.raises(ValueError, match="no module matches"):
         vf.adapt(llama(), vf.VeraConfig(r=R, target_modules="nothing"))
-    with pytest.raises(ValueError, match=r"which no module of this model ends in.*'q_proj'"):
+    with pytest.raises(ValueError, match=r"no module name ends in these.*'q_proj'"):
         vf.adapt(llama(), vf.VeraConfig(r=R, target_modules=["q_proj", "query"]))
     with pytest.raises(ValueError, match="'norm' is a BatchNorm1d"):
         vf.adapt(Normalized(), vf.VeraConfig(r=R, target_modules=["norm"]))

@@ -101,17 +101,17 @@ def test_inputs_are_left_as_they_were():
     ("adapters", "weights", "says"),
     [
         ([], None, "at least one"),
-        ([adapter(0)], [1.0, 2.0], "1 and 2"),
+        ([adapter(0)], [1.0, 2.0], "1 adapters and 2 weights"),
         ([adapter(0)], [float("inf")], "finite"),
         ([adapter(0), adapter(1)], None, "select_adapters"),
         ([adapter(0), {k: v for k, v in adapter(0).items() if "q" in k}], None, "pool_adapters"),
-        ([adapter(0), {k: v for k, v in adapter(0).items() if k != "1.v.lambda_d"}], None, "'1.v.lambda_d' None"),
+        ([adapter(0), {k: v for k, v in adapter(0).items() if k != "1.v.lambda_d"}], None, "'1.v.lambda_d' has"),
         ([vf.stack_adapters([adapter(0)])], None, "single adapters"),
         ([adapter(0, **{"head.weight": torch.ones(2)})], None, "'head.weight'"),
         (
             [adapter(0), with_same(adapter(1), adapter(0), "lambda_d", 1) | {"0.q.lambda_d": torch.ones(6)}],
             None,
-            "adapter 1 has '0.q.lambda_d' (6,), where adapter 0 has (5,)",
+            "'0.q.lambda_d' has shape (6,) in adapter 1 and (5,)",
         ),
     ],
 )
@@ -147,7 +147,7 @@ bad(
 )
 bad("add_adapters", "none", lambda _: vf.add_adapters([]), "at least one adapter")
 bad("add_adapters", "stacked", lambda _: vf.add_adapters([STACK, STACK]), "single adapters")
-bad("add_adapters", "weights of another number", lambda _: vf.add_adapters([PARAMS], [1, 2]), "got 1 and 2")
+bad("add_adapters", "weights of another number", lambda _: vf.add_adapters([PARAMS], [1, 2]), "got 1 adapters and 2")
 bad("add_adapters", "NaN", lambda _: vf.add_adapters([PARAMS, PARAMS], [1, NAN]), "weights must be finite")
 
 

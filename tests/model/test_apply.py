@@ -49,13 +49,13 @@ BAD = {
     "a misspelt key": (lambda p: p | {"0.lambda_B": p["0.lambda_b"]}, r"unknown keys, first '0\.lambda_B'"),
     "a buffer": (lambda p: p | {"3.running_mean": torch.ones(3)}, r"unknown keys, first '3\.running_mean'"),
     "PEFT's keys": (lambda p: {f"base_model.model.{k}": v for k, v in p.items()}, "lacks 4 .* 4 unknown keys"),
-    "a long vector": (lambda p: p | {"0.lambda_b": torch.ones(7)}, r"'0\.lambda_b' must be \(\*rows, 5\), got \(7,\)"),
-    "a scalar": (lambda p: p | {"2.lambda_d": torch.ones(())}, r"'2\.lambda_d' must be \(\*rows, 8\), got \(\)"),
+    "a long vector": (lambda p: p | {"0.lambda_b": torch.ones(7)}, r"'0\.lambda_b' must .* \(\*rows, 5\), got \(7,\)"),
+    "a scalar": (lambda p: p | {"2.lambda_d": torch.ones(())}, r"'2\.lambda_d' must .* \(\*rows, 8\), got \(\)"),
     "a transposed weight": (
         lambda p: p | {"0.weight": torch.ones(7, 5)},
-        r"'0\.weight' must be \(5, 7\), got \(7, 5\)",
+        r"'0\.weight' must .* \(5, 7\), got \(7, 5\)",
     ),
-    "an untrained weight by row": (lambda p: p | {"0.weight": torch.ones(3, 5, 7)}, r"'0\.weight' must be \(5, 7\)"),
+    "an untrained weight by row": (lambda p: p | {"0.weight": torch.ones(3, 5, 7)}, r"'0\.weight' must .* \(5, 7\)"),
     "rows of another batch": (lambda p: {k: torch.stack([v, v]) for k, v in p.items()}, r"\(2, 5\) .* x \(3, 7\)"),
 }
 
@@ -390,10 +390,8 @@ bad("Adapted", "another rank", lambda _: call(frozen=vf.init_projections(5, 7, 5
 bad("Adapted", "more than the pair", lambda _: call(frozen=FROZEN | {"C": ones(2)}), "keys 'vera_A' and 'vera_B', got")
 bad("Adapted", "a batch of another size", lambda _: call(STACK), r"\(3, 5\) has leading axes \(3,\).*\(2, 7\)")
 bad("Adapted", "x of integers", lambda _: call(x=ones(2, 7).long()), "x must be a floating-point tensor")
-bad(
-    "Adapted", "dropout without randomness", lambda _: ADAPTED.apply.with_dropout(None), "torch.Generator, got NoneType"
-)
-bad("Adapted", "dropout from a seed", lambda _: ADAPTED.apply.with_dropout(0), "needs a torch.Generator, got int")
+bad("Adapted", "dropout without randomness", lambda _: ADAPTED.apply.with_dropout(None), "torch.Generator .*NoneType")
+bad("Adapted", "dropout from a seed", lambda _: ADAPTED.apply.with_dropout(0), "needs a torch.Generator .*int")
 
 
 @pytest.mark.parametrize("case", bad.rows)

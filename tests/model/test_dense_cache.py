@@ -171,7 +171,7 @@ def test_dense_models_have_nothing_to_copy():
 
 @pytest.mark.parametrize("value", [-1, 1.5, 1e9, True, "1 GB", None])
 def test_a_budget_is_an_integer(value):
-    with pytest.raises(ValueError, match=r"max_bytes must be a non-negative integer, the bytes for copies, got"):
+    with pytest.raises(ValueError, match=r"max_bytes must be a non-negative number of bytes, got"):
         build().apply.with_dense_cache(max_bytes=value)
 
 

@@ -375,11 +375,9 @@ def call(adapted, params, frozen=FROZEN):
     return lambda _: adapted.apply(params, frozen, torch.ones(3, 7))
 
 
-bad("fold_magnitude", "VeRA", lambda _: fold(ADAPTED.apply, PARAMS, FROZEN), "have no magnitude to fold, only")
-bad("fold_magnitude", "folded params", lambda _: fold(DORA.apply, FOLDED, FROZEN), "have no magnitude to fold, only")
-bad(
-    "fold_magnitude", "another layer", lambda _: fold(DORA.apply, WRONG, FROZEN), r"'0.magnitude' must be \(\*rows, 5\)"
-)
+bad("fold_magnitude", "VeRA", lambda _: fold(ADAPTED.apply, PARAMS, FROZEN), "have no magnitude to fold, got")
+bad("fold_magnitude", "folded params", lambda _: fold(DORA.apply, FOLDED, FROZEN), "have no magnitude to fold, got")
+bad("fold_magnitude", "another layer", lambda _: fold(DORA.apply, WRONG, FROZEN), r"'0.magnitude' must .*\*rows, 5\)")
 bad("keep_norm_statistics", "VeRA", lambda _: keep_norm_statistics(ADAPTED.apply, FROZEN), "have no magnitudes: adapt")
 bad("adapt", "neither a magnitude nor a scale", call(DORA, WITHOUT), "lacks 1 .*'2.magnitude'")
 bad(
@@ -396,8 +394,8 @@ bad("VeraConfig", "a norm of VeRA", lambda _: vf.VeraConfig(differentiate_norm=T
 bad("VeraConfig", "a number as use_dora", lambda _: vf.VeraConfig(use_dora=1), "use_dora must be True or False")
 bad("select_adapters", "a sum with magnitudes", lambda _: vf.select_adapters(
     vf.stack_adapters([DORA.params] * 2), [[0, 1]]), r"has the magnitude '0.magnitude'.*fold_magnitude")  # fmt: skip
-bad("scale_adapter", "a magnitude", lambda _: vf.scale_adapter(DORA.params, 2.0), "magnitude '0.magnitude', in which")
-bad("add_adapters", "magnitudes", lambda _: vf.add_adapters([DORA.params] * 2), "magnitude '0.magnitude', in which")
+bad("scale_adapter", "a magnitude", lambda _: vf.scale_adapter(DORA.params, 2.0), "magnitude '0.magnitude', and the")
+bad("add_adapters", "magnitudes", lambda _: vf.add_adapters([DORA.params] * 2), "magnitude '0.magnitude', and the")
 bad("pool_adapters", "folded and not", lambda _: vf.pool_adapters([DORA, DORA._replace(params=FOLDED)]),
     "fold all of them, or none")  # fmt: skip
 

@@ -202,7 +202,7 @@ def test_logits_that_the_model_changes(how):
         assert torch.equal(token_logits(apply, params, frozen, TOKENS, input_ids=ids), whole)
     with torch.inference_mode():
         assert_close(token_logits(apply, params, frozen, TOKENS, input_ids=ids), whole)
-    with pytest.raises(ValueError, match=r"logits of a \w+ are not what its output head returns.*use the logits of"):
+    with pytest.raises(ValueError, match=r"logits of a \w+ are not the output of its head.*use the logits of"):
         hidden_states(apply, params, frozen, input_ids=ids)
     assert torch.equal(apply(params, frozen, input_ids=ids).logits[..., TOKENS], whole)
 

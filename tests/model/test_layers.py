@@ -251,12 +251,12 @@ def test_dropout_keeps_the_mean():
 @pytest.mark.parametrize(
     ("shell", "name", "needed"),
     [
-        (vf.Linear, "nf4", "a Linear4bit needs the layer Linear4bit"),
-        (vf.Linear, "int8", "a Linear8bitLt needs the layer Linear8bitLt"),
-        (vf.Linear4bit, "dense", "a Linear needs the layer Linear"),
-        (vf.Linear4bit, "int8", "a Linear8bitLt needs the layer Linear8bitLt"),
-        (vf.Linear8bitLt, "fp4", "a Linear4bit needs the layer Linear4bit"),
-        (vf.Linear8bitLt, "conv1d", "a Conv1D needs the layer Linear"),
+        (vf.Linear, "nf4", "adapt a Linear4bit; use vf.Linear4bit"),
+        (vf.Linear, "int8", "adapt a Linear8bitLt; use vf.Linear8bitLt"),
+        (vf.Linear4bit, "dense", "use vf.Linear"),
+        (vf.Linear4bit, "int8", "adapt a Linear8bitLt; use vf.Linear8bitLt"),
+        (vf.Linear8bitLt, "fp4", "adapt a Linear4bit; use vf.Linear4bit"),
+        (vf.Linear8bitLt, "conv1d", "adapt a Conv1D; use vf.Linear"),
     ],
 )
 def test_the_wrong_shell(shell, name, needed):
@@ -266,7 +266,7 @@ def test_the_wrong_shell(shell, name, needed):
 
 @pytest.mark.parametrize("layer", [nn.Embedding(3, 5), nn.Conv1d(3, 5, 1), nn.LayerNorm(3), nn.Bilinear(3, 3, 5)])
 def test_a_layer_that_has_no_shell(layer):
-    with pytest.raises(ValueError, match=f"a {type(layer).__name__} cannot be adapted; nn.Linear"):
+    with pytest.raises(ValueError, match=f"a {type(layer).__name__} cannot be adapted, only nn.Linear"):
         vf.Linear(layer, "default", **projections(), r=R)
 
 
@@ -378,9 +378,9 @@ def shell(kind="Linear", base=None, A=None, B=None, r=4, **options):
     return getattr(vf, kind)(base, "a", ones(4, 7) if A is None else A, ones(5, 4) if B is None else B, r, **options)
 
 
-bad("Linear", "a 4-bit layer", lambda _: shell(base=vf.to_bnb(Q4)), "needs the layer Linear4bit")
-bad("Linear4bit", "a dense layer", lambda _: shell("Linear4bit"), "a Linear needs the layer Linear")
-bad("Linear8bitLt", "a 4-bit layer", lambda _: shell("Linear8bitLt", vf.to_bnb(Q4)), "needs the layer Linear4bit")
+bad("Linear", "a 4-bit layer", lambda _: shell(base=vf.to_bnb(Q4)), "use vf.Linear4bit")
+bad("Linear4bit", "a dense layer", lambda _: shell("Linear4bit"), "use vf.Linear")
+bad("Linear8bitLt", "a 4-bit layer", lambda _: shell("Linear8bitLt", vf.to_bnb(Q4)), "use vf.Linear4bit")
 bad("Linear", "a convolution", lambda _: shell(base=nn.Conv1d(2, 3, 1)), "a Conv1d cannot be adapted")
 bad("Linear", "r=0", lambda _: shell(r=0, A=ones(0, 7), B=ones(5, 0)), "r must be a positive integer, got 0")
 bad("Linear", "another rank", lambda _: shell(r=5), r"vera_A \(4, 7\) .* do not fit a layer 7 -> 5 at rank 5")

@@ -169,7 +169,7 @@ class TestPools:
         int8 = vf.adapt(adapted.apply.model, adapted.config, int8_activations=True)
         with pytest.raises(ValueError, match="nothing to pool"):
             vf.pool_adapters([])
-        with pytest.raises(ValueError, match="adapter 1 belongs to another model object"):
+        with pytest.raises(ValueError, match="adapters 1 and 0 belong to different model objects"):
             vf.pool_adapters([adapted, other])
         with pytest.raises(ValueError, match="int8_activations"):
             vf.pool_adapters([adapted, int8])
@@ -199,9 +199,9 @@ bad("pool_adapters", "one, not in a list", lambda _: vf.pool_adapters(ADAPTED), 
 bad("pool_adapters", "params", lambda _: vf.pool_adapters([PARAMS]), "must be a sequence of Adapted")
 bad(
     "pool_adapters",
-    "another model",
+    "different model",
     lambda _: vf.pool_adapters([ADAPTED, vf.adapt(small_model(), CONFIGURATION)]),
-    "another model",
+    "different model",
 )
 bad(
     "pool_adapters",

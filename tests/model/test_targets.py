@@ -238,13 +238,13 @@ def test_a_bare_linear_layer_is_a_model():
         ("llama", {"target_modules": QV, "layers_to_transform": 1, "layers_pattern": "h"}, "no module matches"),
         ("llama", {"target_modules": QV, "modules_to_save": ["self_attn"]}, "no module matches"),
         # PEFT takes these and passes over what it can't use.
-        ("llama", {"target_modules": [*QV, "query"]}, r"target_modules has \['query'\], which no module"),
-        ("llama", {"target_modules": QV, "modules_to_save": ["score"]}, r"modules_to_save has \['score'\], which no"),
-        ("llama", {"modules_to_save": ["score"]}, r"modules_to_save has \['score'\], which no"),
+        ("llama", {"target_modules": [*QV, "query"]}, r"target_modules has \['query'\], but no module"),
+        ("llama", {"target_modules": QV, "modules_to_save": ["score"]}, r"modules_to_save has \['score'\], but no"),
+        ("llama", {"modules_to_save": ["score"]}, r"modules_to_save has \['score'\], but no"),
         (
             "llama",
             {"target_modules": ["embed_tokens"]},
-            "'model.embed_tokens' is a Embedding; nn.Linear, bitsandbytes'",
+            "'model.embed_tokens' is a Embedding; only nn.Linear, bitsandbytes'",
         ),
         ("llama", {"target_modules": r".*self_attn"}, "'model.layers.0.self_attn' is a LlamaAttention"),
         ("experts", {}, "no default target_modules are known for model type None.*all-linear"),

@@ -37,8 +37,9 @@ class Adapted(NamedTuple):
 
     Attributes:
         apply: `apply(params, frozen, *args, **kwargs)` returns the output of the adapted model.
-        params: The trained parameters: `"{module}.lambda_b"` (out,), `"{module}.lambda_d"` (r,), for DVoRA
-            `"{module}.magnitude"` (out,), and the model's own parameters that the configuration trains.
+        params: The trained parameters: `"{module}.lambda_b"` of shape (out,), `"{module}.lambda_d"` of shape (r,), for
+            DVoRA `"{module}.magnitude"` of shape (out,), and those of the model's own parameters that the configuration
+            trains.
         frozen: `{"vera_A": (r, max in), "vera_B": (max out, r)}`, shared by all layers and adapters.
         config: The configuration, with default targets and "all-linear" replaced by names.
     """
@@ -58,7 +59,7 @@ def adapt(
     generator: torch.Generator | None = None,
     product_dtype: torch.dtype | None = None,
 ) -> Adapted:
-    """Create a pure function of a model and a fresh adapter for it; the model is not modified.
+    """Create a pure function from a model, and a fresh adapter for the model. The model is not modified.
 
     The adapter is initialized as in PEFT: `lambda_b` is 0, and a magnitude is the norm of its row of the weight, so the
     output equals that of the base model. The function runs a copy of the module tree that shares the parameters'
@@ -68,25 +69,25 @@ def adapt(
     Args:
         model: Any module with `nn.Linear`, bitsandbytes' linear layers or transformers' `Conv1D`. Wrappers of
             `torch.compile`, `DataParallel` and `DistributedDataParallel` are removed; compile `apply` instead. Dense
-            layers offloaded by accelerate run through its hooks; quantized ones raise. The adapted layers must be on
-            one device.
+            layers that accelerate has offloaded run with its hooks; offloaded quantized layers raise an error. The
+            adapted layers must be on one device.
         config: The layers to adapt, the rank and the initial values.
         dtype: Dtype of the vectors and of the adapter's arithmetic, independent of the base's dtype.
-        int8_activations: Multiply 8-bit layers as LLM.int8() does; see `quantized_linear`.
-        generator: Source of the random vectors if `config.init_weights` is False; not used otherwise.
-        product_dtype: `torch.bfloat16` or `torch.float16` multiplies by the projections in 16 bits, as PEFT does under
-            autocast; `vera_forward` states the errors. Vectors and `frozen` keep `dtype`. Each call converts the
-            projections once; `frozen` may also be passed in this dtype. It is faster for many rows on CPUs with
-            instructions for the dtype and on GPUs; for a single row on a CPU it may be slower. None multiplies in the
-            vectors' dtype, as PEFT does without autocast.
+        int8_activations: Whether to multiply 8-bit layers as LLM.int8() does; see `quantized_linear`.
+        generator: Source of the random vectors if `config.init_weights` is False; ignored otherwise.
+        product_dtype: Dtype of the products with the projections. `torch.bfloat16` or `torch.float16` is PEFT's
+            arithmetic under autocast; `vera_forward` states the errors. A 16-bit dtype is faster for many rows, on GPUs
+            and on CPUs with instructions for it. For a single row on a CPU, it may be slower. None means the vectors'
+            dtype, as in PEFT without autocast. The vectors and `frozen` have `dtype` in either case. Each call converts
+            the projections once, or not at all if `frozen` is passed in this dtype.
 
     Returns:
-        `(apply, params, frozen, config)`; the configuration has the names of the targets and of the base filled in.
+        `(apply, params, frozen, config)`. In the configuration, the names of the targets and of the base are filled in.
 
     Raises:
         ValueError: If no module matches the configuration, a match cannot be adapted, the model is wrapped by PEFT or
             quantized by another library than bitsandbytes, the adapted layers are on several devices, `dtype` is not a
-            floating-point dtype, or `product_dtype` not a 16-bit one.
+            floating-point dtype, or `product_dtype` is not a 16-bit dtype.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -105,7 +106,7 @@ def adapt(
     require_float("dtype", dtype)
     require_product_dtype(product_dtype)
     if not config.init_weights and not isinstance(generator, torch.Generator):
-        raise ValueError("init_weights=False draws the vectors: pass adapt(..., generator=torch.Generator()).")
+        raise ValueError("init_weights=False draws random vectors: pass adapt(..., generator=torch.Generator()).")
     frozen = draw_projections(model, config, targets, dtype=dtype)
     trained = trained_with(model, config, targets)
     apply = make_apply(
@@ -140,7 +141,7 @@ def adapt(
 
 
 class ParameterCount(NamedTuple):
-    """Numbers of trainable and of all parameters.
+    """The numbers of trainable parameters and of all parameters.
 
     Attributes:
         trainable: Number of values in `params`.
@@ -171,9 +172,7 @@ def num_parameters(adapted: Adapted) -> ParameterCount:
         ParameterCount(trainable=10, total=64, percent=15.625)
     """
     if not isinstance(adapted, Adapted):
-        raise ValueError(
-            f"adapted must be an Adapted, as adapt and load_adapter return it, got {type(adapted).__name__}."
-        )
+        raise ValueError(f"adapted must be an Adapted, from adapt or load_adapter, got {type(adapted).__name__}.")
     model, params = adapted.apply.model, adapted.params
     trainable = sum(value.numel() for value in params.values())
     vectors = sum(value.numel() for key, value in params.items() if is_vector(key))
@@ -232,15 +231,15 @@ def make_apply(
         model: The base model.
         r: Rank of the projections.
         targets: Names of the modules to adapt.
-        trained: Names of the model's own parameters that `params` must contain, with or without an axis of rows.
+        trained: Names of the model's own parameters that `params` must contain. Their values may have an axis of rows.
         vera_dropout: Dropout probability used by `Apply.with_dropout`.
         use_dora: Whether the layers are DVoRA layers.
-        differentiate_norm: Whether the norms of DVoRA are differentiated.
+        differentiate_norm: Whether to differentiate through the norms of DVoRA.
         int8_activations: See `quantized_linear`.
         product_dtype: See `vera_forward`.
 
     Raises:
-        ValueError: If a target cannot be adapted, or they are on several devices.
+        ValueError: If a target cannot be adapted, or the targets are on several devices.
 
     Example:
         >>> make_apply(nn.Sequential(nn.Linear(8, 6)), 4, ["0"])
@@ -311,13 +310,13 @@ def _placeholders(
 
 
 def layer_options(config: VeraConfig) -> dict[str, Any]:
-    """The options of `make_apply` that a configuration determines."""
+    """Return the options of `make_apply` that a configuration determines."""
     names = ("vera_dropout", "use_dora", "differentiate_norm")
     return {name: getattr(config, name) for name in names}
 
 
 def _vector_slots(name: str, out_features: int, r: int, use_dora: bool) -> dict[str, Slot]:
-    """The slots of the vectors of one layer."""
+    """Return the slots of the vectors of one layer."""
     sizes: list[tuple[str, str, tuple[int, ...], bool]] = [  # key, name in the layer, shape, whether it is required
         ("lambda_b", "lambda_b", (out_features,), True),
         ("lambda_d", "lambda_d", (r,), True),
@@ -348,7 +347,7 @@ def _parameter_slots(
         if parameter.is_meta and private.offload_hook(module) is not None:
             if key in trained:
                 raise ValueError(no_data_error(key, "train"))
-            offloaded.add(key)  # the hook would overwrite a given value with the weight
+            offloaded.add(key)  # the hook would overwrite a value from params
             continue
         first, *others = aliases
         shape = tuple(parameter.shape)
@@ -373,7 +372,7 @@ def _absent(model: nn.Module) -> str | None:
 
 
 def with_origin(config: VeraConfig, model: nn.Module) -> VeraConfig:
-    """Fill in the base model's name if the configuration has none, and the class that `AutoPeftModel` needs."""
+    """Fill in the base model's name, if the configuration has none, and its class, which `AutoPeftModel` needs."""
     named = (getattr(owner, "name_or_path", None) for owner in (model, getattr(model, "config", None)))
     # A transformers model that was created from a configuration has the name "".
     name = config.base_model_name_or_path or next((n for n in named if isinstance(n, str) and n), None)

@@ -1,14 +1,14 @@
 """Scale and add adapters.
 
     scale:  c ΔW = diag(c lambda_b) B diag(lambda_d) A
-    add:    Σ c_i diag(b_i) B diag(d_i) A,   a VeRA of the same projections if all d_i, or all b_i, are parallel
+    add:    Σ c_i diag(b_i) B diag(d_i) A,   a VeRA with the same projections if all d_i, or all b_i, are parallel
 
-In general, a sum of adapters is not a VeRA of rank r. `select_adapters` with ids (rows, k) sums the outputs of any
-adapters at run time, `pool_adapters` combines adapters into a VeRA of larger rank, and merging or LoRA export stores a
-sum.
+In general, a sum of adapters is not a VeRA of rank r. `select_adapters` with ids of shape (rows, k) sums the outputs of
+any adapters at run time. `pool_adapters` combines adapters into a VeRA of larger rank. Merging or LoRA export stores
+the sum.
 
-The update of DVoRA is not linear in its vectors. These functions take such adapters folded (`fold_magnitude`): then the
-change of the layer's output is linear in `lambda_b` and in `output_scale - 1`.
+The update of DVoRA is not linear in its vectors, so DVoRA adapters must be folded first (`fold_magnitude`). After
+folding, the change of a layer's output is linear in `lambda_b` and in `output_scale - 1`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,15 +30,15 @@ from ..core.keys import (
 
 
 def scale_adapter(params: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """Return an adapter whose update is `factor` times that of `params`; only `lambda_b` is multiplied.
+    """Return an adapter whose update is `factor` times the update of `params`. Only `lambda_b` is multiplied.
 
     Args:
         params: `"{module}.lambda_b"` and `"{module}.lambda_d"`, of one adapter or stacked.
-        factor: Any finite number; 0 gives the base model, and -1 the negated update.
+        factor: Any finite number. 0 gives the base model, and -1 the negated update.
 
     Raises:
-        ValueError: If the factor is not finite, or `params` contain magnitudes, or the model's own parameters, whose
-            difference from the base is unknown.
+        ValueError: If the factor is not finite, or if `params` contain magnitudes or the model's own parameters, which
+            can't be scaled because their difference from the base is unknown.
 
     Example:
         >>> scale_adapter({"q.lambda_b": torch.ones(3), "q.lambda_d": torch.ones(2)}, 0.5)["q.lambda_b"]
@@ -76,18 +76,19 @@ def without_update(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
-    """Return an adapter of the same projections and rank whose update is `Σ weights[i] ΔW_i`.
+    """Return an adapter with the same projections and rank whose update is `Σ weights[i] ΔW_i`.
 
-    It exists if and only if, in every layer, the `lambda_d` of all adapters are parallel, or the `lambda_b` are.
-    `lambda_d` that were not trained are parallel. All adapters must use the same `frozen`; this is not checked.
+    Such an adapter exists if and only if, in every layer, the `lambda_d` of all adapters are parallel, or their
+    `lambda_b` are. `lambda_d` that were not trained are parallel. All adapters must use the same `frozen`, which is not
+    checked.
 
     Args:
         adapters: Params of single adapters with the same keys.
-        weights: One weight per adapter; None is 1 for all, which gives the sum of several active adapters in PEFT.
+        weights: One weight per adapter. None means 1 for each, as in PEFT with several active adapters.
 
     Raises:
-        ValueError: If the sum in a layer is not a VeRA of this rank; if keys or shapes differ; if params contain
-            magnitudes or the model's own parameters; or if the weights do not fit.
+        ValueError: If the sum in a layer is not a VeRA of this rank, if keys or shapes differ, if params contain
+            magnitudes or the model's own parameters, or if there is not one finite weight per adapter.
 
     Example:
         >>> a = {"q.lambda_b": torch.tensor([1.0, 0.0]), "q.lambda_d": torch.full((3,), 0.1)}
@@ -97,7 +98,10 @@ def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[flo
     """
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if not adapters or len(weights) != len(adapters):
-        raise ValueError(f"give at least one adapter and a weight for each, got {len(adapters)} and {len(weights)}.")
+        raise ValueError(
+            f"pass at least one adapter and one weight per adapter, got {len(adapters)} adapters and {len(weights)} "
+            "weights."
+        )
     if not all(abs(weight) < float("inf") for weight in weights):
         raise ValueError(f"weights must be finite, got {weights}.")
     first = adapters[0]
@@ -108,8 +112,8 @@ def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[flo
         if shapes != wanted:
             odd = sorted(shapes.items() ^ wanted.items())[0][0]
             raise ValueError(
-                f"adapter {i} has {odd!r} {shapes.get(odd)}, where adapter 0 has {wanted.get(odd)}: a sum needs single "
-                "adapters of the same layers and rank. pool_adapters takes different ones."
+                f"{odd!r} has shape {shapes.get(odd)} in adapter {i} and {wanted.get(odd)} in adapter 0: a sum needs "
+                "single adapters of the same layers and rank. pool_adapters combines different adapters."
             )
     total: dict[str, Tensor] = {}
     for module in adapted_modules(first):
@@ -141,11 +145,12 @@ def _check_vectors(params: Mapping[str, Tensor]) -> None:
     own = [key for key in params if not is_vector(key)]
     if own:
         raise ValueError(
-            f"{own[0]!r} is not an adapter vector: params do not contain its difference from the base model."
+            f"{own[0]!r} is not an adapter vector; its difference from the base model, which would be scaled or added, "
+            "is not in params."
         )
     if magnitudes := [key for key in params if split_key(key)[1] == MAGNITUDE]:
         raise ValueError(
-            f"params has the magnitude {magnitudes[0]!r}, in which the update is not linear: pass "
+            f"params has the magnitude {magnitudes[0]!r}, and the update is not linear in a magnitude: pass "
             "fold_magnitude(apply, params, frozen)."
         )
 

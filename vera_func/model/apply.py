@@ -5,8 +5,8 @@
 
 The model itself is never called or modified. `apply` runs a copy of its module tree that shares the parameters. In the
 copy, adapted layers replace the targets, and every bitsandbytes module is replaced by a `QuantizedLinear`, because
-bitsandbytes' modules do not support transforms. A call binds the given tensors to the copy and restores it afterwards;
-see `checkout`.
+bitsandbytes' modules do not support transforms. A call binds the given tensors to the copy, and restores the copy
+afterwards; see `checkout`.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class Slot(NamedTuple):
     """Where a key of `params` is bound in the module tree, and which values are valid.
 
     Attributes:
-        names: Full names in the tree; a tied parameter has several.
+        names: Full names in the module tree; a tied parameter has several.
         shape: Shape of a value without rows.
         rows: Whether the value may have leading axes of rows.
         required: Whether `params` must contain the key.
@@ -55,24 +55,24 @@ class Slot(NamedTuple):
 class Apply:
     """A model as a pure function of an adapter: `apply(params, frozen, *args, **kwargs)`.
 
-    Returns the output of `model(*args, **kwargs)` with the adapter. It composes with the transforms of `torch.func` if
-    the model's own operations do. The result depends on the arguments only: other calls, before it, on other threads or
-    nested in it, have no effect. Calls have no side effects on the model: state that the forward pass updates, such as
-    batch statistics, is restored. The adapter's dropout is applied only by `with_dropout`. The training mode of the
-    base is fixed by `adapt`; the base's own dropout uses torch's global generator.
+    A call returns the output of `model(*args, **kwargs)` with the adapter. `apply` composes with the transforms of
+    `torch.func` if the model's own operations do. The result depends on the arguments only, and not on other calls:
+    earlier ones, those of other threads, or nested ones. Calls do not modify the model: state that the forward pass
+    updates, such as batch statistics, is restored. The adapter's dropout is applied only by `with_dropout`. The base
+    keeps the training mode that it had in `adapt`, and its own dropout uses torch's global generator.
 
     Notes:
         - A model's own `autograd.Function` without `setup_context` (Bloom's gelu) raises under `torch.func`
           transforms. Plain autograd, `fit` and mixed batches (`select_adapters`, `vmap_adapters`) work.
-        - `torch.func.grad` keeps the graph of its backward pass, and needs about twice the memory for activations.
-          `vera_func.grad` does not.
+        - `torch.func.grad` keeps the graph of its backward pass, and therefore needs about twice the memory for
+          activations. `vera_func.grad` does not.
         - The dtype of the vectors is the dtype of the adapter's arithmetic, independent of the base's dtype.
-        - Under `torch.compile` the compiler decides what is saved for backward, and may save dequantized weights.
+        - Under `torch.compile`, the compiler decides what is saved for backward, and may save dequantized weights.
 
     Raises:
-        ValueError: If `params` lacks a key, has an unknown key, or a value has the wrong shape; if the rows of stacked
-            vectors do not match the batch; if `frozen` has another rank or is too narrow; if a gradient is required and
-            the model checkpoints activations.
+        ValueError: If `params` lacks a key or has an unknown key, if a value has the wrong shape, if the rows of
+            stacked vectors do not match the batch, if `frozen` has another rank or is too narrow, or if a gradient is
+            required and the model checkpoints activations.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -90,11 +90,11 @@ class Apply:
     generator: torch.Generator | None = None
     row_axes: Axes = 0
     plans: Plans = dataclasses.field(default_factory=Plans)
-    # From the second names of tied parameters to the first name. If params contain both, they are untied.
+    # Maps further names of tied parameters to their first name. If params contain both, the two are untied.
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     offloaded: frozenset[str] = frozenset()  # parameters that accelerate's hooks load
     absent: str | None = None  # name of a parameter on the meta device that no hook loads
-    # From the magnitude of each DVoRA layer to its output scale; params contain one of the two.
+    # Maps the key of each layer's magnitude to that of its output scale; params contain one of the two.
     magnitudes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __call__(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -113,8 +113,8 @@ class Apply:
         """Run a method of the model with the adapter: `apply.method("generate", params, frozen, ...)`.
 
         `name` may also be a function. It is called as `function(model, *args, **kwargs)`, and must return tensors, not
-        parts of the model. With an adapter for each row it is also called in rehearsals (see `rows`), so it should have
-        no side effects.
+        parts of the model. It should have no side effects: to find the axis of the rows, a call with an adapter for
+        each row also runs it on other inputs (see `rows`).
         """
         if self.absent is not None:
             self._require_shapes_alone(params, frozen, args, kwargs)
@@ -145,27 +145,27 @@ class Apply:
             self.trees.release(tree)
 
     def with_dropout(self, generator: torch.Generator) -> "Apply":
-        """Return a copy that applies dropout with probability `config.vera_dropout` to the inputs of `A`.
+        """Return a copy of `apply` that applies dropout with probability `config.vera_dropout` to the inputs of `A`.
 
-        Masks are drawn from `generator`. Under `torch.func.vmap(..., randomness="different")` each adapter draws its
+        Masks are drawn from `generator`. Under `torch.func.vmap(..., randomness="different")`, each adapter draws its
         own mask.
         """
         if not isinstance(generator, torch.Generator):
             raise ValueError(
-                f"with_dropout needs a torch.Generator, got {type(generator).__name__}; there is no default."
+                f"with_dropout needs a torch.Generator to draw masks from, got {type(generator).__name__}."
             )
         return dataclasses.replace(self, generator=generator)
 
     def with_row_axes(self, axes: Axes) -> "Apply":
-        """Return a copy for inputs whose rows are not along axis 0, such as (seq, rows, features).
+        """Return a copy of `apply` for inputs whose rows are not along axis 0, such as (seq, rows, features).
 
-        The axes matter only for calls with one adapter per row. Inputs with a different size along their axis are
-        shared by all rows.
+        The axes matter only for calls with one adapter per row. If the size of an input along this axis is not the
+        number of rows, all rows share the input.
 
         Args:
             axes: Axis of the rows in the arguments, or None for an argument that all rows share. A single value holds
-                for all arguments; a sequence gives the axes of positional arguments, and a mapping those of keyword
-                arguments. The default for other arguments is 0.
+                for all arguments. A sequence gives the axes of positional arguments, and a mapping gives those of
+                keyword arguments; the axis of any other argument is 0.
 
         Raises:
             ValueError: If `axes` has another type.
@@ -181,18 +181,17 @@ class Apply:
         return dataclasses.replace(self, row_axes=axes, plans=Plans())
 
     def with_fused_weights(self, max_rows: int | None = None) -> "Apply":
-        """Return a copy with a second layout of the 4-bit weights, for fast decoding in bfloat16 on a CPU.
+        """Return a copy of `apply` with a second layout of the 4-bit weights, for fast decoding in bfloat16 on a CPU.
 
-        bitsandbytes has a kernel for CPUs with AVX512-BF16 that needs this layout. With gradients disabled, it
-        multiplies a few rows without dequantizing; see `quant.cpu_layout.fused_weight` for its costs. On other machines
-        no weights are copied.
+        bitsandbytes has a kernel for CPUs with AVX512-BF16 that needs this layout. With gradients disabled, the kernel
+        multiplies a few rows without dequantizing; see `quant.cpu_layout.fused_weight` for its costs. On other
+        machines, no weights are copied.
 
         Args:
-            max_rows: The kernel multiplies up to this number of rows (tokens of all sequences). None measures where it
-                stops being faster, at the first product of each format and shape in the process, which takes up to a
-                few tenths of a second. The kernels round differently: with None, results near that number of rows may
-                differ between processes, and within a process they do not. Pass a number, such as 32, for results that
-                do not depend on measured times.
+            max_rows: The kernel multiplies up to this number of rows (tokens of all sequences). With None, the number
+                up to which it is faster is measured at the first product of each format and shape in the process, which
+                takes up to a few tenths of a second. The kernels round differently, so with None, results may differ
+                between processes, but not within a process. A number, such as 32, avoids this.
 
         Raises:
             ValueError: If `max_rows` is not a non-negative integer or None.
@@ -206,21 +205,21 @@ class Apply:
         return dataclasses.replace(self, trees=Trees(root))
 
     def with_dense_cache(self, max_bytes: int, *, workload: Callable[["Apply"], Any] | None = None) -> "Apply":
-        """Return a copy that keeps dense copies of the most used quantized layers, for up to `max_bytes` of memory.
+        """Return a copy of `apply` that stores the most used quantized layers densely, in up to `max_bytes` of memory.
 
-        These layers are not dequantized for each product, forward and backward; forward results are the same, bit for
-        bit. A copy takes `out * in` values of the dtype in which the layer multiplies: `compute_dtype` if a 4-bit layer
-        has one, else the dtype of the model's dense parameters. Calls in another dtype dequantize as before. The copies
-        are made here and live as long as the result; its own copies share them, and pickle leaves them out.
+        These layers need not be dequantized for each product, forward and backward. Forward results are the same, bit
+        for bit. A dense weight has `out * in` values of the dtype in which the layer multiplies: `compute_dtype` if a
+        4-bit layer has one, else the dtype of the model's dense parameters. Calls in another dtype dequantize as
+        before. The dense weights are made here, are shared by further copies of the result, and are not pickled.
 
-        With `with_fused_weights`, that kernel is used for the numbers of rows for which it is faster than the copy. On
-        GPUs, bitsandbytes' kernels for 4-bit weights are used instead of copies, which are made for 8-bit layers only.
+        After `with_fused_weights`, the fused kernel is used where it is faster than the dense product. On GPUs, only
+        8-bit layers are stored densely, because bitsandbytes has fast kernels for 4-bit weights there.
 
         Args:
-            max_bytes: Memory for the copies.
+            max_bytes: Memory for the dense weights.
             workload: A function that calls the given `Apply` as it will be used. It runs once, to count the calls of
-                each layer; layers that are called most are copied first, and uncalled ones are not copied. Without it,
-                layers are copied in the order of the model.
+                each layer. The layers with most calls are stored first, and layers without calls are not stored.
+                Without a workload, layers are stored in the order of the model.
 
         Raises:
             ValueError: If `max_bytes` is not a non-negative integer, or `workload` is not a function.
@@ -237,7 +236,7 @@ class Apply:
             True
         """
         if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 0:
-            raise ValueError(f"max_bytes must be a non-negative integer, the bytes for copies, got {max_bytes!r}.")
+            raise ValueError(f"max_bytes must be a non-negative number of bytes, got {max_bytes!r}.")
         if workload is not None and not callable(workload):
             raise ValueError(f"workload must be a function of an Apply, got {type(workload).__name__}.")
         calls = None
@@ -251,7 +250,7 @@ class Apply:
 
     @property
     def dense_bytes(self) -> int:
-        """Memory of the dense copies that `with_dense_cache` made, in bytes."""
+        """Memory of the dense weights that `with_dense_cache` has stored, in bytes."""
         return dense_bytes(self.trees.root)
 
     def __repr__(self) -> str:
@@ -264,25 +263,25 @@ class Apply:
         self.__dict__.update(state, trees=Trees(part_tensors(state["trees"])))
 
     def missing(self, params: Mapping[str, Tensor]) -> list[str]:
-        """The required keys that params lack. A magnitude is required unless its output scale is given.
+        """Return the required keys that params lack. A magnitude is required unless its output scale is given.
 
         Raises:
-            ValueError: If params contain both.
+            ValueError: If params contain both the magnitude and the output scale of a layer.
         """
         for magnitude, scale in self.magnitudes.items():
             if magnitude in params and scale in params:
-                raise ValueError(f"params has both {magnitude!r} and {scale!r}, into which it was folded; give one.")
+                raise ValueError(f"params has both {magnitude!r} and {scale!r}, its folded form: pass only one.")
         keys = [key for key, slot in self.slots.items() if slot.required and key not in params]
         return keys + [key for key, scale in self.magnitudes.items() if key not in params and scale not in params]
 
     def _statistics(self) -> list[str]:
-        """The keys of the norm statistics that `frozen` may contain."""
+        """Return the keys of the norm statistics that `frozen` may contain."""
         return [join_key(split_key(key)[0], name) for key in self.magnitudes for name in STATISTICS]
 
     def _bind(
         self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-        """Return the tensors to bind, by their full names in the tree, and the leading axes of each key with rows."""
+        """Return the tensors to bind, by full name in the module tree, and the leading axes of each key with rows."""
         slots = self.slots
         missing = self.missing(params)
         unknown = [key for key in params if key not in slots]
@@ -303,9 +302,9 @@ class Apply:
             if value.shape != shape:
                 if not (rows and value.shape[value.dim() - len(shape) :] == shape):
                     expected = f"(*rows, {', '.join(map(str, shape))})" if rows else str(shape)
-                    raise ValueError(f"{key!r} must be {expected}, got {tuple(value.shape)}.")
+                    raise ValueError(f"{key!r} must have shape {expected}, got {tuple(value.shape)}.")
                 module, leaf = split_key(key)
-                # In a mixture, the last leading axis is that of its terms.
+                # In a weighted sum of adapters, the last leading axis is that of the terms.
                 terms = leaf in (*VECTORS, MIXTURE) and join_key(module, MIXTURE) in params
                 if batch := tuple(value.shape[: value.dim() - len(shape) - terms]):
                     lead[key] = batch
@@ -352,8 +351,8 @@ class Apply:
         args: tuple,
         kwargs: dict[str, Any],
     ) -> Any:
-        # Dynamo can't trace the free list of trees, so the root is called functionally. The compiler removes common
-        # products itself.
+        # Dynamo can't trace the free list of trees, so the root is called functionally. The compiler itself removes
+        # repeated products.
         root: Any = self.trees.root
         shared = root.projections
         outer = shared.generator, shared.rows, shared.traced
@@ -367,7 +366,7 @@ class Apply:
 
 
 class Root(nn.Module):
-    """The root of a module tree: the model and the shared projections."""
+    """The root of a module tree, which holds the model and the projections that its layers share."""
 
     def __init__(self, model: nn.Module, projections: Projections) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Base layers of a module tree: quantized layers, and dense layers whose parameters can be replaced by values per row.
 
-A weight or bias given in `params` is a parameter of the layer itself; its `base_layer` keeps the model's. Therefore
-every key of `params` is also a parameter name in the tree.
+A weight or bias from `params` becomes a parameter of the layer itself, while its `base_layer` keeps the parameter of
+the model. Therefore every key of `params` is also a parameter name in the module tree.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class RowLayout(Protocol):
 
 
 def own_or_base(name: str) -> property:
-    """Create a property that returns the layer's own parameter, or that of its base layer if it has none."""
+    """Create a property that returns a parameter of the layer itself, or of its base layer if the layer has none."""
 
     def get(self: Any) -> Tensor | None:
         own = self._parameters.get(name)
@@ -40,11 +40,11 @@ def own_or_base(name: str) -> property:
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen quantized layer, which computes `quantized_linear(quantized, x, bias)`; replaces bitsandbytes' modules.
+    """A frozen layer that computes `quantized_linear(quantized, x, bias)`. It replaces bitsandbytes' modules.
 
     Args:
         quantized: The weight.
-        bias: (out,) or None; stored as a frozen parameter. A call may replace it by one bias per row of the batch.
+        bias: Bias of shape (out,), stored as a frozen parameter, or None. A call may pass one bias per row instead.
         int8_activations: See `quantized_linear`.
 
     Example:
@@ -65,7 +65,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The packed weight; models read a layer's device and dtype from it."""
+        """The packed weight, from which models read a layer's device and dtype."""
         return tree_leaves(self.quantized)[0]
 
     def extra_repr(self) -> str:
@@ -94,7 +94,7 @@ class QuantizedLinear(nn.Module):
         weight = None if self.dense is None else self.dense.weight
         if self.dense is not None and weight is not None and not (like := fn(weight[:0])).is_meta:
             if like.dtype != weight.dtype:
-                self.dense = None  # in another dtype it would not be used, or take more memory
+                self.dense = None  # in another dtype, the copy would not be used, or take more memory
             elif like.device != weight.device:
                 self.dense = dense_copy(self.quantized, weight.dtype)
         return self
@@ -106,7 +106,7 @@ class QuantizedLinear(nn.Module):
 
 
 class DenseLinear(nn.Linear):
-    """A frozen `nn.Linear` without an adapter; it avoids copies of the weight, see `contiguous_rows`.
+    """A frozen `nn.Linear` without an adapter. It avoids copies of the weight; see `contiguous_rows`.
 
     Example:
         >>> import torch
@@ -125,7 +125,7 @@ class RowwiseAffine(nn.Module):
     batch can have its own classifier or bias.
 
     Args:
-        base_layer: The layer; it is called unmodified unless a weight or bias is given.
+        base_layer: The layer to replace. It is called as it is, unless a weight or bias was given.
 
     Example:
         >>> import torch
@@ -192,15 +192,15 @@ def _call_with(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Te
 
 
 def dense_weight(layer: Any, dtype: torch.dtype, own: Tensor | None = None) -> Tensor:
-    """The dense weight (out, in) of a base layer, for the row norms of DVoRA.
+    """Return the dense weight (out, in) of a base layer, for the row norms of DVoRA.
 
     Args:
         layer: A `QuantizedLinear`, `nn.Linear` or `Conv1D`.
         dtype: Dtype of the result.
-        own: A weight that replaces that of a dense layer, in its layout.
+        own: A weight to use instead of a dense layer's weight, in the same layout.
 
     Raises:
-        ValueError: If the weight is not in memory, or scaled (float8).
+        ValueError: If the weight is not in memory, or is a scaled float8 weight.
 
     Example:
         >>> dense_weight(nn.Linear(3, 2), torch.float64).shape
@@ -235,8 +235,9 @@ def call_by_rows(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> 
         return forward(x)
     if isinstance(layout, int):
         raise ValueError(
-            f"layer {layer.path!r} got {tuple(x.shape)}. In an earlier call of the same kind its input had {layout} "
-            "axes, with the rows in axis 0: what the model does depends on its data, and the rows can't be followed."
+            f"layer {layer.path!r} got an input of shape {tuple(x.shape)}. In an earlier call of the same kind, its "
+            f"input had {layout} axes, with the rows in axis 0: the model's control flow depends on its data, and the "
+            "rows can't be followed."
         )
     return layout.call(forward, x)
 
@@ -248,10 +249,11 @@ def init_row_layout(layer: Any) -> None:
 
 
 def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor], *, cast: bool = True) -> Tensor:
-    """Move a frozen tensor to the device and dtype that `fn` moves tensors to.
+    """Move a frozen tensor to the device and dtype to which `fn` moves tensors.
 
-    If `fn` moves to the meta device, the tensor is returned unchanged. `torch.func.stack_module_state` is used with a
-    module on the meta device, whose parameters and buffers come from the caller, but not its other tensors.
+    If `fn` moves tensors to the meta device, the tensor is returned unchanged. A caller of
+    `torch.func.stack_module_state` runs a module on the meta device with its own parameters and buffers, but does not
+    pass the module's other tensors.
     """
     like = fn(tensor[:0] if tensor.dim() else tensor)
     return tensor if like.is_meta else tensor.to(like.device, like.dtype if cast else tensor.dtype)

@@ -1,8 +1,8 @@
 """Stack adapters, and select one adapter or a weighted sum for each row of a batch.
 
-All adapters share the projections. A mixed batch of `n` adapters therefore costs one product with the base weight and
-two with the projections, plus two multiplications by vectors per row. Stacked params are the same flat dicts with a
-leading axis (n,) on every leaf; the projections are never copied.
+All adapters share the projections. A batch of rows with different adapters therefore costs one product with the base
+weight and two with the projections, plus two multiplications by vectors per row. Stacked params are a flat dict with
+the same keys, in which every leaf has a leading axis (n,). The projections are never copied.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ Params: TypeAlias = Mapping[str, Tensor]
 
 
 def stack_adapters(adapters: Sequence[Params]) -> dict[str, Tensor]:
-    """Stack adapters into one dict whose leaves have a leading axis (n,); adapter `i` is at index `i`.
+    """Stack adapters into one dict whose leaves have a leading axis (n,). Adapter `i` is at index `i`.
 
     The vectors are copied.
 
@@ -62,17 +62,17 @@ def stack_adapters(adapters: Sequence[Params]) -> dict[str, Tensor]:
                 )
             if value.shape != first[key].shape:
                 raise ValueError(
-                    f"{key!r} is {tuple(value.shape)} in adapter {i} and {tuple(first[key].shape)} in adapter 0; "
-                    "adapters of different r or layers can be pooled (pool_adapters)."
+                    f"{key!r} has shape {tuple(value.shape)} in adapter {i} and {tuple(first[key].shape)} in adapter "
+                    "0; pool_adapters combines adapters of different r or layers."
                 )
     return {key: torch.stack([params[key] for params in adapters]) for key in first}
 
 
 def unstack_adapters(stacked: Params) -> list[dict[str, Tensor]]:
-    """Split a stack into its adapters, as views; the inverse of `stack_adapters`.
+    """Split stacked adapters into single adapters, as views: the inverse of `stack_adapters`.
 
     Args:
-        stacked: Leaves (n, ...).
+        stacked: Params whose leaves have shape (n, ...).
 
     Raises:
         ValueError: If the leaves have no common leading axis.
@@ -85,10 +85,10 @@ def unstack_adapters(stacked: Params) -> list[dict[str, Tensor]]:
 
 
 def num_adapters(stacked: Params) -> int:
-    """Return the number of adapters in stacked params, the size of their leading axis.
+    """Return the number of adapters in stacked params, which is the size of their leading axis.
 
     Args:
-        stacked: Leaves (n, ...).
+        stacked: Params whose leaves have shape (n, ...).
 
     Raises:
         ValueError: If the leaves have no common leading axis.
@@ -101,14 +101,14 @@ def num_adapters(stacked: Params) -> int:
         raise ValueError("stacked params are empty.")
     for key, leaf in stacked.items():
         if not isinstance(leaf, Tensor):
-            raise ValueError(f"{key!r} must be a tensor (n, ...), got {type(leaf).__name__}.")
+            raise ValueError(f"{key!r} must be a tensor of shape (n, ...), got {type(leaf).__name__}.")
     sizes = {key: leaf.shape[0] if leaf.dim() else None for key, leaf in stacked.items()}
     key, n = next(iter(sizes.items()))
     for other, size in sizes.items():
         if size is None or size != n:
             raise ValueError(
-                f"stacked params need a common leading axis, but {key!r} is {tuple(stacked[key].shape)} and "
-                f"{other!r} is {tuple(stacked[other].shape)}."
+                f"stacked params need a common leading axis, but {key!r} has shape {tuple(stacked[key].shape)} and "
+                f"{other!r} has shape {tuple(stacked[other].shape)}."
             )
     assert n is not None
     return n
@@ -117,25 +117,25 @@ def num_adapters(stacked: Params) -> int:
 def select_adapters(
     stacked: Params, adapter_ids: Tensor | Sequence[Any], weights: Tensor | Sequence[Any] | None = None
 ) -> dict[str, Tensor]:
-    """Select one adapter, or a weighted sum of adapters, for each row of a batch; returns params for `apply`.
+    """Return params for `apply` with one adapter, or a weighted sum of adapters, for each row of a batch.
 
     `apply(select_adapters(stacked, ids), frozen, **inputs)` runs row `i` through adapter `ids[i]`, in one forward
-    pass. The id -1 selects exactly the base model, including its own heads and biases. The cost is a gather of the
-    vectors.
+    pass. The id -1 selects exactly the base model, including its own heads and biases. The cost of the selection is a
+    gather of the vectors.
 
     Args:
-        stacked: Leaves (n, ...).
-        adapter_ids: (rows,) integers from -1 to n - 1. With shape (rows, k), each row gets the sum of `k` updates, like
-            several active adapters in PEFT. The weights of a sum are stored under the key `"{module}.mixture"`, which
-            distinguishes its axis from axes of the batch. For trained heads and biases, the differences from the base
-            are summed, base + Σ weights (head - base). The factor of the base value, which `apply` adds, is stored
-            under the key `"{parameter}.base_share"`. The same holds for the output scales of DVoRA, whose base value
-            is 1; sums of DVoRA adapters need folded params (`fold_magnitude`).
-        weights: (rows, k), the weights of the updates in a sum; 1 by default.
+        stacked: Params whose leaves have shape (n, ...).
+        adapter_ids: Integers from -1 to n - 1, of shape (rows,). With shape (rows, k), each row gets the sum of `k`
+            updates, like several active adapters in PEFT. The weights of a sum are stored under the key
+            `"{module}.mixture"`, by which `apply` recognizes the axis of its terms. For trained heads and biases, the
+            differences from the base are summed: base + Σ weights (head - base). The factor of the base's value, which
+            `apply` adds, is stored under the key `"{parameter}.base_share"`. The output scales of DVoRA are summed in
+            the same way, with 1 as the base's value. For sums of DVoRA adapters, fold them first (`fold_magnitude`).
+        weights: Weights of the updates in a sum, of shape (rows, k); 1 by default.
 
     Raises:
-        ValueError: If an id is out of range or not an integer, the weights do not fit, or `stacked` already contains
-            sums.
+        ValueError: If an id is out of range or not an integer, the weights do not have the shape of the ids, or
+            `stacked` already contains sums.
 
     Example:
         >>> stacked = {"lambda_b": torch.arange(6.0).reshape(3, 2), "lambda_d": torch.ones(3, 4)}
@@ -150,18 +150,18 @@ def select_adapters(
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.is_complex():
         raise ValueError(f"adapter_ids must be integers, got {ids.dtype}.")
     if ids.dim() not in (1, 2):
-        raise ValueError(f"adapter_ids must be (rows,), or (rows, k) for sums, got {tuple(ids.shape)}.")
+        raise ValueError(f"adapter_ids must have shape (rows,), or (rows, k) for sums, got {tuple(ids.shape)}.")
     ids = ids.long()
-    # A compiled function can't check values; there, ids out of range fail in the gather.
+    # A compiled function can't check values. There, an id that is out of range fails in the gather.
     empty = True
     if not torch.compiler.is_compiling():
         wrong = ids[(ids < -1) | (ids >= n)]
         if wrong.numel():
-            raise ValueError(f"adapter id {int(wrong[0])} is out of range: there are {n} adapters, -1 is none.")
+            raise ValueError(f"adapter id {int(wrong[0])} is out of range: there are {n} adapters, and -1 is the base.")
         empty = bool((ids < 0).any())
     if ids.dim() == 1 and weights is not None:
-        raise ValueError("weights apply to sums: adapter_ids must have the shape (rows, k) as well.")
-    # Of a magnitude or an output scale, too, the base's part is added separately: its scale is 1.
+        raise ValueError("weights are for sums: adapter_ids must have shape (rows, k), as the weights.")
+    # Magnitudes and output scales also have a base value: the base model has an output scale of 1.
     own = own_parameters(stacked) + [key for key in stacked if split_key(key)[1] in SCALES]
     rows = {key: leaf[ids.clamp(min=0)] for key, leaf in stacked.items()}
     if empty:
@@ -175,16 +175,16 @@ def select_adapters(
     first = next(iter(stacked.values()))
     weights = torch.ones_like(ids, dtype=first.dtype) if weights is None else torch.as_tensor(weights, device=device)
     if weights.shape != ids.shape:
-        raise ValueError(f"weights must be {tuple(ids.shape)} like adapter_ids, got {tuple(weights.shape)}.")
+        raise ValueError(f"weights must have the shape {tuple(ids.shape)} of adapter_ids, got {tuple(weights.shape)}.")
     weights = torch.where(ids < 0, 0, weights.to(first.dtype))
     if any(split_key(key)[1] in MARKS for key in stacked):
-        raise ValueError("these params are sums already, or have rows of the base; select from a plain stack.")
+        raise ValueError("params are sums already, or contain rows of the base: pass a plain stack (stack_adapters).")
     if magnitudes := [key for key in stacked if split_key(key)[1] == MAGNITUDE]:
         raise ValueError(
-            f"params has the magnitude {magnitudes[0]!r}: DVoRA adapters can be summed if they are folded, "
+            f"params has the magnitude {magnitudes[0]!r}. To sum DVoRA adapters, fold them first: "
             "select_adapters(fold_magnitude(apply, stacked, frozen), ids)."
         )
-    # base + Σ weights (value - base); `apply` adds the terms with the base.
+    # base + Σ weights (value - base); `apply` adds the base's share.
     for key in own:
         of_value = weights.to(rows[key].dtype)
         rows[key] = (_expanded(of_value, rows[key]) * rows[key]).sum(1)

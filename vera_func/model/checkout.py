@@ -1,8 +1,8 @@
 """Isolate the calls of a module: each call runs on a copy of the module tree that is restored afterwards.
 
-To run a module on given tensors, they must be bound to it, and the module may modify itself: buffers (batch
+A call must bind the given tensors to the module, and the module may modify itself when it runs: its buffers (batch
 statistics), attributes (the longest sequence that a rotary embedding has seen), caches and hooks. Therefore each call
-takes a copy of the tree from a free list, and restores it before it returns the copy to the list:
+takes a copy of the module tree from a free list, restores the copy, and returns it to the list:
 
     tree = trees.acquire()
     try:
@@ -14,8 +14,8 @@ takes a copy of the tree from a free list, and restores it before it returns the
 Concurrent and nested calls use different copies. The copies share parameters and quantized weights, which are never
 modified.
 
-Restoring compares the containers with saved copies, which is cheap: a model has thousands of dicts and lists, but
-nearly all of them are empty, and Python compares identical values by identity first.
+To restore a tree, its dicts, lists and other containers are compared with saved copies. This is cheap: a model has
+thousands of containers, but nearly all of them are empty, and Python compares identical values by identity first.
 """
 
 import copy
@@ -33,8 +33,8 @@ from .targets import held_parameters
 from .tree import shared_memo
 
 
-# A tensor's `_version` does not count all writes: updates of batch statistics and writes through `.data` or numpy are
-# missed. Therefore small tensors are cloned for each call; in training mode, all but the largest are.
+# A tensor's `_version` misses some writes: updates of batch statistics, and writes through `.data` or numpy. Therefore
+# small tensors are cloned for each call. In training mode, the limit is higher, so that nearly all are cloned.
 SMALL, SMALL_IN_TRAINING = 2**16, 2**24  # bytes
 _ENDED = -2  # never equal to `graph_task()`
 Method: TypeAlias = str | Callable[..., Any]
@@ -55,8 +55,8 @@ class Trees:
     """A free list of copies of one module tree.
 
     Attributes:
-        root: The original. It is never run, except when the compiler traces it.
-        checkpoints: Whether its modules checkpoint activations.
+        root: The original tree, which never runs, except that the compiler traces it.
+        checkpoints: Whether modules of the tree checkpoint activations.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -74,7 +74,7 @@ class Trees:
                     self._buffers[join_key(name, leaf)] = buffer
 
     def acquire(self) -> "Tree":
-        """Return a tree that no other call uses until it is released."""
+        """Return a copy of the tree that no other call uses until it is released."""
         while self.free:
             try:
                 tree = self.free.pop()  # atomic, so no lock is needed
@@ -82,8 +82,8 @@ class Trees:
                 break
             if tree.is_unwritten():
                 return tree
-        # A new thread does not inherit the caller's transforms, autocast and inference mode, which would change the
-        # copied tensors.
+        # The copy is made in a new thread, which does not inherit the caller's transforms, autocast and inference mode.
+        # These would change the copied tensors.
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(Tree, self.root).result()
 
@@ -93,14 +93,14 @@ class Trees:
             self.free.append(tree)
 
     def copy(self) -> nn.Module:
-        """Return a copy of the root with its own buffers, which is not in the free list."""
+        """Return a copy of the root that is not in the free list. It has its own buffers."""
         return copy.deepcopy(self.root, shared_memo(self.root))
 
     def values(self, *, inside: bool) -> dict[str, Tensor | None]:
-        """Return the values that a compiled call binds in addition to its own, since it runs on the root itself.
+        """Return values that a compiled call binds in addition to the given tensors, since it runs on the root itself.
 
         These are clones of the buffers that the call may write to. A call inside another compiled call (`inside`) also
-        binds all parameters, because it would otherwise see those of the outer call.
+        binds all parameters; otherwise it would see the parameters of the outer call.
         """
         values = dict(self._values) if inside else {}
         return values | {name: buffer.clone() for name, buffer in self._buffers.items()}
@@ -111,7 +111,7 @@ class Tree:
 
     Attributes:
         root: The copy.
-        in_use: Whether the result of a call still refers to the tree, so that no other call may use it.
+        in_use: Whether the result of a call still refers to this copy, so that no other call may use the copy.
     """
 
     def __init__(self, original: nn.Module) -> None:
@@ -139,7 +139,7 @@ class Tree:
         self._bound: list[tuple[Any, Any, Any]] = []
 
     def bind(self, values: Mapping[str, Any]) -> None:
-        """Replace parameters, buffers or attributes by values, given by full name; clone small buffers."""
+        """Set parameters, buffers or attributes to the values given under their full names, and clone small buffers."""
         bound, places = self._bound, self._places
         for tensor, owners in self._cloned:
             clone = tensor.clone()
@@ -152,9 +152,9 @@ class Tree:
             owner[key] = value
 
     def run(self, method: Method, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Call a method of the model, or a function of the model."""
+        """Call a method of the model, or a function whose first argument is the model."""
         result = bound_method(self._model, method)(*args, **kwargs)
-        # A generator runs later, and a module is a part of the tree.
+        # A returned generator uses the tree later, and a returned module is a part of the tree.
         self.in_use = isinstance(result, nn.Module | Iterator)
         return result
 
@@ -185,11 +185,13 @@ class Tree:
 
 
 def _mutable(root: nn.Module, own: set[int]) -> tuple[list[Any], list[tuple[Any, Any, Tensor, bool]]]:
-    """Find the mutable state of a tree: all containers, including the `__dict__` of objects, and all non-parameters.
+    """Find the mutable state of a tree: all containers, including the `__dict__` of objects, and other tensors.
+
+    Parameters are not included, because calls do not modify them.
 
     Args:
         root: Root of the tree.
-        own: Ids of the objects that were created for this tree; other objects, such as functions, are shared.
+        own: Ids of the objects that were created for this copy. Other objects, such as functions, are shared.
 
     Returns:
         The containers, and for each tensor its container, its key there, the tensor, and whether its module is in
@@ -235,7 +237,7 @@ def _shallow(container: Any) -> Any:
 def _same(live: Any, kept: Any) -> bool:
     try:
         return bool(live == kept)
-    except Exception:  # a comparison of different tensors or arrays has no truth value
+    except Exception:  # comparing different tensors or arrays gives no truth value
         return False
 
 

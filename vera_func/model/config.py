@@ -1,7 +1,7 @@
 """`VeraConfig`: the layers to adapt, the rank and the initial values.
 
-The fields and their meaning are those of PEFT's `VeraConfig`. Contradictory values, of which PEFT ignores one, raise an
-error.
+The fields and their meaning are those of PEFT's `VeraConfig`. If two fields contradict each other, PEFT ignores one of
+them; here, an error is raised.
 """
 
 import dataclasses
@@ -24,38 +24,41 @@ _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VeraConfig:
-    """The configuration of an adapter, with the fields of PEFT's `VeraConfig`, and two for DVoRA.
+    """The configuration of an adapter: the fields of PEFT's `VeraConfig`, and two fields for DVoRA.
 
     Attributes:
         r: Rank of the shared projections.
-        target_modules: Modules to adapt. A sequence contains names or endings of names after a dot; a string is a
+        target_modules: Modules to adapt. A sequence contains names, or the parts of names after a dot. A string is a
             regular expression for the whole name. "all-linear" selects every linear layer except the output head, and
-            None the default targets of the model's type.
+            None selects the default targets of the model's type.
         projection_prng_key: Seed of the shared projections.
-        save_projection: Whether a saved adapter contains the projections, as by default in PEFT, or only their seed.
-            The projections can be redrawn exactly for a base of the same dtype.
+        save_projection: Whether to save the projections with an adapter, as PEFT does by default. Otherwise, only their
+            seed is saved, from which they can be redrawn exactly for a base of the same dtype.
         vera_dropout: Probability of dropping an input of `A`. Dropout is applied only by `apply.with_dropout`, and is
             independent of `module.training`.
         d_initial: Initial value of `lambda_d`.
-        fan_in_fan_out: PEFT's flag for weights stored as (in, out). It is written to the file and otherwise ignored,
-            because the layout follows from the layer's class.
+        fan_in_fan_out: PEFT's flag for weights stored as (in, out). This flag is saved but otherwise ignored, because
+            the layer's class determines the layout.
         bias: "none", "vera_only" (also train the biases of adapted layers) or "all" (every bias of the model).
         modules_to_save: Names or endings of further modules to train in full, such as a new classifier. The heads of
             `task_type` are added.
         use_dora: Whether to decompose the adapted weights into magnitudes and directions (DVoRA, see `core.dora`). Each
-            layer gets a third vector, `magnitude` (out,). Each call computes the norms of the adapted weights; for
-            inference, `fold_magnitude` computes them once. PEFT can't load such an adapter; `export_lora` converts it.
-        differentiate_norm: Whether the norms of DVoRA are differentiated. False treats them as constants, as the paper
-            does.
-        init_weights: True starts at the base model; False draws `lambda_d` and sets `lambda_b = 1` (for tests).
-        layers_to_transform: Indices of the layers to adapt, among those matched by an ending.
+            layer gets a third vector, `magnitude`, of shape (out,). Each call computes the norms of the adapted
+            weights; for inference, `fold_magnitude` computes them once. PEFT can't load such an adapter, but
+            `export_lora` converts it to a LoRA.
+        differentiate_norm: Whether to differentiate through the norms of DVoRA. False treats the norms as constants, as
+            in the paper.
+        init_weights: Whether `lambda_b` is initialized to 0, so that training starts at the base model. False sets it
+            to 1 and draws `lambda_d` (for tests).
+        layers_to_transform: Indices of the layers to adapt. Modules in other layers are left out, unless
+            `target_modules` has their full name.
         layers_pattern: Name of the module list that `layers_to_transform` refers to.
         task_type: None or one of "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS",
             "FEATURE_EXTRACTION".
         base_model_name_or_path: The base's name, for a saved adapter. `adapt` fills in `model.name_or_path`.
         revision: The base's revision, for a saved adapter.
-        auto_mapping: The base's class and its Python module, which PEFT's `AutoPeftModel` needs to load an adapter
-            without a `task_type`. `adapt` fills it in.
+        auto_mapping: The base's class and the Python module of this class, which PEFT's `AutoPeftModel` needs to load
+            an adapter without a `task_type`. `adapt` fills in both.
 
     Raises:
         ValueError: If a value is out of range or contradicts another field.
@@ -121,7 +124,7 @@ class VeraConfig:
         layers = self.layers_to_transform
         if layers is not None:
             if not isinstance(layers, int | Sequence):
-                raise ValueError(f"layers_to_transform must be an index or a sequence of them, got {layers!r}.")
+                raise ValueError(f"layers_to_transform must be an index or a sequence of indices, got {layers!r}.")
             layers = [layers] if isinstance(layers, int) else list(layers)
             for index in layers:
                 _require_integer("layers_to_transform", index)
@@ -144,7 +147,7 @@ class VeraConfig:
 
 
 def is_all_linear(targets: str) -> bool:
-    """Whether a string is "all-linear" in any case, as in PEFT."""
+    """Whether a string is "all-linear", in upper or lower case as in PEFT."""
     return targets.lower() == "all-linear"
 
 
@@ -155,7 +158,7 @@ def _names(field: str, value: _Names) -> str | tuple[str, ...] | None:
         raise ValueError(f"{field} must be a name or a sequence of names, got {value!r}.")
     names = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
     if not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{field} must hold names, got {value!r}.")
+        raise ValueError(f"{field} must contain names only, got {value!r}.")
     return names or None
 
 

@@ -26,12 +26,13 @@ Model = TypeVar("Model", bound=nn.Module)
 def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """Return a copy of a model in which dense `nn.Linear` layers replace all bitsandbytes layers.
 
-    Adapting the copy trades memory for speed: the forward and backward passes no longer dequantize weights, but a
-    weight takes 2 bytes in a 16-bit dtype instead of about half a byte. If `dtype` is that of the activations, the
-    results are the same, bit for bit. All other tensors are shared with the model, which is not modified.
+    Adapt the copy instead of the model to trade memory for speed. The forward and backward passes of the copy do not
+    dequantize weights, but each weight takes 2 bytes in a 16-bit dtype instead of about half a byte. If `dtype` is the
+    dtype of the activations, the results are the same, bit for bit. All other tensors are shared with the model, which
+    is not modified.
 
-    Keep using the `frozen` of an existing adapter with the copy. A new draw over 16-bit weights would be rounded to
-    16 bits, as in PEFT.
+    With an existing adapter, keep using its own `frozen`. Projections drawn for the copy would be rounded to 16 bits,
+    as in PEFT, if its weights have 16 bits.
 
     Args:
         model: Any module.
@@ -74,16 +75,17 @@ def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) 
     The model is not modified, and all other tensors are shared with it. Layers that are already bitsandbytes modules
     are kept. Some layers stay dense: subclasses of `nn.Linear` that do not compute `x Wᵀ + b`, layers whose weight is
     computed (weight_norm), and the output layer of `nn.MultiheadAttention`, which is never called. bitsandbytes can't
-    quantize 3-D parameters, such as the fused experts of Mixtral, Qwen-MoE or gpt-oss in transformers 5; a warning
-    reports their share. transformers' `save_pretrained` and `from_pretrained` save and load the result.
+    quantize 3-D parameters, such as the fused experts of Mixtral, Qwen-MoE or gpt-oss in transformers 5. A warning
+    reports the share of such parameters. transformers' `save_pretrained` and `from_pretrained` save and load the
+    result.
 
     Args:
         model: Any module.
         quant: "nf4", "fp4" or "int8".
-        skip: Names, or parts of names, of modules to leave dense together with all modules in them. By default these
-            are the layers that transformers leaves dense (tied weights, output embeddings, a last layer without bias,
-            and layers that the model's class keeps in float32, such as T5's `wo`), and the heads `lm_head`,
-            `classifier`, `score` and `qa_outputs`.
+        skip: Names, or parts of names, of modules that stay dense together with all modules in them. By default, the
+            layers that transformers leaves dense (tied weights, output embeddings, a last layer without bias, and
+            layers that the model's class keeps in float32, such as T5's `wo`) and the heads `lm_head`, `classifier`,
+            `score` and `qa_outputs` stay dense.
 
     Raises:
         ValueError: If there is no layer to quantize, the format is unknown, or the model is offloaded or wrapped by
@@ -154,7 +156,7 @@ def quantizable_layers(model: nn.Module, skip: Sequence[str] | None = None) -> d
 
 
 class DenseShare(NamedTuple):
-    """The share of a model's weights that is not quantized.
+    """The shares of a model's weights that are not quantized.
 
     Attributes:
         total: Share of all weights that stay dense.
@@ -168,10 +170,10 @@ class DenseShare(NamedTuple):
 
 
 def dense_share(model: nn.Module, layers: Mapping[str, nn.Module]) -> DenseShare:
-    """Compute the share of a model that stays dense if the given layers are quantized.
+    """Compute the share of a model's weights that stay dense if the given layers are quantized.
 
     Args:
-        model: Any module; its bitsandbytes layers count as quantized.
+        model: Any module. Its bitsandbytes layers count as quantized.
         layers: Layers by name, as from `quantizable_layers`.
 
     Example:
@@ -200,7 +202,7 @@ def dense_share(model: nn.Module, layers: Mapping[str, nn.Module]) -> DenseShare
 
 
 def _is_plain(layer: nn.Linear) -> bool:
-    """Whether a layer computes `x Wᵀ + b` with its own weight; a subclass may scale its output."""
+    """Whether a layer computes `x Wᵀ + b` with its own weight. A subclass may, for example, scale the output."""
     if "weight" not in dict(layer.named_parameters(recurse=False)):
         return False
     if type(layer).forward is nn.Linear.forward or layer.weight.is_meta:
@@ -222,7 +224,7 @@ def _heads(model: nn.Module) -> list[str]:
         head = find_head()
         names += [name for name, module in model.named_modules() if module is head]
         last = [name for name, _ in model.named_parameters()][-1:]
-        names += [name.removesuffix(".weight") for name in last]  # dense in transformers, such as CLIP's projection
+        names += [name.removesuffix(".weight") for name in last]  # such as CLIP's projection
     return names
 
 

@@ -1,4 +1,4 @@
-"""Choose the quantized layers of a module tree that keep dense copies, within a budget of memory."""
+"""Choose which quantized layers of a module tree store a dense copy of their weight, within a memory budget."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -14,16 +14,16 @@ from .base_layers import QuantizedLinear
 
 
 def keep_dense(root: nn.Module, max_bytes: int, dtype: torch.dtype, calls: Mapping[str, int] | None = None) -> None:
-    """Give layers of a tree dense copies, and remove those that others had.
+    """Store dense copies of the weights of some layers in a tree, and remove the copies of all other layers.
 
-    A copy saves the dequantization of its layer at each call. That time is proportional to the size of the copy, so
-    that a byte saves most in the layer that is called most.
+    A copy saves dequantizing the weight at each call of the layer. The time that this takes is proportional to the
+    size of the copy. A byte of memory therefore saves most time in the layer that is called most.
 
     Args:
         root: Root of the tree, modified in place.
-        max_bytes: Memory for the copies. A layer whose copy does not fit any more is skipped.
+        max_bytes: Memory for the copies. Layers whose copy exceeds the rest of the budget are skipped.
         dtype: Dtype of the inputs of layers without a `compute_dtype`.
-        calls: Number of calls by path, from `counted_calls`; None counts one for each layer.
+        calls: Number of calls by path, from `counted_calls`. None means one call of each layer.
 
     Example:
         >>> from vera_func import quantize_8bit
@@ -48,7 +48,7 @@ def keep_dense(root: nn.Module, max_bytes: int, dtype: torch.dtype, calls: Mappi
 
 
 def counted_calls(root: nn.Module) -> Counter[str]:
-    """Register hooks that count the calls of each quantized layer, also in copies of the tree; return the counter.
+    """Register hooks that count the calls of each quantized layer, also in copies of the tree, and return the counts.
 
     Example:
         >>> from vera_func import quantize_8bit
@@ -61,19 +61,19 @@ def counted_calls(root: nn.Module) -> Counter[str]:
     calls: Counter[str] = Counter()
     for path, module in root.named_modules():
         if isinstance(module, QuantizedLinear):
-            # A function, which copies of the tree share; a callable object would be copied with its counter.
+            # Copies of the tree share a function, whereas a callable object would be copied with its counter.
             module.register_forward_pre_hook(lambda module, args, path=path: calls.update([path]))
     return calls
 
 
 def dense_bytes(root: nn.Module) -> int:
-    """Memory of the dense copies in a tree, in bytes."""
+    """Return the memory of the dense copies in a tree, in bytes."""
     layers: list[Any] = [module for module in root.modules() if isinstance(module, QuantizedLinear)]
     return sum(layer.dense.weight.nbytes for layer in layers if layer.dense is not None)
 
 
 def dense_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's first floating-point parameter that is not a packed weight; float32 if there is none.
+    """Return the dtype of a model's first floating-point parameter that is not a packed weight, by default float32.
 
     Example:
         >>> dense_dtype(nn.Linear(3, 2).bfloat16())

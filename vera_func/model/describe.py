@@ -1,6 +1,6 @@
 """Update the configuration of a transformers model after its weights have changed.
 
-`save_pretrained` stores the configuration with the weights, and `from_pretrained` relies on it.
+`save_pretrained` stores this configuration with the weights, and `from_pretrained` loads the weights as it says.
 """
 
 import re
@@ -17,16 +17,16 @@ from ..quant.value import Quantized4bit
 from .targets import linear_sizes
 
 
-# Models of T5's family also scale their outputs if `tie_word_embeddings` is true, so it has to stay true. transformers
-# does not tie two weights that are both in the file and differ.
+# Models of T5's family also scale their outputs if `tie_word_embeddings` is True, so this flag has to stay True.
+# transformers does not tie two weights if the file has both and they differ.
 _SCALED_IF_TIED = ("t5", "mt5", "umt5", "longt5", "pop2piano", "switch_transformers", "udop")
 
 
 def describe_ties(model: nn.Module) -> None:
-    """Set `tie_word_embeddings` to False if weights that the model's class ties differ.
+    """Set `tie_word_embeddings` to False if the model's class ties weights that now differ.
 
-    The model's remaining ties are replaced by copies of the parameters: `save_pretrained` omits tied parameters, and
-    `from_pretrained` would not restore them with the flag off. Only transformers models are changed.
+    Parameters that are still tied are replaced by copies: `save_pretrained` omits tied parameters, and
+    `from_pretrained` would not restore them if `tie_word_embeddings` is False. Only transformers models are changed.
 
     Args:
         model: Any module; it is modified in place.
@@ -34,7 +34,7 @@ def describe_ties(model: nn.Module) -> None:
     Example:
         >>> describe_ties(nn.Linear(2, 3))
     """
-    ties: dict[int, list[tuple[Any, dict[str, str]]]] = {}  # by configuration, which submodels may share
+    ties: dict[int, list[tuple[Any, dict[str, str]]]] = {}  # keyed by configuration, because submodels may share one
     for part in model.modules():
         expanded: Any = getattr(part, "get_expanded_tied_weights_keys", None)  # transformers 5
         if expanded is not None and (pairs := expanded()):
@@ -51,13 +51,13 @@ def describe_ties(model: nn.Module) -> None:
 
 
 def describe_dtype(model: Any, dtype: torch.dtype) -> None:
-    """Update the configuration of a dense model with this dtype."""
+    """Update the configuration of a model whose weights are now dense in this dtype."""
     private.forget_quantization(model)
     model.config.dtype = dtype
 
 
 def describe_quantization(model: Any) -> None:
-    """Set `quantization_config`: the format of the quantized layers, and the list of the dense ones.
+    """Set `quantization_config`: the format of the quantized layers, and the names of the layers that are dense.
 
     Args:
         model: A transformers model, modified in place. If no layer is quantized, it is not modified.
@@ -84,11 +84,11 @@ def describe_quantization(model: Any) -> None:
 
 
 def skip_list(dense: Sequence[str], quantized: Sequence[str]) -> list[str]:
-    """transformers' `llm_int8_skip_modules` for the dense layers of a model.
+    """Return transformers' `llm_int8_skip_modules` for the dense layers of a model.
 
-    An entry matches every layer whose name ends with it, or begins with it as a regular expression. A name that would
-    match a quantized layer is written as an anchored expression. Other names stay plain, because other readers compare
-    names.
+    transformers skips a layer if its name ends with an entry, or begins with it as a regular expression. A name that
+    would also match a quantized layer is therefore written as an anchored expression. All other names are written as
+    they are, because other programs that read this list compare names.
 
     Args:
         dense: Names of the layers that are not quantized.

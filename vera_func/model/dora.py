@@ -1,7 +1,8 @@
-"""DVoRA adapters of a whole model: fold the magnitudes for inference, and keep norm statistics for training.
+"""Fold the magnitudes of a model's DVoRA adapters for inference, and store norm statistics for training.
 
-See `core.dora` for the equations. Without these functions, each call computes the row norms of all adapters, and their
-statistics from the dequantized weights: about the cost of `2 r` tokens per layer, and `r` more per adapter and row.
+See `core.dora` for the equations. Without these functions, each call computes the norm statistics of all layers from
+the dequantized weights, at the cost of about `2 r` additional tokens per layer. It also computes the row norms of each
+adapter, at the cost of about `r` additional tokens, and with an adapter for each row it does so for each row.
 """
 
 from collections.abc import Mapping
@@ -15,16 +16,17 @@ from .apply import Apply
 
 
 def fold_magnitude(apply: Apply, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return DVoRA params for inference, with `m / ‖W + ΔW‖` as `output_scale`: the row norms are computed once.
+    """Return DVoRA params for inference, with row norms computed once: `output_scale` is `m / ‖W + ΔW‖`.
 
-    `apply` takes the result in place of `params`, at about the cost of VeRA. In each layer, `output_scale` s replaces
-    the magnitude, and `lambda_b` is multiplied by s. The change of the layer's output is linear in such params, so they
-    can be summed (`select_adapters` with ids (rows, k), `add_adapters`). Training them trains s, not the magnitude.
-    Layers without a magnitude and the model's own parameters are returned as they are.
+    Pass the result to `apply` in place of `params`; a call then costs about as much as with VeRA. In each layer,
+    `output_scale` replaces the magnitude, and `lambda_b` is multiplied by it. The change of a layer's output is linear
+    in folded params, so they can be summed (`add_adapters`, or `select_adapters` with ids of shape (rows, k)). Training
+    folded params trains `output_scale`, not the magnitude. Layers without a magnitude and the model's own parameters
+    are returned unchanged.
 
     Args:
         apply: From `adapt`, `load_adapter` or `pool_adapters`.
-        params: Params of one adapter, stacked params (n, ...), or rows of `select_adapters`.
+        params: Params of one adapter, stacked params (n, ...), or the result of `select_adapters`.
         frozen: The projections, or the result of `keep_norm_statistics`.
 
     Raises:
@@ -49,7 +51,8 @@ def fold_magnitude(apply: Apply, params: Mapping[str, Tensor], frozen: Mapping[s
     names = [name for name in apply.targets if join_key(name, MAGNITUDE) in params]
     if not names:
         raise ValueError(
-            f"params have no magnitude to fold, only {sorted(params)[:3]}: adapt with VeraConfig(use_dora=True)."
+            f"params have no magnitude to fold, got keys such as {sorted(params)[:3]}: adapt with "
+            "VeraConfig(use_dora=True)."
         )
     folded = dict(params)
     for name in names:
@@ -68,8 +71,8 @@ def fold_magnitude(apply: Apply, params: Mapping[str, Tensor], frozen: Mapping[s
 def keep_norm_statistics(apply: Apply, frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `frozen` with the `norm_statistics` of each DVoRA layer, for faster training.
 
-    The result replaces `frozen` in calls of `apply` and `fold_magnitude`. It takes `out (r + 1) + r²` values per layer,
-    1.3 MB at width 1024 and rank 256, and is valid for these projections and the model's own weights.
+    Pass the result to `apply` and `fold_magnitude` in place of `frozen`. The statistics have `out (r + 1) + r²` values
+    per layer, 1.3 MB at width 1024 and rank 256. They are valid only for these projections and the model's own weights.
 
     Args:
         apply: From `adapt` with `use_dora=True`, `load_adapter` or `pool_adapters`.

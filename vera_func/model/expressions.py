@@ -1,8 +1,8 @@
 """Match regular expressions from untrusted configurations in bounded time.
 
-Matching with `re` can't be interrupted: `(a|a)*b` against forty letters takes hours. The package `regex` supports a
-timeout. It interprets some characters differently, which are escaped here, so that an expression matches exactly the
-same strings as with `re`.
+Matching with `re` can't be interrupted: matching `(a|a)*b` against forty letters takes hours. The package `regex`
+supports a timeout, but interprets some characters differently. These are escaped here, so that an expression matches
+exactly the same strings as with `re`.
 """
 
 import math
@@ -13,8 +13,8 @@ from typing import Any
 import regex
 
 
-SECONDS = 5.0  # for all names of a model together; ordinary expressions need milliseconds
-# Compilation can't be interrupted either; its cost grows with these sizes.
+SECONDS = 5.0  # to match all names of a model; ordinary expressions need milliseconds
+# Limits on the size of an expression, because compiling a large one can't be interrupted either.
 MOST_CHARACTERS, MOST_REPEATS = 100_000, 100_000
 
 # An escape, a set, a counted repeat, or a literal brace.
@@ -22,7 +22,7 @@ _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+|(?=,))(,?)(\d*)\}|\{
 
 
 def require_expression(field: str, value: str) -> None:
-    """Raise if a value is not a regular expression of `re`, or is too large to compile.
+    """Raise an error if a value is not a regular expression of `re`, or is too large to compile.
 
     Args:
         field: Name of the configuration field, for the error message.
@@ -96,10 +96,10 @@ class Expression:
 
 def _for_regex(token: re.Match[str]) -> str:
     text = token[0]
-    if text == "{":  # regex would parse a fuzzy match, such as {e<=1}
+    if text == "{":  # `regex` would parse a fuzzy match, such as {e<=1}
         return r"\{"
     if text[0] == "{":
-        return f"{{{token[1] or 0}{token[2]}{token[3]}}}"  # {,2} is {0,2}
-    if text[0] == "[":  # regex would parse POSIX classes, such as [:alpha:]
+        return f"{{{token[1] or 0}{token[2]}{token[3]}}}"  # {,2} means {0,2}
+    if text[0] == "[":  # `regex` would parse POSIX classes, such as [:alpha:]
         return "[" + re.sub(r"(\\.)|\[", lambda inner: inner[1] or r"\[", text[1:], flags=re.DOTALL)
     return text

@@ -1,12 +1,13 @@
 """Follow the rows of a batch through the operations of a running model.
 
-A tensor that depends on the rows has a place: `Place(axis, inner)` means that index `i` of `axis` belongs to row
-`(i // inner) % rows`. So `Place(0, 1)` is (rows, ...), `Place(1, 1)` is (seq, rows, ...), and (rows * seq, ...) is
-`Place(0, seq)`. Views and permutations are followed exactly. Most other operations keep the order along the axes that
-they keep, and there the axis is known again by its size, which is why models are followed with a prime number of
-rows that is none of their sizes. Sorting rows, or selecting them by an index that depends on data, loses their order.
-It is restored if they are put back by the same index, as experts do, or selected by the inverse of the permutation. A
-rule that can't be certain gives up the order.
+Each tensor that depends on the rows is marked with a place. `Place(axis, inner)` means that index `i` of `axis` belongs
+to row `(i // inner) % rows`. For example, a tensor (rows, ...) has `Place(0, 1)`, a tensor (seq, rows, ...) has
+`Place(1, 1)`, and a tensor (rows * seq, ...) has `Place(0, seq)`. Views and permutations are followed exactly. Most
+other operations do not change the order of entries along the axes of their inputs. After such an operation, the axis of
+the rows is identified by its size, which is why the number of rows is a prime that does not divide any size of the
+model. Sorting rows, or selecting them by an index that depends on data, loses their order. The order is restored if the
+rows are put back by the same index, as in mixtures of experts, or selected by the inverse of the permutation. If a rule
+can't be certain, the order counts as lost.
 """
 
 import math
@@ -20,21 +21,22 @@ from ..private import viewed_tensor
 
 
 class Place(NamedTuple):
-    """Index `i` of `axis` belongs to row `(i // inner) % rows`; `inner` is None where the order is not known yet."""
+    """Index `i` of `axis` belongs to row `(i // inner) % rows`; `inner` is None if the order is not known yet."""
 
     axis: int
     inner: int | None
 
 
-NOWHERE = Place(-1, 0)  # depends on rows and has no axis of them, as a mean over the batch
+NOWHERE = Place(-1, 0)  # the tensor depends on the rows but has no axis of rows, as a mean over the batch
 
 
 class Lost(NamedTuple):
-    """The rows are in an unknown order.
+    """The rows of a tensor are in an unknown order.
 
     Attributes:
-        by: The index that selected them, if there was one.
-        by_mask: Whether it was a mask, which keeps the order but not the same number of entries of each row.
+        by: The index that selected the rows, if there was one.
+        by_mask: Whether this index was a mask. A mask keeps the order, but may select a different number of entries of
+            each row.
     """
 
     by: Tensor | None
@@ -56,15 +58,15 @@ _BROADCAST = {"expand", "repeat", "cat", "stack", "broadcast_to"}
 
 
 class Follower:
-    """Tracks the rows through the operations of one run; see `private.watch_operations`.
+    """Follows the rows through the operations of one run of a model; see `private.watch_operations`.
 
     Args:
-        rows: Number of rows, a prime that does not divide any other size.
+        rows: Number of rows: a prime that does not divide any other size.
     """
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
-        self.chose = False  # whether something was picked whose number depends on the data of the rows
+        self.chose = False  # whether entries were selected whose number depends on data
 
     def __call__(self, name: str, operation: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run an operation and mark its results with their places."""
@@ -85,7 +87,7 @@ class Follower:
         return out
 
     def _place(self, name: str, args: tuple, kwargs: dict[str, Any], out: Tensor, given: list[Tensor]) -> Place | Lost:
-        """The place of the rows in `out`, one of the results."""
+        """Return the place of the rows in `out`, one of the results of an operation."""
         if name in _DATA:
             return Lost(None)
         if name in _COUNTS:
@@ -104,7 +106,7 @@ class Follower:
             place = self._put(name, args, out, first)
         elif lost:
             if isinstance(first, Lost) and first.by_mask and name in _VIEWS and out.shape[:1] == (self.rows,):
-                return Place(0, 1)  # the model says that it has equally many of each row
+                return Place(0, 1)  # a view that implies as many entries of each row
             place = lost[0] if all(other.by is lost[0].by for other in lost) else Lost(None)
         elif not isinstance(first, Place) or first.axis < 0:
             place = self._joined(args, kwargs, out, given) if name == "cat" else None
@@ -116,7 +118,7 @@ class Follower:
         return place
 
     def _moved(self, name: str, args: tuple, kwargs: dict[str, Any], out: Tensor, place: Place) -> Place | Lost | None:
-        """The place after an operation that is followed exactly, or None."""
+        """Return the place after an operation that is followed exactly, or None for any other operation."""
         x, axis = args[0], place.axis
         dims = [_dim(arg, x) for arg in args[1:] if isinstance(arg, int)]
         if name in _VIEWS:
@@ -141,11 +143,11 @@ class Follower:
         if name in ("slice", "split", "split_with_sizes"):
             return self._cut(name, args, kwargs, out, place)
         if name == "unfold" and dims[0] == axis:
-            return Lost(None)  # rows with those after them
+            return Lost(None)  # each window contains several rows
         return None
 
     def _joined(self, args: tuple, kwargs: dict[str, Any], out: Tensor, given: list[Tensor]) -> Place | Lost | None:
-        """The place after tensors were joined along the rows' axis, which is followed where each has all rows."""
+        """Return the place after joining tensors along the rows' axis. It is known if each tensor has all rows."""
         dim = _dim(args[1] if len(args) > 1 else kwargs.get("dim", 0), out)
         places = [place for x in given if isinstance(place := place_of(x), Place) and place.axis == dim]
         if not places:
@@ -155,7 +157,7 @@ class Follower:
         return places[0] if inner and whole else Lost(None)
 
     def _cut(self, name: str, args: tuple, kwargs: dict[str, Any], out: Tensor, place: Place) -> Place | Lost | None:
-        """The place in a part of the rows' axis, which is followed where the part holds whole turns of all rows."""
+        """Return the place in a part of the rows' axis. It is known if all rows have as many entries in it."""
         x = args[0]
         at = args[1:2] if name == "slice" else args[2:3]
         if _dim(at[0] if at else kwargs.get("dim", 0), x) != place.axis or out.shape == x.shape:
@@ -170,7 +172,7 @@ class Follower:
         return place if step == 1 and start % (self.rows * place.inner) == 0 else Lost(None)
 
     def _viewed(self, x: Tensor, place: Place, shape: torch.Size) -> Place | Lost:
-        """The place after a view that keeps the order of all entries: entry `f` is of row `(f // stride) % rows`."""
+        """Return the place after a view, where entry `f` of the flattened tensor is of row `(f // stride) % rows`."""
         if place.inner is None or 0 in shape:
             axis = self._axis(shape)
             if axis is None:
@@ -187,13 +189,13 @@ class Follower:
     def _by_size(
         self, out: Tensor, given: Iterable[Tensor], *, broadcast: bool = True, new: bool = False
     ) -> Place | Lost:
-        """The place after an operation that keeps the order along the axes which it keeps.
+        """Return the place after an operation that does not change the order of entries along an axis.
 
         Args:
-            out: The result.
-            given: What was given.
-            broadcast: Whether what has no rows may be spread over all rows.
-            new: Whether rows are made, or put in order, in a way that only what follows will tell.
+            out: The result of the operation.
+            given: The tensors among its arguments.
+            broadcast: Whether the operation may broadcast a tensor without rows to all rows.
+            new: Whether the operation makes or reorders rows in an order that is not known yet.
         """
         placed = []
         for tensor in given:
@@ -217,13 +219,13 @@ class Follower:
         if out.shape[axis] == self.rows:
             return Place(axis, 1)
         inner = {p.inner for t, p in placed if t.shape[p.axis] == out.shape[axis]}
-        if not inner and not new:  # rows were added to rows
+        if not inner and not new:  # rows were appended to rows
             return Lost(None)
         inner -= {None}
         return Place(axis, inner.pop() if inner else None) if len(inner) < 2 else Lost(None)
 
     def _picked(self, name: str, args: tuple, out: Tensor, place: Place | Lost | None) -> Place | Lost:
-        """The place in entries of `args[0]` that were picked by an index."""
+        """Return the place after selecting entries of `args[0]` by an index."""
         x, indices = args[0], _indices(name, args)
         if isinstance(place, Lost):
             back = len(indices) == 1 and place.by is not None and _inverse_of(indices[0][1]) is place.by
@@ -243,7 +245,7 @@ class Follower:
         return self._by_constant(index, place, x.shape[axis], out)
 
     def _by_constant(self, index: Tensor, place: Place, size: int, out: Tensor) -> Place | Lost:
-        """The place after picking along the rows by an index that no input has part in, such as `arange(rows)`."""
+        """Return the place after selecting rows by an index that does not depend on inputs, such as `arange(rows)`."""
         if index.numel() % self.rows:
             return NOWHERE if index.numel() == 1 else Lost(None)
         inner = index.numel() // self.rows if size == self.rows else place.inner
@@ -259,7 +261,7 @@ class Follower:
         return Lost(None) if axis is None else Place(axis, inner if out.shape[axis] != self.rows else 1)
 
     def _put(self, name: str, args: tuple, out: Tensor, place: Place | Lost | None) -> Place | Lost:
-        """The place in `args[0]` after something was put where an index says."""
+        """Return the place in `args[0]` after an operation wrote values into it at the positions of an index."""
         if isinstance(place, Lost):
             return Lost(None)
         into = self._by_size(out, [], new=True) if place is None or place.axis < 0 else place
@@ -274,23 +276,23 @@ class Follower:
         return Lost(None) if any(place_of(index) and not _is_mask(index) for index in along) else into
 
     def _axis(self, shape: Sequence[int]) -> int | None:
-        """The axis whose size is a multiple of the number of rows, or None unless there is exactly one."""
+        """Return the only axis whose size is a multiple of the number of rows, or None if there is not exactly one."""
         axes = [axis for axis, size in enumerate(shape) if size and size % self.rows == 0]
         return axes[0] if len(axes) == 1 else None
 
 
 def place_of(tensor: Tensor) -> Place | Lost | None:
-    """Where a tensor has its rows; None for one that no input has part in."""
+    """Return the place of the rows in a tensor, or None if the tensor does not depend on the inputs."""
     return getattr(tensor, "_place_of_rows", None)
 
 
 def mark(tensor: Tensor, place: Place | Lost | None) -> None:
-    """Say where a tensor has its rows."""
+    """Mark a tensor with the place of its rows."""
     tensor._place_of_rows = place  # type: ignore[attr-defined]
 
 
 def _mark_index(name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-    """Note of what may be an index from which it was made, and of which permutation it is the inverse."""
+    """Mark a result that may be used as an index with the index it was made from, and the permutation it inverts."""
     x = args[0] if args and isinstance(args[0], Tensor) else None
     if x is None:
         return
@@ -315,7 +317,7 @@ def _root(index: Tensor) -> Tensor:
 
 
 def _are_same(index: Tensor, other: Tensor) -> bool:
-    """Whether two indices pick the same: one and the same, or numbers that are found twice in a mask."""
+    """Whether two indices select the same entries: they are the same tensor, or have equal values."""
     if index is other:
         return True
     sorted_twice = any(getattr(i, "_is_permutation", False) or not _has_values(i) for i in (index, other))
@@ -323,7 +325,7 @@ def _are_same(index: Tensor, other: Tensor) -> bool:
 
 
 def _inverse_of(index: Tensor) -> Tensor | None:
-    """The permutation that an index undoes, if it is known to be one."""
+    """Return the permutation that an index inverts, or None if it is not known to invert one."""
     other = getattr(_root(index), "_inverse", None)
     return other if getattr(other, "_is_permutation", False) else None
 
@@ -351,7 +353,7 @@ def _is_mask(index: Tensor) -> bool:
 
 
 def _indices(name: str, args: tuple) -> list[tuple[int, Tensor]]:
-    """The indices of an operation, each with the first axis of `args[0]` that it applies to."""
+    """Return the indices of an operation, each with the first axis of `args[0]` to which it applies."""
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
         found, axis = [], 0
         for index in args[1]:

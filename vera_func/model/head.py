@@ -1,4 +1,4 @@
-"""Evaluate a language model without its output head, and the head for some positions or tokens only.
+"""Compute hidden states of a language model without its output head, and logits for some positions or tokens only.
 
     hidden = hidden_states(apply, params, frozen, input_ids=ids)  # (b, seq, width), the input of the head
     head_logits(apply, params, frozen, hidden)  ==  apply(params, frozen, input_ids=ids).logits
@@ -8,8 +8,8 @@ With a large vocabulary, the head costs as much as many layers, and its logits a
 step. A loss needs only the logits at labelled positions, and a classifier only those of a few tokens.
 
 The hidden states are computed by the model's own forward, with the identity in place of the head. This is correct for
-every model that returns the output of its head as logits. A model that transforms the logits (Gemma 2 caps them,
-Granite scales them, BART adds a bias) is detected, and its head is not skipped.
+every model that returns the output of its head as logits. Some models transform the logits: Gemma 2 caps them, Granite
+scales them, and BART adds a bias. Such models are detected, and their head is not skipped.
 """
 
 import dataclasses
@@ -30,7 +30,8 @@ from .base_layers import DenseLinear, RowwiseAffine
 from .batch import Params
 
 
-# Roots of models that transform their logits, so that nobody tries to skip their head again; and of models that do not.
+# Roots of models that were found to transform their logits, and of models that were found not to, so that each model is
+# examined only once.
 _CHANGED_LOGITS: WeakSet[nn.Module] = WeakSet()
 _OWN_LOGITS: WeakSet[nn.Module] = WeakSet()
 
@@ -65,8 +66,8 @@ def hidden_states(
     hidden = apply.method(_hidden, params, frozen, *args, **kwargs)
     if hidden is None:
         raise ValueError(
-            f"the logits of a {type(apply.model).__name__} are not what its output head returns (the model scales or "
-            "bounds them, or the head has hooks): use the logits of apply(params, frozen, ...)."
+            f"the logits of a {type(apply.model).__name__} are not the output of its head (the model scales or caps "
+            "them, or the head has hooks): use the logits of apply(params, frozen, ...)."
         )
     return hidden
 
@@ -78,17 +79,17 @@ def head_logits(
     hidden: Float[Tensor, "b seq width"],
     tokens: Sequence[int] | None = None,
 ) -> Float[Tensor, "b seq tokens"]:
-    """Compute the logits of hidden states, for all tokens or for some.
+    """Compute the logits of hidden states, for all tokens or for some tokens.
 
-    If the head is a dense layer without an adapter, trained or frozen, only the rows of `tokens` are multiplied. Any
-    other head computes all logits, and those of `tokens` are selected.
+    If the head is a dense layer without an adapter, trained or frozen, only the rows of `tokens` in its weight are
+    multiplied. Any other head computes all logits, of which those of `tokens` are selected.
 
     Args:
         apply: See `hidden_states`.
         params: Params of one adapter, or of one adapter per row.
         frozen: From `adapt`.
-        hidden: The result of `hidden_states`, or some of its positions.
-        tokens: Token ids; None selects the whole vocabulary.
+        hidden: The result of `hidden_states`, or this result at some positions.
+        tokens: Token ids. None means the whole vocabulary.
 
     Raises:
         ValueError: If the model has no output head.
@@ -129,9 +130,9 @@ def token_logits(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RowHead:
-    """The output head of a mixed batch: `head(hidden)` computes row `i` of the logits with the adapter of row `i`.
+    """The output head of a batch with one adapter per row: row `i` of `head(hidden)` uses the adapter of row `i`.
 
-    Only a head that is adapted or trained differs between rows; see `hidden_and_head`.
+    Used if the head itself is adapted or trained; any other head is the same for all rows. See `hidden_and_head`.
 
     Attributes:
         apply: From `adapt`.
@@ -148,7 +149,7 @@ class RowHead:
 
 
 class HiddenAndHead(NamedTuple):
-    """The input of an output head and the head, as `next_token_loss` takes them; see `hidden_and_head`."""
+    """The result of `hidden_and_head`: the first two arguments of `next_token_loss`."""
 
     hidden: Float[Tensor, "b seq width"]
     head: Tensor | Callable[[Tensor], Tensor] | None
@@ -157,8 +158,8 @@ class HiddenAndHead(NamedTuple):
 def hidden_and_head(apply: Apply, params: Params, frozen: Params, *args: Any, **kwargs: Any) -> HiddenAndHead:
     """Return a model's hidden states and output head, the first two arguments of the losses in `train.losses`.
 
-    Works for every language model: where the model changes the output of its head (Gemma 2, Granite) or has no head
-    that can be found, the result is `(logits, None)`.
+    This works for every language model. If the model transforms the output of its head (Gemma 2, Granite), or has no
+    head that can be found, the result is `(logits, None)`.
 
     Args:
         apply: From `adapt`; the model's output must have `.logits`.
@@ -168,13 +169,13 @@ def hidden_and_head(apply: Apply, params: Params, frozen: Params, *args: Any, **
         **kwargs: Keyword arguments of the model.
 
     Returns:
-        `(hidden, head)`. `head` is the weight (vocab, width) of a dense head without a bias and without an adapter;
-        the params' own, if it is trained. It is a function of the hidden states for any other head, and a `RowHead` if
-        it differs between rows.
+        `(hidden, head)`. For a dense head without a bias and without an adapter, `head` is its weight (vocab, width),
+        taken from `params` if it is trained. For any other head, it is a function of the hidden states, and a `RowHead`
+        if the head differs between rows.
 
     Raises:
-        ValueError: If the head has an adapter with dropout (`apply.with_dropout`): the losses may compute logits twice,
-            and would draw another mask.
+        ValueError: If the head has an adapter with dropout (`apply.with_dropout`). The losses may compute logits twice,
+            and would draw a different mask each time.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -194,8 +195,8 @@ def hidden_and_head(apply: Apply, params: Params, frozen: Params, *args: Any, **
         return HiddenAndHead(hidden, weight if bias is None else partial(linear, weight=weight, bias=bias))
     if apply.generator is not None and _is_adapted(apply):
         raise ValueError(
-            "the output head has an adapter with dropout, of which the losses would draw several masks: pass "
-            "apply(params, frozen, ...).logits and None as the head to the loss, or do not adapt the head."
+            "the output head has an adapter with dropout, and a loss that computes logits twice would draw two masks: "
+            "pass apply(params, frozen, ...).logits and the head None to the loss, or do not adapt the head."
         )
     if any(value.shape != apply.slots[key].shape for key, value in params.items()):
         return HiddenAndHead(hidden, RowHead(apply, params, frozen))
@@ -203,7 +204,7 @@ def hidden_and_head(apply: Apply, params: Params, frozen: Params, *args: Any, **
 
 
 class _Tap(nn.Module):
-    """The identity in place of a head; it records its input."""
+    """The identity in place of an output head, which records its input."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -261,7 +262,7 @@ def _some_logits(model: Any, tokens: tuple[int, ...], *args: Any, **kwargs: Any)
 
 
 def _hidden_and_weights(model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...] | None:
-    """Return the input of a model's head, and weight and bias of the head if it is dense and the same for all rows."""
+    """Return the head's input, weight and bias; the latter are None unless the head is dense and shared by all rows."""
     hidden = _hidden(model, *args, **kwargs)
     if hidden is None:
         return None
@@ -276,10 +277,10 @@ def _hidden_and_weights(model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor |
 def _without_head(
     apply: Apply, function: Callable[..., Any], params: Params, frozen: Params, args: tuple, kwargs: dict[str, Any]
 ) -> Any:
-    """Return `function(model, *args, **kwargs)`, which skips the head, or None if the logits are not those of the head.
+    """Return `function(model, *args, **kwargs)`, which skips the head, or None if the model transforms the logits.
 
-    A model that is found to change its logits is remembered. If a forward pass draws random numbers, the first one is
-    tried with other numbers, so that what follows draws its own.
+    Whether a model transforms its logits is remembered. If forward passes draw random numbers, the first call tries the
+    function with a separate random state, so that the caller's random state is used only once.
     """
     root: Any = apply.trees.root
     if not _has_head(apply.model):
@@ -322,9 +323,9 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _version(tensor: Tensor) -> int:
-    """The version counter of a tensor; -1 for inference tensors, which have none."""
+    """Return the version counter of a tensor, or -1 for inference tensors, which have none."""
     if torch.compiler.is_compiling():
-        return 0  # Dynamo (2.13) cannot compare versions
+        return 0  # Dynamo (torch 2.13) cannot compare versions
     tensor = unwrap(tensor)
     return -1 if tensor.is_inference() else tensor._version
 

@@ -38,12 +38,12 @@ WITHOUT_CHECKPOINTING = (
 )
 
 
-# Tensors of a DVoRA layer that a call may bind; the magnitude is a parameter of a layer with weights.
+# Tensors of a DVoRA layer that a call may bind.
 _DORA = (MAGNITUDE, OUTPUT_SCALE, "scale_share", *STATISTICS)
 
 
 class Projections(nn.Module):
-    """A module that holds the projections, so that many layers share one instance; its state dict is empty.
+    """A module that holds the projections. Many layers share one instance, whose state dict is empty.
 
     Example:
         >>> import torch
@@ -66,10 +66,10 @@ class Projections(nn.Module):
         self.traced = False  # whether the compiler is tracing a call
 
     def require_call(self) -> None:
-        """Check that a layer of a module tree runs during the call that acquired the tree; see `checkout`.
+        """Raise an error if a layer runs outside the call that has checked out its module tree (see `checkout`).
 
-        `call` is the id of the backward pass during which the call was made, or -1 if there was none. Outside of such
-        trees it is None, and nothing is checked.
+        The attribute `call` is the id of the backward pass during which that call was made, or -1 if there was none. In
+        modules that are not part of an `Apply`, it is None, and nothing is checked.
 
         Raises:
             ValueError: If the call has returned.
@@ -87,7 +87,7 @@ class Projections(nn.Module):
 
 
 def set_parameter(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Set a parameter on a layer, and remove the parameter of that name from its base layer."""
+    """Set a parameter of a layer, and remove the parameter of the same name from its base layer."""
     if name in ("weight", "bias") and isinstance(layer, RowwiseAffine | AdaptedLinear):
         layer.base_layer._parameters[name] = None
     setattr(layer, name, parameter)
@@ -104,7 +104,7 @@ def frozen_layer(module: nn.Module) -> nn.Module:
 
 
 class AdaptedLinear(nn.Module):
-    """The implementation of `Linear`, `Linear4bit` and `Linear8bitLt`: a base layer, two vectors, the projections."""
+    """The base class of `Linear`, `Linear4bit` and `Linear8bitLt`: a base layer, two vectors and the projections."""
 
     lambda_b: nn.Parameter
     lambda_d: nn.Parameter
@@ -129,7 +129,9 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         right: Any = layer_class(base_layer)
         if type(self) is not right:
-            raise ValueError(f"a {type(base_layer).__name__} needs the layer {right.__name__}.")
+            raise ValueError(
+                f"a {type(self).__name__} can't adapt a {type(base_layer).__name__}; use vf.{right.__name__}."
+            )
         if not 0 <= vera_dropout < 1:
             raise ValueError(f"vera_dropout must be at least 0 and below 1, got {vera_dropout}.")
         A = vera_A if isinstance(vera_A, Tensor) else vera_A[adapter_name]
@@ -139,7 +141,7 @@ class AdaptedLinear(nn.Module):
         if not fits or A.shape[1] < in_features or B.shape[0] < out_features:
             raise ValueError(
                 f"vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} do not fit a layer {in_features} -> "
-                f"{out_features} at rank {r}: they must be ({r}, >= {in_features}) and (>= {out_features}, {r})."
+                f"{out_features} at rank {r}: the shapes must be ({r}, >= {in_features}) and (>= {out_features}, {r})."
             )
         self.base_layer = frozen_layer(base_layer)
         register_own(self)
@@ -152,7 +154,7 @@ class AdaptedLinear(nn.Module):
         self.use_dora, self.differentiate_norm = use_dora, differentiate_norm
         for name in ("mixture", *(_DORA if use_dora else ())):
             self.register_buffer(name, None, persistent=False)
-        # With placeholders for the projections, a call binds a magnitude or an output scale.
+        # With placeholders for the projections, calls bind the magnitude or output scale, and no weight is needed here.
         weight = dense_weight(self.base_layer, torch.float32) if use_dora and not A.is_meta else None
         for name, vector in init_params(r, out_features, d_initial, device=A.device, weight=weight).items():
             setattr(self, name, nn.Parameter(vector))
@@ -172,7 +174,7 @@ class AdaptedLinear(nn.Module):
         return delta.mT if is_conv1d(self.base_layer) else delta
 
     def base_weight(self, dtype: torch.dtype, own: Tensor | None = None) -> Tensor:
-        """Return the dense weight (out, in) of the base layer, or `own`, in float32 or wider, as vectors of `dtype`."""
+        """Return the dense weight (out, in) of the base layer, or `own`, in `dtype`, but at least in float32."""
         own = self._parameters.get("weight") if own is None else own
         return dense_weight(self.base_layer, torch.promote_types(dtype, torch.float32), own)
 
@@ -219,16 +221,16 @@ class Linear(AdaptedLinear):
     """An adapted dense layer: `vera_forward` over `nn.Linear` or transformers' `Conv1D`.
 
     Args:
-        base_layer: The frozen layer; it is called but never modified.
+        base_layer: The frozen layer. It is called but never modified.
         adapter_name: A name for the adapter.
-        vera_A: (r, >= in), or a mapping from adapter names to such tensors.
-        vera_B: (>= out, r), or a mapping from adapter names to such tensors.
+        vera_A: A tensor of shape (r, >= in), or a mapping from adapter names to such tensors.
+        vera_B: A tensor of shape (>= out, r), or a mapping from adapter names to such tensors.
         r: Rank.
         vera_dropout: Probability of dropping an input of `A`, applied if `generator` is set to a `torch.Generator`.
         d_initial: Initial value of `lambda_d`.
         product_dtype: Dtype of the products with the projections; see `vera_forward`.
         use_dora: Whether the layer has a `magnitude`; see `core.dora`.
-        differentiate_norm: Whether the norm of DVoRA is differentiated.
+        differentiate_norm: Whether to differentiate through the norm of DVoRA.
 
     Raises:
         ValueError: If the base layer is of another class, the projections have another rank or are too narrow, or a
@@ -296,8 +298,8 @@ def layer_class(module: nn.Module) -> type["Linear"] | type["Linear4bit"] | type
         return Linear4bit if hasattr(module.weight, "quant_state") else Linear8bitLt
     if linear_sizes(module) is None:
         raise ValueError(
-            f"a {type(module).__name__} cannot be adapted; nn.Linear, bitsandbytes' linears and transformers' "
-            "Conv1D can."
+            f"a {type(module).__name__} cannot be adapted, only nn.Linear, bitsandbytes' linear layers and "
+            "transformers' Conv1D."
         )
     return Linear
 

@@ -10,7 +10,7 @@ from .layers import set_parameter
 
 
 def adapted_module(adapted: Adapted) -> nn.Module:
-    """Return a copy of the module tree of `apply` whose parameters are the params, named by their keys.
+    """Return a copy of the module tree of `apply` whose trainable parameters are the params, named by their keys.
 
     Args:
         adapted: From `adapt` or `load_adapter`, with the params of a single adapter.
@@ -28,10 +28,10 @@ def adapted_module(adapted: Adapted) -> nn.Module:
     tensors, _ = apply._bind(params, frozen)
     for key, value in params.items():
         if value.shape != apply.slots[key].shape:
-            raise ValueError(f"{key!r} {tuple(value.shape)} is stacked; a module holds one adapter (unstack_adapters).")
+            raise ValueError(f"{key!r} {tuple(value.shape)} is stacked; a module has one adapter (unstack_adapters).")
     root: Any = apply.trees.copy()
     root.projections.vera_A, root.projections.vera_B = frozen["vera_A"], frozen["vera_B"]
-    for key in sorted(params, key=apply.tied.__contains__):  # the second name of a tied parameter after the first
+    for key in sorted(params, key=apply.tied.__contains__):  # the first name of a tied parameter comes first
         names = apply.slots[key].names
         parameter = nn.Parameter(tensors[names[0]].detach().clone())
         for name in names:

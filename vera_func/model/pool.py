@@ -22,19 +22,19 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
 
     The result is exact. The projections are concatenated along r, `A = [A1; A2; ...]` and `B = [B1, B2, ...]`, and
     zero-padded to the largest size. Each adapter's `lambda_d` is zero outside of its own block. Equal projections are
-    stored once. A row costs as much as an adapter of the summed rank. `with_dropout` applies dropout only if all
-    adapters have the same rate.
+    stored once. A row costs as much as an adapter whose rank is the sum of all ranks. `with_dropout` applies dropout
+    only if all adapters have the same dropout probability.
 
-    VeRA and DVoRA adapters can be pooled. A layer in which an adapter has no magnitude gets the magnitude 0 and, under
-    the key `"{module}.magnitude.base_share"`, 1, which is added to its output scale. Such an adapter of the pool can't
-    be saved.
+    VeRA and DVoRA adapters can be pooled with each other. In a layer where an adapter has no magnitude, the pool has
+    magnitude 0 for it, and 1 under the key `"{module}.magnitude.base_share"`, which is added to its output scale. Such
+    an adapter of the pool can't be saved.
 
     Args:
         adapters: From `adapt` or `load_adapter`, over the same model object, each with a single adapter.
 
     Returns:
-        An `Adapted` over all targets. Its config is valid for each single adapter of the stack and can be saved with
-        it.
+        An `Adapted` over all targets. Its config is valid for each single adapter of the stack, and can be saved with
+        that adapter.
 
     Raises:
         ValueError: If `adapters` is empty, the adapters belong to different models, params are stacked, or only some
@@ -52,12 +52,12 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
     if not adapters:
         raise ValueError("there is nothing to pool: pass at least one Adapted.")
     if not all(isinstance(adapted, Adapted) for adapted in adapters):
-        raise ValueError("adapters must be a sequence of Adapted, as adapt and load_adapter return them.")
+        raise ValueError("adapters must be a sequence of Adapted (from adapt or load_adapter).")
     model = adapters[0].apply.model
     weights = [*map(id, model.parameters())]
     for i, adapted in enumerate(adapters):
         if [*map(id, adapted.apply.model.parameters())] != weights:
-            raise ValueError(f"adapter {i} belongs to another model object than adapter 0; adapt or load both on one.")
+            raise ValueError(f"adapters {i} and 0 belong to different model objects; adapt or load both on one.")
         for option in ("int8_activations", "product_dtype"):
             if getattr(adapted.apply, option) != getattr(adapters[0].apply, option):
                 raise ValueError(f"adapter {i} and adapter 0 differ in {option}.")
@@ -110,10 +110,12 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
 
 
 def _common_scale(adapters: Sequence[Adapted]) -> tuple[str | None, bool]:
-    """The leaf of the DVoRA adapters' scales, None for VeRA alone, and whether their norms are differentiated."""
+    """Return the leaf name of the DVoRA adapters' scales, or None without DVoRA, and their `differentiate_norm`."""
     leaves = {leaf for adapted in adapters for key in adapted.params if (leaf := split_key(key)[1]) in SCALES}
     if len(leaves) > 1:
-        raise ValueError("some adapters have magnitudes and others output scales: fold all of them, or none.")
+        raise ValueError(
+            "some adapters have magnitudes and others have output scales: fold all of them, or none of them."
+        )
     differentiate = {adapted.config.differentiate_norm for adapted in adapters if adapted.config.use_dora}
     if len(differentiate) > 1:
         raise ValueError("the adapters differ in config.differentiate_norm.")
@@ -121,7 +123,7 @@ def _common_scale(adapters: Sequence[Adapted]) -> tuple[str | None, bool]:
 
 
 def _scales(params: Params, row: Params, targets: Sequence[str], scale: str | None) -> dict[str, Tensor]:
-    """The magnitudes or output scales of one adapter of a pool, with scales of 1 where it has none."""
+    """Return the magnitudes or output scales of one adapter of a pool, with a scale of 1 where it has none."""
     scales: dict[str, Tensor] = {}
     for name in targets if scale else ():
         key = join_key(name, scale or "")
@@ -136,7 +138,7 @@ def _scales(params: Params, row: Params, targets: Sequence[str], scale: str | No
 
 
 def _stack_projections(pairs: Sequence[Params]) -> tuple[dict[str, Tensor], list[int]]:
-    """Concatenate pairs of projections along r, equal pairs once, and return the offset of each pair."""
+    """Concatenate the distinct pairs of projections along r, and return the offset of each given pair."""
     unique: list[Params] = []
     places = []
     for pair in pairs:

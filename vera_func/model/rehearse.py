@@ -1,10 +1,10 @@
-"""Run a copy of the model with another number of rows, to find the rows in the inputs of its layers; see `rows`.
+"""Rehearse a call: run a copy of the model with another number of rows, to find the rows in each layer's input.
 
-The rehearsal uses the values of the call's inputs, whose rows are repeated cyclically up to the wanted number, because
-the control flow of a model may depend on them. Cheap stand-ins replace linear layers, and hooks are removed. Inside
-transforms and under the compiler no values are available, and ones are used instead. Large inputs are replaced by
-tensors without data (`fake_tensors`). A model that can't run on these, for example because of data-dependent routing,
-runs on values regardless of their size.
+See `rows` for the purpose. A rehearsal uses the values of the call's inputs, because the control flow of a model may
+depend on them. The rows are repeated cyclically up to the wanted number. Cheap stand-ins replace linear layers, and
+hooks are removed. Inside transforms and under the compiler, no values are available, and ones are used instead. Large
+inputs are replaced by tensors without data (`fake_tensors`). If the model can't run on such tensors, for example
+because of data-dependent routing, it runs on values regardless of their size.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ class Refusal(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """The layouts found by a rehearsal: of the layers' inputs, by path, and of the tensors that the call returns."""
+    """The layouts that a rehearsal found, for each layer's input (by path) and each tensor that the call returns."""
 
     layers: dict[str, Layout | Refusal]
     outputs: list[Layout | Refusal]
@@ -71,7 +71,7 @@ def rehearse(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], co
 
     Args:
         apply: The `Apply` that is called.
-        what: The path of a module, its method, and an offset to add to the axes of the rows.
+        what: The path of a module in the model, the method to call, and an offset that is added to the axes of rows.
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
         count: Number of rows.
@@ -83,8 +83,8 @@ def rehearse(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], co
     for module in root.modules():
         if isinstance(module, _STATISTICS) and (module.training or module.running_mean is None):
             raise ValueError(
-                f"a {type(module).__name__} in training mode takes its statistics over all rows, which mixes their "
-                "adapters. Run one adapter at a time, or adapt the model in eval mode."
+                f"a {type(module).__name__} in training mode computes its statistics over all rows, so that adapters "
+                "affect each other. Run one adapter at a time, or adapt the model in eval mode."
             )
     inputs = [tensor for value in (*args, *kwargs.values()) for tensor in tensors_in(value)]
     call = _Call(apply, what, args, kwargs, count, inputs)
@@ -103,16 +103,16 @@ def rehearse(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], co
 
 
 def _confirmed(found: list[Layout | Refusal]) -> Layout | Refusal:
-    """The layout on which at least two rehearsals agree, or a refusal."""
+    """Return the layout on which at least two rehearsals agree, or a refusal."""
     layouts = [where for where in found if isinstance(where, Layout) and found.count(where) > 1]
     refusals = [where for where in found if isinstance(where, Refusal)]
     return (layouts or refusals or [Refusal("has its rows along different axes in each run.")])[0]
 
 
 def _first_that_runs(thread: ThreadPoolExecutor, call: "_Call", prime: int) -> Seen:
-    """Rehearse under the first interpretation of the inputs with which the model runs.
+    """Rehearse with the first interpretation of the inputs for which the model runs.
 
-    If an input is interpreted wrongly, the model fails, because the numbers of rows and positions then differ.
+    If an interpretation is wrong, the model fails, because the sizes of its inputs then do not fit each other.
     """
     first: Exception | None = None
     for reading in call.readings():
@@ -126,9 +126,9 @@ def _first_that_runs(thread: ThreadPoolExecutor, call: "_Call", prime: int) -> S
                 if not fake:
                     break
     raise ValueError(
-        "one adapter per row needs the axis of the rows in each layer. To find it, the model is run with other "
-        f"numbers of rows, and that failed: {type(first).__name__}: {first}. {ALONE} If the rows are not axis 0 of "
-        "every input with that many entries along axis 0, set their axes with apply.with_row_axes."
+        "to use one adapter per row, the axis of the rows in each layer must be known. To find it, the model is run "
+        f"with other numbers of rows, which failed: {type(first).__name__}: {first}. {ALONE} If the rows are not along "
+        "axis 0 of the inputs, set their axes with apply.with_row_axes."
     ) from first
 
 
@@ -147,11 +147,11 @@ class _Call:
         self.autocasts = [(kind, torch.get_autocast_dtype(kind)) for kind in types if torch.is_autocast_enabled(kind)]
 
     def readings(self) -> list[Callable[[Tensor, int | None], str]]:
-        """Interpretations of the inputs: what a tensor with a given axis of rows holds.
+        """Return interpretations of the inputs, as functions of a tensor and the axis that rows would have in it.
 
-        It has `rows`, is `shared` by all of them, or has `parts` of some rows one after another, such as the patches of
-        all images. An axis with as many entries as there are rows need not be the rows, as in positions (seq,) or a
-        mask (seq, seq).
+        A tensor has "rows" along this axis, is "shared" by all rows, or has "parts" of the rows one after another along
+        axis 0, such as the patches of all images. An axis with as many entries as there are rows need not be the axis
+        of the rows, as in positions (seq,) or a mask (seq, seq).
         """
 
         def plain(tensor: Tensor, axis: int | None) -> str:
@@ -186,7 +186,7 @@ class _Rehearsal:
         limit: int | None,
     ) -> None:
         self.call, self.reading, self.fake, self.limit = call, reading, fake, limit
-        # Parts are repeated as a whole, with the rows to which they belong.
+        # If an input has parts, all inputs are repeated as a whole, so that parts stay with their rows.
         self.times = prime if any(reading(tensor, 0) == "parts" for tensor in call.inputs) else 0
         self.rows = prime * call.count if self.times else prime
         self.follower = Follower(self.rows)
@@ -219,12 +219,12 @@ class _Rehearsal:
                 outputs = tree_leaves(method(*args, **kwargs))
         finally:
             call.apply.trees.release(tree)
-        uncalled = Refusal("was not called when the model was rehearsed, so that its rows are not known.", called=False)
+        uncalled = Refusal("was not called when the model ran to find the rows, so they are not known.", called=False)
         layers = {path: _agreed(self.seen.get(path, [uncalled])) for path in self.paths}
         return Seen(layers, [self._where(x, x.dim()) for x in outputs if isinstance(x, Tensor)])
 
     def _prepare(self, tree: nn.Module) -> None:
-        """Replace linear layers by stand-ins that record the layouts of their inputs."""
+        """Replace the linear layers of a tree by stand-ins that record the layouts of their inputs."""
         module: Any
         for module in tree.modules():
             clear_hooks(module)  # hooks must not observe the rehearsal
@@ -243,7 +243,7 @@ class _Rehearsal:
         if width is None:
             return forward(x)
         y = x.mean(-1, keepdim=True)
-        if width > 8 * x.shape[-1]:  # the logits of a vocabulary, which would take most of the memory
+        if width > 8 * x.shape[-1]:  # such as logits of a vocabulary, which would take most of the memory
             return y.expand(*x.shape[:-1], width)
         return x.new_zeros((*x.shape[:-1], width)) + y
 
@@ -254,20 +254,20 @@ class _Rehearsal:
             axes = [axis for axis in range(dims) if shape[axis] == rows]
             place = Place(axes[0], 1) if len(axes) == 1 else NOWHERE
         if place is NOWHERE:
-            return Refusal(f"reads {shape}, which has no axis of rows, as a table that all rows share.")
-        if isinstance(place, Lost) or not 0 <= place.axis < dims:
             return Refusal(
-                "reads rows in an order that is not known in advance, as experts do that get tokens by routing."
+                f"has an input of shape {shape} without an axis of rows, such as a table that all rows share."
             )
+        if isinstance(place, Lost) or not 0 <= place.axis < dims:
+            return Refusal("has its rows in an order that is not known in advance, such as tokens routed to an expert.")
         if shape[place.axis] == rows:
             return Layout(place.axis, x.dim(), False)
         if place.inner is not None and place.inner * rows == shape[place.axis]:
             if self.follower.chose:
                 return Refusal(
-                    f"reads {shape}, where other data may give other rows: the model selects some by a mask."
+                    f"has an input of shape {shape} whose rows depend on the data: the model selects entries by a mask."
                 )
             return Layout(place.axis, x.dim(), True)
-        return Refusal(f"reads rows that are spread over axis {place.axis} of {shape} in an unknown order.")
+        return Refusal(f"has its rows in an unknown order along axis {place.axis} of an input of shape {shape}.")
 
     def _copy(self, value: Any, axis: int | None, memo: dict[int, Any]) -> Any:
         """Copy an argument, replacing its tensors by tensors with this rehearsal's number of rows."""
@@ -295,27 +295,29 @@ class _Rehearsal:
         if self.fake:
             new = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
         else:
-            # A token, or its hidden state, becomes as wide as the widest layer.
+            # Estimate: each token, or its hidden state, takes as many values as the widest layer has outputs.
             wide = not tensor.is_floating_point() or tensor.dim() == 3
             tokens = torch.Size(shape if not tensor.is_floating_point() else shape[:-1]).numel()
             self.numbers += tokens * self.width if wide else tensor.numel()
             if self.limit is not None and self.numbers > self.limit:
                 raise _TooLarge
             if unwrap(tensor) is not tensor or type(tensor) not in (Tensor, nn.Parameter):
-                new = torch.ones(shape, dtype=tensor.dtype, device=tensor.device)  # values exist inside transforms only
+                new = torch.ones(
+                    shape, dtype=tensor.dtype, device=tensor.device
+                )  # a tensor of a transform has no values here
             elif rows or held == "parts":
                 along, size = (axis or 0, count) if rows else (0, tensor.shape[0])
                 order = torch.arange(shape[along], device=tensor.device) % size
                 new = tensor.detach().index_select(along, order)
             else:
                 new = tensor.detach().clone()
-        if held != "parts":  # which are followed no further: no layer that reads them has rows
+        if held != "parts":  # parts are not followed: a layer whose input they are has no rows
             mark(new, Place((axis or 0) % tensor.dim(), 1) if rows else NOWHERE)
         return new
 
 
 class _Resize(TorchFunctionMode):
-    """Makes `copy.deepcopy` copy tensors by a function."""
+    """A mode in which `copy.deepcopy` copies each tensor by calling a function."""
 
     def __init__(self, resized: Callable[[Tensor], Tensor]) -> None:
         self.resized = resized
@@ -339,7 +341,7 @@ def _agreed(found: list[Layout | Refusal]) -> Layout | Refusal:
 
 
 def _width(module: Any) -> int | None:
-    """The output size of a linear layer of the tree; None for any other module."""
+    """Return the output size of a linear layer of the tree, or None for any other module."""
     if isinstance(module, QuantizedLinear):
         return module.quantized.shape[0]
     if isinstance(module, RowwiseAffine):
@@ -356,19 +358,19 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 def has_rows(shape: Sequence[int], count: int, axis: int | None) -> bool:
-    """Whether a shape has as many entries along the axis of the rows as there are rows."""
+    """Whether the size of a shape along the axis of the rows is the number of rows, `count`."""
     return axis is not None and -len(shape) <= axis < len(shape) and are_equal(shape[axis], count)
 
 
 def are_equal(a: int, b: int) -> bool:
-    """Compute `a == b` as a constant, even if the compiler uses symbols for sizes."""
+    """Compute `a == b` as a constant, even if sizes are symbolic under the compiler."""
     if a == b:  # noqa: SIM103  (the branch specializes the symbol)
         return True
     return False
 
 
 def axis_of(axes: Axes, name: int | str, shift: int = 0) -> int | None:
-    """The axis of the rows in an argument, given by position or name."""
+    """Return the axis of the rows in an argument, which is given by its position or name."""
     if isinstance(axes, Mapping):
         axis = axes.get(name, 0) if isinstance(name, str) else 0
     elif isinstance(axes, Sequence):
@@ -379,7 +381,7 @@ def axis_of(axes: Axes, name: int | str, shift: int = 0) -> int | None:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested containers."""
+    """Yield the tensors in nested containers."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple | Mapping):

@@ -1,22 +1,25 @@
-"""One adapter per row of a batch: find the axis of the rows in the input of each layer.
+"""Find the axis of the rows in the input of each layer, for calls with one adapter per row of a batch.
 
-Row `i` of a call is index `i` of axis 0 of the model's inputs. Inside the model the rows may be elsewhere: models
-transpose (rows, seq) to (seq, rows), flatten both into one axis, route tokens to experts, or pass a table of positions
-through a layer. Sizes alone do not identify the axis of the rows, because other axes may have the same size. Therefore
-each kind of call is traced once in advance (a rehearsal):
+Row `i` of a call is index `i` of axis 0 of the model's inputs. Inside the model, the rows may be along another axis:
+models transpose (rows, seq) to (seq, rows), flatten both into one axis, route tokens to experts, or pass a table of
+positions through a layer. Sizes alone do not identify the axis of the rows, because other axes may have the same size.
+Therefore each kind of call is rehearsed once in advance:
 
-    A copy of the model runs on the call's inputs with a different number of rows, a prime that does not divide any size
+    A copy of the model runs on the call's inputs with a different number of rows: a prime that does not divide any size
     of the model. Cheap stand-ins replace the linear layers, and the rows are followed through every operation
     (`follow`). A second run uses another prime. The layouts on which both runs agree are used.
 
-The result is a plan that maps the path of a layer to its `Layout`. In most models the rows are in axis 0 of every
-layer's input, and layers broadcast vectors (rows, out) as usual. For any other layer, the rows of its input are moved
-to axis 0, and those of its output are moved back. A layer whose rows can't be followed raises an error that names it.
+The result is a `Plan`, which maps the path of each layer to the layout of the rows in its input. In most models, the
+rows are in axis 0 of every layer's input, and layers broadcast vectors (rows, out) as usual. For any other layer, the
+rows of the input are moved to axis 0, and the rows of the output are moved back. If the rows in a layer's input can't
+be followed, an error names the layer.
 
-Calls of the same kind share a plan: they have the same arguments, with the same numbers of axes and the same dtypes. If
-a second axis of an input has as many entries as there are rows, the kind also includes the exact sizes.
+Calls of the same kind use the same plan. Two calls are of the same kind if they have the same arguments, with the same
+numbers of axes and the same dtypes. If two axes of an input have the size of the number of rows, all sizes must be the
+same as well.
 
-`generate` calls the model, or parts of it, many times; each outermost call of a module has its own plan.
+`generate` calls the model, or modules in it, many times. Each of these calls has its own plan; calls of modules within
+such a call are covered by its plan.
 """
 
 import dataclasses
@@ -39,7 +42,7 @@ MOST_PLANS = 256
 
 @dataclasses.dataclass(frozen=True)
 class MovedRows:
-    """Calls a layer with the rows of its input moved to axis 0, and moves the rows of its output back."""
+    """A function that calls a layer with the rows moved to axis 0 of its input, and back in its output."""
 
     path: str
     where: Layout | Refusal
@@ -55,8 +58,8 @@ class MovedRows:
         block = size // self.rows
         if size == 0 or size % self.rows or (block % self.repeats if blocks else block != self.repeats):
             raise ValueError(
-                f"layer {self.path!r} got {tuple(x.shape)}, where axis {axis} of {dim} should hold {self.rows} rows: "
-                f"row i of the inputs goes through adapter i. {ALONE}"
+                f"layer {self.path!r} got an input of shape {tuple(x.shape)}, but expected {self.rows} rows along axis "
+                f"{axis} of {dim} axes: row i of the inputs goes through adapter i. {ALONE}"
             )
         x = x.movedim(axis, 0)
         y = forward(x) if block == 1 else forward(x.unflatten(0, (self.rows, block))).flatten(0, 1)
@@ -64,12 +67,12 @@ class MovedRows:
 
 
 class Plan(NamedTuple):
-    """The layouts of a model's layers, by path, and of its outputs.
+    """The layouts of the rows in the inputs of a model's layers, by path, and in the model's outputs.
 
     Attributes:
         layers: Layouts of all layers.
-        front: Number of axes of the input, for the layers whose rows are in axis 0.
-        odd: Layouts of the other layers.
+        front: For each layer whose rows are in axis 0 of its input, the number of axes of this input.
+        odd: Layouts of all other layers.
         outputs: Layouts of the tensors that the call returns.
     """
 
@@ -80,12 +83,12 @@ class Plan(NamedTuple):
 
 
 class Plans:
-    """The plans that were made for one model, by the kind of call.
+    """The plans that were made for one model, by kind of call.
 
     Attributes:
-        found: The plans, at most `MOST_PLANS`.
-        traced: Number of plans used by compiled functions, which are the attributes `traced_0`, `traced_1`, ... The
-            compiler reads an attribute when it is needed, but does not see later changes of a list or dict.
+        found: At most `MOST_PLANS` plans.
+        traced: Number of plans that compiled functions use. These plans are the attributes `traced_0`, `traced_1`, ...,
+            because the compiler does not see later changes of a list or dict.
     """
 
     def __init__(self) -> None:
@@ -93,7 +96,7 @@ class Plans:
         self.traced = 0
 
     def add(self, kind: Any, seen: Seen, front: int) -> Plan:
-        """Make a plan from the layouts found by a rehearsal; `front` is the axis where no rows have to be moved."""
+        """Make a plan from the layouts that a rehearsal found. Rows along the axis `front` need not be moved."""
         if len(self.found) >= MOST_PLANS:
             self.found.clear()
         plan = Plan(seen.layers, {}, {}, seen.outputs)
@@ -110,13 +113,13 @@ def arrange(
 ) -> Mapping[str, MovedRows | int]:
     """Return `projections.rows` for one call.
 
-    It maps the path of a layer whose rows are in axis 0 to the number of axes of its input, and that of any other layer
-    to its `MovedRows`.
+    This mapping has an entry for the path of each layer: the number of axes of the layer's input if the rows are in
+    axis 0, and a `MovedRows` otherwise.
 
     Args:
         apply: The `Apply` that is called.
-        root: The tree that runs. For `generate`, hooks are registered on its modules.
-        tensors: The tensors to bind, modified in place: a single row's axis is removed.
+        root: The root of the module tree that runs. For `generate`, hooks are registered on its modules.
+        tensors: The tensors to bind, modified in place: if there is a single row, its axis is removed.
         lead: The leading axes of each key of params that has rows.
         method: The name of the model's method, or a function of the model.
         args: Positional arguments of the method.
@@ -142,13 +145,14 @@ def arrange(
         moved = _moved_rows(plan.odd, _layers(apply, root, lead), count) if plan.odd else {}
         if moved and len(rows) > 1:
             raise ValueError(
-                f"the rows {rows} have several axes, which are not the first axes in layer {next(iter(moved))!r}."
+                f"the params have rows of shape {rows}, but these are not the first axes in the input of layer "
+                f"{next(iter(moved))!r}."
             )
     return {**plan.front, **moved} if moved else plan.front
 
 
 def axes_of_outputs(apply: Any, args: tuple, kwargs: dict[str, Any], rows: int) -> list[int | None]:
-    """The axis of the rows in every tensor that `apply` returns, in pytree order; None for a tensor without rows."""
+    """Return the axis of the rows in each tensor that `apply` returns, in pytree order, or None if it has no rows."""
     outputs = _plan(apply, ("", "__call__", 0), args, kwargs, rows).outputs
     return [where.axis if isinstance(where, Layout) else None for where in outputs]
 
@@ -156,7 +160,7 @@ def axes_of_outputs(apply: Any, args: tuple, kwargs: dict[str, Any], rows: int) 
 def _moved_rows(
     plan: Mapping[str, Layout | Refusal], layers: set[str], rows: int, repeats: int = 1
 ) -> dict[str, MovedRows]:
-    """Create the callers of the layers whose parameters have rows, from their layouts."""
+    """Create the `MovedRows` of all layers whose parameters have rows."""
     moved = {}
     for path, where in plan.items():
         if path in layers:
@@ -167,7 +171,7 @@ def _moved_rows(
 
 
 def _layers(apply: Any, root: nn.Module, lead: Lead) -> set[str]:
-    """The paths of the layers whose parameters have rows."""
+    """Return the paths of the layers whose parameters have rows."""
     names = [name for key in lead for name in apply.slots[key].names]
     layers: list[Any] = [root.get_submodule(split_key(name)[0]) for name in names]
     return {layer.path for layer in layers}
@@ -179,17 +183,17 @@ def path_in_model(path: str) -> str:
 
 
 class _Calls:
-    """Hooks that find the plan of every outermost call of a module inside `generate`."""
+    """Hooks that find a plan for each call of a module by `generate`, but not for calls of modules inside it."""
 
     def __init__(self, apply: Any, root: Any, lead: Lead, rows: int, repeats: int) -> None:
         self.apply, self.root, self.lead, self.rows, self.repeats = apply, root, lead, rows, repeats
         self.layers = _layers(apply, root, lead)
         self.depth = 0
-        outside = Refusal("is called outside of every module that generate calls, where no row can be followed.")
+        outside = Refusal("is called by generate directly, where its rows can't be followed.")
         self.outside = {path: MovedRows(path, outside, rows) for path in self.layers}
 
     def hooks(self) -> dict[str, MovedRows]:
-        """Register the hooks; return the callers of layers outside of every call, which raise."""
+        """Register the hooks, and return `MovedRows` that raise an error, for layers that `generate` calls directly."""
         untraced = torch.compiler.disable  # imports the compiler, which takes a second
         paths = {path for layer in self.layers for path in _ancestors(layer)}
         for path in sorted(paths):
@@ -219,7 +223,7 @@ class _Calls:
 
 
 def _plan(apply: Any, what: tuple, args: tuple, kwargs: dict[str, Any], count: int, lead: Lead | None = None) -> Plan:
-    """The plan for a call of a method, which is rehearsed the first time; `what` is as in `rehearse`."""
+    """Return the plan for a call, and rehearse the call if there is none; see `rehearse` for `what`."""
     kind = _kind_of_call(apply, what, args, kwargs, count)
     if torch.compiler.is_compiling():
         name = _traced(apply, kind)
@@ -236,7 +240,7 @@ def _plan(apply: Any, what: tuple, args: tuple, kwargs: dict[str, Any], count: i
     return plan
 
 
-# The compiler runs these two functions while it traces, and treats the name that they return as a constant.
+# The compiler runs these two functions while it traces, and treats the returned name as a constant.
 @constant_when_traced
 def _traced(apply: Any, kind: tuple) -> str:
     plan = apply.plans.found.get(kind)
@@ -255,7 +259,7 @@ def _traced_shapes(apply: Any, what: tuple, kind: tuple, args: tuple, kwargs: tu
 
 
 def _kind_of_call(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], count: int) -> tuple:
-    """A hashable key that is equal for calls that share a plan."""
+    """Return a hashable key that is equal for calls that use the same plan."""
     path, method, shift = what
     positional = [_kind(value, count, axis_of(apply.row_axes, i, shift)) for i, value in enumerate(args)]
     named = [(name, _kind(value, count, axis_of(apply.row_axes, name, shift))) for name, value in kwargs.items()]
@@ -272,13 +276,13 @@ def _kind(value: Any, count: int, axis: int | None) -> Any:
         return "sequence", tuple([_kind(item, count, axis) for item in value])
     if value is None or isinstance(value, bool | int | torch.dtype) or (isinstance(value, str) and len(value) < 64):
         return value
-    return type(value).__qualname__  # the value of a number, a text or an object does not change the layout
+    return type(value).__qualname__  # the layout does not depend on the value of a number, a text or an object
 
 
 def _kind_of_shape(shape: torch.Size, count: int, axis: int | None) -> tuple:
-    """The number of axes, whether there are rows, and the axes of size 1.
+    """Return the number of axes of a shape, whether it has rows, the axes of size 1, and its exact sizes or ().
 
-    If a second axis has as many entries as there are rows, the model might confuse them: then exact sizes are included.
+    Exact sizes are included if another axis also has the size of the rows, because the two could then be confused.
     """
     rows = has_rows(shape, count, axis)
     if torch.compiler.is_compiling():
@@ -292,7 +296,7 @@ def _kind_of_shape(shape: torch.Size, count: int, axis: int | None) -> tuple:
 
 
 def _shapes(value: Any) -> Any:
-    """Describe arguments by constants, for the compiler."""
+    """Describe arguments by constants, which the compiler can treat as such."""
     if isinstance(value, Tensor):
         # `len(range(n))` converts a symbolic size to an integer.
         return "tensor", tuple([len(range(size)) for size in value.shape]), value.dtype, str(value.device)
@@ -313,7 +317,7 @@ def _from_shapes(shapes: tuple) -> Any:
 
 
 def _common(lead: Lead) -> tuple[int, ...]:
-    """The common leading axes of params: the longest ones, of which all others must be a prefix."""
+    """Return the longest leading axes of params; those of all other params must be a prefix of them."""
     key, rows = next(iter(lead.items()))
     if len(set(lead.values())) == 1:
         return rows
@@ -327,7 +331,7 @@ def _common(lead: Lead) -> tuple[int, ...]:
 
 
 def _require_rows(apply: Any, lead: Lead, rows: int, args: tuple, kwargs: dict[str, Any], single: bool = False) -> None:
-    """Raise if no input has the rows; a single row must match the first input."""
+    """Raise an error if no input has this number of rows. A single row must be a row of the first input."""
     given = [(axis_of(apply.row_axes, i), value) for i, value in enumerate(args)]
     given += [(axis_of(apply.row_axes, name), value) for name, value in kwargs.items()]
     inputs = [(axis, t) for axis, value in given if axis is not None for t in tensors_in(value) if t.dim()]
@@ -340,12 +344,12 @@ def _require_rows(apply: Any, lead: Lead, rows: int, args: tuple, kwargs: dict[s
         f"{key} {(*lead[key], *apply.slots[key].shape)} has leading axes {(rows,)}, which do not match the leading "
         f"axes {tuple(x.shape[:-1])} of x {tuple(x.shape)}, the first input: row i of axis {axis} of the inputs goes "
         "through adapter i. Pass one adapter per row (select_adapters), map over stacked adapters (vmap_adapters, "
-        "torch.func.vmap), or say which axis the rows are (apply.with_row_axes)."
+        "torch.func.vmap), or set the axis of the rows (apply.with_row_axes)."
     )
 
 
 def _repeats(model: Any, kwargs: Mapping[str, Any]) -> int:
-    """The number of copies of each row in transformers' `generate`."""
+    """Return how many copies of each row transformers' `generate` makes."""
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     values = [kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")]
     return max(values)

@@ -63,7 +63,7 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' `Conv1D`, a linear layer whose weight is (in, out).
+    """Whether a module is transformers' `Conv1D`, a linear layer whose weight has shape (in, out).
 
     Example:
         >>> is_conv1d(nn.Linear(3, 5))
@@ -81,11 +81,12 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
     Args:
         model: Any module.
         config: The configuration to match.
-        strict: Whether an entry of a list that matches no module is an error; files written by PEFT may contain one.
+        strict: Whether to raise an error if an entry of a list matches no module. Files written by PEFT may have such
+            entries.
 
     Raises:
-        ValueError: If no module matches, an entry matches no module, a match is not a linear layer, or the model's
-            type has no default.
+        ValueError: If no module matches, an entry matches no module, a match is not a linear layer, or there are no
+            default targets for the model's type.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
@@ -114,25 +115,25 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
     if strict and not is_default and not isinstance(targets, str):
         idle = [t for t in targets if not any(name == t or name.endswith("." + t) for name in modules)]
         if idle:
-            raise ValueError(f"target_modules has {idle}, which no module of this model ends in. {_linear_ends(model)}")
+            raise ValueError(f"target_modules has {idle}, but no module name ends in these. {_linear_ends(model)}")
     heads = HEADS.get(config.task_type or "", ())
     idle = [s for s in config.modules_to_save or () if s not in heads and not any(_contains(n, s) for n in modules)]
     if strict and idle:
-        raise ValueError(f"modules_to_save has {idle}, which no module of this model ends in.")
+        raise ValueError(f"modules_to_save has {idle}, but no module of this model has such a name.")
     for name in names:
         if linear_sizes(modules[name]) is None:
             raise ValueError(
-                f"target module {name!r} is a {type(modules[name]).__name__}; nn.Linear, bitsandbytes' linears and "
-                "transformers' Conv1D can be adapted."
+                f"target module {name!r} is a {type(modules[name]).__name__}; only nn.Linear, bitsandbytes' linear "
+                "layers and transformers' Conv1D can be adapted."
             )
     return names, config
 
 
 def held_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of all modules with their names; a tied parameter is yielded once for each of its modules.
+    """Yield the names and parameters of all modules. A tied parameter is yielded once for each of its modules.
 
     Each module is visited once, under its first name. In contrast, `named_parameters(remove_duplicate=False)` visits a
-    module that occurs several times repeatedly, and does not terminate if a module contains itself.
+    module once for each of its names, and does not terminate if a module contains itself.
 
     Example:
         >>> model = nn.ModuleDict({"first": nn.Linear(3, 5, bias=False), "tied": nn.Linear(3, 5, bias=False)})
@@ -145,7 +146,7 @@ def held_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -> list[str]:
-    """Return the names of the model's own parameters that are trained: biases and those of `modules_to_save`.
+    """Return the names of the model's own parameters that are trained: biases, and parameters of `modules_to_save`.
 
     Args:
         model: Any module.
@@ -163,7 +164,7 @@ def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -
     own: dict[str, None] = {}
     modules = dict(model.named_modules())
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
-    # A head tied to the embeddings holds their weight under a second name.
+    # If a head is tied to the embeddings, their weight has a second name in the head.
     for name, parameter in held_parameters(model):
         module, leaf = split_key(name)
         whole = module in modules and _is_saved(module, config)
@@ -259,7 +260,7 @@ def peft_dtype(module: nn.Module) -> torch.dtype | None:
 
 
 def layer_device(module: nn.Module) -> torch.device:
-    """Return the device that a layer computes on: its weight's, or the execution device of an offloaded layer.
+    """Return the device on which a layer computes: that of its weight, or the execution device of an offloaded layer.
 
     Example:
         >>> layer_device(nn.Linear(2, 3))
@@ -271,7 +272,7 @@ def layer_device(module: nn.Module) -> torch.device:
 
 
 def require_one_device(model: nn.Module, targets: Sequence[str], trained: Sequence[str]) -> None:
-    """Raise if the layers that read an adapter are on several devices, as with a `device_map` over several GPUs.
+    """Raise an error if layers that use an adapter are on several devices, as with a `device_map` over several GPUs.
 
     Args:
         model: Any module.
@@ -279,7 +280,7 @@ def require_one_device(model: nn.Module, targets: Sequence[str], trained: Sequen
         trained: Names of the trained parameters of the model itself.
 
     Raises:
-        ValueError: If there is more than one device; weights without data do not count.
+        ValueError: If there is more than one device, not counting the meta device.
 
     Example:
         >>> require_one_device(nn.Sequential(nn.Linear(3, 5)), ["0"], ["0.bias"])
@@ -291,15 +292,15 @@ def require_one_device(model: nn.Module, targets: Sequence[str], trained: Sequen
     places = sorted(f"{device} ({name})" for device, name in devices.items() if device.type != "meta")
     if len(places) > 1:
         raise ValueError(
-            f"the layers of an adapter must be on one device, but are on {', '.join(places)}. Load the model onto one, "
-            "with device_map={'': 0} instead of 'auto'; quantize it if it is too large."
+            f"the layers of an adapter must be on one device, but are on {', '.join(places)}. Load the model onto one "
+            "device, with device_map={'': 0} instead of 'auto'; quantize the model if it is too large."
         )
 
 
 def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Group adapter vectors by module, `{name: {"lambda_b": ..., "lambda_d": ...}}`, and check them against the model.
+    """Group adapter vectors by module, `{name: {"lambda_b": ..., "lambda_d": ...}}`, and check that they fit the model.
 
-    The vectors of DVoRA include a magnitude or an output scale.
+    For DVoRA, the vectors include a magnitude or an output scale.
 
     Raises:
         ValueError: If a module is missing, can't be adapted or lacks one of its vectors, or if a value is not finite.
@@ -315,8 +316,8 @@ def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, 
         name, leaf = split_key(key)
         if leaf in MARKS:
             raise ValueError(
-                f"{key!r} marks a sum of adapters, or one that is the base in some layers; merge or export its "
-                "adapters one by one, as they were before the sum or pool."
+                f"params contain {key!r}, so they are a sum of adapters or from a pool of VeRA and DVoRA adapters; "
+                "merge or export the original adapters one by one."
             )
         if not isinstance(value, Tensor):
             raise ValueError(f"{key!r} must be a tensor, got {type(value).__name__}.")
@@ -334,9 +335,9 @@ def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, 
         if not fits or any(vectors[scale].shape != out for scale in scales):
             shapes = {leaf: tuple(value.shape) for leaf, value in vectors.items()}
             raise ValueError(
-                f"{name!r} needs lambda_b {out} and lambda_d (r,) of one adapter, and for DVoRA a magnitude or an "
-                f"output_scale {out}, got {shapes}."
+                f"{name!r} needs a lambda_b of shape {out} and a lambda_d of shape (r,), and for DVoRA a magnitude or "
+                f"an output_scale of shape {out}, got {shapes}."
             )
     if not layers:
-        raise ValueError(f"params has no 'lambda_b' of any layer, only {sorted(params)[:3]}.")
+        raise ValueError(f"params must have the 'lambda_b' of a layer, got keys such as {sorted(params)[:3]}.")
     return layers

@@ -1,4 +1,4 @@
-"""Module trees: remove wrappers, check that weights are in memory, and copy a tree with some modules replaced."""
+"""Module trees: remove wrappers, check that weights are in memory, and copy a tree while replacing some modules."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -19,9 +19,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def unwrap(model: Model) -> Model:
-    """The model without the wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel`.
+    """Return the model without the wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel`.
 
-    A wrapper adds a prefix to the name of every module below it, and an adapter saved under such names would not load.
+    A wrapper adds a prefix to the names of all modules inside it, and an adapter saved under such names would not load.
     If parts of the model are wrapped, the modules that contain them are copied. All other modules and all parameters
     are shared with the model.
 
@@ -29,8 +29,8 @@ def unwrap(model: Model) -> Model:
         model: Any module; it is not modified.
 
     Raises:
-        ValueError: If `model` is not a module, or contains modules of PEFT or layers quantized by another library than
-            bitsandbytes.
+        ValueError: If `model` is not a module, or contains PEFT's modules or layers that another library than
+            bitsandbytes has quantized.
 
     Example:
         >>> model = nn.Linear(2, 3)
@@ -52,7 +52,7 @@ def unwrap(model: Model) -> Model:
 def without_wrappers(
     model: nn.Module, inside: Callable[[nn.Module], nn.Module | None]
 ) -> tuple[nn.Module, dict[int, nn.Module]]:
-    """The model with every wrapper replaced by the module inside it.
+    """Return the model with each wrapper replaced by the module inside it.
 
     The modules that contain a wrapper are copied. All other modules and all parameters are shared with the model.
 
@@ -61,7 +61,7 @@ def without_wrappers(
         inside: Takes a module, and returns the module that it wraps, or None if it is not a wrapper.
 
     Returns:
-        The model without wrappers, and the replacement of each wrapper by the wrapper's id.
+        The model without wrappers, and a dict from the id of each wrapper to its replacement.
 
     Example:
         >>> model = nn.Sequential(nn.DataParallel(nn.Linear(2, 3)))
@@ -83,11 +83,11 @@ def without_wrappers(
 
 
 def require_weights(model: nn.Module, verb: str) -> None:
-    """Raise if some of the model's weights are offloaded.
+    """Raise an error if some of the model's weights are offloaded.
 
     Args:
         model: Any module. A model that is entirely on the meta device is accepted, because it only describes shapes.
-        verb: The operation that needs the weights, for the message.
+        verb: The operation that needs the weights, for the error message.
 
     Raises:
         ValueError: If a weight has no data.
@@ -103,9 +103,9 @@ def require_weights(model: nn.Module, verb: str) -> None:
 
 
 def no_data_error(name: str, verb: str) -> str:
-    """The error message for a parameter without data."""
+    """Return the error message for a parameter without data."""
     return (
-        f"{name!r} is on the meta device and has no data: it is offloaded, or was never loaded. To {verb} the model, "
+        f"{name!r} is on the meta device and has no data: it is offloaded or was never loaded. To {verb} the model, "
         "load it into memory, for instance with device_map={'': 'cpu'}."
     )
 
@@ -113,15 +113,16 @@ def no_data_error(name: str, verb: str) -> str:
 def copy_tree(
     model: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None], memo: dict[int, Any]
 ) -> nn.Module:
-    """A copy of a module tree in which some modules are replaced.
+    """Copy a module tree while replacing some modules.
 
     A replacement gets the training mode of the module that it replaces.
 
     Args:
         model: Any module; it is not modified.
-        replace: Takes a name and a module, and returns the replacement, or None for a copy.
-        memo: The memo of `copy.deepcopy`: maps the id of an object to the object used in the copy. An object that maps
-            to itself is shared. Entries are added, so that `replace` can copy modules with the same memo.
+        replace: Takes the name of a module and the module, and returns its replacement, or None to copy the module.
+        memo: The memo of `copy.deepcopy`: a dict from the id of an object to the object used in the copy. An object is
+            shared if its id maps to the object itself. Entries are added, so that `replace` can copy modules with the
+            same memo.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
@@ -142,7 +143,7 @@ def copy_with_weights(
 ) -> nn.Module:
     """Copy a tree and replace weights: `weight_of` returns the new weight of a module, or None to keep its weight.
 
-    `memo` must have an entry for each parameter.
+    `memo` is as in `copy_tree`, and must have an entry for each parameter.
     """
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
@@ -172,7 +173,7 @@ def _module_with(module: Any, weight: Quantized | Tensor, bias: Tensor | None, m
 
 
 def shared_memo(root: nn.Module) -> dict[int, Any]:
-    """A memo for `deepcopy` with which the copy shares parameters and quantized weights, which are never modified."""
+    """Return a memo for `deepcopy`, with which the copy shares the frozen parameters and quantized weights."""
     shared: list[Any] = list(root.parameters())
     for module in root.modules():
         if isinstance(module, QuantizedLinear):
@@ -190,7 +191,7 @@ def frozen_alias(parameter: nn.Parameter) -> nn.Parameter:
 def join_tensors(root: nn.Module, model: nn.Module) -> nn.Module:
     """Copy a tree, replacing aliases of the model's parameters by the parameters themselves.
 
-    Used for pickling a tree with its model: pickle would store the memory of a parameter and of its alias separately.
+    Used to pickle a tree together with its model: otherwise, pickle would store the values of each parameter twice.
     """
     home = {_memory(parameter): parameter for parameter in model.parameters() if not parameter.is_meta}
     return _with_tensors(root, lambda p: home.get(_memory(p), p), lambda leaf: home.get(_memory(leaf), leaf))
@@ -202,14 +203,14 @@ def part_tensors(root: nn.Module) -> nn.Module:
 
 
 def parameter_aliases(model: nn.Module, trained: Sequence[str]) -> dict[str, list[str]]:
-    """All names of each parameter, by its key; a tied parameter has several names.
+    """Return all names of each parameter, by the parameter's key. A tied parameter has several names.
 
-    Training a tied head unties it, as in PEFT; the embedding keeps its values. A bias stays tied.
+    As in PEFT, training a tied head unties it, and the embedding keeps its values. A trained bias stays tied.
 
     Args:
         model: Any module.
-        trained: Names of the parameters that are trained. These names are their keys; the key of any other parameter is
-            its first name.
+        trained: Names of the parameters that are trained. The key of a trained parameter is its name in this sequence.
+            The key of any other parameter is its first name.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3, bias=False))
@@ -243,7 +244,7 @@ def _memory(tensor: Tensor) -> tuple:
 
 
 def _memo_of_hooks(model: nn.Module) -> dict[int, Any]:
-    """A memo that shares offloaded weights, and detaches weights computed by hooks, which can't be copied."""
+    """Return a memo that shares offloaded weights, and detaches weights computed by hooks, which can't be copied."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         if (hook := private.offload_hook(module)) is not None:
@@ -258,8 +259,8 @@ def _peft_error(name: str, part: nn.Module) -> str:
     what = f"{name!r} is a {type(part).__name__} of PEFT" if name else f"the model is a {type(part).__name__} of PEFT"
     if hasattr(part, "unload"):
         return (
-            f"{what}: an adapter of it would have names that can't be loaded. Pass the base model: model.unload() "
-            "removes PEFT's adapter, and model.merge_and_unload() merges it. For a VeRA adapter, call "
-            "from_peft(model), or load_adapter if PEFT has saved it."
+            f"{what}: an adapter for this model would have keys that can't be loaded. Pass the base model: "
+            "model.unload() removes PEFT's adapter, and model.merge_and_unload() merges it. To use a VeRA adapter, "
+            "call from_peft(model), or load_adapter if PEFT has saved it."
         )
-    return f"{what}: an adapter of it would have names that can't be loaded; load the base model again without it."
+    return f"{what}: an adapter for this model would have keys that can't be loaded. Load the base model without PEFT."

@@ -1,4 +1,4 @@
-"""Map over adapters by folding their axis into the batch axis.
+"""Map over stacked adapters by folding their axis into the batch axis.
 
 vmap_adapters(apply)(stacked, frozen, x)  ==  torch.func.vmap(apply, (0, None, 0))(stacked, frozen, x)
 """
@@ -24,23 +24,24 @@ InDims: TypeAlias = int | Sequence[int | None] | Mapping[str, int | None] | None
 def vmap_adapters(
     apply: Callable[..., Any], in_dims: InDims = 0, *, chunk_size: int | None = None
 ) -> Callable[..., Any]:
-    """Map `apply` over stacked adapters: equals `torch.func.vmap(apply, (0, None, 0, ...))`.
+    """Map `apply` over stacked adapters: return a function equal to `torch.func.vmap(apply, (0, None, 0, ...))`.
 
-    The returned function of `(stacked, frozen, *batch)` folds the axis of the adapters into the batch axis and runs one
-    forward pass of a mixed batch. It is faster than vmap and has none of its limitations (2-D masks under sdpa, caches,
-    fused attention on GPUs). It is differentiable: the gradient of the sum of all losses contains each adapter's own
-    gradient. Use `torch.func.vmap` if the model mixes the entries of a batch or returns a mean over them.
+    The returned function of `(stacked, frozen, *batch)` folds the axis of the adapters into the batch axis, and runs
+    one forward pass with an adapter for each row. It is faster than `torch.func.vmap`, and supports what vmap does not
+    (2-D masks under sdpa, caches, fused attention on GPUs). It is differentiable: the gradient of the sum of all losses
+    contains each adapter's own gradient. Use `torch.func.vmap` if the model mixes the entries of a batch, or returns a
+    mean over them.
 
     Args:
         apply: From `adapt`, or any function of `(params, frozen, *batch)` that takes one adapter per row and returns
             tensors with the rows in axis 0.
         in_dims: Axis of the adapters in the batch arguments, or None for an argument that all adapters share. A single
-            value holds for all arguments, nested ones included; a sequence gives the axes of positional arguments, and
-            a mapping those of keyword arguments. The default for other arguments is 0. A tuple over
-            `(params, frozen, *batch)` is interpreted as by `torch.func.vmap`, so that the functions are
-            interchangeable. The first axis of a single adapter's input is its batch axis; if all inputs have one axis,
-            they are single examples.
-        chunk_size: Number of adapters to run at once; None runs all.
+            value holds for all arguments, nested ones included. A sequence gives the axes of positional arguments, and
+            a mapping gives those of keyword arguments; the axis of any other argument is 0. A tuple over
+            `(params, frozen, *batch)` is interpreted as by `torch.func.vmap`, so that the two functions are
+            interchangeable. After the axis of the adapters is removed, the first axis of an input is its batch axis. If
+            no input has more than one axis, the inputs are single examples.
+        chunk_size: Number of adapters to run at once. None runs all of them at once.
 
     Raises:
         ValueError: If sizes do not match, or an output has no axis of rows (such as a mean loss).
@@ -87,8 +88,8 @@ def _mapped(
             continue
         if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != n:
             raise ValueError(
-                f"an input {tuple(leaf.shape)} must have {n} adapters along axis {dim}; set in_dims to None for "
-                "inputs that all adapters share."
+                f"an input of shape {tuple(leaf.shape)} must have size {n}, the number of adapters, along axis {dim}; "
+                "set in_dims to None for inputs that all adapters share."
             )
         leaves[i] = leaf.movedim(dim, 0)
         mapped.append(i)
@@ -111,12 +112,14 @@ def _fold(
         if isinstance(leaf, Tensor)
     }
     sizes = {shape[0] for shape in shapes.values() if len(shape) > 1}
-    # A shared input of one row broadcasts over more rows, as for a single adapter.
+    # A shared input of one row is broadcast over several rows, as with a single adapter.
     size = max(sizes) if sizes else None
     folded = list(leaves)
     for i, shape in shapes.items():
         if i in mapped and not shape:
-            raise ValueError("an input with one number for each adapter can't be folded; use torch.func.vmap.")
+            raise ValueError(
+                "an input that is one number for each adapter can't be folded into the batch; use torch.func.vmap."
+            )
         if i not in mapped and (not shape or (shape[0] == 1 and size not in (None, 1))):
             continue
         if size is not None and shape[0] != size:
@@ -132,7 +135,7 @@ def _fold(
             stacked = fold_magnitude(apply, stacked, frozen)  # one norm for each adapter, not for each row
         rows = {key: leaf.repeat_interleave(size, 0) for key, leaf in stacked.items()}
     args, kwargs = tree_unflatten(folded, spec)
-    # An `Apply` may return tensors whose rows are not in axis 0; for other functions axis 0 is required.
+    # An `Apply` may return tensors whose rows are not in axis 0. Any other function must return them in axis 0.
     total = n if size is None else n * size
     known = axes_of_outputs(apply, args, kwargs, total) if isinstance(apply, Apply) and total > 1 else []
     out = apply(rows, frozen, *args, **kwargs)
@@ -146,8 +149,8 @@ def _unfold(out: Any, x: Tensor, n: int, size: int | None, axis: int | None) -> 
     rows = n if size is None else n * size
     if axis is None or x.dim() <= axis or x.shape[axis] != rows:
         raise ValueError(
-            f"output{_place(out, x)} {tuple(x.shape)} has no axis of {rows} rows, so it mixes adapters. Return one "
-            "entry per row (logits rather than a mean loss), or use torch.func.vmap."
+            f"output{_place(out, x)} of shape {tuple(x.shape)} has no axis of {rows} rows, so it mixes adapters. "
+            "Return one entry per row (logits rather than a mean loss), or use torch.func.vmap."
         )
     return (x if size is None else x.unflatten(axis, (n, size))).movedim(axis, 0)
 
@@ -156,7 +159,7 @@ def _place(tree: Any, leaf: Any) -> str:
     """Return the path of a leaf as an expression, such as `['logits']`."""
     try:
         return next(place for place, value in tree_flatten_with_path(tree) if value is leaf)
-    except ValueError:  # a class was registered without names of its fields, as in transformers 5.0
+    except ValueError:  # a class was registered without its field names, as in transformers 5.0
         fields = tree.items() if isinstance(tree, Mapping) else ()
         return next((f"[{key!r}]" for key, value in fields if value is leaf), "")
 
@@ -169,7 +172,7 @@ _SHARED = _Shared()
 
 
 def _as_vmap(in_dims: tuple, stacked: Params, args: tuple) -> tuple[Params, tuple]:
-    """Interpret the `in_dims` of `torch.func.vmap`: return params with adapters in axis 0, and axes of the batch."""
+    """Interpret the `in_dims` of `torch.func.vmap`: return params with adapters in axis 0, and the batch's in_dims."""
     of_params, of_frozen, *of_batch = in_dims
     if of_frozen is not None:
         raise ValueError(f"in_dims[1] must be None, since all adapters share frozen, got {of_frozen!r}.")
@@ -212,5 +215,7 @@ def _concatenate(*parts: Any) -> Any:
     if isinstance(parts[0], Tensor):
         return torch.cat(parts)
     if any(part is not parts[0] and part != parts[0] for part in parts):
-        raise ValueError(f"a {type(parts[0]).__name__} can't be joined over chunks of adapters; use chunk_size=None.")
+        raise ValueError(
+            f"outputs of type {type(parts[0]).__name__} can't be joined over chunks of adapters; use chunk_size=None."
+        )
     return parts[0]
