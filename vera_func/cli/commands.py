@@ -65,7 +65,9 @@ def evaluate(
     starts = range(0, len(source.names), chunk)
     by_chunk = len(starts) >= world_size()
     own = starts[rank()] if by_chunk else 0
-    adapted, read = load_adapters(source._replace(names=source.names[own : own + chunk]), base.model)
+    adapted, read = load_adapters(
+        source._replace(names=source.names[own : own + chunk]), base.model, base.product_dtype
+    )
 
     def evaluate_chunk(start: int) -> Score:
         names = source.names[start : start + chunk]
@@ -115,7 +117,7 @@ def predict(
     rows = encode_examples(base, task, [Example(text, task.labels[0], text) for text in texts])
     batches = batches_by_length(rows, batch_size, task.pad_id)
     position = torch.cat([batch["row"] for batch in batches]).argsort()  # restores the order of texts
-    adapted, read = load_adapters(source, base.model)
+    adapted, read = load_adapters(source, base.model, base.product_dtype)
     found = []
     for start in range(0, len(source.names), chunk):
         names = source.names[start : start + chunk]

@@ -151,7 +151,7 @@ def demo(
     if world_size() > parts:
         say(f"{parts} of {world_size()} ranks have work: pass --parts {world_size()}.")
     task = make_task(base, sorted({example.label for example in examples}), prompt)._replace(max_tokens=max_length)
-    adapted = adapt(base.model, _config(base, r, targets, seed, recipe.dropout))
+    adapted = adapt(base.model, _config(base, r, targets, seed, recipe.dropout), product_dtype=base.product_dtype)
     rows = encode_examples(base, task, test)
     measure = partial(score_of, adapted, task, rows=rows, map=map_sharded)
     before = measure(adapted.params, progress=bar("before", progress)).accuracy.item()
@@ -248,7 +248,7 @@ def _save(out: Path, adapted: Adapted, trained: Trained, note: Note) -> None:
 def _reload_difference(
     path: str | Path, adapted: Adapted, task: Task, params: dict[str, Tensor], batch: Batch
 ) -> float:
-    loaded = load_adapter(path, adapted.apply.model)
+    loaded = load_adapter(path, adapted.apply.model, product_dtype=adapted.apply.product_dtype)
     with torch.no_grad():
         expected = logits_of(adapted, task)(params, batch)
         got = logits_of(loaded, task)(loaded.params, batch)

@@ -99,7 +99,10 @@ def train_language(
     model, quant = model or _model_of(initial), quant or _quant_of(initial)
     base = load_base(model, quant, dtype, max_tokens=max_length or MAX_LENGTH, device=device)
     max_length = length_of(base, max_length)
-    adapted = load_adapter(reference, base.model) if reference is not None else new_adapter(base, r, targets, recipe)
+    if reference is not None:
+        adapted = load_adapter(reference, base.model, product_dtype=base.product_dtype)
+    else:
+        adapted = new_adapter(base, r, targets, recipe)
     rows = [tokenize(data, base.tokenizer, max_length=max_length, side=truncate_side) for data in sets]
     references = _references(base, adapted, rows, progress)
     jobs = make_jobs(

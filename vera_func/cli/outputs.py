@@ -29,7 +29,7 @@ def new_adapter(base: Base, r: int, targets: Any, recipe: Recipe) -> Adapted:
         projection_prng_key=recipe.seed,
         vera_dropout=recipe.dropout,
     )
-    return adapt(base.model, config)
+    return adapt(base.model, config, product_dtype=base.product_dtype)
 
 
 def save_adapters(out: Path, adapted: Adapted, params: dict[str, Tensor], names: Sequence[str], note: Note) -> None:

@@ -50,11 +50,14 @@ def evaluate_language(
     side: Any = note.truncate_side or "end"
     rows = tokenize(data, base.tokenizer, max_length=note.max_length or length_of(base, None), side=side)
     use = torch.arange(len(rows.groups))[:limit]
-    adapted, read = load_adapters(source, base.model)
+    adapted, read = load_adapters(source, base.model, base.product_dtype)
     place: dict[str, Any] = {"pad_id": pad_id(base), "device": base.model.device}
     reference = None
     if rows.width == 2:
-        initial = load_adapter(note.reference, base.model) if note.reference else _plain(base)
+        if note.reference:
+            initial = load_adapter(note.reference, base.model, product_dtype=base.product_dtype)
+        else:
+            initial = _plain(base)
         show = bar("reference", progress)
         reference = reference_logprobs(
             initial, initial.params, Part(rows, use), progress=show, map=map_sharded, **place

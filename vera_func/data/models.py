@@ -44,6 +44,15 @@ class Base(NamedTuple):
     quant: str
     dtype: torch.dtype
 
+    @property
+    def product_dtype(self) -> torch.dtype | None:
+        """The `product_dtype` of `adapt` for batches of this model: bfloat16 where its arithmetic is bfloat16.
+
+        It is faster for several rows, and costs no accuracy that could be measured. `generate` multiplies single rows,
+        for which products in 16 bits are slower, and takes the default.
+        """
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else None
+
 
 _PER_ADAPTER = ("data", "beta")  # entries with a value for each adapter of a bank
 _ALWAYS = ("quant", "labels", "prompt")  # entries that are written even if they are unknown

@@ -108,8 +108,15 @@ def base_of(
     return load_base(model, quant or note.quant, dtype, max_tokens=note.max_length or 256, device=device)
 
 
-def load_adapters(source: Source, model: nn.Module) -> tuple[Adapted, Callable[[Sequence[str]], dict[str, Tensor]]]:
+def load_adapters(
+    source: Source, model: nn.Module, product_dtype: torch.dtype | None = None
+) -> tuple[Adapted, Callable[[Sequence[str]], dict[str, Tensor]]]:
     """The first adapter as an `Adapted`, and a function `names -> stacked params` that reads adapters by name.
+
+    Args:
+        source: From `open_source`.
+        model: The base model.
+        product_dtype: See `adapt`.
 
     Raises:
         ValueError: If the adapters do not fit the model.
@@ -119,10 +126,10 @@ def load_adapters(source: Source, model: nn.Module) -> tuple[Adapted, Callable[[
         adapted = adapt(model, VeraConfig(r=1, target_modules="all-linear"))
         return adapted, lambda names: stack_adapters([adapted.params] * len(names))
     if source.path.is_dir():
-        adapted = load_adapter(source.path, model)
+        adapted = load_adapter(source.path, model, product_dtype=product_dtype)
         return adapted, lambda names: stack_adapters([adapted.params] * len(names))
     bank = open_bank(source.path)
-    adapted = bank.adapted(model, source.names[:1])
+    adapted = bank.adapted(model, source.names[:1], product_dtype=product_dtype)
     adapted = adapted._replace(params={key: leaf[0] for key, leaf in adapted.params.items()})
     device = next(model.parameters()).device
     return adapted, lambda names: {key: leaf.to(device) for key, leaf in bank.read(names).items()}

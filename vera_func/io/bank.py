@@ -74,8 +74,19 @@ class Bank:
         with _open(self.path) as file:
             return {name: file.get_tensor(name) for name in _PROJECTIONS}
 
-    def adapted(self, model: nn.Module, names: Sequence[str | int] | None = None) -> Adapted:
+    def adapted(
+        self,
+        model: nn.Module,
+        names: Sequence[str | int] | None = None,
+        *,
+        product_dtype: torch.dtype | None = None,
+    ) -> Adapted:
         """Load the given adapters for a model, as `(apply, stacked params, frozen, config)`.
+
+        Args:
+            model: The base model; it is not modified.
+            names: Adapters by name or row; None means all.
+            product_dtype: See `adapt`.
 
         Raises:
             ValueError: If the bank does not fit the model.
@@ -89,7 +100,8 @@ class Bank:
             raise ValueError(f"{self.path} adapts {missing[0]!r}, which is not a module of this model.")
         targets.sort(key=list(modules).index)
         trained = own_parameters(params)
-        apply = make_apply(model, self.config.r, targets, trained, **layer_options(self.config))
+        options = layer_options(self.config)
+        apply = make_apply(model, self.config.r, targets, trained, product_dtype=product_dtype, **options)
         for key, value in params.items():
             if key not in apply.slots or value.shape[1:] != apply.slots[key].shape:
                 raise ValueError(f"{self.path}: {key!r} {tuple(value.shape)} does not fit this model.")
