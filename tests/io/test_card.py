@@ -73,7 +73,7 @@ def save(folder, **options):
     return vf.save_adapter(folder / "new", PARAMS, FROZEN, CONFIGURATION, **options)
 
 
-bad("save_adapter", "metrics alone", lambda t: save(t, metrics={"loss": NAN}), "in the model card: pass card=True")
+bad("save_adapter", "metrics alone", lambda t: save(t, metrics={"loss": NAN}), "to the model card: pass card=True")
 bad(
     "save_adapter",
     "a metric in words",

@@ -24,7 +24,7 @@ bad(
     "save_adapter",
     "integers",
     lambda t: save(t, {"0.lambda_b": ones(5).long()}),
-    "'0.lambda_b' is torch.int64, and must",
+    "'0.lambda_b' must be one of",
 )
 
 
@@ -90,7 +90,7 @@ LAMBDA = "base_model.model.0.vera_lambda_b"
 for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn):
     bad(
         "load_adapter", f"vectors in {dtype}", lambda t, d=dtype: load(t, {LAMBDA: ones(5).to(d)}),
-        rf"{WEIGHTS}: '.*0.vera_lambda_b' is {dtype}, and must be one of",
+        rf"{WEIGHTS}: the dtype of '.*0.vera_lambda_b' must be .*got {dtype}",
     )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ bad("load_adapter", "an empty vector", lambda t: load(t, {LAMBDA: ones(0)}), r"'
 
 for what, fields, message in (
     ("r of 2^70", {"r": 2**70}, "r must be below"),
-    ("r beyond memory", {"r": 10**9}, r"which must be \(1000000000,\)"),
+    ("r beyond memory", {"r": 10**9}, r"needs the shape \(1000000000,\)"),
     ("a list for a type", {"peft_type": ["VERA"]}, r"peft_type \['VERA'\]"),
     ("a path for a module", {"target_modules": ["../../x"]}, "no module matches"),
     ("a dunder for a module", {"target_modules": ["__class__"]}, "no module matches"),
@@ -144,7 +144,7 @@ def a_bank(folder):
     return vf.save_bank(folder / "bank.safetensors", STACK, FROZEN, CONFIGURATION, ["a", "b", "c"])
 
 
-bad("load_adapter", "a bank", lambda t: vf.load_adapter(a_bank(t), small_model()), "it is a file", FileNotFoundError)
+bad("load_adapter", "a bank", lambda t: vf.load_adapter(a_bank(t), small_model()), "this is a file", FileNotFoundError)
 
 
 @pytest.mark.parametrize("case", bad.rows)

@@ -118,26 +118,34 @@ FOLDED = vf.fold_magnitude(DORA.apply, DORA.params, FROZEN)
 PREFIX = "base_model.model."
 bad("save_adapter", "no magnitude", saved(WITHOUT), "use_dora is True, but params lacks '2.magnitude'")
 bad("save_adapter", "a magnitude of VeRA", saved(config=ADAPTED.config), "use_dora is False, but params has '0.magn")
-bad("save_adapter", "folded params", saved(FOLDED), "'0.output_scale' is of folded params: save the params with")
+bad("save_adapter", "folded params", saved(FOLDED), "'0.output_scale' belongs to folded params")
 bad(
-    "save_adapter", "another size", saved(DORA.params | {"0.magnitude": torch.ones(4)}), r"must be \(5,\) like lambda_b"
+    "save_adapter",
+    "another size",
+    saved(DORA.params | {"0.magnitude": torch.ones(4)}),
+    r"must have the shape \(5,\) of lambda_b",
 )
 bad("load_adapter", "no magnitude", damaged(drop=[f"{PREFIX}0.vera_magnitude"]), "lacks '0.magnitude'")
-bad("load_adapter", "a type that contradicts", damaged({"use_dora": False}), "'DVERA', DVoRA, but use_dora=False")
+bad(
+    "load_adapter",
+    "a type that contradicts",
+    damaged({"use_dora": False}),
+    "'DVERA', which means DVoRA, but use_dora=False",
+)
 bad(
     "load_adapter",
     "magnitudes of VeRA",
     damaged({"use_dora": False, "peft_type": "VERA"}),
-    "magnitude', unknown to this",
+    "magnitude', which this",
 )
-bad("open_bank", "no magnitude", bank_without("0.magnitude"), "'0.magnitude' is None, for use_dora=True")
+bad("open_bank", "no magnitude", bank_without("0.magnitude"), "with use_dora=True, '0.magnitude' must")
 STACK = {key: value[None] for key, value in FOLDED.items()}
 bad("save_bank", "folded params", lambda folder: vf.save_bank(
-    folder / "new", STACK, FROZEN, DORA.config, ["a"]), "is of folded params")  # fmt: skip
+    folder / "new", STACK, FROZEN, DORA.config, ["a"]), "belongs to folded params")  # fmt: skip
 bad("export_lora", "folded params", lambda folder: vf.export_lora(
-    folder / "lora", FOLDED, FROZEN, DORA.config, small_model()), "is of folded params")  # fmt: skip
+    folder / "lora", FOLDED, FROZEN, DORA.config, small_model()), "belongs to folded params")  # fmt: skip
 bad("export_lora", "DVoRA for llama.cpp", lambda folder: vf.export_lora(
-    folder / "lora", *DORA[1:], small_model(), format="gguf"), "llama.cpp has no DoRA")  # fmt: skip
+    folder / "lora", *DORA[1:], small_model(), format="gguf"), "llama.cpp does not support DoRA")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", bad.rows)

@@ -168,13 +168,13 @@ bad(
     "export_lora",
     "GPT-2 in GGUF",
     lambda t: export(t, *with_fields("gpt2", ["c_attn"])),
-    r"\['llama', 'mistral', 'qwen2'\], not for 'gpt2'",
+    r"\['llama', 'mistral', 'qwen2'\], got 'gpt2'",
 )
 bad(
     "export_lora",
     "no config in GGUF",
     lambda t: vf.export_lora(t / "lora", PARAMS, FROZEN, CONFIGURATION, small_model(), format="gguf"),
-    "not for None: use format=.peft.",
+    "got None: use format=.peft.",
 )
 bad(
     "export_lora",

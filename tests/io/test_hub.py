@@ -162,7 +162,7 @@ def failing(error):
         (REPOSITORY, {"subfolder": "../x"}, "subfolder must be a relative path", ValueError),
         (REPOSITORY, {"revision": ""}, "revision must be a branch, tag or commit", ValueError),
         (REPOSITORY, {"adapter_name": "a/b"}, "adapter_name must be a plain name", ValueError),
-        ("user/a..b", {}, "'user/a..b' is not a valid name of a repository", ValueError),
+        ("user/a..b", {}, "'user/a..b' is not a valid repository name", ValueError),
         ("./user/repo", {}, "there is no adapter directory", FileNotFoundError),
     ],
 )
@@ -177,8 +177,8 @@ def test_without_a_network_one_sentence_says_so(client, monkeypatch):
     with pytest.raises(ConnectionError) as raised:
         vf.load_adapter(REPOSITORY, small_model())
     assert str(raised.value) == (
-        "there is no local directory user/repo, and the hub can't be reached for the repository user/repo, which is "
-        "not in its cache."
+        "there is no local directory user/repo, and the hub can't be reached for the repository user/repo, and the "
+        "files are not in its cache."
     )
 
 

@@ -96,7 +96,7 @@ def test_truncate_is_the_best_approximation(sizes):
         ({"model.layers.0.self_attn.q_proj.lambda_b": torch.ones(63)}, "needs a lambda_b"),
         ({"model.layers.0.self_attn.q_proj.lambda_b": torch.full((64,), torch.nan)}, "q_proj.lambda_b.*NaN"),
         ({"model.norm.weights": torch.ones(64)}, "not a parameter of the model"),
-        ({"model.norm.weight": torch.ones(63)}, r"must be \(64,\)"),
+        ({"model.norm.weight": torch.ones(63)}, r"must have shape \(64,\)"),
     ],
 )
 def test_params_that_do_not_fit(change, message):
@@ -144,7 +144,7 @@ bad(
     "export_lora",
     "another rank",
     lambda t: export(t, config=dataclasses.replace(CONFIGURATION, r=2)),
-    r"must be \(2,\)",
+    r"must have shape \(2,\)",
 )
 bad(
     "export_lora",

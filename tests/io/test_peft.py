@@ -288,7 +288,7 @@ bad(
     "from_peft",
     "several projections",
     lambda _: vf.from_peft(other_projections()),
-    "'0' and '2' have other projections",
+    "'0' and '2' have different projections",
 )
 
 

@@ -204,8 +204,18 @@ bad(
     "does not contain a quantized model: expected a file from vf.save_quantized",
 )
 bad("load_quantized", "no module for a model", into(dict), "model must be an nn.Module, got dict")
-bad("load_quantized", "a wider model", into(lambda: dense(16)), r"layer '0' is \(32, 64\), but .* has it as \(16, 64\)")
-bad("load_quantized", "a longer head", into(lambda: dense(classes=3)), r"'1.weight' is \(2, 32\), but \(3, 32\) in the")
+bad(
+    "load_quantized",
+    "a wider model",
+    into(lambda: dense(16)),
+    r"layer '0' has shape \(32, 64\), but .* has shape \(16, 64\)",
+)
+bad(
+    "load_quantized",
+    "a longer head",
+    into(lambda: dense(classes=3)),
+    r"'1.weight' has shape \(2, 32\), but \(3, 32\) in the",
+)
 bad("load_quantized", "no such layer", into(lambda: nn.Sequential(nn.ReLU())), "layer '0' .* has no such linear layer")
 bad("load_quantized", "a missing bias", into(lambda: dense(bias=False)), "has '1.bias', which the Sequential does not")
 bad("load_quantized", "a table on meta", into(beside_its_parameters), "'table' of the Sequential is on the meta device")

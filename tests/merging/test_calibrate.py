@@ -317,10 +317,10 @@ def test_what_does_not_fit_is_refused():
     codes, absmax, delta, arrays = make_case()
     bad = {
         "straddle": {"absmax": absmax.repeat(1, 2)[:, :4]},
-        "do not fit": {"absmax": absmax[:3]},
-        r"absmax \(7,\) do not fit": {"absmax": absmax[:, 0]},
-        "need delta": {"delta": delta[:3]},
-        "need gram": {"gram": torch.eye(5)},
+        "must have shapes": {"absmax": absmax[:3]},
+        r"absmax \(7,\) must have shapes": {"absmax": absmax[:, 0]},
+        "delta must have shape": {"delta": delta[:3]},
+        "gram must have shape": {"gram": torch.eye(5)},
         "delta must be finite": {"delta": delta / 0},
         "absmax must be finite": {"absmax": absmax * torch.nan},
         "levels": {"code": torch.ones(3)},

@@ -213,7 +213,7 @@ def test_calibration_says_what_it_needs():
     x = correlated(100, 6)
     with pytest.raises(ValueError, match="4-bit"):
         vf.merge_calibrated(vf.quantize_8bit(make_weight()), params, frozen, x)
-    with pytest.raises(ValueError, match="inputs must be"):
+    with pytest.raises(ValueError, match="inputs must have shape"):
         vf.merge_calibrated(vf.quantize_4bit(make_weight()), params, frozen, x[:, 1:])
     with pytest.raises(ValueError, match="straddle"):
         vf.merge_calibrated(vf.quantize_4bit(make_weight(), blocksize=256), params, frozen, x)
@@ -235,10 +235,10 @@ for name, f in MERGES.items():
         ("inf", LAYER | {"lambda_b": ones(32) / 0}, PAIR, r"lambda_b \(32,\) holds NaN or inf"),
         ("NaN in A", LAYER, PAIR | {"vera_A": ones(4, 64) * NAN}, r"vera_A \(4, 64\) holds NaN or inf"),
         ("no lambda_d", {"lambda_b": ones(32)}, PAIR, "keys 'lambda_b' and 'lambda_d', got"),
-        ("a sum", LAYER | {"mixture": ones(())}, PAIR, "merge the terms of a sum one by one"),
+        ("a sum", LAYER | {"mixture": ones(())}, PAIR, "merge its adapters one by one"),
         ("None", LAYER | {"lambda_d": None}, PAIR, "lambda_d must be a tensor, got NoneType"),
         ("integers", {k: v.long() for k, v in LAYER.items()}, PAIR, "must be a floating-point tensor"),
-        ("another layer", LAYER | {"lambda_b": ones(31)}, PAIR, r"lambda_b \(32,\) .*got \(31,\)"),
+        ("another layer", LAYER | {"lambda_b": ones(31)}, PAIR, r"lambda_b .*\(32,\) .*got \(31,\)"),
         ("half the pair", LAYER, {"vera_A": PAIR["vera_A"]}, r"frozen lacks \['vera_B'\]"),
     ):
         bad(name, what, lambda _, f=f, p=params, fr=frozen: f(Q4, p, fr), message)
@@ -287,19 +287,19 @@ bad(
     "merge_report",
     "one row for all",
     lambda _: vf.merge_report(Q4, LAYER, PAIR, merged=ones(64)),
-    r"merged is \(64,\), but",
+    r"merged has shape \(64,\), but",
 )
 bad(
     "merge_report",
     "transposed",
     lambda _: vf.merge_report(Q4, LAYER, PAIR, merged=ones(64, 32)),
-    r"merged is \(64, 32\)",
+    r"merged has shape \(64, 32\)",
 )
 bad(
     "merge_calibrated",
     "a scalar input",
     lambda _: vf.merge_calibrated(Q4, LAYER, PAIR, ones(())),
-    r"must be .*64\), got \(\)",
+    r"must have .*64\), got \(\)",
 )
 bad("merge_calibrated", "inputs of NaN", lambda _: vf.merge_calibrated(Q4, LAYER, PAIR, X * NAN), "contain NaN or inf")
 bad("merge_calibrated", "no token", lambda _: vf.merge_calibrated(Q4, LAYER, PAIR, ones(0, 64)), "one weight per token")

@@ -1,7 +1,7 @@
-"""Adapter banks: thousands of adapters that share projections in one safetensors file with random access.
+"""Adapter banks: one safetensors file with thousands of adapters that share projections, readable one by one.
 
-The file contains the stacked params (n, ...) under their keys and the projections. Its metadata contains the adapter
-names and the shared configuration. `safetensors.torch.load_file` also reads it.
+The file contains the stacked params, with shapes (n, ...), under their keys, and the projections. Its metadata contains
+the names of the adapters and their shared configuration. `safetensors.torch.load_file` also reads such a file.
 """
 
 import dataclasses
@@ -33,13 +33,13 @@ _FORMAT = "vera_func.bank"
 
 @dataclasses.dataclass(frozen=True)
 class Bank:
-    """An open adapter bank; names and configuration are in memory, the tensors stay in the file.
+    """An open adapter bank. Its names and configuration are in memory, and its tensors stay in the file.
 
     Attributes:
         path: The file.
-        names: Names of the adapters, in row order.
+        names: Names of the adapters, in the order of their rows.
         config: Configuration shared by all adapters.
-        rows: Row of each adapter by name.
+        rows: The row of each adapter in the stacked params, by name.
     """
 
     path: Path
@@ -51,10 +51,11 @@ class Bank:
         return len(self.names)
 
     def read(self, names: Sequence[str | int] | None = None) -> dict[str, Tensor]:
-        """Stacked params of the given adapters, by name or row, in the given order; None means all.
+        """Return the stacked params of the given adapters (names or rows) in the given order; None means all adapters.
 
-        Only these rows are read. A contiguous range of rows is memory-mapped instead of copied, so the file must not be
-        overwritten in place while the params are in use. This library replaces files and never overwrites them.
+        Only these rows are read. A contiguous range of rows is memory-mapped, not copied, so the file must not be
+        overwritten in place while the params are in use. This library replaces files, and never overwrites them in
+        place.
 
         Raises:
             ValueError: If a name is unknown, a row is out of range, or the file is damaged.
@@ -70,7 +71,7 @@ class Bank:
             return {key: torch.cat([leaf[start:stop] for start, stop in runs]) for key, leaf in slices.items()}
 
     def frozen(self) -> dict[str, Tensor]:
-        """The projections, shared by all adapters."""
+        """Return the projections, which all adapters share."""
         with _open(self.path) as file:
             return {name: file.get_tensor(name) for name in _PROJECTIONS}
 
@@ -113,7 +114,7 @@ class Bank:
         return Adapted(apply, params, {name: value.to(device) for name, value in frozen.items()}, self.config)
 
     def row(self, name: str | int) -> int:
-        """The row of an adapter, given by name or row.
+        """Return the row of an adapter that is given by its name or row.
 
         Raises:
             ValueError: If the name is unknown or the row is out of range.
@@ -136,11 +137,11 @@ def save_bank(
     """Write stacked adapters as an adapter bank, atomically.
 
     Args:
-        path: The file; the usual suffix is `.safetensors`.
-        stacked: Stacked params, leaves (n, ...).
-        frozen: The projections; always stored.
-        config: As `adapt` returned it.
-        names: `n` distinct names.
+        path: The file to write, usually with the suffix `.safetensors`.
+        stacked: Stacked params, whose leaves have shape (n, ...).
+        frozen: The projections, which are always stored.
+        config: The configuration that `adapt` returned.
+        names: `n` distinct names, one for each adapter.
 
     Returns:
         The path.
@@ -169,9 +170,11 @@ def save_bank(
         raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
     for key, leaf in stacked.items():
         if split_key(key)[1] == "lambda_d" and leaf.shape[1:] != (config.r,):
-            raise ValueError(f"{key!r} must be ({n}, {config.r}), got {tuple(leaf.shape)}.")
+            raise ValueError(f"{key!r} must have shape ({n}, {config.r}), got {tuple(leaf.shape)}.")
         if split_key(key)[1] in MARKS or key in _PROJECTIONS:
-            raise ValueError(f"{key!r} can't be stored in a bank, which holds plain adapters only.")
+            raise ValueError(
+                f"{key!r} can't be stored in a bank: store single adapters, not the result of select_adapters."
+            )
     if not n:
         raise ValueError("the stack has no adapters; a bank needs at least one.")
     check_adapter({key: leaf[0] for key, leaf in stacked.items()}, frozen, config)
@@ -198,7 +201,7 @@ def open_bank(path: str | os.PathLike[str]) -> Bank:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file is not a bank, is damaged, or its metadata and tensors are inconsistent.
+        ValueError: If the file is not a bank or is damaged, or if its metadata and tensors contradict each other.
 
     Example:
         >>> import tempfile
@@ -213,7 +216,7 @@ def open_bank(path: str | os.PathLike[str]) -> Bank:
     with _open(path) as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{path} is a safetensors file, but not an adapter bank, as save_bank writes it.")
+            raise ValueError(f"{path} is a safetensors file, but not an adapter bank (from save_bank).")
         names = parse_json(path, metadata.get("names", "null"))
         config = config_from_json(parse_json(path, metadata.get("config", "null")), str(path))
         if (
@@ -228,9 +231,9 @@ def open_bank(path: str | os.PathLike[str]) -> Bank:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
         for key, shape in shapes.items():
             if key not in _PROJECTIONS and shape[:1] != (len(names),):
-                raise ValueError(f"{path}: {key!r} is {shape}, but the metadata names {len(names)} adapters.")
+                raise ValueError(f"{path}: {key!r} has shape {shape}, but the metadata names {len(names)} adapters.")
             if (dtype := file.get_slice(key).get_dtype()) not in ("F16", "BF16", "F32", "F64"):
-                raise ValueError(f"{path}: {key!r} is {dtype}, but must have a floating-point dtype.")
+                raise ValueError(f"{path}: {key!r} must have a floating-point dtype, got {dtype}.")
         _check_ranks(path, shapes, config)
     return Bank(path, tuple(names), config, {name: i for i, name in enumerate(names)})
 
@@ -238,17 +241,17 @@ def open_bank(path: str | os.PathLike[str]) -> Bank:
 def append_to_bank(
     path: str | os.PathLike[str], stacked: Mapping[str, Tensor], names: Sequence[str], *, replace: bool = False
 ) -> Bank:
-    """Add adapters to a bank, or replace those of the same name, atomically. The whole file is rewritten.
+    """Add adapters to a bank, or replace adapters of the same name, atomically. The whole file is rewritten.
 
     Args:
         path: The bank.
-        stacked: Stacked params, leaves (n, ...), with the keys and shapes of the bank.
+        stacked: Stacked params, whose leaves have shape (n, ...), with the same keys as in the bank.
         names: Names of the adapters.
         replace: Whether to replace adapters that the bank already has.
 
     Raises:
-        ValueError: If the bank already has a name and `replace` is False, or the params do not fit. The bank is then
-            unchanged.
+        ValueError: If the bank already has one of the names and `replace` is False, or the params do not fit the bank.
+            The bank is then unchanged.
 
     Example:
         >>> import tempfile
@@ -276,7 +279,7 @@ def append_to_bank(
     tensors = {}
     for key, leaf in old.items():
         if stacked[key].shape[1:] != leaf.shape[1:]:
-            raise ValueError(f"{key!r} is {tuple(stacked[key].shape)}, but {tuple(leaf.shape)} in {path}.")
+            raise ValueError(f"{key!r} has shape {tuple(stacked[key].shape)}, but {tuple(leaf.shape)} in {path}.")
         grown = leaf.new_empty(len(everything), *leaf.shape[1:])
         grown[: len(leaf)] = leaf
         grown[rows] = stacked[key].detach().to(grown)
@@ -288,7 +291,7 @@ def append_to_bank(
 def import_adapters(
     path: str | os.PathLike[str], folders: Mapping[str, str | os.PathLike[str]], model: nn.Module
 ) -> Bank:
-    """Write an adapter bank from PEFT directories with the same projections and target modules.
+    """Write an adapter bank from PEFT directories. Their projections and target modules must be the same.
 
     Args:
         path: The bank to write.
@@ -296,8 +299,7 @@ def import_adapters(
         model: The base model that the adapters must fit.
 
     Raises:
-        ValueError: If the projections, targets or shapes of the adapters differ; `pool_adapters` supports such
-            adapters.
+        ValueError: If projections, targets or shapes of the adapters differ. `pool_adapters` combines such adapters.
 
     Example:
         >>> import tempfile
@@ -311,7 +313,7 @@ def import_adapters(
     """
     loaded = {name: load_adapter(folder, model) for name, folder in folders.items()}
     if not loaded:
-        raise ValueError("folders is empty; give at least one PEFT directory.")
+        raise ValueError("folders is empty; pass at least one PEFT directory.")
     first_name, first = next(iter(loaded.items()))
     for name, adapted in loaded.items():
         if any(not torch.equal(adapted.frozen[k], first.frozen[k]) for k in _PROJECTIONS):
@@ -326,8 +328,8 @@ def export_adapters(bank: Bank, folder: str | os.PathLike[str], names: Sequence[
 
     Args:
         bank: From `open_bank`.
-        folder: Parent directory of the sub-folders; created if it does not exist.
-        names: Names or rows; None means all.
+        folder: Parent directory of the sub-folders. It is created if it does not exist.
+        names: Names or rows of the adapters. None means all adapters.
 
     Raises:
         ValueError: If a name is unknown, or can't be the name of a folder.
@@ -359,30 +361,32 @@ def _check_ranks(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Vera
     r = config.r
     A, B = (shapes[name] for name in _PROJECTIONS)
     if len(A) != 2 or len(B) != 2 or A[0] != r or B[1] != r:
-        raise ValueError(f"{path}: vera_A {A} and vera_B {B} must be ({r}, in) and (out, {r}) for config.r={r}.")
+        raise ValueError(
+            f"{path}: vera_A {A} and vera_B {B} must have shapes ({r}, in) and (out, {r}), because r is {r}."
+        )
     other = {"lambda_b": "lambda_d", "lambda_d": "lambda_b"}
     for key, shape in shapes.items():
         leaf = split_key(key)[1]
         if leaf == "lambda_d" and shape[1:] != (r,):
-            raise ValueError(f"{path}: {key!r} is {shape}, but must be ({shape[0]}, {r}) for config.r={r}.")
+            raise ValueError(f"{path}: {key!r} must have shape ({shape[0]}, {r}), because r is {r}, got {shape}.")
         if leaf == "lambda_b" and (len(shape) != 2 or shape[1] > B[0]):
             raise ValueError(
-                f"{path}: {key!r} is {shape}, but must be ({shape[0]}, out) with out <= {B[0]}, the rows of vera_B."
+                f"{path}: {key!r} must have shape ({shape[0]}, out) with out <= {B[0]} (vera_B), got {shape}."
             )
         magnitude = key.removesuffix("lambda_b") + MAGNITUDE
         if leaf == "lambda_b" and shapes.get(magnitude) != (shape if config.use_dora else None):
             raise ValueError(
-                f"{path}: {magnitude!r} is {shapes.get(magnitude)}, for use_dora={config.use_dora} and a lambda_b "
-                f"{shape}."
+                f"{path}: with use_dora={config.use_dora}, {magnitude!r} must have the shape "
+                f"{shape if config.use_dora else None}, got {shapes.get(magnitude)}."
             )
         if leaf in other and key.removesuffix(leaf) + other[leaf] not in shapes:
-            raise ValueError(f"{path} has {key!r}, but lacks the other vector of that layer.")
+            raise ValueError(f"{path} has {key!r}, but lacks the layer's {other[leaf]!r}.")
 
 
 def _open(path: Path) -> Any:
     if path.is_dir():
         raise FileNotFoundError(
-            f"there is no bank {path}: it is a folder, but a bank is a file; import_adapters converts PEFT directories."
+            f"there is no bank {path}: this is a folder, and a bank is a file. import_adapters converts PEFT folders."
         )
     if not path.is_file():
         raise FileNotFoundError(f"there is no bank {path}.")

@@ -23,7 +23,7 @@ _PIPELINES = {
 _LOADING = """
 ## Loading
 
-`adapter` is the id of this repository or a local directory, and `model` the base model.
+`adapter` is the id of this repository or a local directory, and `model` is the base model.
 
 With vera_func, as a pure function:
 
@@ -34,7 +34,7 @@ apply, params, frozen, config = vf.load_adapter(adapter, model)
 output = apply(params, frozen, input_ids=input_ids)
 ```
 {peft}
-As a LoRA{dora}, for servers without VeRA: the same update exactly, in PEFT's format.
+For servers without VeRA, export exactly the same update as a LoRA{dora} in PEFT's format:
 
 ```python
 vf.export_lora("lora", params, frozen, config, model)
@@ -53,15 +53,16 @@ model = PeftModel.from_pretrained(model, adapter)
 
 
 def card_text(params: Mapping[str, Tensor], config: VeraConfig, metrics: Mapping[str, float] | None = None) -> str:
-    r"""The text of an adapter's model card.
+    r"""Return the text of an adapter's model card.
 
-    The metadata names the base model only if its name is an id of the hub; the hub refuses others. Its `library_name`
-    is PEFT, whose format the files have and whose snippet the hub shows. For DVoRA it is vera_func, as PEFT has none.
+    The metadata names the base model only if that name is an id of the hub, because the hub refuses other names. The
+    `library_name` is PEFT, because the files have PEFT's format and the hub then shows how to load them. For DVoRA,
+    which PEFT does not have, it is vera_func.
 
     Args:
         params: Params of a single adapter.
-        config: Its configuration.
-        metrics: Results by name.
+        config: The configuration of this adapter.
+        metrics: Results, by name.
 
     Raises:
         ValueError: If a metric is not a number.

@@ -1,8 +1,8 @@
 """Read and write adapters in PEFT's directory format: `adapter_config.json` and `adapter_model.safetensors`.
 
 Adapters written by PEFT load here, and adapters written here load in PEFT, with identical values. Pickle files are not
-supported. Each file is written atomically. The weights file also contains the configuration, so after a crash between
-the two writes the adapter is either the old or the new one.
+supported. Each file is written atomically. The weights file also contains the configuration. After a crash between the
+two writes, the adapter is therefore either the old or the new adapter, and not a mixture.
 """
 
 import json
@@ -45,25 +45,25 @@ def save_adapter(
 ) -> Path:
     """Write an adapter as a PEFT directory; `PeftModel.from_pretrained(model, path)` loads it.
 
-    PEFT has no DVoRA. The files of such an adapter have the `peft_type` "DVERA", which PEFT refuses; `export_lora`
-    writes an adapter that PEFT loads.
+    PEFT has no DVoRA. The files of a DVoRA adapter have the `peft_type` "DVERA", which PEFT refuses; `export_lora`
+    writes it as a LoRA that PEFT loads.
 
     Args:
-        path: The directory; created if it does not exist.
-        params: Params of a single adapter, as from `adapt`.
-        frozen: The projections; written if `config.save_projection` is True.
-        config: As `adapt` returned it, with explicit target modules.
+        path: The directory. It is created if it does not exist.
+        params: Params of a single adapter, with the keys of `adapt`.
+        frozen: The projections, which are written if `config.save_projection` is True.
+        config: The configuration that `adapt` returned, with explicit target modules.
         adapter_name: Name of the adapter. A name other than "default" selects the sub-folder of that name.
         card: Whether to write a model card, `README.md`, with the method, the base, the targets, the number of trained
-            parameters, and how to load the adapter. It replaces an existing one.
+            parameters, and how to load the adapter. An existing card is replaced.
         metrics: Results for the card, by name.
 
     Returns:
         The directory that was written.
 
     Raises:
-        ValueError: If params are stacked, do not fit the projections, or hold NaN or inf, the target modules are not
-            explicit, or metrics are given without a card or are not numbers. Nothing is written then.
+        ValueError: If params are stacked, do not fit the projections, or hold NaN or inf, if the target modules are not
+            explicit, or if metrics are given without a card or are not numbers. Nothing is written then.
 
     Example:
         >>> import tempfile
@@ -76,7 +76,7 @@ def save_adapter(
     folder = adapter_folder(path, adapter_name)
     check_adapter(params, frozen, config)
     if metrics and not card:
-        raise ValueError("metrics are written in the model card: pass card=True.")
+        raise ValueError("metrics are written to the model card: pass card=True.")
     readme = card_text(params, config, metrics) if card else None
     layers = {*adapted_modules(params)}
     tensors = {_to_peft(key, layers): value for key, value in params.items()}
@@ -110,15 +110,15 @@ def load_adapter(
     product_dtype: torch.dtype | None = None,
     ignore_unknown: bool = False,
 ) -> Adapted:
-    """Load an adapter from a PEFT directory or the Hugging Face hub, with `model` as a pure function.
+    """Load an adapter from a PEFT directory or the Hugging Face hub, and make `model` a pure function.
 
-    If the file does not contain the projections, they are drawn from the seed in the configuration. Over a 16-bit base
+    If the file does not contain the projections, they are drawn from the seed in the configuration. Over a 16-bit base,
     the drawn values are rounded to 16 bits, as in PEFT.
 
     Args:
-        path: The directory. If there is none, `"user/repo"` is a repository of the hub, which the package
-            huggingface_hub downloads into its cache; offline, its cache is used.
-        model: The base model; it is not modified.
+        path: The directory. If there is no such directory, `"user/repo"` names a repository of the hub. The package
+            huggingface_hub downloads it into a cache, which is used when offline.
+        model: The base model. It is not modified.
         adapter_name: Name of the adapter. A name other than "default" selects the sub-folder of that name.
         revision: Branch, tag or commit of the repository; None means its main branch.
         subfolder: Folder of the adapter in the directory or repository.
@@ -133,9 +133,8 @@ def load_adapter(
         `(apply, params, frozen, config)`, as from `adapt`.
 
     Raises:
-        FileNotFoundError: If the directory contains no adapter (the message lists what it contains), or the hub has no
-            such repository, revision or file.
-        ConnectionError: If the hub can't be reached and its cache lacks the files.
+        FileNotFoundError: If the directory contains no adapter, or the hub has no such repository, revision or file.
+        ConnectionError: If the hub can't be reached and the files are not in its cache.
         ValueError: If a file is damaged, belongs to another PEFT method, or does not fit the model. The message names
             the file and the key.
 
@@ -183,7 +182,7 @@ def load_adapter(
 def _split_tensors(
     file: Path, tensors: Mapping[str, Tensor], apply: Apply, ignore_unknown: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The params and the projections of a file; raises if they are not those of this model and configuration."""
+    """Return the params and projections of a file, or raise an error if they do not fit the model and configuration."""
     params: dict[str, Tensor] = {}
     projections = {}
     for name, tensor in tensors.items():
@@ -194,7 +193,7 @@ def _split_tensors(
             raise ValueError(f"{file} has the key {name!r}, which does not belong to a VeRA adapter.")
         elif not _is_copy(name):
             params[key or name] = tensor
-    # PEFT writes resized embeddings; if a head is tied to them, it writes them under both names.
+    # PEFT writes resized embeddings. If a head is tied to them, PEFT writes the values under both names.
     for alias, key in apply.tied.items():
         if alias in params:
             params.setdefault(key, params[alias])
@@ -203,9 +202,9 @@ def _split_tensors(
         warnings.warn(f"{file} has {len(odd)} unknown tensors, which are ignored, first {odd[0]!r}.", stacklevel=3)
         params = {key: value for key, value in params.items() if key in apply.slots}
     problems = [f"lacks {key!r}" for key in apply.missing(params)]
-    problems += [f"has {key!r}, unknown to this model and config" for key in params if key not in apply.slots]
+    problems += [f"has {key!r}, which this model and config do not have" for key in params if key not in apply.slots]
     problems += [
-        f"has {key!r} of shape {tuple(value.shape)}, which must be {apply.slots[key].shape} for this model"
+        f"has {key!r} of shape {tuple(value.shape)}, but this model needs the shape {apply.slots[key].shape}"
         for key, value in params.items()
         if key in apply.slots and value.shape != apply.slots[key].shape
     ]
@@ -218,12 +217,12 @@ def _split_tensors(
 def _projections_of(
     file: Path, projections: Mapping[str, Tensor], config: VeraConfig, model: nn.Module, targets: Sequence[str]
 ) -> dict[str, Tensor]:
-    """The projections of an adapter: those of its file, or drawn again if the configuration says so."""
+    """Return the projections of an adapter, from its file, or drawn again if `config.save_projection` is False."""
     if not config.save_projection:
         if projections:
             warnings.warn(
-                f"{file} holds projections, but save_projection is false in {CONFIG}: they are drawn from "
-                "projection_prng_key, as PEFT does, and the stored ones are ignored.",
+                f"{file} contains projections, but save_projection is false in {CONFIG}: the stored projections are "
+                "ignored, and drawn again from projection_prng_key, as in PEFT.",
                 stacklevel=3,
             )
         return draw_projections(model, config, targets)
@@ -233,15 +232,15 @@ def _projections_of(
         )
     _check_projections(file, projections, [linear_sizes(model.get_submodule(name)) for name in targets], config.r)
     device = layer_device(model.get_submodule(targets[0]))
-    # In a fixed order, since that of the file is arbitrary.
+    # The order is fixed here, because the order in the file is arbitrary.
     return {name: projections[name].to(device) for name in ("vera_A", "vera_B")}
 
 
 def read_files(folder: Path, *, ignore_unknown: bool = False) -> tuple[VeraConfig, dict[str, Tensor]]:
-    """Read and check the configuration and tensors of an adapter directory; tensors keep PEFT's names.
+    """Read and check the configuration and tensors of an adapter directory. The tensors have PEFT's names.
 
     Raises:
-        FileNotFoundError: If the directory contains no adapter; the message lists what it contains.
+        FileNotFoundError: If the directory contains no adapter. The message lists what it contains.
         ValueError: If a file is damaged or belongs to another PEFT method.
     """
     config_file, weights_file = folder / CONFIG, folder / WEIGHTS
@@ -255,11 +254,11 @@ def read_files(folder: Path, *, ignore_unknown: bool = False) -> tuple[VeraConfi
     if written is not None:
         own = config_from_json(parse_json(weights_file, written), str(weights_file))
         if _tensor_fields(own) != _tensor_fields(config):
-            # A save was interrupted between the two files.
+            # A save was interrupted after the weights file and before the configuration file.
             config = own
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
-            raise ValueError(f"{weights_file}: {name!r} is {tensor.dtype}, and must be one of {DTYPES}.")
+            raise ValueError(f"{weights_file}: the dtype of {name!r} must be one of {DTYPES}, got {tensor.dtype}.")
         if not tensor.isfinite().all():
             raise ValueError(f"{weights_file}: {name!r} holds NaN or inf; the adapter is invalid.")
     return config, tensors
@@ -275,7 +274,7 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
     if not isinstance(config, VeraConfig):
         raise ValueError(f"config must be vera_func's VeraConfig, got {type(config).__name__}.")
     if config.target_modules is None or str(config.target_modules).lower() == "all-linear":
-        raise ValueError("config.target_modules must be explicit names; save the config that adapt returned.")
+        raise ValueError("config.target_modules must be explicit names: pass the config that adapt returned.")
     if not adapted_modules(params):
         raise ValueError(f"params must have the 'lambda_b' of at least one layer, got the keys {sorted(params)[:3]}.")
     if frozen.keys() != {"vera_A", "vera_B"}:
@@ -284,7 +283,7 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name!r} must be a tensor, got {type(tensor).__name__}.")
         if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name!r} is {tensor.dtype}, and must be one of {DTYPES}.")
+            raise ValueError(f"the dtype of {name!r} must be one of {DTYPES}, got {tensor.dtype}.")
         if not tensor.isfinite().all():
             raise ValueError(f"{name!r} holds NaN or inf; nothing was written.")
     layers = {*adapted_modules(params)}
@@ -298,15 +297,15 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
                 "to_module."
             )
         if leaf in MARKS:
-            raise ValueError(f"{key!r} marks a sum of adapters, which PEFT's format can't store; save each adapter.")
+            raise ValueError(f"{key!r} belongs to a sum of adapters, which PEFT can't store; save each adapter.")
         if leaf == OUTPUT_SCALE:
-            raise ValueError(f"{key!r} is of folded params: save the params with magnitudes, from which it follows.")
+            raise ValueError(f"{key!r} belongs to folded params (fold_magnitude): save the original params.")
         if leaf == "lambda_d" and value.shape != (config.r,):
-            raise ValueError(f"{key!r} must be ({config.r},), got {tuple(value.shape)}; see unstack_adapters.")
+            raise ValueError(f"{key!r} must have shape ({config.r},), got {tuple(value.shape)}; see unstack_adapters.")
         if leaf == "lambda_b" and (value.dim() != 1 or value.shape[0] > frozen["vera_B"].shape[0]):
             raise ValueError(
-                f"{key!r} must be (out,) with out <= {frozen['vera_B'].shape[0]}, got {tuple(value.shape)}; is it "
-                "stacked? (unstack_adapters)"
+                f"{key!r} must have shape (out,) with out <= {frozen['vera_B'].shape[0]}, got {tuple(value.shape)}; "
+                "see unstack_adapters."
             )
         other = join_key(module, {"lambda_b": "lambda_d", "lambda_d": "lambda_b"}.get(leaf, leaf))
         if other not in params:
@@ -320,7 +319,7 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
 
 
 def _check_magnitudes(params: Mapping[str, Tensor], config: VeraConfig) -> None:
-    """Check that each layer has a magnitude of the shape of its `lambda_b`, or none without `use_dora`."""
+    """Check that each layer has a magnitude with the shape of its `lambda_b`, or without `use_dora`, no magnitude."""
     layers = adapted_modules(params) if config.use_dora else []
     wanted = {join_key(name, MAGNITUDE): params[join_key(name, "lambda_b")].shape for name in layers}
     given = {key: value.shape for key, value in params.items() if split_key(key)[1] == MAGNITUDE}
@@ -329,7 +328,7 @@ def _check_magnitudes(params: Mapping[str, Tensor], config: VeraConfig) -> None:
         raise ValueError(f"config.use_dora is {config.use_dora}, but params {what} {odd[0]!r}.")
     for key, shape in wanted.items():
         if given[key] != shape:
-            raise ValueError(f"{key!r} must be {tuple(shape)} like lambda_b, got {tuple(given[key])}.")
+            raise ValueError(f"{key!r} must have the shape {tuple(shape)} of lambda_b, got {tuple(given[key])}.")
 
 
 def _to_peft(key: str, layers: set[str]) -> str:
@@ -342,7 +341,7 @@ def _to_peft(key: str, layers: set[str]) -> str:
 
 
 def key_from_peft(name: str) -> str | None:
-    """The key of `params` for a tensor's name in PEFT's files; None for a projection or an unknown name.
+    """Return the key of `params` for a tensor's name in PEFT's files, or None for a projection or an unknown name.
 
     Example:
         >>> key_from_peft("base_model.model.q.vera_lambda_b"), key_from_peft("base_model.model.q.base_layer.bias")
@@ -359,7 +358,7 @@ def key_from_peft(name: str) -> str | None:
 
 
 def _is_copy(name: str) -> bool:
-    """Whether PEFT ignores this tensor of a file; with bias="all" it writes the bias of a head three times."""
+    """Whether PEFT ignores this tensor of a file. With bias="all", PEFT writes the bias of a head three times."""
     return ".modules_to_save." in name or ".original_module." in name
 
 
@@ -371,8 +370,8 @@ def _check_projections(
     fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] == r
     if not fits or A.shape[1] < widest_in or B.shape[0] < widest_out:
         raise ValueError(
-            f"{file} has vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)}, which must be ({r}, >= {widest_in}) "
-            f"and (>= {widest_out}, {r}) for this model."
+            f"{file} has vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)}, but this model needs "
+            f"({r}, >= {widest_in}) and (>= {widest_out}, {r})."
         )
 
 
@@ -399,7 +398,7 @@ def _tensor_fields(config: VeraConfig) -> tuple[Any, ...]:
 
 def _missing_file(folder: Path, file: Path) -> str:
     if folder.is_file():
-        return f"there is no adapter directory {folder}: it is a file (open an adapter bank with open_bank)."
+        return f"there is no adapter directory {folder}: this is a file (open an adapter bank with open_bank)."
     if not folder.is_dir():
         return f"there is no adapter directory {folder}."
     if (folder / "adapter_model.bin").is_file():

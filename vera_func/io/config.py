@@ -1,6 +1,6 @@
 """Convert a `VeraConfig` to the content of PEFT's `adapter_config.json`, and back.
 
-The `peft_type` of a DVoRA adapter is "DVERA", which PEFT does not know and refuses.
+The `peft_type` of a DVoRA adapter is "DVERA", a type that PEFT does not know and therefore refuses.
 """
 
 import dataclasses
@@ -17,39 +17,39 @@ _PEFT_ONLY = ("inference_mode", "peft_type", "peft_version", "runtime_config")
 
 
 def config_to_json(config: VeraConfig) -> dict[str, Any]:
-    """The content of `adapter_config.json`, including the fields that PEFT adds when it saves."""
+    """Return the content of `adapter_config.json`, including the fields that PEFT adds when it saves an adapter."""
     fields = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items()}
     if not config.use_dora:
         fields = {name: value for name, value in fields.items() if name not in _DORA}
-    # PEFT would ignore the magnitudes of a "VERA" file; it refuses a type that it does not know.
+    # With the type "VERA", PEFT would ignore the magnitudes. It refuses types that it does not know.
     return {**fields, "inference_mode": True, "peft_type": "DVERA" if config.use_dora else "VERA"}
 
 
 def config_from_json(fields: Any, source: str = CONFIG, *, ignore_unknown: bool = False) -> VeraConfig:
-    """The `VeraConfig` for the content of an `adapter_config.json`.
+    """Return the `VeraConfig` for the content of an `adapter_config.json`.
 
     Unknown fields, such as those of newer versions of PEFT, are ignored if they are falsy (null, false, empty). An
     unknown field with another value may change the meaning of the tensors and is rejected by default.
 
     Args:
         fields: The parsed JSON.
-        source: Name of the file for error messages.
+        source: Name of the file, for error messages.
         ignore_unknown: Whether to ignore every unknown field, with a warning, as PEFT does.
 
     Raises:
-        ValueError: If it is not a VeRA configuration, or a field is invalid, or unknown and not falsy.
+        ValueError: If `fields` is not a VeRA configuration, a field is invalid, or an unknown field is not falsy.
 
     Example:
         >>> config_from_json({"peft_type": "VERA", "r": 8, "target_modules": ["q_proj"]}).r
         8
     """
     if not isinstance(fields, dict):
-        raise ValueError(f"{source} must hold a JSON object, got {type(fields).__name__}.")
+        raise ValueError(f"{source} must contain a JSON object, got {type(fields).__name__}.")
     kind = fields.get("peft_type")
     if kind not in ("VERA", "DVERA"):
-        raise ValueError(f"{source} has peft_type {kind!r}; only 'VERA' is supported, and 'DVERA' for DVoRA.")
+        raise ValueError(f"{source} has peft_type {kind!r}; only 'VERA' and 'DVERA' (DVoRA) are supported.")
     if kind == "DVERA" and fields.get("use_dora", True) is not True:
-        raise ValueError(f"{source} has peft_type 'DVERA', DVoRA, but use_dora={fields['use_dora']!r}.")
+        raise ValueError(f"{source} has peft_type 'DVERA', which means DVoRA, but use_dora={fields['use_dora']!r}.")
     known = {field.name for field in dataclasses.fields(VeraConfig)} - {*(_DORA if kind == "VERA" else ())}
     unknown = sorted(k for k, v in fields.items() if k not in known and k not in _PEFT_ONLY and v)
     if unknown and not ignore_unknown:
@@ -63,7 +63,7 @@ def config_from_json(fields: Any, source: str = CONFIG, *, ignore_unknown: bool 
     values = {name: value for name, value in fields.items() if name in known} | {"use_dora": kind == "DVERA"}
     targets = values.get("target_modules")
     if isinstance(targets, str) and targets.lower() != "all-linear":
-        # For a regular expression PEFT ignores these two fields but still writes them.
+        # With a regular expression, PEFT ignores these two fields but still writes them.
         values |= {"layers_to_transform": None, "layers_pattern": None}
     try:
         return VeraConfig(**values)

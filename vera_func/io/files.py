@@ -18,13 +18,13 @@ from torch import Tensor
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Write a file atomically: yields a temporary path, which is renamed to `file` at the end of the block.
+    """Write a file atomically: yield a temporary path, which is renamed to `file` at the end of the block.
 
-    After a crash `file` has either its old or its new content. A killed process may leave a temporary file in the same
-    folder; its name begins with a dot.
+    After a crash, `file` has either its old or its new content. A killed process may leave a temporary file in the same
+    folder, whose name begins with a dot.
 
     Raises:
-        OSError: If the folder does not exist or is not writable, or the disk is full. The old file is kept.
+        OSError: If the folder does not exist or is not writable, or the disk is full. An old file is then kept.
 
     Example:
         >>> import tempfile
@@ -41,7 +41,7 @@ def replacing(file: Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         os.replace(temporary, file)
     except BaseException as error:
-        with suppress(OSError):  # report the first error, not one of the cleanup
+        with suppress(OSError):  # an error of the cleanup must not hide the first error
             temporary.unlink(missing_ok=True)
         if isinstance(error, SafetensorError):  # how safetensors reports a full disk
             raise OSError(f"{file} could not be written: {error}.") from error
@@ -50,10 +50,10 @@ def replacing(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[Path]:
-    """Write a folder: yields a temporary folder, which is renamed to `folder` at the end of the block.
+    """Write a folder: yield a temporary folder, which is renamed to `folder` at the end of the block.
 
-    A new folder is created atomically. If `folder` exists, the files are moved into it one by one, each atomically;
-    its other files are kept.
+    A new folder is created atomically. If `folder` exists, the new files are moved into it one by one, each atomically,
+    and its other files are kept.
 
     Raises:
         OSError: If the folder is not writable, or the disk is full.
@@ -88,7 +88,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
     Raises:
         OSError: If the file can't be read.
-        ValueError: If it is not a complete safetensors file.
+        ValueError: If the file is not a complete safetensors file.
     """
     data = file.read_bytes()
     try:
@@ -100,15 +100,15 @@ def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def map_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Memory-map a safetensors file: its metadata, and tensors whose data is read on first use.
+    """Memory-map a safetensors file: return its metadata, and tensors whose data is read on first use.
 
     Writing to a tensor changes neither the file nor other tensors.
 
     Raises:
         OSError: If the file can't be read.
-        ValueError: If it is not a complete safetensors file.
+        ValueError: If the file is not a complete safetensors file.
     """
-    with file.open("rb"):  # raises the usual OSError, which safetensors does not
+    with file.open("rb"):  # raise the usual OSError, because safetensors raises another error
         pass
     try:
         with safe_open(file, framework="pt") as opened:
@@ -119,7 +119,7 @@ def map_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def parse_json(file: Path, text: str) -> Any:
-    """Parse the text of a JSON file; `file` is named in errors.
+    """Parse the text of a JSON file. Errors name `file`.
 
     Raises:
         ValueError: If the text is not JSON.
@@ -132,7 +132,7 @@ def parse_json(file: Path, text: str) -> Any:
 
 @cache
 def written_by() -> str:
-    """The name and version of this package, for the files that it writes.
+    """Return the name and version of this package, which it stores in the files that it writes.
 
     Example:
         >>> written_by().split()[0]
@@ -140,5 +140,5 @@ def written_by() -> str:
     """
     try:
         return f"vera_func {version('vera-func')}"
-    except PackageNotFoundError:  # run from a folder, without installation
+    except PackageNotFoundError:  # the package runs from a folder and is not installed
         return "vera_func"

@@ -1,8 +1,9 @@
 """Write a LoRA as a GGUF adapter, the format of llama.cpp.
 
-llama.cpp's converter renames the layers of a model and, for some architectures, permutes the rows of the query and key
-weights, because it rotates pairs of neighbouring rows where transformers rotates rows that are half a head apart. The
-rows of B' must be permuted in the same way. The order is known and tested for the architectures in `ARCHITECTURES`.
+llama.cpp's converter renames the layers of a model. For some architectures, it also permutes the rows of the query and
+key weights, because rotary embeddings rotate pairs of neighbouring rows in llama.cpp, and pairs of rows that are half a
+head apart in transformers. The rows of B' must be permuted in the same way. `ARCHITECTURES` are those whose order is
+known and tested.
 """
 
 from collections.abc import Mapping
@@ -14,17 +15,17 @@ from torch import Tensor, nn
 from .files import replacing, written_by
 
 
-# From `model.config.model_type` to the architecture in GGUF, and whether rows of query and key weights are permuted.
+# Maps `model.config.model_type` to the architecture in GGUF, and to whether query and key rows are permuted.
 ARCHITECTURES = {"llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False)}
 
 
 def write_gguf(file: Path, factors: Mapping[str, tuple[Tensor, Tensor]], model: nn.Module) -> None:
-    """Write factors as a GGUF adapter of scale 1, in float32, atomically.
+    """Write the factors of a LoRA as a GGUF adapter of scale 1, in float32, atomically.
 
     Args:
-        file: The file; an existing file is replaced, and its folder is created if it does not exist.
-        factors: A' (rank, in) and B' (out, rank) of each layer, by its name in the model.
-        model: The base model, of transformers.
+        file: The file to write. An existing file is replaced, and a missing folder is created.
+        factors: A' (rank, in) and B' (out, rank) of each layer, by the layer's name in the model.
+        model: The base model, from transformers.
 
     Raises:
         ValueError: If the model's architecture is not supported, or a layer has no counterpart in llama.cpp.
@@ -37,8 +38,8 @@ def write_gguf(file: Path, factors: Mapping[str, tuple[Tensor, Tensor]], model: 
     kind = getattr(config, "model_type", None)
     if kind not in ARCHITECTURES:
         raise ValueError(
-            f"the order of rows in llama.cpp is known for model types {sorted(ARCHITECTURES)}, not for {kind!r}: use "
-            "format='peft', and convert the directory with llama.cpp's convert_lora_to_gguf.py."
+            f"GGUF export supports the model types {sorted(ARCHITECTURES)}, got {kind!r}: use format='peft', and "
+            "convert the directory with llama.cpp's convert_lora_to_gguf.py."
         )
     architecture, permuted = ARCHITECTURES[kind]
     names = _names(factors, architecture, config)
@@ -66,10 +67,11 @@ def write_gguf(file: Path, factors: Mapping[str, tuple[Tensor, Tensor]], model: 
 
 
 def permute_rows(weight: Tensor, heads: int) -> Tensor:
-    """The rows of a query or key weight in llama.cpp's order, in which the two rows of a rotated pair are neighbours.
+    """Reorder the rows of a query or key weight for llama.cpp, so that rotated pairs of rows are neighbours.
 
     Args:
-        weight: (heads * size, columns), each head with its first halves of the pairs before the second halves.
+        weight: Weight of shape (heads * size, columns), in transformers' order: in each head, the first rows of all
+            pairs come before the second rows.
         heads: Number of attention heads.
 
     Example:
@@ -82,7 +84,7 @@ def permute_rows(weight: Tensor, heads: int) -> Tensor:
 
 
 def _names(factors: Mapping[str, tuple[Tensor, Tensor]], architecture: str, config: Any) -> dict[str, str]:
-    """The names in GGUF of the layers' weights."""
+    """Return the names of the layers' weights in GGUF."""
     import gguf
 
     kind = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -93,6 +95,6 @@ def _names(factors: Mapping[str, tuple[Tensor, Tensor]], architecture: str, conf
         if name is None:
             raise ValueError(f"{layer!r} has no counterpart in llama.cpp's architecture {architecture!r}.")
         if name == "output.weight" and getattr(config, "tie_word_embeddings", False):
-            raise ValueError(f"{layer!r} is tied to the embeddings, and llama.cpp then has no such layer.")
+            raise ValueError(f"{layer!r} is tied to the embeddings, so llama.cpp has no such layer.")
         names[layer] = name
     return names

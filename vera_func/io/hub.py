@@ -1,7 +1,7 @@
-"""Where the files of an adapter are: a local directory, or a repository of the Hugging Face hub.
+"""Find the files of an adapter, in a local directory or in a repository of the Hugging Face hub.
 
-A repository has the files of an adapter directory, so everything that `load_adapter` reads can be pushed. The package
-`huggingface_hub` downloads and caches them; it is imported only if a repository is named.
+A repository has the same files as an adapter directory. The package `huggingface_hub` downloads and caches them. It is
+imported only if a repository is named.
 """
 
 import os
@@ -35,14 +35,14 @@ def find_adapter(
     subfolder: str | None = None,
     optional: Sequence[str] = (),
 ) -> Path:
-    """The local folder with an adapter's files; those of a repository are downloaded into the cache of the hub.
+    """Return the local folder with an adapter's files. The files of a repository are downloaded into the hub's cache.
 
     Args:
         path: A directory, or `"user/repo"` if there is no such directory.
         adapter_name: See `load_adapter`.
         revision: Branch, tag or commit of the repository.
         subfolder: Folder of the adapter in the directory or repository.
-        optional: Further files of the repository to download, if it has them.
+        optional: Names of further files to download, if the repository has them.
 
     Raises:
         FileNotFoundError: If the hub has no such repository, revision or file.
@@ -59,12 +59,14 @@ def find_adapter(
         inside = PurePosixPath(subfolder or "") / ("" if adapter_name == "default" else adapter_name)
         return _download(str(path), revision, None if str(inside) == "." else str(inside), optional)
     if revision is not None:
-        raise ValueError(f"revision={revision!r} is for a repository of the hub, but {path} is not a name 'user/repo'.")
+        raise ValueError(
+            f"revision={revision!r} is for a repository of the hub, but {path} is not of the form 'user/repo'."
+        )
     return adapter_folder(Path(path) / (subfolder or ""), adapter_name)
 
 
 def adapter_folder(path: str | os.PathLike[str], adapter_name: str) -> Path:
-    """The folder in which PEFT stores an adapter of this name: `path` or a sub-folder."""
+    """Return the folder in which PEFT stores an adapter of this name: `path` or a sub-folder."""
     reserved = (".", "..", CONFIG, WEIGHTS)
     if (
         not isinstance(adapter_name, str)
@@ -78,12 +80,12 @@ def adapter_folder(path: str | os.PathLike[str], adapter_name: str) -> Path:
 
 @contextmanager
 def hub_errors(repository: str, revision: str | None = None, tried: str = "") -> Iterator[Any]:
-    """Yield the package `huggingface_hub`, and report its failures as one sentence.
+    """Yield the package `huggingface_hub`, and convert its errors to errors with a message of one sentence.
 
     Args:
         repository: The repository, for the messages.
-        revision: Its revision.
-        tried: Beginning of the messages, about what was looked for before.
+        revision: The revision of the repository, for the messages.
+        tried: Beginning of the messages, which says what was tried before.
 
     Raises:
         ModuleNotFoundError: If the package is not installed.
@@ -103,7 +105,7 @@ def hub_errors(repository: str, revision: str | None = None, tried: str = "") ->
     unreachable = f"{tried}the hub can't be reached for the repository {repository}"
     try:
         yield hub
-    except errors.RepositoryNotFoundError as error:  # also a gated one
+    except errors.RepositoryNotFoundError as error:  # also raised for a gated repository
         raise FileNotFoundError(
             f"{tried}the hub has no repository {repository} that you may access. If it is private or gated, log in "
             "with `hf auth login`."
@@ -111,15 +113,15 @@ def hub_errors(repository: str, revision: str | None = None, tried: str = "") ->
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"the repository {repository} of the hub has no revision {revision!r}.") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise ConnectionError(f"{unreachable}, which is not in its cache.") from error
+        raise ConnectionError(f"{unreachable}, and the files are not in its cache.") from error
     except errors.HFValidationError as error:
-        raise ValueError(f"{repository!r} is not a valid name of a repository: {error}") from error
+        raise ValueError(f"{repository!r} is not a valid repository name: {error}") from error
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         hint = " Log in with `hf auth login`." if status in (401, 403) else ""
         raise OSError(f"the hub refused the request for {repository} (HTTP status {status}).{hint}") from error
     except Exception as error:
-        # The client passes on errors of its HTTP library, whose classes depend on its version.
+        # huggingface_hub passes on errors of its HTTP library, which depends on the version of huggingface_hub.
         if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests"):
             raise
         raise ConnectionError(f"{unreachable}: {error}") from error
@@ -134,7 +136,9 @@ def _download(repository: str, revision: str | None, subfolder: str | None, opti
             except hub.errors.EntryNotFoundError as error:
                 if name in optional:
                     continue
-                if isinstance(error, hub.errors.LocalEntryNotFoundError):  # not in the cache, and no network
+                if isinstance(
+                    error, hub.errors.LocalEntryNotFoundError
+                ):  # the file is not in the cache, and there is no network
                     raise
                 place = f"the folder {subfolder} of the repository" if subfolder else "the repository"
                 raise FileNotFoundError(
@@ -142,7 +146,7 @@ def _download(repository: str, revision: str | None, subfolder: str | None, opti
                     "adapter_model.bin, a pickle, is not supported."
                 ) from error
             folders.append(Path(file).parent)
-    if len({*folders}) > 1:  # the folders of the cache are named by commits
+    if len({*folders}) > 1:  # folders of the cache have the names of commits
         raise OSError(f"the repository {repository} changed while it was downloaded: try again.")
     return folders[0]
 

@@ -1,8 +1,8 @@
 """Export a VeRA adapter as a LoRA, for tools without VeRA support: a PEFT directory, or a GGUF file for llama.cpp.
 
-A' = lambda_d ∘ A,  B' = lambda_b ∘ B      (ΔW = B' A', exactly)
+    A' = lambda_d ∘ A,  B' = lambda_b ∘ B      (ΔW = B' A', exactly)
 
-DVoRA becomes a LoRA with `use_dora`, whose `lora_magnitude_vector` is the magnitude.
+A DVoRA adapter becomes a LoRA with `use_dora`, whose `lora_magnitude_vector` is the magnitude.
 """
 
 import json
@@ -52,29 +52,29 @@ def export_lora(
 ) -> LoraExport:
     """Write the adapter as a LoRA, for PEFT, vLLM, SGLang or llama.cpp. It is exact unless `rank` is less than r.
 
-    A DVoRA adapter becomes a LoRA with `use_dora=True`. PEFT loads it; servers refuse DoRA (vLLM, SGLang, llama.cpp),
-    and need the adapter merged (`merge`) instead.
+    A DVoRA adapter becomes a LoRA with `use_dora=True`. PEFT loads such a LoRA, but servers refuse it (vLLM, SGLang,
+    llama.cpp); merge the adapter for them instead (`merge`).
 
-    A smaller rank gives the truncated singular value decomposition of ΔW. ΔW is never materialized: the cost is one QR
-    decomposition of (out, r) and one of (in, r) per layer.
+    With a smaller rank, the LoRA is the truncated singular value decomposition of ΔW. ΔW is never materialized: the
+    cost is one QR decomposition of an (out, r) matrix and one of an (in, r) matrix per layer.
 
-    A warning names the servers that refuse the directory, and what to do: vLLM loads ranks above 16 only if it is
-    started with a larger `--max-lora-rank`, and no server loads trained heads or biases. `io.servers.check_lora`
-    returns the same for any LoRA directory.
+    A warning names the servers that refuse the directory, and what to do. For example, vLLM loads ranks above 16 only
+    if it is started with a larger `--max-lora-rank`, and no server loads trained heads or biases.
+    `io.servers.check_lora` returns the same information for any LoRA directory.
 
     Args:
-        path: The directory, created if it does not exist; for GGUF, a file that ends in `.gguf`, or a directory, in
-            which `adapter.gguf` is written.
+        path: The directory to write, which is created if it does not exist. For GGUF, a file that ends in `.gguf`, or a
+            directory for the file `adapter.gguf`.
         params: Params of a single adapter.
         frozen: The projections.
-        config: As `adapt` returned it.
-        model: The base model; its layer sizes are used.
-        rank: Rank of the LoRA; None means `config.r`.
-        format: "peft", or "gguf" for llama.cpp (`--lora`): models of the types llama, mistral and qwen2 only, without
-            trained heads or biases. Needs the package gguf.
+        config: The configuration that `adapt` returned.
+        model: The base model, which determines the layer sizes.
+        rank: Rank of the LoRA. None means `config.r`.
+        format: "peft", or "gguf" for llama.cpp (`--lora`). GGUF is supported for models of the types llama, mistral and
+            qwen2, without trained heads or biases, and needs the package gguf.
 
     Returns:
-        What was written, and the relative error of each module.
+        The path that was written, and the relative error of each module.
 
     Raises:
         ValueError: If the adapter does not fit the model or holds NaN or inf, the rank is out of range, the format is
@@ -105,7 +105,7 @@ def export_lora(
         if own:
             raise ValueError(f"llama.cpp loads no trained heads or biases, such as {own[0]!r}: merge the adapter.")
         if config.use_dora:
-            raise ValueError("llama.cpp has no DoRA, and would ignore the magnitudes: merge the adapter.")
+            raise ValueError("llama.cpp does not support DoRA and would ignore the magnitudes: merge the adapter.")
         path = Path(path)
         file = path if path.suffix == ".gguf" else path / "adapter.gguf"
         write_gguf(file, factors, model)
@@ -129,7 +129,7 @@ def export_lora(
 def lora_factors(
     params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], model: nn.Module, rank: int
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
-    """A' (rank, in) and B' (out, rank) of each adapted layer, and the relative error of each.
+    """Return A' (rank, in) and B' (out, rank) of each adapted layer, and the relative error of each layer.
 
     Args:
         params: Params of a single adapter.
@@ -175,13 +175,13 @@ def _write_peft(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, T
     with replacing(folder / CONFIG) as config_file, replacing(folder / WEIGHTS) as file:
         config_file.write_text(text)
         file.write_bytes(data)
-        # The files are replaced one after the other. Without an old configuration, a crash in between can't leave new
-        # weights beside it.
+        # The files are replaced one after the other. The old configuration is removed first, so that a crash can't
+        # leave it beside new weights.
         (folder / CONFIG).unlink(missing_ok=True)
 
 
 def _short_targets(layers: list[str], model: nn.Module) -> list[str]:
-    """The ends of the layers' names if no other layer has them, as servers expect, else the full names."""
+    """Return the last parts of the layers' names, as servers expect, or full names if other layers end in these too."""
     ends = sorted({split_key(name)[1] for name in layers})
     if not all(ends):  # the model itself is the layer
         return layers
@@ -189,7 +189,7 @@ def _short_targets(layers: list[str], model: nn.Module) -> list[str]:
 
 
 def _lora_config(config: VeraConfig, rank: int, targets: list[str], model: nn.Module) -> dict[str, Any]:
-    """The content of `adapter_config.json` for PEFT's LoRA."""
+    """Return the content of `adapter_config.json` for PEFT's LoRA."""
     return {
         "peft_type": "LORA",
         "r": rank,
@@ -209,11 +209,11 @@ def _lora_config(config: VeraConfig, rank: int, targets: list[str], model: nn.Mo
 
 
 def truncate(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best approximation B'A' of BA with a smaller rank, and its relative error ‖BA - B'A'‖ / ‖BA‖.
+    """Return the best approximation B'A' of BA with a smaller rank, and its relative error ‖BA - B'A'‖ / ‖BA‖.
 
     Args:
-        lora_A: (r, in).
-        lora_B: (out, r).
+        lora_A: A, of shape (r, in).
+        lora_B: B, of shape (out, r).
         rank: Rank of the result.
 
     Example:

@@ -1,7 +1,8 @@
-"""The adapted model as an `nn.Module` for transformers' Trainer, which saves it as an adapter.
+"""Make the adapted model an `nn.Module` for transformers' Trainer, which then saves adapters.
 
-A whole run over a model that transformers loads in 4 bits. Checkpoints are adapter directories, which `load_adapter`
-and PEFT read; an interrupted run resumes from the last one, and the best one is loaded at the end:
+The example is a complete run over a model that transformers loads in 4 bits. The checkpoints are adapter directories,
+which `load_adapter` and PEFT read. An interrupted run resumes from the last checkpoint, and the best checkpoint is
+loaded at the end:
 
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization)
@@ -44,14 +45,14 @@ _QUANTIZED_ATTRIBUTES = (
 
 
 def to_module(adapted: Adapted) -> nn.Module:
-    """The adapted model as an `nn.Module` of the model's class, with the adapter's vectors as trainable parameters.
+    """Return the adapted model as an `nn.Module` of the model's class, whose trainable parameters are the params.
 
     Use it with APIs that require a module: `Trainer`, activation checkpointing (not supported by `torch.func`), or a
-    `torch.optim` optimizer. The module shares memory with the base model. The vectors are copies;
-    `{k: p for k, p in module.named_parameters() if p.requires_grad}` returns them under the keys of `params`.
+    `torch.optim` optimizer. The module shares memory with the base model. The trainable parameters are copies of the
+    params; `{k: p for k, p in module.named_parameters() if p.requires_grad}` returns them under the keys of `params`.
 
-    Two methods of a transformers model are replaced. `save_pretrained` writes the adapter, as `save_adapter` does, also
-    in Trainer's checkpoints. `num_parameters` includes the quantized weights.
+    Two methods of a transformers model are replaced. `save_pretrained` calls `save_adapter`, so that Trainer's
+    checkpoints are adapter directories too. `num_parameters` includes the quantized weights.
 
     Args:
         adapted: From `adapt` or `load_adapter`, with the params of a single adapter.
@@ -79,7 +80,7 @@ def to_module(adapted: Adapted) -> nn.Module:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class SavePretrained:
-    """`module.save_pretrained(folder)`: write the adapter in PEFT's format, which `load_adapter` and PEFT read.
+    """The method `module.save_pretrained(folder)`, which writes the adapter in PEFT's format.
 
     Attributes:
         module: From `to_module`.
@@ -104,9 +105,9 @@ class SavePretrained:
         Args:
             save_directory: The folder to write.
             is_main_process: If False, nothing is written.
-            state_dict: Values that replace the module's own.
+            state_dict: Values to write in place of the module's parameters.
             push_to_hub: Not supported; call `module.push_to_hub(name)`.
-            ignored: Options for splitting and naming the files of a full model.
+            ignored: Options for the files of a full model, such as their maximal size.
         """
         if push_to_hub:
             raise ValueError("save_pretrained does not upload: call module.push_to_hub(repository).")
@@ -125,7 +126,7 @@ class SavePretrained:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class NumParameters:
-    """`module.num_parameters()`: the number of parameters, where a packed 4-bit weight counts as its unpacked size.
+    """The method `module.num_parameters()`, for which a packed 4-bit weight counts with its unpacked size.
 
     Attributes:
         module: From `to_module`.
@@ -134,14 +135,14 @@ class NumParameters:
     module: Any
 
     def __call__(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """The number of parameters; the signature is that of `PreTrainedModel.num_parameters`."""
+        """Return the number of parameters. The signature is that of `PreTrainedModel.num_parameters`."""
         dense = type(self.module).num_parameters(self.module, only_trainable, exclude_embeddings)
         packed = {id(m.quantized): m.quantized for m in self.module.modules() if isinstance(m, QuantizedLinear)}
         return dense + (0 if only_trainable else sum(q.shape[0] * q.shape[1] for q in packed.values()))
 
 
 def _expect_only_the_adapter(module: Any, incompatible: Any) -> None:
-    """Accept a state dict with the adapter alone: parameters of the base are not missing keys."""
+    """Accept a state dict that contains only the adapter: do not report parameters of the base as missing."""
     frozen = module.state_dict().keys() - {*module.save_pretrained.keys}
     if {*incompatible.missing_keys} == frozen:
         incompatible.missing_keys.clear()

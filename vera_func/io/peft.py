@@ -1,6 +1,6 @@
-"""Take over a VeRA adapter from a live `peft.PeftModel`, without files.
+"""Convert the VeRA adapter of a `peft.PeftModel` in memory.
 
-adapted = from_peft(peft_model)        # PEFT to here
+adapted = from_peft(peft_model)        # from PEFT to vera_func
 save_adapter(path, *adapted[1:])       # and back: PeftModel.from_pretrained(model, path)
 """
 
@@ -31,27 +31,29 @@ def from_peft(
     int8_activations: bool = False,
     product_dtype: torch.dtype | None = None,
 ) -> Adapted:
-    """Return the adapter of a live `peft.PeftModel`, with its base model as a pure function.
+    """Return the adapter of a `peft.PeftModel` in memory, and its base model as a pure function.
 
-    The result equals that of saving the adapter in PEFT and loading it with `load_adapter(..., dtype=None)`, bit for
-    bit. The vectors, projections and trained parameters are copies, so training the PEFT model further does not change
-    them. The base's other parameters are shared, as by `adapt`. The base's training mode is that of the PEFT model.
+    The result is the same, bit for bit, as saving the adapter in PEFT and loading it with
+    `load_adapter(..., dtype=None)`. The vectors, projections and trained parameters are copies, so training the PEFT
+    model further does not change them. All other parameters are shared with the PEFT model, as in `adapt`. The base
+    keeps the training mode of the PEFT model.
 
-    PEFT trains biases in the base model itself. They are among `params`; the base of the result has the same values.
+    PEFT trains biases in place, in the base model. These biases are in `params`, and the base has their trained values
+    as well.
 
     Args:
-        peft_model: A `PeftModel` with a VeRA adapter; it is not modified. Wrappers of `torch.compile`, `DataParallel`
+        peft_model: A `PeftModel` with a VeRA adapter. It is not modified. Wrappers of `torch.compile`, `DataParallel`
             and `DistributedDataParallel` are removed.
-        adapter_name: Name of the adapter; None means the active one.
+        adapter_name: Name of the adapter. None means the active adapter.
         int8_activations: See `adapt`.
         product_dtype: See `adapt`.
 
     Returns:
-        `(apply, params, frozen, config)`, as from `adapt`. Dtypes and devices are those of the PEFT model.
+        `(apply, params, frozen, config)`, as from `adapt`, with the dtypes and devices of the PEFT model.
 
     Raises:
-        ValueError: If the model is not a `PeftModel`, the adapter is unknown or not VeRA, several adapters are active
-            and none is named, an adapter is merged, or the adapter can't be represented here.
+        ValueError: If the model is not a `PeftModel`, the adapter is unknown or is not a VeRA adapter, several adapters
+            are active and none is named, an adapter is merged, or the adapter can't be represented as params.
 
     Example:
         >>> import peft
@@ -90,13 +92,13 @@ def from_peft(
 
 
 def _named_adapter(peft_model: Any, adapter_name: str | None) -> tuple[Any, str]:
-    """The `PeftModel` without wrappers, and the name of its adapter."""
+    """Return the `PeftModel` without wrappers, and the name of the adapter."""
     while isinstance(peft_model, nn.Module) and (below := private.wrapped_module(peft_model)) is not None:
         peft_model = below
-    peft: Any = sys.modules.get("peft")  # a PeftModel can't exist before it is imported
+    peft: Any = sys.modules.get("peft")  # if PEFT was not imported, there is no PeftModel
     if peft is None or not isinstance(peft_model, peft.PeftModel):
         raise ValueError(
-            f"from_peft takes a peft.PeftModel, got {type(peft_model).__name__}. For a base model use adapt, or "
+            f"from_peft takes a peft.PeftModel, got {type(peft_model).__name__}. For a base model, use adapt, or "
             "load_adapter with the adapter's directory."
         )
     configs = peft_model.peft_config
@@ -115,7 +117,7 @@ def _named_adapter(peft_model: Any, adapter_name: str | None) -> tuple[Any, str]
 
 
 def _without_peft(root: nn.Module, name: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """The base model, its adapted layers, and the modules that this adapter trains in full, by name in the base."""
+    """Return the base model, and by name in it, its adapted layers and the modules that this adapter trains in full."""
     vera, utils = import_module("peft.tuners.vera"), import_module("peft.utils")
 
     def inside(module: Any) -> nn.Module | None:
@@ -131,7 +133,7 @@ def _without_peft(root: nn.Module, name: str) -> tuple[nn.Module, dict[str, Any]
     if other is not None:
         kind = type(base.get_submodule(other)).__name__
         raise ValueError(f"{other!r} is a {kind} of PEFT, which has no counterpart here.")
-    base = unwrap(base)  # raises if another method's layers are left
+    base = unwrap(base)  # raises an error if layers of another PEFT method are left
     paths = {id(module): path for path, module in base.named_modules()}
     placed = {paths[key]: wrapper for wrapper in wrappers if (key := id(replaced[id(wrapper)])) in paths}
     layers = {path: wrapper for path, wrapper in placed.items() if isinstance(wrapper, vera.VeraLayer)}
@@ -145,25 +147,27 @@ def _without_peft(root: nn.Module, name: str) -> tuple[nn.Module, dict[str, Any]
         changed = [leaf for leaf, buffer in head.named_buffers() if not torch.equal(buffer, original[leaf])]
         if changed:
             raise ValueError(
-                f"PEFT has updated the buffer {changed[0]!r} of {path!r} in modules_to_save, as batch statistics are "
-                "in training. Only parameters can be part of an adapter."
+                f"PEFT has updated the buffer {changed[0]!r} of {path!r} in modules_to_save, such as batch statistics. "
+                "Only parameters can be part of an adapter."
             )
     return base, layers, heads
 
 
 def _config(peft_config: Any, base: nn.Module, targets: tuple[str, ...], name: str) -> VeraConfig:
-    """The configuration of an adapter, whose `target_modules` match exactly the layers that PEFT has adapted."""
+    """Return an adapter's configuration, with `target_modules` that match exactly the layers that PEFT has adapted."""
     fields = {key: getattr(value, "value", value) for key, value in peft_config.to_dict().items()}
     given = config_from_json(fields, f"peft_config[{name!r}]")
     explicit: Any = {"target_modules": targets, "layers_to_transform": None, "layers_pattern": None}
     for config in (given, dataclasses.replace(given, **explicit)):
         try:
             names, config = resolve(base, config, strict=False)
-        except ValueError:  # PEFT can be told which layers to adapt by other means than the configuration
+        except ValueError:  # in PEFT, layers can also be adapted by other means than target_modules
             continue
         if {*names} == {*targets}:
             return with_origin(config, base)
-    raise ValueError(f"no target_modules describe the layers of {name!r} alone: {sorted(targets)[:3]} and others.")
+    raise ValueError(
+        f"no target_modules match exactly the adapted layers of {name!r}: {sorted(targets)[:3]} and others."
+    )
 
 
 def _projections(layers: Mapping[str, Any], name: str, r: int) -> dict[str, Tensor]:
@@ -171,13 +175,15 @@ def _projections(layers: Mapping[str, Any], name: str, r: int) -> dict[str, Tens
     frozen = {"vera_A": layer.vera_A[name], "vera_B": layer.vera_B[name]}
     if frozen["vera_A"].shape[0] != r:
         raise ValueError(
-            f"{name!r} has rank {r}, but the PeftModel gives it projections of rank {frozen['vera_A'].shape[0]}, those "
-            "of another adapter; PEFT can't run it. Load it into a PeftModel of its own."
+            f"{name!r} has rank {r}, but in this PeftModel it shares projections of rank {frozen['vera_A'].shape[0]} "
+            "with another adapter, so PEFT can't run it. Load it into a separate PeftModel."
         )
     for path, other in others:
         pair = (other.vera_A[name], other.vera_B[name])
         if not all(a is b or torch.equal(a, b) for a, b in zip(frozen.values(), pair, strict=True)):
-            raise ValueError(f"{first!r} and {path!r} have other projections each; VeRA shares one pair.")
+            raise ValueError(
+                f"{first!r} and {path!r} have different projections, but all layers of VeRA share one pair."
+            )
     return {key: _copy(key, tensor) for key, tensor in frozen.items()}
 
 
@@ -197,7 +203,7 @@ def _params(
         else:
             value = base.get_parameter(key)
         if value.shape != slot.shape:
-            raise ValueError(f"{key!r} of the PeftModel is {tuple(value.shape)}, and must be {slot.shape}.")
+            raise ValueError(f"{key!r} of the PeftModel must have shape {slot.shape}, got {tuple(value.shape)}.")
         params[key] = _copy(key, value)
     return params
 

@@ -11,7 +11,7 @@ from .config import CONFIG, WEIGHTS
 from .hub import hub_errors
 
 
-NOTE = "vera_func.json"  # metadata of the command line
+NOTE = "vera_func.json"  # written by the command line
 
 
 def push_adapter(
@@ -23,18 +23,19 @@ def push_adapter(
     private: bool | None = None,
     message: str = "Upload a VeRA adapter",
 ) -> str:
-    """Push an adapter directory to a repository of the hub in one commit; `load_adapter(repository, model)` loads it.
+    """Push an adapter directory to a repository of the Hugging Face hub, in one commit.
 
-    The repository is created if it does not exist. Only the files of the adapter are pushed: its configuration,
-    weights, model card and the metadata of the command line. A directory without a card gets one in the repository.
+    `load_adapter(repository, model)` loads the result. The repository is created if it does not exist. Only the files
+    of the adapter are pushed: its configuration, its weights, its model card, and the metadata that the command line
+    writes. If the directory has no card, a card is written and pushed.
 
     Args:
-        path: A directory as written by `save_adapter` or PEFT; it is not modified.
-        repository: `"user/repo"`. The token is that of `hf auth login` or `HF_TOKEN`.
-        revision: Branch to push to, created if it does not exist; None means the main branch.
-        subfolder: Folder in the repository; None means its root.
-        private: Whether a new repository is private; None means the default of the account.
-        message: Message of the commit.
+        path: A directory as written by `save_adapter` or PEFT. It is not modified.
+        repository: `"user/repo"`. The access token is taken from `hf auth login` or `HF_TOKEN`.
+        revision: Branch to push to, created if it does not exist. None means the main branch.
+        subfolder: Folder in the repository. None means its root.
+        private: Whether a new repository is private. None means the default of the account.
+        message: Commit message.
 
     Returns:
         The URL of the commit.

@@ -42,10 +42,10 @@ def save_quantized(path: str | os.PathLike[str], model: nn.Module) -> Path:
     """Write all parameters and buffers of a quantized model as one safetensors file, atomically.
 
     Non-persistent buffers are included. The configuration and the tokenizer of a transformers model are not included:
-    save them with their `save_pretrained`.
+    save them with their own `save_pretrained`.
 
     Args:
-        path: The file; an existing file is replaced.
+        path: The file to write. An existing file is replaced.
         model: A model with bitsandbytes layers, as from `quantize_model`.
 
     Returns:
@@ -53,7 +53,7 @@ def save_quantized(path: str | os.PathLike[str], model: nn.Module) -> Path:
 
     Raises:
         ValueError: If no layer is quantized, or weights are offloaded.
-        OSError: If the file can't be written; an existing file is then kept.
+        OSError: If the file can't be written. An existing file is then kept.
 
     Example:
         >>> import tempfile
@@ -95,16 +95,16 @@ def save_quantized(path: str | os.PathLike[str], model: nn.Module) -> Path:
 
 
 def load_quantized(path: str | os.PathLike[str], model: Model) -> Model:
-    """A copy of `model` with the parameters and buffers of a file from `save_quantized`, bitwise equal to those saved.
+    """Return a copy of `model` with exactly the parameters and buffers of a file from `save_quantized`.
 
-    Nothing is quantized. The file is memory-mapped, so dense weights are read on first use. The result has the
-    quantized layers of the file, whether or not those of `model` are quantized, and the tied parameters of the file.
-    Each parameter is on the device of the corresponding parameter of `model`, or on the CPU if that is the meta device.
+    Nothing is quantized again. The file is memory-mapped, so dense weights are read on first use. The layers that are
+    quantized and the parameters that are tied are those of the file, whatever they are in `model`. Each parameter is on
+    the device of the corresponding parameter of `model`, or on the CPU if that is the meta device.
 
     Args:
         path: The file.
-        model: A model of the same architecture; it is not modified. It may be on the meta device: create it under
-            `with torch.device("meta")`. Its training mode and its parameters' `requires_grad` are kept.
+        model: A model of the same architecture. It is not modified, and may be on the meta device: create it under
+            `with torch.device("meta")`. The copy has its training mode and its parameters' `requires_grad`.
 
     Raises:
         ValueError: If the file is damaged or belongs to another model. The message names the file and the key.
@@ -130,8 +130,10 @@ def load_quantized(path: str | os.PathLike[str], model: Model) -> Model:
     for name, q in values.items():
         sizes = linear_sizes(modules[name]) if name in modules else None
         if sizes != q.shape[::-1]:
-            actual = "has no such linear layer" if sizes is None else f"has it as {sizes[::-1]}"
-            raise ValueError(f"{path}: the layer {name!r} is {q.shape}, but the {type(model).__name__} {actual}.")
+            actual = "has no such linear layer" if sizes is None else f"has shape {sizes[::-1]} there"
+            raise ValueError(
+                f"{path}: the layer {name!r} has shape {q.shape}, but the {type(model).__name__} {actual}."
+            )
     memo = _replacements(path, model, tensors, _aliases(path, metadata), set(values))
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
@@ -159,7 +161,7 @@ def load_quantized(path: str | os.PathLike[str], model: Model) -> Model:
 
 
 def _read_values(path: Path, metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[str, Quantized]:
-    """The quantized weights by layer name; removes their tensors from `tensors`."""
+    """Return the quantized weights by layer name, and remove their tensors from `tensors`."""
     layers = parse_json(path, metadata.get("layers", ""))
     values: dict[str, Quantized] = {}
     if not isinstance(layers, dict):
@@ -191,7 +193,7 @@ def _aliases(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
 def _replacements(
     path: Path, model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], quantized: set[str]
 ) -> dict[int, Any]:
-    """A memo for `copy_tree`: the replacement of each parameter and buffer of the model, by id."""
+    """Return a memo for `copy_tree`, with the replacement of each parameter and buffer of the model by its id."""
     memo: dict[int, Any] = {}
     source: dict[int, str] = {}
     loaded: dict[str, Tensor] = {}
@@ -207,7 +209,7 @@ def _replacements(
             continue
         new = tensors[key]
         if new.shape != old.shape:
-            raise ValueError(f"{path}: {name!r} is {tuple(new.shape)}, but {tuple(old.shape)} in the model.")
+            raise ValueError(f"{path}: {name!r} has shape {tuple(new.shape)}, but {tuple(old.shape)} in the model.")
         if source.setdefault(id(old), key) != key:
             raise ValueError(f"{path}: {source[id(old)]!r} and {key!r} differ, but they are tied in the model.")
         if key not in loaded:
@@ -222,13 +224,13 @@ def _replacements(
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers; tied ones are repeated under each name."""
+    """Yield all parameters and buffers with their names. A tied parameter is repeated under each of its names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU without shared storage, as safetensors requires; cloned only if needed."""
+    """Return the tensors on the CPU, cloned if they share storage, which safetensors does not support."""
     seen = set()
     own = {}
     for name, tensor in tensors.items():

@@ -1,15 +1,15 @@
-"""What inference servers require of a LoRA directory, and which of their rules a directory breaks.
+"""Check which inference servers would refuse a LoRA directory, and why.
 
-The rules, with the files that they were read from (November 2026):
+The rules of the servers, with the files of their source code that contain them (November 2026):
 
 - vLLM: `vllm/lora/peft_helper.py` refuses DoRA, `modules_to_save`, trained biases, and a rank above `max_lora_rank`,
   which `vllm/config/lora.py` sets to 16 by default and limits to the values `VLLM_RANKS`; `vllm/lora/utils.py` refuses
   tensors other than `lora_A` and `lora_B`. https://github.com/vllm-project/vllm
 - SGLang: `python/sglang/srt/lora/lora_manager.py` refuses DoRA; `lora.py` has no place for tensors other than `lora_A`
-  and `lora_B`. It sizes its memory for the adapters that it is started with; for one that is loaded later,
-  `--max-lora-rank` and `--lora-target-modules` must include it. https://github.com/sgl-project/sglang
-- llama.cpp: `convert_lora_to_gguf.py` and `src/llama-adapter.cpp` refuse tensors other than `lora_A` and `lora_B`, and
-  so DoRA's magnitudes. https://github.com/ggml-org/llama.cpp
+  and `lora_B`. SGLang allocates memory for the adapters that it is started with. To load other adapters later, set
+  `--max-lora-rank` and `--lora-target-modules` so that they fit. https://github.com/sgl-project/sglang
+- llama.cpp: `convert_lora_to_gguf.py` and `src/llama-adapter.cpp` refuse tensors other than `lora_A` and `lora_B`,
+  which includes DoRA's magnitudes. https://github.com/ggml-org/llama.cpp
 """
 
 import os
@@ -31,8 +31,8 @@ class Refusal(NamedTuple):
 
     Attributes:
         server: "vLLM", "SGLang" or "llama.cpp".
-        reason: What the server refuses.
-        repair: What to do about it.
+        reason: The property of the LoRA that the server refuses.
+        repair: A way to serve the adapter nevertheless.
     """
 
     server: str
@@ -41,7 +41,7 @@ class Refusal(NamedTuple):
 
 
 def check_lora(path: str | os.PathLike[str]) -> list[Refusal]:
-    """The reasons why servers would refuse a PEFT LoRA directory; an empty list if they would load it.
+    """Return the reasons why servers would refuse a PEFT LoRA directory, or an empty list if all would load it.
 
     Args:
         path: A directory as written by `export_lora` or PEFT.
@@ -68,11 +68,11 @@ def check_lora(path: str | os.PathLike[str]) -> list[Refusal]:
 
 
 def refusals(fields: Mapping[str, Any], names: Collection[str]) -> list[Refusal]:
-    """The rules that a LoRA breaks.
+    """Return the rules of servers that a LoRA breaks.
 
     Args:
-        fields: The content of its `adapter_config.json`.
-        names: Names of its tensors.
+        fields: The content of the LoRA's `adapter_config.json`.
+        names: Names of the LoRA's tensors.
 
     Example:
         >>> for refusal in refusals({"r": 200, "use_dora": True}, []):
@@ -103,7 +103,7 @@ def refusals(fields: Mapping[str, Any], names: Collection[str]) -> list[Refusal]
 
 
 def warning_text(found: Collection[Refusal]) -> str | None:
-    """One sentence for each server, or None if nothing is refused.
+    """Return a warning with one sentence for each reason, or None if nothing is refused.
 
     Example:
         >>> warning_text(refusals({"r": 8, "use_dora": True}, []))

@@ -1,1 +1,1 @@
-"""Adapters merged into the weights of their layers, and how much of the update is retained."""
+"""Merge adapters into the weights of their layers, and measure how much of the update is retained."""

@@ -2,13 +2,15 @@
 
     minimise  ‖(W + κ ΔW) X - Q X‖²  =  Σ_rows (t - q) H (t - q)ᵀ,  H = X Xᵀ,    over  q = absmax_block · code[codes]
 
-`W` lies on the grid, so rounding `W + ΔW` weight by weight returns `W` wherever `ΔW` is below half a step. In the
-metric of the layer's inputs `X`, other points of the grid are much closer to `W + ΔW`, and the scale of each block is a
-free real number. A least-squares fit shrinks the update; the overshoot `κ` compensates, so that the effect `ΔW X` is
-retained in full and the remaining error is noise.
+Here t is a row of the target `W + κ ΔW`, and q is a row of the merged weight `Q`. `W` lies on the grid, so rounding
+`W + ΔW` weight by weight returns `W` wherever `ΔW` is below half a quantization step. In the metric of the layer's
+inputs `X`, other points of the grid are much closer to `W + ΔW`, and the scale of each block can take any value. A
+least-squares fit shrinks the update. The overshoot `κ`, a factor of at least 1 on the update, compensates for this, so
+that the effect `ΔW X` is retained in full and the remaining error is noise.
 
-These functions take and return arrays; they do not depend on packing, modules or VeRA. `codes` (out, in) are indices of
-levels, one uint8 per weight; `absmax` (out, in / blocksize) is float32; `code` holds the levels, in any order.
+These functions take and return arrays, and do not depend on packing, modules or VeRA. `code` is the table of levels, in
+any order, with shape (levels,). `codes` are the indices of weights in this table, uint8, with shape (out, in). `absmax`
+are the scales of blocks, float32, with shape (out, in / blocksize).
 """
 
 from typing import NamedTuple
@@ -29,11 +31,11 @@ class Calibrated(NamedTuple):
     """A merged weight on the grid, and its quality on the calibration inputs.
 
     Attributes:
-        codes: (out, in) uint8.
-        absmax: (out, blocks).
-        kappa: The overshoot: codes and scales fit `W + kappa ΔW`.
-        kept: `output_kept` of the merge.
-        error: `output_error` of the merge.
+        codes: Indices of the levels, of shape (out, in), uint8.
+        absmax: Scales of the blocks, of shape (out, blocks).
+        kappa: The overshoot κ: codes and scales were fitted to `W + kappa ΔW`.
+        kept: `output_kept` of the merged weight.
+        error: `output_error` of the merged weight.
     """
 
     codes: Codes
@@ -44,18 +46,18 @@ class Calibrated(NamedTuple):
 
 
 def gram(inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] | None = None) -> Gram:
-    """Second moments `H = Σ w x xᵀ / Σ w` of a layer's inputs, in float32 and without damping.
+    """Compute second moments `H = Σ w x xᵀ / Σ w` of a layer's inputs, in float32 and without damping.
 
-    Costs `in²` multiply-adds per token. Second moments of several batches combine as a mean weighted by their `Σ w`.
-    With the squared norm of an answer's gradient in the layer's output as the weight, errors count by their effect on
-    the answer.
+    This costs `in²` multiply-adds per token. To combine the second moments of several batches, take their mean,
+    weighted by the `Σ w` of each batch. If a token's weight is the squared norm of the gradient of the model's answer
+    in the layer's output at this token, errors count by their effect on the answer.
 
     Args:
-        inputs: Inputs of the layer, (*tokens, in). Leave padding out, or give it weight 0.
-        weights: One per token, not negative; None gives all tokens equal weight.
+        inputs: Inputs of the layer, of shape (*tokens, in). Leave out padding, or give it weight 0.
+        weights: One nonnegative weight per token. None gives all tokens equal weight.
 
     Raises:
-        ValueError: If the shapes differ, no token has weight, a weight is negative, or something is not finite.
+        ValueError: If the shapes differ, all weights are 0, a weight is negative, or a value is not finite.
 
     Example:
         >>> gram(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([3.0, 1.0]))
@@ -65,7 +67,7 @@ def gram(inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] 
     w = torch.ones_like(inputs[..., 0], dtype=torch.float32) if weights is None else weights.float()
     shapes = f"inputs {tuple(inputs.shape)} and weights {tuple(w.shape)}"
     if w.shape != inputs.shape[:-1] or (w < 0).any() or not w.any():
-        raise ValueError(f"{shapes}: give one weight per token, none negative and at least one positive.")
+        raise ValueError(f"{shapes}: pass one weight per token, none of them negative and at least one positive.")
     if not inputs.isfinite().all() or not w.isfinite().all():
         raise ValueError(f"{shapes} must be finite for every token: they contain NaN or inf.")
     x, w = inputs.reshape(-1, inputs.shape[-1]).float(), w.reshape(-1, 1) / w.sum()
@@ -73,9 +75,9 @@ def gram(inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] 
 
 
 def output_error(change: Weight, delta: Weight, gram: Gram) -> float:
-    """Relative output error `‖(Q - W - ΔW) X‖ / ‖ΔW X‖`: 0 for an exact merge, 1 if the update is lost.
+    """Compute the relative output error `‖(Q - W - ΔW) X‖ / ‖ΔW X‖`: 0 for an exact merge, 1 if the update is lost.
 
-    It is 0 where `ΔW X` is zero.
+    The result is 0 if `ΔW X` is zero.
 
     Args:
         change: `Q - W`, the change of the weight by the merge.
@@ -91,9 +93,10 @@ def output_error(change: Weight, delta: Weight, gram: Gram) -> float:
 
 
 def output_kept(change: Weight, delta: Weight, gram: Gram) -> float:
-    """Retained fraction of the update's effect, `⟨(Q - W) X, ΔW X⟩ / ‖ΔW X‖²`; 1 where `ΔW X` is zero.
+    """Compute the retained fraction of the update's effect, `⟨(Q - W) X, ΔW X⟩ / ‖ΔW X‖²`, or 1 if `ΔW X` is zero.
 
-    Arguments are those of `output_error`. With the identity as `gram` it is the retained fraction of the weights.
+    The arguments are those of `output_error`. With the identity as `gram`, the result is the retained fraction of the
+    update itself.
 
     Example:
         >>> output_kept(torch.full((2, 3), 0.5), torch.ones(2, 3), torch.eye(3))
@@ -104,15 +107,15 @@ def output_kept(change: Weight, delta: Weight, gram: Gram) -> float:
 
 
 def stochastic_codes(target: Weight, code: Table, absmax: Absmax, generator: torch.Generator) -> Codes:
-    """Stochastic rounding to the grid, with `target` as its expectation: merging without calibration inputs.
+    """Round weights to the grid at random, so that the expectation is `target`: merging without calibration inputs.
 
-    Unbiased, except for targets beyond the outermost levels, which are clipped. It adds noise of up to half a step to
-    each weight that is not on the grid: several times the error of `calibrate_rows`.
+    The rounding is unbiased, except for targets beyond the outermost levels, which are clipped. Each weight that is not
+    on the grid gets noise of up to half a quantization step, so the error is several times that of `calibrate_rows`.
 
     Args:
         target: The weight to round, `W + ΔW`.
         code: The levels.
-        absmax: The scales, which are not changed.
+        absmax: The scales of the blocks, which are not changed.
         generator: Source of randomness; there is no default.
 
     Raises:
@@ -138,30 +141,33 @@ def calibrate_rows(
 ) -> Calibrated:
     """Find codes and scales with `Q X ≈ (W + ΔW) X`, where `W = absmax_block · code[codes]`.
 
-    For a given `κ` each row is optimized from two starts, and the better result is taken: Babai's nearest plane (GPTQ
-    in the order of decreasing `diag H`), and the given codes. An optimization step changes one code by one level: the
-    change that lowers the error most after all scales of the row are refitted by least squares; at most 64 steps. `κ`
-    starts at 1 and is interpolated until `kept` is within 0.02 of 1, in at most five fits.
+    For a given overshoot `κ`, each row is optimized from two starting points, and the better result is taken. One is
+    Babai's nearest plane (GPTQ in the order of decreasing `diag H`), the other is the given codes and scales. A step of
+    the optimization changes one code by one level. It makes the change that reduces the error most after all scales of
+    the row are refitted by least squares. There are at most 64 steps. `κ` starts at 1 and is interpolated until `kept`
+    is within 0.02 of 1, in at most five fits.
 
-    A fit costs about `8 out in²` multiply-adds, and a step of all rows `6 out in² / blocksize`, in chunks of a few
-    times 128 MB. Deterministic. The error at `κ` is never above that of the given codes.
+    A fit costs about `8 out in²` multiply-adds, and a step of all rows costs `6 out in² / blocksize`. Temporary tensors
+    take a few times 128 MB. The result is deterministic. The error ‖(W + κ ΔW) X - Q X‖ of a row is never larger than
+    it is for the given codes and scales, `Q = W`.
 
     Args:
         codes: The codes of the base weight.
         absmax: The scales of the base weight.
         delta: The update to merge, `ΔW`.
-        code: The levels, in any order; they need not be distinct.
+        code: The table of levels, in any order. Levels need not be distinct.
         gram: Second moments `H` of the calibration inputs.
-        damping: Added to the diagonal of `gram`, relative to the diagonal's mean; use 0.1 below about 1,000 tokens.
-        max_kappa: Bound of the overshoot; 1 minimises the output error instead, which shrinks the update.
+        damping: Fraction of the mean of `gram`'s diagonal that is added to the diagonal. Use 0.1 if there are fewer
+            than about 1,000 tokens.
+        max_kappa: Upper bound of the overshoot. With 1, the output error is minimal, but the update shrinks.
 
     Returns:
-        Codes, scales, the overshoot, and `kept` and `error` on the calibration inputs. These figures are optimistic: by
-        a point or two with seven tokens per input feature, by more with fewer. Rows in which `delta` is zero are
-        returned unchanged.
+        Codes, scales, the overshoot, and `kept` and `error` on the calibration inputs. On other inputs, `kept` and
+        `error` are worse: by 0.01 to 0.02 with seven calibration tokens per input feature, and by more with fewer. Rows
+        in which `delta` is zero are returned unchanged.
 
     Raises:
-        ValueError: If shapes do not fit (blocks must not straddle rows), or a value is not finite or out of range.
+        ValueError: If shapes do not fit each other, blocks straddle rows, or a value is not finite or out of range.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -174,7 +180,7 @@ def calibrate_rows(
 
     Reference:
         GPTQ, https://arxiv.org/abs/2210.17323, as a nearest plane, https://arxiv.org/abs/2507.18553; CDQuant, greedy
-        descent on codes, https://arxiv.org/abs/2406.17542. The refit of absmax in each step and `κ` are ours.
+        descent on codes, https://arxiv.org/abs/2406.17542. The refit of the scales in each step and `κ` are new here.
     """
     blocksize = _blocksize(codes, absmax)
     _check(codes, damping, max_kappa, absmax=absmax, delta=delta, code=code, gram=gram)
@@ -191,7 +197,7 @@ def calibrate_rows(
     weight, update, kappa = problem.weight(point), delta[rows].float(), 1.0
     tried: list[tuple] = []  # (kappa, kept, error, point)
     while len(tried) < 5:
-        # The last fit is a start of the next, which then has few steps to make.
+        # Each fit starts from the result of the last one, so that it needs few steps.
         point = _fit(problem, weight + kappa * update, point)
         change = problem.weight(point) - weight
         kept = output_kept(change, update, gram)
@@ -205,16 +211,16 @@ def calibrate_rows(
 
 
 class _Point(NamedTuple):
-    indices: Tensor  # (rows, in), int64, into the levels in ascending order
+    indices: Tensor  # (rows, in), int64; indices of the levels in ascending order
     absmax: Tensor  # (rows, blocks)
 
 
 class _Problem(NamedTuple):  # what all rows share
     gram: Tensor  # (in, in), damped
-    order: Tensor  # of the columns in the nearest plane
-    factor: Tensor  # the upper Cholesky factor of gram⁻¹ in that order
+    order: Tensor  # order in which the nearest plane visits the columns
+    factor: Tensor  # the upper Cholesky factor of gram⁻¹, with columns in this order
     levels: Tensor  # ascending, distinct
-    edges: Tensor  # between which values round to the same level
+    edges: Tensor  # midpoints of neighbouring levels, where rounding changes
     blocksize: int
 
     def weight(self, point: _Point) -> Tensor:
@@ -229,10 +235,10 @@ class _Problem(NamedTuple):  # what all rows share
 
 
 def _fit(problem: _Problem, target: Tensor, start: _Point) -> _Point:
-    """For each row the best of `start`, of its descent, and of the descent from the nearest plane."""
+    """Return for each row the best of `start`, the descent from `start`, and the descent from the nearest plane."""
     best, lowest = start, problem.error(target, start)
     plane = _nearest_plane(problem, target, start.absmax)
-    chunk = max(1, 2**25 // (target.shape[1] * start.absmax.shape[1]))  # bounds what _steps holds, to 128 MB a tensor
+    chunk = max(1, 2**25 // (target.shape[1] * start.absmax.shape[1]))  # limits each tensor of _steps to 128 MB
     for point in (plane, start):
         parts = zip(target.split(chunk), point.indices.split(chunk), point.absmax.split(chunk), strict=True)
         done = [_steps(problem, rows, _Point(*leaves)) for rows, *leaves in parts]
@@ -245,9 +251,9 @@ def _fit(problem: _Problem, target: Tensor, start: _Point) -> _Point:
 
 
 def _nearest_plane(problem: _Problem, target: Tensor, absmax: Tensor) -> _Point:
-    """Round column by column; the remaining columns compensate for each error (GPTQ)."""
+    """Round column by column, and let the remaining columns compensate for the error of each (GPTQ)."""
     factor, diagonal = problem.factor, problem.factor.diagonal().tolist()
-    # Columns first, so that what the loop reads and writes is contiguous.
+    # Columns come first, so that the loop reads and writes contiguous memory.
     left, scale = target.T[problem.order], absmax.T[problem.order // problem.blocksize]  # (in, rows)
     index = torch.empty_like(left, dtype=torch.long)
     for begin in range(0, len(left), 64):
@@ -262,22 +268,22 @@ def _nearest_plane(problem: _Problem, target: Tensor, absmax: Tensor) -> _Point:
 
 
 def _shift(problem: _Problem, level: Tensor, normal: Tensor, gradient: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
-    """Newton's step of the absmax, (rows, blocks), and the Cholesky factor of its normal equations."""
-    # The ridge is on the step, not on the solution: it slows what hardly matters and biases nothing.
+    """Return Newton's step of the absmax, (rows, blocks), and the Cholesky factor of its normal equations."""
+    # The ridge penalizes the step, not the solution: it slows directions of small curvature, and adds no bias.
     ridge = 1e-5 * normal.diagonal(dim1=1, dim2=2) + 1e-6 * problem.blocksize * problem.gram.diagonal().mean()
     factor, _ = torch.linalg.cholesky_ex((normal + torch.diag_embed(ridge)).double())
     shift = torch.cholesky_solve(problem.sums(level * gradient).double()[..., None], factor)[..., 0].float()
-    # Where one would turn negative, the row keeps its own.
+    # If any absmax of a row would become negative, all of this row's absmax stay unchanged.
     return shift.masked_fill((absmax + shift < 0).any(1, keepdim=True), 0), factor.float()
 
 
 def _steps(problem: _Problem, target: Tensor, point: _Point, limit: int = 64) -> _Point:
-    """Greedy coordinate descent: per row the change of one code that lowers the error most, scales refitted."""
+    """Descend greedily: in each step, change the code of each row that reduces the error most, and refit the scales."""
     gram, levels, size = problem.gram, problem.levels, problem.blocksize
     diagonal, last, columns = gram.diagonal(), len(levels) - 1, target.shape[1]
     best = _Point(point.indices.clone(), point.absmax.clone())
     index, absmax, level = point.indices.clone(), point.absmax, levels[point.indices]
-    # How the gradient falls with the absmax of each block, and the absmax's normal equations.
+    # The decrease of the gradient per unit of each block's absmax, and the normal equations of the absmax.
     pairs = zip(level.split(size, dim=1), gram.split(size), strict=True)
     products = torch.stack([own @ gram_rows for own, gram_rows in pairs], dim=1)  # (rows, blocks, in)
     normal = torch.stack([problem.sums(p * level) for p in products.unbind(1)], dim=1)  # (rows, blocks, blocks)
@@ -288,16 +294,16 @@ def _steps(problem: _Problem, target: Tensor, point: _Point, limit: int = 64) ->
         absmax = absmax + shift
         gradient = gradient - (shift[:, None] @ products)[:, 0]
         new = ((target - level * absmax.repeat_interleave(size, dim=1)) * gradient).sum(1)
-        on = new < error * (1 - 1e-5 if count else 1 + 1e-5)  # False for NaN too, should a factorization fail
+        on = new < error * (1 - 1e-5 if count else 1 + 1e-5)  # also False for NaN, from a failed factorization
         best.indices[rows[on]], best.absmax[rows[on]] = index[on], absmax[on]
         if count == limit or not on.any():
             break
-        if not on.all():  # the rows that gained nothing are done
+        if not on.all():  # rows that did not improve are done
             target, index, level, absmax, products, normal, factor, gradient, new, rows = (
                 t[on] for t in (target, index, level, absmax, products, normal, factor, gradient, new, rows)
             )
         error, scale = new, absmax.repeat_interleave(size, dim=1)
-        # A step costs less where the absmax can make up for it: the Schur complement of their normal equations.
+        # The absmax can partly undo a step, which lowers its curvature: the Schur complement of the normal equations.
         relief = torch.linalg.solve_triangular(factor, products, upper=False).square().sum(1)
         curvature = torch.maximum(diagonal - relief, 0.05 * diagonal)
         moves = [(levels[(index + step).clamp(0, last)] - level) * scale for step in (1, -1)]  # 0 beyond the table
@@ -316,18 +322,16 @@ def _steps(problem: _Problem, target: Tensor, point: _Point, limit: int = 64) ->
 
 
 def _next_kappa(tried: list[tuple], largest: float) -> float:
-    """The next overshoot to try: interpolated between two that bracket full retention, else extrapolated."""
+    """Return the next overshoot: interpolated between two that bracket full retention, or else extrapolated."""
     below, above = ([each for each in tried if (each[1] < 1) is side] for side in (True, False))
     if not below or not above:
-        return min(
-            max(tried[-1][0] / max(tried[-1][1], 0.1) ** 0.8, 1.0), largest
-        )  # the power is what real layers ask for
+        return min(max(tried[-1][0] / max(tried[-1][1], 0.1) ** 0.8, 1.0), largest)  # a power that fits real layers
     (low, less, *_), (high, more, *_) = max(below, key=lambda each: each[1]), min(above, key=lambda each: each[1])
     return low + (high - low) * (1 - less) / (more - less)
 
 
 def _levels(code: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct levels in ascending order, and the first code of each (fp4 has two zeros)."""
+    """Return the distinct levels in ascending order, and the index of each in `code` (fp4 has two zeros)."""
     levels, numbers = code.sort(stable=True)
     first = torch.diff(levels, prepend=levels[:1] - 1) > 0
     return levels[first], numbers[first]
@@ -340,7 +344,7 @@ def _inner(left: Tensor, right: Tensor, gram: Tensor) -> float:
 def _blocksize(weight: Tensor, absmax: Tensor) -> int:
     shapes = f"weight {tuple(weight.shape)} and absmax {tuple(absmax.shape)}"
     if weight.ndim != 2 or absmax.ndim != 2 or len(weight) != len(absmax):
-        raise ValueError(f"{shapes} do not fit: they must be (out, in) and (out, in / blocksize).")
+        raise ValueError(f"{shapes} must have shapes (out, in) and (out, in / blocksize).")
     if absmax.shape[1] == 0 or weight.shape[1] % absmax.shape[1]:
         raise ValueError(f"{shapes}: blocks must not straddle rows. Use a blocksize that divides in, or merge densely.")
     return weight.shape[1] // absmax.shape[1]
@@ -349,15 +353,19 @@ def _blocksize(weight: Tensor, absmax: Tensor) -> int:
 def _check(codes: Tensor, damping: float, max_kappa: float, **floats: Tensor) -> None:
     for name, shape in {"delta": tuple(codes.shape), "gram": (codes.shape[1], codes.shape[1])}.items():
         if floats[name].shape != shape:
-            raise ValueError(f"codes {tuple(codes.shape)} need {name} {shape}, got {tuple(floats[name].shape)}.")
+            raise ValueError(
+                f"for codes {tuple(codes.shape)}, {name} must have shape {shape}, got {tuple(floats[name].shape)}."
+            )
     for name, tensor in floats.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{name} must be finite: it contains NaN or inf.")
     if codes.max() >= len(floats["code"]):
-        raise ValueError(f"codes go up to {codes.max()}, but code has {len(floats['code'])} levels.")
+        raise ValueError(
+            f"codes contain the index {codes.max()}, but the table `code` has only {len(floats['code'])} levels."
+        )
     if not damping > 0 or not max_kappa >= 1:
         raise ValueError(f"damping must be positive and max_kappa at least 1, got {damping} and {max_kappa}.")
     if not torch.allclose(floats["gram"], floats["gram"].T, rtol=1e-3, atol=1e-3 * floats["gram"].abs().max().item()):
-        raise ValueError("gram must be symmetric, a mean of x xᵀ.")
+        raise ValueError("gram must be symmetric: it is the mean of x xᵀ over the inputs x.")
     if not floats["gram"].diagonal().sum() > 0:
         raise ValueError("gram must not be zero: all calibration inputs are zero.")

@@ -2,10 +2,10 @@
 
     W' = round(W + ΔW)        kept = <W' - W, ΔW> / ‖ΔW‖²        ΔW = diag(lambda_b) B diag(lambda_d) A
 
-In DVoRA, ΔW stands for the whole change of the weight, `m (W + ΔW) / ‖W + ΔW‖ - W` (see `core.dora`).
+For DVoRA, ΔW here means the whole change of the weight, `m (W + ΔW) / ‖W + ΔW‖ - W` (see `core.dora`).
 A dequantized weight lies on the quantization grid. Requantizing `W + ΔW` silently discards updates below half a
-quantization step; `merge_report` measures this loss. A 16-bit merge (`merge_dense`) loses much less, and a LoRA
-(`export_lora`) is exact. Merges cannot be undone: keep `q` to unmerge.
+quantization step. `merge_report` measures this loss. A 16-bit merge (`merge_dense`) loses much less, and a LoRA
+(`export_lora`) is exact. A merge can't be undone: keep the base weight `q` to unmerge.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ class MergeReport(NamedTuple):
 
     Attributes:
         kept: Retained fraction of the update, <W' - W, ΔW> / ‖ΔW‖²: 1 if all of it is retained, 0 if none.
-        error: Relative error ‖W' - W - ΔW‖ / ‖ΔW‖; above 1 the rounding noise is larger than the update.
+        error: Relative error ‖W' - W - ΔW‖ / ‖ΔW‖. If it is above 1, the rounding noise is larger than the update.
         size: Relative size of the update, ‖ΔW‖ / ‖W‖.
         output_kept: `kept` for the layer's outputs on the given inputs, or None without inputs.
         output_error: `error` for the layer's outputs on the given inputs, or None without inputs.
@@ -43,9 +43,9 @@ class MergeReport(NamedTuple):
 
 
 def merge_quantized(q: Quantized, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Quantized:
-    """`W + ΔW`, requantized in the format of `q`; bitwise equal to the result of PEFT's merge.
+    """Return `W + ΔW`, requantized in the format of `q`. The result is bitwise equal to that of PEFT's merge.
 
-    `q` is not modified; keep it to unmerge. An adapter with `ΔW = 0` returns `q` itself.
+    `q` is not modified; keep it to unmerge. If `ΔW` is 0, the result is `q` itself.
 
     Args:
         q: The base weight (out, in).
@@ -53,11 +53,10 @@ def merge_quantized(q: Quantized, params: Mapping[str, Tensor], frozen: Mapping[
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
 
     Returns:
-        A weight of the same type, block size, nesting and storage.
+        A weight of the same type, block size, nesting and storage dtype.
 
     Raises:
-        ValueError: If the adapter holds NaN or inf (the message names the tensor), is stacked, or does not fit the
-            weight.
+        ValueError: If the adapter holds NaN or inf, is stacked, or does not fit the weight.
 
     Example:
         >>> import torch
@@ -85,23 +84,24 @@ def merge_calibrated(
     damping: float | None = None,
     max_kappa: float = 4.0,
 ) -> Quantized4bit:
-    """Calibrated (GPTQ-style) merge: a 4-bit weight whose outputs on `inputs` match those of the adapted layer.
+    """Merge with calibration (GPTQ-style): return a 4-bit weight whose outputs on `inputs` match the adapted layer's.
 
-    `merge_quantized` rounds each weight on its own and discards updates below half a step. This merge chooses codes and
-    block scales jointly, to preserve the layer's outputs; see `calibrate.calibrate_rows` for the algorithm. Measure
-    the result with `merge_report(..., inputs, merged=...)` on other inputs. Costs seconds per layer.
+    `merge_quantized` rounds each weight separately, and discards updates below half a quantization step. Here, codes
+    and block scales are chosen jointly, to preserve the layer's outputs; see `calibrate.calibrate_rows` for the
+    algorithm. A layer takes seconds. Measure the result on other inputs, with `merge_report(..., inputs, merged=...)`.
 
     Args:
         q: The base weight; `in` must be a multiple of its block size.
         params: `{"lambda_b": (out,), "lambda_d": (r,)}`, for DVoRA with `"magnitude"` (out,).
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         inputs: Representative inputs of the layer, without padding; several thousand tokens are enough.
-        gram: Second moments of the inputs in place of the inputs, from `second_moments`.
-        damping: See `calibrate_rows`; None means 0.01, or 0.1 for fewer than 1,000 tokens.
-        max_kappa: Upper bound of the overshoot; 1 minimises the output error, which shrinks the update.
+        gram: Second moments of the inputs, from `second_moments`, to pass instead of the inputs.
+        damping: See `calibrate_rows`. None means 0.01, or 0.1 for fewer than 1,000 tokens.
+        max_kappa: Upper bound of the factor by which the update is overshot (see `calibrate_rows`). With 1, the output
+            error is minimal, but the update shrinks.
 
     Returns:
-        A 4-bit weight of the same type and block size; its statistics are not nested.
+        A 4-bit weight of the same type and block size, whose scales are not double-quantized.
 
     Raises:
         ValueError: If the weight is not a 4-bit weight, blocks straddle its rows, or the inputs do not fit; otherwise
@@ -126,9 +126,9 @@ def merge_calibrated(
         )
     out_features, in_features = q.shape
     if (inputs is None) == (gram is None):
-        raise ValueError("give either inputs or their second moments (gram), not both.")
+        raise ValueError("pass either inputs or their second moments (gram), and not both.")
     if inputs is not None and inputs.shape[-1:] != (in_features,):
-        raise ValueError(f"inputs must be (*tokens, {in_features}), got {tuple(inputs.shape)}.")
+        raise ValueError(f"inputs must have shape (*tokens, {in_features}), got {tuple(inputs.shape)}.")
     delta = checked_delta(q, params, frozen).float()
     if not delta.any():
         return q
@@ -154,10 +154,10 @@ def merge_calibrated(
 def merge_stochastic(
     q: Quantized4bit, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *, generator: torch.Generator
 ) -> Quantized4bit:
-    """Stochastic rounding of `W + ΔW`: each weight becomes one of the two nearest levels, with the right expectation.
+    """Merge with stochastic rounding: each weight of `W + ΔW` becomes one of the two nearest levels, without bias.
 
-    Use it when there are no inputs to calibrate with. It retains most of the update and adds noise several times as
-    large as the update.
+    Use this function if there are no inputs to calibrate with. The merge retains most of the update, but adds noise
+    that is several times as large as the update.
 
     Args:
         q: The base weight; `in` must be a multiple of its block size.
@@ -195,13 +195,14 @@ def merge_dense(
     frozen: Mapping[str, Tensor],
     dtype: torch.dtype = torch.bfloat16,
 ) -> Float[Tensor, "out in"]:
-    """`W + ΔW` as a dense weight, computed in float32 and rounded once.
+    """Return `W + ΔW` as a dense weight, computed in float32 and rounded once.
 
-    W is the dequantized weight, since the adapter was trained on it. The original 16-bit weight differs from W by the
-    quantization error, about a tenth of its norm; the adapter was not trained to add to that weight.
+    W is the dequantized weight, because the adapter was trained on it. Do not add the update to the original 16-bit
+    weight, which differs from W by the quantization error (about a tenth of its norm): the adapter was not trained for
+    that weight.
 
     Args:
-        q: The base weight, quantized or dense (out, in).
+        q: The base weight, quantized, or dense of shape (out, in).
         params: `{"lambda_b": (out,), "lambda_d": (r,)}`, for DVoRA with `"magnitude"` (out,).
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         dtype: Dtype of the result.
@@ -232,20 +233,20 @@ def merge_report(
     *,
     merged: Quantized | Tensor | None = None,
 ) -> MergeReport:
-    """Retained fraction and relative error of the update in a merged weight.
+    """Measure the retained fraction and the relative error of the update in a merged weight.
 
-    Costs one merge unless `merged` is given, and with inputs two matrix products.
+    This costs one merge, unless `merged` is given, and with inputs two matrix products.
 
     Args:
         q: The base weight.
         params: `{"lambda_b": (out,), "lambda_d": (r,)}`, for DVoRA with `"magnitude"` (out,).
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
-        inputs: Representative inputs of the layer, (tokens, in), to measure the error in its outputs.
-        merged: The weight to measure, quantized or dense; None means the result of `merge_quantized`.
+        inputs: Representative inputs of the layer, of shape (tokens, in), to measure the error in the layer's outputs.
+        merged: The merged weight to measure, quantized or dense. None means the result of `merge_quantized`.
 
     Raises:
-        ValueError: As for `merge_quantized`, or if `ΔW`, or its product with the inputs, is zero: the retained fraction
-            is then undefined.
+        ValueError: As for `merge_quantized`, or if `ΔW` or its product with the inputs is zero, so that the retained
+            fraction is undefined.
 
     Example:
         >>> import torch
@@ -257,26 +258,26 @@ def merge_report(
     """
     delta = checked_delta(q, params, frozen).float()
     if not delta.any():
-        raise ValueError("the update is zero (lambda_b or lambda_d is 0): its retained fraction is undefined.")
+        raise ValueError("the update is zero (lambda_b or lambda_d is 0), so its retained fraction is undefined.")
     base = q.float() if isinstance(q, Tensor) else dequantize(q, torch.float32)
     if merged is None:
         if isinstance(q, Tensor):
-            raise ValueError("the weight is dense: give merged=merge_dense(...) to report on.")
+            raise ValueError("the weight is dense: pass the merged weight to measure, merged=merge_dense(...).")
         merged = merge_quantized(q, params, frozen)
     if tuple(merged.shape) != tuple(q.shape):
-        raise ValueError(f"merged is {tuple(merged.shape)}, but the weight is {tuple(q.shape)}.")
+        raise ValueError(f"merged has shape {tuple(merged.shape)}, but the weight has shape {tuple(q.shape)}.")
     change = (merged.float() if isinstance(merged, Tensor) else dequantize(merged, torch.float32)) - base
     report = MergeReport(_kept(change, delta), _error(change, delta), (delta.norm() / base.norm()).item())
     if inputs is None:
         return report
     if inputs.dim() != 2 or inputs.shape[1] != delta.shape[1]:
-        raise ValueError(f"inputs must be (tokens, {delta.shape[1]}), got {tuple(inputs.shape)}.")
+        raise ValueError(f"inputs must have shape (tokens, {delta.shape[1]}), got {tuple(inputs.shape)}.")
     x = inputs.float()
     actual, exact = x @ change.T, x @ delta.T
     if not 0 < exact.norm() < float("inf"):
         raise ValueError(
-            f"the update has no finite, nonzero effect on these inputs {tuple(inputs.shape)}: give at least one finite "
-            "row that is not zero."
+            f"the update has no finite, nonzero effect on these inputs {tuple(inputs.shape)}: pass finite inputs, of "
+            "which at least one row is not zero."
         )
     return report._replace(output_kept=_kept(actual, exact), output_error=_error(actual, exact))
 
@@ -304,19 +305,18 @@ def quantize_like(q: Quantized, weight: Tensor) -> Quantized:
 def checked_delta(
     q: Quantized | Tensor, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
 ) -> Float[Tensor, "out in"]:
-    """`delta_weight` of an adapter, after checking that it can be merged into `q`.
+    """Return the `delta_weight` of an adapter, after checking that the adapter can be merged into `q`.
 
-    For DVoRA it is the whole change of the weight, rescaling included.
+    For DVoRA, this is the whole change of the weight, including its rescaling.
 
     Raises:
-        ValueError: If the adapter holds NaN or inf (the message names the tensor), is stacked or does not fit the
-            weight, or the weight is offloaded.
+        ValueError: If the adapter holds NaN or inf, is stacked or does not fit the weight, or the weight is offloaded.
     """
     scales = params.keys() & {*SCALES}
     if params.keys() - scales != {*VECTORS} or len(scales) > 1:
         raise ValueError(
             f"params must have the keys 'lambda_b' and 'lambda_d', got {sorted(params)} (for DVoRA also 'magnitude' or "
-            "'output_scale'); merge the terms of a sum one by one."
+            "'output_scale'). A weighted sum of adapters can't be merged: merge its adapters one by one."
         )
     for name, tensor in (*params.items(), *frozen.items()):
         if not isinstance(tensor, Tensor):
@@ -329,13 +329,13 @@ def checked_delta(
     lambda_b, lambda_d = params["lambda_b"], params["lambda_d"]
     if lambda_b.shape != (out_features,) or lambda_d.dim() != 1:
         raise ValueError(
-            f"a single adapter of a weight {tuple(q.shape)} has lambda_b ({out_features},) and lambda_d (r,), got "
-            f"{tuple(lambda_b.shape)} and {tuple(lambda_d.shape)}; if they are stacked, split them with "
-            "unstack_adapters and merge each."
+            f"for a weight {tuple(q.shape)}, lambda_b and lambda_d must have shapes ({out_features},) and (r,), got "
+            f"{tuple(lambda_b.shape)} and {tuple(lambda_d.shape)}; split stacked adapters with unstack_adapters, and "
+            "merge each."
         )
     if any(params[name].shape != lambda_b.shape for name in scales):
         shapes = {name: tuple(params[name].shape) for name in scales}
-        raise ValueError(f"a single adapter of a weight {tuple(q.shape)} has a scale ({out_features},), got {shapes}.")
+        raise ValueError(f"for a weight {tuple(q.shape)}, a scale must have shape ({out_features},), got {shapes}.")
     if any(leaf.is_meta for leaf in ((q,) if isinstance(q, Tensor) else flatten(q)[0])):
         raise ValueError(NO_DATA)
     if not scales:
@@ -354,7 +354,7 @@ def _require_whole_blocks(q: Quantized4bit) -> None:
 def _dequantize_as_peft(q: Quantized) -> Tensor:
     if isinstance(q, Quantized4bit):
         return dequantize(q)
-    # bitsandbytes dequantizes int8 with two different orders of operations; PEFT's codes depend on this one.
+    # bitsandbytes dequantizes int8 weights with two different orders of operations; PEFT's merge uses this one.
     return private.bnb_ops().int8_vectorwise_dequant(q.codes, q.scale)
 
 

@@ -1,6 +1,6 @@
 """Merge an adapter into the weights of a whole model, for tools without adapter support.
 
-W' = round(W + ΔW) in each adapted layer of a new model of the same class
+W' = round(W + ΔW)        in each adapted layer of a new model of the same class
 """
 
 from collections.abc import Collection, Mapping
@@ -34,26 +34,26 @@ def merge(
     *,
     weights: Mapping[str, Quantized | Tensor] | None = None,
 ) -> nn.Module:
-    """A new model with the adapter merged into its weights; `model` is not modified.
+    """Return a new model with the adapter merged into its weights. `model` is not modified.
 
-    Parameters that are neither merged nor quantized share memory with `model`. The result can be saved with
-    transformers' `save_pretrained` and loaded with `from_pretrained`. Tied weights that an adapter, or a trained head
-    or embedding, makes different are untied in the result and in its configuration. To unmerge, use `model` again.
-    `model_merge_report` measures the loss of a merge to 4 or 8 bits; the loss of a merge to 16 bits is negligible.
+    Parameters that are neither merged nor quantized share memory with `model`. transformers' `save_pretrained` and
+    `from_pretrained` save and load the result. If tied weights become different, because one of them is adapted or
+    trained, they are untied in the result and in its configuration. To unmerge, use `model` again. A merge to 16 bits
+    loses almost nothing; `model_merge_report` measures the loss of a merge to 4 or 8 bits.
 
     Args:
         model: The base model.
-        params: Params of a single adapter; trained biases and `modules_to_save` replace those of the model.
+        params: Params of a single adapter. Trained biases and `modules_to_save` replace those of the model.
         frozen: The projections.
         to: Format of the adapted layers and of all quantized layers: "nf4", "fp4", "int8", or a dtype for a dense
             model. None keeps the format of each layer.
-        weights: Merged weights by module name, used in place of rounding; for example from `calibrate_weights`.
+        weights: Merged weights by module name, such as those of `calibrate_weights`. These are used as they are; the
+            other layers are merged here.
 
     Raises:
-        ValueError: If the adapter does not fit the model or holds NaN or inf, if a layer would be quantized that the
+        ValueError: If the adapter does not fit the model or holds NaN or inf, if `to` would quantize a layer that the
             model's class keeps in float32, if the weight of an adapted layer is computed (weight_norm) or has a dtype
-            that can't hold the result (float8), or if the model is offloaded or wrapped by PEFT. Nothing is merged
-            then.
+            that can't hold the result (float8), or if the model is offloaded or wrapped by PEFT.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -67,7 +67,9 @@ def merge(
     model = unwrap(model)
     layers = adapted_layers(model, params)
     if odd := sorted((weights or {}).keys() - layers.keys()):
-        raise ValueError(f"weights has {odd[0]!r}, which is not an adapted layer; those are {sorted(layers)[:3]}, ...")
+        raise ValueError(
+            f"weights has {odd[0]!r}, which is not an adapted layer; adapted layers are {sorted(layers)[:3]}, ..."
+        )
     float32 = tuple(f".{end}" for end in private.float32_modules(model))
     if isinstance(to, str) and (odd := [name for name in layers if f".{name}".endswith(float32)]):
         raise ValueError(
@@ -88,7 +90,7 @@ def merge(
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
 
     def weight_of(name: str, module: nn.Module) -> Quantized | Tensor | None:
-        # A bitsandbytes module rewrites its weight in its forward, so layers without an adapter are copied as well.
+        # A bitsandbytes module rewrites its weight when it runs, so those without an adapter are copied as well.
         if name not in layers and not is_bnb_linear(module):
             return None
         given = (weights or {}).get(name)
@@ -117,14 +119,14 @@ def merge(
 def model_merge_report(
     adapted: Adapted, to: Format | None = None, inputs: Mapping[str, Tensor] | None = None
 ) -> dict[str, MergeReport]:
-    """`merge_report` of each adapted layer, for `merge(model, params, frozen, to)`.
+    """Return the `merge_report` of each adapted layer for `merge(model, params, frozen, to)`, by layer name.
 
     Layers whose update is zero are omitted.
 
     Args:
         adapted: From `adapt` or `load_adapter`, with a single adapter.
-        to: As for `merge`.
-        inputs: Inputs (tokens, in) by layer name, to measure the errors of the outputs.
+        to: See `merge`.
+        inputs: Inputs of shape (tokens, in) by layer name, to measure the errors of the layers' outputs.
 
     Returns:
         Reports by layer name.
@@ -146,7 +148,9 @@ def model_merge_report(
     layers = adapted_layers(model, adapted.params)
     require_weights(model, "merge")
     if odd := sorted((inputs or {}).keys() - layers.keys()):
-        raise ValueError(f"inputs has {odd[0]!r}, which is not an adapted layer; those are {sorted(layers)[:3]}, ...")
+        raise ValueError(
+            f"inputs has {odd[0]!r}, which is not an adapted layer; adapted layers are {sorted(layers)[:3]}, ..."
+        )
     reports = {}
     for name, vectors in layers.items():
         base = _base_weight(name, model.get_submodule(name), to, adapted.params.get(join_key(name, "weight")))
@@ -163,22 +167,22 @@ def _is_rescaled(base: Quantized | Tensor, vectors: Mapping[str, Tensor], frozen
 
 
 def _base_weight(name: str, module: Any, to: Format | None, given: Tensor | None) -> Quantized | Tensor:
-    """The base weight (out, in) of a merge: the layer's own, or the trained one in `params`."""
+    """Return the base weight (out, in) of a merge: `given`, the trained weight in params, or else the layer's own."""
     if is_bnb_linear(module):
         return from_bnb(module)[0]
     _require_plain_weight(name, module, to)
     weight = module.weight.detach() if given is None else given.detach().to(module.weight)
-    weight = weight if weight.dtype in _FLOATS else weight.float()  # torch hardly computes with float8
+    weight = weight if weight.dtype in _FLOATS else weight.float()  # torch has few operations on float8
     return weight.T if is_conv1d(module) else weight
 
 
 def _require_plain_weight(name: str, module: Any, to: Format | None) -> None:
-    """Reject a layer that computes its weight, or whose dtype can't hold a merged weight."""
+    """Raise an error if a layer computes its weight, or if the dtype of its weight can't hold a merged weight."""
     if "weight" not in dict(module.named_parameters(recurse=False)):
         remedy = "torch.nn.utils.remove_weight_norm(layer) or remove_spectral_norm(layer)"
         if is_parametrized(module, "weight"):
             remedy = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
-        raise ValueError(f"{name!r} computes its weight in its forward: call {remedy} before the merge.")
+        raise ValueError(f"{name!r} computes its weight in each forward pass: call {remedy} before the merge.")
     dtype = module.weight.dtype
     if dtype in _FLOATS:
         return
@@ -210,14 +214,14 @@ def _merged_weight(
 
 
 def _checked_parameter(parameters: Mapping[str, nn.Parameter], key: str, value: Tensor) -> Tensor:
-    """The new value of a parameter of the model, in that parameter's dtype."""
+    """Return the new value of a parameter of the model, in the dtype and on the device of this parameter."""
     if key not in parameters:
         raise ValueError(f"params has {key!r}, which is not a parameter of the model.")
     own = parameters[key]
     if type(own) is not nn.Parameter:
         raise ValueError(f"params has {key!r}, which is of type {type(own).__name__} and can't be replaced.")
     if own.shape != value.shape:
-        raise ValueError(f"{key!r} must be {tuple(own.shape)}, got {tuple(value.shape)}.")
+        raise ValueError(f"{key!r} must have shape {tuple(own.shape)}, got {tuple(value.shape)}.")
     return value.detach().to(own)
 
 
@@ -227,7 +231,7 @@ def _is_merged(key: str, layers: Collection[str]) -> bool:
 
 
 def _set_parameters(merged: nn.Module, model: nn.Module, own: Mapping[str, Tensor], memo: Mapping[int, Any]) -> None:
-    """Replace parameters of the model by their trained values; tied parameters stay tied if their values are equal."""
+    """Replace parameters of the model by their trained values. Tied parameters stay tied if their values are equal."""
     shared: dict[int, list[nn.Parameter]] = {}
     for key, names in parameter_aliases(model, [*own]).items():
         if key not in own:

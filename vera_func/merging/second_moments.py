@@ -1,10 +1,10 @@
-"""Input second moments E[x xᵀ] of each layer of a model, for a calibrated merge.
+"""Compute input second moments E[x xᵀ] of each layer of a model, for a calibrated merge.
 
     H = Σ_t w_t x_t x_tᵀ / Σ_t w_t,        w_t = 1 or ‖∂ readout / ∂ y_t‖²
 
-With equal weights, a calibrated merge preserves the outputs of each layer equally well at all tokens. Most tokens have
-little influence on the model's answer. Weights equal to the squared gradient of that answer in the layer's output `y`
-move the error to those tokens.
+With equal weights, a calibrated merge preserves the outputs of each layer equally well at all tokens, but most tokens
+have little influence on the model's answer. With the squared norm of the gradient of a `readout` (such as the answer's
+logit) in the layer's output y as weights, the error moves to the tokens with little influence.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +22,7 @@ from ..quant.value import Quantized, Quantized4bit
 from .layer import merge_calibrated
 
 
-UNIFORM = 0.1  # weight of the unweighted second moments in the mean, which keeps H well conditioned
+UNIFORM = 0.1  # share of unweighted second moments in the result, which keeps it well conditioned
 
 
 def second_moments(
@@ -31,18 +31,18 @@ def second_moments(
     *,
     readout: Callable[[Any], Tensor] | None = None,
 ) -> dict[str, Float[Tensor, "in in"]]:
-    """Mean of `x xᵀ` over the inputs `x` of each adapted layer of the adapted model, by module name.
+    """Return the mean of `x xᵀ` over the inputs `x` of each adapted layer, by module name.
 
-    Costs one forward pass per batch, with `readout` also one backward pass, and an (in, in) matrix per layer. Tokens
-    with an `attention_mask` (b, seq) of 0 are excluded.
+    The inputs are those in the adapted model. This costs one forward pass per batch, with `readout` also one backward
+    pass, and the memory of an (in, in) matrix per layer. Tokens with an `attention_mask` (b, seq) of 0 are excluded.
 
     Args:
         adapted: The model with the adapter to merge.
         batches: Keyword arguments of the model, such as `{"input_ids": ..., "attention_mask": ...}`. A few thousand
             tokens in total are enough.
-        readout: Function of the model's output that returns one scalar per example, (b,). For a classifier that answers
-            with a token, use the difference of two answers' logits. Each token is then weighted by the squared norm of
-            the readout's gradient in the layer's output. None weights all tokens equally.
+        readout: Function of the model's output that returns one scalar per example, with shape (b,). For a classifier
+            that answers with a token, return the difference of two answers' logits. Each token is then weighted by the
+            squared norm of the readout's gradient in the layer's output. None weights all tokens equally.
 
     Raises:
         ValueError: If there are no batches, a batch is not a mapping, the readout does not depend on an adapted layer,
@@ -120,9 +120,9 @@ def calibrate_weights(
     *,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> dict[str, Quantized]:
-    """Calibrated merge of every adapted 4-bit layer of a model; pass the result to `merge(..., weights=...)`.
+    """Merge every adapted 4-bit layer of a model with calibration, and return the merged weights by module name.
 
-    Costs about one second per layer of width 576 on two cores.
+    Pass the result to `merge(..., weights=...)`. A layer of width 576 takes about one second on two cores.
 
     Args:
         adapted: A model whose adapted layers are 4-bit, with a single adapter.
@@ -147,7 +147,7 @@ def calibrate_weights(
         module = adapted.apply.model.get_submodule(name)
         q = from_bnb(module)[0] if is_bnb_linear(module) else None
         if not isinstance(q, Quantized4bit):
-            raise ValueError(f"{name!r} is a {type(module).__name__}; calibration is for 4-bit layers.")
+            raise ValueError(f"{name!r} is a {type(module).__name__}; only 4-bit layers can be calibrated.")
         if name not in moments:
             raise ValueError(f"moments lacks the layer {name!r}; it has {sorted(moments)[:3]}.")
         weights[name] = merge_calibrated(q, layers[name], adapted.frozen, gram=moments[name])
@@ -155,7 +155,7 @@ def calibrate_weights(
 
 
 def _token_mask(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Boolean mask (*batch,) of the rows of `x` (*batch, in) that are tokens and not padding."""
+    """Return a boolean mask (*batch,) of the rows of `x` (*batch, in) that are tokens and not padding."""
     if mask is not None and mask.shape == x.shape[:-1]:
         return mask.bool()
     return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
