@@ -113,7 +113,7 @@ def test_shapes_of_all_layers(tmp_path):
     for key, shape in (("base_model.vera_A", (4, 12)), ("base_model.vera_B", (12, 4))):
         file = vf.save_adapter(tmp_path, *each[1:]) / WEIGHTS
         save_file(load_file(file) | {key: torch.ones(shape)}, file)
-        with pytest.raises(ValueError, match=rf"{WEIGHTS} has vera_A .*for this model"):
+        with pytest.raises(ValueError, match=rf"{WEIGHTS} has vera_A .*this model needs"):
             vf.load_adapter(tmp_path, model())
 
 
@@ -177,7 +177,7 @@ def test_keys_that_are_missing_or_too_many(tmp_path):
     lacking = {key: value for key, value in whole.items() if key != "base_model.model.2.vera_lambda_b"}
     for tensors, message in (
         (lacking, "lacks '2.lambda_b'"),
-        (whole | {"base_model.model.1.vera_lambda_b": torch.ones(13)}, "has '1.lambda_b', unknown"),
+        (whole | {"base_model.model.1.vera_lambda_b": torch.ones(13)}, "has '1.lambda_b', which this model"),
     ):
         save_file(tensors, file)
         with pytest.raises(ValueError, match=message):

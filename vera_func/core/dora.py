@@ -218,7 +218,7 @@ def _checked(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> tupl
 
 
 def _with_share(params: Mapping[str, Tensor], name: str, scale: Tensor) -> Tensor:
-    """Add the base model's share of each row, which `select_adapters` stores; the base model has a scale of 1."""
+    """Add to the scale of each row the base model's share (see `select_adapters`); the base model has a scale of 1."""
     share = params.get(join_key(name, BASE_SHARE))
     return scale if share is None else scale + _with_dims(share[..., None], scale.dim())
 

@@ -50,7 +50,7 @@ def export_lora(
     rank: int | None = None,
     format: str = "peft",
 ) -> LoraExport:
-    """Write the adapter as a LoRA, for PEFT, vLLM, SGLang or llama.cpp. It is exact unless `rank` is less than r.
+    """Write the adapter as a LoRA, for PEFT, vLLM, SGLang or llama.cpp. The LoRA is exact unless `rank` is below r.
 
     A DVoRA adapter becomes a LoRA with `use_dora=True`. PEFT loads such a LoRA, but servers refuse it (vLLM, SGLang,
     llama.cpp); merge the adapter for them instead (`merge`).

@@ -67,7 +67,7 @@ class _TooLarge(Exception):
 
 
 def rehearse(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], count: int) -> Seen:
-    """Find the layouts of the rows in a call.
+    """Find the layout of the rows in the input of each layer, and in the outputs, of a call.
 
     Args:
         apply: The `Apply` that is called.

@@ -245,7 +245,7 @@ def _default_targets(model: nn.Module) -> tuple[str, ...] | str:
 
 
 def peft_dtype(module: nn.Module) -> torch.dtype | None:
-    """Return the dtype to which PEFT rounds the vectors and projections of a layer's adapter, or None.
+    """Return the dtype to which PEFT rounds a layer's vectors and projections, or None if it does not round them.
 
     PEFT casts them to the layer's dtype (4-bit layers: the compute dtype; 8-bit layers: no cast) and then to float32.
     Over a 16-bit base, the projections are therefore rounded to 16 bits.
