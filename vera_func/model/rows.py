@@ -331,7 +331,7 @@ def _common(lead: Lead) -> tuple[int, ...]:
 
 
 def _require_rows(apply: Any, lead: Lead, rows: int, args: tuple, kwargs: dict[str, Any], single: bool = False) -> None:
-    """Raise an error if no input has this number of rows, or with `single`, if the first input does not have one row."""
+    """Raise an error if no input has this many rows, or with `single`, if the first input does not have one row."""
     given = [(axis_of(apply.row_axes, i), value) for i, value in enumerate(args)]
     given += [(axis_of(apply.row_axes, name), value) for name, value in kwargs.items()]
     inputs = [(axis, t) for axis, value in given if axis is not None for t in tensors_in(value) if t.dim()]
