@@ -598,7 +598,7 @@ def test_projections_that_are_stored_but_not_wanted(tmp_path):
     write(tmp_path)
     edit_weights(tmp_path, lambda tensors: None)
     edit_config(tmp_path, save_projection=False)
-    with pytest.warns(UserWarning, match=r"adapter_model\.safetensors holds projections, but save_projection is false"):
+    with pytest.warns(UserWarning, match=r"adapter_model\.safetensors contains projections, but save_projection is"):
         _, loaded, drawn, _ = vf.load_adapter(tmp_path, model())
     assert_same(loaded, params)
     assert_same(drawn, vf.init_projections(3, 13, 13))

@@ -101,7 +101,7 @@ def test_what_can_not_be_calibrated():
     with pytest.raises(ValueError, match="moments lacks the layer"):
         calibrate_weights(adapted, {})
     int8 = quantized(llama(), "int8")
-    with pytest.raises(ValueError, match="only 4-bit layers layers"):
+    with pytest.raises(ValueError, match="only 4-bit layers"):
         calibrate_weights(vf.adapt(int8, adapted.config), {})
 
 

@@ -288,7 +288,7 @@ class TestOwnOfTheBase:
     def test_is_no_adapter_to_be_saved(self, tmp_path):
         adapted = small(targets=["0"], modules_to_save=["2"])
         one = vf.unstack_adapters(vf.select_adapters(several(adapted), [1, -1]))[0]
-        with pytest.raises(ValueError, match=r"'2\..*\.base_share', so they are a sum of adapters"):
+        with pytest.raises(ValueError, match=r"'2\..*\.base_share' belongs to a sum of adapters"):
             vf.save_adapter(tmp_path, one, adapted.frozen, adapted.config)
         with pytest.raises(ValueError, match=r"base_share"):
             vf.merge(adapted.apply.model, one, adapted.frozen)

@@ -601,7 +601,9 @@ def test_a_table_of_positions():
     model = transformers.DebertaV2Model(transformers.DebertaV2Config(**BERT, **DEBERTA)).eval()
     apply, _, frozen, _ = adapted = vf.adapt(model, vf.VeraConfig(r=R, target_modules=["query_proj"]))
     stacked, ids = several(adapted, 4, scale=1.0), tokens(4, 6)
-    with pytest.raises(ValueError, match=r"layer '.*query_proj' reads \(1, 16, 32\), .*torch\.func\.vmap"):
+    with pytest.raises(
+        ValueError, match=r"layer '.*query_proj' has an input of shape \(1, 16, 32\) .*torch\.func\.vmap"
+    ):
         apply(stacked, frozen, input_ids=ids)
     # What the error advises works.
     f = lambda p, ids: apply(p, frozen, input_ids=ids[None], attention_mask=torch.ones(1, 6)).last_hidden_state[0]

@@ -147,7 +147,7 @@ class TestPeft:
     def test_layers_that_transformers_put_in(self):
         model = llama()
         model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
-        with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_proj'.*PEFT.*load the base model"):
+        with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_proj'.*PEFT.*Load the base model"):
             vf.adapt(model, CONFIG)
 
 
