@@ -79,12 +79,13 @@ def test_each_text_is_computed_once(setup):
     adapted, adapters, tokenizer = setup
     scores = SharedScores(adapted._replace(params=vf.stack_adapters(adapters)), tokenizer, 4)
     batches = []
-    compute = scores._compute
-    scores._compute = lambda batch: batches.append(len(batch)) or compute(batch)
-    pairs = [("the film was", " good"), ("the film was", " bad"), ("", "the film")]
+    logprobs = scores._logprobs
+    scores._logprobs = lambda rows, width: batches.append([len(row) for row in rows]) or logprobs(rows, width)
+    pairs = [("the film was", " good"), ("the film was", " bad"), ("", "the film"), ("the film was", " good and bad")]
     first = dict(scores.of(pairs))
     assert scores.of(pairs[::-1]) == first
-    assert batches == [3]
+    assert batches == [[2, 3, 5]]  # continuations of one token have the same input
+    assert len(first) == 4
 
 
 @pytest.mark.parametrize("context", ["", "the film was", "the film was  ", "[BOS] the film"])

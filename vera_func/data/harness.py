@@ -119,43 +119,48 @@ class SharedScores:
 
     def of(self, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Score]:
         """The scores of pairs of a context and its continuation."""
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
-        encoded = {pair: encode_pair(self.tokenizer, *pair) for pair in new}
-        new.sort(key=lambda pair: sum(map(len, encoded[pair])))  # texts of a batch are of similar length
-        for start in range(0, len(new), self.batch_size):
-            batch = new[start : start + self.batch_size]
-            self.known |= zip(batch, self._compute([encoded[pair] for pair in batch]), strict=True)
+        # Continuations of one token, as of most multiple choice, have the same input.
+        inputs: dict[tuple[int, ...], list[tuple[tuple[str, str], list[int]]]] = {}
+        for pair in dict.fromkeys(pairs):
+            if pair not in self.known:
+                context, continuation = encode_pair(self.tokenizer, *pair)
+                # The last token is predicted, but not read.
+                read = (context + continuation)[-(self.max_length + 1) :][:-1]
+                inputs.setdefault(tuple(read), []).append((pair, continuation))
+        rows = sorted(inputs, key=len)  # those of a batch are of similar length
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
+            width = max(len(continuation) for row in batch for _, continuation in inputs[row])
+            for row, logprobs in zip(batch, self._logprobs(batch, width).unbind(1), strict=True):
+                self.known |= {pair: _score(logprobs, continuation) for pair, continuation in inputs[row]}
         return self.known
 
     @torch.no_grad()
-    def _compute(self, batch: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
+    def _logprobs(self, rows: Sequence[Sequence[int]], width: int) -> Tensor:
+        """Log-probabilities of the tokens after the last `width` positions of each row, (n, rows, width, vocab)."""
         model: Any = self.adapted.apply.model
-        device = model.device
-        # The last token is predicted, but not read.
-        rows = [(context + continuation)[-(self.max_length + 1) :][:-1] for context, continuation in batch]
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):  # padding is on the right, where causal attention does not see it
             ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
-        many = {"input_ids": ids.repeat(self.n, 1).to(device), "attention_mask": mask.repeat(self.n, 1).to(device)}
-        which = torch.arange(self.n).repeat_interleave(len(rows))
-        params = select_adapters(self.adapted.params, which)
+        many = {"input_ids": ids.repeat(self.n, 1), "attention_mask": mask.repeat(self.n, 1)}
+        many = {name: value.to(model.device) for name, value in many.items()}
+        params = select_adapters(self.adapted.params, torch.arange(self.n).repeat_interleave(len(rows)))
         hidden, head = hidden_and_head(self.adapted.apply, params, self.adapted.frozen, **many)
-        width = max(len(continuation) for _, continuation in batch)
-        # The positions before the continuation's tokens; those of shorter ones are repeated, and left out below.
-        ends = torch.tensor([len(row) for row in rows])
-        at = (ends[:, None] - width + torch.arange(width)).clamp(min=0)  # (rows, width)
-        at = at.repeat(self.n, 1).to(hidden.device)
-        hidden = hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1]))
+        # Positions before the first one of a short row are not read.
+        at = (torch.tensor([len(row) for row in rows])[:, None] - width + torch.arange(width)).clamp(min=0)
+        at = at.repeat(self.n, 1)[:, :, None].to(hidden.device)
+        hidden = hidden.gather(1, at.expand(-1, -1, hidden.shape[-1]))
         logits = hidden if head is None else linear(hidden, head) if isinstance(head, Tensor) else head(hidden)
-        logprobs = logits.float().log_softmax(-1).unflatten(0, (self.n, len(rows)))  # (n, rows, width, vocab)
-        scores = []
-        for i, (_, continuation) in enumerate(batch):
-            tokens = torch.tensor(continuation, device=logprobs.device)
-            own = logprobs[:, i, width - len(continuation) :]  # (n, length, vocab)
-            chosen = own.gather(2, tokens.expand(self.n, -1)[:, :, None])[:, :, 0]
-            scores.append(Score(chosen.sum(1).cpu(), (own.argmax(2) == tokens).all(1).cpu()))
-        return scores
+        return logits.float().log_softmax(-1).unflatten(0, (self.n, len(rows)))
+
+
+def _score(logprobs: Tensor, continuation: list[int]) -> Score:
+    """The score of a continuation, whose tokens come after the last positions of `logprobs` (n, width, vocab)."""
+    own = logprobs[:, logprobs.shape[1] - len(continuation) :]
+    tokens = torch.tensor(continuation, device=own.device).expand(len(own), -1)
+    chosen = own.gather(2, tokens[:, :, None])[:, :, 0]
+    return Score(chosen.sum(1).cpu(), (own.argmax(2) == tokens).all(1).cpu())
 
 
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
