@@ -110,7 +110,8 @@ def stochastic_codes(target: Weight, code: Table, absmax: Absmax, generator: tor
     """Round weights to the grid at random, so that the expectation is `target`: merging without calibration inputs.
 
     The rounding is unbiased, except for targets beyond the outermost levels, which are clipped. Each weight that is not
-    on the grid gets noise of up to half a quantization step, so the error is several times that of `calibrate_rows`.
+    on the grid gets noise with a standard deviation of up to half a quantization step, so the error is several times
+    that of `calibrate_rows`.
 
     Args:
         target: The weight to round, `W + ΔW`.
