@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 import vera_func as vf
-from vera_func.cli import main as cli, training
+from vera_func.cli import main as cli, recipe, training
 from vera_func.model.batch import num_adapters
 from vera_func.train.distributed import furthest, map_sharded, mean_over_micro_batches, process_group, rank
 from vera_func.train.fit import batch_indices
@@ -118,7 +118,7 @@ if __name__ == "__main__":
     if what in ("hang", "fail"):
         missing(what, int(where))
     if what == "kill":
-        training.CHECKPOINT_EVERY = 4
+        recipe.CHECKPOINT_EVERY = training.CHECKPOINT_EVERY = 4
         training.train_batches = killed_at(*map(int, where.split(",")))
         sys.exit(cli.main(line))
     torch.set_num_threads(1)
