@@ -118,7 +118,7 @@ bad("open_bank", "an empty name", lambda t: rewritten(t, names='["a", "b", ""]')
 other = json.dumps({"peft_type": "VERA", "r": 7, "target_modules": ["0"]})
 
 
-bad("open_bank", "another rank", lambda t: rewritten(t, config=other), "because r is ")
+bad("open_bank", "another rank", lambda t: rewritten(t, config=other), "for r=")
 
 
 bad("open_bank", "an old format", lambda t: rewritten(t, format="vera_func.bank.0"), "not an adapter bank")

@@ -138,7 +138,7 @@ bad(
     damaged({"use_dora": False, "peft_type": "VERA"}),
     "magnitude', which this",
 )
-bad("open_bank", "no magnitude", bank_without("0.magnitude"), "with use_dora=True, '0.magnitude' must")
+bad("open_bank", "no magnitude", bank_without("0.magnitude"), "the shape of '0.magnitude' can't be None")
 STACK = {key: value[None] for key, value in FOLDED.items()}
 bad("save_bank", "folded params", lambda folder: vf.save_bank(
     folder / "new", STACK, FROZEN, DORA.config, ["a"]), "belongs to folded params")  # fmt: skip

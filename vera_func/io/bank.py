@@ -54,8 +54,7 @@ class Bank:
         """Return the stacked params of the given adapters (names or rows) in the given order; None means all adapters.
 
         Only these rows are read. A contiguous range of rows is memory-mapped, not copied, so the file must not be
-        overwritten in place while the params are in use. This library replaces files, and never overwrites them in
-        place.
+        overwritten in place while the params are in use. This library always replaces files instead.
 
         Raises:
             ValueError: If a name is unknown, a row is out of range, or the file is damaged.
@@ -172,9 +171,7 @@ def save_bank(
         if split_key(key)[1] == "lambda_d" and leaf.shape[1:] != (config.r,):
             raise ValueError(f"{key!r} must have shape ({n}, {config.r}), got {tuple(leaf.shape)}.")
         if split_key(key)[1] in MARKS or key in _PROJECTIONS:
-            raise ValueError(
-                f"{key!r} can't be stored in a bank: store single adapters, not the result of select_adapters."
-            )
+            raise ValueError(f"{key!r} can't be stored in a bank, only single adapters, without select_adapters.")
     if not n:
         raise ValueError("the stack has no adapters; a bank needs at least one.")
     check_adapter({key: leaf[0] for key, leaf in stacked.items()}, frozen, config)
@@ -361,9 +358,7 @@ def _check_ranks(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Vera
     r = config.r
     A, B = (shapes[name] for name in _PROJECTIONS)
     if len(A) != 2 or len(B) != 2 or A[0] != r or B[1] != r:
-        raise ValueError(
-            f"{path}: vera_A {A} and vera_B {B} must have shapes ({r}, in) and (out, {r}), because r is {r}."
-        )
+        raise ValueError(f"{path}: vera_A {A} and vera_B {B} must have shapes ({r}, in) and (out, {r}) for r={r}.")
     other = {"lambda_b": "lambda_d", "lambda_d": "lambda_b"}
     for key, shape in shapes.items():
         leaf = split_key(key)[1]
@@ -376,8 +371,8 @@ def _check_ranks(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Vera
         magnitude = key.removesuffix("lambda_b") + MAGNITUDE
         if leaf == "lambda_b" and shapes.get(magnitude) != (shape if config.use_dora else None):
             raise ValueError(
-                f"{path}: with use_dora={config.use_dora}, {magnitude!r} must have the shape "
-                f"{shape if config.use_dora else None}, got {shapes.get(magnitude)}."
+                f"{path}: with use_dora={config.use_dora} and a lambda_b of shape {shape}, the shape of {magnitude!r} "
+                f"can't be {shapes.get(magnitude)}."
             )
         if leaf in other and key.removesuffix(leaf) + other[leaf] not in shapes:
             raise ValueError(f"{path} has {key!r}, but lacks the layer's {other[leaf]!r}.")
