@@ -4,7 +4,7 @@ import torch
 from tqdm import tqdm
 
 import vera_func as vf
-from vera_func.cli.demo import HELD_OUT, demo_examples, split_examples
+from vera_func.data.examples import HELD_OUT, demo_examples, split_examples
 from vera_func.data.models import load_base
 from vera_func.data.prompts import batches_by_length
 from vera_func.data.task import encode_examples, make_task

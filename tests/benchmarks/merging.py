@@ -8,10 +8,9 @@ from tqdm import tqdm
 
 import vera_func as vf
 from vera_func.cli.commands import CALIBRATION
-from vera_func.cli.demo import HELD_OUT, demo_examples, split_examples
 from vera_func.data.answers import calibrate_answers
 from vera_func.data.assets import load_snippets
-from vera_func.data.examples import polar_examples, split
+from vera_func.data.examples import HELD_OUT, demo_examples, polar_examples, split, split_examples
 from vera_func.data.models import load_base
 from vera_func.data.prompts import collate
 from vera_func.data.task import encode_examples, logits_of, make_task

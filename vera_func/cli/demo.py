@@ -15,25 +15,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.assets import load_snippets
-from ..data.examples import Example, polar_examples, read_examples, split
-from ..data.models import Base, Note, describe_base, load_base, write_note
+from ..data.examples import HELD_OUT, demo_examples, read_examples, split_examples
+from ..data.models import Note, describe_base, load_base, write_note
 from ..data.prompts import PROMPT, Batch, Encoded, collate
 from ..data.task import Task, check_prompt, encode_examples, logits_of, make_task, score_of
 from ..io.bank import save_bank
 from ..io.checkpoint import load_adapter, save_adapter
-from ..model.adapt import Adapted, adapt
+from ..model.adapt import Adapted
 from ..model.config import VeraConfig
 from ..train.distributed import map_sharded, rank, under_torchrun, world_size
 from .checkpoints import checkpoint_path, delete_checkpoints
+from .outputs import BANK, new_adapter, output_folder
 from .recipe import Recipe
 from .report import bar, format_table, percent
 from .training import Sweep, small_batch, sweep_grid, train_one, train_sweep
 
 
-HELD_OUT, VALIDATION, MAX_STEPS, MIN_STEPS = 1000, 200, 100, 50
+VALIDATION, MAX_STEPS, MIN_STEPS = 200, 100, 50
 PARTS = 4
-BANK = "bank.safetensors"
 
 
 class DemoResult(NamedTuple):
@@ -129,9 +128,7 @@ def demo(
     check_prompt(prompt)
     if rank() > 0:
         progress, say = False, lambda line: None
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder or not exist; {out} is a file.")
+    out = output_folder(out)
     # Read the data first, so that an invalid row is reported before a model is loaded.
     examples = demo_examples() if data is None else read_examples(data)
     train, test = split_examples(examples, HELD_OUT, seed=seed)
@@ -141,17 +138,13 @@ def demo(
     per_epoch = len(train) // batch_size
     steps = steps or (round(per_epoch * epochs) or 1 if epochs else min(max(per_epoch, MIN_STEPS), MAX_STEPS))
     parts = parts or (PARTS if under_torchrun() else 1)
-    recipe = (recipe or Recipe())._replace(batch_size=batch_size, micro_batches=parts, seed=seed)
-    if adapters > 1 and recipe != Recipe(batch_size=batch_size, micro_batches=parts, seed=seed):
-        raise ValueError("a sweep has a recipe of its own: leave out --adapters, or the other options of training.")
-    if recipe.checkpointing and recipe.dropout:
-        raise ValueError("--checkpointing trains without dropout: leave out one of them.")
+    recipe = _checked(recipe or Recipe(), Recipe(batch_size=batch_size, micro_batches=parts, seed=seed), adapters)
     base = load_base(model, quant, dtype, max_tokens=max_length, device=device)
     say(describe_base(base))
     if world_size() > parts:
         say(f"{parts} of {world_size()} ranks have work: pass --parts {world_size()}.")
     task = make_task(base, sorted({example.label for example in examples}), prompt)._replace(max_tokens=max_length)
-    adapted = adapt(base.model, _config(base, r, targets, seed, recipe.dropout), product_dtype=base.product_dtype)
+    adapted = new_adapter(base, r, targets, recipe)
     rows = encode_examples(base, task, test)
     measure = partial(score_of, adapted, task, rows=rows, map=map_sharded)
     before = measure(adapted.params, progress=bar("before", progress)).accuracy.item()
@@ -178,35 +171,22 @@ def demo(
     (difference,) = map_sharded(save, [note])  # on rank 0
     delete_checkpoints(checkpoint)
     say(f"Saved in {out} and loaded again: the logits differ by at most {difference:.1g}.")
-    bank = None if trained.sweep is None else out / BANK
+    bank, table = (None, None) if trained.sweep is None else (out / BANK, trained.sweep.table)
     if bank is not None:
         say(f"All {adapters} adapters are in {bank}: vera-func evaluate --bank {bank}")
     following = (f"inspect {out}", f"predict --adapter {out} 'A new text.'", "train --help")
     say("\n  vera-func ".join(["Next:", *following]))
-    table = None if trained.sweep is None else trained.sweep.table
     return DemoResult(before, after, len(test), values, seconds, difference, out, bank, table)
 
 
-def demo_examples() -> list[Example]:
-    """The demo's data: snippets of movie reviews that are clearly positive or negative."""
-    return polar_examples(load_snippets("movie"))
-
-
-def split_examples(examples: Sequence[Example], most: int, *, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split examples into training and held-out examples; `most` are held out, or a fifth if that is less."""
-    return split(examples, min(most, -(-len(examples) // 5)), seed=seed)
-
-
-def _config(base: Base, r: int, targets: Sequence[str] | None, seed: int, dropout: float) -> VeraConfig:
-    every = targets is not None and list(targets) == ["all-linear"]
-    return VeraConfig(
-        base_model_name_or_path=base.name,
-        task_type="CAUSAL_LM",
-        r=r,
-        target_modules="all-linear" if every else list(targets) if targets is not None else None,
-        projection_prng_key=seed,
-        vera_dropout=dropout,
-    )
+def _checked(recipe: Recipe, of_run: Recipe, adapters: int) -> Recipe:
+    """The recipe with the batch size, micro-batches and seed of a run."""
+    recipe = recipe._replace(batch_size=of_run.batch_size, micro_batches=of_run.micro_batches, seed=of_run.seed)
+    if adapters > 1 and recipe != of_run:
+        raise ValueError("a sweep has a recipe of its own: leave out --adapters, or the other options of training.")
+    if recipe.checkpointing and recipe.dropout:
+        raise ValueError("--checkpointing trains without dropout: leave out one of them.")
+    return recipe
 
 
 def _train(

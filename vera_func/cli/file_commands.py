@@ -37,10 +37,9 @@ def merge(
     """
     from rich.text import Text
 
-    from ..data.examples import read_examples
+    from ..data.examples import HELD_OUT, demo_examples, read_examples, split_examples
     from ..data.sources import open_source
     from .commands import merge_to
-    from .demo import HELD_OUT, demo_examples, split_examples
     from .inspect import summarize_reports
     from .report import COLUMNS, make_table, show_result
 

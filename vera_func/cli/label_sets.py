@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..data.batches import batch_order
-from ..data.examples import Example, read_examples
+from ..data.examples import HELD_OUT, Example, read_examples, split_examples
 from ..data.models import Note, load_base
 from ..data.objective import with_dropout
 from ..data.prompts import PROMPT, Batch, Encoded, Score, collate
@@ -23,9 +23,8 @@ from ..model.adapt import Adapted
 from ..model.batch import Params, select_adapters
 from ..train.distributed import map_sharded, rank
 from .checkpoints import checkpoint_path, delete_checkpoints
-from .demo import HELD_OUT, split_examples
 from .jobs import adapter_names, num_steps, value_of
-from .outputs import BANK, new_adapter, save_adapters
+from .outputs import BANK, new_adapter, output_folder, save_adapters
 from .recipe import Recipe, Trained, train_chunks, train_together
 from .report import bar
 
@@ -67,9 +66,7 @@ def train_label_sets(
     if recipe.checkpointing:
         raise ValueError("--checkpointing trains one adapter: leave it out, or raise --accumulate.")
     progress = progress and rank() == 0
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder or not exist; {out} is a file.")
+    out = output_folder(out)
     examples = [read_examples(source) for source in sources]
     labels = _same_labels(sources, examples)
     splits = [split_examples(some, HELD_OUT, seed=recipe.seed) for some in examples]
@@ -98,25 +95,22 @@ def train_label_sets(
     note = Note(base.quant, labels, prompt, data=list(sources), max_length=None if max_length == 256 else max_length)
     map_sharded(partial(save_adapters, out, adapted, trained.params, names), [note])  # on rank 0
     delete_checkpoints(checkpoint)
-    table = [
-        {
-            "name": names[i],
-            "data": sources[i],
-            "learning_rate": rates[i],
-            "rows": len(train[i]),
-            "held_out": len(held_out[i]),
-            "steps": trained.steps[i],
-            "before": before[i].accuracy.item(),
-            "after": after[i].accuracy.item(),
-            "loss": after[i].loss.item(),
-            "diverged": trained.diverged[i],
-        }
-        for i in range(n)
-    ]
-    size = sum(leaf.numel() for leaf in adapted.params.values())
-    return {"kind": "label", "trained": size, "seconds": seconds, "out": str(out), "bank": str(out / BANK)} | {
-        "adapters": table
+    columns = {
+        "name": names,
+        "data": sources,
+        "learning_rate": rates,
+        "rows": [len(rows) for rows in train],
+        "held_out": [len(rows) for rows in held_out],
+        "steps": trained.steps,
+        "before": [score.accuracy.item() for score in before],
+        "after": [score.accuracy.item() for score in after],
+        "loss": [score.loss.item() for score in after],
+        "diverged": trained.diverged,
     }
+    table = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    size = sum(leaf.numel() for leaf in adapted.params.values())
+    places = {"out": str(out), "bank": str(out / BANK)}
+    return {"kind": "label", "trained": size, "seconds": seconds, **places, "adapters": table}
 
 
 def _same_labels(sources: Sequence[str], examples: Sequence[Sequence[Example]]) -> list[str]:

@@ -28,7 +28,7 @@ from ..model.batch import Params, stack_adapters
 from ..train.distributed import map_sharded, rank
 from .checkpoints import checkpoint_path, delete_checkpoints
 from .jobs import Job, make_jobs
-from .outputs import BANK, new_adapter, save_adapters
+from .outputs import BANK, new_adapter, output_folder, save_adapters
 from .recipe import Recipe, Trained, train_chunks, train_together
 from .report import bar
 from .scoring import BETA, MAX_LENGTH, length_of, pad_id
@@ -86,9 +86,7 @@ def train_language(
         OSError: If a file or the model is not found, or (ConnectionError) there is no network.
     """
     progress = progress and rank() == 0
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder or not exist; {out} is a file.")
+    out = output_folder(out)
     initial = None if reference is None else open_source(reference)
     sets = [open_dataset(source) for source in sources]
     kind = _same_kind(sets)
@@ -99,10 +97,7 @@ def train_language(
     model, quant = model or _model_of(initial), quant or _quant_of(initial)
     base = load_base(model, quant, dtype, max_tokens=max_length or MAX_LENGTH, device=device)
     max_length = length_of(base, max_length)
-    if reference is not None:
-        adapted = load_adapter(reference, base.model, product_dtype=base.product_dtype)
-    else:
-        adapted = new_adapter(base, r, targets, recipe)
+    adapted = _initial_adapter(base, reference, r, targets, recipe)
     rows = [tokenize(data, base.tokenizer, max_length=max_length, side=truncate_side) for data in sets]
     references = _references(base, adapted, rows, progress)
     jobs = make_jobs(
@@ -134,14 +129,17 @@ def train_language(
     map_sharded(partial(save_adapters, out, adapted, trained.params, [job.name for job in jobs]), [note])  # on rank 0
     delete_checkpoints(checkpoint)
     table = [_row(job, sets, trained, before, after, i) for i, job in enumerate(jobs)]
-    common = {
-        "kind": kind,
-        "omitted": sum(one.omitted for one in rows) or None,
-        "trained": sum(leaf.numel() for leaf in adapted.params.values()),
-        "seconds": seconds,
-        "out": str(out),
-    }
+    omitted = sum(one.omitted for one in rows) or None
+    size = sum(leaf.numel() for leaf in adapted.params.values())
+    common = {"kind": kind, "omitted": omitted, "trained": size, "seconds": seconds, "out": str(out)}
     return common | ({"bank": str(out / BANK), "adapters": table} if len(jobs) > 1 else table[0])
+
+
+def _initial_adapter(base: Base, reference: str | None, r: int, targets: Any, recipe: Recipe) -> Adapted:
+    """The adapter of the reference, or a new one."""
+    if reference is not None:
+        return load_adapter(reference, base.model, product_dtype=base.product_dtype)
+    return new_adapter(base, r, targets, recipe)
 
 
 def _same_kind(sets: Sequence[DataSet]) -> str:

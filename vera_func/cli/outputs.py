@@ -17,6 +17,18 @@ from .recipe import Recipe
 BANK = "bank.safetensors"
 
 
+def output_folder(out: str | Path) -> Path:
+    """The folder of the result, which need not exist.
+
+    Raises:
+        ValueError: If it is a file.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder or not exist; {out} is a file.")
+    return out
+
+
 def new_adapter(base: Base, r: int, targets: Any, recipe: Recipe) -> Adapted:
     """The base with a new adapter."""
     if targets is not None and not isinstance(targets, str):

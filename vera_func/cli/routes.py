@@ -106,8 +106,8 @@ def evaluate(
 
         rows = open_dataset(data)
         return evaluate_language(source, load(), rows, limit=limit, chunk=chunk)
+    from ..data.examples import HELD_OUT, demo_examples, split_examples
     from .commands import evaluate
-    from .demo import HELD_OUT, demo_examples, split_examples
 
     examples = read_examples(data) if data else split_examples(demo_examples(), HELD_OUT, seed=0)[1]
     return evaluate(source, load(), examples[:limit], prompt=prompt, chunk=chunk, batch_size=batch_size)

@@ -3,14 +3,14 @@
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from .assets import Snippet, load_snippets
 from .files import Row, source_rows
 from .kinds import check_row, text
 
 
-if TYPE_CHECKING:
-    from .assets import Snippet
+HELD_OUT = 1000  # examples of the demo, and of `vera-func train`, by which the result is measured
 
 
 class Example(NamedTuple):
@@ -84,7 +84,7 @@ def read_texts(path: str | Path) -> list[str]:
     return texts
 
 
-def polar_examples(snippets: "Iterable[Snippet]", threshold: float = 1.0) -> list[Example]:
+def polar_examples(snippets: Iterable[Snippet], threshold: float = 1.0) -> list[Example]:
     """Convert rated snippets to examples with the labels "positive" and "negative".
 
     Snippets whose rating is at most `threshold` in absolute value are omitted. Of several snippets with the same text,
@@ -133,6 +133,16 @@ def split(examples: Sequence[Example], held_out: int, *, seed: int) -> tuple[lis
         )
     rng.shuffle(train)
     return train, test
+
+
+def demo_examples() -> list[Example]:
+    """The demo's data: snippets of movie reviews that are clearly positive or negative."""
+    return polar_examples(load_snippets("movie"))
+
+
+def split_examples(examples: Sequence[Example], most: int, *, seed: int) -> tuple[list[Example], list[Example]]:
+    """Split examples into training and held-out examples; `most` are held out, or a fifth if that is less."""
+    return split(examples, min(most, -(-len(examples) // 5)), seed=seed)
 
 
 def _rows(source: str | Path, columns: Sequence[str]) -> Iterator[Row]:
