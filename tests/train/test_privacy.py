@@ -120,6 +120,7 @@ def test_poisson_batches():
 
 
 @pytest.mark.filterwarnings("ignore:Optimal order is the largest alpha:UserWarning")  # while it searches
+@pytest.mark.slow
 def test_the_recipe_of_the_docstring():
     pytest.importorskip("opacus")
     recipe = privacy.__doc__.partition("    from opacus")[2].partition("The guarantee")[0]
