@@ -584,7 +584,7 @@ def test_an_adapter_of_another_model(tmp_path):
     refused(tmp_path, r"adapter_config\.json does not fit this model: .*'model\.layers\.0' is a Llama", llama())
     refused(tmp_path, r"adapter_config\.json does not fit this model: no module matches", nn.Linear(7, 13))
     other = nn.Sequential(nn.Linear(7, 13), nn.ReLU(), nn.Linear(13, 6))
-    refused(tmp_path, r"'2\.lambda_b' of shape \(5,\), which must be \(6,\)", other)
+    refused(tmp_path, r"'2\.lambda_b' of shape \(5,\), but this model needs the shape \(6,\)", other)
 
 
 def test_a_head_that_is_missing(tmp_path):
