@@ -587,7 +587,7 @@ bad(
     "dpo_loss",
     "a beta for each of other adapters",
     lambda _: dpo_loss(ones(2, 3), ones(2, 3), ones(3), ones(3), ones(3)),
-    r"beta is \(3,\), which are not the first axes of chosen \(2, 3\)",
+    r"beta has shape \(3,\), which is not how chosen \(2, 3\) begins",
 )
 bad(
     "dpo_loss",

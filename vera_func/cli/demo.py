@@ -121,7 +121,7 @@ def demo(
 
     Raises:
         ValueError: If an option or the data is invalid.
-        OSError: If a file or the model is not found, or (ConnectionError) there is no network.
+        OSError: If a file or the model is not found, or there is no network (ConnectionError).
         RuntimeError: If every adapter of a sweep diverged, or the logits of the loaded adapter differ from those of the
             saved one.
     """

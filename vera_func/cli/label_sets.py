@@ -60,7 +60,7 @@ def train_label_sets(
 
     Raises:
         ValueError: If an option or a row is invalid, or the labels differ.
-        OSError: If a file or the model is not found, or (ConnectionError) there is no network.
+        OSError: If a file or the model is not found, or there is no network (ConnectionError).
     """
     check_prompt(prompt)
     if recipe.checkpointing:

@@ -83,7 +83,7 @@ def train_language(
 
     Raises:
         ValueError: If an option or a row is invalid.
-        OSError: If a file or the model is not found, or (ConnectionError) there is no network.
+        OSError: If a file or the model is not found, or there is no network (ConnectionError).
     """
     progress = progress and rank() == 0
     out = output_folder(out)

@@ -60,7 +60,7 @@ def train_one(
     progress: bool,
     checkpoint: Path | None = None,
 ) -> dict[str, Tensor]:
-    """Train one adapter, and return its params; with evaluations, the best ones on the held-out examples."""
+    """Train one adapter and return its params, or those of its best evaluation if it was evaluated meanwhile."""
     order = train_batches(train, recipe.batch_size, seed=recipe.seed, pad_id=task.pad_id)
 
     def batches(step: int) -> list[Any]:

@@ -146,7 +146,9 @@ def scaled_base(
 def rescaled_delta(
     delta: Float[Tensor, "*rows out in"], params: Mapping[str, Tensor], weight: Float[Tensor, "out in"]
 ) -> Float[Tensor, "*rows out in"]:
-    """Return DVoRA's update of a weight, `s (W + ΔW) - W`, given `delta = diag(lambda_b) B diag(lambda_d) A`.
+    """Return DVoRA's update of a weight, `s (W + delta) - W`, where `delta = diag(lambda_b) B diag(lambda_d) A`.
+
+    For each output row, `s` is the magnitude divided by the norm of that row of `W + delta`.
 
     Example:
         >>> weight, params = torch.tensor([[3.0, 3.0]]), {"magnitude": torch.tensor([10.0])}
@@ -229,7 +231,7 @@ def _distinct(vector: Tensor) -> Tensor:
 
 
 def _with_dims(vector: Tensor, dims: int) -> Tensor:
-    """View a vector (*rows, k) with `dims` axes, by inserting axes of size 1 after the rows."""
+    """View a vector (*rows, k) with `dims` axes in all, by inserting axes of size 1 after the rows."""
     return vector.reshape(*vector.shape[:-1], *[1] * (dims - vector.dim()), vector.shape[-1])
 
 

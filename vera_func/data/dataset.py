@@ -58,7 +58,7 @@ def open_dataset(source: str | Path) -> DataSet:
 
     Raises:
         ValueError: If a row is wrong, or there is none; the message names file, row and column.
-        OSError: If a file is not found or can't be read, or (ConnectionError) there is no network.
+        OSError: If a file is not found or can't be read, or there is no network (ConnectionError).
 
     Example:
         >>> path = Path(tempfile.mkdtemp()) / "sums.csv"

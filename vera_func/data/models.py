@@ -107,7 +107,7 @@ def load_base(
     Raises:
         ValueError: If the folder contains no model, the model is already quantized in another format, or there is no
             such device.
-        OSError: If the model is not found, or (ConnectionError) there is no network.
+        OSError: If the model is not found, or there is no network (ConnectionError).
     """
     if quant not in (None, "none", *QUANTIZERS):
         raise ValueError(f"quant must be one of {[*QUANTIZERS, 'none']}, got {quant!r}.")

@@ -125,7 +125,7 @@ def reference_logprobs(
     Args:
         adapted: The model.
         params: Params of the reference; a new adapter, whose update is 0, is the base.
-        part: The rows; `use` is not used.
+        part: The rows, all of them, whatever its `use` says.
         pad_id: Token to pad with.
         device: Device of the model.
         map: Function that maps over the batches; `map_sharded` shards them across ranks.

@@ -36,8 +36,9 @@ def split(document: T, max_length: int) -> list[T]:
 def pack(lengths: Iterable[int], max_length: int) -> list[list[int]]:
     """Group documents to rows of at most `max_length` tokens: for each row, the indices of its documents.
 
-    The longest document that is left is put into the row with the least space that is enough. Costs O(n log n). The
-    result depends on the arguments only. Documents are in order within rows, and rows by their first document.
+    Best-fit decreasing: the longest remaining document goes into the fullest row that still has room for it. Costs
+    O(n log n). The result depends on the arguments only. Documents are in order within rows, and rows by their first
+    document.
 
     Args:
         lengths: Number of tokens of each document.

@@ -157,7 +157,7 @@ class Follower:
         return places[0] if inner and whole else Lost(None)
 
     def _cut(self, name: str, args: tuple, kwargs: dict[str, Any], out: Tensor, place: Place) -> Place | Lost | None:
-        """Return the place in a part of the rows' axis. It is known if all rows have as many entries in it."""
+        """Return the place in a part of the rows' axis. It is known if all rows have equally many entries."""
         x = args[0]
         at = args[1:2] if name == "slice" else args[2:3]
         if _dim(at[0] if at else kwargs.get("dim", 0), x) != place.axis or out.shape == x.shape:

@@ -78,8 +78,9 @@ def fisher_influence(
     Args:
         train_grads: Gradients of the training examples, leaves (train, ...), which also define the Fisher matrix.
         test_grads: Gradients of the test examples, leaves (test, ...).
-        damping: Added to the diagonal, positive. Around the mean eigenvalue `mean |g_i|^2 / parameters` or above;
-            smaller values trust directions in which few examples have a gradient.
+        damping: Added to the diagonal, positive. Choose a value at or above the mean eigenvalue of the Fisher
+            matrix, which is the mean of `|g_i|^2` divided by the number of parameters. With smaller values, directions
+            in which few examples have a gradient get too much weight.
 
     Raises:
         ValueError: If gradients have different keys or shapes, or `damping` is not positive.

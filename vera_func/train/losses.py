@@ -231,7 +231,7 @@ def dpo_loss(
     if isinstance(beta, Tensor) and beta.dim():
         if beta.shape != chosen.shape[: beta.dim()]:
             raise ValueError(
-                f"beta is {tuple(beta.shape)}, which are not the first axes of chosen {tuple(chosen.shape)}: pass one "
+                f"beta has shape {tuple(beta.shape)}, which is not how chosen {tuple(chosen.shape)} begins: pass one "
                 "value, or one for each stacked adapter."
             )
         beta = beta.reshape(*beta.shape, *[1] * (chosen.dim() - beta.dim()))
