@@ -285,7 +285,7 @@ def test_hostile_data_is_refused_before_a_model_is_loaded(run, tmp_path, monkeyp
         ("--data {reviews} --steps 4,5", "--steps must have one value, or one for each of the 1 adapters, got 2"),
         ("--data {reviews} --data {data}/stars.jsonl", "must have the same ones to be trained in one run, but"),
         ("--data {reviews} --data {data}/text.jsonl", "'label' must be a non-empty string, got None"),
-        ("--data {reviews} --adapters 2 --clip 0.5", "a sweep has a recipe of its own"),
+        ("--data {reviews} --adapters 2 --clip 0.5", "a sweep sets the other options itself"),
     ],
 )
 def test_mistakes_are_one_sentence(run, data, model, folder, reviews, tmp_path, line, said):

@@ -110,7 +110,8 @@ def predict(
         progress: Whether to show progress bars.
 
     Raises:
-        ValueError: If there is no text or an empty one, the labels are unknown, or the adapters do not fit the model.
+        ValueError: If `texts` is empty or has an empty text, the labels are unknown, or the adapters do not fit the
+            model.
     """
     _check_texts("text", texts)
     task = task_of(source, base, labels, prompt)
@@ -160,7 +161,7 @@ def generate(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If there is no prompt or an empty one, or the numbers of adapters and prompts differ.
+        ValueError: If `prompts` is empty or has an empty prompt, or the numbers of adapters and prompts differ.
     """
     _check_texts("prompt", prompts)
     names = source.names * len(prompts) if len(source.names) == 1 else source.names

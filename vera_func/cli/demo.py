@@ -183,7 +183,7 @@ def _checked(recipe: Recipe, of_run: Recipe, adapters: int) -> Recipe:
     """The recipe with the batch size, micro-batches and seed of a run."""
     recipe = recipe._replace(batch_size=of_run.batch_size, micro_batches=of_run.micro_batches, seed=of_run.seed)
     if adapters > 1 and recipe != of_run:
-        raise ValueError("a sweep has a recipe of its own: leave out --adapters, or the other options of training.")
+        raise ValueError("a sweep sets the other options itself: leave out --adapters, or those options.")
     if recipe.checkpointing and recipe.dropout:
         raise ValueError("--checkpointing trains without dropout: leave out one of them.")
     return recipe

@@ -42,11 +42,11 @@ class Job(NamedTuple):
 
 
 def expand_sources(sources: Sequence[str], each: bool) -> list[str]:
-    """The data sets of `--data`; with `each`, every file (or sub-folder) of the folders is a data set of its own.
+    """The data sets of `--data`; with `each`, every file (or sub-folder) of the folders is a separate data set.
 
     Raises:
         ValueError: If a folder has no data.
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If a file does not exist.
     """
     if not each:
         return list(sources)
@@ -160,5 +160,5 @@ def adapter_names(sources: Sequence[str], pairs: Sequence[tuple[int, float | Non
         parts = [stem] if len(sources) > 1 or not several else []
         names.append("-".join([*parts, *([f"beta{beta:g}"] if several else [])]))
     if len(set(names)) < len(names):
-        raise ValueError(f"each adapter needs a name of its own, got {names}: give each data set and beta once.")
+        raise ValueError(f"adapters need distinct names, got {names}: give each data set and beta once.")
     return names

@@ -21,7 +21,7 @@ def step_logger(folder: str | None, checkpoint: Path | None = None) -> Iterator[
 
     Args:
         folder: The folder; created if it does not exist.
-        checkpoint: Checkpoint of the run. One of several groups of adapters, by its name, has a folder of its own.
+        checkpoint: Checkpoint of the run. Its name tells groups of adapters apart; each group has its folder.
 
     Example:
         >>> import tempfile

@@ -38,7 +38,7 @@ class Recipe(NamedTuple):
         eval_every: Steps between two evaluations; None means none during training.
         patience: Evaluations without improvement after which an adapter stops; None means that it does not.
         seed: Seed of split, order, projections and dropout.
-        log: Folder for the numbers of each step; None means that they are not written. It is no part of the run.
+        log: Folder for the numbers of each step; None writes none. The result does not depend on it.
     """
 
     batch_size: int = 16

@@ -65,7 +65,7 @@ def find_files(source: str | Path) -> list[Path]:
     """The data files that a file, a folder (with its sub-folders) or a glob pattern stands for, sorted by name.
 
     Raises:
-        FileNotFoundError: If there is no such file or folder, or no file matches the pattern.
+        FileNotFoundError: If the path does not exist, or no file matches the pattern.
         ValueError: If a folder has no data file, or the suffix of a file is not supported.
     """
     path = Path(source)

@@ -149,7 +149,7 @@ def find_device(name: str = "auto") -> torch.device:
     Under torchrun, "auto" and "cuda" are the GPU with the local rank, which `process_group` selects.
 
     Raises:
-        ValueError: If there is no such device.
+        ValueError: If the name is invalid, or torch does not find the device.
 
     Example:
         >>> find_device("cpu")

@@ -60,7 +60,7 @@ def movie_pairs() -> Rows:
 def pairs(snippets: Iterable[Snippet], *, seed: int) -> Rows:
     """Pair sentences of similar length, one rated higher by people than the other, by at least 3 of 8 points.
 
-    Each sentence is in one pair at most. All prompts are equal, so rows have a `group` of their own.
+    Each sentence is in one pair at most. All prompts are equal, so each row has a distinct `group`.
 
     Args:
         snippets: Rated sentences. Of several with the same text, only the first is used.

@@ -38,7 +38,7 @@ def find_adapter(
     """Return the local folder with an adapter's files. The files of a repository are downloaded into the hub's cache.
 
     Args:
-        path: A directory, or `"user/repo"` if there is no such directory.
+        path: A directory, or `"user/repo"` if that directory does not exist.
         adapter_name: See `load_adapter`.
         revision: Branch, tag or commit of the repository.
         subfolder: Folder of the adapter in the directory or repository.

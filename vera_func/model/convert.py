@@ -88,7 +88,7 @@ def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) 
             `score` and `qa_outputs` stay dense.
 
     Raises:
-        ValueError: If there is no layer to quantize, the format is unknown, or the model is offloaded or wrapped by
+        ValueError: If no layer can be quantized, the format is unknown, or the model is offloaded or wrapped by
             PEFT.
 
     Example:
