@@ -551,7 +551,7 @@ bad(
     "next_token_loss",
     "a bias without a weight",
     lambda _: next_token_loss(HIDDEN, None, LABELS, bias=torch.ones(3)),
-    "bias belongs to a head",
+    "bias requires a weight as head",
 )
 bad(
     "next_token_loss",
@@ -587,7 +587,7 @@ bad(
     "dpo_loss",
     "a beta for each of other adapters",
     lambda _: dpo_loss(ones(2, 3), ones(2, 3), ones(3), ones(3), ones(3)),
-    r"beta has shape \(3,\), which is not how chosen \(2, 3\) begins",
+    r"beta has shape \(3,\), but chosen is \(2, 3\): pass one value",
 )
 bad(
     "dpo_loss",

@@ -1,4 +1,4 @@
-"""The best params of a run so far, kept in memory and in a file, so that a resumed run keeps the same ones."""
+"""Keep the best params of a run, in memory and in a file for resumed runs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +16,9 @@ class Best(NamedTuple):
     """The params with the lowest metric, for one adapter (`*n` is empty) or for each of `n` adapters.
 
     Attributes:
-        params: These params.
-        metric: Their metrics; infinite before the first evaluation.
-        step: The numbers of steps after which they were evaluated.
+        params: The params with the lowest metric.
+        metric: The lowest metric of each adapter; infinite before the first evaluation.
+        step: Number of training steps after which each adapter reached this metric.
     """
 
     params: dict[str, Tensor]
@@ -38,7 +38,9 @@ def start_best(params: Mapping[str, Tensor], n: tuple[int, ...] = ()) -> Best:
 
 
 def better(best: Best, params: Mapping[str, Tensor], metric: Float[Tensor, "*n"], step: int) -> Best:
-    """The state after an evaluation: adapters whose metric is lower than before are replaced; NaN is not lower.
+    """The state after an evaluation. It has the new params of each adapter whose metric is the lowest so far.
+
+    A metric of NaN never counts as an improvement.
 
     Example:
         >>> best = start_best({"p": torch.zeros(2, 3)}, (2,))
@@ -64,14 +66,14 @@ def save_best(path: Path, best: Best) -> None:
 
 
 def load_best(path: Path, like: Best) -> Best:
-    """Read the state from a file, onto the devices of `like`.
+    """Read the state from a file, and move it to the devices of `like`.
 
     Raises:
-        ValueError: If the file is damaged, or is of another run.
+        ValueError: If the file is damaged or belongs to another run.
     """
     _, tensors = read_safetensors(path)
     expected = {f"params.{k}": t for k, t in like.params.items()} | {"metric": like.metric, "step": like.step}
     if {k: t.shape for k, t in tensors.items()} != {k: t.shape for k, t in expected.items()}:
-        raise ValueError(f"{path} has other params than this run: delete it to start again.")
+        raise ValueError(f"{path} has other params than this run. To start again, delete the file.")
     params = {k: tensors[f"params.{k}"].to(t.device) for k, t in like.params.items()}
     return Best(params, tensors["metric"], tensors["step"])

@@ -1,10 +1,11 @@
-"""Activation checkpointing: a loss whose backward pass computes the activations of each layer again.
+"""Activation checkpointing: a loss that recomputes the activations of each layer in its backward pass.
 
     loss = checkpointed_loss(adapted, lambda module, batch: module(**batch).logits.square().mean())
     loss(params, batch)  ==  the same with apply, in less memory and about 4/3 of the time
 
-`apply` is a pure function of params that are bound during a call, so that nothing can run again after it. Here the
-forward and the backward pass run together, on a module: the loss is differentiable once, by plain autograd.
+`apply` binds params to the model only while it runs, so autograd can't recompute a layer after the call. Therefore this
+loss runs its forward and backward pass together, on a module that holds the params. The loss is differentiable once, by
+plain autograd.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,14 +25,13 @@ Value = Callable[[Any, Any], Tensor]
 
 
 def checkpointed_loss(adapted: Adapted, value: Value) -> Callable[[Mapping[str, Tensor], Any], Tensor]:
-    """A function `(params, batch) -> loss` for `fit`, which keeps the inputs of layers only.
+    """A function `(params, batch) -> loss` for `fit` that stores only the input of each layer.
 
-    The layers are the entries of the model's `nn.ModuleList`s that are not inside of others, as in transformers'
-    models.
+    A layer is an entry of an outermost `nn.ModuleList` of the model, as in transformers' models.
 
     Args:
-        adapted: From `adapt`; params of a single adapter.
-        value: Function `(module, batch)` of the model as a module, which returns the loss.
+        adapted: From `adapt`, with the params of a single adapter.
+        value: Function `(module, batch)` that returns the loss. `module` is the adapted model as a module.
 
     Raises:
         ValueError: If the model has no list of layers, or params are stacked.
@@ -90,7 +90,7 @@ def _loss_and_gradients(
 
 @contextmanager
 def _checkpointing(layers: list[nn.Module]) -> Iterator[None]:
-    """Checkpoint these layers; they may be those of the base, so that they are restored."""
+    """Checkpoint these layers in a `with` block. They may belong to the base model, so they are restored afterwards."""
     try:
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -2,11 +2,12 @@
 
     losses(x, weight, bias, targets, chunk) = logsumexp(z) - z[targets],    z = x weight^T + bias
 
-The logits z (tokens, vocab) are computed `chunk` positions at a time and discarded. The gradient of each loss in its
-own position, (softmax(z) - onehot(targets)) weight, is computed while they exist. So the losses of a frozen head cost
-two products, as many as without chunks; a trained head costs two more in the backward pass, where one would be enough.
+The logits z (tokens, vocab) are computed and discarded `chunk` positions at a time. While a chunk is in memory, the
+gradient of its losses with respect to x, (softmax(z) - onehot(targets)) weight, is computed as well. A frozen head
+takes two matrix products, as many as without chunks. A trained head takes two more in the backward pass, one more than
+without chunks.
 
-Higher derivatives are those of the plain expression, chunk by chunk.
+Higher derivatives are computed from the plain expression, chunk by chunk.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,8 +43,8 @@ def weight_losses(
         >>> weight_losses(torch.zeros(3, 8), torch.ones(4, 8), None, torch.tensor([0, 1, 2]), 2)
         tensor([1.3863, 1.3863, 1.3863])
     """
-    # Dynamo (2.13) does not support a Function with a jvp; the compiler decides what is saved. With gradients disabled
-    # nothing is saved.
+    # Dynamo (torch 2.13) does not support a Function with a jvp, and the compiler itself decides what to save. With
+    # gradients disabled, nothing is saved.
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         parts = [_losses(linear(x[i], weight, bias), targets[i]) for i in _chunks(len(x), chunk)]
         return torch.cat(parts)
@@ -56,14 +57,14 @@ def function_losses(
     targets: Int[Tensor, "*rows tokens"],
     chunk: int,
 ) -> Float[Tensor, "*rows tokens"]:
-    """`-log p(target)` of each position, from an output head that is any function of its input.
+    """`-log p(target)` of each position, from an output head given as a function.
 
-    Plain autograd computes the logits of each chunk again in the backward pass.
+    Under plain autograd, the backward pass recomputes the logits of each chunk.
 
     Args:
         x: Input of the head.
-        head: Function from (*rows, chunk, width) to logits (*rows, chunk, vocab); its result must depend on its input
-            and on constants only.
+        head: Function from (*rows, chunk, width) to logits (*rows, chunk, vocab). Its result may depend only on its
+            input and on constants.
         targets: Token ids.
         chunk: Number of positions, in each row, whose logits are computed at once.
 
@@ -84,7 +85,7 @@ def _function_losses(head: Callable[[Tensor], Tensor], x: Tensor, targets: Tenso
 
 
 def _chunks(size: int, chunk: int) -> Iterator[slice]:
-    """Slices of a range; one empty slice of an empty range."""
+    """Slices of length `chunk` that cover `range(size)`; one empty slice if `size` is 0."""
     return (slice(start, start + chunk) for start in range(0, max(size, 1), chunk))
 
 
@@ -97,14 +98,14 @@ def _log_probs(logits: Tensor) -> Tensor:
 
 
 def _losses_and_slopes(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each position, and its gradient in the position's x."""
+    """The loss of each position, and its gradient with respect to that position's `x`."""
     log_probs = _log_probs(linear(x, weight, bias))
     losses = -log_probs.gather(-1, targets[..., None])[..., 0]
     return losses, _errors(log_probs, targets).to(x.dtype) @ weight
 
 
 def _errors(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """softmax(z) - onehot(targets), the gradient of each loss in its logits; may overwrite `log_probs`."""
+    """softmax(z) - onehot(targets), the gradient of each loss with respect to its logits; may overwrite `log_probs`."""
     index, ones = targets[..., None], log_probs.new_ones(()).expand(*targets.shape, 1)
     if torch.is_grad_enabled() or in_transform():
         return log_probs.exp().scatter_add(-1, index, -ones)
@@ -113,7 +114,7 @@ def _errors(log_probs: Tensor, targets: Tensor) -> Tensor:
 
 @keep_signature
 class _ChunkedLosses(torch.autograd.Function):
-    """The losses of all positions, and the gradient of each loss in its position's `x`, which backward scales."""
+    """The losses of all positions, and their gradients with respect to `x`, which the backward pass scales."""
 
     generate_vmap_rule = True
 
@@ -158,7 +159,7 @@ class _ChunkedLosses(torch.autograd.Function):
 def _head_gradients(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int, grad: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of `grad @ losses` in the head's weight and bias, accumulated in float32."""
+    """The gradients of `grad @ losses` with respect to the head's weight and bias, accumulated in float32."""
     of_weight = of_bias = None
     for i in _chunks(len(x), chunk):
         errors = grad[i, None] * _errors(_log_probs(linear(x[i], weight, bias)), targets[i])
@@ -173,7 +174,7 @@ def _head_gradients(
 def _slope_gradients(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int, grad: Tensor
 ) -> tuple[Tensor, ...]:
-    """The gradients of `(grad * slopes).sum()` in x, weight and, if there is one, bias."""
+    """The gradients of `(grad * slopes).sum()` with respect to x, weight and, if there is one, bias."""
 
     def slopes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.cat([_losses_and_slopes(x[i], weight, bias, targets[i])[1] for i in _chunks(len(x), chunk)])
@@ -183,7 +184,7 @@ def _slope_gradients(
 
 
 def _tangents(primals: tuple[Any, ...], tangents: tuple[Any, ...], targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The tangents of the losses and slopes of a chunk; a tangent that is None is zero."""
+    """The tangents of the losses and slopes of a chunk; a tangent of None means zero."""
     moving = [k for k, tangent in enumerate(tangents) if tangent is not None]
 
     def function(*given: Tensor) -> tuple[Tensor, Tensor]:

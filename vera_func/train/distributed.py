@@ -4,10 +4,11 @@
     map_sharded               shards items across ranks: rank k of w computes items k, k + w, ...; all-gathers results
     mean_over_micro_batches   sum of w_i grad_i / sum of w_i over micro-batches, by one all-reduce of one float64 buffer
 
-Results do not depend on the number of processes, because items and micro-batches do not: each item is computed by one
-process, and the float64 sum of float32 values times counts is nearly always exact in any order. Collectives receive
-plain tensors and are called outside of `torch.func` transforms, where they fail or give wrong results. The quantized
-base is replicated on every rank. Without torchrun every function runs in the calling process.
+Results do not depend on the number of processes. Items and micro-batches are the same for any number of processes, and
+each is computed by one process. Gradients are summed in float64, where a sum of float32 values times counts is nearly
+always exact in any order. Collectives fail or give wrong results inside `torch.func` transforms, so they are called
+outside, with plain tensors. The quantized base is replicated on every rank. Without torchrun every function runs in the
+calling process.
 
 The commands `train` and `evaluate` run under torchrun, on one machine or on several:
 
@@ -15,16 +16,17 @@ The commands `train` and `evaluate` run under torchrun, on one machine or on sev
     torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint host-1:29500 \\
         -m vera_func train --data reviews.csv --out my-adapter --parts 16
 
-Evaluation shards adapters across ranks in chunks (`--chunk`); training shards the `--parts` micro-batches of each batch
-and all-reduces 8 bytes per trained parameter at each step. Training on many data sets shards adapters in chunks
-(`--together`) if there are several chunks. Only rank 0 writes files and shows progress; each rank uses the GPU with its
-local rank.
+Evaluation shards adapters across ranks, in chunks of `--chunk` adapters. Training shards the `--parts` micro-batches of
+each batch, and all-reduces 8 bytes per trained parameter at each step. Training on many data sets shards adapters
+instead, in chunks of `--together` adapters, if there is more than one chunk. Only rank 0 writes files and shows
+progress. Each rank uses the GPU whose index is its local rank.
 
-Failures are detected by torch. All ranks enter a `monitored_barrier` after each chunk and before each all-reduce. It
-detects a dead rank at once, and a rank that hangs or is unreachable after the group's timeout: 10 minutes, or
-`$VERA_FUNC_TIMEOUT` seconds, which must exceed the duration of a chunk or a step. Rank 0 then names the missing ranks,
-every rank exits, and torchrun terminates ranks that do not. With `--max-restarts`, or if the same command is run again,
-training resumes exactly from the last checkpoint. After a host is replaced, run the command again on all hosts.
+Failures are detected by torch. All ranks enter a `monitored_barrier` after each chunk and before each all-reduce. The
+barrier detects a dead rank at once. It detects a rank that hangs or is unreachable after the group's timeout, which is
+10 minutes or `$VERA_FUNC_TIMEOUT` seconds. The timeout must exceed the duration of a chunk or a step. Rank 0 then names
+the missing ranks, every rank exits, and torchrun terminates ranks that do not. With `--max-restarts`, or if the same
+command is run again, training resumes exactly from the last checkpoint. After a host is replaced, run the command again
+on all hosts.
 
 In Python:
 
@@ -33,7 +35,8 @@ In Python:
         mean = partial(mean_over_micro_batches, weight=num_tokens)
         run = vf.fit(loss, params, lambda step: batch(step).split(2), accumulate=mean, steps=100, learning_rate=1e-2)
 
-On a Ray cluster (`pip install "vera-func[ray]"`) each actor holds the base, and the adapter names are the dataset:
+On a Ray cluster (`pip install "vera-func[ray]"`) each actor holds the base model, and the dataset is the list of
+adapter names:
 
     import numpy as np
     import ray
@@ -78,7 +81,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 TIMEOUT = 600.0  # seconds that a rank waits for the others
-_groups = count()  # prefixes of the keys of this process's groups in torchrun's store
+_groups = count()  # numbers the groups of this process; the number is a prefix of the group's keys in torchrun's store
 _wait = timedelta(seconds=TIMEOUT)  # timeout of the current group
 
 
@@ -99,9 +102,9 @@ def under_torchrun() -> bool:
 
 @contextlib.contextmanager
 def process_group(timeout: float | None = None) -> Iterator[None]:
-    """Join torchrun's processes in a gloo process group for a `with` block; a no-op without torchrun.
+    """Join torchrun's processes in a gloo process group for a `with` block; without torchrun, do nothing.
 
-    Buffers are small, so gloo is also used with GPUs. Each rank uses the GPU with its local rank.
+    Buffers are small, so gloo is also used with GPUs. Each rank uses the GPU whose index is its local rank.
 
     Args:
         timeout: Seconds that a rank waits for the others; None means `$VERA_FUNC_TIMEOUT`, or 600.
@@ -126,7 +129,8 @@ def process_group(timeout: float | None = None) -> Iterator[None]:
     _wait = wait
     with _explain_errors(f"not all processes have joined after {seconds:g} s"):
         store, me, world = next(dist.rendezvous("env://", timeout=wait))
-        # torchrun (2.13) reuses its store for a restart, with the addresses of the previous processes.
+        # After a restart, torchrun (torch 2.13) reuses its store, which still has the addresses of the previous
+        # processes.
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
         store = dist.PrefixStore(f"vera_func {attempt}/{next(_groups)}", store)
         dist.init_process_group("gloo", store=store, rank=me, world_size=world, timeout=wait)
@@ -194,8 +198,8 @@ def mean_over_micro_batches(
         gradient: Function of a micro-batch that returns `(grads, losses)`, means over the micro-batch; `fit` provides
             it.
         parts: The micro-batches that `batches(step)` returned, the same on every rank.
-        weight: Function of a micro-batch that returns the count over which its loss is a mean, such as the number of
-            tokens without padding. Micro-batches with weight 0 are skipped.
+        weight: Function of a micro-batch that returns the number of terms in the mean that is its loss, such as its
+            number of tokens without padding. Micro-batches with weight 0 are skipped.
 
     Returns:
         `(grads, losses)`, the same on every rank.
@@ -218,7 +222,7 @@ def mean_over_micro_batches(
         raise ValueError(f"none of the {len(parts)} micro-batches has a positive weight.")
     own = nonempty[rank() :: world_size()]
     total: Any = 0.0
-    for micro_batch in own or nonempty[:1]:  # an idle rank needs the shapes, and contributes zeros
+    for micro_batch in own or nonempty[:1]:  # an idle rank computes one micro-batch for its shapes, and adds zeros
         grads, losses = gradient(micro_batch)
         leaves = [leaf.detach().double() for leaf in (*grads.values(), losses)]
         flat = torch.cat([leaf.flatten() for leaf in (*leaves, torch.ones_like(leaves[0].flatten()[:1]))])
@@ -236,11 +240,12 @@ def mean_over_micro_batches(
 
 
 def furthest(value: Any, progress: int) -> Any:
-    """The value of the rank with the most progress, on all ranks: for a checkpoint that only one machine has.
+    """Return the value of the rank with the most progress, on all ranks; it may be a checkpoint that only one machine
+    has.
 
     Args:
         value: A value that `map_sharded` can send.
-        progress: The progress of this rank; the lowest rank wins ties.
+        progress: The progress of this rank. If several ranks have the most, the lowest of them is chosen.
 
     Example:
         >>> furthest("step 3", 3)
@@ -258,7 +263,7 @@ def _barrier() -> None:
     """Wait for all ranks; rank 0 raises an error that names the missing ranks."""
     if world_size() > 1:
         with _explain_errors("other ranks are missing"):
-            dist.monitored_barrier(timeout=_wait, wait_all_ranks=True)  # the group's timeout is not its default
+            dist.monitored_barrier(timeout=_wait, wait_all_ranks=True)  # by default it ignores the group's timeout
 
 
 @contextlib.contextmanager

@@ -4,8 +4,9 @@
     g      = 1 / (population sigma) sum_j (u_2j - u_2j+1) e_j,   u = centered ranks of F in [-1/2, 1/2]
     params = params + learning_rate g
 
-A population is a stack of adapters, and its fitness is computed by mixed batches: with memory of inference, without a
-backward pass, and for any score, such as accuracy or a reward of generated text, which needs no derivative.
+A population is a stack of adapters, and mixed batches compute the fitness of its members. There is no backward pass, so
+training takes the memory of inference. The fitness needs no derivative: it may be an accuracy, or a reward of generated
+text.
 """
 
 import hashlib
@@ -55,32 +56,33 @@ def evolve(
 ) -> Evolution:
     """Maximize the fitness of an adapter by evolution strategies; only forward passes are run.
 
-    Each step evaluates pairs of opposite perturbations, and moves the params along the perturbations, weighted by the
-    ranks of their fitness. Ranks make the step independent of the scale of the fitness; equal values share the mean of
-    their ranks. Perturbations are drawn from seeds, once for the evaluation and once for the update, and never stored.
-    The update is the product of a vector of weights and the matrix of perturbations, computed row by row. Everything
-    runs under `torch.no_grad`, so memory is that of inference on `chunk_size` adapters; quantized layers use their
-    inference kernels, which `apply.with_fused_weights()` extends.
+    Each step evaluates pairs of opposite perturbations. It then adds a sum of the perturbations to the params, weighted
+    by the ranks of their fitness. Ranks make the step independent of the scale of the fitness; equal values share the
+    mean of their ranks. Perturbations are never stored. They are drawn from seeds twice, once for the evaluation and
+    once for the update. The update is computed one perturbation at a time. Everything runs under `torch.no_grad`, so
+    memory is that of inference with `chunk_size` adapters. Quantized layers use their inference kernels, including that
+    of `apply.with_fused_weights()`.
 
-    Inside `process_group()` under torchrun, chunks are sharded across ranks by `map_sharded`. Only fitnesses are sent;
-    every rank draws the same perturbations and computes the same update. The result has the same bits for any number of
-    processes, if `fitness` has.
+    Inside `process_group()` under torchrun, chunks are sharded across ranks by `map_sharded`. Only fitness values are
+    sent: every rank draws the same perturbations and computes the same update. If the fitness is bitwise the same for
+    any number of processes, so is the result.
 
     Args:
         fitness: Function `(stacked)`, or `(stacked, batch)` with `batches`, that returns the fitness of each adapter in
             a stack, (n,); higher is better. Leaves of `stacked` are (n, ...); use `vmap_adapters`.
-        params: Flat dict of trainable tensors, the start.
-        batches: Function from the step, counted from 0, to its batch, the same for all members. It must depend on the
+        params: Flat dict of trainable tensors, the initial values.
+        batches: Function from the step, counted from 0, to its batch, which all members share. It must depend on the
             step only.
         steps: Total number of steps, including those of a resumed run.
         sigma: Standard deviation of the perturbations, the same for all leaves.
-        learning_rate: Factor on the estimated gradient; with an `optimizer`, on its updates, and 1 by default.
-        seed: Seed of the perturbations. Perturbation `j` of a step depends on `seed`, the step and `j` only, and is
-            drawn on the CPU: equal seeds give equal bits.
-        population: Number of members, even.
+        learning_rate: Factor on the estimated gradient. With an `optimizer` it is a factor on the updates, and defaults
+            to 1.
+        seed: Seed of the perturbations. Perturbation `j` of a step depends on `seed`, the step and `j` only. It is
+            drawn on the CPU, so equal seeds give equal bits.
+        population: Number of members, an even number.
         chunk_size: Number of members to evaluate at once; None means all. It does not affect the perturbations.
-        optimizer: A pair of pure functions, as for `fit`, which gets the negative estimate as gradient. None means
-            gradient ascent.
+        optimizer: A pair of pure functions, as for `fit`. Its gradient is the negative of the estimate, since
+            optimizers minimize. None means gradient ascent.
         on_step: Called with the state after each step, for example to report or to save it.
         resume: State of a run to continue; the other arguments should be the same as for that run.
 
@@ -123,7 +125,9 @@ def evolve(
 
 
 def centered_ranks(fitness: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Ranks of values, scaled to [-1/2, 1/2] with mean 0, in float64; equal values share the mean of their ranks.
+    """The ranks of the values, scaled to [-1/2, 1/2], in float64.
+
+    Their mean is 0. Equal values share the mean of their ranks.
 
     Raises:
         ValueError: If `fitness` is not (n,) with at least two values.
@@ -177,7 +181,7 @@ def _direction(
     weights = ((ranks[::2] - ranks[1::2]) / scale).tolist()
     total = {key: torch.zeros_like(p, dtype=torch.float64) for key, p in params.items()}
     for pair, weight in enumerate(weights):
-        if weight:  # opposite members with equal fitness need no second draw
+        if weight:  # a pair of equal fitness adds nothing, so it is not drawn again
             for key, e in draw(pair).items():
                 total[key] += weight * e.double()
     return {key: value.to(_wide(params[key])) for key, value in total.items()}

@@ -91,18 +91,19 @@ def fit(
         max_norm: Maximum norm of an adapter's gradient; None means no clipping.
         schedule: Function from the step to a factor on `learning_rate`, one for all adapters or one per adapter.
         num_adapters: `n`, if params are stacked.
-        evaluate, evaluate_every: Function `(params, number of steps done)` that returns one metric or (n,) metrics,
-            where lower is better, and the number of steps between two calls.
+        evaluate, evaluate_every: `evaluate` is a function `(params, number of steps done)` that returns one metric, or
+            (n,) metrics; lower is better. It is called every `evaluate_every` steps.
         patience: Number of consecutive evaluations without improvement after which an adapter stops.
         resume: A run to continue, or its checkpoint. The other arguments should be the same as for that run.
-        checkpoint, checkpoint_every: File to which the run is written atomically, and the number of steps between two
-            writes.
-        accumulate: Function `(gradient, batch)` that returns the gradients and losses of a step, where
-            `gradient(micro_batch)` returns those of a micro-batch, as plain tensors. None means `gradient(batch)`. See
-            `mean_over_micro_batches`.
+        checkpoint, checkpoint_every: The run is written atomically to the file `checkpoint`, every `checkpoint_every`
+            steps and at the end.
+        accumulate: Function `(gradient, batch)` that returns the gradients and losses of a step. It may call
+            `gradient(micro_batch)`, which returns those of a micro-batch as plain tensors. None means
+            `gradient(batch)`. See `mean_over_micro_batches`.
         on_step: Function `(number of steps done, numbers)` that is called after each step, for a logger. `numbers` is a
             flat dict of floats with the keys `loss` and `learning_rate`, and `metric` after an evaluation; with
-            `num_adapters` the keys are `loss/0`, `loss/1` and so on. On an accelerator it synchronizes at each step.
+            `num_adapters` the keys are `loss/0`, `loss/1` and so on. On an accelerator, a logger synchronizes with the
+            device at each step.
         progress: Whether to show a progress bar; requires tqdm.
 
     Loggers, each with the function for `on_step`:
@@ -213,8 +214,9 @@ def epoch_order(num_examples: int, *, key: int | str, epoch: int) -> Int[Tensor,
 class _Monitor:
     """Reports the state of a run: warnings of diverged adapters and the progress bar.
 
-    A read synchronizes with the device, which costs time on an accelerator. So the run is read every `SYNC_EVERY`
-    steps, and before and after the steps that synchronize anyway: checkpoints and evaluations, at these `intervals`.
+    Reading the run synchronizes with the device, which costs time on an accelerator. So it is read every `SYNC_EVERY`
+    steps, and also around checkpoints and evaluations, which synchronize anyway. `intervals` are the numbers of steps
+    between them.
     """
 
     def __init__(self, run: Fit, bar: Any, intervals: Sequence[int]) -> None:
@@ -324,14 +326,15 @@ def _record_metric(run: Fit, buffer: Tensor, metric: float | Tensor, patience: i
     run = run._replace(metrics=_append(buffer, len(run.metrics), metric))
     if patience is None:
         return run
-    # argmin returns the first minimum, so equal metrics do not count as improvement; it would treat NaN as the minimum.
+    # argmin returns the first minimum, so equal metrics do not count as improvement. NaN is replaced because argmin
+    # would return it.
     best = run.metrics.nan_to_num(nan=float("inf")).argmin(dim=0)
     stops = (run.stopped < 0) & (len(run.metrics) - 1 - best >= patience)
     return run._replace(stopped=run.stopped.masked_fill(stops, len(run.losses)))
 
 
 def _trim(run: Fit, done: int) -> Fit:
-    """The run without the steps, after the first `done`, that were computed after all adapters had stopped."""
+    """The run without the steps that were computed after all adapters had stopped. The first `done` steps are kept."""
     if (run.stopped < 0).any():
         return run
     # A diverged step has a loss but no update.

@@ -1,4 +1,4 @@
-"""The gradient of a training step, with an error where a detached layer would give a wrong zero gradient."""
+"""The gradient of a training step. A detached layer is an error, where autograd would give a wrong gradient of zero."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +24,8 @@ def gradient_of(loss_fn: LossFn, params: dict[str, Tensor], n: tuple[int, ...], 
 
     The gradient of a leaf that is not in the graph is zero. This is correct if the loss does not depend on the leaf,
     for example an expert without tokens or an unused pooler. It is wrong if a layer runs under `torch.no_grad` or its
-    output is detached. To detect this, the first step evaluates the loss again with other values of such leaves.
+    output is detached. To detect this, the first step evaluates the loss again with changed values of the leaves
+    without a gradient.
 
     Args:
         loss_fn: Function `(params, batch)` that returns one loss, or (n,) losses, each of which depends on its adapter
@@ -36,7 +37,7 @@ def gradient_of(loss_fn: LossFn, params: dict[str, Tensor], n: tuple[int, ...], 
 
     Raises:
         ValueError: If the losses have another shape, no leaf gets a gradient, or the losses depend on a leaf that gets
-            none.
+            no gradient.
 
     Example:
         >>> gradient_of(lambda params, batch: (params["p"] * batch).sum(), {"p": torch.ones(2)}, (), True, 3.0)

@@ -1,13 +1,13 @@
 """Influence of training examples on test examples, from per-example gradients.
 
     TracIn                 sum over checkpoints c of lr_c <g_i, t_j>
-    with Fisher's inverse  t_j^T (F + damping I)^-1 g_i,    F = mean_i g_i g_i^T
+    by the inverse Fisher  t_j^T (F + damping I)^-1 g_i,    F = mean_i g_i g_i^T
 
 `g_i` and `t_j` are the gradients of the losses of training example `i` and test example `j`, from `per_example_grads`.
-A positive influence means that training on example `i` lowers the loss of example `j`. The self-influence of training
-examples, the diagonal of the influence of a set on itself, is largest for outliers, such as mislabelled examples.
+A positive influence means that training on example `i` lowers the loss of example `j`. The influence of an example on
+itself is largest for outliers, such as mislabelled examples.
 
-All functions are products of gradients, in float64; an adapter has so few parameters that the gradients of thousands of
+All functions compute products of gradients in float64. An adapter has few parameters, so the gradients of thousands of
 examples fit in memory.
 """
 
@@ -28,17 +28,17 @@ def tracin(
 ) -> Float[Tensor, "train test"]:
     """The influence of each training example on each test example by TracIn: `sum_c lr_c <g_i, t_j>`.
 
-    An estimate of how much the steps on an example lowered the loss of another one. It is exact to first order for SGD
-    at these checkpoints.
+    TracIn estimates by how much the steps on a training example lowered the loss of a test example. For SGD, the
+    estimate is exact to first order at these checkpoints.
 
     Args:
-        train_grads: For each checkpoint the gradients of the training examples, leaves (train, ...); may be a generator
+        train_grads: The gradients of the training examples at each checkpoint, leaves (train, ...). May be a generator
             that computes them.
-        test_grads: For each checkpoint the gradients of the test examples, leaves (test, ...).
-        learning_rates: The learning rate at each checkpoint, times the number of steps that it stands for.
+        test_grads: The gradients of the test examples at each checkpoint, leaves (test, ...).
+        learning_rates: The learning rate at each checkpoint, times the number of steps that the checkpoint represents.
 
     Raises:
-        ValueError: If the three have different lengths, or none, or gradients have different keys or shapes.
+        ValueError: If the three arguments are empty or differ in length, or gradients differ in keys or shapes.
 
     Example:
         >>> train = {"p": torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])}
@@ -62,7 +62,7 @@ def tracin(
             "train_grads, test_grads and learning_rates must have one entry per checkpoint, but differ in length."
         ) from error
     if influence is None:
-        raise ValueError("there are no checkpoints: pass the gradients at one or more.")
+        raise ValueError("there are no checkpoints: pass the gradients of at least one.")
     return influence
 
 
@@ -71,14 +71,15 @@ def fisher_influence(
 ) -> Float[Tensor, "train test"]:
     """The influence by the inverse of the empirical Fisher matrix: `t_j^T (F + damping I)^-1 g_i`.
 
-    Divided by the number of training examples, it is the increase of test loss `j` when example `i` is left out and the
-    adapter trained again, to first order, with the Fisher matrix in place of the Hessian. Exact for this matrix: by the
-    Woodbury identity only a (train, train) system is solved, and no matrix of the size of the parameters is formed.
+    Divided by the number of training examples, the influence estimates by how much test loss `j` increases if the
+    adapter is trained again without example `i`. The estimate is of first order, with the Fisher matrix in place of the
+    Hessian. The inverse of this matrix is exact: by the Woodbury identity only a (train, train) system is solved, and
+    no (parameters, parameters) matrix is formed.
 
     Args:
         train_grads: Gradients of the training examples, leaves (train, ...), which also define the Fisher matrix.
         test_grads: Gradients of the test examples, leaves (test, ...).
-        damping: Added to the diagonal, positive. Choose a value at or above the mean eigenvalue of the Fisher
+        damping: Positive number, added to the diagonal. Choose a value at or above the mean eigenvalue of the Fisher
             matrix, which is the mean of `|g_i|^2` divided by the number of parameters. With smaller values, directions
             in which few examples have a gradient get too much weight.
 
@@ -92,13 +93,13 @@ def fisher_influence(
                 [0.0000, 1.6000]], dtype=torch.float64)
 
     Reference:
-        Equation 2 of https://arxiv.org/abs/1703.04730, with the other sign.
+        Equation 2 of https://arxiv.org/abs/1703.04730, with the opposite sign.
     """
     if isinstance(damping, Tensor) or not 0 < damping < float("inf"):
         raise ValueError(f"damping must be a positive, finite number, got {damping!r}.")
     kernel = _products(train_grads, train_grads)
     if not len(kernel):
-        raise ValueError("there are no training examples, whose gradients define the Fisher matrix.")
+        raise ValueError("there are no training examples: the Fisher matrix is computed from their gradients.")
     # (G^T G / n + d I)^-1 G^T = G^T (G G^T / n + d I)^-1
     system = kernel / len(kernel) + damping * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
     return torch.linalg.solve(system, _products(train_grads, test_grads))

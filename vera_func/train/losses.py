@@ -1,29 +1,30 @@
 """Losses of language models as pure functions: next-token loss, log-probabilities of sequences, and DPO.
 
-    total, count = next_token_loss(hidden, head, labels)  # for each row: -sum of log p(label | tokens before), number
-    sequence_logprobs(hidden, head, labels)  ==  -total
-    dpo_loss(...).losses  ==  -log sigmoid(beta ((chosen - reference_chosen) - (rejected - reference_rejected)))
+    total, count = next_token_loss(hidden, head, labels)  # for each row: -sum of log p(label | previous tokens), label
+    count sequence_logprobs(hidden, head, labels)  ==  -total dpo_loss(...).losses  ==  -log sigmoid(beta ((chosen -
+    reference_chosen) - (rejected - reference_rejected)))
 
 The loss of a language model multiplies hidden states (tokens, width) by the output head (vocab, width). The logits are
-usually the largest tensor of a training step. Here only positions with a label are multiplied, in chunks, so that the
-logits of all positions are never in memory together, in the forward pass or in the backward pass. The log-softmax is
+usually the largest tensor of a training step. Here the head is applied only to positions with a label, one chunk of
+positions at a time. So neither the forward nor the backward pass holds the logits of all positions. The log-softmax is
 computed in float32. With `model.head.hidden_and_head`, the loss of a model is
 
     hidden, head = hidden_and_head(apply, params, frozen, input_ids=ids, attention_mask=mask)
     total, count = next_token_loss(hidden, head, labels)
     loss = total.sum() / count.sum()
 
-Every row has its own sum and count: weight micro-batches and ranks by `count.sum()`, and take means over the rows of
-each adapter in a mixed batch. With stacked adapters, map a function that returns losses of rows:
+Every row has its own sum and count. Weight micro-batches and ranks by `count.sum()`. In a mixed batch, take means over
+the rows of each adapter. For stacked adapters, apply `vmap_adapters` to a function that returns the losses of rows:
 
     def row_losses(params, frozen, input_ids, labels):
         return next_token_loss(*hidden_and_head(apply, params, frozen, input_ids=input_ids), labels)
 
     total, count = vmap_adapters(row_losses, in_dims=None)(stacked, frozen, ids, labels)  # each (n, rows)
 
-Preferences need the log-probabilities of a reference. The base model is the id -1 of `select_adapters`, so there is no
-second model, and training can't move it. They do not depend on beta, and are computed once. The first half of the rows
-of `ids` are the better answers. One run trains an adapter for each beta:
+DPO needs the log-probabilities of a reference model. The base model can be the reference: `select_adapters` selects it
+with the id -1, so no second model is needed, and training does not change it. The log-probabilities of the reference do
+not depend on beta and are computed once. In this example, the first half of the rows of `ids` are the better answers.
+One run trains an adapter for each beta:
 
     def logprobs(params, frozen, input_ids, labels):
         return sequence_logprobs(*hidden_and_head(apply, params, frozen, input_ids=input_ids), labels)
@@ -61,10 +62,11 @@ IGNORED = -100  # the label of positions without a target, as in transformers
 
 
 class TokenLoss(NamedTuple):
-    """Sums of the negative log-probabilities of the labels, and numbers of labels; `total / count` is the mean.
+    """The loss and the number of labels of each row; `total / count` is the mean loss of a label.
 
     Attributes:
-        total: Sum for each row, float32 (float64 for hidden states in float64); 0 for a row without labels.
+        total: Sum of `-log p(label)` over each row, in float32 (float64 if the hidden states are float64). It is 0 for
+            a row without labels.
         count: Number of labels of each row.
     """
 
@@ -96,24 +98,24 @@ def next_token_loss(
     """Sum the negative log-probabilities of each row's labels, from hidden states and the output head.
 
     The hidden state at position `t` predicts the label at position `t + 1`, as in transformers: `labels` are the input
-    ids, with -100 at positions that are not to be learned (prompts, padding). The head is multiplied at positions with
-    a target only, `chunk_size` of them at a time. If `head` is a weight, the backward pass needs one value of `hidden`
-    for each position and feature, and no logits, under every transform. If it is a function, the logits of a chunk are
-    computed again in the backward pass of plain autograd and `vera_func.grad`; transforms of `torch.func` keep them.
+    ids, with -100 at positions that are not to be learned (prompts, padding). The head is applied only to positions
+    with a target, `chunk_size` of them at a time. If `head` is a weight, the backward pass stores no logits, but one
+    tensor of the size of `hidden`; this holds under every transform. If `head` is a function, plain autograd and
+    `vera_func.grad` recompute the logits of each chunk in the backward pass; transforms of `torch.func` store them.
 
-    Where labels have no values while a program is made (`torch.compile`, `vmap` over the labels), the head is
-    multiplied at every position. On an accelerator, finding the targets waits for the device; it does not if `labels`
-    are on the CPU, which is allowed.
+    Under `torch.compile`, and under `vmap` over the labels, the values of `labels` are unknown, so the head is applied
+    to every position. If `labels` are on an accelerator, reading them synchronizes with the device. To avoid this,
+    leave `labels` on the CPU.
 
     Args:
         hidden: Input of the output head, or the logits if `head` is None.
         head: The head's weight (vocab, width); or a function from (tokens, width) to logits (tokens, vocab), such as a
             quantized or adapted layer; or a `RowHead`. None if `hidden` are logits.
-        labels: Token ids, and -100 for positions without a target. Leading axes of `hidden` that `labels` lack are
-            shared: stacked adapters (n, rows, seq, width) may have the same labels (rows, seq).
+        labels: Token ids, and -100 for positions without a target. Labels (rows, seq) are shared by stacked adapters,
+            whose hidden states are (n, rows, seq, width).
         bias: Bias of the head, if `head` is a weight that has one.
         chunk_size: Number of positions whose logits are in memory at once. By default at most a quarter of all
-            positions, and 32 MB of logits (256 MB on an accelerator).
+            positions, and at most 32 MB of logits (256 MB on an accelerator).
 
     Returns:
         `(total, count)` for each row. A row without targets has total 0 and count 0.
@@ -149,7 +151,7 @@ def sequence_logprobs(
     bias: Float[Tensor, " vocab"] | None = None,
     chunk_size: int | None = None,
 ) -> Float[Tensor, "*rows"]:
-    """Sum the log-probabilities of each row's labels; the log-probability of an answer after its prompt.
+    """Sum the log-probabilities of each row's labels. This is the log-probability of an answer, given its prompt.
 
     Args:
         hidden: See `next_token_loss`.
@@ -181,17 +183,17 @@ def dpo_loss(
 ) -> PreferenceLoss:
     """Compute the loss of direct preference optimization for each pair of answers, from their log-probabilities.
 
-    The reference is constant: its log-probabilities are computed once, without gradients, from the base model (params
-    of `select_adapters` with the id -1) or another adapter. They do not depend on `beta`, so that adapters with
-    different `beta` share them.
+    The reference is constant. Compute its log-probabilities once, without gradients, from the base model (the id -1 of
+    `select_adapters`) or from another adapter. They do not depend on `beta`, so adapters with different `beta` share
+    them.
 
     Args:
         chosen: Log-probabilities of the better answers, from `sequence_logprobs`; stacked adapters have (n, pairs).
         rejected: Log-probabilities of the worse answers.
         reference_chosen: Log-probabilities of the better answers by the reference; (pairs,) if adapters share them.
         reference_rejected: Log-probabilities of the worse answers by the reference.
-        beta: How strongly the policy is held to the reference; positive. A tensor with axes is matched with the first
-            axes of `chosen`: (n,) is one value for each stacked adapter.
+        beta: How strongly the policy is kept close to the reference; positive. The axes of a tensor are the first axes
+            of `chosen`: (n,) is one value for each stacked adapter.
 
     Returns:
         `(losses, margins)`, each like `chosen`.
@@ -205,7 +207,7 @@ def dpo_loss(
         >>> margins, (margins > 0).float().mean()
         (tensor([ 0.1000, -0.1000]), tensor(0.5000))
 
-        One run, an adapter for each beta, with references from one forward pass before:
+        One run trains an adapter for each beta; an earlier forward pass gave the references:
 
         >>> betas = torch.tensor([0.05, 0.1, 0.5])
         >>> policy = torch.randn(3, 4), torch.randn(3, 4)  # from vmap_adapters
@@ -220,7 +222,7 @@ def dpo_loss(
     for name, value in {**given, **references}.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             found = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name} must be a tensor of log-probabilities, as of sequence_logprobs, got {found}.")
+            raise ValueError(f"{name} must be a tensor of log-probabilities, from sequence_logprobs, got {found}.")
         fits = value.shape == chosen.shape
         if name in references:  # may be shared along leading axes
             fits = value.dim() <= chosen.dim() and value.shape == chosen.shape[chosen.dim() - value.dim() :]
@@ -231,8 +233,8 @@ def dpo_loss(
     if isinstance(beta, Tensor) and beta.dim():
         if beta.shape != chosen.shape[: beta.dim()]:
             raise ValueError(
-                f"beta has shape {tuple(beta.shape)}, which is not how chosen {tuple(chosen.shape)} begins: pass one "
-                "value, or one for each stacked adapter."
+                f"beta has shape {tuple(beta.shape)}, but chosen is {tuple(chosen.shape)}: pass one value, or one for each "
+                "stacked adapter."
             )
         beta = beta.reshape(*beta.shape, *[1] * (chosen.dim() - beta.dim()))
     margins = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
@@ -242,7 +244,7 @@ def dpo_loss(
 def _losses(
     x: Tensor, head: Head | None, bias: Tensor | None, targets: Tensor, vocab: int | None, chunk_size: int | None
 ) -> Tensor:
-    """The loss of each of the (tokens,) targets, 0 where there is none; the head is multiplied at the others only."""
+    """The losses (tokens,), 0 at positions without a target; the head is applied only to the other positions."""
     counted = targets != IGNORED
     index, largest = None, -1
     if has_values(targets):
@@ -254,7 +256,7 @@ def _losses(
         chosen = x.index_select(0, index)
     else:
         counted, targets = counted.to(x.device), targets.clamp(min=0)
-        chosen = torch.where(counted[:, None], x, 0)  # not a product, which would spread NaN of padding
+        chosen = torch.where(counted[:, None], x, 0)  # a product with 0 would keep NaN of padding
     targets = targets.to(x.device)
     chunk = chunk_size or _default_chunk(len(chosen), vocab, x)
     if isinstance(head, Tensor):
@@ -284,7 +286,7 @@ def _rowwise_losses(x: Tensor, head: RowHead, targets: Tensor, counted: Tensor, 
 
 
 def _logits(head: Callable[[Tensor], Tensor] | None, largest: int, x: Tensor) -> Tensor:
-    """The logits of a chunk, from any function; `largest` is the largest label."""
+    """The logits of a chunk, after checks; `largest` is the largest label."""
     logits = x if head is None else head(x)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != x.shape[:-1] or not logits.is_floating_point():
         found = f"{tuple(logits.shape)} {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
@@ -297,7 +299,7 @@ def _logits(head: Callable[[Tensor], Tensor] | None, largest: int, x: Tensor) ->
 
 
 def _default_chunk(tokens: int, vocab: int | None, x: Tensor) -> int:
-    """At most a quarter of the positions, so that the logits are never whole, and at most 2^23 or 2^26 logits."""
+    """Positions per chunk: at most a quarter of all positions, and at most 2^23 logits (2^26 on a GPU)."""
     most = (1024 if x.is_cuda else 128) if vocab is None else (2**26 if x.is_cuda else 2**23) // vocab
     return max(min(most, tokens // 4 + 1), 1)
 
@@ -318,13 +320,13 @@ def _check(
     if not labels.dim() or labels.dim() > len(rows) or labels.shape != rows[len(rows) - labels.dim() :]:
         raise ValueError(
             f"labels {tuple(labels.shape)} do not match hidden {tuple(hidden.shape)}: pass labels of shape "
-            f"{tuple(rows)}, one for each position; they are shifted here."
+            f"{tuple(rows)}, one for each position; the function shifts them."
         )
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
         raise ValueError(f"chunk_size must be a positive number of positions or None, got {chunk_size!r}.")
     if head is None or not isinstance(head, Tensor):
         if bias is not None:
-            raise ValueError("bias belongs to a head that is a weight: add it in the function, or to the logits.")
+            raise ValueError("bias requires a weight as head: add the bias in the head function or to the logits.")
         if head is not None and not callable(head):
             raise ValueError(f"head must be a weight (vocab, width), a function or None, got {type(head).__name__}.")
         return hidden.shape[-1] if head is None else None
@@ -341,7 +343,7 @@ def _check(
 
 
 def _largest(targets: Tensor) -> int:
-    """The largest of the targets, of which none may be negative; -1 if there are none."""
+    """The largest target, or -1 if there are none; a negative target is an error."""
     if not targets.numel():
         return -1
     low, high = (int(value) for value in targets.aminmax())

@@ -198,7 +198,7 @@ def as_optimizer(pair: Any) -> Optimizer:
         pair: `(init, update)`, such as an `Optimizer`.
 
     Raises:
-        ValueError: If `pair` is not such a pair. When `init` or `update` is called: if their results have another
+        ValueError: If `pair` is not a pair of functions. Later, `init` and `update` raise it if a result has another
             structure.
 
     Example:
@@ -316,8 +316,8 @@ def linear_warmup_cosine(
         step < warmup:  peak (step + 1) / (warmup + 1)
         from then on:   final + (peak - final) (1 + cos(pi (step - warmup) / (total - warmup))) / 2
 
-    Steps count from 0; with `warmup`, step 0 has the value `peak / (warmup + 1)`. The result is float64 with the shape
-    of `step`.
+    Steps count from 0. If `warmup` is positive, step 0 has the value `peak / (warmup + 1)`. The result is float64 with
+    the shape of `step`.
 
     Raises:
         ValueError: If not `0 <= warmup < total`.
@@ -343,7 +343,7 @@ def _wide(leaf: Tensor) -> torch.dtype:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Square root with derivative 0 at 0, since the gradient of `lambda_d` is 0 while `lambda_b` is 0."""
+    """Square root with derivative 0 at 0. The gradient of `lambda_d` is exactly 0 while `lambda_b` is 0."""
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1).sqrt(), 0)
 

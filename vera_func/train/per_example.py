@@ -2,9 +2,9 @@
 
     grads[key][i] = d loss_i / d params[key]
 
-`apply` takes one adapter per row of a batch. Here every row gets a copy of the same adapter, so that the loss of row
-`i` depends on copy `i` only, and the gradient of the sum of the losses in the copies is the gradient of each loss. The
-model runs once, on the whole batch: per-example gradients cost about as much as the gradient of the mean.
+`apply` takes one adapter per row of a batch. Here every row gets a copy of the same adapter, so the loss of row `i`
+depends on copy `i` only. Therefore the gradient of the summed losses with respect to copy `i` is the gradient of loss
+`i`. The model runs once, on the whole batch, so per-example gradients cost about as much as the gradient of the mean.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,22 +27,21 @@ LossRows = Callable[[dict[str, Tensor], Any], Tensor]
 def per_example_grads(
     loss_rows: LossRows, params: Mapping[str, Tensor], batch: Any, *, num_rows: int | None = None
 ) -> dict[str, Tensor]:
-    """The gradient of each row's loss in `params`; leaves get a leading axis (n,), one entry per row of the batch.
+    """The gradient of each row's loss with respect to `params`; leaves are (n, ...), one entry per row of the batch.
 
-    Equals `torch.func.vmap(torch.func.grad(loss), (None, 0))(params, batch)` for the loss of one example, without
-    vmap: one forward and one backward pass of a mixed batch, in which the branch's parameters are given as `n` views of
-    one adapter. The products with the base weight and the projections are those of a plain step. Memory for the result
-    is `n` times that of `params`, which also holds for trained heads. Works under `torch.func` transforms.
+    Equals `torch.func.vmap(torch.func.grad(loss), (None, 0))(params, batch)`, where `loss` is the loss of one example.
+    It costs one forward and one backward pass of a mixed batch, in which all rows use views of the same adapter. The
+    products with the base weights and the projections are those of a plain training step. The result takes `n` times
+    the memory of `params`, trained heads included. Works under `torch.func` transforms.
 
     Args:
         loss_rows: Function `(rows, batch)` that returns one loss per row, (n,). `rows` are params for `apply` as
             `select_adapters` returns them: row `i` of the batch uses entry `i` of each leaf. Loss `i` must depend on
-            row `i` only. Padded tokens must not contribute, and each row's mean is over its own tokens.
+            row `i` only. Padded tokens must not contribute. A mean over tokens must be taken within each row.
         params: Params of one adapter, including trained biases and heads.
         batch: Second argument of `loss_rows`, with the examples along axis 0 of every tensor. An empty batch, as
             Poisson sampling may draw it, gives leaves (0, ...) without a call of `loss_rows`.
-        num_rows: `n`, needed only if the tensors of the batch do not show it: there are none, or some of them are
-            shared by all rows.
+        num_rows: `n`. Needed only if the batch has no tensors, or if all rows share some of them.
 
     Raises:
         ValueError: If the tensors of the batch have different numbers of rows, `loss_rows` does not return (n,) losses
@@ -59,8 +58,8 @@ def per_example_grads(
         {'0.lambda_b': (5, 6), '0.lambda_d': (5, 4)}
 
     Reference:
-        https://arxiv.org/abs/1912.06015, strategy "multi": one copy of the parameters per example. There, the copies
-        are copies of a model; here they are two vectors per layer.
+        https://arxiv.org/abs/1912.06015, strategy "multi": one copy of the parameters per example. There, each copy is
+        a whole model; here it is two vectors per layer.
     """
     if not callable(loss_rows):
         raise ValueError(f"loss_rows must be a function of (rows, batch), got {type(loss_rows).__name__}.")
@@ -96,7 +95,7 @@ def per_example_norms(grads: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
 
 
 def as_matrix(leaf: Tensor) -> Float[Tensor, "n size"]:
-    """A leaf (n, ...) with the gradient of each example flattened; an empty batch stays empty.
+    """Reshape a leaf (n, ...) to (n, size), also if n is 0.
 
     Example:
         >>> as_matrix(torch.ones(3, 2, 5)).shape
@@ -110,10 +109,10 @@ def _total(loss_rows: LossRows, n: int, rows: dict[str, Tensor], batch: Any) -> 
     if not isinstance(losses, Tensor) or losses.shape != (n,):
         found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
-            f"loss_rows must return one loss per row, ({n},), got {found}: no mean over the rows, such as "
+            f"loss_rows must return one loss per row, ({n},), got {found}: do not average over the rows, as in "
             "cross_entropy(..., reduction='none')."
         )
-    # Under a transform `requires_grad` says nothing.
+    # Under a transform, `requires_grad` does not show whether the losses depend on the rows.
     if not torch.compiler.is_compiling() and not in_transform() and not losses.requires_grad:
         raise ValueError("the losses of loss_rows do not depend on its first argument: pass these rows to apply.")
     return losses.sum()
@@ -124,5 +123,5 @@ def _rows_of(batch: Any) -> int:
     sizes = {shape[0] if shape else None for shape in shapes}
     if len(sizes) != 1 or None in sizes:
         found = f"its tensors are {sorted(set(shapes))}" if shapes else "it has no tensors"
-        raise ValueError(f"batch does not show its number of rows, {found}: pass num_rows.")
+        raise ValueError(f"the number of rows can't be read from batch, {found}: pass num_rows.")
     return shapes[0][0]

@@ -2,9 +2,9 @@
 
     g = (sum_i g_i min(1, C / |g_i|) + sigma C z) / L        z ~ N(0, I),  C = max_norm,  L = batch_size
 
-A step takes the gradients of `per_example_grads`, and any optimizer takes the result. The privacy guarantee is computed
-by the accountant of another library. It assumes that every batch contains each example independently with probability
-`L / num_examples` (Poisson sampling), as `poisson_indices` draws them:
+`private_step` takes the gradients of `per_example_grads` and returns a gradient for any optimizer. An accountant of
+another library computes the privacy guarantee. The guarantee assumes Poisson sampling: each batch contains each example
+independently, with probability `L / num_examples`. `poisson_indices` draws such batches:
 
     from opacus.accountants import RDPAccountant                    # pip install "vera-func[privacy]"
     from opacus.accountants.utils import get_noise_multiplier
@@ -23,9 +23,9 @@ by the accountant of another library. It assumes that every batch contains each 
     accountant.history = [(sigma, rate, steps)]
     epsilon = accountant.get_epsilon(delta=1e-5)
 
-The guarantee covers the params of every step. It does not cover losses, metrics on training examples, or choices of
-hyper-parameters by them. Noise and batches come from torch's generators, which are not cryptographically secure, and
-from a seed, which must remain secret.
+The guarantee covers the params of every step. It does not cover losses or metrics of training examples, nor
+hyper-parameters that were chosen by them. Noise and batches come from torch's generators, which are not
+cryptographically secure. Their seeds must remain secret.
 """
 
 import hashlib
@@ -42,8 +42,8 @@ def clip_per_example(grads: Mapping[str, Tensor], max_norm: float) -> dict[str, 
     """Clip the gradient of each example by its norm over all leaves: `g_i * min(1, max_norm / |g_i|)`.
 
     Unlike `clip_by_norm`, nothing is added to the norm: gradients within the bound keep their bits. 16-bit gradients
-    are returned in float32, because rounding could exceed the bound. If the norm of an example is not finite, its
-    result contains NaN.
+    are returned in float32, because rounding to 16 bits could exceed the bound. If the norm of an example is not
+    finite, its result contains NaN.
 
     Args:
         grads: From `per_example_grads`, leaves (n, ...).
@@ -61,7 +61,7 @@ def clip_per_example(grads: Mapping[str, Tensor], max_norm: float) -> dict[str, 
         Algorithm 1 of https://arxiv.org/abs/1607.00133.
     """
     _require_positive("max_norm", max_norm)
-    # Clamped before the division, so that norms of zero have a factor of 1, and a derivative.
+    # Clamped before the division, so that a norm of zero gives a factor of 1 and a finite derivative.
     scale = max_norm / per_example_norms(grads).clamp(min=max_norm)
     clipped = {}
     for key, g in grads.items():
@@ -89,8 +89,8 @@ def private_step(
             from ε and δ. With 0 there is no noise, and no privacy.
         generator: Source of the noise; there is no default. The noise of the leaves is drawn in the order of `grads`,
             on the generator's device.
-        batch_size: `L`, the expected number of examples in a batch. None means `n`, which is only private if batches
-            have a fixed size: with Poisson sampling, pass the expected size.
+        batch_size: `L`, the expected number of examples in a batch. None means `n`, which is private only if all
+            batches have the same size. With Poisson sampling, pass the expected size.
 
     Returns:
         A gradient with the keys and shapes of params, in float32 or wider.
@@ -127,7 +127,8 @@ def private_step(
 
 
 def poisson_indices(step: int, *, num_examples: int, batch_size: float, key: int) -> Int[Tensor, " batch"]:
-    """Indices of the examples in the batch of this step: each one independently with `batch_size / num_examples`.
+    """Indices of the batch of this step; each example is in it with probability `batch_size / num_examples`,
+    independently.
 
     The number of indices differs between steps, and may be 0. The result depends on the arguments only, like
     `batch_indices`; different keys give different batches.
@@ -146,7 +147,7 @@ def poisson_indices(step: int, *, num_examples: int, batch_size: float, key: int
         [5, 10, 12, 10]
 
     Reference:
-        https://arxiv.org/abs/1607.00133, section 3.1, "lots".
+        Section 3.1 of https://arxiv.org/abs/1607.00133, which calls such batches "lots".
     """
     if not all(isinstance(number, int) for number in (step, num_examples, key)) or step < 0:
         raise ValueError(f"must be integers, and step at least 0: {step=}, {num_examples=}, {key=}.")

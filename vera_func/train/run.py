@@ -139,7 +139,7 @@ def load_fit(
     _check_run(tensors, like, path)
     tensors = {k: t.to(like.stopped.device) for k, t in tensors.items()}
     state = tree_unflatten([tensors[path] for path in _state_leaves(like)], tree_flatten(like.state)[1])
-    # In the order of params, which the file does not preserve: it is the order of summation in norms.
+    # Norms are summed in the order of params, which the file does not preserve.
     return Fit({k: tensors[f"params.{k}"] for k in params}, state, *(tensors[name] for name in Fit._fields[2:]))
 
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules by name, for adapters with a number of steps each."""
+"""Learning-rate schedules by name, for adapters that train for different numbers of steps."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -33,10 +33,10 @@ def linear_warmup_linear(step: int | Tensor, *, warmup: int, total: int) -> Floa
 
 
 def schedule_of(name: Schedule, warmup: float, totals: Sequence[int]) -> Callable[[int], Float[Tensor, " n"]]:
-    """A schedule for `fit` with one factor per adapter, which is 0 when the adapter has had its steps.
+    """A schedule for `fit` with one factor per adapter. The factor is 0 after the last step of its adapter.
 
     Args:
-        name: How the learning rate decays after warmup.
+        name: How the learning rate changes after warmup: "cosine", "linear" or "constant".
         warmup: Number of steps, or a fraction of an adapter's steps if below 1.
         totals: Number of steps of each adapter.
 
