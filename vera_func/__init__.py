@@ -41,7 +41,7 @@ Many adapters:
 
 Training:
     grad, value_and_grad    gradients of pure functions: `torch.func.grad`, but as fast as plain autograd
-    next_token_loss     loss of a language model for each row; multiplies by the output head only where labels are
+    next_token_loss     loss of a language model for each row; applies the output head only to positions with labels
     sequence_logprobs   log-probability of each row's labels
     dpo_loss            loss for pairs of a better and a worse answer (direct preference optimization)
     fit, Fit            a training loop for one adapter or many, and the state of such a loop
@@ -154,7 +154,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 # Names of version 0.1 that were removed, and their replacements.
 _RENAMED = {
     "merge_reports": "vf.model_merge_report(adapted)",
-    "merge_advice": "vf.model_merge_report(adapted), which returns the figures; the command line also judges them",
+    "merge_advice": "vf.model_merge_report(adapted), which returns the figures; vera-func merge also prints advice",
     "layer_grams": "vera_func.merging.second_moments.second_moments",
     "calibrated_weights": "vera_func.merging.second_moments.calibrate_weights(adapted, moments)",
     "merge_stochastic": "vera_func.merging.layer.merge_stochastic",

@@ -233,8 +233,8 @@ def dpo_loss(
     if isinstance(beta, Tensor) and beta.dim():
         if beta.shape != chosen.shape[: beta.dim()]:
             raise ValueError(
-                f"beta has shape {tuple(beta.shape)}, but chosen is {tuple(chosen.shape)}: pass one value, or one for each "
-                "stacked adapter."
+                f"beta has shape {tuple(beta.shape)}, but chosen is {tuple(chosen.shape)}: pass one value, or one for "
+                "each stacked adapter."
             )
         beta = beta.reshape(*beta.shape, *[1] * (chosen.dim() - beta.dim()))
     margins = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
