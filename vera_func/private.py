@@ -180,8 +180,8 @@ def has_values(x: Tensor) -> bool:
 def graph_task() -> int:
     """Return the id of the backward pass that runs on this thread, or -1 if there is none.
 
-    This id is the only way to detect that activation checkpointing recomputes a layer. torch's own checkpointing uses
-    it too.
+    This id is the only way to detect that activation checkpointing recomputes a layer. torch's own checkpointing also
+    uses it.
     """
     return torch._C._current_graph_task_id()
 

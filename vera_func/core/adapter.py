@@ -133,9 +133,8 @@ def vera_forward(
             in the paper.
 
     Raises:
-        ValueError: If leading axes cannot be matched, if `frozen` has another rank or is too narrow, if the mask does
-            not broadcast to `x`, if the last axis of the base's output does not have the size `out`, if a key is
-            missing, if a tensor has an integer dtype, or if `product_dtype` is any other dtype.
+        ValueError: If the shapes of the arguments do not fit each other, a key is missing, a tensor has an integer
+            dtype, or `product_dtype` is any other dtype. The message names the shapes.
 
     Example:
         >>> import torch

@@ -32,9 +32,9 @@ class SharedProduct:
     """Compute `A x` once for consecutive layers with the same input, such as q, k and v, or gate and up.
 
     An instance serves one forward pass, in which all layers use the same projections. It caches the last `x`, a copy of
-    its bits, and the product. The cached product is returned if the tensor and all of its bits are the same; comparing
-    version counters would not be enough, because writes through `x.data` or `x.numpy()` do not increment them.
-    Copying and comparing each take one pass over `x`, whereas the product takes r multiply-adds per value of `x`. Small
+    its bits, and the product. The cached product is returned if the tensor and all of its bits are the same. Comparing
+    version counters would not be enough, because writes through `x.data` or `x.numpy()` do not increment them. Copying
+    and comparing each take one pass over `x`, whereas the product takes r multiply-adds per value of `x`. Small
     products, which are cheaper than a comparison, are not cached. Each layer differentiates the product separately, so
     gradients equal those of separate products, bit for bit.
 

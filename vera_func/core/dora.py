@@ -87,7 +87,7 @@ def fold_layer(
 ) -> dict[str, Tensor]:
     """Convert the params of one layer to `{"lambda_b": s * lambda_b, "lambda_d": lambda_d, "output_scale": s}`.
 
-    This costs `out r²` multiply-adds for each adapter. Where a row of `W + ΔW` is zero, its scale s is m.
+    This costs `out r²` multiply-adds for each adapter. If a row of `W + ΔW` is zero, its scale s is m.
 
     Args:
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r), "magnitude": (*rows, out)}`. Rows for which
@@ -231,7 +231,7 @@ def _distinct(vector: Tensor) -> Tensor:
 
 
 def _with_dims(vector: Tensor, dims: int) -> Tensor:
-    """View a vector (*rows, k) with `dims` axes in all, by inserting axes of size 1 after the rows."""
+    """View a vector (*rows, k) with `dims` axes in total, by inserting axes of size 1 after the rows."""
     return vector.reshape(*vector.shape[:-1], *[1] * (dims - vector.dim()), vector.shape[-1])
 
 

@@ -45,8 +45,8 @@ def save_adapter(
 ) -> Path:
     """Write an adapter as a PEFT directory; `PeftModel.from_pretrained(model, path)` loads it.
 
-    PEFT has no DVoRA. The files of a DVoRA adapter have the `peft_type` "DVERA", which PEFT refuses; `export_lora`
-    writes it as a LoRA that PEFT loads.
+    PEFT has no DVoRA. The files of a DVoRA adapter have the `peft_type` "DVERA", which PEFT refuses. `export_lora`
+    writes such an adapter as a LoRA that PEFT loads.
 
     Args:
         path: The directory. It is created if it does not exist.
@@ -62,8 +62,8 @@ def save_adapter(
         The directory that was written.
 
     Raises:
-        ValueError: If params are stacked, do not fit the projections, or hold NaN or inf, if the target modules are not
-            explicit, or if metrics are given without a card or are not numbers. Nothing is written then.
+        ValueError: If params are stacked, do not fit the projections, or hold NaN or inf. Also if the target modules
+            are not explicit, or metrics are not numbers or are given without a card. Nothing is written then.
 
     Example:
         >>> import tempfile

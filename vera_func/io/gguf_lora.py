@@ -2,8 +2,8 @@
 
 llama.cpp's converter renames the layers of a model. For some architectures, it also permutes the rows of the query and
 key weights, because rotary embeddings rotate pairs of neighbouring rows in llama.cpp, and pairs of rows that are half a
-head apart in transformers. The rows of B' must be permuted in the same way. `ARCHITECTURES` are those whose order is
-known and tested.
+head apart in transformers. The rows of B' must be permuted in the same way. `ARCHITECTURES` lists the architectures
+whose order of rows is known and tested.
 """
 
 from collections.abc import Mapping

@@ -52,8 +52,8 @@ def export_lora(
 ) -> LoraExport:
     """Write the adapter as a LoRA, for PEFT, vLLM, SGLang or llama.cpp. The LoRA is exact unless `rank` is below r.
 
-    A DVoRA adapter becomes a LoRA with `use_dora=True`. PEFT loads such a LoRA, but servers refuse it (vLLM, SGLang,
-    llama.cpp); merge the adapter for them instead (`merge`).
+    A DVoRA adapter becomes a LoRA with `use_dora=True`. PEFT loads such a LoRA, but the servers vLLM, SGLang and
+    llama.cpp refuse it. For these servers, merge the adapter instead (`merge`).
 
     With a smaller rank, the LoRA is the truncated singular value decomposition of ΔW. ΔW is never materialized: the
     cost is one QR decomposition of an (out, r) matrix and one of an (in, r) matrix per layer.

@@ -51,8 +51,8 @@ def to_module(adapted: Adapted) -> nn.Module:
     `torch.optim` optimizer. The module shares memory with the base model. The trainable parameters are copies of the
     params; `{k: p for k, p in module.named_parameters() if p.requires_grad}` returns them under the keys of `params`.
 
-    Two methods of a transformers model are replaced. `save_pretrained` calls `save_adapter`, so that Trainer's
-    checkpoints are adapter directories too. `num_parameters` includes the quantized weights.
+    Two methods of a transformers model are replaced. `save_pretrained` calls `save_adapter`, so Trainer's checkpoints
+    are also adapter directories. `num_parameters` includes the quantized weights.
 
     Args:
         adapted: From `adapt` or `load_adapter`, with the params of a single adapter.

@@ -52,8 +52,8 @@ def from_peft(
         `(apply, params, frozen, config)`, as from `adapt`, with the dtypes and devices of the PEFT model.
 
     Raises:
-        ValueError: If the model is not a `PeftModel`, the adapter is unknown or is not a VeRA adapter, several adapters
-            are active and none is named, an adapter is merged, or the adapter can't be represented as params.
+        ValueError: If the model is not a `PeftModel`, or has no VeRA adapter of this name. Also if several adapters are
+            active and none is named, an adapter is merged, or the adapter can't be represented as params.
 
     Example:
         >>> import peft

@@ -97,9 +97,9 @@ def save_quantized(path: str | os.PathLike[str], model: nn.Module) -> Path:
 def load_quantized(path: str | os.PathLike[str], model: Model) -> Model:
     """Return a copy of `model` with exactly the parameters and buffers of a file from `save_quantized`.
 
-    Nothing is quantized again. The file is memory-mapped, so dense weights are read on first use. The layers that are
-    quantized and the parameters that are tied are those of the file, whatever they are in `model`. Each parameter is on
-    the device of the corresponding parameter of `model`, or on the CPU if that is the meta device.
+    Nothing is quantized again. The file is memory-mapped, so dense weights are read on first use. The file, and not
+    `model`, determines which layers are quantized and which parameters are tied. Each parameter is on the device of the
+    corresponding parameter of `model`, or on the CPU if that is the meta device.
 
     Args:
         path: The file.

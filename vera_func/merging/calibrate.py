@@ -2,9 +2,9 @@
 
     minimise  ‖(W + κ ΔW) X - Q X‖²  =  Σ_rows (t - q) H (t - q)ᵀ,  H = X Xᵀ,    over  q = absmax_block · code[codes]
 
-Here t is a row of the target `W + κ ΔW`, and q is a row of the merged weight `Q`. `W` lies on the grid, so rounding
-`W + ΔW` weight by weight returns `W` wherever `ΔW` is below half a quantization step. In the metric of the layer's
-inputs `X`, other points of the grid are much closer to `W + ΔW`, and the scale of each block can take any value. A
+Here t is a row of the target `W + κ ΔW`, and q is a row of the merged weight `Q`. `W` lies on the grid, so rounding `W
++ ΔW` weight by weight returns `W` wherever `ΔW` is below half a quantization step. Measured by the layer's outputs for
+its inputs `X`, other points of the grid are much closer to `W + ΔW`. The scale of each block can also take any value. A
 least-squares fit shrinks the update. The overshoot `κ`, a factor of at least 1 on the update, compensates for this, so
 that the effect `ΔW X` is retained in full and the remaining error is noise.
 
@@ -49,8 +49,8 @@ def gram(inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] 
     """Compute second moments `H = Σ w x xᵀ / Σ w` of a layer's inputs, in float32 and without damping.
 
     This costs `in²` multiply-adds per token. To combine the second moments of several batches, take their mean,
-    weighted by the `Σ w` of each batch. If a token's weight is the squared norm of the gradient of the model's answer
-    in the layer's output at this token, errors count by their effect on the answer.
+    weighted by the `Σ w` of each batch. To weight errors by their effect on the model's answer, let a token's weight be
+    the squared norm of the answer's gradient with respect to the layer's output at this token.
 
     Args:
         inputs: Inputs of the layer, of shape (*tokens, in). Leave out padding, or give it weight 0.

@@ -104,8 +104,8 @@ def merge_calibrated(
         A 4-bit weight of the same type and block size, whose scales are not double-quantized.
 
     Raises:
-        ValueError: If the weight is not a 4-bit weight, blocks straddle its rows, or the inputs do not fit; otherwise
-            as for `merge_quantized`.
+        ValueError: If the weight is not a 4-bit weight, blocks straddle its rows, or the inputs do not fit. Also as for
+            `merge_quantized`.
 
     Example:
         >>> import torch

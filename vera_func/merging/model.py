@@ -47,13 +47,13 @@ def merge(
         frozen: The projections.
         to: Format of the adapted layers and of all quantized layers: "nf4", "fp4", "int8", or a dtype for a dense
             model. None keeps the format of each layer.
-        weights: Merged weights by module name, such as those of `calibrate_weights`. These are used as they are; the
-            other layers are merged here.
+        weights: Merged weights by module name, such as those of `calibrate_weights`. `merge` uses these weights
+            unchanged, and merges the other layers itself.
 
     Raises:
-        ValueError: If the adapter does not fit the model or holds NaN or inf, if `to` would quantize a layer that the
-            model's class keeps in float32, if the weight of an adapted layer is computed (weight_norm) or has a dtype
-            that can't hold the result (float8), or if the model is offloaded or wrapped by PEFT.
+        ValueError: If the adapter does not fit the model or holds NaN or inf, or the model is offloaded or wrapped by
+            PEFT. Also if `to` would quantize a layer that the model's class keeps in float32, or an adapted layer
+            computes its weight (weight_norm) or has a dtype that can't hold the result (float8).
 
     Example:
         >>> from vera_func import VeraConfig, adapt

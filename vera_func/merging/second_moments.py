@@ -2,9 +2,10 @@
 
     H = Σ_t w_t x_t x_tᵀ / Σ_t w_t,        w_t = 1 or ‖∂ readout / ∂ y_t‖²
 
-With equal weights, a calibrated merge preserves the outputs of each layer equally well at all tokens, but most tokens
-have little influence on the model's answer. With the squared norm of the gradient of a `readout` (such as the answer's
-logit) in the layer's output y as weights, the error moves to the tokens with little influence.
+With equal weights, a calibrated merge preserves the outputs of each layer equally well at all tokens. But most tokens
+have little influence on the model's answer. With a `readout`, such as the answer's logit, the weight of a token is the
+squared norm of the readout's gradient with respect to the layer's output y. The error then moves to the tokens with
+little influence.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -42,7 +43,7 @@ def second_moments(
             tokens in total are enough.
         readout: Function of the model's output that returns one scalar per example, with shape (b,). For a classifier
             that answers with a token, return the difference of two answers' logits. Each token is then weighted by the
-            squared norm of the readout's gradient in the layer's output. None weights all tokens equally.
+            squared norm of the readout's gradient with respect to the layer's output. None weights all tokens equally.
 
     Raises:
         ValueError: If there are no batches, a batch is not a mapping, the readout does not depend on an adapted layer,
@@ -56,7 +57,8 @@ def second_moments(
                 [0.0000, 0.5000]])
 
     Reference:
-        Second moments weighted by the gradient in a layer's output, as in https://arxiv.org/abs/2505.07004.
+        Second moments weighted by the gradient with respect to a layer's output, as in
+        https://arxiv.org/abs/2505.07004.
     """
     module = adapted_module(adapted)
     for parameter in module.parameters():

@@ -85,9 +85,9 @@ def adapt(
         `(apply, params, frozen, config)`. In the configuration, the names of the targets and of the base are filled in.
 
     Raises:
-        ValueError: If no module matches the configuration, a match cannot be adapted, the model is wrapped by PEFT or
-            quantized by another library than bitsandbytes, the adapted layers are on several devices, `dtype` is not a
-            floating-point dtype, or `product_dtype` is not a 16-bit dtype.
+        ValueError: If no module matches the configuration, or a match cannot be adapted. Also if the model is wrapped
+            by PEFT, is quantized by another library than bitsandbytes, or has adapted layers on several devices. Also
+            if `dtype` is not a floating-point dtype, or `product_dtype` is not a 16-bit dtype.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))

@@ -37,8 +37,8 @@ def scale_adapter(params: Mapping[str, Tensor], factor: float) -> dict[str, Tens
         factor: Any finite number. 0 gives the base model, and -1 the negated update.
 
     Raises:
-        ValueError: If the factor is not finite, or if `params` contain magnitudes or the model's own parameters, which
-            can't be scaled because their difference from the base is unknown.
+        ValueError: If the factor is not finite, or if `params` contain magnitudes or the model's own parameters. Their
+            difference from the base is unknown, so it can't be scaled.
 
     Example:
         >>> scale_adapter({"q.lambda_b": torch.ones(3), "q.lambda_d": torch.ones(2)}, 0.5)["q.lambda_b"]
@@ -87,8 +87,8 @@ def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[flo
         weights: One weight per adapter. None means 1 for each, as in PEFT with several active adapters.
 
     Raises:
-        ValueError: If the sum in a layer is not a VeRA of this rank, if keys or shapes differ, if params contain
-            magnitudes or the model's own parameters, or if there is not one finite weight per adapter.
+        ValueError: If the sum in a layer is not a VeRA of this rank, keys or shapes differ, or there is not one finite
+            weight per adapter. Also if params contain magnitudes or the model's own parameters.
 
     Example:
         >>> a = {"q.lambda_b": torch.tensor([1.0, 0.0]), "q.lambda_d": torch.full((3,), 0.1)}

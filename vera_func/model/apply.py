@@ -70,9 +70,8 @@ class Apply:
         - Under `torch.compile`, the compiler decides what is saved for backward, and may save dequantized weights.
 
     Raises:
-        ValueError: If `params` lacks a key or has an unknown key, if a value has the wrong shape, if the rows of
-            stacked vectors do not match the batch, if `frozen` has another rank or is too narrow, or if a gradient is
-            required and the model checkpoints activations.
+        ValueError: If `params` lacks a key or has an unknown key, or the shapes of `params`, `frozen` and the batch do
+            not match. Also if a gradient is required and the model checkpoints activations.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -188,10 +187,10 @@ class Apply:
         machines, no weights are copied.
 
         Args:
-            max_rows: The kernel multiplies up to this number of rows (tokens of all sequences). With None, the number
-                up to which it is faster is measured at the first product of each format and shape in the process, which
-                takes up to a few tenths of a second. The kernels round differently, so with None, results may differ
-                between processes, but not within a process. A number, such as 32, avoids this.
+            max_rows: The kernel multiplies up to this number of rows (tokens of all sequences). With None, this number
+                is measured: the process times both kernels at its first product of each format and shape, which takes
+                up to a few tenths of a second. The kernels round differently, so with None, results may differ between
+                processes, but not within a process. A number, such as 32, avoids this.
 
         Raises:
             ValueError: If `max_rows` is not a non-negative integer or None.

@@ -125,7 +125,7 @@ class RowwiseAffine(nn.Module):
     batch can have its own classifier or bias.
 
     Args:
-        base_layer: The layer to replace. It is called as it is, unless a weight or bias was given.
+        base_layer: The layer to replace. It is called unchanged, unless a weight or bias was given.
 
     Example:
         >>> import torch

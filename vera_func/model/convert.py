@@ -83,9 +83,9 @@ def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) 
         model: Any module.
         quant: "nf4", "fp4" or "int8".
         skip: Names, or parts of names, of modules that stay dense together with all modules in them. By default, the
-            layers that transformers leaves dense (tied weights, output embeddings, a last layer without bias, and
-            layers that the model's class keeps in float32, such as T5's `wo`) and the heads `lm_head`, `classifier`,
-            `score` and `qa_outputs` stay dense.
+            heads `lm_head`, `classifier`, `score` and `qa_outputs` stay dense, and the layers that transformers leaves
+            dense. These are tied weights, output embeddings, a last layer without bias, and layers that the model's
+            class keeps in float32, such as T5's `wo`.
 
     Raises:
         ValueError: If no layer can be quantized, the format is unknown, or the model is offloaded or wrapped by

@@ -87,8 +87,8 @@ def skip_list(dense: Sequence[str], quantized: Sequence[str]) -> list[str]:
     """Return transformers' `llm_int8_skip_modules` for the dense layers of a model.
 
     transformers skips a layer if its name ends with an entry, or begins with it as a regular expression. A name that
-    would also match a quantized layer is therefore written as an anchored expression. All other names are written as
-    they are, because other programs that read this list compare names.
+    would also match a quantized layer is therefore written as an anchored expression. All other names are written
+    unchanged, because other programs that read this list compare names.
 
     Args:
         dense: Names of the layers that are not quantized.

@@ -2,7 +2,7 @@
 
 See `core.dora` for the equations. Without these functions, each call computes the norm statistics of all layers from
 the dequantized weights, at the cost of about `2 r` additional tokens per layer. It also computes the row norms of each
-adapter, at the cost of about `r` additional tokens, and with an adapter for each row it does so for each row.
+adapter, at the cost of about `r` additional tokens. With an adapter for each row, this cost arises for each row.
 """
 
 from collections.abc import Mapping

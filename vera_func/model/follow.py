@@ -4,9 +4,9 @@ Each tensor that depends on the rows is marked with a place. `Place(axis, inner)
 to row `(i // inner) % rows`. For example, a tensor (rows, ...) has `Place(0, 1)`, a tensor (seq, rows, ...) has
 `Place(1, 1)`, and a tensor (rows * seq, ...) has `Place(0, seq)`. Views and permutations are followed exactly. Most
 other operations do not change the order of entries along the axes of their inputs. After such an operation, the axis of
-the rows is identified by its size, which is why the number of rows is a prime that does not divide any size of the
-model. Sorting rows, or selecting them by an index that depends on data, loses their order. The order is restored if the
-rows are put back by the same index, as in mixtures of experts, or selected by the inverse of the permutation. If a rule
+the rows is identified by its size. Therefore the number of rows is a prime that does not divide any size of the model.
+Sorting rows, or selecting them by an index that depends on data, loses their order. The order is restored if the rows
+are put back by the same index, as in mixtures of experts, or selected by the inverse of the permutation. If a rule
 can't be certain, the order counts as lost.
 """
 

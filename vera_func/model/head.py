@@ -82,7 +82,7 @@ def head_logits(
     """Compute the logits of hidden states, for all tokens or for some tokens.
 
     If the head is a dense layer without an adapter, trained or frozen, only the rows of `tokens` in its weight are
-    multiplied. Any other head computes all logits, of which those of `tokens` are selected.
+    multiplied. For any other head, all logits are computed, and those of `tokens` are selected.
 
     Args:
         apply: See `hidden_states`.

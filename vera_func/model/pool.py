@@ -25,9 +25,9 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
     stored once. A row costs as much as an adapter whose rank is the sum of all ranks. `with_dropout` applies dropout
     only if all adapters have the same dropout probability.
 
-    VeRA and DVoRA adapters can be pooled with each other. In a layer where an adapter has no magnitude, the pool has
-    magnitude 0 for it, and 1 under the key `"{module}.magnitude.base_share"`, which is added to its output scale. Such
-    an adapter of the pool can't be saved.
+    VeRA and DVoRA adapters can be pooled with each other. In a layer where an adapter has no magnitude, its magnitude
+    in the pool is 0. The pool then has the value 1 under the key `"{module}.magnitude.base_share"`, which is added to
+    the adapter's output scale. Such an adapter can't be saved from the pool.
 
     Args:
         adapters: From `adapt` or `load_adapter`, over the same model object, each with a single adapter.

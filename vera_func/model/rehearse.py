@@ -149,9 +149,9 @@ class _Call:
     def readings(self) -> list[Callable[[Tensor, int | None], str]]:
         """Return interpretations of the inputs, as functions of a tensor and the axis that rows would have in it.
 
-        A tensor has "rows" along this axis, is "shared" by all rows, or has "parts" of the rows one after another along
-        axis 0, such as the patches of all images. An axis with as many entries as there are rows need not be the axis
-        of the rows, as in positions (seq,) or a mask (seq, seq).
+        A tensor may have "rows" along this axis, or be "shared" by all rows. Or it has "parts": several consecutive
+        entries of axis 0 for each row, such as the patches of an image. An axis with as many entries as there are rows
+        need not be the axis of the rows, as in positions (seq,) or a mask (seq, seq).
         """
 
         def plain(tensor: Tensor, axis: int | None) -> str:

@@ -15,8 +15,8 @@ rows of the input are moved to axis 0, and the rows of the output are moved back
 be followed, an error names the layer.
 
 Calls of the same kind use the same plan. Two calls are of the same kind if they have the same arguments, with the same
-numbers of axes and the same dtypes. If another axis of an input than that of the rows has the size of the number of
-rows, all sizes of this input must be the same as well.
+numbers of axes and the same dtypes. If an axis of an input has as many entries as there are rows, but is not the axis
+of the rows, all sizes of this input must be the same as well.
 
 `generate` calls the model, or modules in it, many times. Each of these calls has its own plan; calls of modules within
 such a call are covered by its plan.

@@ -31,9 +31,9 @@ def is_bnb_linear(module: nn.Module) -> bool:
 def from_bnb(module: nn.Module) -> tuple[Quantized, Tensor | None]:
     """Read the weight and bias of a bitsandbytes linear module, in any state, without changing it.
 
-    A weight that is not quantized yet is quantized here, as bitsandbytes does when the module is moved to a device.
-    An 8-bit forward moves the statistics to `module.state`, where they are found. An eval-mode forward on a CPU with
-    AVX512-BF16 repacks a 4-bit weight in place, and rounds its scales to bfloat16; such a weight is unpacked into a
+    A weight that is not quantized yet is quantized here, as bitsandbytes does when the module is moved to a device. An
+    8-bit forward moves the statistics to `module.state`, where they are found. An eval-mode forward on a CPU with
+    AVX512-BF16 repacks a 4-bit weight in place, and rounds its scales to bfloat16. Such a weight is unpacked into a
     copy, with the rounded scales. In all other states, the result shares the module's memory.
 
     Args:

@@ -38,8 +38,8 @@ def fused_weight(q: Quantized, max_rows: int | None = FUSED_ROWS) -> FusedWeight
             differently; see `quant.crossover`.
 
     Returns:
-        The copy, or None if the kernel can't be used: on other CPUs, for 8-bit weights, if `out` is not a multiple of
-        32, or if `in` is not a multiple of the block size.
+        The copy, or None if the kernel can't be used. It requires such a CPU, a 4-bit weight, an `out` that is a
+        multiple of 32, and an `in` that is a multiple of the block size.
 
     Example:
         >>> from vera_func import quantize_8bit

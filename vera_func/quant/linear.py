@@ -53,9 +53,8 @@ def quantized_linear(
             bitsandbytes' kernels for packed 4-bit weights take precedence.
 
     Raises:
-        ValueError: If `x` is not a floating-point tensor of shape (*batch, in), if the bias does not have shape (out,),
-            if `int8_activations` is set for a 4-bit weight, if `fused` or `dense` belongs to another weight, if the
-            weight is offloaded (on the meta device), or if the weight itself is differentiated or mapped over.
+        ValueError: If `x`, `bias`, `fused` or `dense` does not fit the weight, or `int8_activations` is set for a 4-bit
+            weight. Also if the weight is offloaded (on the meta device), differentiated or mapped over.
 
     Example:
         >>> import torch

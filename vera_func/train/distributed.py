@@ -195,8 +195,8 @@ def mean_over_micro_batches(
     and per loss. Ranks without a micro-batch are idle. Without torchrun this is gradient accumulation.
 
     Args:
-        gradient: Function of a micro-batch that returns `(grads, losses)`, means over the micro-batch; `fit` provides
-            it.
+        gradient: Function of a micro-batch that returns `(grads, losses)`, both of them means over the micro-batch.
+            `fit` provides this function.
         parts: The micro-batches that `batches(step)` returned, the same on every rank.
         weight: Function of a micro-batch that returns the number of terms in the mean that is its loss, such as its
             number of tokens without padding. Micro-batches with weight 0 are skipped.

@@ -76,7 +76,7 @@ def fit(
     `fit` does not synchronize at every step.
 
     Args:
-        loss_fn: Function `(params, batch)` that returns one loss, or (n,) losses, each of which depends on its adapter
+        loss_fn: Function `(params, batch)` that returns one loss, or (n,) losses. Each loss must depend on its adapter
             only.
         params: Flat dict of trainable tensors; with `num_adapters`, every leaf is (n, ...).
         batches: Function from the step, counted from 0, to its batch. It must depend on the step only; see

@@ -28,7 +28,7 @@ def gradient_of(loss_fn: LossFn, params: dict[str, Tensor], n: tuple[int, ...], 
     without a gradient.
 
     Args:
-        loss_fn: Function `(params, batch)` that returns one loss, or (n,) losses, each of which depends on its adapter
+        loss_fn: Function `(params, batch)` that returns one loss, or (n,) losses. Each loss must depend on its adapter
             only.
         params: First argument of `loss_fn`.
         n: Shape of the losses.

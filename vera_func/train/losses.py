@@ -244,7 +244,7 @@ def dpo_loss(
 def _losses(
     x: Tensor, head: Head | None, bias: Tensor | None, targets: Tensor, vocab: int | None, chunk_size: int | None
 ) -> Tensor:
-    """The losses (tokens,), 0 at positions without a target; the head is applied only to the other positions."""
+    """The losses (tokens,). They are 0 at positions without a target, to which the head is not applied."""
     counted = targets != IGNORED
     index, largest = None, -1
     if has_values(targets):
@@ -320,7 +320,7 @@ def _check(
     if not labels.dim() or labels.dim() > len(rows) or labels.shape != rows[len(rows) - labels.dim() :]:
         raise ValueError(
             f"labels {tuple(labels.shape)} do not match hidden {tuple(hidden.shape)}: pass labels of shape "
-            f"{tuple(rows)}, one for each position; the function shifts them."
+            f"{tuple(rows)}, one for each position; do not shift them."
         )
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
         raise ValueError(f"chunk_size must be a positive number of positions or None, got {chunk_size!r}.")
