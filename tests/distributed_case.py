@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -113,6 +114,12 @@ def missing(what, who):
         map_sharded(item, range(12))
 
 
+def assert_no_threads_of_gloo():
+    """They would abort the process now and then when it ends."""
+    names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in names if "gloo" in name], names
+
+
 if __name__ == "__main__":
     what, where, *line = sys.argv[1:]
     if what in ("hang", "fail"):
@@ -123,7 +130,9 @@ if __name__ == "__main__":
         sys.exit(cli.main(line))
     torch.set_num_threads(1)
     status = cli.main(line)
+    assert_no_threads_of_gloo()
     with process_group():  # a second time, in the store that the first one left
         found, _ = results()
         save_file({key: value.contiguous() for key, value in found.items()}, f"{where}/{rank()}.safetensors")
+    assert_no_threads_of_gloo()
     sys.exit(status)

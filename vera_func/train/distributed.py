@@ -66,6 +66,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from importlib import import_module
 from itertools import count
 from typing import Any, TypeVar
 
@@ -124,6 +125,9 @@ def process_group(timeout: float | None = None) -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # transformers imports this module, whose default arguments would keep the group, and its threads, beyond the block;
+    # a thread that still has a tensor aborts the process when the interpreter ends.
+    import_module("torch.distributed.nn.functional")
     wait = timedelta(seconds=seconds)
     global _wait
     _wait = wait
