@@ -319,7 +319,8 @@ bad("delta_weight", "another weight", lambda _: vf.delta_weight(DORA, PAIR, 64, 
 bad("init_params", "another weight", weighted(ones(31, 64)), r"\(32, in\), got \(31, 64\)")
 bad("init_params", "a quantized weight", weighted(vf.quantize_8bit(ones(32, 64))), "got Quantized8bit; dequantize")
 bad("norm_statistics", "a number", lambda _: norm_statistics(1.0, PAIR), "got float; dequantize")
-bad("norm_statistics", "a wider layer", lambda _: norm_statistics(ones(32, 99), PAIR), r"have shape \(r, >= 99\)")
+bad("norm_statistics", "a wider layer", lambda _: norm_statistics(ones(32, 99), PAIR), r"of shape \(r, >= 99\)")
+bad("norm_statistics", "integers", lambda _: norm_statistics(ones(32, 64), {"vera_A": ones(4, 64).int()}), "int32")
 bad("norm_statistics", "no projections", lambda _: norm_statistics(ones(32, 64), {}), "got nothing")
 bad("fold_layer", "VeRA", lambda _: fold_layer(LAYER, COMPLETE), "must have the keys .*'magnitude'")
 

@@ -378,6 +378,18 @@ def call(adapted, params, frozen=FROZEN):
 bad("fold_magnitude", "VeRA", lambda _: fold(ADAPTED.apply, PARAMS, FROZEN), "have no magnitude to fold, got")
 bad("fold_magnitude", "folded params", lambda _: fold(DORA.apply, FOLDED, FROZEN), "have no magnitude to fold, got")
 bad("fold_magnitude", "another layer", lambda _: fold(DORA.apply, WRONG, FROZEN), r"'0.magnitude' must .*\*rows, 5\)")
+for what, call_with, message in (
+    (
+        "a model",
+        lambda: fold(DORA.apply.model, DORA.params, DORA.frozen),
+        "the attribute apply .*got Sequential",
+    ),
+    ("a list of adapters", lambda: fold(DORA.apply, [DORA.params], DORA.frozen), "params must be a dict .*got list"),
+    ("no projections", lambda: fold(DORA.apply, DORA.params, None), "frozen must be a dict of tensors, got NoneType"),
+):
+    bad("fold_magnitude", what, lambda _, f=call_with: f(), message)
+bad("keep_norm_statistics", "what adapt returns", lambda _: keep_norm_statistics(DORA, FROZEN), "got Adapted")
+bad("keep_norm_statistics", "no projections", lambda _: keep_norm_statistics(DORA.apply, {}), "lacks .*vera_A")
 bad("keep_norm_statistics", "VeRA", lambda _: keep_norm_statistics(ADAPTED.apply, FROZEN), "have no magnitudes: adapt")
 bad("adapt", "neither a magnitude nor a scale", call(DORA, WITHOUT), "lacks 1 .*'2.magnitude'")
 bad(

@@ -10,7 +10,7 @@ from vera_func.train.evolve import Evolution, centered_ranks
 from vera_func.train.optim import adamw, adamw_init, adamw_update
 
 from helpers import LargestTensor, build, normal, randomized, relative_error, tokens
-from refused import INF, NAN, Refused
+from refused import ADAPTED, INF, NAN, Refused
 
 
 START = {"a": normal(2, 3, seed=1), "b": normal(5, seed=2)}
@@ -168,6 +168,14 @@ def refused(what, message, fitness=fitness, params=START, **change):
 refused("an odd population", "population must be an even number, .*got 7", population=7)
 refused("no population", "population must be an even number, .*got 0", population=0)
 refused("half a population", "population must be an even number, .*got 2.0", population=2.0)
+for name in ("sigma", "learning_rate"):
+    for value in ("1", True, ones(())):
+        refused(f"{name}={value!r}", f"{name} must be a positive, finite number", **{name: value})
+refused("no report", "on_step must be a function of the state, got int", on_step=3)
+refused("what adapt returns", "got Adapted: pass its attribute params", params=ADAPTED)
+refused("a list of params", "params must be a dict of tensors, got list", params=[ones(3)])
+refused("a number in params", r"params\['a'\] must be a tensor, got float", params={"a": 1.0})
+refused("complex numbers", "must return real numbers, got torch.complex64", fitness=lambda s: fitness(s) * 1j)
 refused("no function", "fitness must be a function of stacked params, got NoneType", fitness=None)
 refused("batches in a list", "batches must be a function of the step, got list", batches=[1])
 refused("no params", "params is empty", params={})
@@ -191,6 +199,12 @@ refused("another run", "other params, another optimizer or another population", 
 refused("other params", "other params, another optimizer", resume=RUN._replace(params={"a": ones(2)}))
 refused("another optimizer", "other params, another optimizer", resume=RUN, optimizer=adamw(0.1))
 refused("a dict", "resume must be an Evolution, as evolve returns it, got dict", resume=START)
+bad(
+    "evolve",
+    "inside a transform",
+    lambda _: torch.func.grad(lambda p: vf.evolve(fitness, p, **OPTIONS).params["a"].sum())(START),
+    "call it outside of torch.func's transforms",
+)
 bad("centered_ranks", "one value", lambda _: centered_ranks(ones(1)), "at least two values")
 bad("centered_ranks", "a column", lambda _: centered_ranks(ones(3, 1)), r"must be \(n,\)")
 

@@ -27,7 +27,7 @@ from helpers import (
     squared,
     tokens,
 )
-from refused import FROZEN, NAN, PARAMS, STACK, Refused
+from refused import ADAPTED, FROZEN, NAN, PARAMS, STACK, Refused
 
 
 ROWS, SEQ = 5, 9
@@ -197,11 +197,19 @@ def refused(what, loss_rows, message, *, params=PARAMS, batch=None, **options):
 
 
 refused("no function", None, r"loss_rows must be a function of \(rows, batch\), got NoneType")
+refused("params of no dict", losses, r"params must be a dict of tensors, got list", params=[ones(3)])
+refused("what adapt returns", losses, "got Adapted: pass its attribute params", params=ADAPTED)
+refused("losses of integers", lambda rows, x: losses(rows, x).long(), r"floating-point loss .*, got \(3,\) torch.int64")
+refused("True as a number", losses, "must be an integer, at least 0, got True", num_rows=True)
 refused("no params", losses, "params is empty", params={})
 refused("integers", losses, "only floating-point tensors can be trained", params={"0.p": ones(3, dtype=torch.long)})
 refused("a number in params", losses, "must be a tensor, got float", params={"0.p": 1.0})
-refused("a mean", lambda rows, x: losses(rows, x).mean(), r"one loss per row, \(3,\), got shape \(\).*reduction='none'")
-refused("a loss per token", lambda rows, x: x, r"\(3,\), got shape \(3, 5\)")
+refused(
+    "a mean",
+    lambda rows, x: losses(rows, x).mean(),
+    r"one floating-point loss per row, \(3,\), got \(\).*reduction='none'",
+)
+refused("a loss per token", lambda rows, x: x, r"\(3,\), got \(3, 5\)")
 refused("a number", lambda rows, x: 1.0, r"\(3,\), got float")
 refused("rows not used", lambda rows, x: losses(PARAMS, x), "do not depend on its first argument")
 refused("no tensors", losses, "it has no tensors: pass num_rows", batch=[1, 2])
@@ -210,7 +218,13 @@ refused("a scalar", losses, r"\[\(\)\]: pass num_rows", batch=ones(()))
 refused("negative rows", losses, "at least 0, got -1", num_rows=-1)
 refused("half a row", losses, "must be an integer, at least 0, got 1.5", num_rows=1.5)
 refused("stacked params", losses, "do not match the leading axes", params=STACK, batch=ones(4, 5))
-bad("per_example_norms", "nothing", lambda _: per_example_norms({}), "empty")
+for what, grads, message in (
+    ("nothing", {}, "must be a dict as from per_example_grads, got an empty one"),
+    ("a list", [ones(3)], "must be a dict as from per_example_grads, got list"),
+    ("integers", {"a": ones(3, 2).long()}, r"grads\['a'\] must be a floating-point tensor .*, got torch.int64"),
+    ("a number", {"a": 1.0}, r"grads\['a'\] must be a floating-point tensor .*, got float"),
+):
+    bad("per_example_norms", what, lambda _, g=grads: per_example_norms(g), message)
 bad("per_example_norms", "different rows", lambda _: per_example_norms({"a": ones(2, 3), "b": ones(3)}), "leading axis")
 
 

@@ -69,6 +69,13 @@ def test_maps_over_adapters():
         assert_close({key: leaf[i] for key, leaf in found.items()}, expected)
 
 
+def test_each_mapped_adapter_has_its_own_noise():
+    grads = {key: torch.stack([leaf, leaf]) for key, leaf in gradients().items()}
+    draw = lambda g: vf.private_step(g, 1.0, noise_multiplier=1.0, generator=generator())
+    both = torch.func.vmap(draw, randomness="different")(grads)
+    assert all(not torch.equal(leaf[0], leaf[1]) for leaf in both.values())
+
+
 def test_a_private_step_is_a_clipped_mean_and_noise():
     grads, before = gradients(), gradients()
     step = vf.private_step(grads, 2.0, noise_multiplier=1.5, generator=generator(), batch_size=8)
@@ -153,25 +160,36 @@ def step(grads=GOOD, max_norm=1.0, **options):
     return vf.private_step(grads, max_norm, **{"noise_multiplier": 1.0, "generator": generator(), **options})
 
 
-for value in (0.0, -1.0, NAN, INF, ones(())):
+for value in (0.0, -1.0, NAN, INF, ones(()), None, "1", True):
     bad(
         "clip_per_example",
         f"max_norm={value}",
         lambda _, v=value: vf.clip_per_example(GOOD, v),
         "max_norm must be a pos",
     )
-bad("clip_per_example", "nothing", lambda _: vf.clip_per_example({}, 1.0), "empty")
+bad("clip_per_example", "nothing", lambda _: vf.clip_per_example({}, 1.0), "got an empty one")
 bad("clip_per_example", "no rows", lambda _: vf.clip_per_example({"a": ones(())}, 1.0), "common leading axis")
 bad("private_step", "no bound", lambda _: step(max_norm=0.0), "max_norm must be a positive")
 bad("private_step", "no generator", lambda _: step(generator=0), "needs a torch.Generator, got int")
-bad("private_step", "negative noise", lambda _: step(noise_multiplier=-1.0), "noise_multiplier must be at least 0")
-bad("private_step", "noise of NaN", lambda _: step(noise_multiplier=NAN), "noise_multiplier must be at least 0")
+for noise in (-1.0, NAN, INF, None, "1", ones(2)):
+    bad(
+        "private_step",
+        f"a noise of {noise}",
+        lambda _, n=noise: step(noise_multiplier=n),
+        "noise_multiplier must be a finite number, at least 0, got",
+    )
 bad("private_step", "a batch of 0", lambda _: step(batch_size=0), "batch_size must be a positive")
 bad("private_step", "an empty batch", lambda _: step({"a": ones(0, 3)}), "pass its expected size, batch_size")
 bad("private_step", "NaN", lambda _: step(BROKEN), "of 2 of 3 examples are not finite, first 1")
-for what, change in {"no examples": {"num_examples": 0}, "more": {"batch_size": 11}, "none": {"batch_size": 0}}.items():
+for what, change, message in (
+    ("no examples", {"num_examples": 0}, "batch_size must be at most num_examples"),
+    ("more", {"batch_size": 11}, "batch_size must be at most num_examples"),
+    ("none", {"batch_size": 0}, "batch_size must be a positive, finite number, got 0"),
+    ("None", {"batch_size": None}, "batch_size must be a positive, finite number, got None"),
+    ("a flag as key", {"key": True}, "must be integers, .*key=True"),
+):
     options = {"num_examples": 10, "batch_size": 2, "key": 0, **change}
-    bad("poisson_indices", what, lambda _, o=options: poisson_indices(0, **o), "0 < batch_size <= num_examples")
+    bad("poisson_indices", what, lambda _, o=options: poisson_indices(0, **o), message)
 bad(
     "poisson_indices",
     "a negative step",

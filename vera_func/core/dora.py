@@ -71,10 +71,11 @@ def norm_statistics(weight: Float[Tensor, "out in"], frozen: Mapping[str, Tensor
             f"weight must be a dense floating-point tensor of shape (out, in), got {what}; dequantize(q) returns one."
         )
     A = frozen.get("vera_A")
-    if A is None or A.dim() != 2 or A.shape[1] < weight.shape[1]:
-        what = "nothing" if A is None else str(tuple(A.shape))
+    if not isinstance(A, Tensor) or not A.is_floating_point() or A.dim() != 2 or A.shape[1] < weight.shape[1]:
+        what = f"{tuple(A.shape)} {A.dtype}" if isinstance(A, Tensor) else "nothing" if A is None else type(A).__name__
         raise ValueError(
-            f"vera_A must have shape (r, >= {weight.shape[1]}) for a weight of shape {tuple(weight.shape)}, got {what}."
+            f"vera_A must be floating-point of shape (r, >= {weight.shape[1]}) for a weight of shape "
+            f"{tuple(weight.shape)}, got {what}."
         )
     with _without_autocast(weight.device):
         weight = _wide(weight)

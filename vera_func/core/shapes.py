@@ -1,4 +1,6 @@
-"""Shape and dtype checks, and the broadcasting of one adapter per row to a batch."""
+"""Checks of shapes, dtypes and numbers, and the broadcasting of one adapter per row to a batch."""
+
+import numbers
 
 import torch
 from torch import Tensor
@@ -59,6 +61,19 @@ def require_float(name: str, dtype: torch.dtype) -> None:
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"{name} must be a floating-point dtype, got {dtype!r}.")
+
+
+def require_positive(name: str, value: float) -> None:
+    """Raise an error if a value is not a positive, finite number.
+
+    Raises:
+        ValueError: If it is zero, negative, infinite, NaN, a tensor, or not a number.
+
+    Example:
+        >>> require_positive("damping", 0.5)
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a positive, finite number, got {value!r}.")
 
 
 def require_product_dtype(dtype: torch.dtype | None) -> None:

@@ -47,6 +47,7 @@ def fold_magnitude(apply: Apply, params: Mapping[str, Tensor], frozen: Mapping[s
     Reference:
         https://arxiv.org/abs/2402.09353
     """
+    _check(apply, params=params, frozen=frozen)
     apply._bind(params, frozen)  # checks both
     names = [name for name in apply.targets if join_key(name, MAGNITUDE) in params]
     if not names:
@@ -89,13 +90,24 @@ def keep_norm_statistics(apply: Apply, frozen: Mapping[str, Tensor]) -> dict[str
         >>> sorted(keep_norm_statistics(apply, frozen))
         ['0.C', '0.G', '0.square_norm', 'vera_A', 'vera_B']
     """
+    _check(apply, frozen=frozen)
     if not apply.magnitudes:
         raise ValueError("the layers have no magnitudes: adapt with VeraConfig(use_dora=True).")
-    kept = {name: frozen[name] for name in ("vera_A", "vera_B") if name in frozen}
+    if missing := sorted({"vera_A", "vera_B"} - frozen.keys()):
+        raise ValueError(f"frozen lacks {missing}; adapt and load_adapter return both projections.")
+    kept = {name: frozen[name] for name in ("vera_A", "vera_B")}
     for name in apply.targets:
         statistics = norm_statistics(_layer(apply, name).base_weight(frozen["vera_A"].dtype), frozen)
         kept |= {join_key(name, key): value for key, value in statistics.items()}
     return kept
+
+
+def _check(apply: Apply, **given: Mapping[str, Tensor]) -> None:
+    if not isinstance(apply, Apply):
+        raise ValueError(f"apply must be the attribute apply of what adapt returns, got {type(apply).__name__}.")
+    for name, value in given.items():
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} must be a dict of tensors, got {type(value).__name__}.")
 
 
 def _layer(apply: Apply, name: str) -> Any:

@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..private import tree_flatten
+from ..core.shapes import require_positive
+from ..private import in_transform, tree_flatten
 from .distributed import map_sharded
 from .gradient import require_shape
 from .optim import Optimizer, apply_updates, as_optimizer, require_trainable
@@ -88,7 +89,7 @@ def evolve(
 
     Raises:
         ValueError: If a fitness is not finite or has another shape than (n,), `population` is odd, `params` can't be
-            trained, or another argument is out of range.
+            trained, another argument is out of range, or a transform is active.
 
     Example:
         >>> target = torch.tensor([1.0, -1.0, 0.5])
@@ -103,7 +104,7 @@ def evolve(
         Algorithm 1 of https://arxiv.org/abs/1703.03864, with its antithetic sampling and rank-shaped fitness.
         Deviations: ties share their mean rank; no weight decay.
     """
-    _check_options(fitness, batches, steps, sigma, learning_rate, seed, population, chunk_size, optimizer)
+    _check_options(fitness, batches, steps, sigma, learning_rate, seed, population, chunk_size, optimizer, on_step)
     require_trainable(params)
     pair = None if optimizer is None else as_optimizer(optimizer)
     run = _initial_run(params, population, pair, resume, steps)
@@ -163,6 +164,8 @@ def _evaluate(
             stacked[key][i] = params[key].to(e.dtype) + sign * sigma * e
     found = fitness(stacked, *batch)
     require_shape("fitness", found, (len(members),))
+    if found.is_complex():
+        raise ValueError(f"fitness must return real numbers, got {found.dtype}.")
     return found.detach().double().cpu()
 
 
@@ -241,11 +244,16 @@ def _check_options(
     population: Any,
     chunk_size: Any,
     optimizer: Any,
+    on_step: Any,
 ) -> None:
+    if in_transform():
+        raise ValueError("evolve runs under no_grad, without derivatives: call it outside of torch.func's transforms.")
     if not callable(fitness):
         raise ValueError(f"fitness must be a function of stacked params, got {type(fitness).__name__}.")
     if batches is not None and not callable(batches):
         raise ValueError(f"batches must be a function of the step, got {type(batches).__name__}.")
+    if on_step is not None and not callable(on_step):
+        raise ValueError(f"on_step must be a function of the state, got {type(on_step).__name__}.")
     if not isinstance(population, int) or population < 2 or population % 2:
         raise ValueError(
             f"population must be an even number, since members are pairs of opposite perturbations, got {population!r}."
@@ -259,5 +267,4 @@ def _check_options(
     if learning_rate is None and optimizer is None:
         raise ValueError("evolve needs a learning_rate, such as learning_rate=1e-2, or an optimizer.")
     for name, value in (("sigma", sigma), ("learning_rate", 1.0 if learning_rate is None else learning_rate)):
-        if isinstance(value, Tensor) or not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be a positive, finite number, got {value!r}.")
+        require_positive(name, value)

@@ -11,14 +11,16 @@ All functions compute products of gradients in float64. An adapter has few param
 examples fit in memory.
 """
 
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..model.batch import num_adapters
-from .per_example import as_matrix
+from ..core.shapes import require_positive
+from .per_example import as_matrix, per_example_norms, require_finite_rows, require_grads
 
 
 def tracin(
@@ -38,7 +40,8 @@ def tracin(
         learning_rates: The learning rate at each checkpoint, times the number of steps that the checkpoint represents.
 
     Raises:
-        ValueError: If the three arguments are empty or differ in length, or gradients differ in keys or shapes.
+        ValueError: If the three arguments are empty or differ in length, gradients differ in keys or shapes or are not
+            finite, or a learning rate is not a finite number.
 
     Example:
         >>> train = {"p": torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])}
@@ -50,10 +53,19 @@ def tracin(
     Reference:
         TracInCP, section 3 of https://arxiv.org/abs/2002.08484.
     """
+    sources = {"train_grads": train_grads, "test_grads": test_grads, "learning_rates": learning_rates}
+    for name, given in sources.items():
+        if not isinstance(given, Iterable):
+            raise ValueError(f"{name} must have an entry for each checkpoint, got {type(given).__name__}.")
     influence = None
     try:
         for train, test, rate in zip(train_grads, test_grads, learning_rates, strict=True):
-            term = rate * _products(train, test)
+            term = _rate(rate) * _products(train, test)
+            if influence is not None and term.shape != influence.shape:
+                raise ValueError(
+                    "all checkpoints must have the same examples, but (train, test) is "
+                    f"{tuple(influence.shape)} and then {tuple(term.shape)}."
+                )
             influence = term if influence is None else influence + term
     except ValueError as error:
         if "zip()" not in str(error):
@@ -84,7 +96,8 @@ def fisher_influence(
             in which few examples have a gradient get too much weight.
 
     Raises:
-        ValueError: If gradients have different keys or shapes, or `damping` is not positive.
+        ValueError: If gradients have different keys or shapes or are not finite, or `damping` is not positive, or so
+            small that the system is singular.
 
     Example:
         >>> train = {"p": torch.tensor([[1.0, 0.0], [0.0, 2.0]])}
@@ -95,22 +108,34 @@ def fisher_influence(
     Reference:
         Equation 2 of https://arxiv.org/abs/1703.04730, with the opposite sign.
     """
-    if isinstance(damping, Tensor) or not 0 < damping < float("inf"):
-        raise ValueError(f"damping must be a positive, finite number, got {damping!r}.")
+    require_positive("damping", damping)
     kernel = _products(train_grads, train_grads)
     if not len(kernel):
         raise ValueError("there are no training examples: the Fisher matrix is computed from their gradients.")
     # (G^T G / n + d I)^-1 G^T = G^T (G G^T / n + d I)^-1
     system = kernel / len(kernel) + damping * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
-    return torch.linalg.solve(system, _products(train_grads, test_grads))
+    products = _products(train_grads, test_grads)
+    try:
+        return torch.linalg.solve(system, products)
+    except torch.linalg.LinAlgError:
+        mean = kernel.diagonal().mean().item()
+        raise ValueError(
+            f"the system is singular with damping={damping}: use a larger one; the mean of |g_i|^2 is {mean:.3g}."
+        ) from None
+
+
+def _rate(value: Any) -> Any:
+    number = not value.dim() if isinstance(value, Tensor) else isinstance(value, numbers.Real)
+    if not number or not abs(value) < float("inf"):
+        raise ValueError(f"learning_rates must be finite numbers, got {value!r}.")
+    return value
 
 
 def _products(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Float[Tensor, "n m"]:
     """All inner products of the gradients of two sets of examples, in float64."""
     for name, grads in (("train", one), ("test", other)):
-        if not isinstance(grads, Mapping):
-            raise ValueError(f"{name} gradients must be a dict as from per_example_grads, got {type(grads).__name__}.")
-        num_adapters(grads)
+        require_grads(f"{name}_grads", grads)
+        require_finite_rows(name, per_example_norms(grads))
     if odd := sorted(one.keys() ^ other.keys()):
         raise ValueError(f"train and test gradients differ in {len(odd)} keys, first {odd[0]!r}.")
     for key, leaf in one.items():

@@ -241,10 +241,15 @@ def _state_tensor(device: torch.device, leaf: Any) -> Tensor:
 
 
 def require_trainable(params: Mapping[str, Tensor]) -> None:
-    """Check that params is not empty and that all leaves have a floating-point dtype."""
+    """Check that params is a dict of floating-point tensors that is not empty."""
+    if not isinstance(params, Mapping):
+        hint = ": pass its attribute params" if hasattr(params, "params") else ""
+        raise ValueError(f"params must be a dict of tensors, got {type(params).__name__}{hint}.")
     if not params:
         raise ValueError("params is empty: there is nothing to train.")
     for key, p in params.items():
+        if not isinstance(p, Tensor):
+            raise ValueError(f"params[{key!r}] must be a tensor, got {type(p).__name__}.")
         if not p.is_floating_point():
             raise ValueError(f"params[{key!r}] is {p.dtype}; only floating-point tensors can be trained.")
 

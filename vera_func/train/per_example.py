@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.grad import grad
 from ..model.batch import num_adapters
-from ..private import in_transform, tree_leaves
+from ..private import has_values, in_transform, tree_leaves
 from .optim import require_trainable
 
 
@@ -63,12 +63,9 @@ def per_example_grads(
     """
     if not callable(loss_rows):
         raise ValueError(f"loss_rows must be a function of (rows, batch), got {type(loss_rows).__name__}.")
-    for key, p in params.items():
-        if not isinstance(p, Tensor):
-            raise ValueError(f"params[{key!r}] must be a tensor, got {type(p).__name__}.")
     require_trainable(params)
     n = _rows_of(batch) if num_rows is None else num_rows
-    if not isinstance(n, int) or n < 0:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
         raise ValueError(f"num_rows must be an integer, at least 0, got {n!r}.")
     if n == 0:
         return {key: p.new_zeros(0, *p.shape) for key, p in params.items()}
@@ -83,15 +80,48 @@ def per_example_norms(grads: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
         grads: From `per_example_grads`, leaves (n, ...).
 
     Raises:
-        ValueError: If `grads` is empty, or the leaves have no common leading axis.
+        ValueError: If `grads` is not a dict of floating-point tensors with a common leading axis, or is empty.
 
     Example:
         >>> per_example_norms({"a": torch.tensor([[3.0], [0.0]]), "b": torch.tensor([[4.0], [1.0]])})
         tensor([5., 1.], dtype=torch.float64)
     """
-    num_adapters(grads)  # checks the leading axes
+    require_grads("grads", grads)
     norms = [torch.linalg.vector_norm(as_matrix(leaf), dim=1, dtype=torch.float64) for leaf in grads.values()]
     return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
+def require_grads(name: str, grads: Mapping[str, Tensor]) -> None:
+    """Raise an error if `grads` is not a dict of floating-point tensors with a common leading axis (n,).
+
+    Raises:
+        ValueError: If it is something else, or empty.
+
+    Example:
+        >>> require_grads("grads", {"p": torch.ones(3, 2)})
+    """
+    if not isinstance(grads, Mapping) or not grads:
+        what = type(grads).__name__ if not isinstance(grads, Mapping) else "an empty one"
+        raise ValueError(f"{name} must be a dict as from per_example_grads, got {what}.")
+    for key, leaf in grads.items():
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise ValueError(f"{name}[{key!r}] must be a floating-point tensor of shape (n, ...), got {found}.")
+    num_adapters(grads)  # checks the leading axes
+
+
+def require_finite_rows(name: str, norms: Float[Tensor, " n"]) -> None:
+    """Raise an error if the norm of an example's gradient is not finite; under vmap and `torch.compile`, do nothing.
+
+    Raises:
+        ValueError: If a norm is infinite or NaN.
+
+    Example:
+        >>> require_finite_rows("train", torch.ones(3))
+    """
+    if has_values(norms) and len(wrong := (~norms.isfinite()).nonzero().flatten().tolist()):
+        which = f"{len(wrong)} of {len(norms)} {name}".rstrip()
+        raise ValueError(f"the gradients of {which} examples are not finite, first {wrong[0]}.")
 
 
 def as_matrix(leaf: Tensor) -> Float[Tensor, "n size"]:
@@ -106,11 +136,11 @@ def as_matrix(leaf: Tensor) -> Float[Tensor, "n size"]:
 
 def _total(loss_rows: LossRows, n: int, rows: dict[str, Tensor], batch: Any) -> Tensor:
     losses = loss_rows(rows, batch)
-    if not isinstance(losses, Tensor) or losses.shape != (n,):
-        found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+    if not isinstance(losses, Tensor) or losses.shape != (n,) or not losses.is_floating_point():
+        found = f"{tuple(losses.shape)} {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
-            f"loss_rows must return one loss per row, ({n},), got {found}: do not average over the rows, as in "
-            "cross_entropy(..., reduction='none')."
+            f"loss_rows must return one floating-point loss per row, ({n},), got {found}: do not average over the rows, as "
+            "in cross_entropy(..., reduction='none')."
         )
     # Under a transform, `requires_grad` does not show whether the losses depend on the rows.
     if not torch.compiler.is_compiling() and not in_transform() and not losses.requires_grad:

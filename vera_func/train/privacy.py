@@ -29,13 +29,15 @@ cryptographically secure. Their seeds must remain secret.
 """
 
 import hashlib
+import numbers
 from collections.abc import Mapping
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .per_example import per_example_norms
+from ..core.shapes import require_positive
+from .per_example import per_example_norms, require_finite_rows
 
 
 def clip_per_example(grads: Mapping[str, Tensor], max_norm: float) -> dict[str, Tensor]:
@@ -60,7 +62,7 @@ def clip_per_example(grads: Mapping[str, Tensor], max_norm: float) -> dict[str, 
     Reference:
         Algorithm 1 of https://arxiv.org/abs/1607.00133.
     """
-    _require_positive("max_norm", max_norm)
+    require_positive("max_norm", max_norm)
     # Clamped before the division, so that a norm of zero gives a factor of 1 and a finite derivative.
     scale = max_norm / per_example_norms(grads).clamp(min=max_norm)
     clipped = {}
@@ -109,16 +111,15 @@ def private_step(
     """
     if not isinstance(generator, torch.Generator):
         raise ValueError(f"private_step needs a torch.Generator, got {type(generator).__name__}; there is no default.")
-    if not 0 <= noise_multiplier < float("inf"):
-        raise ValueError(f"noise_multiplier must be at least 0 and finite, got {noise_multiplier}.")
+    if not isinstance(noise_multiplier, numbers.Real) or not 0 <= noise_multiplier < float("inf"):
+        raise ValueError(f"noise_multiplier must be a finite number, at least 0, got {noise_multiplier!r}.")
     clipped = clip_per_example(grads, max_norm)
     norms = per_example_norms(grads)
     if batch_size is None and len(norms) == 0:
         raise ValueError("the batch is empty: pass its expected size, batch_size.")
     size = float(len(norms)) if batch_size is None else batch_size
-    _require_positive("batch_size", size)
-    if len(wrong := (~norms.isfinite()).nonzero().flatten().tolist()):
-        raise ValueError(f"the gradients of {len(wrong)} of {len(norms)} examples are not finite, first {wrong[0]}.")
+    require_positive("batch_size", size)
+    require_finite_rows("", norms)
     step = {}
     for key, g in clipped.items():
         noise = torch.randn(g.shape[1:], generator=generator, device=generator.device, dtype=g.dtype).to(g.device)
@@ -149,15 +150,11 @@ def poisson_indices(step: int, *, num_examples: int, batch_size: float, key: int
     Reference:
         Section 3.1 of https://arxiv.org/abs/1607.00133, which calls such batches "lots".
     """
-    if not all(isinstance(number, int) for number in (step, num_examples, key)) or step < 0:
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in (step, num_examples, key)) or step < 0:
         raise ValueError(f"must be integers, and step at least 0: {step=}, {num_examples=}, {key=}.")
-    if not 0 < batch_size <= num_examples:
-        raise ValueError(f"must be 0 < batch_size <= num_examples, got {batch_size=}, {num_examples=}.")
+    require_positive("batch_size", batch_size)
+    if batch_size > num_examples:
+        raise ValueError(f"batch_size must be at most num_examples, got {batch_size=}, {num_examples=}.")
     seed = int.from_bytes(hashlib.sha256(f"Poisson {key} {step}".encode()).digest()[:8], "big", signed=True)
     draws = torch.rand(num_examples, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (draws < batch_size / num_examples).nonzero().flatten()
-
-
-def _require_positive(name: str, value: float) -> None:
-    if isinstance(value, Tensor) or not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be a positive, finite number, got {value!r}.")
