@@ -1,11 +1,17 @@
 """VeRA, DVoRA and PEFT's LoRA on two tasks, at equal examples and steps: accuracy over seeds.
 
-For each method and task, the learning rate is the one with the lowest mean validation loss over the seeds. A seed
-decides the order of the training examples and the random draw (projections; LoRA's A).
+A seed decides the order of the training examples and the random draw (projections; LoRA's A). The learning rate of each
+method and task is the one with the lowest validation loss in a sweep with a seed of its own, extended while the best
+rate is at an end of the grid. Examples whose prompt exceeds `max_tokens` are left out.
+
+Every run is appended to `results`, a file of JSON lines, and read from there if the benchmark is started again.
 """
 
 import copy
+import json
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import peft
 import torch
@@ -15,7 +21,7 @@ from tqdm import tqdm
 import vera_func as vf
 from vera_func.data.assets import load_snippets
 from vera_func.data.examples import polar_examples, split
-from vera_func.data.models import load_base
+from vera_func.data.models import load_base, native_dtype
 from vera_func.data.prompts import answer_loss, score, train_batches
 from vera_func.data.task import encode_examples, loss_of, make_task, score_of
 from vera_func.model.dora import keep_norm_statistics
@@ -26,91 +32,164 @@ from .common import table
 
 TASKS = {"movie": "movie reviews", "amazon": "product reviews"}
 TARGETS = ["q_proj", "v_proj"]
-RATES = {"VeRA": [5e-3, 1e-2, 2e-2, 4e-2], "DVoRA": [5e-3, 1e-2, 2e-2, 4e-2], "LoRA r 8": [5e-4, 1e-3, 2e-3, 4e-3]}
-BATCH, MAX_NORM = 16, 1.0
+RATES = {
+    "VeRA": [1e-2, 2e-2, 4e-2],
+    "DVoRA": [1e-2, 2e-2, 4e-2],
+    "LoRA r 8": [1e-3, 2e-3, 4e-3],
+    "LoRA r 1": [4e-3, 8e-3, 1.6e-2],
+}
+BATCH, MAX_NORM, RANK, SWEEP_SEED = 16, 1.0, 256, 99
 
 
-def run(seeds=5, steps=60, rank=256, rates=4, held_out=500):
-    """Print a table with a row for each task and method."""
-    base = load_base(quant="nf4", dtype=torch.float32)
+class Data(NamedTuple):
+    """Encoded examples of one task."""
+
+    train: list
+    validation: list
+    test: list
+
+
+class Setting(NamedTuple):
+    """What all runs of a comparison have in common."""
+
+    dtype: str
+    steps: int
+    held_out: int
+    max_tokens: int
+
+
+def run(seeds=5, steps=30, dtype=None, results=None, *, held_out=400, max_tokens=24):
+    """Print a table with a row for each method and task."""
+    dtype = native_dtype(torch.device("cpu")) if dtype is None else getattr(torch, dtype)
+    setting = Setting(str(dtype).removeprefix("torch."), steps, held_out, max_tokens)
+    base = load_base(quant="nf4", dtype=dtype)
     base.model.train()  # there is no dropout; in eval mode bitsandbytes repacks its weights for PEFT's layers
     task = make_task(base, ["negative", "positive"], prompt="Text: {text}\nSentiment:")
+    data = {domain: _data(base, task, domain, setting) for domain in TASKS}
+    records = _Records(results, setting)
     rows = []
+    for method in RATES:
+        for domain, name in TASKS.items():
+            train = partial(_lora if method.startswith("LoRA") else _vera, base, task, data[domain], steps, method)
+            rate = _best_rate(partial(records.get, train, domain, method))
+            seeded = tqdm(range(seeds), desc=f"{name}, {method}")
+            rows.append(_row(name, [records.get(train, domain, method, seed, rate) for seed in seeded]))
+    untrained = vf.adapt(base.model, vf.VeraConfig(r=4, target_modules=TARGETS), product_dtype=base.product_dtype)
     for domain, name in TASKS.items():
-        rest, test = split(polar_examples(load_snippets(domain)), held_out, seed=0)
-        train, validation = split(rest, held_out, seed=0)
-        train, validation, test = (
-            encode_examples(base, task, part)
-            for part in (train[: steps * BATCH], validation[:held_out], test[:held_out])
-        )
-        for method, candidates in RATES.items():
-            scores, trained = [], 0
-            for seed in tqdm(range(seeds), desc=f"{name}, {method}"):
-                batches = train_batches(train, BATCH, seed=seed, pad_id=task.pad_id)
-                options = {"steps": steps, "max_norm": MAX_NORM, "progress": False}
-                options["schedule"] = partial(linear_warmup_cosine, warmup=0, total=steps)
-                train_one = _lora if method.startswith("LoRA") else partial(_vera, rank=rank, dora=method == "DVoRA")
-                found, trained = train_one(base, task, candidates[:rates], seed, batches, options, (validation, test))
-                scores.append(found)  # (rates, 3): validation loss, test accuracy, test loss
-            rows.append(_row(name, method, candidates, torch.tensor(scores), trained))
-    table(f"{seeds} seeds, {steps} steps of {BATCH} examples, nf4, float32", rows)
+        found = score_of(untrained, task, untrained.params, data[domain].test)
+        print(f"{name}, not trained: {100 * found.accuracy:.1f} %, loss {found.loss:.3f}")
+    table(f"{seeds} seeds, {steps} steps of {BATCH} examples, r {RANK}, nf4, {setting.dtype}", rows)
 
 
-def _vera(base, task, rates, seed, batches, options, parts, *, rank, dora):
-    """Train one adapter for each rate in one run; the scores (rates, 3), and the trained parameters of one."""
-    config = vf.VeraConfig(r=rank, target_modules=TARGETS, projection_prng_key=seed, use_dora=dora)
-    adapted = vf.adapt(base.model, config)
-    frozen = keep_norm_statistics(adapted.apply, adapted.frozen) if dora else adapted.frozen
-    adapted = adapted._replace(frozen=frozen)
-    stacked = vf.stack_adapters([adapted.params] * len(rates))
-    loss = loss_of(adapted, task, stacked=True)
-    result = vf.fit(loss, stacked, batches, learning_rate=rates, num_adapters=len(rates), **options)
-    params = vf.fold_magnitude(adapted.apply, result.params, frozen) if dora else result.params
-    found = []
-    for one in vf.unstack_adapters(params):
-        validation, test = (score_of(adapted, task, one, part) for part in parts)
-        found.append((float(validation.loss), float(test.accuracy), float(test.loss)))
-    return found, vf.num_parameters(adapted).trainable
+def _data(base, task, domain, setting):
+    examples = polar_examples(load_snippets(domain))
+    encoded = encode_examples(base, task, examples)
+    short = [one for one, row in zip(examples, encoded, strict=True) if len(row.ids) <= setting.max_tokens]
+    rest, test = split(short, setting.held_out, seed=0)
+    train, validation = split(rest, setting.held_out // 2, seed=0)
+    parts = train[: setting.steps * BATCH], validation[: setting.held_out // 2], test[: setting.held_out]
+    return Data(*(encode_examples(base, task, part) for part in parts))
 
 
-def _lora(base, task, rates, seed, batches, options, parts):
-    """The same for PEFT's LoRA, one run after another."""
-    found = []
-    for rate in rates:
-        torch.manual_seed(seed)
-        config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS)
-        model = peft.get_peft_model(copy.deepcopy(base.model), config).train()
-        params = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-        def logits(params, batch, model=model):
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-            out = functional_call(model, params, kwargs=inputs | {"logits_to_keep": 1}).logits
-            return out[:, -1, task.answers]
-
-        def loss(params, batch, logits=logits):
-            return answer_loss(logits(params, batch), batch["label"])
-
-        result = vf.fit(loss, params, batches, learning_rate=rate, **options)
-        scores = [score(partial(logits, result.params), part, pad_id=task.pad_id) for part in parts]
-        found.append((float(scores[0].loss), float(scores[1].accuracy), float(scores[1].loss)))
-    return found, sum(p.numel() for p in params.values())
+def _best_rate(record):
+    """The rate with the lowest validation loss; `record(SWEEP_SEED, rate)` trains with it."""
+    method = record.args[-1]
+    rates = list(RATES[method])
+    for extra in range(3):
+        losses = [record(SWEEP_SEED, rate)["loss"] for rate in rates]
+        best = losses.index(min(losses))
+        if 0 < best < len(rates) - 1 or extra == 2:
+            break
+        rates = [rates[0] / 2, *rates] if best == 0 else [*rates, rates[-1] * 2]
+    return rates[best]
 
 
-def _row(name, method, rates, scores, trained):
-    """The row of a method, at the rate with the lowest validation loss; `scores` (seeds, rates, 3)."""
-    best = scores[..., 0].mean(0).argmin()
-    accuracy, loss = 100 * scores[:, best, 1], scores[:, best, 2]
+class _Records:
+    """Results of finished runs, kept in a file if there is one."""
+
+    def __init__(self, path, setting):
+        self.path, self.setting = path, setting._asdict()
+        lines = Path(path).read_text(encoding="utf-8").splitlines() if path and Path(path).exists() else []
+        self.rows = [row for row in map(json.loads, lines) if self.setting.items() <= row.items()]
+
+    def get(self, train, domain, method, seed, rate):
+        """The record of a run, from the file or from `train(seed, rate)`."""
+        key = {"task": domain, "method": method, "seed": seed, "rate": rate}
+        found = [row for row in self.rows if key.items() <= row.items()]
+        if not found:
+            found = [{**self.setting, **key, **train(seed, rate)}]
+            self.rows += found
+            if self.path:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(found[0]) + "\n")
+        return found[0]
+
+
+def _vera(base, task, data, steps, method, seed, rate):
+    config = vf.VeraConfig(r=RANK, target_modules=TARGETS, projection_prng_key=seed, use_dora=method == "DVoRA")
+    adapted = vf.adapt(base.model, config, product_dtype=base.product_dtype)
+    if config.use_dora:
+        adapted = adapted._replace(frozen=keep_norm_statistics(adapted.apply, adapted.frozen))
+    params = _fit(loss_of(adapted, task), adapted.params, task, data, steps, seed, rate)
+    if config.use_dora:
+        params = vf.fold_magnitude(adapted.apply, params, adapted.frozen)
+    scored = score_of(adapted, task, params, data.validation if seed == SWEEP_SEED else data.test)
+    return _record(vf.num_parameters(adapted).trainable, scored)
+
+
+def _lora(base, task, data, steps, method, seed, rate):
+    torch.manual_seed(seed)
+    r = int(method.rpartition(" ")[2])
+    model = copy.deepcopy(base.model)
+    # Only the rows of the labels, as in `token_logits`.
+    model.lm_head = torch.nn.Linear(1, 1, bias=False)
+    model.lm_head.weight = torch.nn.Parameter(base.model.lm_head.weight[task.answers].detach(), requires_grad=False)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=r, target_modules=TARGETS)).train()
+    params = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def logits(params, batch):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+        return functional_call(model, params, kwargs=inputs | {"logits_to_keep": 1}).logits[:, -1]
+
+    def loss(params, batch):
+        return answer_loss(logits(params, batch), batch["label"])
+
+    trained = _fit(loss, params, task, data, steps, seed, rate)
+    part = data.validation if seed == SWEEP_SEED else data.test
+    scored = score(partial(logits, trained), part, pad_id=task.pad_id)
+    return _record(sum(p.numel() for p in params.values()), scored)
+
+
+def _fit(loss, params, task, data, steps, seed, rate):
+    return vf.fit(
+        loss,
+        params,
+        train_batches(data.train, BATCH, seed=seed, pad_id=task.pad_id),
+        steps=steps,
+        learning_rate=rate,
+        schedule=partial(linear_warmup_cosine, warmup=0, total=steps),
+        max_norm=MAX_NORM,
+        progress=False,
+    ).params
+
+
+def _record(trained, scored):
+    return {"trained": trained, "accuracy": float(scored.accuracy), "loss": float(scored.loss)}
+
+
+def _row(name, found):
+    """The row of a method and task from its records, one for each seed."""
     return {
         "task": name,
-        "method": method,
-        "trained parameters": trained,
-        "learning rate": rates[best],
-        "accuracy, %": _spread(accuracy),
-        "loss": _spread(loss),
-        "accuracy by rate, %": ", ".join(f"{100 * value:.1f}" for value in scores[..., 1].mean(0)),
+        "method": found[0]["method"],
+        "trained parameters": found[0]["trained"],
+        "learning rate": found[0]["rate"],
+        "accuracy, %": _spread([100 * record["accuracy"] for record in found], 1),
+        "loss": _spread([record["loss"] for record in found], 3),
     }
 
 
-def _spread(values):
+def _spread(values, digits):
+    values = torch.tensor(values)
     spread = values.std().item() if len(values) > 1 else 0.0
-    return f"{values.mean().item():.3g} ± {spread:.2g}"
+    return f"{values.mean().item():.{digits}f} ± {spread:.{digits}f}"
