@@ -179,7 +179,7 @@ for noise in (-1.0, NAN, INF, None, "1", ones(2)):
         "noise_multiplier must be a finite number, at least 0, got",
     )
 bad("private_step", "a batch of 0", lambda _: step(batch_size=0), "batch_size must be a positive")
-bad("private_step", "an empty batch", lambda _: step({"a": ones(0, 3)}), "pass its expected size, batch_size")
+bad("private_step", "an empty batch", lambda _: step({"a": ones(0, 3)}), "pass batch_size, its expected size")
 bad("private_step", "NaN", lambda _: step(BROKEN), "of 2 of 3 examples are not finite, first 1")
 for what, change, message in (
     ("no examples", {"num_examples": 0}, "batch_size must be at most num_examples"),

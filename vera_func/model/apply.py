@@ -206,10 +206,11 @@ class Apply:
     def with_dense_cache(self, max_bytes: int, *, workload: Callable[["Apply"], Any] | None = None) -> "Apply":
         """Return a copy of `apply` that stores the most used quantized layers densely, in up to `max_bytes` of memory.
 
-        These layers need not be dequantized for each product, forward and backward. Forward results are the same, bit
-        for bit. A dense weight has `out * in` values of the dtype in which the layer multiplies: `compute_dtype` if a
-        4-bit layer has one, else the dtype of the model's dense parameters. Calls in another dtype dequantize as
-        before. The dense weights are made here, are shared by further copies of the result, and are not pickled.
+        These layers need not be dequantized for each product of the forward and backward pass. Forward results are the
+        same, bit for bit. A dense weight has `out * in` values of the dtype in which the layer multiplies:
+        `compute_dtype` if a 4-bit layer has one, else the dtype of the model's dense parameters. Calls in another dtype
+        dequantize as before. The dense weights are made here, are shared by further copies of the result, and are not
+        pickled.
 
         After `with_fused_weights`, the fused kernel is used where it is faster than the dense product. On GPUs, only
         8-bit layers are stored densely, because bitsandbytes has fast kernels for 4-bit weights there.

@@ -172,7 +172,7 @@ class Follower:
         return place if step == 1 and start % (self.rows * place.inner) == 0 else Lost(None)
 
     def _viewed(self, x: Tensor, place: Place, shape: torch.Size) -> Place | Lost:
-        """Return the place after a view, where entry `f` of the flattened tensor is of row `(f // stride) % rows`."""
+        """Return the place after a view. Entry `f` of the flattened tensor belongs to row `(f // stride) % rows`."""
         if place.inner is None or 0 in shape:
             axis = self._axis(shape)
             if axis is None:

@@ -121,8 +121,8 @@ def copy_tree(
         model: Any module; it is not modified.
         replace: Takes the name of a module and the module, and returns its replacement, or None to copy the module.
         memo: The memo of `copy.deepcopy`: a dict from the id of an object to the object used in the copy. An object is
-            shared if its id maps to the object itself. Entries are added, so that `replace` can copy modules with the
-            same memo.
+            shared if its id maps to the object itself. `copy_tree` adds entries, so that `replace` can copy modules
+            with the same memo.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())

@@ -244,8 +244,9 @@ def mean_over_micro_batches(
 
 
 def furthest(value: Any, progress: int) -> Any:
-    """Return the value of the rank with the most progress, on all ranks; it may be a checkpoint that only one machine
-    has.
+    """Return, on all ranks, the value of the rank with the most progress.
+
+    For example, this sends a checkpoint that only one machine has to all ranks.
 
     Args:
         value: A value that `map_sharded` can send.

@@ -116,7 +116,7 @@ def private_step(
     clipped = clip_per_example(grads, max_norm)
     norms = per_example_norms(grads)
     if batch_size is None and len(norms) == 0:
-        raise ValueError("the batch is empty: pass its expected size, batch_size.")
+        raise ValueError("the batch is empty: pass batch_size, its expected size.")
     size = float(len(norms)) if batch_size is None else batch_size
     require_positive("batch_size", size)
     require_finite_rows("", norms)
