@@ -14,11 +14,10 @@ from torch import Tensor
 def init_projections(r: int, in_features: int, out_features: int, key: int = 0) -> dict[str, Tensor]:
     """Draw the shared pair: `{"vera_A": (r, in), "vera_B": (out, r)}`, Kaiming-uniform, float32, on the CPU.
 
-    The draw is PEFT's, bit for bit, for the same key and sizes: a CPU Mersenne twister seeded with `key`
-    gives `A` and then `B`, each uniform in ±sqrt(6 / fan_in), where fan_in is `in` for `A` and `r` for `B`.
-    The draw does not depend on the default dtype, the global generator or the number of threads. Values are drawn
-    row by row, so the pair for a wider layer is not an extension of a narrower layer's pair: the same key
-    with other sizes gives other values.
+    For the same key and sizes, the draw is PEFT's, bit for bit. A CPU Mersenne twister seeded with `key` draws `A` and
+    then `B`. Both are uniform in ±sqrt(6 / fan_in), where fan_in is `in` for `A` and `r` for `B`. The draw does not
+    depend on the default dtype, the global generator or the number of threads. Values are drawn row by row, so the pair
+    for a wider layer is not an extension of a narrower layer's pair: the same key with other sizes gives other values.
 
     Args:
         r: Rank, the number of rows of `A`.

@@ -251,7 +251,7 @@ def is_differentiated(leaf: Tensor) -> bool:
 
 def refuse_weight_derivative(wanted: bool) -> None:
     if wanted:
-        raise ValueError("a quantized weight is a constant: differentiate in x, the bias or an adapter.")
+        raise ValueError("a quantized weight is a constant: differentiate with respect to x, the bias or an adapter.")
 
 
 # The name of each format, and the function that quantizes to it.
