@@ -104,7 +104,7 @@ def keep_norm_statistics(apply: Apply, frozen: Mapping[str, Tensor]) -> dict[str
 
 def _check(apply: Apply, **given: Mapping[str, Tensor]) -> None:
     if not isinstance(apply, Apply):
-        raise ValueError(f"apply must be the attribute apply of what adapt returns, got {type(apply).__name__}.")
+        raise ValueError(f"apply must be an Apply, the first result of adapt, got {type(apply).__name__}.")
     for name, value in given.items():
         if not isinstance(value, Mapping):
             raise ValueError(f"{name} must be a dict of tensors, got {type(value).__name__}.")

@@ -241,7 +241,7 @@ def _state_tensor(device: torch.device, leaf: Any) -> Tensor:
 
 
 def require_trainable(params: Mapping[str, Tensor]) -> None:
-    """Check that params is a dict of floating-point tensors that is not empty."""
+    """Check that params is a non-empty dict of floating-point tensors."""
     if not isinstance(params, Mapping):
         hint = ": pass its attribute params" if hasattr(params, "params") else ""
         raise ValueError(f"params must be a dict of tensors, got {type(params).__name__}{hint}.")

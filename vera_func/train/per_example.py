@@ -139,8 +139,8 @@ def _total(loss_rows: LossRows, n: int, rows: dict[str, Tensor], batch: Any) -> 
     if not isinstance(losses, Tensor) or losses.shape != (n,) or not losses.is_floating_point():
         found = f"{tuple(losses.shape)} {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
-            f"loss_rows must return one floating-point loss per row, ({n},), got {found}: do not average over the "
-            "rows, as in cross_entropy(..., reduction='none')."
+            f"loss_rows must return one floating-point loss per row, ({n},), got {found}. It must not average "
+            "over the rows: use, for example, cross_entropy(..., reduction='none')."
         )
     # Under a transform, `requires_grad` does not show whether the losses depend on the rows.
     if not torch.compiler.is_compiling() and not in_transform() and not losses.requires_grad:
