@@ -382,7 +382,7 @@ for what, call_with, message in (
     (
         "a model",
         lambda: fold(DORA.apply.model, DORA.params, DORA.frozen),
-        "the attribute apply .*got Sequential",
+        "an Apply, .*got Sequential",
     ),
     ("a list of adapters", lambda: fold(DORA.apply, [DORA.params], DORA.frozen), "params must be a dict .*got list"),
     ("no projections", lambda: fold(DORA.apply, DORA.params, None), "frozen must be a dict of tensors, got NoneType"),
