@@ -266,6 +266,11 @@ EXPERTS = {
 
 
 class TestFusedExperts:
+    def test_a_parametrized_convolution_is_none(self, recwarn):
+        convolution = torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(64, 64, 3))  # as in wav2vec 2.0
+        vf.quantize_model(nn.Sequential(nn.Linear(64, 64), convolution), "nf4")
+        assert not recwarn.list
+
     @pytest.mark.parametrize("name", EXPERTS)
     def test_the_share_that_stays_dense_is_said(self, name):
         model_class = getattr(transformers, name)

@@ -10,6 +10,8 @@ from transformers import (
     BertForMaskedLM,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -18,7 +20,7 @@ import vera_func as vf
 from vera_func import private
 from vera_func.model.targets import DEFAULT_TARGETS, linear_sizes, resolve, trained_with
 
-from helpers import bert, gpt2, llama, quantized
+from helpers import bert, gpt2, llama, quantized, tokens
 
 
 def distilbert():
@@ -259,6 +261,19 @@ def test_idle_entries_of_a_file_are_let_pass():
     fields = {"target_modules": ["q_proj", "query"], "modules_to_save": ["score"]}
     names, _ = resolve(llama(), vf.VeraConfig(**fields), strict=False)
     assert len(names) == 2
+
+
+def test_a_layer_that_returns_a_tuple():
+    """All linear layers of Llama 4 but its routers, which return scores and logits."""
+    sizes = {"vocab_size": 67, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = Llama4TextConfig(**sizes, **heads, intermediate_size_mlp=64, num_local_experts=2)
+    model = Llama4ForCausalLM(config).eval()
+    apply, params, frozen, config = vf.adapt(model, vf.VeraConfig(r=2, target_modules="all-linear"))
+    assert {name.rpartition(".")[2] for name in config.target_modules} >= {"q_proj", "up_proj"}
+    assert torch.equal(apply(params, frozen, input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+    with pytest.raises(ValueError, match=r"'.*\.router' is a Llama4Router, which does not return a tensor"):
+        vf.adapt(model, vf.VeraConfig(r=2, target_modules=["q_proj", "router"]))
 
 
 def test_a_quantized_module_cannot_be_trained_whole():

@@ -14,12 +14,13 @@ from torch.func import functional_call
 from torch.nn.functional import layer_norm, linear
 
 from ..core.shapes import align_rows, contiguous_rows
-from ..private import tree_leaves, tree_map
+from ..private import tree_map
 from ..quant.cpu_layout import FusedWeight, fused_weight
 from ..quant.dense_copy import DenseCopy, dense_copy
 from ..quant.linear import quantized_linear
 from ..quant.quantize import dequantize
-from ..quant.value import FLOATS, Quantized, format_of
+from ..quant.value import FLOATS, Quantized, Quantized4bit, format_of
+from .lazy_weight import lazy_weight
 from .targets import is_conv1d
 
 
@@ -32,11 +33,13 @@ class RowLayout(Protocol):
 def own_or_base(name: str) -> property:
     """Create a property that returns a parameter of the layer itself, or of its base layer if the layer has none."""
 
-    def get(self: Any) -> Tensor | None:
-        own = self._parameters.get(name)
-        return getattr(self.base_layer, name) if own is None else own
+    return property(lambda self: read_own_or_base(self, name))
 
-    return property(get)
+
+def read_own_or_base(layer: Any, name: str) -> Tensor:
+    """Return a parameter of the layer itself, or of its base layer if the layer has none."""
+    own = layer._parameters.get(name)
+    return getattr(layer.base_layer, name) if own is None else own
 
 
 class QuantizedLinear(nn.Module):
@@ -65,8 +68,11 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The packed weight, from which models read a layer's device and dtype."""
-        return tree_leaves(self.quantized)[0]
+        """The dense weight, for models that read it; see `lazy_weight`."""
+        q = self.quantized
+        # transformers' models compare the dtype with int8.
+        dtype = q.dtype if isinstance(q, Quantized4bit) else q.codes.dtype
+        return lazy_weight(partial(dequantize, q), torch.empty((), dtype=dtype, device=q.device).expand(q.shape))
 
     def extra_repr(self) -> str:
         out_features, in_features = self.quantized.shape
@@ -159,7 +165,7 @@ def base_fn(layer: Any) -> Callable[[Tensor], Tensor]:
     own = layer._parameters
     if own.get("weight") is None and own["bias"] is None:
         return layer.base_layer
-    return partial(_call_with, layer.base_layer, layer.weight, layer.bias)
+    return partial(_call_with, layer.base_layer, read_own_or_base(layer, "weight"), layer.bias)
 
 
 def _call_with(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

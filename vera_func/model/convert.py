@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .. import private
 from ..core.keys import join_key
@@ -193,7 +194,8 @@ def dense_share(model: nn.Module, layers: Mapping[str, nn.Module]) -> DenseShare
                 quantized += in_features * out_features
                 continue
             dense += parameter.numel()
-            convolution = isinstance(module, nn.Conv1d | nn.ConvTranspose1d)
+            # A parametrization, such as weight_norm's, holds the parameters of a convolution.
+            convolution = isinstance(module, nn.Conv1d | nn.ConvTranspose1d | ParametrizationList)
             if parameter.dim() == 3 and parameter.shape[0] > 1 and not convolution:
                 fused += parameter.numel()
                 names.append(join_key(name, leaf))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import delta_weight, dropout_mask, forward, init_params
 from ..core.autograd import project
-from ..core.dora import norm_statistics
+from ..core.dora import fold_layer, norm_statistics
 from ..core.keys import BASE_SHARE, MAGNITUDE, OUTPUT_SCALE, STATISTICS, join_key
 from ..core.shapes import require_product_dtype
 from ..private import graph_task
@@ -27,8 +27,10 @@ from .base_layers import (
     dense_weight,
     moved,
     own_or_base,
+    read_own_or_base,
     register_own,
 )
+from .lazy_weight import lazy_weight
 from .targets import is_conv1d, linear_sizes
 
 
@@ -159,7 +161,15 @@ class AdaptedLinear(nn.Module):
         for name, vector in init_params(r, out_features, d_initial, device=A.device, weight=weight).items():
             setattr(self, name, nn.Parameter(vector))
 
-    weight, bias = own_or_base("weight"), own_or_base("bias")
+    bias = own_or_base("bias")
+
+    @property
+    def weight(self) -> Tensor:
+        """The adapted weight, for models that read it; see `lazy_weight`. Without vectors, it is the base weight."""
+        base = read_own_or_base(self, "weight")
+        if self.lambda_b.is_meta:
+            return base
+        return lazy_weight(self._adapted_weight, base)
 
     def forward(self, x: Tensor) -> Tensor:
         return call_by_rows(self, self._adapted, x)
@@ -182,6 +192,23 @@ class AdaptedLinear(nn.Module):
         base: Any = self.base_layer
         form = format_of(base.quantized) if isinstance(base, QuantizedLinear) else str(base.weight.dtype)[6:]
         return f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, format={form}"
+
+    def _adapted_weight(self) -> Tensor:
+        base = read_own_or_base(self, "weight")
+        if self.lambda_b.dim() > 1 or base.dim() > 2 or self.mixture is not None:
+            raise ValueError(
+                f"the model uses the weight of {self.path!r} without calling this layer, so rows can't have different "
+                "adapters. Run one adapter at a time, map over adapters with torch.func.vmap, or adapt other layers."
+            )
+        self.projections.require_call()
+        params, weight = self._params(), self.base_weight(self.lambda_d.dtype)
+        frozen = {"vera_A": self.projections.vera_A, "vera_B": self.projections.vera_B}
+        if MAGNITUDE in params:
+            statistics = norm_statistics(weight, frozen)
+            params = fold_layer(params, frozen | statistics, differentiate_norm=self.differentiate_norm)
+        weight = weight + delta_weight(params, frozen, self.in_features, weight if self.use_dora else None)
+        weight = weight.mT if is_conv1d(self.base_layer) else weight
+        return weight.to(base.dtype) if base.is_floating_point() else weight
 
     def _adapted(self, x: Tensor) -> Tensor:
         projections = self.projections

@@ -3,6 +3,7 @@
 The matching rules are those of PEFT.
 """
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -126,7 +127,32 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
                 f"target module {name!r} is a {type(modules[name]).__name__}; only nn.Linear, bitsandbytes' linear "
                 "layers and transformers' Conv1D can be adapted."
             )
+        if not returns_tensor(modules[name]):
+            raise ValueError(
+                f"target module {name!r} is a {type(modules[name]).__name__}, which does not return a tensor, so no "
+                "update can be added to its output. Remove it from target_modules."
+            )
     return names, config
+
+
+def returns_tensor(module: nn.Module) -> bool:
+    """Whether a layer returns a tensor. A subclass of `nn.Linear` may not: the router of Llama 4 returns a tuple.
+
+    Example:
+        >>> returns_tensor(nn.Linear(2, 3))
+        True
+    """
+    if type(module).forward is nn.Linear.forward or is_bnb_linear(module) or is_conv1d(module):
+        return True
+    weight: Any = module.weight
+    if private.offload_hook(module) is not None:
+        return True
+    x = torch.zeros(1, weight.shape[-1], dtype=weight.dtype, device=weight.device)
+    try:
+        with torch.no_grad():
+            return isinstance(copy.deepcopy(module, {id(p): p for p in module.parameters()}).eval()(x), Tensor)
+    except Exception:  # a forward of its own may need another input
+        return True
 
 
 def held_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -231,7 +257,8 @@ def _all_linear(model: nn.Module, config: VeraConfig) -> list[str]:
     find_head = getattr(model, "get_output_embeddings", None)  # transformers' convention
     head = find_head() if find_head is not None else None
     modules = dict(model.named_modules())
-    return [name for name in _linear_names(model) if modules[name] is not head and not _is_saved(name, config)]
+    names = [name for name in _linear_names(model) if modules[name] is not head and not _is_saved(name, config)]
+    return [name for name in names if returns_tensor(modules[name])]
 
 
 def _default_targets(model: nn.Module) -> tuple[str, ...] | str:

@@ -1,0 +1,73 @@
+"""The weight of an adapted or quantized layer, for models that read it instead of calling the layer.
+
+    time_step = self.dt_proj.weight @ x  # Mamba; WavLM passes the weights of q_proj, k_proj and v_proj to a function
+
+Such a model must get the adapted weight, because it would otherwise ignore the adapter. It costs a product of the
+projections, but most models read only the dtype or the device. Therefore the values are computed on first use.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..private import tree_map
+
+
+_ATTRIBUTES = ("dtype", "device", "shape", "ndim", "layout", "is_cpu", "is_cuda", "is_meta")
+_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "get_device")
+# Reading these does not use the values.
+_METADATA = frozenset(
+    [getattr(Tensor, name).__get__ for name in _ATTRIBUTES] + [getattr(Tensor, name) for name in _METHODS]
+)
+
+
+class LazyWeight(Tensor):
+    """A tensor with the shape, dtype and device of `like`, whose values `compute` returns when an operation uses them.
+
+    An operation gets the result of `compute` in its place, and is differentiated, mapped and batched like any other.
+    """
+
+    compute: Callable[[], Tensor]
+    like: Tensor
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func in _METADATA:
+            return func(_like(args[0]), *args[1:], **(kwargs or {}))
+        args, kwargs = tree_map(_computed, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def lazy_weight(compute: Callable[[], Tensor], like: Tensor) -> Tensor:
+    """Return a tensor whose values are computed when an operation uses them.
+
+    Under the compiler, which removes unused values itself, the values are computed at once. A fake tensor, which has no
+    values, is returned itself.
+
+    Args:
+        compute: Returns the values.
+        like: A tensor with the shape, dtype and device of the result.
+
+    Example:
+        >>> weight = lazy_weight(lambda: torch.ones(2, 3), torch.zeros(2, 3))
+        >>> weight.shape, weight.dtype, weight @ torch.ones(3)
+        (torch.Size([2, 3]), torch.float32, tensor([3., 3.]))
+    """
+    if torch.compiler.is_compiling():
+        return compute()
+    like = _like(like)
+    if type(like) not in (Tensor, nn.Parameter):
+        return like
+    weight = like.as_subclass(LazyWeight)
+    weight.compute, weight.like = compute, like
+    return weight
+
+
+def _computed(value: Any) -> Any:
+    return value.compute() if type(value) is LazyWeight else value
+
+
+def _like(value: Any) -> Any:
+    return value.like if type(value) is LazyWeight else value
