@@ -4,6 +4,7 @@ import inspect
 import logging
 import subprocess
 import sys
+import warnings
 
 import optree
 import pytest
@@ -228,10 +229,31 @@ def test_input_grads_are_dropped():
     assert not model.get_input_embeddings()._forward_hooks
 
 
+def test_what_observes_operations():
+    seen = []
+    look = lambda x: (seen.append(private.is_observed()), x)[1]
+    look(torch.ones(2))
+    vmap(look)(torch.ones(2))
+    with private.fake_tensors():
+        look(torch.ones(2))
+    with private.watch_operations(lambda name, operation, args, kwargs: operation(*args, **kwargs)):
+        look(torch.ones(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(lambda x: look(x) + 1, torch.ones(2), check_trace=False)
+    assert seen == [False, True, True, True, True]
+
+
 def test_names_of_bitsandbytes():
     assert private.bnb_ops().dequantize_4bit
     assert private.bnb_levels("nf4", torch.device("cpu")).shape == (16,)
     assert private.bnb_has_avx512bf16() in (True, False)
+    dequantize = private.bnb_function("cdequantize_blockwise_cpu_nf4_fp32", "pppnnn")
+    q, weight = vf.quantize_4bit(torch.eye(64)), torch.empty(64, 64)
+    dequantize(q.packed.data_ptr(), q.absmax.data_ptr(), weight.data_ptr(), 64, 64, 64)
+    assert torch.equal(weight, torch.eye(64))
+    if private.bnb_has_avx512bf16():
+        assert private.bnb_function("gemv_4bit_inference_cpu_nf4_bf16", "nnnppppnnn")
 
 
 def test_marks_of_transformers():

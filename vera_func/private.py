@@ -204,6 +204,19 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or level >= 0
 
 
+def is_observed() -> bool:
+    """Whether a compiler, a transform, a dispatch mode or a tracer observes operations on this thread.
+
+    Any of these would miss a C function that writes to memory without an operation of torch.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or in_transform()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def skip_fused_encoder_path(module: nn.Module) -> None:
     """Make an `nn.TransformerEncoderLayer` call its linear layers, and an `nn.TransformerEncoder` avoid nested tensors.
 
@@ -260,6 +273,25 @@ def bnb_ops() -> Any:
     """
     bitsandbytes()  # registers the operations
     return torch.ops.bitsandbytes
+
+
+def bnb_function(name: str, arguments: str) -> Callable[..., None] | None:
+    """Return a C function of bitsandbytes' library for CPUs, or None if the operators do not call it.
+
+    The operators have ten times the overhead. They prefer a kernel of the package `kernels`, if that is installed, to
+    the library's own fused product. `arguments` has a letter for each argument: n for a 64-bit integer, p for an
+    address.
+    """
+    import ctypes
+
+    bitsandbytes()
+    ops: Any = sys.modules.get("bitsandbytes.backends.cpu.ops")
+    library = getattr(sys.modules["bitsandbytes.cextension"].lib, "_lib", None)
+    if not hasattr(library, name) or (name.startswith("gemv") and getattr(ops, "gemm_4bit_forward_kernel", None)):
+        return None
+    address: Any = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+    kinds = {"n": ctypes.c_int64, "p": ctypes.c_void_p}
+    return ctypes.CFUNCTYPE(None, *(kinds[letter] for letter in arguments))(address)
 
 
 def bnb_levels(quant_type: str, device: torch.device) -> Tensor:

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from itertools import product
-from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
@@ -16,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_flatten
 
 import vera_func as vf
-from vera_func import private
+from vera_func.quant import native, quantize as quantize_module
 from vera_func.quant.value import BLOCKSIZES, flatten, validate
 
 from helpers import FORMATS, normal, relative_error
@@ -136,14 +135,14 @@ class TestDequantize:
     @pytest.mark.parametrize("shape", STRADDLING, ids=str)
     def test_no_row_reaches_the_kernel_with_a_part_of_a_block(self, monkeypatch, shape, blocksize):
         """What makes the numbers right with AVX512, seen on every machine: the row length that the kernel is given."""
-        ops, given = private.bnb_ops(), []
+        given = []
 
         def dequantize_4bit(packed, absmax, blocksize, quant_type, shape, dtype):
             given.append(shape)
-            return ops.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, dtype)
+            return native.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, dtype)
 
         q = vf.quantize_4bit(normal(*shape), blocksize=blocksize)
-        monkeypatch.setattr(private, "bnb_ops", lambda: SimpleNamespace(dequantize_4bit=dequantize_4bit))
+        monkeypatch.setattr(quantize_module, "dequantize_4bit", dequantize_4bit)
         assert vf.dequantize(q).shape == shape
         rows, length = given[0]
         assert rows * length == shape[0] * shape[1]

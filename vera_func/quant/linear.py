@@ -21,6 +21,7 @@ from .. import private
 from ..core.shapes import contiguous_rows, require_rows_of_floats
 from .cpu_layout import FusedWeight
 from .crossover import ROWS, measured_rows
+from .native import gemv_4bit
 from .quantize import dequantize_leaves, is_differentiated, refuse_weight_derivative
 from .value import FLOATS, NO_DATA, Quantized, Quantized4bit, Quantized8bit, Spec, Spec4bit, check_sizes, flatten
 
@@ -295,7 +296,7 @@ def _suits_fused(
 
 def fused_product(x: Tensor, fused: FusedWeight, spec: Spec4bit) -> Tensor:
     """Compute `x Wᵀ` with bitsandbytes' kernel for CPUs with AVX512-BF16; `x` is contiguous and bfloat16."""
-    return private.bnb_ops().gemv_4bit(x, fused.packed, spec.shape, fused.absmax, fused.code, spec.blocksize)
+    return gemv_4bit(x, fused.packed, fused.absmax, fused.code, spec.shape, spec.blocksize, spec.quant_type)
 
 
 def _gpu_product(x: Tensor, bias: Tensor | None, spec: Spec4bit, leaves: Sequence[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from .. import private
 from ..core.shapes import require_float
+from .native import dequantize_4bit
 from .value import (
     FLOATS,
     NESTED_BLOCKSIZE,
@@ -205,7 +206,7 @@ def dequantize_leaves(spec: Spec, leaves: Sequence[Tensor], dtype: torch.dtype) 
     kernel_dtype = dtype if dtype in FLOATS else torch.float32
     shape = _kernel_shape(spec.shape, spec.blocksize)
     absmax = _block_scales(absmax, *nested) if nested else absmax
-    weight = private.bnb_ops().dequantize_4bit(packed, absmax, spec.blocksize, spec.quant_type, shape, kernel_dtype)
+    weight = dequantize_4bit(packed, absmax, spec.blocksize, spec.quant_type, shape, kernel_dtype)
     if shape != spec.shape:
         weight = weight.reshape(spec.shape)
     return weight if kernel_dtype == dtype else weight.to(dtype)

@@ -1,0 +1,67 @@
+"""bitsandbytes' kernels for 4-bit weights on CPUs, called with little overhead.
+
+bitsandbytes' operators are kernels in Python under torch's dispatcher, and take about 10 microseconds on top of the C
+function that they call. For one row, this is half of a product of width 576, and a decoded token has hundreds. The
+functions here call the same C functions directly, with the same results. They call the operators where memory must not
+be accessed directly: under `torch.compile`, transforms, dispatch modes and tracers, and for subclasses of tensors.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .. import private
+
+
+_SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_MOST_VALUES = 2048  # per block; bitsandbytes uses other code for larger blocks
+
+
+def gemv_4bit(
+    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, shape: tuple[int, int], blocksize: int, quant_type: str
+) -> Tensor:
+    """Compute `x Wᵀ` with the kernel for CPUs with AVX512-BF16; `x` is contiguous and bfloat16, and has rows.
+
+    `packed` and `absmax` are contiguous, in the layout of `cpu_layout.FusedWeight`.
+    """
+    kernel = _gemv_kernel(quant_type)
+    if kernel is None or not _is_memory(x):
+        return private.bnb_ops().gemv_4bit(x, packed, shape, absmax, code, blocksize)
+    out_features, in_features = shape
+    y = x.new_empty(*x.shape[:-1], out_features)
+    addresses = x.data_ptr(), packed.data_ptr(), absmax.data_ptr(), y.data_ptr()
+    kernel(x.numel() // in_features, out_features, in_features, *addresses, blocksize, in_features, out_features)
+    return y
+
+
+def dequantize_4bit(
+    packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """Return the dense weight of packed codes and float32 scales, in float32, bfloat16 or float16."""
+    kernel = _dequantizing_kernel(quant_type, dtype) if blocksize < _MOST_VALUES and shape[1] % 2 == 0 else None
+    if kernel is None or absmax.dtype != torch.float32 or not _is_memory(packed, absmax):
+        return private.bnb_ops().dequantize_4bit(packed, absmax, blocksize, quant_type, shape, dtype)
+    weight = packed.new_empty(shape, dtype=dtype)
+    kernel(packed.data_ptr(), absmax.data_ptr(), weight.data_ptr(), blocksize, *shape)
+    return weight
+
+
+@cache
+def _gemv_kernel(quant_type: str) -> Callable[..., None] | None:
+    # (rows, out, in, x, packed, absmax, y, blocksize, stride of x, stride of y)
+    return private.bnb_function(f"gemv_4bit_inference_cpu_{quant_type}_bf16", "nnnppppnnn")
+
+
+@cache
+def _dequantizing_kernel(quant_type: str, dtype: torch.dtype) -> Callable[..., None] | None:
+    # (packed, absmax, weight, blocksize, rows, columns)
+    return private.bnb_function(f"cdequantize_blockwise_cpu_{quant_type}_{_SUFFIXES[dtype]}", "pppnnn")
+
+
+def _is_memory(*tensors: Tensor) -> bool:
+    """Whether the tensors are plain contiguous memory of the CPU, and nothing observes operations on them."""
+    if private.is_observed():
+        return False
+    return all(type(t) is Tensor and t.is_cpu and t.is_contiguous() and private.unwrap(t) is t for t in tensors)
