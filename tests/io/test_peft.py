@@ -239,6 +239,13 @@ def on_meta():
     return model
 
 
+def with_nan():
+    peft_model = wrapped(small_model(), target_modules=["0", "2"])
+    with torch.no_grad():
+        peft_model.base_model.model[0].vera_lambda_d["default"][1] = torch.nan
+    return peft_model
+
+
 def other_projections():
     peft_model = wrapped(small_model(), target_modules=["0", "2"])
     layer = peft_model.base_model.model[2]
@@ -268,6 +275,13 @@ bad(
     lambda _: vf.from_peft(wrapped(small_model(), target_modules=["0"]), adapter_name="x"),
     r"no adapter 'x': adapter_name must be one of \['default'\]",
 )
+bad(
+    "from_peft",
+    "a list of names",
+    lambda _: vf.from_peft(wrapped(small_model(), target_modules=["0"]), adapter_name=["default"]),
+    r"no adapter \['default'\]: adapter_name must be one of",
+)
+bad("from_peft", "NaN", lambda _: vf.from_peft(with_nan()), "'0.lambda_d' of the PeftModel holds NaN or inf")
 bad("from_peft", "two active", lambda _: vf.from_peft(two_active()), r"are \['default', 'other'\]: pass adapter_name")
 bad(
     "from_peft",

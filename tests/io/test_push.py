@@ -70,6 +70,8 @@ def test_a_card_that_is_there_is_kept(calls, adapter):
 def test_what_is_not_an_adapter_is_not_pushed(calls, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no adapter directory"):
         push_adapter(tmp_path / "gone", "user/repo")
+    with pytest.raises(ValueError, match="repository must be a name such as 'user/repo', got NoneType"):
+        push_adapter(tmp_path, None)
     assert not calls
 
 
@@ -98,7 +100,7 @@ def http_error(kind, status):
         (http_error(errors.HfHubHTTPError, 500), r"refused the request for user/repo \(HTTP status 500\).$", OSError),
         (
             errors.OfflineModeIsEnabled("offline"),
-            "the hub can't be reached for the repository user/repo",
+            r"reached for the repository user/repo: offline mode is on \(\$HF_HUB_OFFLINE\)\.$",
             ConnectionError,
         ),
     ],

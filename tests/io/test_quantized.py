@@ -169,6 +169,7 @@ def layer(**fields):
 bad("save_quantized", "dense", lambda t: vf.save_quantized(t / "new", dense()), "no quantized layer to save")
 bad("save_quantized", "no module", lambda t: vf.save_quantized(t / "new", {}), "model must be an nn.Module, got dict")
 bad("save_quantized", "no data", lambda t: vf.save_quantized(t / "new", without_data()), "'1.weight' is on the meta")
+bad("save_quantized", "a folder", lambda t: vf.save_quantized(t, small()), "is a folder: pass", IsADirectoryError)
 bad("save_quantized", "no folder", lambda t: vf.save_quantized(t / "x" / "y", small()), "y", OSError)
 bad("load_quantized", "no file", lambda t: vf.load_quantized(t / "x", dense()), "x", FileNotFoundError)
 bad("load_quantized", "a folder", lambda t: vf.load_quantized(t, dense()), "directory", OSError)

@@ -76,6 +76,8 @@ def card_text(params: Mapping[str, Tensor], config: VeraConfig, metrics: Mapping
         base_model: "a/b"
         tags: ["vera", "vera_func", "base_model:adapter:a/b"]
     """
+    if not isinstance(metrics, Mapping | None):
+        raise ValueError(f"metrics must be a dict of numbers by name, got {type(metrics).__name__}.")
     for name, value in (metrics or {}).items():
         if not isinstance(value, int | float):
             raise ValueError(f"metrics[{name!r}] must be a number, got {type(value).__name__}.")

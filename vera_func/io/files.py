@@ -25,6 +25,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
     Raises:
         OSError: If the folder does not exist or is not writable, or the disk is full. An old file is then kept.
+        IsADirectoryError: If `file` is a folder.
 
     Example:
         >>> import tempfile
@@ -34,6 +35,8 @@ def replacing(file: Path) -> Iterator[Path]:
         ...     (Path(folder) / "file").read_text()
         'new'
     """
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder: pass the name of a file in it.")
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     try:
         yield temporary

@@ -112,8 +112,10 @@ def hub_errors(repository: str, revision: str | None = None, tried: str = "") ->
         ) from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"the repository {repository} of the hub has no revision {revision!r}.") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+    except errors.LocalEntryNotFoundError as error:
         raise ConnectionError(f"{unreachable}, and the files are not in its cache.") from error
+    except errors.OfflineModeIsEnabled as error:
+        raise ConnectionError(f"{unreachable}: offline mode is on ($HF_HUB_OFFLINE).") from error
     except errors.HFValidationError as error:
         raise ValueError(f"{repository!r} is not a valid repository name: {error}") from error
     except errors.HfHubHTTPError as error:

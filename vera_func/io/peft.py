@@ -53,7 +53,8 @@ def from_peft(
 
     Raises:
         ValueError: If the model is not a `PeftModel`, or has no VeRA adapter of this name. Also if several adapters are
-            active and none is named, an adapter is merged, or the adapter can't be represented as params.
+            active and none is named, an adapter is merged, or the adapter holds NaN or can't be represented
+            as params.
 
     Example:
         >>> import peft
@@ -108,7 +109,7 @@ def _named_adapter(peft_model: Any, adapter_name: str | None) -> tuple[Any, str]
             f"the active adapters of the PeftModel are {active}: pass adapter_name, one of {sorted(configs)}."
         )
     name = active[0]
-    if name not in configs:
+    if not isinstance(name, str) or name not in configs:
         raise ValueError(f"the PeftModel has no adapter {name!r}: adapter_name must be one of {sorted(configs)}.")
     if configs[name].peft_type != "VERA":
         kind = getattr(configs[name].peft_type, "value", configs[name].peft_type)
@@ -211,4 +212,6 @@ def _params(
 def _copy(key: str, value: Tensor) -> Tensor:
     if value.is_meta:
         raise ValueError(f"{key!r} of the PeftModel is on the meta device and has no data; load the adapter first.")
+    if not value.isfinite().all():
+        raise ValueError(f"{key!r} of the PeftModel holds NaN or inf; the adapter is invalid.")
     return value.detach().clone()

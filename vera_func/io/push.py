@@ -46,6 +46,8 @@ def push_adapter(
         ValueError: If the adapter is damaged, or the repository's name is invalid.
         OSError: If the hub refuses the request.
     """
+    if not isinstance(repository, str):
+        raise ValueError(f"repository must be a name such as 'user/repo', got {type(repository).__name__}.")
     folder = Path(path)
     config, tensors = read_files(folder)
     params = {key: value for name, value in tensors.items() if (key := key_from_peft(name)) is not None}
