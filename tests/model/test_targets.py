@@ -1,10 +1,13 @@
 """Which modules a configuration means: PEFT's rules, and an error where PEFT ignores half of what was asked."""
 
+import copy
+
 import peft
 import pytest
 import torch
 from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from torch import nn
+from torch.testing import assert_close
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -20,7 +23,7 @@ import vera_func as vf
 from vera_func import private
 from vera_func.model.targets import DEFAULT_TARGETS, linear_sizes, resolve, trained_with
 
-from helpers import bert, gpt2, llama, quantized, tokens
+from helpers import bert, gpt2, llama, quantized, randomized, tokens
 
 
 def distilbert():
@@ -192,6 +195,56 @@ def test_all_linear_obeys_the_layers():
     assert all(".1." in name for name in names)
     theirs = peft.get_peft_model(llama(), peft.VeraConfig(r=2, **fields))
     assert len(theirs.base_model.targeted_module_names) == 14
+
+
+class Ambiguous(nn.Module):
+    """The full name of one layer is how the names of others end: a convolution, and the output head."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.out = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.block = nn.ModuleDict({"proj": nn.Conv1d(6, 6, 1), "out": nn.Linear(6, 6)})
+
+    def get_output_embeddings(self):
+        return self.block["out"]
+
+    def forward(self, x):
+        return self.block["out"](self.out(self.block["proj"](self.proj(x)[..., None])[..., 0]))
+
+
+def test_names_in_which_other_names_end(tmp_path):
+    model, x = Ambiguous(), torch.ones(2, 6)
+    adapted = vf.adapt(model, vf.VeraConfig(r=2, target_modules="all-linear"))
+    params = randomized(adapted.params)
+    assert adapted.apply.targets == ("proj", "out")
+    vf.save_adapter(tmp_path / "vera", params, adapted.frozen, adapted.config)
+    loaded = vf.load_adapter(tmp_path / "vera", model)
+    expected = adapted.apply(params, adapted.frozen, x)
+    assert torch.equal(loaded.apply(loaded.params, loaded.frozen, x), expected)
+    theirs = peft.PeftModel.from_pretrained(Ambiguous(), tmp_path / "vera")
+    assert set(theirs.base_model.targeted_module_names) == {"proj", "out"}
+    # In a LoRA directory as well.
+    vf.export_lora(tmp_path / "lora", params, adapted.frozen, adapted.config, model)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "lora")
+    assert set(theirs.base_model.targeted_module_names) == {"proj", "out"}
+    assert_close(theirs(x), expected)
+    pool = vf.pool_adapters([adapted._replace(params=params), adapted])
+    assert resolve(model, pool.config)[0] == ["proj", "out"]
+
+
+def test_a_trained_parameter_with_the_name_of_a_vector():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.magnitude = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return x * self.magnitude
+
+    model = nn.Sequential(nn.Linear(3, 3), Scale())
+    assert vf.adapt(model, vf.VeraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"modules_to_save trains '1\.magnitude', which is named .* rename"):
+        vf.adapt(model, vf.VeraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
 
 
 def test_a_name_to_save_begins_at_a_dot():

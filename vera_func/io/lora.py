@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.keys import MAGNITUDE, join_key, own_parameters, split_key
 from ..model.config import VeraConfig
-from ..model.targets import adapted_layers, is_conv1d, linear_sizes, resolve
+from ..model.targets import adapted_layers, exact_targets, is_conv1d, linear_sizes, resolve
 from ..model.tree import unwrap
 from .checkpoint import check_adapter
 from .config import CONFIG, WEIGHTS
@@ -180,12 +180,17 @@ def _write_peft(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, T
         (folder / CONFIG).unlink(missing_ok=True)
 
 
-def _short_targets(layers: list[str], model: nn.Module) -> list[str]:
-    """Return the last parts of the layers' names, as servers expect, or full names if other layers end in these too."""
+def _short_targets(layers: list[str], model: nn.Module) -> list[str] | str:
+    """Return the last parts of the layers' names, as servers expect, or `exact_targets` if other names end in these."""
     ends = sorted({split_key(name)[1] for name in layers})
     if not all(ends):  # the model itself is the layer
         return layers
-    return ends if {*resolve(model, VeraConfig(target_modules=ends), strict=False)[0]} == {*layers} else sorted(layers)
+    exact = exact_targets(model, sorted(layers), VeraConfig())
+    try:
+        found = resolve(model, VeraConfig(target_modules=ends), strict=False)[0]
+    except ValueError:  # another module that ends in these is no linear layer
+        found = []
+    return ends if {*found} == {*layers} else exact if isinstance(exact, str) else list(exact)
 
 
 def _lora_config(config: VeraConfig, rank: int, targets: list[str], model: nn.Module) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ..core.shapes import require_product_dtype
 from ..model.adapt import Adapted, make_apply, with_origin
 from ..model.apply import Apply
 from ..model.config import VeraConfig
-from ..model.targets import resolve, trained_with
+from ..model.targets import exact_targets, resolve, trained_with
 from ..model.tree import unwrap, without_wrappers
 from .config import config_from_json
 
@@ -158,7 +158,8 @@ def _config(peft_config: Any, base: nn.Module, targets: tuple[str, ...], name: s
     """Return an adapter's configuration, with `target_modules` that match exactly the layers that PEFT has adapted."""
     fields = {key: getattr(value, "value", value) for key, value in peft_config.to_dict().items()}
     given = config_from_json(fields, f"peft_config[{name!r}]")
-    explicit: Any = {"target_modules": targets, "layers_to_transform": None, "layers_pattern": None}
+    exact = exact_targets(base, targets, given)
+    explicit: Any = {"target_modules": exact, "layers_to_transform": None, "layers_pattern": None}
     for config in (given, dataclasses.replace(given, **explicit)):
         try:
             names, config = resolve(base, config, strict=False)

@@ -14,7 +14,7 @@ from ..core.keys import BASE_SHARE, MAGNITUDE, OUTPUT_SCALE, SCALES, VECTORS, jo
 from .adapt import Adapted, make_apply
 from .batch import Params, stack_adapters
 from .config import VeraConfig
-from .targets import held_parameters
+from .targets import exact_targets, held_parameters
 
 
 def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
@@ -103,7 +103,8 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
         values = [getattr(adapted.config, field) for adapted in adapters]
         origin[field] = values[0] if all(value == values[0] for value in values) else None
     dora: Any = {"use_dora": scale is not None, "differentiate_norm": differentiate}
-    config = VeraConfig(r=r, target_modules=targets, vera_dropout=rate, save_projection=True, **dora, **origin)
+    spelled = exact_targets(model, targets, VeraConfig())
+    config = VeraConfig(r=r, target_modules=spelled, vera_dropout=rate, save_projection=True, **dora, **origin)
     stacked = stack_adapters(rows)
     idle = {key for key, leaf in stacked.items() if split_key(key)[1] == BASE_SHARE and not leaf.any()}
     return Adapted(apply, {key: leaf for key, leaf in stacked.items() if key not in idle}, frozen, config)

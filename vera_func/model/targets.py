@@ -5,6 +5,7 @@ The matching rules are those of PEFT.
 
 import copy
 import dataclasses
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -106,9 +107,8 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
     modules = dict(model.named_modules())
     if isinstance(targets, str) and is_all_linear(targets):
         names = _in_layers(_all_linear(model, config), config)
-        config = dataclasses.replace(
-            config, target_modules=tuple(names) if any(names) else ".*", layers_to_transform=None, layers_pattern=None
-        )
+        spelled = exact_targets(model, names, config)
+        config = dataclasses.replace(config, target_modules=spelled, layers_to_transform=None, layers_pattern=None)
     else:
         names = _matching(modules, targets, config)
     if not names:
@@ -133,6 +133,28 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
                 "update can be added to its output. Remove it from target_modules."
             )
     return names, config
+
+
+def exact_targets(model: nn.Module, names: Sequence[str], config: VeraConfig) -> tuple[str, ...] | str:
+    """Return `target_modules` that match exactly these modules, here and in PEFT.
+
+    These are the names themselves, or a regular expression if the name of another module ends in one of them.
+
+    Args:
+        model: Any module.
+        names: Full names of modules.
+        config: Its `modules_to_save` are never matched.
+
+    Example:
+        >>> model = nn.ModuleDict({"proj": nn.Linear(2, 3), "block": nn.ModuleDict({"proj": nn.Conv1d(2, 3, 1)})})
+        >>> exact_targets(model, ["proj"], VeraConfig()), exact_targets(model, ["block.proj"], VeraConfig())
+        ('(proj)', ('block.proj',))
+    """
+    if not all(names):  # the model itself is the layer
+        return ".*"
+    modules = [name for name, _ in model.named_modules()]
+    found = _matching(modules, names, dataclasses.replace(config, layers_to_transform=None, layers_pattern=None))
+    return tuple(names) if {*found} == {*names} else f"({'|'.join(map(re.escape, names))})"
 
 
 def returns_tensor(module: nn.Module) -> bool:
@@ -194,6 +216,10 @@ def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -
     for name, parameter in held_parameters(model):
         module, leaf = split_key(name)
         whole = module in modules and _is_saved(module, config)
+        if whole and leaf in (*VECTORS, *SCALES, *MARKS):
+            raise ValueError(
+                f"modules_to_save trains {name!r}, which is named like an adapter's vector; rename this parameter."
+            )
         if whole and (not parameter.is_floating_point() or (leaf == "weight" and is_bnb_linear(modules[module]))):
             skip = [saved for saved in config.modules_to_save or () if _contains(module, saved)]
             raise ValueError(
