@@ -26,7 +26,7 @@ from torch import nn
 
 import vera_func as vf
 from vera_func.data.examples import read_examples
-from vera_func.data.models import Note, read_note, write_note
+from vera_func.data.metadata import Metadata, read_metadata, write_metadata
 from vera_func.io.checkpoint import WEIGHTS
 from vera_func.train.fit import load_fit, save_fit
 
@@ -75,7 +75,7 @@ def originals(folder: Path) -> dict[str, bytes]:
     vf.save_bank(folder / "bank", stacked, *adapted[2:], names=["a", "b", "c"])
     run = vf.fit(lambda p, _: p["p"].sum(), {"p": torch.ones(5)}, int, steps=3, learning_rate=0.1, progress=False)
     save_fit(folder / "run", run)
-    write_note(folder, Note("nf4", ["yes", "no"], "{text}"))
+    write_metadata(folder, Metadata("nf4", ["yes", "no"], "{text}"))
     (folder / "data.csv").write_text('text,label\n"a, b",yes\nc,no\n')
     (folder / "data.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": "no"}\n')
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -285,9 +285,9 @@ def verify_run(run: vf.Fit, path: Path) -> None:
         compare(value, arrays[name], name)
 
 
-def verify_note(note: Note, path: Path) -> None:
+def verify_metadata(metadata: Metadata, path: Path) -> None:
     fields = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    require(note == Note(**{name: fields.get(name) for name in Note._fields}), "the note")
+    require(metadata == Metadata(**{name: fields.get(name) for name in Metadata._fields}), "the metadata")
 
 
 def verify_examples(examples: list, path: Path) -> None:
@@ -299,7 +299,7 @@ def verify_examples(examples: list, path: Path) -> None:
 CHECKS: dict[str, tuple[Callable, Callable]] = {
     "bank": (read_bank, verify_bank),
     "run": (read_run, verify_run),
-    "vera_func.json": (lambda path, base: read_note(path.parent), verify_note),
+    "vera_func.json": (lambda path, base: read_metadata(path.parent), verify_metadata),
     "data.csv": (lambda path, base: read_examples(path), verify_examples),
     "data.jsonl": (lambda path, base: read_examples(path), verify_examples),
 }

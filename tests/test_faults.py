@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 import vera_func as vf
 from vera_func.data.assets import Asset, fetch
-from vera_func.data.models import Note, read_note, write_note
+from vera_func.data.metadata import Metadata, read_metadata, write_metadata
 from vera_func.io.bank import append_to_bank
 from vera_func.io.checkpoint import WEIGHTS
 from vera_func.io.config import CONFIG
@@ -105,8 +105,8 @@ def write(kind, folder, value):
         append_to_bank(folder / "bank", stack(params, value), names(1), replace=True)
     elif kind == "run":
         save_fit(folder / "run", finished_run(value))
-    elif kind == "note":
-        write_note(folder, Note("nf4", [str(value)] * 500, "{text}"))
+    elif kind == "metadata":
+        write_metadata(folder, Metadata("nf4", [str(value)] * 500, "{text}"))
     elif kind == "lora":
         vf.export_lora(folder, params, frozen, config, model())
     elif kind == "asset":
@@ -138,8 +138,8 @@ def assert_whole(kind, folder):
     elif kind == "run":
         run = load_fit(folder / "run", finished_run(1).params)
         assert holds(run.params | {"losses": run.losses}, len(run.losses))
-    elif kind == "note":
-        assert read_note(folder).labels in ([str(value)] * 500 for value in (1, 2))
+    elif kind == "metadata":
+        assert read_metadata(folder).labels in ([str(value)] * 500 for value in (1, 2))
     elif kind == "lora":
         # Two files can't be replaced at once, and PEFT reads them. Between the two there is no configuration.
         if (folder / CONFIG).exists():
@@ -243,7 +243,7 @@ def remove_leftovers(folder):
     return len(leftovers)
 
 
-KINDS = ["adapter", "bank", "append", "run", "note", "lora", "asset", "fit"]
+KINDS = ["adapter", "bank", "append", "run", "metadata", "lora", "asset", "fit"]
 
 
 def test_killed_while_writing_the_old_or_the_new_is_there(tmp_path):
@@ -349,7 +349,7 @@ FILES = {
     "bank": "bank",
     "append": "bank",
     "run": "run",
-    "note": "vera_func.json",
+    "metadata": "vera_func.json",
     "lora": "adapter_",
 }
 
@@ -384,7 +384,7 @@ def test_a_folder_that_can_not_be_written(kind):
         assert contents(folder) == before
 
 
-@pytest.mark.parametrize("kind", ["adapter", "bank", "note", "lora"])
+@pytest.mark.parametrize("kind", ["adapter", "bank", "metadata", "lora"])
 def test_a_file_where_a_folder_should_be(kind, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OSError, match="file"):

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 import vera_func as vf
 from vera_func.data.assets import SMOLLM2_NAME
 from vera_func.data.examples import read_examples
-from vera_func.data.models import Note, load_base, read_note, write_note
+from vera_func.data.metadata import Metadata, read_metadata, write_metadata
+from vera_func.data.models import load_base
 from vera_func.data.task import encode_examples, make_task, score_of
 
 from helpers import llama
@@ -146,7 +147,7 @@ def test_an_adapter_of_the_model_from_pypi_finds_it_again(run, run_json, folder,
 def test_the_note_says_what_the_adapter_was_trained_over(run_json, folder, reviews, tmp_path):
     line = f"train --model {folder} --data {reviews} --quant int8 --r 8 --steps 2 --batch-size 4 --dtype float32"
     result = run_json(*line.split(), "--prompt", "the {text}:", "--out", tmp_path / "a")
-    assert read_note(tmp_path / "a") == Note("int8", ["bad", "good"], "the {text}:")
+    assert read_metadata(tmp_path / "a") == Metadata("int8", ["bad", "good"], "the {text}:")
     asked = ("evaluate", "--adapter", tmp_path / "a", "--data", reviews, "--dtype", "float32")
     (noted,) = run_json(*asked)
     (said,) = run_json(*asked, "--quant", "int8", "--prompt", "the {text}:", "--model", folder)
@@ -210,7 +211,7 @@ def strong(trained, tmp_path_factory):
     path = tmp_path_factory.mktemp("strong") / "strong"
     params = {k: torch.full_like(v, 0.3) if k.endswith("lambda_b") else v for k, v in adapted.params.items()}
     vf.save_adapter(path, params, adapted.frozen, adapted.config)
-    write_note(path, read_note(trained))
+    write_metadata(path, read_metadata(trained))
     return path, base, vf.load_adapter(path, base.model)
 
 
@@ -260,7 +261,7 @@ def test_a_merged_model_is_a_model(run, run_json, strong, reviews, tmp_path):
     (merged,) = run_json("evaluate", "--model", tmp_path / "m", *options)
     (unmerged,) = run_json("evaluate", "--adapter", path, *options)
     assert merged["loss"] == pytest.approx(unmerged["loss"], rel=0.2)
-    assert read_note(tmp_path / "m") == read_note(path)._replace(quant=None)
+    assert read_metadata(tmp_path / "m") == read_metadata(path)._replace(quant=None)
     found = run_json("inspect", tmp_path / "m")
     assert found["quantization"] == "nf4"
     status, _, err = run("evaluate", "--model", tmp_path / "m", *options, "--quant", "int8")
@@ -272,7 +273,7 @@ def test_a_merged_model_is_asked_as_its_adapter_was(run, run_json, strong, revie
     """With its prompt, and in the format it was merged to: 16 bits are not quantized again."""
     path, _, _ = strong
     adapter = shutil.copytree(path, tmp_path / "adapter")
-    write_note(adapter, read_note(path)._replace(prompt="Text: {text}\nAnswer:"))
+    write_metadata(adapter, read_metadata(path)._replace(prompt="Text: {text}\nAnswer:"))
     for form in ("float32", "nf4"):
         status, *_ = run("merge", "--adapter", adapter, "--to", form, "--out", tmp_path / form, "--dtype", "float32")
         assert status == 0
@@ -280,7 +281,7 @@ def test_a_merged_model_is_asked_as_its_adapter_was(run, run_json, strong, revie
     (unmerged,) = run_json("evaluate", "--adapter", adapter, *options)
     (exact,) = run_json("evaluate", "--model", tmp_path / "float32", *options)
     assert exact["loss"] == pytest.approx(unmerged["loss"], rel=1e-4)
-    assert read_note(tmp_path / "nf4") == read_note(adapter)._replace(quant=None)
+    assert read_metadata(tmp_path / "nf4") == read_metadata(adapter)._replace(quant=None)
 
 
 @pytest.mark.parametrize("rank", [None, 4])
@@ -333,7 +334,7 @@ def test_convert_both_ways(run_json, trained, tmp_path):
     assert back["names"] == done["names"][::-1]
     before, after = vf.open_bank(bank).read(done["names"]), vf.open_bank(back["out"]).read(done["names"])
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert read_note(back["out"]) == read_note(bank)
+    assert read_metadata(back["out"]) == read_metadata(bank)
     one = run_json("convert", bank, "--name", done["names"][2], "--out", tmp_path / "one")
     assert [path.name for path in (tmp_path / "one").iterdir()] == one["names"] == [done["names"][2]]
 

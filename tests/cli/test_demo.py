@@ -9,7 +9,8 @@ import vera_func as vf
 from vera_func.cli import demo, inspect as inspection
 from vera_func.data.assets import load_snippets
 from vera_func.data.examples import polar_examples
-from vera_func.data.models import Note, load_base, read_note
+from vera_func.data.metadata import Metadata, read_metadata
+from vera_func.data.models import load_base
 from vera_func.model.batch import unstack_adapters
 
 
@@ -23,14 +24,14 @@ def test_demo_with_one_adapter(run, folder, reviews, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == [
         *("adapter_config.json", "adapter_model.safetensors", "vera_func.json"),
     ]
-    assert read_note(out) == Note("int8", ["bad", "good"], "Review: {text}\nSentiment:")
+    assert read_metadata(out) == Metadata("int8", ["bad", "good"], "Review: {text}\nSentiment:")
 
 
 def test_demo_with_a_sweep(trained):
     bank = vf.open_bank(trained / "bank.safetensors")
     assert bank.names == ("lr0.005-d0.1", "lr0.005-d0.5", "lr0.04-d0.1", "lr0.04-d0.5")
     assert bank.config.r == 16
-    assert read_note(bank.path) == read_note(trained)
+    assert read_metadata(bank.path) == read_metadata(trained)
     # The best one is in the bank as it was saved; the others differ from it and from each other.
     best = vf.load_adapter(trained, load_base(bank.config.base_model_name_or_path, "nf4", torch.float32).model)
     rows = unstack_adapters(bank.read())
@@ -81,7 +82,7 @@ def test_train_says_numbers_only(run, run_json, folder, reviews, tmp_path):
     status, said, _ = run(*line, "--out", tmp_path / "b[1]", "--prompt", r"{text}\nSentiment:")
     assert status == 0
     assert "after: " in said
-    assert read_note(tmp_path / "b[1]").prompt == "{text}\nSentiment:"
+    assert read_metadata(tmp_path / "b[1]").prompt == "{text}\nSentiment:"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b[1]"]  # no checkpoint is left
 
 

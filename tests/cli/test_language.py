@@ -15,7 +15,8 @@ from torch.testing import assert_close
 import vera_func as vf
 from vera_func.cli import language, recipe
 from vera_func.data.dataset import open_dataset, split_rows
-from vera_func.data.models import Note, load_base, read_note
+from vera_func.data.metadata import Metadata, read_metadata
+from vera_func.data.models import load_base
 
 from hostile import hostile, jsonl
 
@@ -81,7 +82,7 @@ def test_train_and_evaluate(train, run_json, data, model, tmp_path, kind):
     found, out = train("--data", source, "--steps", "30", "--learning-rate", "0.1", "--max-length", "40")
     assert (found["kind"], found["rows"], found["held_out"], found["steps"]) == (kind, 32, 8, 30)
     assert found["loss"] < found["loss_before"] - 0.01
-    assert read_note(out) == Note(
+    assert read_metadata(out) == Metadata(
         "nf4", kind=kind, data=[str(source)], max_length=40, truncate_side="end",
         beta=[0.1] if kind == "preference" else None,
     )  # fmt: skip
@@ -111,7 +112,7 @@ def test_data_sets_together_are_as_alone(train, data, model, extra):
     found, out = train(*both, "--steps", ",".join(steps), "--learning-rate", ",".join(rates), *options)
     bank = vf.open_bank(out / "bank.safetensors")
     assert bank.names == ("text", "other")
-    assert read_note(bank.path).data == [str(source) for source in sources]
+    assert read_metadata(bank.path).data == [str(source) for source in sources]
     for i, row in enumerate(found["adapters"]):
         assert (row["name"], row["steps"], row["learning_rate"]) == (bank.names[i], int(steps[i]), float(rates[i]))
         one = ("--data", sources[i], "--steps", steps[i], "--learning-rate", rates[i], *options)
@@ -165,10 +166,10 @@ def test_betas_in_one_run(train, run_json, data, model, tmp_path):
     assert [row["rows"] for row in rows] == [40, 40]
     # Also if they go through directories, in another order.
     run_json("convert", bank.path, "--out", tmp_path / "each")
-    assert [read_note(tmp_path / "each" / name).beta for name in bank.names] == [[0.05], [0.5]]
+    assert [read_metadata(tmp_path / "each" / name).beta for name in bank.names] == [[0.05], [0.5]]
     swapped = tmp_path / "swapped.safetensors"
     run_json("convert", *(tmp_path / "each" / name for name in reversed(bank.names)), "--out", swapped)
-    assert read_note(swapped).beta == [0.5, 0.05]
+    assert read_metadata(swapped).beta == [0.5, 0.05]
     again = run_json("evaluate", "--bank", swapped, "--data", data / "preference.jsonl", "--dtype", "float32")
     assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in reversed(rows)], rel=1e-5)
 
@@ -181,7 +182,7 @@ def test_a_reference_is_where_training_begins_and_is_not_changed(train, run_json
     assert {path.name: path.read_bytes() for path in first.iterdir()} == before
     assert found["loss_before"] == pytest.approx(0.693147, rel=1e-4)
     assert found["loss"] < found["loss_before"]
-    assert read_note(out).reference == str(first.resolve())
+    assert read_metadata(out).reference == str(first.resolve())
     (row,) = run_json("evaluate", "--adapter", out, "--data", data / "preference.jsonl", "--dtype", "float32")
     assert row["loss"] < 0.69
     (same,) = run_json("evaluate", "--adapter", first, "--data", data / "preference.jsonl", "--dtype", "float32")
@@ -311,7 +312,7 @@ def test_labels_take_the_options_of_a_trainer(run_json, run, folder, reviews, tm
     one, two = (run_json(*line, *more, "--learning-rate", "0.1", "--out", tmp_path / name) for name in "ab")
     assert one["after"] >= one["before"]
     assert one["trained"] > 1000
-    assert read_note(tmp_path / "a").max_length == 64
+    assert read_metadata(tmp_path / "a").max_length == 64
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["vera_dropout"] == 0.1
     weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab"]

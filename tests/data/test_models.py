@@ -1,4 +1,4 @@
-"""Models and the notes beside adapters."""
+"""Base models: their names, attention and errors."""
 
 import pytest
 import torch
@@ -8,23 +8,10 @@ from transformers import AutoConfig
 import vera_func as vf
 from vera_func.data import models
 from vera_func.data.assets import SMOLLM2_NAME
-from vera_func.data.models import Note, load_base, note_file, read_note, write_note
+from vera_func.data.models import load_base
 
 from helpers import left_padded, llama, tokens
 from refused import Refused
-
-
-def test_notes(tmp_path):
-    folder, bank = tmp_path, tmp_path / "all.safetensors"
-    assert note_file(folder) == folder / "vera_func.json"
-    assert read_note(folder) == read_note(bank) == Note()
-    for path in (folder, bank):
-        write_note(path, Note("int8", ["a", "b"], "{text}: "))
-        assert read_note(path) == Note("int8", ["a", "b"], "{text}: ")
-    for damaged in ("{", "[]", '{"labels": "ab"}', '{"quant": 4}'):
-        note_file(bank).write_text(damaged)
-        with pytest.raises(ValueError, match=r"all\.json"):
-            read_note(bank)
 
 
 def test_the_model_from_pypi_has_a_name_of_its_own(monkeypatch):
@@ -60,21 +47,6 @@ def test_attention_is_eager_where_that_is_faster(folder, dtype):
 
 bad = Refused()
 
-
-# What the commands read beside: the note, labelled texts, a model, an archive.
-for what, text, message in (
-    ("empty", "", "is not JSON"),
-    ("a list", "[]", "must hold a JSON object, got list"),
-    ("labels of numbers", '{"labels": [5]}', "labels a list of strings"),
-    ("a list for a prompt", '{"prompt": ["a"]}', "quant and prompt must be strings"),
-    ("deep", "[" * 100_000, "is not JSON"),
-):
-
-    def note(folder, text=text):
-        (folder / "vera_func.json").write_text(text)
-        return read_note(folder)
-
-    bad("read_note", what, note, f"vera_func.json.*{message}")
 
 bad("load_base", "an unknown format", lambda t: load_base(str(t), quant="int4"), "quant must be one of .*got 'int4'")
 bad(

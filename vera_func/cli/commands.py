@@ -12,7 +12,8 @@ import torch
 from ..data.answers import Answers, calibrate_answers, compare_answers
 from ..data.assets import quiet_transformers
 from ..data.examples import Example, split
-from ..data.models import Base, Note, join_notes, split_note, write_note
+from ..data.metadata import Metadata, join_metadata, split_metadata, write_metadata
+from ..data.models import Base
 from ..data.prompts import Encoded, Score, batches_by_length, collate
 from ..data.sources import Source, base_of, load_adapters, open_source, task_of
 from ..data.task import encode_examples, logits_of, score_of
@@ -252,9 +253,9 @@ def merge_to(
     with quiet_transformers(), filling(out) as folder:
         merged.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
-        if source.note != Note():
+        if source.metadata != Metadata():
             # The metadata of a merged model: the adapter's prompt, and "none" so that dense weights stay dense.
-            write_note(folder, source.note._replace(quant=None if isinstance(form, str) else "none"))
+            write_metadata(folder, source.metadata._replace(quant=None if isinstance(form, str) else "none"))
     return done
 
 
@@ -335,7 +336,7 @@ def convert(
         written = export_adapters(open_bank(files[0]), out, source.names)
         places = {name: i for i, name in enumerate(open_bank(files[0]).names)}
         for folder, name in zip(written, source.names, strict=True):
-            write_note(folder, split_note(source.note, places[name]))
+            write_metadata(folder, split_metadata(source.metadata, places[name]))
         return {"out": str(out), "kind": "directories", "names": source.names, "paths": [str(path) for path in written]}
     if names:
         raise ValueError(
@@ -345,14 +346,14 @@ def convert(
         raise ValueError(f"--out {out} must end in .safetensors: PEFT directories are converted to a bank.")
     if out.exists():
         raise FileExistsError(f"--out {out} exists: remove it or choose another name.")
-    opened = {source: open_source(source) for source in sources}
+    opened = {source: open_source(source, model=model) for source in sources}
     folders = {single.names[0]: source for source, single in opened.items()}
     if len(folders) < len(sources):
         raise ValueError(f"adapters of a bank need distinct names, but the directories' names are {sorted(folders)}.")
     first = next(iter(opened.values()))
-    bank = import_adapters(out, folders, base_of(first, model, quant, dtype, device).model)
-    if (note := join_notes([source.note for source in opened.values()])) is not None:
-        write_note(out, note)
+    bank = import_adapters(out, folders, base_of(first, quant, dtype, device).model)
+    if (metadata := join_metadata([source.metadata for source in opened.values()])) is not None:
+        write_metadata(out, metadata)
     return {"out": str(out), "kind": "bank", "names": list(bank.names), "bytes": _size(out)}
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..data.examples import HELD_OUT, demo_examples, read_examples, split_examples
-from ..data.models import Note, describe_base, load_base, write_note
+from ..data.metadata import Metadata, write_metadata
+from ..data.models import describe_base, load_base
 from ..data.prompts import PROMPT, Batch, Encoded, collate
 from ..data.task import Task, check_prompt, encode_examples, logits_of, make_task, score_of
 from ..io.bank import save_bank
@@ -163,12 +164,12 @@ def demo(
     after = measure(trained.params, progress=bar("after", progress)).accuracy.item()
     say(f"After: accuracy {percent(after, 1)} on the same examples.")
 
-    def save(note: Note) -> float:
-        _save(out, adapted, trained, note)
+    def save(metadata: Metadata) -> float:
+        _save(out, adapted, trained, metadata)
         return _reload_difference(out, adapted, task, trained.params, collate(rows[:batch_size], task.pad_id))
 
-    note = Note(base.quant, task.labels, task.prompt, max_length=None if max_length == 256 else max_length)
-    (difference,) = map_sharded(save, [note])  # on rank 0
+    metadata = Metadata(base.quant, task.labels, task.prompt, max_length=None if max_length == 256 else max_length)
+    (difference,) = map_sharded(save, [metadata])  # on rank 0
     delete_checkpoints(checkpoint)
     say(f"Saved in {out} and loaded again: the logits differ by at most {difference:.1g}.")
     bank, table = (None, None) if trained.sweep is None else (out / BANK, trained.sweep.table)
@@ -217,12 +218,12 @@ def _train(
     return Trained(found.best, dataclasses.replace(adapted.config, d_initial=best["d_initial"]), found)
 
 
-def _save(out: Path, adapted: Adapted, trained: Trained, note: Note) -> None:
+def _save(out: Path, adapted: Adapted, trained: Trained, metadata: Metadata) -> None:
     save_adapter(out, trained.params, adapted.frozen, trained.config)
-    write_note(out, note)
+    write_metadata(out, metadata)
     if trained.sweep is not None:
         names = [row["name"] for row in trained.sweep.table]
-        write_note(save_bank(out / BANK, trained.sweep.stacked, adapted.frozen, adapted.config, names), note)
+        write_metadata(save_bank(out / BANK, trained.sweep.stacked, adapted.frozen, adapted.config, names), metadata)
 
 
 def _reload_difference(

@@ -45,13 +45,11 @@ def merge(
 
     if (data or prompt) and not calibrate:
         raise ValueError("--data and --prompt require --calibrate.")
-    source = open_source(adapter, bank, name, one=True)
+    source = open_source(adapter, bank, name, model=model, one=True)
     examples = None
     if calibrate:
         examples = read_examples(data) if data else split_examples(demo_examples(), HELD_OUT, seed=0)[0]
-    done = merge_to(
-        source, o.load_base(source, model, quant, dtype, device), to, out, calibrate=examples, prompt=prompt
-    )
+    done = merge_to(source, o.load_base(source, quant, dtype, device), to, out, calibrate=examples, prompt=prompt)
     shown: list[Any] = [Text(done["advice"]), f"The merged model is in {out}. Next: vera-func evaluate --model {out}"]
     if "modules" in done:
         shown = [make_table(summarize_reports(done["modules"])), COLUMNS, *shown]
@@ -89,8 +87,8 @@ def export_lora(
     from .commands import lora_of
     from .report import describe, show_result
 
-    source = open_source(adapter, bank, name, one=True)
-    done = lora_of(source, o.load_base(source, model, quant, dtype, device), out, rank, format)
+    source = open_source(adapter, bank, name, model=model, one=True)
+    done = lora_of(source, o.load_base(source, quant, dtype, device), out, rank, format)
     show_result(done, json, *describe(done))
 
 

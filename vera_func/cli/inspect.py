@@ -60,10 +60,11 @@ def inspect_path(
         raise ValueError("--to, --quant and --dtype describe a merge into a model: pass --model as well.")
     if names and not folder.is_file():
         raise ValueError(f"--name selects adapters of a bank, but {path} is a folder.")
-    source = open_source(bank=path, names=names) if folder.is_file() else open_source(path)
+    place: dict[str, Any] = {"bank": path, "names": names} if folder.is_file() else {"adapter": path}
+    source = open_source(**place, model=model)
     found = _inspect_adapters(folder, source)
     if model is not None:
-        found["merge"] = _inspect_merge(source, base_of(source, model, quant, dtype, device), to)
+        found["merge"] = _inspect_merge(source, base_of(source, quant, dtype, device), to)
     return found
 
 
@@ -97,11 +98,11 @@ def _inspect_adapters(path: Path, source: Source) -> dict[str, Any]:
         "adapters": len(source.names),
         "names": source.names,
         "model": source.config.base_model_name_or_path,
-        "quant": source.note.quant,
-        "labels": source.note.labels,
-        "prompt": source.note.prompt,
-        "trained_on": source.note.kind,
-        "data": source.note.data,
+        "quant": source.metadata.quant,
+        "labels": source.metadata.labels,
+        "prompt": source.metadata.prompt,
+        "trained_on": source.metadata.kind,
+        "data": source.metadata.data,
         "r": source.config.r,
         "projection_key": source.config.projection_prng_key,
         "projections_stored": bool(projections),

@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from ..data.batches import batch_order
 from ..data.examples import HELD_OUT, Example, read_examples, split_examples
-from ..data.models import Note, load_base
+from ..data.metadata import Metadata
+from ..data.models import load_base
 from ..data.objective import with_dropout
 from ..data.prompts import PROMPT, Batch, Encoded, Score, collate
 from ..data.task import Task, check_prompt, encode_examples, logits_of, make_task, score_of
@@ -92,8 +93,10 @@ def train_label_sets(
     trained = train_chunks(n, chunk, checkpoint, group, base.model.device)
     seconds = time.perf_counter() - start
     after = _scores(adapted, task, held_out, trained.params, map=map_sharded, progress=bar("after", progress))
-    note = Note(base.quant, labels, prompt, data=list(sources), max_length=None if max_length == 256 else max_length)
-    map_sharded(partial(save_adapters, out, adapted, trained.params, names), [note])  # on rank 0
+    metadata = Metadata(
+        base.quant, labels, prompt, data=list(sources), max_length=None if max_length == 256 else max_length
+    )
+    map_sharded(partial(save_adapters, out, adapted, trained.params, names), [metadata])  # on rank 0
     delete_checkpoints(checkpoint)
     columns = {
         "name": names,

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..data.batches import Part, collate_items, training_batches
 from ..data.dataset import DataSet, open_dataset
-from ..data.models import Base, Note, load_base
+from ..data.metadata import Metadata
+from ..data.models import Base, load_base
 from ..data.objective import Scores, checkpointed_rows, loss_of_rows, reference_logprobs, score_rows
-from ..data.sources import Source, open_source
+from ..data.sources import base_of, open_source
 from ..data.tokens import Side, TokenRows, tokenize
 from ..io.checkpoint import load_adapter
 from ..model.adapt import Adapted
@@ -87,15 +88,15 @@ def train_language(
     """
     progress = progress and rank() == 0
     out = output_folder(out)
-    initial = None if reference is None else open_source(reference)
+    initial = None if reference is None else open_source(reference, model=model)
     sets = [open_dataset(source) for source in sources]
     kind = _same_kind(sets)
     if kind != "preference" and (betas or reference):
         raise ValueError("--beta and --reference belong to preferences, with the columns prompt, chosen, rejected.")
     if reference and (recipe.dropout or targets):
         raise ValueError("--targets and --dropout are the reference's own: leave them out with --reference.")
-    model, quant = model or _model_of(initial), quant or _quant_of(initial)
-    base = load_base(model, quant, dtype, max_tokens=max_length or MAX_LENGTH, device=device)
+    load = partial(load_base, model) if initial is None else partial(base_of, initial)
+    base = load(quant, dtype, max_tokens=max_length or MAX_LENGTH, device=device)
     max_length = length_of(base, max_length)
     adapted = _initial_adapter(base, reference, r, targets, recipe)
     rows = [tokenize(data, base.tokenizer, max_length=max_length, side=truncate_side) for data in sets]
@@ -121,12 +122,14 @@ def train_language(
     trained = train_chunks(len(jobs), chunk, checkpoint, train, base.model.device)
     seconds = time.perf_counter() - start
     after = _score(base, adapted, trained.params, jobs, progress, "after", stacked=len(jobs) > 1)
-    note = Note(
+    metadata = Metadata(
         base.quant, kind=kind, data=[sets[job.data].source for job in jobs], max_length=max_length,
         truncate_side=truncate_side, reference=_absolute(reference),
         beta=[job.train.beta or BETA for job in jobs] if kind == "preference" else None,
     )  # fmt: skip
-    map_sharded(partial(save_adapters, out, adapted, trained.params, [job.name for job in jobs]), [note])  # on rank 0
+    map_sharded(
+        partial(save_adapters, out, adapted, trained.params, [job.name for job in jobs]), [metadata]
+    )  # on rank 0
     delete_checkpoints(checkpoint)
     table = [_row(job, sets, trained, before, after, i) for i, job in enumerate(jobs)]
     omitted = sum(one.omitted for one in rows) or None
@@ -152,21 +155,9 @@ def _same_kind(sets: Sequence[DataSet]) -> str:
     return sets[0].kind
 
 
-def _model_of(initial: Source | None) -> str | None:
-    if initial is None or initial.config is None:
-        return None
-    if not initial.config.base_model_name_or_path:
-        raise ValueError(f"{initial.path} does not name its base model: pass --model.")
-    return initial.config.base_model_name_or_path
-
-
 def _absolute(reference: str | None) -> str | None:
     """A folder's absolute path; the name of an adapter of the hub as it is."""
     return str(Path(reference).resolve()) if reference is not None and Path(reference).exists() else reference
-
-
-def _quant_of(initial: Source | None) -> str | None:
-    return None if initial is None else initial.note.quant
 
 
 def _references(base: Base, adapted: Adapted, rows: Sequence[TokenRows], progress: bool) -> list[Tensor | None]:

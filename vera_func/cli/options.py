@@ -383,10 +383,8 @@ def dtype_of(name: str | None) -> "torch.dtype | None":
     return getattr(torch, name) if name else None
 
 
-def load_base(
-    source: "Source", model: str | None, quant: str | None, dtype: str | None, device: str | None = None
-) -> "Base":
-    """Load the base model of a command, given `--model`, `--quant`, `--dtype` and `--device`."""
+def load_base(source: "Source", quant: str | None, dtype: str | None, device: str | None = None) -> "Base":
+    """Load the base model of a command, given `--quant`, `--dtype` and `--device`."""
     from ..data.sources import base_of
 
-    return base_of(source, model, quant, dtype_of(dtype), device or "auto")
+    return base_of(source, quant, dtype_of(dtype), device or "auto")

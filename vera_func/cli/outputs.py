@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data.models import Base, Note, write_note
+from ..data.metadata import Metadata, write_metadata
+from ..data.models import Base
 from ..io.bank import save_bank
 from ..io.checkpoint import save_adapter
 from ..model.adapt import Adapted, adapt
@@ -44,11 +45,13 @@ def new_adapter(base: Base, r: int, targets: Any, recipe: Recipe) -> Adapted:
     return adapt(base.model, config, product_dtype=base.product_dtype)
 
 
-def save_adapters(out: Path, adapted: Adapted, params: dict[str, Tensor], names: Sequence[str], note: Note) -> None:
+def save_adapters(
+    out: Path, adapted: Adapted, params: dict[str, Tensor], names: Sequence[str], metadata: Metadata
+) -> None:
     """Save one adapter as a PEFT directory, or several, stacked ones as a bank in `out`, with their metadata."""
     if len(names) == 1:
         save_adapter(out, params, adapted.frozen, adapted.config)
-        write_note(out, note)
+        write_metadata(out, metadata)
         return
     out.mkdir(parents=True, exist_ok=True)
-    write_note(save_bank(out / BANK, params, adapted.frozen, adapted.config, names), note)
+    write_metadata(save_bank(out / BANK, params, adapted.frozen, adapted.config, names), metadata)

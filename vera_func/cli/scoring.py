@@ -6,7 +6,7 @@ import torch
 
 from ..data.batches import Part
 from ..data.dataset import DataSet
-from ..data.models import Base, read_note
+from ..data.models import Base
 from ..data.objective import reference_logprobs, score_rows
 from ..data.sources import Source, load_adapters
 from ..data.tokens import tokenize
@@ -46,16 +46,15 @@ def evaluate_language(
     Raises:
         ValueError: If the adapters do not fit the model, or the reference is not found.
     """
-    note = read_note(base.name) if source.path is None else source.note
-    side: Any = note.truncate_side or "end"
-    rows = tokenize(data, base.tokenizer, max_length=note.max_length or length_of(base, None), side=side)
+    side: Any = source.metadata.truncate_side or "end"
+    rows = tokenize(data, base.tokenizer, max_length=source.metadata.max_length or length_of(base, None), side=side)
     use = torch.arange(len(rows.groups))[:limit]
     adapted, read = load_adapters(source, base.model, base.product_dtype)
     place: dict[str, Any] = {"pad_id": pad_id(base), "device": base.model.device}
     reference = None
     if rows.width == 2:
-        if note.reference:
-            initial = load_adapter(note.reference, base.model, product_dtype=base.product_dtype)
+        if source.metadata.reference:
+            initial = load_adapter(source.metadata.reference, base.model, product_dtype=base.product_dtype)
         else:
             initial = _plain(base)
         show = bar("reference", progress)
@@ -97,7 +96,9 @@ def pad_id(base: Base) -> int:
 
 def _beta(source: Source, name: str) -> float:
     """The beta of an adapter from the metadata."""
-    betas = source.note.beta or [BETA]
-    if len(betas) == 1 or source.path is None or source.path.is_dir():
+    if source.path is None:
+        return BETA
+    betas = source.metadata.beta or [BETA]
+    if len(betas) == 1 or source.path.is_dir():
         return betas[0]
     return dict(zip(open_bank(source.path).names, betas, strict=False)).get(name, BETA)

@@ -149,12 +149,12 @@ def evaluate(
     from .report import check_table_path, show_rows
     from .routes import evaluate
 
-    source = open_source(adapter, bank, name)
+    source = open_source(adapter, bank, name, model=model)
     if out:
         check_table_path(out)  # before an hour's work
 
     def load() -> Any:
-        return o.load_base(source, model, quant, dtype, device)
+        return o.load_base(source, quant, dtype, device)
 
     rows = evaluate(source, load, data, prompt=prompt, limit=limit, chunk=chunk, batch_size=batch_size)
     show_rows(rows, out, json)
@@ -196,11 +196,11 @@ def predict(
 
     if texts and data:
         raise ValueError("give texts or --data, not both.")
-    source = open_source(adapter, bank, name)
+    source = open_source(adapter, bank, name, model=model)
     if out:
         check_table_path(out)  # before an hour's work
     texts = texts or (read_texts(data) if data else _lines())
-    base = o.load_base(source, model, quant, dtype, device)
+    base = o.load_base(source, quant, dtype, device)
     rows = predict(source, base, texts, labels=labels or (), prompt=prompt, chunk=chunk, batch_size=batch_size)
     show_rows(rows, out, json)
 
@@ -242,12 +242,12 @@ def generate(
     from .commands import generate
     from .report import show_result
 
-    source = open_source(adapter, bank, name)
+    source = open_source(adapter, bank, name, model=model)
     lines = [o.newlines(prompt) for prompt in prompts or _lines()]
-    chat = source.note.kind == "chat" if chat is None else chat
+    chat = source.metadata.kind == "chat" if chat is None else chat
     rows = generate(
         source,
-        o.load_base(source, model, quant, dtype, device),
+        o.load_base(source, quant, dtype, device),
         lines,
         chat=chat,
         max_new_tokens=max_new_tokens,

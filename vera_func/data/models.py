@@ -1,25 +1,15 @@
-"""Pretrained causal language models in a quantized format, and the metadata of adapters.
+"""Pretrained causal language models in a quantized format."""
 
-An adapter is tied to the weights on which it was trained: the same model in another quantization format is a different
-base. PEFT's files contain the name of the model but not its format. A JSON file next to the adapter or bank therefore
-stores the format, the labels and the prompt. PEFT ignores this file, and command-line options override its entries.
-"""
-
-import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..io.files import parse_json, replacing
 from ..model.convert import quantize_model
 from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.quantize import QUANTIZERS
 from ..quant.value import format_of
 from .assets import SMOLLM2_NAME, quiet_transformers
-from .kinds import COLUMNS
 from .smollm2 import load_smollm2
 
 
@@ -52,36 +42,6 @@ class Base(NamedTuple):
         for which products in 16 bits are slower, and takes the default.
         """
         return torch.bfloat16 if self.dtype == torch.bfloat16 else None
-
-
-_PER_ADAPTER = ("data", "beta")  # entries with a value for each adapter of a bank
-_ALWAYS = ("quant", "labels", "prompt")  # entries that are written even if they are unknown
-
-
-class Note(NamedTuple):
-    """Metadata of an adapter or bank; None means unknown.
-
-    Attributes:
-        quant: Format of the base during training.
-        labels: All labels.
-        prompt: Prompt template with `{text}`.
-        kind: Kind of the data, if it was not labelled; see `kinds`.
-        data: What the data was read from: of one adapter, or of each adapter of a bank.
-        max_length: Maximum number of tokens of a sequence.
-        truncate_side: Which end of longer sequences was cut off.
-        reference: Of preferences, the adapter that was the reference; None means the base.
-        beta: Of preferences, the strength of the reference, for one adapter or each adapter of a bank.
-    """
-
-    quant: str | None = None
-    labels: list[str] | None = None
-    prompt: str | None = None
-    kind: str | None = None
-    data: list[str] | None = None
-    max_length: int | None = None
-    truncate_side: str | None = None
-    reference: str | None = None
-    beta: list[float] | None = None
 
 
 def load_base(
@@ -203,84 +163,6 @@ def attention_for(dtype: torch.dtype, max_tokens: int) -> str | None:
         'eager'
     """
     return "eager" if dtype == torch.bfloat16 and max_tokens <= 512 else None
-
-
-def note_file(path: str | os.PathLike[str]) -> Path:
-    """The path of the metadata file: in an adapter directory, or next to a bank.
-
-    Example:
-        >>> note_file("banks/all.safetensors").as_posix()
-        'banks/all.json'
-    """
-    path = Path(path)
-    return path.with_suffix(".json") if path.suffix == ".safetensors" else path / "vera_func.json"
-
-
-def split_note(note: Note, i: int) -> Note:
-    """The metadata of adapter `i` of a bank.
-
-    Example:
-        >>> split_note(Note("nf4", data=["a.csv", "b.csv"]), 1).data
-        ['b.csv']
-    """
-    own: dict[str, Any] = {name: _own(getattr(note, name), i) for name in _PER_ADAPTER}
-    return note._replace(**own)
-
-
-def join_notes(notes: Sequence[Note]) -> Note | None:
-    """The metadata of a bank of adapters with this metadata; None if they differ in what adapters of a bank share.
-
-    Example:
-        >>> join_notes([Note("nf4", data=["a.csv"]), Note("nf4", data=["b.csv"])]).data
-        ['a.csv', 'b.csv']
-    """
-    shared = {note._replace(**dict.fromkeys(_PER_ADAPTER)) for note in map(_hashable, notes)}
-    if len(shared) > 1:
-        return None
-    joined: dict[str, Any] = {}
-    for name in _PER_ADAPTER:
-        values = [getattr(note, name) for note in notes]
-        known = all(value is not None and len(value) == 1 for value in values)
-        joined[name] = [value[0] for value in values] if known else None
-    return notes[0]._replace(**joined)
-
-
-def _own(values: list[Any] | None, i: int) -> list[Any] | None:
-    return values if values is None or len(values) <= i else [values[i]]
-
-
-def _hashable(note: Note) -> Note:
-    return note._replace(labels=None if note.labels is None else tuple(note.labels))  # type: ignore[arg-type]
-
-
-def write_note(path: str | os.PathLike[str], note: Note) -> None:
-    """Write the metadata of an adapter directory or a bank, which must exist."""
-    with replacing(note_file(path)) as file:
-        known = {name: value for name, value in note._asdict().items() if value is not None or name in _ALWAYS}
-        file.write_text(json.dumps(known, indent=2), encoding="utf-8")
-
-
-def read_note(path: str | os.PathLike[str]) -> Note:
-    """Read the metadata of an adapter directory or a bank; all fields are None if the file does not exist.
-
-    Raises:
-        ValueError: If the file is damaged.
-    """
-    file = note_file(path)
-    if not file.is_file():
-        return Note()
-    fields = parse_json(file, file.read_text(encoding="utf-8", errors="replace"))
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(fields).__name__}.")
-    note = Note(**{name: fields.get(name) for name in Note._fields})
-    labels = [] if note.labels is None else note.labels
-    texts = [text for text in (note.quant, note.prompt) if text is not None]
-    if not isinstance(labels, list) or not all(isinstance(text, str) for text in (*texts, *labels)):
-        raise ValueError(f"{file}: quant and prompt must be strings and labels a list of strings, got {fields}.")
-    if note.kind not in (None, *COLUMNS) or not isinstance(note.max_length, int | None):
-        kinds = ", ".join(COLUMNS)
-        raise ValueError(f"{file}: kind must be one of {kinds} and max_length an integer, got {fields}.")
-    return note
 
 
 def _load(name: str, dtype: torch.dtype, device: torch.device) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

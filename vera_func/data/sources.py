@@ -18,7 +18,8 @@ from ..io.hub import find_adapter, is_repository
 from ..model.adapt import Adapted, adapt
 from ..model.batch import stack_adapters
 from ..model.config import VeraConfig
-from .models import Base, Note, load_base, note_file, read_note
+from .metadata import Metadata, metadata_file, read_metadata
+from .models import Base, load_base
 from .prompts import PROMPT
 from .task import Task, make_task
 
@@ -30,17 +31,24 @@ class Source(NamedTuple):
         path: The directory or the bank; None for the base alone.
         names: Names of the adapters.
         config: Configuration of the adapters; None for the base alone.
-        note: Metadata of the adapters.
+        model: Folder or hub id of the base model; None if it is not known, or for the default model.
+        metadata: Metadata of the adapters; for the base alone, that of a merged adapter.
     """
 
     path: Path | None
     names: list[str]
     config: VeraConfig | None
-    note: Note
+    model: str | None
+    metadata: Metadata
 
 
 def open_source(
-    adapter: str | None = None, bank: str | None = None, names: Sequence[str] | None = None, *, one: bool = False
+    adapter: str | None = None,
+    bank: str | None = None,
+    names: Sequence[str] | None = None,
+    *,
+    model: str | None = None,
+    one: bool = False,
 ) -> Source:
     """Read and check the configuration and metadata of adapters, without loading a model.
 
@@ -48,6 +56,7 @@ def open_source(
         adapter: A PEFT directory, or the name of a repository of the hub.
         bank: An adapter bank.
         names: Names of adapters in the bank; None means all.
+        model: Folder or hub id of the base model; None means the one in the configuration.
         one: Whether exactly one adapter is required.
 
     Raises:
@@ -69,43 +78,44 @@ def open_source(
         if one and len(names) != 1:
             some = ", ".join([*names[:3], *["..."] * (len(names) > 3)])
             raise ValueError(f"{bank} contains {len(names)} adapters: choose one with --name ({some}).")
-        return Source(Path(bank), names, opened.config, read_note(bank))
+        model = model or opened.config.base_model_name_or_path
+        return Source(Path(bank), names, opened.config, model, read_metadata(bank))
     if adapter is None and one:
         raise ValueError("an adapter is required: pass --adapter DIR, or --bank FILE with --name.")
     if adapter is None:
-        return Source(None, ["base"], None, Note())
+        return Source(None, ["base"], None, model, Metadata() if model is None else read_metadata(model))
     path = Path(adapter)
-    folder = find_adapter(adapter, optional=[note_file("").name]) if is_repository(adapter) else path
+    folder = find_adapter(adapter, optional=[metadata_file("").name]) if is_repository(adapter) else path
     config, _ = read_files(_adapter_directory(folder))
-    return Source(folder, [(path if folder is not path else path.resolve()).name], config, read_note(folder))
+    name = (path if folder is not path else path.resolve()).name
+    return Source(folder, [name], config, model or config.base_model_name_or_path, read_metadata(folder))
 
 
 def base_of(
     source: Source,
-    model: str | None = None,
     quant: str | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
+    *,
+    max_tokens: int | None = None,
 ) -> Base:
     """Load the base model on which the adapters were trained.
 
     Args:
         source: From `open_source`.
-        model: A folder or a hub id; None means the model in the configuration.
         quant: A format; None means the format in the metadata.
         dtype: As for `load_base`.
         device: As for `load_base`.
+        max_tokens: Length of the longest prompts; None means the one in the metadata, or 256 if it has none.
 
     Raises:
-        ValueError: If the configuration does not name a model and `model` is None; or as for `load_base`.
+        ValueError: If the model is not known; or as for `load_base`.
         OSError: If the model is not found.
     """
-    if model is None and source.config is not None:
-        model = source.config.base_model_name_or_path
-        if not model:
-            raise ValueError(f"{source.path} does not name its base model: pass --model.")
-    note = read_note(model) if source.path is None and model is not None else source.note
-    return load_base(model, quant or note.quant, dtype, max_tokens=note.max_length or 256, device=device)
+    if source.path is not None and not source.model:
+        raise ValueError(f"{source.path} does not name its base model: pass --model.")
+    max_tokens = max_tokens or source.metadata.max_length or 256
+    return load_base(source.model, quant or source.metadata.quant, dtype, max_tokens=max_tokens, device=device)
 
 
 def load_adapters(
@@ -147,12 +157,11 @@ def task_of(source: Source, base: Base, labels: Iterable[str], prompt: str | Non
     Raises:
         ValueError: If fewer than two labels are known; or as for `make_task`.
     """
-    note = read_note(base.name) if source.path is None else source.note
-    known = note.labels or sorted(set(labels))
+    known = source.metadata.labels or sorted(set(labels))
     if len(known) < 2:
         raise ValueError(f"{source.path or base.name} has no labels in its metadata: pass --labels a,b.")
-    task = make_task(base, known, prompt or note.prompt or PROMPT)
-    return task._replace(max_tokens=note.max_length or task.max_tokens)
+    task = make_task(base, known, prompt or source.metadata.prompt or PROMPT)
+    return task._replace(max_tokens=source.metadata.max_length or task.max_tokens)
 
 
 def _adapter_directory(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from .config import CONFIG, WEIGHTS
 from .hub import hub_errors
 
 
-NOTE = "vera_func.json"  # written by the command line
+METADATA = "vera_func.json"  # written by the command line
 
 
 def push_adapter(
@@ -52,7 +52,7 @@ def push_adapter(
     config, tensors = read_files(folder)
     params = {key: value for name, value in tensors.items() if (key := key_from_peft(name)) is not None}
     with TemporaryDirectory() as staged:
-        for name in (CONFIG, WEIGHTS, CARD, NOTE):
+        for name in (CONFIG, WEIGHTS, CARD, METADATA):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, Path(staged) / name)
         if not (folder / CARD).is_file():

@@ -1,0 +1,44 @@
+"""The metadata files of adapters and banks."""
+
+import pytest
+
+from vera_func.data.metadata import Metadata, metadata_file, read_metadata, write_metadata
+
+from refused import Refused
+
+
+def test_metadata(tmp_path):
+    folder, bank = tmp_path, tmp_path / "all.safetensors"
+    assert metadata_file(folder) == folder / "vera_func.json"
+    assert read_metadata(folder) == read_metadata(bank) == Metadata()
+    for path in (folder, bank):
+        write_metadata(path, Metadata("int8", ["a", "b"], "{text}: "))
+        assert read_metadata(path) == Metadata("int8", ["a", "b"], "{text}: ")
+    for damaged in ("{", "[]", '{"labels": "ab"}', '{"quant": 4}'):
+        metadata_file(bank).write_text(damaged)
+        with pytest.raises(ValueError, match=r"all\.json"):
+            read_metadata(bank)
+
+
+# What is refused
+
+bad = Refused()
+
+for what, text, message in (
+    ("empty", "", "is not JSON"),
+    ("a list", "[]", "must hold a JSON object, got list"),
+    ("labels of numbers", '{"labels": [5]}', "labels a list of strings"),
+    ("a list for a prompt", '{"prompt": ["a"]}', "quant and prompt must be strings"),
+    ("deep", "[" * 100_000, "is not JSON"),
+):
+
+    def metadata(folder, text=text):
+        (folder / "vera_func.json").write_text(text)
+        return read_metadata(folder)
+
+    bad("read_metadata", what, metadata, f"vera_func.json.*{message}")
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -1,0 +1,123 @@
+"""The metadata of adapters: a JSON file beside an adapter directory or a bank.
+
+An adapter is tied to the weights on which it was trained: the same model in another quantization format is a different
+base. PEFT's files contain the name of the model but not its format. The metadata file therefore stores the format, the
+labels and the prompt. PEFT ignores this file, and command-line options override its entries.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..io.files import parse_json, replacing
+from .kinds import COLUMNS
+
+
+_PER_ADAPTER = ("data", "beta")  # entries with a value for each adapter of a bank
+_ALWAYS = ("quant", "labels", "prompt")  # entries that are written even if they are unknown
+
+
+class Metadata(NamedTuple):
+    """Metadata of an adapter or bank; None means unknown.
+
+    Attributes:
+        quant: Format of the base during training.
+        labels: All labels.
+        prompt: Prompt template with `{text}`.
+        kind: Kind of the data, if it was not labelled; see `kinds`.
+        data: What the data was read from: of one adapter, or of each adapter of a bank.
+        max_length: Maximum number of tokens of a sequence.
+        truncate_side: Which end of longer sequences was cut off.
+        reference: Of preferences, the adapter that was the reference; None means the base.
+        beta: Of preferences, the strength of the reference, for one adapter or each adapter of a bank.
+    """
+
+    quant: str | None = None
+    labels: list[str] | None = None
+    prompt: str | None = None
+    kind: str | None = None
+    data: list[str] | None = None
+    max_length: int | None = None
+    truncate_side: str | None = None
+    reference: str | None = None
+    beta: list[float] | None = None
+
+
+def metadata_file(path: str | os.PathLike[str]) -> Path:
+    """The path of the metadata file: in an adapter directory, or next to a bank.
+
+    Example:
+        >>> metadata_file("banks/all.safetensors").as_posix()
+        'banks/all.json'
+    """
+    path = Path(path)
+    return path.with_suffix(".json") if path.suffix == ".safetensors" else path / "vera_func.json"
+
+
+def read_metadata(path: str | os.PathLike[str]) -> Metadata:
+    """Read the metadata of an adapter directory or a bank; all fields are None if the file does not exist.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    file = metadata_file(path)
+    if not file.is_file():
+        return Metadata()
+    fields = parse_json(file, file.read_text(encoding="utf-8", errors="replace"))
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(fields).__name__}.")
+    metadata = Metadata(**{name: fields.get(name) for name in Metadata._fields})
+    labels = [] if metadata.labels is None else metadata.labels
+    texts = [text for text in (metadata.quant, metadata.prompt) if text is not None]
+    if not isinstance(labels, list) or not all(isinstance(text, str) for text in (*texts, *labels)):
+        raise ValueError(f"{file}: quant and prompt must be strings and labels a list of strings, got {fields}.")
+    if metadata.kind not in (None, *COLUMNS) or not isinstance(metadata.max_length, int | None):
+        kinds = ", ".join(COLUMNS)
+        raise ValueError(f"{file}: kind must be one of {kinds} and max_length an integer, got {fields}.")
+    return metadata
+
+
+def write_metadata(path: str | os.PathLike[str], metadata: Metadata) -> None:
+    """Write the metadata of an adapter directory or a bank, which must exist."""
+    with replacing(metadata_file(path)) as file:
+        known = {name: value for name, value in metadata._asdict().items() if value is not None or name in _ALWAYS}
+        file.write_text(json.dumps(known, indent=2), encoding="utf-8")
+
+
+def split_metadata(metadata: Metadata, i: int) -> Metadata:
+    """The metadata of adapter `i` of a bank.
+
+    Example:
+        >>> split_metadata(Metadata("nf4", data=["a.csv", "b.csv"]), 1).data
+        ['b.csv']
+    """
+    own: dict[str, Any] = {name: _own(getattr(metadata, name), i) for name in _PER_ADAPTER}
+    return metadata._replace(**own)
+
+
+def join_metadata(adapters: Sequence[Metadata]) -> Metadata | None:
+    """The metadata of a bank of adapters with this metadata; None if they differ in what adapters of a bank share.
+
+    Example:
+        >>> join_metadata([Metadata("nf4", data=["a.csv"]), Metadata("nf4", data=["b.csv"])]).data
+        ['a.csv', 'b.csv']
+    """
+    shared = {metadata._replace(**dict.fromkeys(_PER_ADAPTER)) for metadata in map(_hashable, adapters)}
+    if len(shared) > 1:
+        return None
+    joined: dict[str, Any] = {}
+    for name in _PER_ADAPTER:
+        values = [getattr(metadata, name) for metadata in adapters]
+        known = all(value is not None and len(value) == 1 for value in values)
+        joined[name] = [value[0] for value in values] if known else None
+    return adapters[0]._replace(**joined)
+
+
+def _own(values: list[Any] | None, i: int) -> list[Any] | None:
+    return values if values is None or len(values) <= i else [values[i]]
+
+
+def _hashable(metadata: Metadata) -> Metadata:
+    return metadata._replace(labels=None if metadata.labels is None else tuple(metadata.labels))  # type: ignore[arg-type]
