@@ -4,13 +4,12 @@ Each command is a function whose signature and docstring define its options, hel
 inside of the functions, so that help, completion and invalid arguments do not import torch or transformers.
 """
 
-from collections.abc import Callable
-from functools import partial, wraps
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from .file_commands import convert, export_lora, inspect, merge, push
+from .groups import flatten
 from .text_commands import demo, evaluate, generate, predict, train
 
 
@@ -39,15 +38,5 @@ def vera_func(
     """
 
 
-def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """Make a command return its call instead of running it, since typer would handle some of the errors it raises."""
-
-    @wraps(command)
-    def parsed(**options: Any) -> Callable[[], None]:
-        return partial(command, **options)
-
-    return parsed
-
-
 for _command in (demo, train, evaluate, predict, generate, merge, export_lora, inspect, convert, push):
-    app.command(_command.__name__.replace("_", "-"))(_deferred(_command))
+    app.command(_command.__name__.replace("_", "-"))(flatten(_command))

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..data.examples import Example, split
 from ..data.metadata import Metadata, join_metadata, split_metadata, write_metadata
 from ..data.models import Base
 from ..data.prompts import Encoded, Score, batches_by_length, collate
-from ..data.sources import Source, base_of, load_adapters, open_source, task_of
+from ..data.sources import Source, load_adapters, open_source, task_of
 from ..data.task import encode_examples, logits_of, score_of
 from ..data.tokens import chat_prompt
 from ..io.bank import export_adapters, import_adapters, open_bank
@@ -298,23 +298,19 @@ def lora_of(
 def convert(
     sources: Sequence[str],
     out: str | os.PathLike[str],
+    load: Callable[[Source], Base],
     *,
     names: Sequence[str] | None = None,
     model: str | None = None,
-    quant: str | None = None,
-    dtype: torch.dtype | None = None,
-    device: str = "cpu",
 ) -> dict[str, Any]:
     """Convert PEFT directories to an adapter bank, or a bank to PEFT directories, depending on the sources.
 
     Args:
         sources: PEFT directories, whose names become the adapter names, or one bank.
         out: A new `.safetensors` file, or a folder in which a sub-folder per adapter is created.
+        load: Loads the base model of the directories, given the first one.
         names: Adapters of the bank to convert; None means all.
         model: Base model of the directories; None means that of the first one.
-        quant: Format of the base; None means that of the first one.
-        dtype: Dtype of the base's arithmetic.
-        device: Device of the base.
 
     Raises:
         ValueError: If the sources are mixed or do not fit together, two have the same name, or `out` does not fit the
@@ -351,7 +347,7 @@ def convert(
     if len(folders) < len(sources):
         raise ValueError(f"adapters of a bank need distinct names, but the directories' names are {sorted(folders)}.")
     first = next(iter(opened.values()))
-    bank = import_adapters(out, folders, base_of(first, quant, dtype, device).model)
+    bank = import_adapters(out, folders, load(first).model)
     if (metadata := join_metadata([source.metadata for source in opened.values()])) is not None:
         write_metadata(out, metadata)
     return {"out": str(out), "kind": "bank", "names": list(bank.names), "bytes": _size(out)}

@@ -5,18 +5,15 @@ from typing import Annotated, Any, Literal
 import typer
 
 from . import options as o
+from .groups import AdapterOptions, BaseOptions, dtype_of
 
 
 def merge(
+    *,
     to: Annotated[o.Format, o.format_option("Format of the merged weights")],
     out: Annotated[str, o.folder("Folder for the model and its tokenizer.")],
-    adapter: o.Adapter = None,
-    bank: o.Bank = None,
-    name: o.OneName = None,
-    model: o.ModelOfAdapter = None,
-    quant: o.Quant = None,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
+    adapters: AdapterOptions,
+    base: BaseOptions,
     calibrate: Annotated[
         bool,
         o.option("--calibrate", help="Choose the 4-bit codes so that predictions on --data change least."),
@@ -38,18 +35,17 @@ def merge(
     from rich.text import Text
 
     from ..data.examples import HELD_OUT, demo_examples, read_examples, split_examples
-    from ..data.sources import open_source
     from .commands import merge_to
     from .inspect import summarize_reports
     from .report import COLUMNS, make_table, show_result
 
     if (data or prompt) and not calibrate:
         raise ValueError("--data and --prompt require --calibrate.")
-    source = open_source(adapter, bank, name, model=model, one=True)
+    source = adapters.open(base.model, one=True)
     examples = None
     if calibrate:
         examples = read_examples(data) if data else split_examples(demo_examples(), HELD_OUT, seed=0)[0]
-    done = merge_to(source, o.load_base(source, quant, dtype, device), to, out, calibrate=examples, prompt=prompt)
+    done = merge_to(source, base.load(source), to, out, calibrate=examples, prompt=prompt)
     shown: list[Any] = [Text(done["advice"]), f"The merged model is in {out}. Next: vera-func evaluate --model {out}"]
     if "modules" in done:
         shown = [make_table(summarize_reports(done["modules"])), COLUMNS, *shown]
@@ -57,14 +53,10 @@ def merge(
 
 
 def export_lora(
+    *,
     out: Annotated[str, o.folder("Folder for the LoRA, or a .gguf file.")],
-    adapter: o.Adapter = None,
-    bank: o.Bank = None,
-    name: o.OneName = None,
-    model: o.ModelOfAdapter = None,
-    quant: o.Quant = None,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
+    adapters: AdapterOptions,
+    base: BaseOptions,
     rank: Annotated[
         int | None, o.number("--rank", help="Rank of the LoRA (default: r, which is exact; a lower rank truncates).")
     ] = None,
@@ -83,12 +75,11 @@ def export_lora(
       vera-func export-lora --adapter vera-demo --out my-lora
       vera-func export-lora --adapter vera-demo --out my.gguf --format gguf
     """
-    from ..data.sources import open_source
     from .commands import lora_of
     from .report import describe, show_result
 
-    source = open_source(adapter, bank, name, model=model, one=True)
-    done = lora_of(source, o.load_base(source, quant, dtype, device), out, rank, format)
+    source = adapters.open(base.model, one=True)
+    done = lora_of(source, base.load(source), out, rank, format)
     show_result(done, json, *describe(done))
 
 
@@ -120,7 +111,7 @@ def inspect(
         path,
         model=model,
         quant=quant,
-        dtype=o.dtype_of(dtype),
+        dtype=dtype_of(dtype),
         device=device or "auto",
         to=to,
         names=name,
@@ -134,13 +125,11 @@ def inspect(
 
 
 def convert(
+    *,
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="PEFT directories, or one adapter bank.")],
     out: Annotated[str, o.option("--out", help="A new .safetensors file, or a folder.", metavar="PATH")],
     name: o.Names = None,
-    model: o.ModelOfAdapter = None,
-    quant: o.Quant = None,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
+    base: BaseOptions,
     json: o.Json = False,
 ) -> None:
     """Convert PEFT directories to an adapter bank, or a bank to PEFT directories.
@@ -154,7 +143,7 @@ def convert(
     from .commands import convert
     from .report import describe, show_result
 
-    done = convert(sources, out, names=name, model=model, quant=quant, dtype=o.dtype_of(dtype), device=device or "auto")
+    done = convert(sources, out, base.load, names=name, model=base.model)
     show_result(done, json, *describe(done))
 
 

@@ -13,6 +13,7 @@ from ..data.batches import Part
 from ..data.dataset import DataSet, split_rows
 from ..data.files import find_files, is_hub_id
 from ..data.tokens import TokenRows
+from .recipe import Run
 
 
 HELD_OUT = 1000  # rows, or a fifth of them if that is less
@@ -66,12 +67,8 @@ def make_jobs(
     sets: Sequence[DataSet],
     rows: Sequence[TokenRows],
     references: Sequence[Tensor | None],
+    run: Run,
     *,
-    batch_size: int,
-    seed: int,
-    steps: Sequence[int] | None,
-    epochs: float | None,
-    learning_rates: Sequence[float],
     betas: Sequence[float],
     pack_to: int | None = None,
 ) -> list[Job]:
@@ -81,11 +78,7 @@ def make_jobs(
         sets: The data sets.
         rows: Their tokenized rows.
         references: Of preferences, the log-probabilities of the reference for these rows.
-        batch_size: Rows per adapter and step.
-        seed: Seed of the splits.
-        steps: Number of steps, one value or one per adapter.
-        epochs: Number of passes over the rows, if there are no `steps`; None means one, with limits.
-        learning_rates: One value, or one per adapter.
+        run: The options of the run.
         betas: Of preferences.
         pack_to: Length to which training rows are packed; None means that they are not.
 
@@ -94,7 +87,7 @@ def make_jobs(
     """
     pairs = list(product(range(len(sets)), betas if rows[0].width == 2 else [None]))
     names = adapter_names([data.source for data in sets], pairs)
-    splits = [_split(one.groups, seed) for one in rows]
+    splits = [_split(one.groups, run.recipe.seed) for one in rows]
     jobs = []
     for i, (data, beta) in enumerate(pairs):
         train, test = splits[data]
@@ -103,9 +96,9 @@ def make_jobs(
         if pack_to is not None:
             packed = rows[data].pack(train, pack_to)
             own = own._replace(rows=packed, use=torch.arange(len(packed.packed or ())))
-        batches = max(len(own.use) // batch_size, 1)
-        count = num_steps(batches, steps, epochs, i, len(pairs))
-        rate = value_of("--learning-rate", learning_rates, i, len(pairs))
+        batches = max(len(own.use) // run.recipe.batch_size, 1)
+        count = num_steps(batches, run.steps, run.epochs, i, len(pairs))
+        rate = value_of("--learning-rate", run.learning_rates, i, len(pairs))
         jobs.append(Job(names[i], data, own, held_out, count, rate, len(train)))
     return jobs
 

@@ -22,41 +22,20 @@ from ..data.prompts import PROMPT, Batch, Encoded, Score, collate
 from ..data.task import Task, check_prompt, encode_examples, logits_of, make_task, score_of
 from ..model.adapt import Adapted
 from ..model.batch import Params, select_adapters
-from ..train.distributed import map_sharded, rank
+from ..train.distributed import map_sharded
 from .checkpoints import checkpoint_path, delete_checkpoints
 from .jobs import adapter_names, num_steps, value_of
 from .outputs import BANK, new_adapter, output_folder, save_adapters
-from .recipe import Recipe, Trained, train_chunks, train_together
+from .recipe import Recipe, Run, Trained, train_chunks, train_together
 from .report import bar
 
 
-def train_label_sets(
-    sources: Sequence[str],
-    *,
-    out: str | Path,
-    recipe: Recipe,
-    model: str | None = None,
-    quant: str | None = None,
-    dtype: torch.dtype | None = None,
-    device: str = "cpu",
-    r: int = 256,
-    targets: Sequence[str] | None = None,
-    steps: Sequence[int] | None = None,
-    epochs: float | None = None,
-    learning_rates: Sequence[float] = (2e-2,),
-    prompt: str = PROMPT,
-    max_length: int = 256,
-    chunk: int = 64,
-    progress: bool = True,
-) -> dict[str, Any]:
+def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) -> dict[str, Any]:
     """Train an adapter for each data set with labels, and measure its accuracy on held-out examples before and after.
 
     Args:
         sources: The data sets, with the same labels.
-        out: Folder for the bank.
-        recipe: The options of the run.
-        model, quant, dtype, device: As for `load_base`.
-        r, targets, steps, epochs, learning_rates, max_length, chunk, progress: As for `train_language`.
+        run: The options of the run; its `max_length` is 256 if it is None.
         prompt: Prompt template with `{text}`, which the label follows.
 
     Raises:
@@ -64,35 +43,35 @@ def train_label_sets(
         OSError: If a file or the model is not found, or there is no network (ConnectionError).
     """
     check_prompt(prompt)
+    recipe, max_length = run.recipe, run.max_length or 256
     if recipe.checkpointing:
         raise ValueError("--checkpointing trains one adapter: leave it out, or raise --accumulate.")
-    progress = progress and rank() == 0
-    out = output_folder(out)
+    out = output_folder(run.out)
     examples = [read_examples(source) for source in sources]
     labels = _same_labels(sources, examples)
     splits = [split_examples(some, HELD_OUT, seed=recipe.seed) for some in examples]
     n, names = len(sources), adapter_names(sources, [(i, None) for i in range(len(sources))])
-    counts = [num_steps(len(train) // recipe.batch_size, steps, epochs, i, n) for i, (train, _) in enumerate(splits)]
-    rates = [value_of("--learning-rate", learning_rates, i, n) for i in range(n)]
-    base = load_base(model, quant, dtype, max_tokens=max_length, device=device)
+    counts = [
+        num_steps(len(train) // recipe.batch_size, run.steps, run.epochs, i, n) for i, (train, _) in enumerate(splits)
+    ]
+    rates = [value_of("--learning-rate", run.learning_rates, i, n) for i in range(n)]
+    base = load_base(run.model, run.quant, run.dtype, max_tokens=max_length, device=run.device)
     task = make_task(base, labels, prompt)._replace(max_tokens=max_length)
-    adapted = new_adapter(base, r, targets, recipe)
+    adapted = new_adapter(base, run.r, run.targets, recipe)
     train, held_out = ([encode_examples(base, task, part) for part in side] for side in zip(*splits, strict=True))
     state = (base.name, base.quant, base.dtype, adapted.config, recipe._replace(log=None), counts, rates)
-    checkpoint = checkpoint_path(out, *state, prompt, max_length, chunk, examples)
+    checkpoint = checkpoint_path(out, *state, prompt, max_length, run.chunk, examples)
     before = [score_of(adapted, task, adapted.params, rows, map=map_sharded) for rows in held_out]
     start = time.perf_counter()
 
     def group(part: slice, file: Path, shared: bool) -> Trained:
         mapping: Any = map_sharded if shared else map
         measure = partial(_scores, adapted, task, held_out[part], map=mapping)
-        return _train_group(
-            adapted, task, train[part], recipe, counts[part], rates[part], measure, file, progress, shared=shared
-        )
+        return _train_group(adapted, task, train[part], recipe, counts[part], rates[part], measure, file, shared=shared)
 
-    trained = train_chunks(n, chunk, checkpoint, group, base.model.device)
+    trained = train_chunks(n, run.chunk, checkpoint, group, base.model.device)
     seconds = time.perf_counter() - start
-    after = _scores(adapted, task, held_out, trained.params, map=map_sharded, progress=bar("after", progress))
+    after = _scores(adapted, task, held_out, trained.params, map=map_sharded, progress=bar("after", True))
     metadata = Metadata(
         base.quant, labels, prompt, data=list(sources), max_length=None if max_length == 256 else max_length
     )
@@ -151,7 +130,6 @@ def _train_group(
     rates: Sequence[float],
     measure: Any,
     file: Path,
-    progress: bool,
     *,
     shared: bool,
 ) -> Trained:
@@ -183,7 +161,6 @@ def _train_group(
         learning_rates=rates,
         evaluate=lambda params: torch.stack([score.loss for score in measure(params)]),
         checkpoint=file,
-        progress=progress,
         shared=shared,
     )
 

@@ -26,58 +26,34 @@ from ..data.tokens import Side, TokenRows, tokenize
 from ..io.checkpoint import load_adapter
 from ..model.adapt import Adapted
 from ..model.batch import Params, stack_adapters
-from ..train.distributed import map_sharded, rank
+from ..train.distributed import map_sharded
 from .checkpoints import checkpoint_path, delete_checkpoints
 from .jobs import Job, make_jobs
 from .outputs import BANK, new_adapter, output_folder, save_adapters
-from .recipe import Recipe, Trained, train_chunks, train_together
+from .recipe import Recipe, Run, Trained, train_chunks, train_together
 from .report import bar
 from .scoring import BETA, MAX_LENGTH, length_of, pad_id
 
 
 def train_language(
     sources: Sequence[str],
+    run: Run,
     *,
-    out: str | Path,
-    recipe: Recipe,
-    model: str | None = None,
-    quant: str | None = None,
-    dtype: torch.dtype | None = None,
-    device: str = "cpu",
-    r: int = 256,
-    targets: str | Sequence[str] | None = None,
-    steps: Sequence[int] | None = None,
-    epochs: float | None = None,
-    learning_rates: Sequence[float] = (2e-2,),
     betas: Sequence[float] | None = None,
     reference: str | None = None,
-    max_length: int | None = None,
     truncate_side: Side = "end",
     packing: bool = True,
-    chunk: int = 64,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Train adapters on data sets that are not labelled, and measure them on held-out rows before and after.
 
     Args:
         sources: The data sets, of one kind; one adapter is trained for each.
-        out: Folder for the adapter, or for the bank if there are several.
-        recipe: The options of the run.
-        model, quant, dtype, device: As for `load_base`.
-        r: Rank of the projections.
-        targets: Suffixes of the names of the layers to adapt, or "all-linear"; None means PEFT's default.
-        steps: Number of steps, one value or one per adapter.
-        epochs: Number of passes over the rows of an adapter, if there are no `steps`. If both are None: one epoch, but
-            at least 50 and at most 100 steps.
-        learning_rates: One value, or one per adapter.
+        run: The options of the run; its `max_length` is 512 if it is None, or the model's positions if it has fewer.
         betas: Of preferences; one adapter is trained for each value and data set.
         reference: Of preferences: directory of an adapter that is the reference and the initial adapter. None means
             the base and a new adapter.
-        max_length: Maximum number of tokens of a sequence; None means 512, or the model's positions if it has fewer.
         truncate_side: Which end of longer sequences is cut off.
         packing: Whether training rows of texts are packed to `max_length` tokens; documents do not see each other.
-        chunk: Adapters that train together; under torchrun, chunks are sharded across ranks.
-        progress: Whether to show progress bars.
 
     Returns:
         A dict for the report: for one adapter, its measurements; for several, `adapters` has a row for each.
@@ -86,42 +62,38 @@ def train_language(
         ValueError: If an option or a row is invalid.
         OSError: If a file or the model is not found, or there is no network (ConnectionError).
     """
-    progress = progress and rank() == 0
-    out = output_folder(out)
-    initial = None if reference is None else open_source(reference, model=model)
+    recipe, out = run.recipe, output_folder(run.out)
+    initial = None if reference is None else open_source(reference, model=run.model)
     sets = [open_dataset(source) for source in sources]
     kind = _same_kind(sets)
     if kind != "preference" and (betas or reference):
         raise ValueError("--beta and --reference belong to preferences, with the columns prompt, chosen, rejected.")
-    if reference and (recipe.dropout or targets):
+    if reference and (recipe.dropout or run.targets):
         raise ValueError("--targets and --dropout are the reference's own: leave them out with --reference.")
-    load = partial(load_base, model) if initial is None else partial(base_of, initial)
-    base = load(quant, dtype, max_tokens=max_length or MAX_LENGTH, device=device)
-    max_length = length_of(base, max_length)
-    adapted = _initial_adapter(base, reference, r, targets, recipe)
+    load = partial(load_base, run.model) if initial is None else partial(base_of, initial)
+    base = load(run.quant, run.dtype, max_tokens=run.max_length or MAX_LENGTH, device=run.device)
+    max_length = length_of(base, run.max_length)
+    adapted = _initial_adapter(base, reference, run)
     rows = [tokenize(data, base.tokenizer, max_length=max_length, side=truncate_side) for data in sets]
-    references = _references(base, adapted, rows, progress)
-    jobs = make_jobs(
-        sets, rows, references, batch_size=recipe.batch_size, seed=recipe.seed, steps=steps, epochs=epochs,
-        learning_rates=learning_rates, betas=betas or (BETA,),
-        pack_to=max_length if packing and kind == "text" else None,
-    )  # fmt: skip
+    references = _references(base, adapted, rows)
+    pack_to = max_length if packing and kind == "text" else None
+    jobs = make_jobs(sets, rows, references, run, betas=betas or (BETA,), pack_to=pack_to)
     if recipe.checkpointing and (len(jobs) > 1 or recipe.dropout):
         raise ValueError("--checkpointing trains one adapter without dropout: leave it out, or raise --accumulate.")
     jobs_of_run = [(job.name, job.steps, job.learning_rate, job.train.beta) for job in jobs]
-    options = (recipe._replace(log=None), jobs_of_run, chunk)
+    options = (recipe._replace(log=None), jobs_of_run, run.chunk)
     state = (base.name, base.quant, base.dtype, adapted.config, reference, max_length, truncate_side, packing)
     tensors = [(one.ids, one.labels, one.offsets, one.groups) for one in rows]
     checkpoint = checkpoint_path(out, *state, *options, [_hash(*one) for one in (*tensors, adapted.params.values())])
-    before = _score(base, adapted, adapted.params, jobs, progress, "before", stacked=False)
+    before = _score(base, adapted, adapted.params, jobs, "before", stacked=False)
     start = time.perf_counter()
 
     def train(part: slice, file: Path, shared: bool) -> Trained:
-        return _train_group(base, adapted, jobs[part], recipe, file, progress, shared=shared)
+        return _train_group(base, adapted, jobs[part], recipe, file, shared=shared)
 
-    trained = train_chunks(len(jobs), chunk, checkpoint, train, base.model.device)
+    trained = train_chunks(len(jobs), run.chunk, checkpoint, train, base.model.device)
     seconds = time.perf_counter() - start
-    after = _score(base, adapted, trained.params, jobs, progress, "after", stacked=len(jobs) > 1)
+    after = _score(base, adapted, trained.params, jobs, "after", stacked=len(jobs) > 1)
     metadata = Metadata(
         base.quant, kind=kind, data=[sets[job.data].source for job in jobs], max_length=max_length,
         truncate_side=truncate_side, reference=_absolute(reference),
@@ -138,11 +110,11 @@ def train_language(
     return common | ({"bank": str(out / BANK), "adapters": table} if len(jobs) > 1 else table[0])
 
 
-def _initial_adapter(base: Base, reference: str | None, r: int, targets: Any, recipe: Recipe) -> Adapted:
+def _initial_adapter(base: Base, reference: str | None, run: Run) -> Adapted:
     """The adapter of the reference, or a new one."""
     if reference is not None:
         return load_adapter(reference, base.model, product_dtype=base.product_dtype)
-    return new_adapter(base, r, targets, recipe)
+    return new_adapter(base, run.r, run.targets, run.recipe)
 
 
 def _same_kind(sets: Sequence[DataSet]) -> str:
@@ -160,27 +132,25 @@ def _absolute(reference: str | None) -> str | None:
     return str(Path(reference).resolve()) if reference is not None and Path(reference).exists() else reference
 
 
-def _references(base: Base, adapted: Adapted, rows: Sequence[TokenRows], progress: bool) -> list[Tensor | None]:
+def _references(base: Base, adapted: Adapted, rows: Sequence[TokenRows]) -> list[Tensor | None]:
     """The log-probabilities of the initial adapter, the reference, for all rows of preferences."""
     if rows[0].width == 1:
         return [None] * len(rows)
     options: dict[str, Any] = {"pad_id": pad_id(base), "device": base.model.device, "map": map_sharded}
-    options["progress"] = bar("reference", progress)
+    options["progress"] = bar("reference", True)
     return [
         reference_logprobs(adapted, adapted.params, Part(one, torch.arange(len(one.groups))), **options) for one in rows
     ]
 
 
-def _score(
-    base: Base, adapted: Adapted, params: Params, jobs: Sequence[Job], progress: bool, title: str, *, stacked: bool
-) -> Scores:
+def _score(base: Base, adapted: Adapted, params: Params, jobs: Sequence[Job], title: str, *, stacked: bool) -> Scores:
     place: dict[str, Any] = {"pad_id": pad_id(base), "device": base.model.device, "map": map_sharded}
     parts = [job.held_out for job in jobs]
-    return score_rows(adapted, params, parts, stacked=stacked, progress=bar(title, progress), **place)
+    return score_rows(adapted, params, parts, stacked=stacked, progress=bar(title, True), **place)
 
 
 def _train_group(
-    base: Base, adapted: Adapted, jobs: Sequence[Job], recipe: Recipe, file: Path, progress: bool, *, shared: bool
+    base: Base, adapted: Adapted, jobs: Sequence[Job], recipe: Recipe, file: Path, *, shared: bool
 ) -> Trained:
     n = len(jobs)
     place: dict[str, Any] = {"pad_id": pad_id(base), "device": base.model.device}
@@ -207,7 +177,6 @@ def _train_group(
         learning_rates=[job.learning_rate for job in jobs],
         evaluate=metric,
         checkpoint=file,
-        progress=progress,
         shared=shared,
     )
 

@@ -1,103 +1,15 @@
-"""Options shared by the commands, as annotated types."""
+"""The options of the commands, as annotated types."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..data.models import Base
-    from ..data.sources import Source
+from .parsers import fraction, names, newlines, not_negative, numbers, positive
 
 
 Format = Literal["nf4", "fp4", "int8", "float32", "bfloat16", "float16"]
 ADAPTER, MODEL, DATA, TRAINING = "Adapter", "Base model", "Data", "Training"  # panels of the help
-
-
-def positive(kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A parser for positive, finite numbers of type `kind`.
-
-    Example:
-        >>> positive(int)("8")
-        8
-    """
-
-    def parse(text: Any) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise ValueError(f"invalid {kind.__name__} value: {text!r}") from None
-        if not 0 < value < float("inf"):
-            raise ValueError(f"must be positive, got {text}")
-        return value
-
-    return parse
-
-
-def names(text: str) -> list[str]:
-    """Parse a comma-separated list of names.
-
-    Example:
-        >>> names("q_proj, v_proj")
-        ['q_proj', 'v_proj']
-    """
-    found = [name.strip() for name in text.split(",") if name.strip()]
-    if not found:
-        raise ValueError("must be names separated by commas, such as q_proj,v_proj")
-    return found
-
-
-def numbers(kind: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
-    """A parser for comma-separated positive numbers of type `kind`.
-
-    Example:
-        >>> numbers(float)("0.05,0.1")
-        [0.05, 0.1]
-    """
-    one = positive(kind)
-    return lambda text: [one(item) for item in str(text).split(",")]
-
-
-def fraction(text: str) -> float:
-    """Parse a number from 0 to below 1.
-
-    Example:
-        >>> fraction("0.1")
-        0.1
-    """
-    value = not_negative(text)
-    if value >= 1:
-        raise ValueError(f"must be below 1, got {text}")
-    return value
-
-
-def not_negative(text: Any) -> float:
-    """Parse a finite number that is at least 0.
-
-    Example:
-        >>> not_negative("0")
-        0.0
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError(f"invalid float value: {text!r}") from None
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"must be at least 0, got {text}")
-    return value
-
-
-def newlines(text: str) -> str:
-    r"""Replace each two-character `\n`, as typed in a shell, by a line break.
-
-    Example:
-        >>> newlines(r"Review: {text}\nSentiment:")
-        'Review: {text}\nSentiment:'
-    """
-    return text.replace("\\n", "\n")
 
 
 def option(*names: str, help: str, metavar: str | None = None, panel: str | None = None, parser: Any = None) -> Any:
@@ -126,8 +38,13 @@ def _model(default: str) -> Any:
     )
 
 
-def _name(default: str) -> Any:
-    return option("--name", help=f"An adapter of the bank ({default}).", metavar="NAME", panel=ADAPTER)
+def _micro_batches(*names: str) -> Any:
+    return number(
+        *names,
+        help="Micro-batches per step (in a sweep: groups of adapters), sharded across the ranks of torchrun; the "
+        "result depends on it by rounding only, not on the number of ranks (default: 4 under torchrun, else 1).",
+        panel=TRAINING,
+    )
 
 
 def _data(help: str) -> Any:
@@ -137,12 +54,18 @@ def _data(help: str) -> Any:
 # The adapters.
 Adapter = Annotated[str | None, option("--adapter", help="A PEFT directory or hub id.", metavar="DIR", panel=ADAPTER)]
 Bank = Annotated[str | None, option("--bank", help="An adapter bank.", metavar="FILE", panel=ADAPTER)]
-Names = Annotated[list[str] | None, _name("default: all; repeat for several")]
-OneName = Annotated[list[str] | None, _name("required if it holds several")]
+Names = Annotated[
+    list[str] | None,
+    option(
+        "--name",
+        help="An adapter of the bank; repeat for several (default: all; merge and export-lora take one).",
+        metavar="NAME",
+        panel=ADAPTER,
+    ),
+]
 
 # The base model.
-ModelToTrain = Annotated[str | None, _model("default: SmolLM2-135M")]
-ModelOfAdapter = Annotated[str | None, _model("default: the adapter's, else SmolLM2-135M")]
+Model = Annotated[str | None, _model("default: the adapter's, else SmolLM2-135M")]
 ModelToMerge = Annotated[str | None, _model("under an adapter: adds the size of its updates and what a merge retains")]
 Quant = Annotated[
     Literal["nf4", "fp4", "int8", "none"] | None,
@@ -249,15 +172,7 @@ Adapters = Annotated[
         panel=TRAINING,
     ),
 ]
-MicroBatches = Annotated[
-    int | None,
-    number(
-        "--parts",
-        help="Micro-batches per step (in a sweep: groups of adapters), sharded across the ranks of torchrun; the "
-        "result depends on it by rounding only, not on the number of ranks (default: 4 under torchrun, else 1).",
-        panel=TRAINING,
-    ),
-]
+MicroBatches = Annotated[int | None, _micro_batches("--parts")]
 TrainingSeed = Annotated[
     int, option("--seed", help="Seed of split, order and projections.", metavar="N", panel=TRAINING, parser=int)
 ]
@@ -286,16 +201,7 @@ LearningRates = Annotated[
         parser=numbers(float),
     ),
 ]
-Accumulate = Annotated[
-    int | None,
-    number(
-        "--parts",
-        "--accumulate",
-        help="Micro-batches per step (in a sweep: groups of adapters), sharded across the ranks of torchrun; the "
-        "result depends on it by rounding only, not on the number of ranks (default: 4 under torchrun, else 1).",
-        panel=TRAINING,
-    ),
-]
+Accumulate = Annotated[int | None, _micro_batches("--parts", "--accumulate")]
 ScheduleName = Annotated[
     Literal["cosine", "linear", "constant"],
     option("--schedule", help="How the learning rate decays.", panel=TRAINING),
@@ -374,17 +280,3 @@ BatchSize = Annotated[int, number("--batch-size", help="Examples per forward pas
 # Output.
 Table = Annotated[str | None, option("--out", help="Write the table to this .csv or .json file.", metavar="FILE")]
 Json = Annotated[bool, option("--json", help="Print JSON.")]
-
-
-def dtype_of(name: str | None) -> "torch.dtype | None":
-    """The torch dtype for a value of `--dtype`."""
-    import torch
-
-    return getattr(torch, name) if name else None
-
-
-def load_base(source: "Source", quant: str | None, dtype: str | None, device: str | None = None) -> "Base":
-    """Load the base model of a command, given `--quant`, `--dtype` and `--device`."""
-    from ..data.sources import base_of
-
-    return base_of(source, quant, dtype_of(dtype), device or "auto")

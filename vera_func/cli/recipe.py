@@ -55,6 +55,38 @@ class Recipe(NamedTuple):
     log: str | None = None
 
 
+class Run(NamedTuple):
+    """What a run of `train` needs besides its data.
+
+    Attributes:
+        out: Folder for the adapter, or for the bank if there are several.
+        recipe: How to train.
+        model, quant, dtype, device: As for `load_base`.
+        r: Rank of the projections.
+        targets: Suffixes of the names of the layers to adapt, or "all-linear"; None means PEFT's default.
+        steps: Number of steps, one value or one per adapter.
+        epochs: Number of passes over the rows of an adapter, if there are no `steps`. If both are None: one epoch, but
+            at least 50 and at most 100 steps.
+        learning_rates: One value, or one per adapter.
+        max_length: Maximum number of tokens of a sequence; None means the default of the kind of data.
+        chunk: Adapters that train together; under torchrun, chunks are sharded across ranks.
+    """
+
+    out: str
+    recipe: Recipe
+    model: str | None = None
+    quant: str | None = None
+    dtype: torch.dtype | None = None
+    device: str = "cpu"
+    r: int = 256
+    targets: str | Sequence[str] | None = None
+    steps: Sequence[int] | None = None
+    epochs: float | None = None
+    learning_rates: Sequence[float] = (2e-2,)
+    max_length: int | None = None
+    chunk: int = 64
+
+
 def _one(batch: Batch) -> float:
     return 1.0
 
@@ -85,7 +117,7 @@ def train_together(
     learning_rates: Sequence[float],
     evaluate: Callable[[Params], Tensor],
     checkpoint: Path | None,
-    progress: bool,
+    progress: bool = True,
     shared: bool = True,
     weight: Callable[[Batch], float] = _one,
 ) -> Trained:

@@ -2,91 +2,73 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from rich.text import Text
 
 from ..data.dataset import open_dataset, peek_kind
 from ..data.examples import read_examples
 from ..data.files import find_files, is_hub_id
 from ..data.models import Base
+from ..data.prompts import PROMPT
 from ..data.sources import Source
+from ..train.distributed import under_torchrun
+from .groups import BaseOptions, TrainOptions, dtype_of
 from .jobs import expand_sources, value_of
-from .report import describe, show_result
+from .recipe import Recipe, Run
+from .report import describe, show, show_result
 
 
-def train(
-    *,
-    data: Sequence[str],
-    each: bool,
-    out: str,
-    classify: Callable[..., None],
-    show: bool,
-    dtype: str | None,
-    device: str | None,
-    prompt: str | None,
-    max_length: int | None,
-    truncate_side: Literal["end", "start"],
-    packing: bool,
-    steps: list[int] | None,
-    epochs: float | None,
-    learning_rate: list[float],
-    parts: int | None,
-    beta: list[float] | None,
-    reference: str | None,
-    together: int,
-    adapters: int,
-    **options: Any,
-) -> None:
-    """The command `train`: classification of labelled texts, or language modelling."""
-    if steps and epochs:
+def classify(base: BaseOptions, *, narrated: bool, prompt: str | None, json: bool, **options: Any) -> None:
+    """The command `demo`, and `train` on one data set with labels: classify texts."""
+    from .demo import demo
+
+    def narrate(line: str) -> None:
+        if narrated:
+            show(line if "\n" in line else Text(line))  # tables and commands are not wrapped
+
+    options |= {"prompt": prompt} if prompt else {}
+    options |= {"device": base.device} if base.device else {}
+    result = demo(model=base.model, quant=base.quant, dtype=dtype_of(base.dtype), say=narrate, **options)
+    if not narrated:
+        fields, out = result._asdict(), options["out"]
+        following = f"Next: vera-func predict --adapter {out} 'A new text.'; vera-func inspect {out}"
+        show_result(fields, json, *describe(fields, "sweep"), following)
+
+
+def train(data: Sequence[str], out: str, base: BaseOptions, options: TrainOptions, *, json: bool) -> None:
+    """The command `train`, by the kind of the data and the number of data sets."""
+    if options.steps and options.epochs:
         raise ValueError("give --steps or --epochs, not both.")
-    sources = expand_sources(data, each)
-    recipe = {name: options.pop(name) for name in _RECIPE}
-    for source in sources if len(sources) > 1 or beta or reference else ():
+    sources = expand_sources(data, options.each)
+    for source in sources if len(sources) > 1 or options.beta or options.reference else ():
         _ = is_hub_id(source) or find_files(source)  # raises if there is no such file
-    from ..train.distributed import under_torchrun
-    from .options import dtype_of
-
-    if _kind(sources[0]) == "label":
-        _refuse({"--beta": beta, "--reference": reference}, "text and label")
-        if len(sources) == 1:
-            lr, count = value_of("--learning-rate", learning_rate, 0, 1), value_of("--steps", steps or [0], 0, 1)
-            classify(
-                narrated=False, data=sources[0], out=out, dtype=dtype, device=device, prompt=prompt, json=show,
-                steps=count or None, learning_rate=lr, parts=parts, adapters=adapters,
-                **_changed(recipe, max_length, epochs), **options,
-            )  # fmt: skip
-            return
-        from .label_sets import train_label_sets as train_sets
-
-        options |= {"prompt": prompt} if prompt else {}
-        options |= {"max_length": max_length or 256}
+    labelled = _kind(sources[0]) == "label"
+    if labelled:
+        _refuse({"--beta": options.beta, "--reference": options.reference}, "text and label")
     else:
-        _refuse({"--prompt": prompt}, "no labels")
-        from .language import train_language as train_sets  # type: ignore[assignment]
-
-        options |= {"betas": beta, "reference": reference, "truncate_side": truncate_side, "packing": packing}
-        options |= {"max_length": max_length}
-    if adapters > 1:
+        _refuse({"--prompt": options.prompt}, "no labels")
+    if labelled and len(sources) == 1:
+        _train_classifier(sources[0], out, base, options, json)
+        return
+    if options.adapters > 1:
         raise ValueError("--adapters sweeps over one data set with labels: leave it out.")
-    batch_size, seed = options.pop("batch_size"), options.pop("seed")
-    from .recipe import Recipe
+    run = _run_of(out, base, options)
+    if labelled:
+        from .label_sets import train_label_sets
 
-    result = train_sets(
-        sources,
-        out=out,
-        recipe=Recipe(batch_size, parts or (4 if under_torchrun() else 1), seed=seed, **recipe),
-        dtype=dtype_of(dtype),
-        device=device or "auto",
-        steps=steps,
-        epochs=epochs,
-        learning_rates=learning_rate,
-        chunk=together,
-        **options,
-    )
+        result = train_label_sets(sources, run, prompt=options.prompt or PROMPT)
+    else:
+        from .language import train_language
+
+        result = train_language(
+            sources, run, betas=options.beta, reference=options.reference, truncate_side=options.truncate_side,
+            packing=options.packing,
+        )  # fmt: skip
     what = f"--bank {result['bank']}" if "bank" in result else f"--adapter {out}"
-    command = f"predict {what} 'A new text.'" if result["kind"] == "label" else f"generate {what} 'A prompt'"
+    command = f"predict {what} 'A new text.'" if labelled else f"generate {what} 'A prompt'"
     following = f"Next: vera-func {command}; vera-func evaluate {what} --data FILE"
-    show_result(result, show, *describe(result, "adapters"), following)
+    show_result(result, json, *describe(result, "adapters"), following)
 
 
 def evaluate(
@@ -113,22 +95,33 @@ def evaluate(
     return evaluate(source, load(), examples[:limit], prompt=prompt, chunk=chunk, batch_size=batch_size)
 
 
-# Options of the recipe, which `demo` takes as one.
-_RECIPE = ("schedule", "warmup", "weight_decay", "clip", "dropout", "checkpointing", "eval_every", "patience", "log")
+def _train_classifier(source: str, out: str, base: BaseOptions, options: TrainOptions, json: bool) -> None:
+    """Train on one data set with labels: one adapter, or a sweep."""
+    same = ("prompt", "r", "targets", "epochs", "batch_size", "parts", "adapters", "seed")
+    classify(
+        base, narrated=False, json=json, data=source, out=out, recipe=_recipe_of(options),
+        steps=value_of("--steps", options.steps, 0, 1) if options.steps else None,
+        learning_rate=value_of("--learning-rate", options.learning_rate, 0, 1),
+        max_length=options.max_length or 256, **{name: getattr(options, name) for name in same},
+    )  # fmt: skip
+
+
+def _recipe_of(options: TrainOptions) -> Recipe:
+    same = {name: value for name, value in options._asdict().items() if name in Recipe._fields}
+    return Recipe(micro_batches=options.parts or (4 if under_torchrun() else 1), **same)
+
+
+def _run_of(out: str, base: BaseOptions, options: TrainOptions) -> Run:
+    return Run(
+        out, _recipe_of(options), base.model, base.quant, dtype_of(base.dtype), base.device or "auto", options.r,
+        options.targets, options.steps, options.epochs, options.learning_rate, options.max_length, options.together,
+    )  # fmt: skip
 
 
 def _kind(source: str) -> str:
     """The kind of a data set; the reader of labelled texts reports a file that does not exist."""
     there = is_hub_id(source) or Path(source).exists() or any(sign in source for sign in "*?[")
     return peek_kind(source) if there else "label"
-
-
-def _changed(recipe: dict[str, Any], max_length: int | None, epochs: float | None) -> dict[str, Any]:
-    from .recipe import Recipe
-
-    own = Recipe(**recipe)
-    changed = {"recipe": own if own != Recipe() else None, "max_length": max_length, "epochs": epochs}
-    return {name: value for name, value in changed.items() if value is not None}
 
 
 def _refuse(options: dict[str, Any], what: str) -> None:

@@ -1,20 +1,21 @@
 """Commands that process texts: demo, train, evaluate, predict, generate."""
 
 import sys
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
 from . import options as o
+from .groups import AdapterOptions, BaseOptions, TrainOptions
+from .parsers import newlines
 
 
 def demo(
+    *,
     data: o.ExamplesOrReviews = None,
     prompt: o.Prompt = None,
-    model: o.ModelToTrain = None,
-    quant: o.Quant = None,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
+    base: BaseOptions,
     r: o.Rank = 256,
     targets: o.Targets = None,
     steps: o.Steps = None,
@@ -35,42 +36,18 @@ def demo(
       vera-func demo
       vera-func demo --adapters 8 --steps 100 --out my-sweep
     """
-    _classify(narrated=not json, **locals())
+    options = locals()
+    from .routes import classify
+
+    classify(**options, narrated=not json)
 
 
 def train(
+    *,
     data: o.DataSets,
     out: Annotated[str, o.folder("Folder for the adapter.")],
-    each: o.Each = False,
-    prompt: o.Prompt = None,
-    max_length: o.MaxLength = None,
-    truncate_side: o.TruncateSide = "end",
-    packing: o.Packing = True,
-    model: o.ModelToTrain = None,
-    quant: o.Quant = None,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    r: o.Rank = 256,
-    targets: o.Targets = None,
-    steps: o.TrainSteps = None,
-    epochs: o.Epochs = None,
-    batch_size: o.TrainingBatch = 16,
-    parts: o.Accumulate = None,
-    learning_rate: o.LearningRates = "2e-2",
-    schedule: o.ScheduleName = "cosine",
-    warmup: o.Warmup = 0.0,
-    weight_decay: o.WeightDecay = 0.0,
-    clip: o.Clip = 1.0,
-    dropout: o.Dropout = 0.0,
-    checkpointing: o.Checkpointing = False,
-    eval_every: o.EvalEvery = None,
-    patience: o.Patience = None,
-    log: o.Log = None,
-    beta: o.Betas = None,
-    reference: o.Reference = None,
-    together: o.Together = 64,
-    adapters: o.Adapters = 1,
-    seed: o.TrainingSeed = 0,
+    base: BaseOptions,
+    options: TrainOptions,
     json: o.Json = False,
 ) -> None:
     """Train adapters on your data, and save one as a PEFT directory, several as a bank.
@@ -92,39 +69,13 @@ def train(
     """
     from .routes import train
 
-    options = locals()
-    del options["train"], options["json"]
-    train(classify=_classify, show=json, **options)
-
-
-def _classify(*, narrated: bool, prompt: str | None, dtype: str | None, json: bool, **options: Any) -> None:
-    from rich.text import Text
-
-    from .demo import demo
-    from .report import describe, show, show_result
-
-    def narrate(line: str) -> None:
-        show(line if "\n" in line else Text(line))  # tables and commands are not wrapped
-
-    if prompt:
-        options["prompt"] = prompt
-    if options["device"] is None:
-        del options["device"]
-    result = demo(dtype=o.dtype_of(dtype), say=narrate if narrated else _ignore, **options)
-    if not narrated:
-        fields, out = result._asdict(), options["out"]
-        following = f"Next: vera-func predict --adapter {out} 'A new text.'; vera-func inspect {out}"
-        show_result(fields, json, *describe(fields, "sweep"), following)
+    train(data, out, base, options, json=json)
 
 
 def evaluate(
-    adapter: o.Adapter = None,
-    bank: o.Bank = None,
-    name: o.Names = None,
-    model: o.ModelOfAdapter = None,
-    quant: o.Quant = None,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
+    *,
+    adapters: AdapterOptions,
+    base: BaseOptions,
     data: o.RowsOrReviews = None,
     prompt: o.Prompt = None,
     limit: Annotated[int | None, o.number("--limit", help="Use the first N rows only.", panel=o.DATA)] = None,
@@ -145,32 +96,25 @@ def evaluate(
       vera-func evaluate --adapter my-adapter --data reviews.csv
       vera-func evaluate --adapter my-chat --data chats.jsonl
     """
-    from ..data.sources import open_source
     from .report import check_table_path, show_rows
     from .routes import evaluate
 
-    source = open_source(adapter, bank, name, model=model)
+    source = adapters.open(base.model)
     if out:
         check_table_path(out)  # before an hour's work
 
-    def load() -> Any:
-        return o.load_base(source, quant, dtype, device)
-
+    load = partial(base.load, source)
     rows = evaluate(source, load, data, prompt=prompt, limit=limit, chunk=chunk, batch_size=batch_size)
     show_rows(rows, out, json)
 
 
 def predict(
+    *,
     texts: Annotated[
         list[str] | None, typer.Argument(metavar="TEXT", help="Texts (default: --data, or the lines of stdin).")
     ] = None,
-    adapter: o.Adapter = None,
-    bank: o.Bank = None,
-    name: o.Names = None,
-    model: o.ModelOfAdapter = None,
-    quant: o.Quant = None,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
+    adapters: AdapterOptions,
+    base: BaseOptions,
     data: o.Texts = None,
     prompt: o.Prompt = None,
     labels: o.Labels = None,
@@ -190,33 +134,28 @@ def predict(
       vera-func predict --adapter vera-demo --data new.csv --out labelled.csv
     """
     from ..data.examples import read_texts
-    from ..data.sources import open_source
     from .commands import predict
     from .report import check_table_path, show_rows
 
     if texts and data:
         raise ValueError("give texts or --data, not both.")
-    source = open_source(adapter, bank, name, model=model)
+    source = adapters.open(base.model)
     if out:
         check_table_path(out)  # before an hour's work
     texts = texts or (read_texts(data) if data else _lines())
-    base = o.load_base(source, quant, dtype, device)
-    rows = predict(source, base, texts, labels=labels or (), prompt=prompt, chunk=chunk, batch_size=batch_size)
+    options: dict[str, Any] = {"labels": labels or (), "prompt": prompt, "chunk": chunk, "batch_size": batch_size}
+    rows = predict(source, base.load(source), texts, **options)
     show_rows(rows, out, json)
 
 
 def generate(
+    *,
     prompts: Annotated[
         list[str] | None,
         typer.Argument(metavar="PROMPT", help=r"Prompts, with \n for a line break (default: the lines of stdin)."),
     ] = None,
-    adapter: o.Adapter = None,
-    bank: o.Bank = None,
-    name: o.Names = None,
-    model: o.ModelOfAdapter = None,
-    quant: o.Quant = None,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
+    adapters: AdapterOptions,
+    base: BaseOptions,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Apply the chat template (default: if trained on chats)."),
@@ -238,16 +177,15 @@ def generate(
       vera-func generate --bank all.safetensors 'One day' 'One night' \\
         --name a --name b
     """
-    from ..data.sources import open_source
     from .commands import generate
     from .report import show_result
 
-    source = open_source(adapter, bank, name, model=model)
-    lines = [o.newlines(prompt) for prompt in prompts or _lines()]
+    source = adapters.open(base.model)
+    lines = [newlines(prompt) for prompt in prompts or _lines()]
     chat = source.metadata.kind == "chat" if chat is None else chat
     rows = generate(
         source,
-        o.load_base(source, quant, dtype, device),
+        base.load(source),
         lines,
         chat=chat,
         max_new_tokens=max_new_tokens,
@@ -261,7 +199,3 @@ def generate(
 
 def _lines() -> list[str]:
     return [line.rstrip("\n") for line in sys.stdin if line.strip()]
-
-
-def _ignore(line: str) -> None:
-    pass

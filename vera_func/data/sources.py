@@ -46,8 +46,8 @@ def open_source(
     adapter: str | None = None,
     bank: str | None = None,
     names: Sequence[str] | None = None,
-    *,
     model: str | None = None,
+    *,
     one: bool = False,
 ) -> Source:
     """Read and check the configuration and metadata of adapters, without loading a model.
