@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.examples import HELD_OUT, demo_examples, read_examples, split_examples
+from ..data.examples import HELD_OUT, Example, demo_examples, read_examples, split_examples
 from ..data.metadata import Metadata, write_metadata
 from ..data.models import describe_base, load_base
 from ..data.prompts import PROMPT, Batch, Encoded, collate
@@ -24,16 +24,16 @@ from ..io.bank import save_bank
 from ..io.checkpoint import load_adapter, save_adapter
 from ..model.adapt import Adapted
 from ..model.config import VeraConfig
-from ..train.distributed import map_sharded, rank, under_torchrun, world_size
+from ..train.distributed import map_sharded, rank, world_size
 from .checkpoints import checkpoint_path, delete_checkpoints
+from .jobs import num_steps
 from .outputs import BANK, new_adapter, output_folder
-from .recipe import Recipe
+from .recipe import Recipe, micro_batches
 from .report import bar, format_table, percent
 from .training import Sweep, small_batch, sweep_grid, train_one, train_sweep
 
 
-VALIDATION, MAX_STEPS, MIN_STEPS = 200, 100, 50
-PARTS = 4
+VALIDATION = 200
 
 
 class DemoResult(NamedTuple):
@@ -132,25 +132,17 @@ def demo(
     out = output_folder(out)
     # Read the data first, so that an invalid row is reported before a model is loaded.
     examples = demo_examples() if data is None else read_examples(data)
-    train, test = split_examples(examples, HELD_OUT, seed=seed)
-    train, validation = (train, []) if adapters == 1 else split_examples(train, VALIDATION, seed=seed)
-    if len(train) < batch_size:
-        raise ValueError(f"{len(train)} training examples do not fill a batch of {batch_size}.")
-    per_epoch = len(train) // batch_size
-    steps = steps or (round(per_epoch * epochs) or 1 if epochs else min(max(per_epoch, MIN_STEPS), MAX_STEPS))
-    parts = parts or (PARTS if under_torchrun() else 1)
-    recipe = _checked(recipe or Recipe(), Recipe(batch_size=batch_size, micro_batches=parts, seed=seed), adapters)
+    train, validation, test = _split(examples, adapters, batch_size, seed)
+    steps = num_steps(len(train) // batch_size, [steps] if steps else None, epochs, 0, 1)
+    recipe = _checked(recipe or Recipe(), Recipe(batch_size, micro_batches(parts), seed=seed), adapters)
     base = load_base(model, quant, dtype, max_tokens=max_length, device=device)
     say(describe_base(base))
-    if world_size() > parts:
-        say(f"{parts} of {world_size()} ranks have work: pass --parts {world_size()}.")
     task = make_task(base, sorted({example.label for example in examples}), prompt)._replace(max_tokens=max_length)
     adapted = new_adapter(base, r, targets, recipe)
     rows = encode_examples(base, task, test)
     measure = partial(score_of, adapted, task, rows=rows, map=map_sharded)
     before = measure(adapted.params, progress=bar("before", progress)).accuracy.item()
     say(f"Before: accuracy {percent(before, 1)} on {len(test):,} held-out examples.")
-
     options: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate}
     state = (base.name, base.quant, base.dtype, adapted.config, options, recipe._replace(log=None), adapters)
     checkpoint = checkpoint_path(out, *state, prompt, max_length, examples)
@@ -163,21 +155,32 @@ def demo(
     say(f"Trained {values:,} parameters ({size / 1024:,.0f} KiB) in {steps} steps and {seconds:.0f} s.")
     after = measure(trained.params, progress=bar("after", progress)).accuracy.item()
     say(f"After: accuracy {percent(after, 1)} on the same examples.")
-
-    def save(metadata: Metadata) -> float:
-        _save(out, adapted, trained, metadata)
-        return _reload_difference(out, adapted, task, trained.params, collate(rows[:batch_size], task.pad_id))
-
     metadata = Metadata(base.quant, task.labels, task.prompt, max_length=None if max_length == 256 else max_length)
+    save = partial(_save_and_reload, out, adapted, trained, task, collate(rows[:batch_size], task.pad_id))
     (difference,) = map_sharded(save, [metadata])  # on rank 0
     delete_checkpoints(checkpoint)
-    say(f"Saved in {out} and loaded again: the logits differ by at most {difference:.1g}.")
     bank, table = (None, None) if trained.sweep is None else (out / BANK, trained.sweep.table)
+    result = DemoResult(before, after, len(test), values, seconds, difference, out, bank, table)
+    _say_where(result, adapters, say)
+    return result
+
+
+def _say_where(result: DemoResult, adapters: int, say: Callable[[str], None]) -> None:
+    out, bank = result.out, result.bank
+    say(f"Saved in {out} and loaded again: the logits differ by at most {result.difference:.1g}.")
     if bank is not None:
         say(f"All {adapters} adapters are in {bank}: vera-func evaluate --bank {bank}")
     following = (f"inspect {out}", f"predict --adapter {out} 'A new text.'", "train --help")
     say("\n  vera-func ".join(["Next:", *following]))
-    return DemoResult(before, after, len(test), values, seconds, difference, out, bank, table)
+
+
+def _split(examples: Sequence[Example], adapters: int, batch_size: int, seed: int) -> list[list[Example]]:
+    """The examples for training, for validation in a sweep, and for measuring."""
+    train, test = split_examples(examples, HELD_OUT, seed=seed)
+    train, validation = (train, []) if adapters == 1 else split_examples(train, VALIDATION, seed=seed)
+    if len(train) < batch_size:
+        raise ValueError(f"{len(train)} training examples do not fill a batch of {batch_size}.")
+    return [train, validation, test]
 
 
 def _checked(recipe: Recipe, of_run: Recipe, adapters: int) -> Recipe:
@@ -202,6 +205,8 @@ def _train(
     learning_rate: float,
     **options: Any,
 ) -> Trained:
+    if world_size() > recipe.micro_batches:
+        say(f"{recipe.micro_batches} of {world_size()} ranks have work: pass --parts {world_size()}.")
     if adapters == 1:
         params = train_one(adapted, task, train, validation, recipe, learning_rate=learning_rate, **options)
         return Trained(params, adapted.config)
@@ -218,25 +223,23 @@ def _train(
     return Trained(found.best, dataclasses.replace(adapted.config, d_initial=best["d_initial"]), found)
 
 
-def _save(out: Path, adapted: Adapted, trained: Trained, metadata: Metadata) -> None:
+def _save_and_reload(
+    out: Path, adapted: Adapted, trained: Trained, task: Task, batch: Batch, metadata: Metadata
+) -> float:
+    """Save the adapter, and the bank of a sweep; return how far the logits of the loaded adapter are from its own."""
     save_adapter(out, trained.params, adapted.frozen, trained.config)
     write_metadata(out, metadata)
     if trained.sweep is not None:
         names = [row["name"] for row in trained.sweep.table]
         write_metadata(save_bank(out / BANK, trained.sweep.stacked, adapted.frozen, adapted.config, names), metadata)
-
-
-def _reload_difference(
-    path: str | Path, adapted: Adapted, task: Task, params: dict[str, Tensor], batch: Batch
-) -> float:
-    loaded = load_adapter(path, adapted.apply.model, product_dtype=adapted.apply.product_dtype)
+    loaded = load_adapter(out, adapted.apply.model, product_dtype=adapted.apply.product_dtype)
     with torch.no_grad():
-        expected = logits_of(adapted, task)(params, batch)
+        expected = logits_of(adapted, task)(trained.params, batch)
         got = logits_of(loaded, task)(loaded.params, batch)
     difference = (got - expected).abs().max().item()
     if not difference <= 1e-3 * expected.abs().max().item():
         raise RuntimeError(
-            f"the logits of the adapter loaded from {path} differ from those of the trained one by up to "
+            f"the logits of the adapter loaded from {out} differ from those of the trained one by up to "
             f"{difference:.3g}: the file or the model has changed."
         )
     return difference

@@ -12,7 +12,7 @@ from ..data.batches import Batch
 from ..model.batch import Params, stack_adapters
 from ..private import tree_map
 from ..train.best import Best, better, load_best, save_best, start_best
-from ..train.distributed import furthest, map_sharded, mean_over_micro_batches, rank, world_size
+from ..train.distributed import furthest, map_sharded, mean_over_micro_batches, rank, under_torchrun, world_size
 from ..train.fit import Fit, fit, load_fit
 from ..train.optim import Gradient
 from ..train.schedules import Schedule, schedule_of
@@ -21,6 +21,7 @@ from .report import training_bar
 
 
 CHECKPOINT_EVERY = 10
+PARTS = 4  # micro-batches of a step under torchrun; the default
 
 
 class Recipe(NamedTuple):
@@ -53,6 +54,11 @@ class Recipe(NamedTuple):
     patience: int | None = None
     seed: int = 0
     log: str | None = None
+
+
+def micro_batches(parts: int | None) -> int:
+    """The number of micro-batches of a step, given the option `--parts`."""
+    return parts or (PARTS if under_torchrun() else 1)
 
 
 class Run(NamedTuple):

@@ -12,10 +12,9 @@ from ..data.files import find_files, is_hub_id
 from ..data.models import Base
 from ..data.prompts import PROMPT
 from ..data.sources import Source
-from ..train.distributed import under_torchrun
 from .groups import BaseOptions, TrainOptions, dtype_of
 from .jobs import expand_sources, value_of
-from .recipe import Recipe, Run
+from .recipe import Recipe, Run, micro_batches
 from .report import describe, show, show_result
 
 
@@ -108,7 +107,7 @@ def _train_classifier(source: str, out: str, base: BaseOptions, options: TrainOp
 
 def _recipe_of(options: TrainOptions) -> Recipe:
     same = {name: value for name, value in options._asdict().items() if name in Recipe._fields}
-    return Recipe(micro_batches=options.parts or (4 if under_torchrun() else 1), **same)
+    return Recipe(micro_batches=micro_batches(options.parts), **same)
 
 
 def _run_of(out: str, base: BaseOptions, options: TrainOptions) -> Run:
