@@ -21,9 +21,8 @@ from ..core.keys import BASE_SHARE, MAGNITUDE, MIXTURE, OUTPUT_SCALE, SCALES, is
 from ..core.projection import init_projections
 from ..core.shapes import require_float, require_product_dtype
 from ..quant.bnb import from_bnb, is_bnb_linear
-from ..quant.value import Quantized8bit
 from .apply import Apply, Root, Slot
-from .base_layers import DenseLinear, QuantizedLinear, RowwiseAffine, has_rows
+from .base_layers import copy_base_layer, has_rows
 from .checkout import Trees
 from .config import VeraConfig
 from .layers import Projections, layer_class
@@ -253,27 +252,20 @@ def make_apply(
     slots: dict[str, Slot] = {}
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
+        if name not in targets:
+            return copy_base_layer(module, memo, rows=name in owners, int8_activations=int8_activations)
+        _require_called(name, modules)
         if is_bnb_linear(module):
-            q, bias = from_bnb(module)
-            layer: Any = QuantizedLinear(q, bias, int8_activations=int8_activations and isinstance(q, Quantized8bit))
-        elif name in targets:
-            layer = copy.deepcopy(module, memo)
-        elif name in owners and has_rows(module):
-            layer = RowwiseAffine(copy.deepcopy(module, memo))
-        elif type(module) is nn.Linear:
-            layer = copy.deepcopy(module, memo)
-            layer.__class__ = DenseLinear
+            layer: Any = copy_base_layer(module, memo, int8_activations=int8_activations)
         else:
-            return None
-        if name in targets:
-            _require_called(name, modules)
-            if use_dora and private.offload_hook(module) is not None and layer.weight.is_meta:
-                raise ValueError(no_data_error(name, "adapt with use_dora=True"))
-            pair = projections.vera_A, projections.vera_B
-            dora: Any = {"use_dora": use_dora, "differentiate_norm": differentiate_norm}
-            layer = layer_class(layer)(layer, "default", *pair, r, vera_dropout, **dora)
-            layer.projections = projections
-            slots.update(_vector_slots(name, layer.out_features, r, use_dora))
+            layer = copy.deepcopy(module, memo)
+        if use_dora and private.offload_hook(module) is not None and layer.weight.is_meta:
+            raise ValueError(no_data_error(name, "adapt with use_dora=True"))
+        pair = projections.vera_A, projections.vera_B
+        dora: Any = {"use_dora": use_dora, "differentiate_norm": differentiate_norm}
+        layer = layer_class(layer)(layer, "default", *pair, r, vera_dropout, **dora)
+        layer.projections = projections
+        slots.update(_vector_slots(name, layer.out_features, r, use_dora))
         return layer
 
     tree = copy_tree(model, replace, memo)

@@ -4,6 +4,7 @@ A weight or bias from `params` becomes a parameter of the layer itself, while it
 the model. Therefore every key of `params` is also a parameter name in the module tree.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -15,11 +16,12 @@ from torch.nn.functional import layer_norm, linear
 
 from ..core.shapes import align_rows, contiguous_rows
 from ..private import tree_map
+from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.cpu_layout import FusedWeight, fused_weight
 from ..quant.dense_copy import DenseCopy, dense_copy
 from ..quant.linear import quantized_linear
 from ..quant.quantize import dequantize
-from ..quant.value import FLOATS, Quantized, Quantized4bit, format_of
+from ..quant.value import FLOATS, Quantized, Quantized4bit, Quantized8bit, format_of
 from .lazy_weight import lazy_weight
 from .targets import is_conv1d
 
@@ -231,6 +233,33 @@ def has_rows(module: nn.Module) -> bool:
         (True, False)
     """
     return type(module) in (nn.Linear, nn.LayerNorm) or is_conv1d(module)
+
+
+def copy_base_layer(
+    module: nn.Module, memo: dict[int, Any], *, rows: bool = False, int8_activations: bool = False
+) -> nn.Module | None:
+    """Return the layer that stands for one of the model's layers in a module tree, or None to keep the layer's class.
+
+    Args:
+        module: A module of the model.
+        memo: The memo of `copy.deepcopy`.
+        rows: Whether a parameter of the module is trained, so that each row of a batch may have another value.
+        int8_activations: See `quantized_linear`.
+
+    Example:
+        >>> copy_base_layer(nn.Linear(3, 2), {})
+        DenseLinear(in_features=3, out_features=2, bias=True)
+    """
+    if is_bnb_linear(module):
+        q, bias = from_bnb(module)
+        return QuantizedLinear(q, bias, int8_activations=int8_activations and isinstance(q, Quantized8bit))
+    if rows and has_rows(module):
+        return RowwiseAffine(copy.deepcopy(module, memo))
+    if type(module) is not nn.Linear:
+        return None
+    layer = copy.deepcopy(module, memo)
+    layer.__class__ = DenseLinear
+    return layer
 
 
 def call_by_rows(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -141,9 +141,8 @@ def fit(
     update = torch.func.vmap(partial(_update, advance)) if n else partial(_update, advance)
     losses_buffer = _buffer(run.losses, steps - done)
     metrics_buffer = _buffer(run.metrics, steps // evaluate_every - done // evaluate_every if evaluate else 0)
-    intervals = [checkpoint_every] if checkpoint is not None else []
-    intervals += [evaluate_every] if evaluate is not None else []
-
+    used = ((checkpoint_every, checkpoint), (evaluate_every, evaluate))
+    intervals = [every for every, what in used if what is not None]
     # Steps must not be connected in one graph, even if weights of the model require grad.
     with torch.no_grad(), _bar(done, steps, progress) as bar:
         monitor = _Monitor(run, bar, intervals)
@@ -151,8 +150,7 @@ def fit(
             if monitor.due(step) and monitor.sync(run):
                 break
             gradient = partial(gradient_of, loss_fn, run.params, n, step == 0)
-            batch = batches(step)
-            grads, losses = gradient(batch) if accumulate is None else accumulate(gradient, batch)
+            grads, losses = gradient(batches(step)) if accumulate is None else accumulate(gradient, batches(step))
             hyper = {"learning_rate": rates * _factor(schedule, step, device), "weight_decay": decays}
             updated = update(grads, losses, run.state, run.params, run.stopped < 0, norms, hyper)
             run = _record(run, _append(losses_buffer, step, losses), *updated)
