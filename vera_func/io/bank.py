@@ -16,19 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.keys import MAGNITUDE, MARKS, adapted_modules, own_parameters, split_key
+from ..core.keys import MARKS, adapted_modules, own_parameters, split_key
 from ..model.adapt import Adapted, layer_options, make_apply
 from ..model.batch import num_adapters, stack_adapters
 from ..model.config import VeraConfig
 from ..model.targets import layer_device
 from ..model.tree import unwrap
-from .checkpoint import check_adapter, load_adapter, save_adapter
-from .config import config_from_json, config_to_json
-from .files import parse_json, replacing
-
-
-_PROJECTIONS = ("vera_A", "vera_B")
-_FORMAT = "vera_func.bank"
+from .bank_header import FORMAT, PROJECTIONS, read_header
+from .check import check_adapter
+from .checkpoint import load_adapter, save_adapter
+from .config import config_to_json
+from .files import replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Bank:
         _require_sequence(names)
         runs = [(0, len(self))] if names is None else list(_runs([self.row(name) for name in names])) or [(0, 0)]
         with _open(self.path) as file:
-            keys = [key for key in file.keys() if key not in _PROJECTIONS]  # noqa: SIM118  (no mapping)
+            keys = [key for key in file.keys() if key not in PROJECTIONS]  # noqa: SIM118  (no mapping)
             if len(runs) == 1:
                 start, stop = runs[0]
                 return {key: file.get_slice(key)[start:stop] for key in keys}
@@ -72,7 +70,7 @@ class Bank:
     def frozen(self) -> dict[str, Tensor]:
         """Return the projections, which all adapters share."""
         with _open(self.path) as file:
-            return {name: file.get_tensor(name) for name in _PROJECTIONS}
+            return {name: file.get_tensor(name) for name in PROJECTIONS}
 
     def adapted(
         self,
@@ -165,12 +163,12 @@ def save_bank(
         raise ValueError(
             f"{n} adapters need {n} distinct names, got {len(names)}, of which {len(set(names))} are distinct."
         )
-    if frozen.keys() != set(_PROJECTIONS):
+    if frozen.keys() != set(PROJECTIONS):
         raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
     for key, leaf in stacked.items():
         if split_key(key)[1] == "lambda_d" and leaf.shape[1:] != (config.r,):
             raise ValueError(f"{key!r} must have shape ({n}, {config.r}), got {tuple(leaf.shape)}.")
-        if split_key(key)[1] in MARKS or key in _PROJECTIONS:
+        if split_key(key)[1] in MARKS or key in PROJECTIONS:
             raise ValueError(f"{key!r} can't be stored in a bank, only single adapters, without select_adapters.")
     if not n:
         raise ValueError("the stack has no adapters; a bank needs at least one.")
@@ -181,7 +179,7 @@ def save_bank(
             raise ValueError(f"{key!r} of {broken!r} holds NaN or inf; nothing was written.")
     tensors = {key: leaf.detach().cpu().contiguous() for key, leaf in (*stacked.items(), *frozen.items())}
     metadata = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "config": json.dumps(config_to_json(config)),
         "names": json.dumps(list(names)),
     }
@@ -211,28 +209,8 @@ def open_bank(path: str | os.PathLike[str]) -> Bank:
     """
     path = Path(path)
     with _open(path) as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{path} is a safetensors file, but not an adapter bank (from save_bank).")
-        names = parse_json(path, metadata.get("names", "null"))
-        config = config_from_json(parse_json(path, metadata.get("config", "null")), str(path))
-        if (
-            not isinstance(names, list)
-            or not all(isinstance(n, str) and n for n in names)
-            or len(set(names)) != len(names)
-        ):
-            raise ValueError(f"{path}: the metadata 'names' must be a list of distinct names.")
-        keys = list(file.keys())
-        if not set(_PROJECTIONS) <= set(keys) or not adapted_modules(keys):
-            raise ValueError(f"{path} lacks projections or vectors; it holds {keys[:3]}.")
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
-        for key, shape in shapes.items():
-            if key not in _PROJECTIONS and shape[:1] != (len(names),):
-                raise ValueError(f"{path}: {key!r} has shape {shape}, but the metadata names {len(names)} adapters.")
-            if (dtype := file.get_slice(key).get_dtype()) not in ("F16", "BF16", "F32", "F64"):
-                raise ValueError(f"{path}: {key!r} must have a floating-point dtype, got {dtype}.")
-        _check_ranks(path, shapes, config)
-    return Bank(path, tuple(names), config, {name: i for i, name in enumerate(names)})
+        names, config = read_header(path, file)
+    return Bank(path, names, config, {name: i for i, name in enumerate(names)})
 
 
 def append_to_bank(
@@ -313,7 +291,7 @@ def import_adapters(
         raise ValueError("folders is empty; pass at least one PEFT directory.")
     first_name, first = next(iter(loaded.items()))
     for name, adapted in loaded.items():
-        if any(not torch.equal(adapted.frozen[k], first.frozen[k]) for k in _PROJECTIONS):
+        if any(not torch.equal(adapted.frozen[k], first.frozen[k]) for k in PROJECTIONS):
             raise ValueError(f"{folders[name]} has other projections than {folders[first_name]}; see pool_adapters.")
     stacked = stack_adapters([adapted.params for adapted in loaded.values()])
     save_bank(path, stacked, first.frozen, first.config, list(loaded))
@@ -351,31 +329,6 @@ def export_adapters(bank: Bank, folder: str | os.PathLike[str], names: Sequence[
 def _require_sequence(names: Any) -> None:
     if isinstance(names, str):
         raise ValueError(f"names must be a sequence of names, got the string {names!r}: pass [{names!r}].")
-
-
-def _check_ranks(path: Path, shapes: Mapping[str, tuple[int, ...]], config: VeraConfig) -> None:
-    """Check the shapes of a bank's tensors against each other and the configuration."""
-    r = config.r
-    A, B = (shapes[name] for name in _PROJECTIONS)
-    if len(A) != 2 or len(B) != 2 or A[0] != r or B[1] != r:
-        raise ValueError(f"{path}: vera_A {A} and vera_B {B} must have shapes ({r}, in) and (out, {r}) for r={r}.")
-    other = {"lambda_b": "lambda_d", "lambda_d": "lambda_b"}
-    for key, shape in shapes.items():
-        leaf = split_key(key)[1]
-        if leaf == "lambda_d" and shape[1:] != (r,):
-            raise ValueError(f"{path}: {key!r} must have shape ({shape[0]}, {r}), because r is {r}, got {shape}.")
-        if leaf == "lambda_b" and (len(shape) != 2 or shape[1] > B[0]):
-            raise ValueError(
-                f"{path}: {key!r} must have shape ({shape[0]}, out) with out <= {B[0]} (vera_B), got {shape}."
-            )
-        magnitude = key.removesuffix("lambda_b") + MAGNITUDE
-        if leaf == "lambda_b" and shapes.get(magnitude) != (shape if config.use_dora else None):
-            raise ValueError(
-                f"{path}: with use_dora={config.use_dora} and a lambda_b of shape {shape}, the shape of {magnitude!r} "
-                f"can't be {shapes.get(magnitude)}."
-            )
-        if leaf in other and key.removesuffix(leaf) + other[leaf] not in shapes:
-            raise ValueError(f"{path} has {key!r}, but lacks the layer's {other[leaf]!r}.")
 
 
 def _open(path: Path) -> Any:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..core.keys import MAGNITUDE, MARKS, OUTPUT_SCALE, VECTORS, adapted_modules, is_vector, join_key, split_key
+from ..core.keys import MAGNITUDE, adapted_modules, is_vector, split_key
 from ..core.shapes import require_float, require_product_dtype
 from ..model.adapt import Adapted, draw_projections, layer_options, make_apply
 from ..model.apply import Apply
@@ -24,13 +24,11 @@ from ..model.config import VeraConfig
 from ..model.targets import layer_device, linear_sizes, resolve, trained_with
 from ..model.tree import unwrap
 from .card import CARD, card_text
+from .check import DTYPES, check_adapter
 from .config import CONFIG, WEIGHTS, config_from_json, config_to_json
 from .files import parse_json, read_safetensors, replacing, written_by
 from .hub import adapter_folder, find_adapter
-
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_PREFIX = "base_model.model."
+from .peft_keys import is_copy, key_from_peft, key_to_peft
 
 
 def save_adapter(
@@ -79,7 +77,7 @@ def save_adapter(
         raise ValueError("metrics are written to the model card: pass card=True.")
     readme = card_text(params, config, metrics) if card else None
     layers = {*adapted_modules(params)}
-    tensors = {_to_peft(key, layers): value for key, value in params.items()}
+    tensors = {key_to_peft(key, layers): value for key, value in params.items()}
     if config.save_projection:
         tensors |= {f"base_model.{name}": frozen[name] for name in ("vera_A", "vera_B")}
     text = json.dumps(config_to_json(config), indent=2, sort_keys=True)
@@ -191,7 +189,7 @@ def _split_tensors(
             projections[name.removeprefix("base_model.")] = tensor
         elif key is None and not ignore_unknown:
             raise ValueError(f"{file} has the key {name!r}, which does not belong to a VeRA adapter.")
-        elif not _is_copy(name):
+        elif not is_copy(name):
             params[key or name] = tensor
     # PEFT writes resized embeddings. If a head is tied to them, PEFT writes the values under both names.
     for alias, key in apply.tied.items():
@@ -262,104 +260,6 @@ def read_files(folder: Path, *, ignore_unknown: bool = False) -> tuple[VeraConfi
         if not tensor.isfinite().all():
             raise ValueError(f"{weights_file}: {name!r} holds NaN or inf; the adapter is invalid.")
     return config, tensors
-
-
-def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], config: VeraConfig) -> None:
-    """Check that params, projections and configuration form one valid adapter.
-
-    Raises:
-        ValueError: If the target modules are not explicit, or a vector or projection is missing, stacked, not a
-            floating-point tensor, of another rank, or holds NaN or inf.
-    """
-    if not isinstance(config, VeraConfig):
-        raise ValueError(f"config must be vera_func's VeraConfig, got {type(config).__name__}.")
-    if config.target_modules is None or str(config.target_modules).lower() == "all-linear":
-        raise ValueError("config.target_modules must be explicit names: pass the config that adapt returned.")
-    if not adapted_modules(params):
-        raise ValueError(f"params must have the 'lambda_b' of at least one layer, got the keys {sorted(params)[:3]}.")
-    if frozen.keys() != {"vera_A", "vera_B"}:
-        raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
-    for name, tensor in (*params.items(), *frozen.items()):
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name!r} must be a tensor, got {type(tensor).__name__}.")
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"the dtype of {name!r} must be one of {DTYPES}, got {tensor.dtype}.")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name!r} holds NaN or inf; nothing was written.")
-    layers = {*adapted_modules(params)}
-    for key, value in params.items():
-        module, leaf = split_key(key)
-        name = _to_peft(key, layers)
-        if key_from_peft(name) != key or _is_copy(name):
-            raise ValueError(
-                f"{key!r} contains the name of a PEFT wrapper, so PEFT would read it as another parameter or ignore "
-                "it. Use the parameter's name in the unwrapped model, as in the params of adapt and the parameters of "
-                "to_module."
-            )
-        if leaf in MARKS:
-            raise ValueError(f"{key!r} belongs to a sum of adapters, which PEFT can't store; save each adapter.")
-        if leaf == OUTPUT_SCALE:
-            raise ValueError(f"{key!r} belongs to folded params (fold_magnitude): save the original params.")
-        if leaf == "lambda_d" and value.shape != (config.r,):
-            raise ValueError(f"{key!r} must have shape ({config.r},), got {tuple(value.shape)}; see unstack_adapters.")
-        if leaf == "lambda_b" and (value.dim() != 1 or value.shape[0] > frozen["vera_B"].shape[0]):
-            raise ValueError(
-                f"{key!r} must have shape (out,) with out <= {frozen['vera_B'].shape[0]}, got {tuple(value.shape)}; "
-                "see unstack_adapters."
-            )
-        other = join_key(module, {"lambda_b": "lambda_d", "lambda_d": "lambda_b"}.get(leaf, leaf))
-        if other not in params:
-            raise ValueError(f"params has {key!r}, but not {other!r}.")
-    _check_magnitudes(params, config)
-    if frozen["vera_A"].shape[0] != config.r or frozen["vera_B"].shape[1] != config.r:
-        raise ValueError(
-            f"config.r is {config.r}, but vera_A {tuple(frozen['vera_A'].shape)} and vera_B "
-            f"{tuple(frozen['vera_B'].shape)} have another rank."
-        )
-
-
-def _check_magnitudes(params: Mapping[str, Tensor], config: VeraConfig) -> None:
-    """Check that each layer has a magnitude with the shape of its `lambda_b`, or without `use_dora`, no magnitude."""
-    layers = adapted_modules(params) if config.use_dora else []
-    wanted = {join_key(name, MAGNITUDE): params[join_key(name, "lambda_b")].shape for name in layers}
-    given = {key: value.shape for key, value in params.items() if split_key(key)[1] == MAGNITUDE}
-    if odd := sorted(given.keys() ^ wanted.keys()):
-        what = "has" if odd[0] in given else "lacks"
-        raise ValueError(f"config.use_dora is {config.use_dora}, but params {what} {odd[0]!r}.")
-    for key, shape in wanted.items():
-        if given[key] != shape:
-            raise ValueError(f"{key!r} must have the shape {tuple(shape)} of lambda_b, got {tuple(given[key])}.")
-
-
-def _to_peft(key: str, layers: set[str]) -> str:
-    layer, leaf = split_key(key)
-    if leaf in (*VECTORS, MAGNITUDE):
-        leaf = f"vera_{leaf}"
-    elif layer in layers:
-        leaf = f"base_layer.{leaf}"
-    return _PREFIX + join_key(layer, leaf)
-
-
-def key_from_peft(name: str) -> str | None:
-    """Return the key of `params` for a tensor's name in PEFT's files, or None for a projection or an unknown name.
-
-    Example:
-        >>> key_from_peft("base_model.model.q.vera_lambda_b"), key_from_peft("base_model.model.q.base_layer.bias")
-        ('q.lambda_b', 'q.bias')
-    """
-    if not name.startswith(_PREFIX):
-        return None
-    layer, leaf = split_key(name.removeprefix(_PREFIX))
-    if leaf in ("vera_lambda_b", "vera_lambda_d", "vera_magnitude"):
-        leaf = leaf.removeprefix("vera_")
-    elif layer == "base_layer" or layer.endswith(".base_layer"):
-        layer = layer.removesuffix("base_layer").removesuffix(".")
-    return join_key(layer, leaf)
-
-
-def _is_copy(name: str) -> bool:
-    """Whether PEFT ignores this tensor of a file. With bias="all", PEFT writes the bias of a head three times."""
-    return ".modules_to_save." in name or ".original_module." in name
 
 
 def _check_projections(

@@ -20,7 +20,7 @@ from ..core.keys import MAGNITUDE, join_key, own_parameters, split_key
 from ..model.config import VeraConfig
 from ..model.targets import adapted_layers, exact_targets, is_conv1d, linear_sizes, resolve
 from ..model.tree import unwrap
-from .checkpoint import check_adapter
+from .check import check_adapter
 from .config import CONFIG, WEIGHTS
 from .files import replacing
 from .gguf_lora import write_gguf

@@ -6,9 +6,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .card import CARD, card_text
-from .checkpoint import key_from_peft, read_files
+from .checkpoint import read_files
 from .config import CONFIG, WEIGHTS
 from .hub import hub_errors
+from .peft_keys import key_from_peft
 
 
 METADATA = "vera_func.json"  # written by the command line

@@ -1,0 +1,80 @@
+"""Check that the parts of an adapter belong together before they are written."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..core.keys import MAGNITUDE, MARKS, OUTPUT_SCALE, adapted_modules, join_key, split_key
+from ..model.config import VeraConfig
+from .peft_keys import is_copy, key_from_peft, key_to_peft
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], config: VeraConfig) -> None:
+    """Check that params, projections and configuration form one valid adapter.
+
+    Raises:
+        ValueError: If the target modules are not explicit, or a vector or projection is missing, stacked, not a
+            floating-point tensor, of another rank, or holds NaN or inf.
+    """
+    if not isinstance(config, VeraConfig):
+        raise ValueError(f"config must be vera_func's VeraConfig, got {type(config).__name__}.")
+    if config.target_modules is None or str(config.target_modules).lower() == "all-linear":
+        raise ValueError("config.target_modules must be explicit names: pass the config that adapt returned.")
+    if not adapted_modules(params):
+        raise ValueError(f"params must have the 'lambda_b' of at least one layer, got the keys {sorted(params)[:3]}.")
+    if frozen.keys() != {"vera_A", "vera_B"}:
+        raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
+    for name, tensor in (*params.items(), *frozen.items()):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name!r} must be a tensor, got {type(tensor).__name__}.")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"the dtype of {name!r} must be one of {DTYPES}, got {tensor.dtype}.")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name!r} holds NaN or inf; nothing was written.")
+    layers = {*adapted_modules(params)}
+    for key, value in params.items():
+        module, leaf = split_key(key)
+        name = key_to_peft(key, layers)
+        if key_from_peft(name) != key or is_copy(name):
+            raise ValueError(
+                f"{key!r} contains the name of a PEFT wrapper, so PEFT would read it as another parameter or ignore "
+                "it. Use the parameter's name in the unwrapped model, as in the params of adapt and the parameters of "
+                "to_module."
+            )
+        if leaf in MARKS:
+            raise ValueError(f"{key!r} belongs to a sum of adapters, which PEFT can't store; save each adapter.")
+        if leaf == OUTPUT_SCALE:
+            raise ValueError(f"{key!r} belongs to folded params (fold_magnitude): save the original params.")
+        if leaf == "lambda_d" and value.shape != (config.r,):
+            raise ValueError(f"{key!r} must have shape ({config.r},), got {tuple(value.shape)}; see unstack_adapters.")
+        if leaf == "lambda_b" and (value.dim() != 1 or value.shape[0] > frozen["vera_B"].shape[0]):
+            raise ValueError(
+                f"{key!r} must have shape (out,) with out <= {frozen['vera_B'].shape[0]}, got {tuple(value.shape)}; "
+                "see unstack_adapters."
+            )
+        other = join_key(module, {"lambda_b": "lambda_d", "lambda_d": "lambda_b"}.get(leaf, leaf))
+        if other not in params:
+            raise ValueError(f"params has {key!r}, but not {other!r}.")
+    _check_magnitudes(params, config)
+    if frozen["vera_A"].shape[0] != config.r or frozen["vera_B"].shape[1] != config.r:
+        raise ValueError(
+            f"config.r is {config.r}, but vera_A {tuple(frozen['vera_A'].shape)} and vera_B "
+            f"{tuple(frozen['vera_B'].shape)} have another rank."
+        )
+
+
+def _check_magnitudes(params: Mapping[str, Tensor], config: VeraConfig) -> None:
+    """Check that each layer has a magnitude with the shape of its `lambda_b`, or without `use_dora`, no magnitude."""
+    layers = adapted_modules(params) if config.use_dora else []
+    wanted = {join_key(name, MAGNITUDE): params[join_key(name, "lambda_b")].shape for name in layers}
+    given = {key: value.shape for key, value in params.items() if split_key(key)[1] == MAGNITUDE}
+    if odd := sorted(given.keys() ^ wanted.keys()):
+        what = "has" if odd[0] in given else "lacks"
+        raise ValueError(f"config.use_dora is {config.use_dora}, but params {what} {odd[0]!r}.")
+    for key, shape in wanted.items():
+        if given[key] != shape:
+            raise ValueError(f"{key!r} must have the shape {tuple(shape)} of lambda_b, got {tuple(given[key])}.")
