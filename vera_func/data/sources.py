@@ -69,26 +69,14 @@ def open_source(
     if names and bank is None:
         raise ValueError("--name selects an adapter of a bank: pass --bank as well.")
     if bank is not None:
-        if Path(bank).is_dir():
-            raise ValueError(f"{bank} is a folder, but a bank is a file: pass a PEFT directory with --adapter.")
-        opened = open_bank(bank)
-        names = list(names or opened.names)
-        for name in names:
-            opened.row(name)  # an unknown name raises
-        if one and len(names) != 1:
-            some = ", ".join([*names[:3], *["..."] * (len(names) > 3)])
-            raise ValueError(f"{bank} contains {len(names)} adapters: choose one with --name ({some}).")
-        model = model or opened.config.base_model_name_or_path
-        return Source(Path(bank), names, opened.config, model, read_metadata(bank))
-    if adapter is None and one:
+        path, found, config = _open_bank(bank, names, one)
+    elif adapter is not None:
+        path, found, config = _open_adapter(adapter)
+    elif one:
         raise ValueError("an adapter is required: pass --adapter DIR, or --bank FILE with --name.")
-    if adapter is None:
+    else:
         return Source(None, ["base"], None, model, Metadata() if model is None else read_metadata(model))
-    path = Path(adapter)
-    folder = find_adapter(adapter, optional=[metadata_file("").name]) if is_repository(adapter) else path
-    config, _ = read_files(_adapter_directory(folder))
-    name = (path if folder is not path else path.resolve()).name
-    return Source(folder, [name], config, model or config.base_model_name_or_path, read_metadata(folder))
+    return Source(path, found, config, model or config.base_model_name_or_path, read_metadata(path))
 
 
 def base_of(
@@ -164,10 +152,27 @@ def task_of(source: Source, base: Base, labels: Iterable[str], prompt: str | Non
     return task._replace(max_tokens=source.metadata.max_length or task.max_tokens)
 
 
-def _adapter_directory(folder: Path) -> Path:
-    """Check that a folder is not a file or a model, and return it; `read_files` checks the rest."""
+def _open_bank(bank: str, names: Sequence[str] | None, one: bool) -> tuple[Path, list[str], VeraConfig]:
+    """The path, the names of the chosen adapters, and the configuration of a bank."""
+    if Path(bank).is_dir():
+        raise ValueError(f"{bank} is a folder, but a bank is a file: pass a PEFT directory with --adapter.")
+    opened = open_bank(bank)
+    names = list(names or opened.names)
+    for name in names:
+        opened.row(name)  # an unknown name raises
+    if one and len(names) != 1:
+        some = ", ".join([*names[:3], *["..."] * (len(names) > 3)])
+        raise ValueError(f"{bank} contains {len(names)} adapters: choose one with --name ({some}).")
+    return Path(bank), names, opened.config
+
+
+def _open_adapter(adapter: str) -> tuple[Path, list[str], VeraConfig]:
+    """The folder, the name and the configuration of an adapter, which the hub may have."""
+    path = Path(adapter)
+    folder = find_adapter(adapter, optional=[metadata_file("").name]) if is_repository(adapter) else path
     if folder.is_file():
         raise ValueError(f"{folder} is a file, but an adapter is a PEFT directory: pass a bank with --bank.")
     if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} contains a model, not an adapter: pass a model with --model.")
-    return folder
+    config, _ = read_files(folder)
+    return folder, [(path if folder is not path else path.resolve()).name], config
