@@ -240,6 +240,14 @@ class TiedWeight(nn.Module):
         return self.other(self.layer(x).tanh())
 
 
+LANGUAGE = [
+    *(("llama", base) for base in ("dense", *FORMATS)),
+    ("gpt2", "dense"),
+    ("bert", "dense"),
+    ("bert", "nested"),
+]
+
+
 def language(name, base, **fields):
     # In training mode (without dropout), as bitsandbytes rewrites 4-bit weights in the other.
     model = quantized(MODELS[name](), base).train()
@@ -287,6 +295,29 @@ def merged(model, adapted):
 def build(name="llama", base="dense", attention="sdpa", **fields):
     model = quantized(MODELS[name](attention=attention), base)
     return vf.adapt(model, vf.VeraConfig(r=RANK, **({"target_modules": TARGETS[name]} | fields)))
+
+
+# The input, and the fields of the configurations, of models that are merged or exported.
+IDS = torch.randint(3, 67, (2, 9), generator=torch.Generator().manual_seed(0))
+FIELDS = {"llama": {}, "gpt2": {"bias": "vera_only"}, "bert": {"bias": "vera_only", "task_type": "SEQ_CLS"}}
+
+
+def make_adapted(name, base="dense", **options):
+    """A model, and it with random params of an adapter."""
+    model = quantized(MODELS[name](), base)
+    adapted = vf.adapt(model, vf.VeraConfig(r=16, target_modules=TARGETS[name], **FIELDS[name], **options))
+    return model, adapted._replace(params=randomized(adapted.params))
+
+
+def logits_of(adapted):
+    with torch.no_grad():
+        return adapted.apply(adapted.params, adapted.frozen, input_ids=IDS).logits
+
+
+def logits_without_bnb(model):
+    """A quantized model's own forward rounds the activations or repacks; read the weights it holds instead."""
+    nothing = vf.adapt(model, vf.VeraConfig(r=1, target_modules="all-linear"))
+    return logits_of(nothing)
 
 
 def several(adapted, n=ADAPTERS, scale=0.3):

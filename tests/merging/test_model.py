@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import vera_func as vf
 from vera_func.cli.report import merge_advice
 
-from helpers import MODELS, TARGETS, quantized, randomized, relative_error, snapshot
+from helpers import IDS, MODELS, logits_of, logits_without_bnb, make_adapted, randomized, relative_error, snapshot
 from refused import (
     ADAPTED,
     FROZEN,
@@ -21,27 +21,6 @@ from refused import (
     filled,
     small_model,
 )
-
-
-IDS = torch.randint(3, 67, (2, 9), generator=torch.Generator().manual_seed(0))
-OPTIONS = {"llama": {}, "gpt2": {"bias": "vera_only"}, "bert": {"bias": "vera_only", "task_type": "SEQ_CLS"}}
-
-
-def make_adapted(name, base="dense", **options):
-    model = quantized(MODELS[name](), base)
-    adapted = vf.adapt(model, vf.VeraConfig(r=16, target_modules=TARGETS[name], **OPTIONS[name], **options))
-    return model, adapted._replace(params=randomized(adapted.params))
-
-
-def logits_of(adapted):
-    with torch.no_grad():
-        return adapted.apply(adapted.params, adapted.frozen, input_ids=IDS).logits
-
-
-def logits_without_bnb(model):
-    """A quantized model's own forward rounds the activations or repacks; read the weights it holds instead."""
-    nothing = vf.adapt(model, vf.VeraConfig(r=1, target_modules="all-linear"))
-    return logits_of(nothing)
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["VeRA", "DVoRA"])

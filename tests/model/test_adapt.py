@@ -15,7 +15,7 @@ import vera_func as vf
 from vera_func.model.convert import quantize_model
 
 from helpers import (
-    FORMATS,
+    LANGUAGE,
     MODELS,
     TARGETS,
     TiedWeight,
@@ -36,12 +36,6 @@ from refused import CONFIGURATION, PARAMS, Refused, small_model
 
 R = 8
 BERT, QV = "bert.encoder.layer", ("query", "value")
-LANGUAGE = [
-    *(("llama", base) for base in ("dense", *FORMATS)),
-    ("gpt2", "dense"),
-    ("bert", "dense"),
-    ("bert", "nested"),
-]
 
 
 class Nested(nn.Module):

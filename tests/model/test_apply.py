@@ -16,7 +16,6 @@ from vera_func.model.base_layers import QuantizedLinear
 from vera_func.private import tree_leaves
 
 from helpers import (
-    FORMATS,
     TiedWeight,
     language,
     llama,
@@ -33,12 +32,6 @@ from refused import ADAPTED, FROZEN, PARAMS, STACK, Refused
 
 R = 8
 BERT, QV = "bert.encoder.layer", ("query", "value")
-LANGUAGE = [
-    *(("llama", base) for base in ("dense", *FORMATS)),
-    ("gpt2", "dense"),
-    ("bert", "dense"),
-    ("bert", "nested"),
-]
 BAD = {
     "a missing key": (
         lambda p: {k: v for k, v in p.items() if k != "0.lambda_d"},

@@ -12,18 +12,8 @@ from transformers import BitsAndBytesConfig
 import vera_func as vf
 from vera_func.model.convert import quantize_model
 
-from helpers import IN, MODELS, OUT, TARGETS, llama, quantized, randomized, snapshot
+from helpers import IDS, IN, OUT, llama, make_adapted, quantized, snapshot
 from refused import QMODEL, Refused, small_model
-
-
-IDS = torch.randint(3, 67, (2, 9), generator=torch.Generator().manual_seed(0))
-OPTIONS = {"llama": {}, "gpt2": {"bias": "vera_only"}, "bert": {"bias": "vera_only", "task_type": "SEQ_CLS"}}
-
-
-def make_adapted(name, base="dense", **options):
-    model = quantized(MODELS[name](), base)
-    adapted = vf.adapt(model, vf.VeraConfig(r=16, target_modules=TARGETS[name], **OPTIONS[name], **options))
-    return model, adapted._replace(params=randomized(adapted.params))
 
 
 @pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])

@@ -12,33 +12,13 @@ import torch
 from bitsandbytes import functional
 from torch import nn
 from torch.func import grad
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_leaves
 
 import vera_func as vf
-from vera_func.quant.value import BLOCKSIZES
 
 from helpers import FORMATS, llama, normal, quantized, randomized, relative_error, repack
 from refused import Q4, Q8, Refused, X
-
-
-# A single value; one row; primes; no whole byte; rows that are no whole blocks; more than 256 blocks.
-SHAPES = [(1, 1), (1, 64), (5, 1), (13, 37), (32, 64), (33, 96), (97, 101)]
-OPTIONS = list(product(["nf4", "fp4"], BLOCKSIZES[:2] + BLOCKSIZES[-1:], [False, True]))
-
-
-def formula(q):
-    """The oracle: `code[index] * absmax` in float64, for every value; slow and obvious."""
-    if isinstance(q, vf.Quantized8bit):
-        return q.codes.double() * q.scale.double()[:, None] / 127
-    count = q.shape[0] * q.shape[1]
-    packed = q.packed.reshape(-1).view(torch.uint8).long()
-    indices = torch.stack([packed // 16, packed % 16], 1).reshape(-1)[:count]
-    absmax = q.absmax.double()
-    if q.nested is not None:
-        scale = q.nested.scale.double().repeat_interleave(256)[: absmax.numel()]
-        absmax = q.nested.code.double()[q.absmax.long()] * scale + q.nested.offset.double()
-    code = functional.get_4bit_type(q.quant_type, device="cpu").double()
-    return (code[indices] * absmax.repeat_interleave(q.blocksize)[:count]).reshape(q.shape)
+from weights import OPTIONS, SHAPES, assert_same, formula
 
 
 def rounded(q):
@@ -48,16 +28,6 @@ def rounded(q):
         state = functional.QuantState(absmax=q.nested.scale, code=q.nested.code, blocksize=256, dtype=torch.float32)
         absmax = functional.dequantize_blockwise(q.absmax, state) + q.nested.offset
     return dataclasses.replace(q, absmax=absmax.bfloat16().float(), nested=None)
-
-
-def assert_same(actual, expected):
-    """Equal in every bit and in all metadata."""
-    leaves, spec = tree_flatten(actual)
-    expected_leaves, expected_spec = tree_flatten(expected)
-    assert spec == expected_spec
-    for leaf, other in zip(leaves, expected_leaves, strict=True):
-        assert leaf.dtype == other.dtype
-        assert torch.equal(leaf, other)
 
 
 def contents(module):

@@ -4,7 +4,6 @@ import dataclasses
 import re
 import subprocess
 import sys
-from itertools import product
 
 import bitsandbytes as bnb
 import pytest
@@ -12,7 +11,6 @@ import torch
 from bitsandbytes import functional
 from torch import nn, ones
 from torch.testing import assert_close
-from torch.utils._pytree import tree_flatten
 
 import vera_func as vf
 from vera_func.quant import native, quantize as quantize_module
@@ -20,38 +18,11 @@ from vera_func.quant.value import BLOCKSIZES, flatten, validate
 
 from helpers import FORMATS, normal, relative_error
 from refused import INF, Q4, Q4_NESTED, Q8, Refused, X
+from weights import OPTIONS, SHAPES, assert_same, formula
 
 
-# A single value; one row; primes; no whole byte; rows that are no whole blocks; more than 256 blocks.
-SHAPES = [(1, 1), (1, 64), (5, 1), (13, 37), (32, 64), (33, 96), (97, 101)]
 # Rows that are no whole blocks of some size; and a width of a Llama for which bitsandbytes is off by half.
 STRADDLING = [(32, 64), (33, 96), (64, 160), (6, 48), (40, 144), (3, 16), (7, 2064)]
-OPTIONS = list(product(["nf4", "fp4"], BLOCKSIZES[:2] + BLOCKSIZES[-1:], [False, True]))
-
-
-def formula(q):
-    """The oracle: `code[index] * absmax` in float64, for every value; slow and obvious."""
-    if isinstance(q, vf.Quantized8bit):
-        return q.codes.double() * q.scale.double()[:, None] / 127
-    count = q.shape[0] * q.shape[1]
-    packed = q.packed.reshape(-1).view(torch.uint8).long()
-    indices = torch.stack([packed // 16, packed % 16], 1).reshape(-1)[:count]
-    absmax = q.absmax.double()
-    if q.nested is not None:
-        scale = q.nested.scale.double().repeat_interleave(256)[: absmax.numel()]
-        absmax = q.nested.code.double()[q.absmax.long()] * scale + q.nested.offset.double()
-    code = functional.get_4bit_type(q.quant_type, device="cpu").double()
-    return (code[indices] * absmax.repeat_interleave(q.blocksize)[:count]).reshape(q.shape)
-
-
-def assert_same(actual, expected):
-    """Equal in every bit and in all metadata."""
-    leaves, spec = tree_flatten(actual)
-    expected_leaves, expected_spec = tree_flatten(expected)
-    assert spec == expected_spec
-    for leaf, other in zip(leaves, expected_leaves, strict=True):
-        assert leaf.dtype == other.dtype
-        assert torch.equal(leaf, other)
 
 
 class TestBytes:
