@@ -40,6 +40,14 @@ def test_every_file_has_its_room():
 
 
 @pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_what_each_of_its_files_is_for(room):
+    said = re.findall(r"`(\w+)`", importlib.import_module(f"vera_func.{room}").__doc__)
+    files = {path.stem for path in (PACKAGE / room).glob("*.py")} - {"__init__"}
+    assert files <= set(said)
+    assert {name for name in said if name.islower()} - {"apply"} <= files
+
+
+@pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_from_those_below(room):
     allowed = {*ROOMS[: ROOMS.index(room) + 1], "private"}
     for path in (PACKAGE / room).rglob("*.py"):

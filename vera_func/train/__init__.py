@@ -1,1 +1,7 @@
-"""Training: optimizers, the training loop, sweeps, and several processes under torchrun."""
+"""Training: losses, optimizers, the training loop, sweeps, and several processes under torchrun.
+
+`fit` is the loop and `run` its state. A step computes its gradient in `gradient`, and its update in `optim`. `losses`
+(with `chunked`) has the losses of language models, and `checkpointing` saves memory. `sweep`, `best` and `schedules`
+serve runs of several adapters, and `distributed` several processes. `per_example`, `privacy` and `influence` use the
+gradient of each example; `evolve` needs none.
+"""
