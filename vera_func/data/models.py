@@ -5,10 +5,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..model.convert import quantize_model
-from ..quant.bnb import from_bnb, is_bnb_linear
+from ..model.convert import quantize_model, quantized_format
 from ..quant.quantize import QUANTIZERS
-from ..quant.value import format_of
 from .assets import SMOLLM2_NAME, quiet_transformers
 from .smollm2 import load_smollm2
 
@@ -82,7 +80,7 @@ def load_base(
         model, tokenizer = _load(name, dtype, place)
     if next(model.parameters()).device != place:
         model.to(place)  # type: ignore[arg-type]
-    own = next((format_of(from_bnb(module)[0]) for module in model.modules() if is_bnb_linear(module)), None)
+    own = quantized_format(model)
     if own is not None and quant not in (None, "none", own):
         raise ValueError(f"{name} is already quantized to {own} and can't be quantized to {quant}.")
     if own is None and quant != "none":

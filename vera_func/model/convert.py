@@ -14,6 +14,7 @@ from ..core.keys import join_key
 from ..core.shapes import require_float
 from ..quant.bnb import from_bnb, is_bnb_linear, to_bnb
 from ..quant.quantize import QUANTIZERS, dequantize
+from ..quant.value import format_of
 from .config import HEADS
 from .describe import describe_quantization, describe_ties
 from .targets import linear_sizes
@@ -129,6 +130,17 @@ def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) 
             stacklevel=2,
         )
     return cast(Model, new)
+
+
+def quantized_format(model: nn.Module) -> str | None:
+    """Return the format of a model's first bitsandbytes layer ("nf4", "fp4" or "int8"), or None if it has none.
+
+    Example:
+        >>> quantized_format(quantize_model(nn.Sequential(nn.Linear(64, 64)), "fp4", skip=[]))
+        'fp4'
+    """
+    layer = next((module for module in model.modules() if is_bnb_linear(module)), None)
+    return None if layer is None else format_of(from_bnb(layer)[0])
 
 
 def quantizable_layers(model: nn.Module, skip: Sequence[str] | None = None) -> dict[str, nn.Linear]:
