@@ -81,5 +81,12 @@ def test_operators_are_called_where_the_memory_is_not_all(operators):
     assert len(operators) == 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_compiler_traces_the_operator(dtype):
+    q, x = vf.quantize_4bit(normal(32, 64)), normal(3, 64, dtype=dtype)
+    compiled = torch.compile(lambda x: vf.quantized_linear(q, x), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), vf.quantized_linear(q, x))
+
+
 def test_a_missing_function_is_none():
     assert private.bnb_function("no_such_function", "np") is None

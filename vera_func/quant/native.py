@@ -26,7 +26,7 @@ def gemv_4bit(
 
     `packed` and `absmax` are contiguous, in the layout of `cpu_layout.FusedWeight`.
     """
-    kernel = _gemv_kernel(quant_type)
+    kernel = None if torch.compiler.is_compiling() else _gemv_kernel(quant_type)
     if kernel is None or not _is_memory(x):
         return private.bnb_ops().gemv_4bit(x, packed, shape, absmax, code, blocksize)
     out_features, in_features = shape
@@ -40,12 +40,13 @@ def dequantize_4bit(
     packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
     """Return the dense weight of packed codes and float32 scales, in float32, bfloat16 or float16."""
-    kernel = _dequantizing_kernel(quant_type, dtype) if blocksize < _MOST_VALUES and shape[1] % 2 == 0 else None
-    if kernel is None or absmax.dtype != torch.float32 or not _is_memory(packed, absmax):
-        return private.bnb_ops().dequantize_4bit(packed, absmax, blocksize, quant_type, shape, dtype)
-    weight = packed.new_empty(shape, dtype=dtype)
-    kernel(packed.data_ptr(), absmax.data_ptr(), weight.data_ptr(), blocksize, *shape)
-    return weight
+    if not torch.compiler.is_compiling() and blocksize < _MOST_VALUES and shape[1] % 2 == 0:
+        kernel = _dequantizing_kernel(quant_type, dtype)
+        if kernel is not None and absmax.dtype == torch.float32 and _is_memory(packed, absmax):
+            weight = packed.new_empty(shape, dtype=dtype)
+            kernel(packed.data_ptr(), absmax.data_ptr(), weight.data_ptr(), blocksize, *shape)
+            return weight
+    return private.bnb_ops().dequantize_4bit(packed, absmax, blocksize, quant_type, shape, dtype)
 
 
 @cache
