@@ -29,7 +29,7 @@ def register_pytree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], 
 def register_optree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], unflatten: Callable[..., Any]) -> None:
     """Make a class a pytree node of optree, if optree is installed. torchopt and other libraries use it.
 
-    These libraries share only the global namespace, which has no public name.
+    These libraries share only the global namespace of optree, which has no public name.
     """
     try:
         import optree

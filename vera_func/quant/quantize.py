@@ -216,7 +216,7 @@ def _kernel_shape(shape: tuple[int, int], blocksize: int) -> tuple[int, int]:
     """Return a shape for bitsandbytes' kernel, which uses it only to split the values into rows.
 
     On CPUs with AVX512, bitsandbytes 0.50 looks up the scales row by row, and uses wrong scales if a block continues in
-    the next row. With rows of one block each, or a single row, no block does.
+    the next row. With rows of one block each, or a single row, no block continues in another row.
     """
     out_features, in_features = shape
     if in_features % blocksize == 0:

@@ -36,7 +36,7 @@ def sweep(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 def sweep_table(
     rows: Sequence[Mapping[str, Any]], results: Mapping[str, Tensor | Sequence[Any]]
 ) -> list[dict[str, Any]]:
-    """Join the rows of a sweep with result columns, as Python numbers; for example for `pandas.DataFrame`.
+    """Join the rows of a sweep with columns of results, as Python numbers, for example for `pandas.DataFrame`.
 
     Args:
         rows: From `sweep`, one per adapter.
