@@ -104,7 +104,7 @@ def load_quantized(path: str | os.PathLike[str], model: Model) -> Model:
     Args:
         path: The file.
         model: A model of the same architecture. It is not modified, and may be on the meta device: create it under
-            `with torch.device("meta")`. The copy has its training mode and its parameters' `requires_grad`.
+            `with torch.device("meta")`. The copy has the training mode and the `requires_grad` flags of `model`.
 
     Raises:
         ValueError: If the file is damaged or belongs to another model. The message names the file and the key.

@@ -33,8 +33,8 @@ def fused_weight(q: Quantized, max_rows: int | None = FUSED_ROWS) -> FusedWeight
 
     Args:
         q: A quantized weight.
-        max_rows: The kernel is used for up to this number of rows. With None, the number up to which it is faster is
-            measured at the first product of this format and shape in the process. The fused and the dense product round
+        max_rows: The kernel is used for up to this number of rows. With None, this number is measured: the process
+            times the kernel at its first product of this format and shape. The fused and the dense product round
             differently; see `quant.crossover`.
 
     Returns:
