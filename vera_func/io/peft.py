@@ -118,7 +118,7 @@ def _named_adapter(peft_model: Any, adapter_name: str | None) -> tuple[Any, str]
 
 
 def _without_peft(root: nn.Module, name: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """Return the base model, and by name in it, its adapted layers and the modules that this adapter trains in full."""
+    """Return the base model, its adapted layers by name, and by name the modules that this adapter trains in full."""
     vera, utils = import_module("peft.tuners.vera"), import_module("peft.utils")
 
     def inside(module: Any) -> nn.Module | None:

@@ -224,7 +224,7 @@ def make_apply(
     int8_activations: bool = False,
     product_dtype: torch.dtype | None = None,
 ) -> Apply:
-    """Create the `Apply` of a model: a copy of its module tree with adapted layers; `adapt` also creates the params.
+    """Create the `Apply` of a model, which runs a copy of its module tree with adapted layers. See also `adapt`.
 
     Args:
         model: The base model.
