@@ -37,7 +37,7 @@ def config_from_json(fields: Any, source: str = CONFIG, *, ignore_unknown: bool 
         ignore_unknown: Whether to ignore every unknown field, with a warning, as PEFT does.
 
     Raises:
-        ValueError: If `fields` is not a VeRA configuration, a field is invalid, or an unknown field is not falsy.
+        ValueError: If `fields` is not a VeRA configuration, a field is invalid, or an unknown field has a truthy value.
 
     Example:
         >>> config_from_json({"peft_type": "VERA", "r": 8, "target_modules": ["q_proj"]}).r
