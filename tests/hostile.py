@@ -1,6 +1,8 @@
 """Data files that cannot be used: `hostile(folder)` writes them, each with what its error must say."""
 
+import gzip
 import json
+import os
 from typing import NamedTuple
 
 import pyarrow
@@ -110,6 +112,11 @@ def _bad_messages(add):
         "unanswered": ([USER], "no message of the assistant"),
         "no-messages": ([], "must be a list of messages"),
         "one-object": (USER, "must be a list of messages"),
+        "nested": ([[USER, ASSISTANT]], "message 1 must be an object"),
+        "tool-calls": ([USER, {"role": "assistant", "content": None, "tool_calls": [{}]}], "message 2: 'content'"),
+        "tool-answers": ([USER, {"role": "tool", "content": "4"}], "no message of the assistant"),
+        "function": ([USER, {"role": "function", "content": "4"}, ASSISTANT], "message 2: the role must be"),
+        "system": ([{"role": "system", "content": "Be kind."}], "no message of the assistant"),
     }
     for name, (messages, said) in bad.items():
         add(f"messages-{name}.jsonl", jsonl(with_bad("chat", {"messages": messages})), "line 3", said)
@@ -128,6 +135,9 @@ def _bad_json(add):
     add("row-900-role.jsonl", jsonl(with_bad("chat", {"messages": [USER]}, 900, 1000)), "line 900", "assistant")
     add("array.json", json.dumps([GOOD["text"]] * 3), "line 1", "an object")
     add("pretty.json", json.dumps([GOOD["text"]], indent=2), "line 1", "not an array")
+    add("pretty-object.json", json.dumps(GOOD["text"], indent=2), "line 1", "an object in one line")
+    add("joined.jsonl", jsonl([GOOD["text"]] * 2) + "\ufeff" + jsonl([GOOD["text"]]), "line 3", "BOM")
+    add("line-ends.jsonl", '{"text": "a"}\r\n{"text": "b"}\r{"text": }\n', "line 3", "at column 10")
 
 
 def _bad_csv(add):
@@ -149,6 +159,11 @@ def _bad_csv(add):
     add("no-header.csv", "A fine film.,good\nA dull film.,bad\n", "line 1", "the columns must include")
     add("column-twice.csv", "text,label,text\na,b,c\n", "line 1", "'text' twice")
     add("capitals.csv", "Text,Label\na,b\n", "line 1", "['Text', 'Label']")
+    for name, column in (("capital", "Label"), ("space", " label"), ("plural", "labels"), ("chats", "MESSAGES")):
+        add(f"column-{name}.csv", f"text,{column}\na,b\n", "line 1", f"the column {column!r} would be ignored")
+        add(f"column-{name}.jsonl", jsonl([{"text": "a", column: "b"}]), "line 1", f"{column!r} would be ignored")
+    add("line-ends.csv", "text,label\rfilm,good\rfilm\r", "line 3", "'label' is missing")
+    add("nan.csv", "text,label\nNaN,NaN\nfilm,\n", "line 3", "'label'")
     for name, content in (("header-only", header), ("empty", ""), ("spaces", "\n\n")):
         add(f"{name}.csv", content, "line ", "")
     for name, content in (("empty", ""), ("spaces", "\n \n")):
@@ -167,6 +182,9 @@ def _bad_bytes(add):
     add("late.jsonl", jsonl([GOOD["text"]] * 900).encode() + b'{"text": "\xff"}\n', "line 901", "UTF-8")
     add("zeros.jsonl", bytes(100), "line 1", "NUL")
     add("gzip.csv", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\xff", "line 1", "UTF-8")
+    add("gzip.jsonl", gzip.compress(jsonl([GOOD["text"]] * 9).encode()), "line 1", "gzip: unpack")
+    add("sheet.csv", b"PK\x03\x04" + bytes(range(256)), "line 1", "save the table as CSV")
+    add("parquet.csv", b"PAR1" + bytes(range(128, 256)), "line 1", "end the name of the file in .parquet")
     long = "a film " * 1_500_000  # 10 MB
     add("long.jsonl", jsonl(with_bad("text", {"text": long})), "line 3", "split it into several rows")
     add("long.csv", f"text\nfilm\n{long}\n", "line 3", "split it into several rows")
@@ -186,6 +204,14 @@ def _bad_sets(add, folder, found):
     (folder / "mixed" / "b.csv").write_text("prompt,completion\na,b\n")
     place("folder of two kinds", folder / "mixed", "b.csv, line 1", "data set of its own")
     place("glob of two kinds", folder / "mixed" / "*", "b.csv, line 1", "data set of its own")
+    (folder / "folder.jsonl").mkdir()
+    place("folder with a suffix", folder / "folder.jsonl", "folder.jsonl", "no file ends in .csv")
+    place("glob of folders", folder / "fold*", "fold*", "there is no file")
+    os.mkfifo(folder / "pipe.jsonl")  # would block whoever opens it
+    place("pipe", folder / "pipe.jsonl", "pipe.jsonl", "write them to a file")
+    place("link to itself", folder / "loop.jsonl", "loop.jsonl", "there is no file")
+    (folder / "loop.jsonl").symlink_to("loop.jsonl")
+    found["empty name"] = Hostile("", "", "the name of the data is empty")
     place("no such file", folder / "gone.jsonl", "gone.jsonl", "there is no file")
     place("no match", folder / "gone*.jsonl", "gone*.jsonl", "there is no file")
     add("notes.txt", "film\n", "notes.txt", ".csv or .jsonl")
@@ -207,5 +233,9 @@ def _bad_parquet(folder, found):
     add("bytes", {"text": [b"a"]}, "row 1", "'text'")
     add("no-kind", {"review": ["a"]}, "row 1", "['review']")
     add("no-rows", {"text": pyarrow.array([], pyarrow.string())}, "no-rows.parquet", "no rows")
+    add("dates", {"text": ["a"], "label": pyarrow.array([1], pyarrow.date32())}, "row 1", "'label'")
+    add("nan", {"text": ["a", "b"], "label": [1.0, float("nan")]}, "row 2", "'label'")
+    add("written-out", {"messages": [json.dumps([USER, ASSISTANT])]}, "row 1", "write a list")
+    add("zip", b"PK\x03\x04" + bytes(40), "row 1", "not a complete Parquet file")
     add("damaged", b"PAR1" + bytes(20), "row 1", "not a complete Parquet file")
     add("role", {"messages": [[USER, ASSISTANT], [{"role": "wizard", "content": "a"}]]}, "row 2", "the role must be")

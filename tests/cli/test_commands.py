@@ -401,7 +401,10 @@ def other(tmp_path_factory):
         ("train --model {folder} --data {reviews} --out {reviews}", "is a file"),
         ("train --model {folder} --data {reviews} --out {tmp}/x --prompt Review", "once"),
         ("train --model {folder} --data {reviews} --out {tmp}/x --targets nope", "nope"),
-        ("train --model {folder} --data {reviews} --out {tmp}/x --batch-size 99", "do not fill a batch"),
+        (
+            "train --model {folder} --data {reviews} --out {tmp}/x --batch-size 99",
+            "reviews.csv: 48 training examples, besides 12",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(run, trained, folder, reviews, other, tmp_path, line, said):

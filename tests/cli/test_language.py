@@ -59,6 +59,10 @@ def data(tmp_path_factory):
     for kind, row in ROWS.items():
         (path / f"{kind}.jsonl").write_text(jsonl([row(i) for i in range(40)]))
     (path / "stars.jsonl").write_text(jsonl([{"text": words(i), "label": i % 3} for i in range(9)]))
+    (path / "single.jsonl").write_text(jsonl([ROWS["completion"](0)]))
+    (path / "short.jsonl").write_text(jsonl([ROWS["text"](0)]))
+    film = (f"{words(i)} {i},{('good', 'bad')[i % 2]},film" for i in range(30))
+    (path / "film.csv").write_text("\n".join(["text,label,group", *film]))
     (path / "other.jsonl").write_text(jsonl([ROWS["text"](i) for i in range(100, 124)]))
     return path
 
@@ -286,6 +290,10 @@ def test_hostile_data_is_refused_before_a_model_is_loaded(run, tmp_path, monkeyp
         ("--data {reviews} --steps 4,5", "--steps must have one value, or one for each of the 1 adapters, got 2"),
         ("--data {reviews} --data {data}/stars.jsonl", "must have the same ones to be trained in one run, but"),
         ("--data {reviews} --data {data}/text.jsonl", "'label' must be a non-empty string, got None"),
+        ("--data {data}/single.jsonl", "single.jsonl has one row"),
+        ("--data {data}/short.jsonl", "short.jsonl: 1 rows in 1 groups can't be split"),
+        ("--data {data}/film.csv", "film.csv: 30 examples in 1 groups can't be split"),
+        ("--data {reviews} --data {data}/film.csv", "film.csv: 30 examples in 1 groups can't be split"),
         ("--data {reviews} --adapters 2 --clip 0.5", "a sweep sets the other options itself"),
     ],
 )

@@ -132,7 +132,7 @@ def demo(
     out = output_folder(out)
     # Read the data first, so that an invalid row is reported before a model is loaded.
     examples = demo_examples() if data is None else read_examples(data)
-    train, validation, test = _split(examples, adapters, batch_size, seed)
+    train, validation, test = _split(examples, adapters, batch_size, seed, data)
     steps = num_steps(len(train) // batch_size, [steps] if steps else None, epochs, 0, 1)
     recipe = _checked(recipe or Recipe(), Recipe(batch_size, micro_batches(parts), seed=seed), adapters)
     base = load_base(model, quant, dtype, max_tokens=max_length, device=device)
@@ -174,12 +174,18 @@ def _say_where(result: DemoResult, adapters: int, say: Callable[[str], None]) ->
     say("\n  vera-func ".join(["Next:", *following]))
 
 
-def _split(examples: Sequence[Example], adapters: int, batch_size: int, seed: int) -> list[list[Example]]:
+def _split(
+    examples: Sequence[Example], adapters: int, batch_size: int, seed: int, source: str | Path | None
+) -> list[list[Example]]:
     """The examples for training, for validation in a sweep, and for measuring."""
-    train, test = split_examples(examples, HELD_OUT, seed=seed)
+    train, test = split_examples(examples, HELD_OUT, seed=seed, source=source)
     train, validation = (train, []) if adapters == 1 else split_examples(train, VALIDATION, seed=seed)
     if len(train) < batch_size:
-        raise ValueError(f"{len(train)} training examples do not fill a batch of {batch_size}.")
+        where = "" if source is None else f"{source}: "
+        raise ValueError(
+            f"{where}{len(train)} training examples, besides {len(test)} that are held out, do not fill a batch of "
+            f"{batch_size}: pass --batch-size {len(train)} or less."
+        )
     return [train, validation, test]
 
 

@@ -87,7 +87,7 @@ def make_jobs(
     """
     pairs = list(product(range(len(sets)), betas if rows[0].width == 2 else [None]))
     names = adapter_names([data.source for data in sets], pairs)
-    splits = [_split(one.groups, run.recipe.seed) for one in rows]
+    splits = [_split(one.groups, run.recipe.seed, data.source) for data, one in zip(sets, rows, strict=True)]
     jobs = []
     for i, (data, beta) in enumerate(pairs):
         train, test = splits[data]
@@ -103,13 +103,16 @@ def make_jobs(
     return jobs
 
 
-def _split(groups: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def _split(groups: Tensor, seed: int, source: str) -> tuple[Tensor, Tensor]:
     """Training and held-out rows. Of a single document, which is in several rows, the end is held out."""
     held_out = min(HELD_OUT, -(-len(groups) // 5))
     if len(groups) > 1 and bool((groups == groups[0]).all()):
         first, last = torch.arange(len(groups)).split([len(groups) - held_out, held_out])
         return first, last
-    return split_rows(groups, held_out, seed=seed)
+    try:
+        return split_rows(groups, held_out, seed=seed)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
 def num_steps(batches: int, steps: Sequence[int] | None, epochs: float | None, i: int, n: int) -> int:

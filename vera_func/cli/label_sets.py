@@ -49,7 +49,10 @@ def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) 
     out = output_folder(run.out)
     examples = [read_examples(source) for source in sources]
     labels = _same_labels(sources, examples)
-    splits = [split_examples(some, HELD_OUT, seed=recipe.seed) for some in examples]
+    splits = [
+        split_examples(some, HELD_OUT, seed=recipe.seed, source=source)
+        for source, some in zip(sources, examples, strict=True)
+    ]
     n, names = len(sources), adapter_names(sources, [(i, None) for i in range(len(sources))])
     counts = [
         num_steps(len(train) // recipe.batch_size, run.steps, run.epochs, i, n) for i, (train, _) in enumerate(splits)

@@ -119,6 +119,8 @@ def _initial_adapter(base: Base, reference: str | None, run: Run) -> Adapted:
 
 def _same_kind(sets: Sequence[DataSet]) -> str:
     for data in sets:
+        if data.kind != "text" and len(data.rows) < 2:
+            raise ValueError(f"{data.source} has one row, but one is held out and at least one trained on: add rows.")
         if data.kind != sets[0].kind:
             raise ValueError(
                 f"all data sets of a run must be of one kind, but {sets[0].source} has rows of the kind "

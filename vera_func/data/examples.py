@@ -140,9 +140,18 @@ def demo_examples() -> list[Example]:
     return polar_examples(load_snippets("movie"))
 
 
-def split_examples(examples: Sequence[Example], most: int, *, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split examples into training and held-out examples; `most` are held out, or a fifth if that is less."""
-    return split(examples, min(most, -(-len(examples) // 5)), seed=seed)
+def split_examples(
+    examples: Sequence[Example], most: int, *, seed: int, source: str | Path | None = None
+) -> tuple[list[Example], list[Example]]:
+    """Split examples into training and held-out examples; `most` are held out, or a fifth if that is less.
+
+    Raises:
+        ValueError: As for `split`; the message begins with the `source` of the examples.
+    """
+    try:
+        return split(examples, min(most, -(-len(examples) // 5)), seed=seed)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}" if source else str(error)) from None
 
 
 def _rows(source: str | Path, columns: Sequence[str]) -> Iterator[Row]:

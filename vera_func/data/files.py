@@ -27,6 +27,14 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
+_FORMATS = {  # how files of other formats begin
+    codecs.BOM_UTF16_LE: ("UTF-16", "save the file as UTF-8"),
+    codecs.BOM_UTF16_BE: ("UTF-16", "save the file as UTF-8"),
+    b"\x1f\x8b": ("gzip", "unpack the file"),
+    b"PK\3\4": ("zip, as archives and spreadsheets are", "unpack it, or save the table as CSV in UTF-8"),
+    b"PAR1": ("Parquet", "end the name of the file in .parquet"),
+}
+
 CheckHeader = Callable[[list[str], str], None]
 
 
@@ -66,9 +74,12 @@ def find_files(source: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: If the path does not exist, or no file matches the pattern.
-        ValueError: If a folder has no data file, or the suffix of a file is not supported.
+        ValueError: If the path is empty or not that of a file, a folder has no data file, or the suffix of a file is not
+            supported.
     """
     path = Path(source)
+    if not str(source):
+        raise ValueError("the name of the data is empty: pass a file, a folder or a glob pattern.")
     if path.is_dir():
         found = [file for file in sorted(path.rglob("*")) if _is_data(file, path)]
         if not found:
@@ -80,7 +91,9 @@ def find_files(source: str | Path) -> list[Path]:
         if not found:
             raise FileNotFoundError(f"there is no file {path}.")
         return [_supported(file) for file in found]
-    return [_supported(path)]
+    if not _supported(path).is_file():
+        raise ValueError(f"{path} is a pipe or device, but data are read more than once: write them to a file.")
+    return [path]
 
 
 def read_rows(path: Path, check_header: CheckHeader) -> Iterator[Row]:
@@ -178,8 +191,10 @@ def _json_rows(path: Path, stream: TextIO) -> Iterator[Row]:
         try:
             row = json.loads(line, object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a plain ValueError
+            what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             hint = "; write one object per line, not an array" if line.lstrip().startswith("[") else ""
-            raise ValueError(f"{place} is not JSON: {error}{hint}.") from error
+            hint = "; write an object in one line" if line.strip() == "{" else hint
+            raise ValueError(f"{place} is not JSON: {what}{hint}.") from error
         if not isinstance(row, dict):
             raise ValueError(f"{place}: expected an object, got {line.strip()[:60]}.")
         yield Row(place, row)
@@ -208,14 +223,16 @@ def _parquet_rows(path: Path, check_header: CheckHeader) -> Iterator[Row]:
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
-        raise ValueError(f"{path}, row {number + 1}: the file is not a complete Parquet file: {error}.") from error
+        said = str(error).rstrip(".")
+        raise ValueError(f"{path}, row {number + 1}: the file is not a complete Parquet file: {said}.") from error
 
 
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
-            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                return ValueError(f"{path}, line 1 is not UTF-8 but UTF-16: save the file as UTF-8.")
+            for begin, (what, repair) in _FORMATS.items() if number == 1 else ():
+                if line.startswith(begin):
+                    return ValueError(f"{path}, line 1 is not UTF-8 but {what}: {repair}.")
             try:
                 line.decode()
             except UnicodeDecodeError as found:

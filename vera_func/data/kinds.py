@@ -42,10 +42,12 @@ def require_kind(columns: Iterable[str]) -> Kind:
     """The kind of a data set with these columns.
 
     Raises:
-        ValueError: If they are those of no kind, or of one that is not supported.
+        ValueError: If they are those of no kind, or of one that is not supported; or if a column that would make it
+            another kind has nearly its name, such as "Label" or " label", and would be ignored.
     """
     columns = list(columns)
     kind = kind_of(columns)
+    _check_spelling(columns, kind)
     if kind is None:
         choices = " or ".join(", ".join(needed) for needed in reversed(COLUMNS.values()))
         raise ValueError(f"the columns must include {choices}, got {columns}.")
@@ -122,6 +124,20 @@ def text(column: str, value: Any) -> str:
     return value
 
 
+def _check_spelling(columns: list[str], kind: Kind | None) -> None:
+    """Check that no column would be ignored for its spelling: in capitals, with spaces, in the plural."""
+    known = {name for needed in COLUMNS.values() for name in needed}
+    for column in columns:
+        plain = column.strip().lower()
+        name = next((name for name in (plain, plain.removesuffix("s")) if name in known), column)
+        meant = kind_of([*columns, name])
+        if kind is not None and meant is not None and meant != kind:
+            raise ValueError(
+                f"the column {column!r} would be ignored: rename it to {name!r}, or remove it to train on "
+                f"{', '.join(COLUMNS[kind])}."
+            )
+
+
 def _check_kind(kind: Kind, row: Mapping[str, Any]) -> None:
     """Check that a row is not one of another kind; missing columns are reported by the checks of values."""
     found = kind_of(name for name, value in row.items() if value is not None)
@@ -138,7 +154,9 @@ def _label(value: Any) -> str:
 def _messages(column: str, value: Any, *, answered: bool) -> list[dict[str, str]]:
     """Check a list of messages; with `answered`, the last one or another must be the assistant's."""
     if not isinstance(value, list | tuple) or not value:
-        hint = "; use JSON Lines or Parquet, since CSV has no lists" if isinstance(value, str) else ""
+        hint = (
+            "; write a list, for which CSV has no notation: use JSON Lines or Parquet" if isinstance(value, str) else ""
+        )
         raise ValueError(f"{column!r} must be a list of messages with role and content, got {_short(value)}{hint}.")
     found = []
     for i, message in enumerate(value, 1):
