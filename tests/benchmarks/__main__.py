@@ -10,7 +10,7 @@ from .common import machine
 
 CASES = [(1, 16), (16, 16), (64, 16), (128, 4), (128, 16), (512, 4)]
 DEFAULT = ["many", "single", "compiled", "memory", "roofline", "attention", "language", "decoding", "dora", "scaling"]
-DEFAULT += ["per_example", "bank"]
+DEFAULT += ["per_example", "together", "bank"]
 WHAT = [*DEFAULT, "merging", "layers", "comparison", "processes", "gpu", "trainers"]
 DTYPES = ["bfloat16", "float32"]
 OF_EACH_DTYPE = DEFAULT[: DEFAULT.index("bank")]

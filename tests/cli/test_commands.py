@@ -403,7 +403,7 @@ def other(tmp_path_factory):
         ("train --model {folder} --data {reviews} --out {tmp}/x --targets nope", "nope"),
         (
             "train --model {folder} --data {reviews} --out {tmp}/x --batch-size 99",
-            "reviews.csv: 48 training examples, besides 12",
+            "48 training examples, besides 12",
         ),
     ],
 )

@@ -1,8 +1,8 @@
 """Adapters that train together are those that train alone.
 
-In float64 they differ by rounding alone. In float32 Adam divides each value of a gradient by its own size, so the
-rounding of a value near 0 becomes part of a whole step: single values differ by up to 1e-3 of themselves, the vectors of
-an adapter by about 1e-5 of theirs.
+In float64 they differ by rounding alone. In float32 Adam divides each value of a gradient by its own size, so that the
+rounding of a value near 0 becomes a part of a whole step: single values differ by up to 1e-3 of themselves, and the
+vectors of an adapter by about 1e-5 of their norm.
 """
 
 import pytest

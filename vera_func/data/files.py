@@ -74,7 +74,7 @@ def find_files(source: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: If the path does not exist, or no file matches the pattern.
-        ValueError: If the path is empty or not that of a file, a folder has no data file, or the suffix of a file is not
+        ValueError: If the path is empty or that of a pipe, a folder has no data file, or the suffix of a file is not
             supported.
     """
     path = Path(source)
