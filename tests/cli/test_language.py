@@ -288,7 +288,6 @@ def test_hostile_data_is_refused_before_a_model_is_loaded(run, tmp_path, monkeyp
         ("--data {data}/text.jsonl --out {data}/text.jsonl", "is a file"),
         ("--data {reviews} --beta 0.1", "--beta has no effect on data with text and label"),
         ("--data {reviews} --steps 4,5", "--steps must have one value, or one for each of the 1 adapters, got 2"),
-        ("--data {reviews} --data {data}/stars.jsonl", "must have the same ones to be trained in one run, but"),
         ("--data {reviews} --data {data}/text.jsonl", "'label' must be a non-empty string, got None"),
         ("--data {data}/single.jsonl", "single.jsonl has one row"),
         ("--data {data}/short.jsonl", "short.jsonl: 1 rows in 1 groups can't be split"),

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from vera_func.cli import demo, label_sets, language, outputs
-from vera_func.cli.recipe import Recipe
+from vera_func.cli.recipe import Recipe, Run
+from vera_func.data.metadata import read_metadata
 
 from hostile import jsonl
 
@@ -25,11 +26,15 @@ def words(i):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, reviews):
-    """Two data sets of each kind, the first of which has longer rows."""
+    """Two data sets of each kind, the first of which has longer rows, and one with other labels."""
     path = tmp_path_factory.mktemp("data")
     header, *lines = reviews.read_text().splitlines()
     for name, some in (("a", lines[:36]), ("b", lines[36:])):
         (path / f"{name}.csv").write_text("\n".join([header, *some]) + "\n")
+    film = "".join(
+        f"the {('film', 'plot', 'end')[i % 3]} was {words(i)},{('one', 'two', 'three')[i % 3]}\n" for i in range(45)
+    )
+    (path / "c.csv").write_text(f"{header}\n{film}")
     for name, start, tail in (("a", 0, " and the end was great"), ("b", 100, "")):
         texts = [{"text": words(start + i) + tail} for i in range(30)]
         pairs = [{"prompt": f"{words(start + i)}{tail} :", "chosen": " joy", "rejected": " a bore"} for i in range(30)]
@@ -53,15 +58,20 @@ def train(request, folder, tmp_path, monkeypatch):
 
     for module in (language, label_sets, demo):
         monkeypatch.setattr(module, "new_adapter", new_adapter)
-    monkeypatch.setattr(demo, "_reload_difference", lambda *args: 0.0)
-    monkeypatch.setattr(demo, "_save", lambda out, adapted, found, note: trained.append([found.params]))
+    monkeypatch.setattr(
+        demo, "_save_and_reload", lambda out, adapted, found, *more: trained.append(found.params) or 0.0
+    )
     for module in (language, label_sets):
-        monkeypatch.setattr(module, "save_adapters", lambda out, adapted, params, names, note: trained.append(params))
+        monkeypatch.setattr(
+            module, "save_adapters", lambda out, adapted, params, names, metadata: trained.append(params)
+        )
 
     def call(function, *args, **options):
-        options |= {"model": str(folder), "quant": quant, "dtype": dtype, "r": 8, "progress": False}
-        result = function(*args, out=tmp_path / "out", **options)
-        return result, trained.pop()
+        options |= {"model": str(folder), "quant": quant, "dtype": dtype, "r": 8, "out": tmp_path / "out"}
+        if function is not demo.demo:
+            run = {name: options.pop(name) for name in Run._fields if name in options}
+            args = (*args, Run(**run))
+        return function(*args, **options), trained.pop()
 
     call.dtype = dtype
     return call
@@ -98,11 +108,44 @@ def test_data_sets_and_betas_of_preferences(train, data):
 
 
 def test_data_sets_with_labels(train, data):
-    """`vera-func train` on one data set with labels is another loop, that of `demo`."""
-    sources, options = [str(data / f"{name}.csv") for name in "ab"], {"recipe": Recipe(4), "learning_rates": [0.1]}
+    """`vera-func train` on one data set with labels is another loop, that of `demo`. The third set has other labels."""
+    sources, options = [str(data / f"{name}.csv") for name in "abc"], {"recipe": Recipe(4), "learning_rates": [0.1]}
     found, params = train(label_sets.train_label_sets, sources, steps=[STEPS], **options)
     loop = {"batch_size": 4, "steps": STEPS, "learning_rate": 0.1, "device": "cpu", "say": lambda line: None}
-    own = [train(demo.demo, data=source, **loop)[1][0] for source in sources]
+    own = [train(demo.demo, data=source, **loop)[1] for source in sources]
     alone = [train(label_sets.train_label_sets, [source], steps=[STEPS], **options)[0] for source in sources]
     losses = [[row["loss"] for row in result["adapters"]] for result in (found, *alone)]
-    check(train.dtype, params, own, (losses[0], losses[1] + losses[2]))
+    check(train.dtype, params, own, (losses[0], [own[0] for own in losses[1:]]))
+
+
+def test_a_bank_whose_adapters_have_different_labels(run, run_json, data, folder, tmp_path):
+    """Each is used with its own labels: alone, in groups, and through directories and back."""
+    base = ("--model", folder, "--dtype", "float32")
+    sources = [word for name in "abc" for word in ("--data", data / f"{name}.csv")]
+    steps = ("--steps", "30", "--learning-rate", "0.1", "--batch-size", "8", "--r", "8")
+    found = run_json("train", *sources, *steps, *base, "--out", tmp_path / "out")
+    assert [row["after"] for row in found["adapters"]] > [0.7] * 3
+    bank = found["bank"]
+    labels = [["bad", "good"], ["bad", "good"], ["one", "three", "two"]]
+    assert (read_metadata(bank).labels, read_metadata(bank).label_sets) == (None, labels)
+    assert run_json("inspect", bank)["labels"] == labels
+    text = "the plot was dull"
+    rows = run_json("predict", "--bank", bank, text, *base)
+    assert [row["adapter"] for row in rows] == ["a", "b", "c"]
+    assert all(row["label"] in own for row, own in zip(rows, labels, strict=True))
+    for name, row in zip("abc", rows, strict=True):
+        (alone,) = run_json("predict", "--bank", bank, "--name", name, text, *base)
+        assert alone == {**row, "probability": pytest.approx(row["probability"], rel=1e-5)}
+    both = run_json("evaluate", "--bank", bank, "--name", "b", "--name", "a", "--data", data / "a.csv", *base)
+    assert [row["name"] for row in both] == ["b", "a"]
+    (third,) = run_json("evaluate", "--bank", bank, "--name", "c", "--data", data / "c.csv", *base)
+    assert third["accuracy"] > 0.7
+    refused = run("evaluate", "--bank", bank, "--data", data / "c.csv", *base)
+    assert refused == (2, "", refused[2])
+    assert "'one', but a was trained on the labels ['bad', 'good']: choose adapters with --name" in refused[2]
+    run_json("convert", bank, "--out", tmp_path / "each")
+    assert [read_metadata(tmp_path / "each" / name).labels for name in "abc"] == labels
+    run_json("convert", *(tmp_path / "each" / name for name in "ca"), "--out", tmp_path / "two.safetensors")
+    assert read_metadata(tmp_path / "two.safetensors").label_sets == [labels[2], labels[0]]
+    run_json("convert", *(tmp_path / "each" / name for name in "ab"), "--out", tmp_path / "same.safetensors")
+    assert read_metadata(tmp_path / "same.safetensors").labels == labels[0]

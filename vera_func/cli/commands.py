@@ -15,7 +15,7 @@ from ..data.examples import Example, split
 from ..data.metadata import Metadata, join_metadata, split_metadata, write_metadata
 from ..data.models import Base
 from ..data.prompts import Encoded, Score, batches_by_length, collate
-from ..data.sources import Source, load_adapters, open_source, task_of
+from ..data.sources import Source, by_labels, load_adapters, open_source, task_of
 from ..data.task import encode_examples, logits_of, score_of
 from ..data.tokens import chat_prompt
 from ..io.bank import export_adapters, import_adapters, open_bank
@@ -61,6 +61,21 @@ def evaluate(
     Raises:
         ValueError: If the adapters do not fit the model, or an example has a label they were not trained on.
     """
+    options: dict[str, Any] = {"prompt": prompt, "chunk": chunk, "batch_size": batch_size, "progress": progress}
+    return [row for part in by_labels(source) for row in _evaluate(part, base, examples, **options)]
+
+
+def _evaluate(
+    source: Source,
+    base: Base,
+    examples: Sequence[Example],
+    *,
+    prompt: str | None,
+    chunk: int,
+    batch_size: int,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """`evaluate` for adapters with the same labels."""
     task = task_of(source, base, {example.label for example in examples}, prompt)
     rows = encode_examples(base, task, examples)
     starts = range(0, len(source.names), chunk)
@@ -115,6 +130,22 @@ def predict(
             model.
     """
     _check_texts("text", texts)
+    options: dict[str, Any] = {"labels": labels, "prompt": prompt, "chunk": chunk, "batch_size": batch_size}
+    return [row for part in by_labels(source) for row in _predict(part, base, texts, progress=progress, **options)]
+
+
+def _predict(
+    source: Source,
+    base: Base,
+    texts: Sequence[str],
+    *,
+    labels: Sequence[str],
+    prompt: str | None,
+    chunk: int,
+    batch_size: int,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """`predict` for adapters with the same labels."""
     task = task_of(source, base, labels, prompt)
     rows = encode_examples(base, task, [Example(text, task.labels[0], text) for text in texts])
     batches = batches_by_length(rows, batch_size, task.pad_id)

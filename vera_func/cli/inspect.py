@@ -99,7 +99,7 @@ def _inspect_adapters(path: Path, source: Source) -> dict[str, Any]:
         "names": source.names,
         "model": source.config.base_model_name_or_path,
         "quant": source.metadata.quant,
-        "labels": source.metadata.labels,
+        "labels": source.metadata.labels or source.metadata.label_sets,
         "prompt": source.metadata.prompt,
         "trained_on": source.metadata.kind,
         "data": source.metadata.data,

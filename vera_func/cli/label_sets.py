@@ -1,6 +1,7 @@
 """Training on several data sets with labels: one adapter for each, all in one run.
 
-The data sets have the same labels, so that the bank has one task, as the bank of a sweep.
+Each data set has its own labels. The logits of a batch are computed for the labels of all data sets, and the loss of a
+row is over the labels of its own.
 """
 
 import time
@@ -14,14 +15,23 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..data.batches import batch_order
-from ..data.examples import HELD_OUT, Example, read_examples, split_examples
-from ..data.metadata import Metadata
+from ..data.examples import HELD_OUT, read_examples, split_examples
+from ..data.metadata import Metadata, with_labels
 from ..data.models import load_base
 from ..data.objective import with_dropout
 from ..data.prompts import PROMPT, Batch, Encoded, Score, collate
-from ..data.task import Task, check_prompt, encode_examples, logits_of, make_task, score_of
+from ..data.task import (
+    Task,
+    check_prompt,
+    encode_examples,
+    join_tasks,
+    logits_of,
+    make_task,
+    own_logits,
+    score_of,
+)
 from ..model.adapt import Adapted
-from ..model.batch import Params, select_adapters
+from ..model.batch import Params, select_adapters, stack_adapters, unstack_adapters
 from ..train.distributed import map_sharded
 from .checkpoints import checkpoint_path, delete_checkpoints
 from .jobs import adapter_names, num_steps, value_of
@@ -34,12 +44,12 @@ def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) 
     """Train an adapter for each data set with labels, and measure its accuracy on held-out examples before and after.
 
     Args:
-        sources: The data sets, with the same labels.
+        sources: The data sets.
         run: The options of the run; its `max_length` is 256 if it is None.
         prompt: Prompt template with `{text}`, which the label follows.
 
     Raises:
-        ValueError: If an option or a row is invalid, or the labels differ.
+        ValueError: If an option or a row is invalid.
         OSError: If a file or the model is not found, or there is no network (ConnectionError).
     """
     check_prompt(prompt)
@@ -48,7 +58,7 @@ def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) 
         raise ValueError("--checkpointing trains one adapter: leave it out, or raise --accumulate.")
     out = output_folder(run.out)
     examples = [read_examples(source) for source in sources]
-    labels = _same_labels(sources, examples)
+    labels = [sorted({example.label for example in some}) for some in examples]
     splits = [
         split_examples(some, HELD_OUT, seed=recipe.seed, source=source)
         for source, some in zip(sources, examples, strict=True)
@@ -59,25 +69,32 @@ def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) 
     ]
     rates = [value_of("--learning-rate", run.learning_rates, i, n) for i in range(n)]
     base = load_base(run.model, run.quant, run.dtype, max_tokens=max_length, device=run.device)
-    task = make_task(base, labels, prompt)._replace(max_tokens=max_length)
+    tasks = [make_task(base, own, prompt)._replace(max_tokens=max_length) for own in labels]
     adapted = new_adapter(base, run.r, run.targets, recipe)
-    train, held_out = ([encode_examples(base, task, part) for part in side] for side in zip(*splits, strict=True))
+    train, held_out = (
+        [encode_examples(base, task, part) for task, part in zip(tasks, side, strict=True)]
+        for side in zip(*splits, strict=True)
+    )
     state = (base.name, base.quant, base.dtype, adapted.config, recipe._replace(log=None), counts, rates)
     checkpoint = checkpoint_path(out, *state, prompt, max_length, run.chunk, examples)
-    before = [score_of(adapted, task, adapted.params, rows, map=map_sharded) for rows in held_out]
+    scores = partial(_scores, adapted)
+    before = scores(tasks, held_out, [adapted.params] * n, map=map_sharded)
     start = time.perf_counter()
 
     def group(part: slice, file: Path, shared: bool) -> Trained:
         mapping: Any = map_sharded if shared else map
-        measure = partial(_scores, adapted, task, held_out[part], map=mapping)
-        return _train_group(adapted, task, train[part], recipe, counts[part], rates[part], measure, file, shared=shared)
+        measure = partial(scores, tasks[part], held_out[part], map=mapping)
+        return _train_group(
+            adapted, tasks[part], train[part], recipe, counts[part], rates[part], measure, file, shared=shared
+        )
 
     trained = train_chunks(n, run.chunk, checkpoint, group, base.model.device)
     seconds = time.perf_counter() - start
-    after = _scores(adapted, task, held_out, trained.params, map=map_sharded, progress=bar("after", True))
+    after = scores(tasks, held_out, _unstacked(trained.params, n), map=map_sharded, progress=bar("after", True))
     metadata = Metadata(
-        base.quant, labels, prompt, data=list(sources), max_length=None if max_length == 256 else max_length
+        base.quant, prompt=prompt, data=list(sources), max_length=None if max_length == 256 else max_length
     )
+    metadata = with_labels(metadata, labels)
     map_sharded(partial(save_adapters, out, adapted, trained.params, names), [metadata])  # on rank 0
     delete_checkpoints(checkpoint)
     columns = {
@@ -98,35 +115,28 @@ def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) 
     return {"kind": "label", "trained": size, "seconds": seconds, **places, "adapters": table}
 
 
-def _same_labels(sources: Sequence[str], examples: Sequence[Sequence[Example]]) -> list[str]:
-    labels = [sorted({example.label for example in some}) for some in examples]
-    for source, own in zip(sources, labels, strict=True):
-        if own != labels[0]:
-            raise ValueError(
-                f"data sets with labels must have the same ones to be trained in one run, but {sources[0]} has "
-                f"{labels[0]} and {source} has {own}: train them one by one."
-            )
-    return labels[0]
+def _unstacked(params: Params, n: int) -> list[Params]:
+    """The params of each of `n` adapters, which are stacked if there are several."""
+    return [params] if n == 1 else [*unstack_adapters(params)]
 
 
 def _scores(
     adapted: Adapted,
-    task: Task,
+    tasks: Sequence[Task],
     held_out: Sequence[Sequence[Encoded]],
-    params: Params,
+    params: Sequence[Params],
     *,
     map: Any,
     progress: Any = iter,
 ) -> list[Score]:
-    """The scores of stacked adapters (or of one), each on its own rows."""
-    stacked = len(held_out) > 1
-    rows = [{k: v[i] for k, v in params.items()} if stacked else dict(params) for i in range(len(held_out))]
-    return [score_of(adapted, task, row, own, map=map) for row, own in progress(list(zip(rows, held_out, strict=True)))]
+    """The scores of adapters, each in its own task on its own rows."""
+    cases = progress(list(zip(tasks, params, held_out, strict=True)))
+    return [score_of(adapted, task, own, rows, map=map) for task, own, rows in cases]
 
 
 def _train_group(
     adapted: Adapted,
-    task: Task,
+    tasks: Sequence[Task],
     rows: Sequence[Sequence[Encoded]],
     recipe: Recipe,
     steps: Sequence[int],
@@ -137,6 +147,7 @@ def _train_group(
     shared: bool,
 ) -> Trained:
     n = len(rows)
+    task, places = join_tasks(tasks)
     orders = [
         batch_order([len(row.ids) for row in own], min(recipe.batch_size, len(own)), seed=recipe.seed) for own in rows
     ]
@@ -151,18 +162,19 @@ def _train_group(
         model = with_dropout(adapted, recipe.seed, batch) if recipe.dropout else adapted
         owner = batch["adapter"].to(next(iter(params.values())).device)
         logits = logits_of(model, task)(select_adapters(params, owner) if n > 1 else params, batch)
+        logits = own_logits(logits, places[batch["adapter"]].to(logits.device))
         losses = cross_entropy(logits.float(), batch["label"].to(logits.device), reduction="none")
         losses = losses * batch["weight"].to(logits.device)
         return losses.new_zeros(n).index_add(0, owner, losses) if n > 1 else losses.sum()
 
     return train_together(
         loss,
-        {k: v.expand(n, *v.shape).clone() for k, v in adapted.params.items()} if n > 1 else adapted.params,
+        stack_adapters([adapted.params] * n) if n > 1 else adapted.params,
         batches,
         recipe,
         steps=steps,
         learning_rates=rates,
-        evaluate=lambda params: torch.stack([score.loss for score in measure(params)]),
+        evaluate=lambda params: torch.stack([score.loss for score in measure(_unstacked(params, n))]),
         checkpoint=file,
         shared=shared,
     )

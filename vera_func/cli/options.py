@@ -120,6 +120,14 @@ MaxLength = Annotated[
         panel=DATA,
     ),
 ]
+MaxLengthOfRows = Annotated[
+    int | None,
+    number(
+        "--max-length",
+        help="Maximum number of tokens of a sequence (default: as in training, else 256 with labels and 512 without).",
+        panel=DATA,
+    ),
+]
 TruncateSide = Annotated[
     Literal["end", "start"],
     option("--truncate-side", help="Which end of longer sequences is cut off; long texts are split.", panel=DATA),

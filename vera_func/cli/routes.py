@@ -11,7 +11,7 @@ from ..data.examples import read_examples
 from ..data.files import find_files, is_hub_id
 from ..data.models import Base
 from ..data.prompts import PROMPT
-from ..data.sources import Source
+from ..data.sources import Source, check_labels
 from .groups import BaseOptions, TrainOptions, dtype_of
 from .jobs import expand_sources, value_of
 from .recipe import Recipe, Run, micro_batches
@@ -91,6 +91,7 @@ def evaluate(
     from .commands import evaluate
 
     examples = read_examples(data) if data else split_examples(demo_examples(), HELD_OUT, seed=0)[1]
+    check_labels(source, {example.label for example in examples})
     return evaluate(source, load(), examples[:limit], prompt=prompt, chunk=chunk, batch_size=batch_size)
 
 

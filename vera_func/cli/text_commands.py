@@ -78,6 +78,7 @@ def evaluate(
     base: BaseOptions,
     data: o.RowsOrReviews = None,
     prompt: o.Prompt = None,
+    max_length: o.MaxLengthOfRows = None,
     limit: Annotated[int | None, o.number("--limit", help="Use the first N rows only.", panel=o.DATA)] = None,
     chunk: o.Chunk = 8,
     batch_size: o.BatchSize = 32,
@@ -88,18 +89,22 @@ def evaluate(
 
     With labels: accuracy and loss. With texts, completions or chats: loss and
     perplexity. With preferences: loss, reward accuracy and reward margin. All
-    rows of --data are used; without it, the demo's held-out reviews. Under
-    torchrun, adapters or batches are sharded across ranks.
+    rows of --data are used; without it, the demo's held-out reviews. To
+    compare the base with an adapter, give it the adapter's --max-length and
+    --prompt. Under torchrun, adapters or batches are sharded across ranks.
 
     Example:
       vera-func evaluate --bank vera-demo/bank.safetensors --out table.csv
       vera-func evaluate --adapter my-adapter --data reviews.csv
       vera-func evaluate --adapter my-chat --data chats.jsonl
+      vera-func evaluate --data chats.jsonl --max-length 512
     """
     from .report import check_table_path, show_rows
     from .routes import evaluate
 
     source = adapters.open(base.model)
+    if max_length:
+        source = source._replace(metadata=source.metadata._replace(max_length=max_length))
     if out:
         check_table_path(out)  # before an hour's work
 

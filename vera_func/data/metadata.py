@@ -32,6 +32,7 @@ class Metadata(NamedTuple):
         truncate_side: Which end of longer sequences was cut off.
         reference: Of preferences, the adapter that was the reference; None means the base.
         beta: Of preferences, the strength of the reference, for one adapter or each adapter of a bank.
+        label_sets: The labels of each adapter of a bank, if they differ; `labels` is None then.
     """
 
     quant: str | None = None
@@ -43,6 +44,7 @@ class Metadata(NamedTuple):
     truncate_side: str | None = None
     reference: str | None = None
     beta: list[float] | None = None
+    label_sets: list[list[str]] | None = None
 
 
 def metadata_file(path: str | os.PathLike[str]) -> Path:
@@ -69,10 +71,14 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
     if not isinstance(fields, dict):
         raise ValueError(f"{file} must hold a JSON object, got {type(fields).__name__}.")
     metadata = Metadata(**{name: fields.get(name) for name in Metadata._fields})
-    labels = [] if metadata.labels is None else metadata.labels
     texts = [text for text in (metadata.quant, metadata.prompt) if text is not None]
-    if not isinstance(labels, list) or not all(isinstance(text, str) for text in (*texts, *labels)):
-        raise ValueError(f"{file}: quant and prompt must be strings and labels a list of strings, got {fields}.")
+    sets = [] if metadata.label_sets is None else metadata.label_sets
+    labels = [] if metadata.labels is None else metadata.labels
+    if not isinstance(sets, list) or not all(_are_texts(own) for own in (texts, labels, *sets)):
+        raise ValueError(
+            f"{file}: quant and prompt must be strings, labels a list of strings and label_sets one of such lists, got "
+            f"{fields}."
+        )
     if metadata.kind not in (None, *COLUMNS) or not isinstance(metadata.max_length, int | None):
         kinds = ", ".join(COLUMNS)
         raise ValueError(f"{file}: kind must be one of {kinds} and max_length an integer, got {fields}.")
@@ -94,7 +100,36 @@ def split_metadata(metadata: Metadata, i: int) -> Metadata:
         ['b.csv']
     """
     own: dict[str, Any] = {name: _own(getattr(metadata, name), i) for name in _PER_ADAPTER}
-    return metadata._replace(**own)
+    return with_labels_of(metadata, i)._replace(**own)
+
+
+def with_labels_of(metadata: Metadata, i: int) -> Metadata:
+    """The metadata of a bank with the labels of adapter `i`, if its adapters have different ones; else unchanged.
+
+    Raises:
+        ValueError: If the metadata has labels for fewer adapters.
+
+    Example:
+        >>> with_labels_of(Metadata(label_sets=[["a", "b"], ["c", "d"]]), 1).labels
+        ['c', 'd']
+    """
+    sets = metadata.label_sets
+    if sets is None:
+        return metadata
+    if i >= len(sets):
+        raise ValueError(f"the metadata of the bank has the labels of {len(sets)} adapters, but not of adapter {i}.")
+    return metadata._replace(labels=sets[i], label_sets=None)
+
+
+def with_labels(metadata: Metadata, label_sets: Sequence[list[str]]) -> Metadata:
+    """The metadata with the labels of each adapter; of all together, if they are equal.
+
+    Example:
+        >>> with_labels(Metadata(), [["a", "b"], ["a", "b"]]).labels
+        ['a', 'b']
+    """
+    same = all(labels == label_sets[0] for labels in label_sets)
+    return metadata._replace(labels=label_sets[0] if same else None, label_sets=None if same else list(label_sets))
 
 
 def join_metadata(adapters: Sequence[Metadata]) -> Metadata | None:
@@ -104,20 +139,23 @@ def join_metadata(adapters: Sequence[Metadata]) -> Metadata | None:
         >>> join_metadata([Metadata("nf4", data=["a.csv"]), Metadata("nf4", data=["b.csv"])]).data
         ['a.csv', 'b.csv']
     """
-    shared = {metadata._replace(**dict.fromkeys(_PER_ADAPTER)) for metadata in map(_hashable, adapters)}
-    if len(shared) > 1:
+    own = dict.fromkeys((*_PER_ADAPTER, "labels", "label_sets"))
+    shared = {metadata._replace(**own) for metadata in adapters}
+    labels = [metadata.labels for metadata in adapters]
+    if len(shared) > 1 or (None in labels and any(labels)):
         return None
     joined: dict[str, Any] = {}
     for name in _PER_ADAPTER:
         values = [getattr(metadata, name) for metadata in adapters]
         known = all(value is not None and len(value) == 1 for value in values)
         joined[name] = [value[0] for value in values] if known else None
-    return adapters[0]._replace(**joined)
+    found = adapters[0]._replace(**joined)
+    return found if None in labels else with_labels(found, labels)  # type: ignore[arg-type]
 
 
 def _own(values: list[Any] | None, i: int) -> list[Any] | None:
     return values if values is None or len(values) <= i else [values[i]]
 
 
-def _hashable(metadata: Metadata) -> Metadata:
-    return metadata._replace(labels=None if metadata.labels is None else tuple(metadata.labels))  # type: ignore[arg-type]
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)

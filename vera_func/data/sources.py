@@ -5,6 +5,7 @@ the labels and the prompt from the metadata file.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from ..io.hub import find_adapter, is_repository
 from ..model.adapt import Adapted, adapt
 from ..model.batch import stack_adapters
 from ..model.config import VeraConfig
-from .metadata import Metadata, metadata_file, read_metadata
+from .metadata import Metadata, metadata_file, read_metadata, with_labels_of
 from .models import Base, load_base
 from .prompts import PROMPT
 from .task import Task, make_task
@@ -76,7 +77,9 @@ def open_source(
         raise ValueError("an adapter is required: pass --adapter DIR, or --bank FILE with --name.")
     else:
         return Source(None, ["base"], None, model, Metadata() if model is None else read_metadata(model))
-    return Source(path, found, config, model or config.base_model_name_or_path, read_metadata(path))
+    source = Source(path, found, config, model or config.base_model_name_or_path, read_metadata(path))
+    parts = by_labels(source)
+    return parts[0] if len(parts) == 1 else source
 
 
 def base_of(
@@ -150,6 +153,31 @@ def task_of(source: Source, base: Base, labels: Iterable[str], prompt: str | Non
         raise ValueError(f"{source.path or base.name} has no labels in its metadata: pass --labels a,b.")
     task = make_task(base, known, prompt or source.metadata.prompt or PROMPT)
     return task._replace(max_tokens=source.metadata.max_length or task.max_tokens)
+
+
+def by_labels(source: Source) -> list[Source]:
+    """The adapters, in groups with the same labels if those of a bank have different ones; in their order."""
+    if source.metadata.label_sets is None or source.path is None:
+        return [source]
+    bank = open_bank(source.path)
+
+    def own(name: str) -> Metadata:
+        return with_labels_of(source.metadata, bank.row(name))
+
+    return [source._replace(names=list(names), metadata=key) for key, names in groupby(source.names, own)]
+
+
+def check_labels(source: Source, labels: Iterable[str]) -> None:
+    """Check that all adapters were trained on these labels, as far as their metadata says.
+
+    Raises:
+        ValueError: If one was not.
+    """
+    parts = by_labels(source)
+    for known, name in ((part.metadata.labels, part.names[0]) for part in parts):
+        if known and (odd := sorted(set(labels) - set(known))):
+            which, hint = ("the adapter", "") if len(parts) == 1 else (name, ": choose adapters with --name")
+            raise ValueError(f"the data has the label {odd[0]!r}, but {which} was trained on the labels {known}{hint}.")
 
 
 def _open_bank(bank: str, names: Sequence[str] | None, one: bool) -> tuple[Path, list[str], VeraConfig]:

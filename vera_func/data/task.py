@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..model.adapt import Adapted
@@ -49,6 +49,41 @@ def make_task(base: Base, labels: Sequence[str], prompt: str = PROMPT) -> Task:
     """
     answers = answer_ids(base.tokenizer, labels, check_prompt(prompt))
     return Task(list(labels), prompt, answers, base.tokenizer.pad_token_id or 0, accepted_arguments(base.model))
+
+
+def join_tasks(tasks: Sequence[Task]) -> tuple[Task, Int[Tensor, "n labels"]]:
+    """A task with the answers of all tasks, for a batch of rows of several, and where each task has its own.
+
+    Args:
+        tasks: Tasks with the same prompt and model, and different labels.
+
+    Returns:
+        The joint task, whose labels are those of the first one, and for each task the positions of its answers among
+        the answers of the joint task, padded with -1; see `own_logits`.
+
+    Example:
+        >>> tasks = [Task([*labels], "{text}:", torch.tensor(ids), 0, frozenset()) for labels, ids in
+        ...          ((("a", "b"), [7, 3]), (("c", "d", "e"), [9, 7, 5]))]
+        >>> joint, places = join_tasks(tasks)
+        >>> joint.answers, places
+        (tensor([3, 5, 7, 9]), tensor([[ 2,  0, -1],
+                [ 3,  2,  1]]))
+    """
+    answers = torch.cat([task.answers for task in tasks]).unique()
+    places = torch.full((len(tasks), max(len(task.answers) for task in tasks)), -1)
+    for own, task in zip(places, tasks, strict=True):
+        own[: len(task.answers)] = torch.searchsorted(answers, task.answers)
+    return tasks[0]._replace(answers=answers), places
+
+
+def own_logits(logits: Float[Tensor, "b answers"], places: Int[Tensor, "b labels"]) -> Float[Tensor, "b labels"]:
+    """The logits of the labels of each row's task, from those of all answers; -inf where `places` are padded.
+
+    Example:
+        >>> own_logits(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[2, 0, -1]]))
+        tensor([[2., 0., -inf]])
+    """
+    return logits.gather(1, places.clamp(min=0)).masked_fill(places < 0, -torch.inf)
 
 
 def check_prompt(prompt: str) -> str:
