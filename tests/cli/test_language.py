@@ -81,7 +81,7 @@ def train(run_json, model, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_train_and_evaluate(train, run_json, data, model, tmp_path, kind):
+def test_train_and_evaluate(train, run, run_json, data, model, tmp_path, kind):
     source = data / f"{kind}.jsonl"
     found, out = train("--data", source, "--steps", "30", "--learning-rate", "0.1", "--max-length", "40")
     assert (found["kind"], found["rows"], found["held_out"], found["steps"]) == (kind, 32, 8, 30)
@@ -99,9 +99,12 @@ def test_train_and_evaluate(train, run_json, data, model, tmp_path, kind):
     names = ("loss", "accuracy", "margin") if kind == "preference" else ("loss", "perplexity")
     assert (after.pop("name"), after.pop("rows")) == ("out", 8)
     assert after == pytest.approx({name: found[name] for name in names}, rel=1e-4)
-    (before,) = run_json("evaluate", "--model", model, "--data", tmp_path / "held_out.jsonl", "--dtype", "float32")
+    base = ("--model", model, "--dtype", "float32", "--max-length", "40")
+    (before,) = run_json("evaluate", "--data", tmp_path / "held_out.jsonl", *base)
     assert before["loss"] == pytest.approx(found["loss_before"], rel=1e-4)
     assert run_json("inspect", out)["trained_on"] == kind
+    refused = run("evaluate", "--adapter", out)
+    assert (refused[0], f"trained on data of the kind {kind!r}" in refused[2]) == (2, True)
 
 
 def params_of(out, model):
@@ -126,6 +129,21 @@ def test_data_sets_together_are_as_alone(train, data, model, extra):
         for key, value in params_of(folder, model).items():
             difference = (bank.read([bank.names[i]])[key][0] - value).abs().max()
             assert difference <= 1e-5 * value.abs().max(), key
+
+
+def test_the_base_is_evaluated_on_the_rows_of_the_adapter(train, run, run_json, data, model):
+    """Texts are split as in training, so that losses can be compared."""
+    source = data / "other.jsonl"
+    _, out = train("--data", source, "--steps", "1", "--learning-rate", "1e-9", "--max-length", "8")
+    (after,) = run_json("evaluate", "--adapter", out, "--data", source, "--dtype", "float32")
+    lengths = {}
+    for length in (8, 40):
+        base = ("--model", model, "--dtype", "float32", "--max-length", length)
+        (lengths[length],) = run_json("evaluate", "--data", source, *base)
+    assert lengths[8]["rows"] == after["rows"] > lengths[40]["rows"]
+    assert lengths[8]["loss"] == pytest.approx(after["loss"], rel=1e-4)
+    line = ("--model", model, "--max-length", "4096")
+    assert "has 2048 positions" in run("evaluate", "--data", source, *line)[2]
 
 
 def test_of_one_long_document_the_end_is_held_out(train, run_json, tmp_path):

@@ -46,7 +46,8 @@ def merge(
     if calibrate:
         examples = read_examples(data) if data else split_examples(demo_examples(), HELD_OUT, seed=0)[0]
     done = merge_to(source, base.load(source), to, out, calibrate=examples, prompt=prompt)
-    shown: list[Any] = [Text(done["advice"]), f"The merged model is in {out}. Next: vera-func evaluate --model {out}"]
+    following = f"vera-func evaluate --model {out}{' --data FILE' if source.metadata.kind else ''}"
+    shown: list[Any] = [Text(done["advice"]), f"The merged model is in {out}. Next: {following}"]
     if "modules" in done:
         shown = [make_table(summarize_reports(done["modules"])), COLUMNS, *shown]
     show_result(done, json, *shown)

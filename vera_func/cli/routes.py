@@ -31,7 +31,8 @@ def classify(base: BaseOptions, *, narrated: bool, prompt: str | None, json: boo
     result = demo(model=base.model, quant=base.quant, dtype=dtype_of(base.dtype), say=narrate, **options)
     if not narrated:
         fields, out = result._asdict(), options["out"]
-        following = f"Next: vera-func predict --adapter {out} 'A new text.'; vera-func inspect {out}"
+        commands = (f"predict --adapter {out} 'A new text.'", f"evaluate --adapter {out} --data FILE", f"inspect {out}")
+        following = f"The prompt was {prompt or PROMPT!r}. Next: {'; '.join(f'vera-func {line}' for line in commands)}"
         show_result(fields, json, *describe(fields, "sweep"), following)
 
 
@@ -81,6 +82,10 @@ def evaluate(
     batch_size: int,
 ) -> list[dict[str, Any]]:
     """The command `evaluate`, by the kind of the data; all rows are checked before the model is loaded."""
+    if data is None and source.metadata.kind is not None:
+        raise ValueError(
+            f"the adapter was trained on data of the kind {source.metadata.kind!r}: pass such with --data."
+        )
     if data is not None and _kind(data) != "label":
         _refuse({"--prompt": prompt}, "no labels")
         from .scoring import evaluate_language

@@ -47,7 +47,7 @@ def evaluate_language(
         ValueError: If the adapters do not fit the model, or the reference is not found.
     """
     side: Any = source.metadata.truncate_side or "end"
-    rows = tokenize(data, base.tokenizer, max_length=source.metadata.max_length or length_of(base, None), side=side)
+    rows = tokenize(data, base.tokenizer, max_length=length_of(base, source.metadata.max_length), side=side)
     use = torch.arange(len(rows.groups))[:limit]
     adapted, read = load_adapters(source, base.model, base.product_dtype)
     place: dict[str, Any] = {"pad_id": pad_id(base), "device": base.model.device}

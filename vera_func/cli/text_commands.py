@@ -55,7 +55,9 @@ def train(
     The columns tell the kind: text and label (classification), text (language
     modelling), prompt and completion, messages (chats), or prompt, chosen and
     rejected (preferences). All rows are checked before a model is loaded. A
-    fifth of the rows, at most 1,000, is held out to measure the result. An
+    fifth of the rows, at most 1,000, is held out, and measured before and after
+    training: accuracy with labels, loss and reward accuracy of preferences, else
+    loss and perplexity. Long texts are split to rows of --max-length tokens. An
     interrupted run resumes from OUT.training-<hash>, which is deleted on
     success. With several data sets or betas, all adapters train in one run.
 
