@@ -2,7 +2,14 @@
 
 import pytest
 
-from vera_func.data.metadata import Metadata, metadata_file, read_metadata, write_metadata
+from vera_func.data.metadata import (
+    Metadata,
+    join_metadata,
+    metadata_file,
+    read_metadata,
+    split_metadata,
+    write_metadata,
+)
 
 from refused import Refused
 
@@ -22,6 +29,19 @@ def test_metadata(tmp_path):
 
 # What is refused
 
+
+def test_labels_of_each_adapter():
+    one, two = Metadata("nf4", ["a", "b"], "{text}:"), Metadata("nf4", ["c", "d", "e"], "{text}:")
+    both = join_metadata([one, two, one])
+    assert (both.labels, both.label_sets) == (None, [["a", "b"], ["c", "d", "e"], ["a", "b"]])
+    assert [split_metadata(both, i) for i in range(3)] == [one, two, one]
+    assert join_metadata([one, one]) == one
+    assert join_metadata([one, one._replace(labels=None)]) is None
+    assert join_metadata([one, two._replace(prompt="{text}?")]) is None
+    with pytest.raises(ValueError, match="labels of 3 adapters, but not of adapter 3"):
+        split_metadata(both, 3)
+
+
 bad = Refused()
 
 for what, text, message in (
@@ -29,6 +49,8 @@ for what, text, message in (
     ("a list", "[]", "must hold a JSON object, got list"),
     ("labels of numbers", '{"labels": [5]}', "labels a list of strings"),
     ("a list for a prompt", '{"prompt": ["a"]}', "quant and prompt must be strings"),
+    ("label sets of numbers", '{"label_sets": [["a"], [5]]}', "label_sets one of such lists"),
+    ("a number of label sets", '{"label_sets": 2}', "label_sets one of such lists"),
     ("deep", "[" * 100_000, "is not JSON"),
 ):
 
