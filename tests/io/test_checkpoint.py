@@ -614,3 +614,14 @@ def test_projections_drawn_for_a_wider_layer_are_read(wider, tmp_path):
     _, loaded, projections, _ = vf.load_adapter(tmp_path, model())
     assert_same(loaded, params)
     assert_same(projections, frozen)
+
+
+def test_equal_adapters_are_equal_bytes(tmp_path):
+    """safetensors would write the metadata in another order each time."""
+    adapted = vf.adapt(nn.Sequential(nn.Linear(4, 3)), vf.VeraConfig(r=2, target_modules=["0"]))
+    folders = [vf.save_adapter(tmp_path / str(i), *adapted[1:]) for i in range(9)]
+    stacked = vf.stack_adapters([adapted.params] * 2)
+    banks = [vf.save_bank(tmp_path / f"{i}.safetensors", stacked, *adapted[2:], ["a", "ö"]) for i in range(9)]
+    assert len({(folder / WEIGHTS).read_bytes() for folder in folders}) == 1
+    assert len({bank.read_bytes() for bank in banks}) == 1
+    assert vf.open_bank(banks[0]).names == ("a", "ö")

@@ -26,7 +26,7 @@ from .bank_header import FORMAT, PROJECTIONS, read_header
 from .check import check_adapter
 from .checkpoint import load_adapter, save_adapter
 from .config import config_to_json
-from .files import replacing
+from .files import replacing, sort_metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +185,7 @@ def save_bank(
     }
     with replacing(path) as file:
         save_file(tensors, file, metadata)
+        sort_metadata(file)
     return path
 
 

@@ -26,7 +26,7 @@ from ..model.tree import unwrap
 from .card import CARD, card_text
 from .check import DTYPES, check_adapter
 from .config import CONFIG, WEIGHTS, config_from_json, config_to_json
-from .files import parse_json, read_safetensors, replacing, written_by
+from .files import parse_json, read_safetensors, replacing, sort_metadata, written_by
 from .hub import adapter_folder, find_adapter
 from .peft_keys import is_copy, key_from_peft, key_to_peft
 
@@ -88,6 +88,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS) as file:
         file.write_bytes(data)
+        sort_metadata(file)
     with replacing(folder / CONFIG) as file:
         file.write_text(text)
     if readme is not None:

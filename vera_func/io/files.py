@@ -86,6 +86,21 @@ def filling(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def sort_metadata(file: Path) -> None:
+    """Sort the metadata of a safetensors file, so that equal contents are equal bytes.
+
+    safetensors writes the metadata in an order that differs from call to call.
+    """
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= size
+        stream.seek(8)
+        stream.write(text.ljust(size))
+
+
 def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Read the metadata and tensors of a safetensors file.
 

@@ -29,7 +29,7 @@ from ..model.targets import linear_sizes
 from ..model.tree import copy_tree, require_weights, unwrap
 from ..quant.bnb import from_bnb, is_bnb_linear, to_bnb
 from ..quant.value import Quantized, Spec4bit, Spec8bit, flatten, shape2, unflatten, validate
-from .files import map_safetensors, parse_json, replacing
+from .files import map_safetensors, parse_json, replacing, sort_metadata
 
 
 FORMAT = "vera_func quantized model 1"
@@ -91,6 +91,7 @@ def save_quantized(path: str | os.PathLike[str], model: nn.Module) -> Path:
     path = Path(path)
     with replacing(path) as file:
         save_file(_unshared(tensors), file, metadata)
+        sort_metadata(file)
     return path
 
 
