@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from transformers import MistralConfig, MistralForCausalLM
 
 import vera_func as vf
 from vera_func.cli import language, recipe
@@ -144,6 +145,22 @@ def test_the_base_is_evaluated_on_the_rows_of_the_adapter(train, run, run_json, 
     assert lengths[8]["loss"] == pytest.approx(after["loss"], rel=1e-4)
     line = ("--model", model, "--max-length", "4096")
     assert "has 2048 positions" in run("evaluate", "--data", source, *line)[2]
+
+
+def test_documents_are_not_packed_where_a_model_would_mix_them(run_json, data, model, tmp_path):
+    """The mask of packed rows replaces the sliding window of Mistral; without packing, the loss is the model's own."""
+    path = tmp_path / "mistral"
+    shutil.copytree(model, path)
+    sizes = {"vocab_size": 67, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=8)).save_pretrained(path)
+    line = ["train", "--data", data / "text.jsonl", "--model", path, "--r", 4, "--steps", 3, "--dtype", "float32"]
+    with pytest.warns(UserWarning, match="attends to 8 tokens only.*documents are not packed"):
+        found = run_json(*line, "--max-length", 24, "--out", tmp_path / "a")
+    assert found == run_json(*line, "--max-length", 24, "--no-packing", "--out", tmp_path / "b") | {
+        key: found[key] for key in ("out", "seconds")
+    }
+    run_json(*line, "--max-length", 8, "--out", tmp_path / "c")  # within the window
 
 
 def test_of_one_long_document_the_end_is_held_out(train, run_json, tmp_path):

@@ -3,16 +3,18 @@
 import hypothesis.strategies as st
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from torch.testing import assert_close
 
 import vera_func as vf
-from vera_func.data.packing import pack, packed_batch, split
+from vera_func.data.packing import is_packable, pack, packed_batch, split
 from vera_func.model.head import hidden_and_head
 
 from helpers import gpt2, llama, randomized, tokens
 
 
+SIZES = {"vocab_size": 67, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 LENGTHS = [5, 2, 7, 3, 1, 4]
 DOCUMENTS = [tokens(length, seed=i).tolist() for i, length in enumerate(LENGTHS)]
 BATCH = [[DOCUMENTS[i] for i in row] for row in ([0, 1], [2, 3], [4, 5])]  # 7, 10 and 5 tokens
@@ -35,6 +37,27 @@ def test_documents_do_not_see_each_other(make, attention, dtype):
                 close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.02}
                 assert_close(logits[i, begin : begin + len(ids)], alone, **close)
                 begin += len(ids)
+
+
+RECURRENT = {
+    "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2, "block_ff_dim": 128},
+    "Mamba2ForCausalLM": {"state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 4},
+    "RwkvForCausalLM": {"attention_hidden_size": 64},
+    "BloomForCausalLM": {"n_layer": 2, "n_head": 4},  # takes masks of two axes only
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_keep_documents_apart_are_told_from_others(dtype):
+    models = {llama: True, gpt2: True}
+    for name, options in RECURRENT.items():
+        model_class = getattr(transformers, name)
+        options = SIZES | {"num_attention_heads": 4} | options
+        models[lambda dtype, make=model_class, options=options: make(make.config_class(**options)).to(dtype)] = False
+    for make, expected in models.items():
+        torch.manual_seed(0)
+        model = make(dtype).eval()
+        assert is_packable(lambda model=model, **inputs: model(**inputs).logits, 16, dtype=dtype) is expected
 
 
 def test_losses_and_gradients_are_those_of_the_documents():

@@ -8,6 +8,7 @@ All adapters of a run train together; each takes batches of its own rows. An int
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..data.dataset import DataSet, open_dataset
 from ..data.metadata import Metadata
 from ..data.models import Base, load_base
 from ..data.objective import Scores, checkpointed_rows, loss_of_rows, reference_logprobs, score_rows
+from ..data.packing import is_packable
 from ..data.sources import base_of, open_source
 from ..data.tokens import Side, TokenRows, tokenize
 from ..io.checkpoint import load_adapter
@@ -74,6 +76,7 @@ def train_language(
     base = load(run.quant, run.dtype, max_tokens=run.max_length or MAX_LENGTH, device=run.device)
     max_length = length_of(base, run.max_length)
     adapted = _initial_adapter(base, reference, run)
+    packing = packing and kind == "text" and _is_packable(base, adapted, max_length)
     rows = [tokenize(data, base.tokenizer, max_length=max_length, side=truncate_side) for data in sets]
     references = _references(base, adapted, rows)
     pack_to = max_length if packing and kind == "text" else None
@@ -108,6 +111,25 @@ def train_language(
     size = sum(leaf.numel() for leaf in adapted.params.values())
     common = {"kind": kind, "omitted": omitted, "trained": size, "seconds": seconds, "out": str(out)}
     return common | ({"bank": str(out / BANK), "adapters": table} if len(jobs) > 1 else table[0])
+
+
+def _is_packable(base: Base, adapted: Adapted, max_length: int) -> bool:
+    """Whether the model keeps packed documents apart; if it does not, a warning says so."""
+
+    def logits(**inputs: Tensor) -> Tensor:
+        return adapted.apply(adapted.params, adapted.frozen, **inputs).logits
+
+    config: Any = base.model.config
+    text = config.get_text_config()
+    windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    window = min((window for window in windows if window), default=None)
+    if is_packable(logits, max_length, window=window, dtype=base.dtype, device=base.model.device):
+        return True
+    why = "has recurrent layers, or takes no mask for it"
+    if window is not None and window < max_length:
+        why = f"attends to {window} tokens only, fewer than --max-length"
+    warnings.warn(f"the model {why}: documents are not packed into rows.", stacklevel=2)
+    return False
 
 
 def _initial_adapter(base: Base, reference: str | None, run: Run) -> Adapted:

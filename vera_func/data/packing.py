@@ -3,14 +3,15 @@
     split    a long document to pieces of at most `max_length` tokens
     pack     pieces to rows of at most `max_length` tokens, with little padding (best fit, the longest first)
     packed_batch    rows to a batch: each document attends to itself only, and its positions begin at 0
+    is_packable     whether a model keeps packed documents apart
 
 So the logits of a document in a packed row are those of the document alone, and so are its losses: the last token of a
 document is not asked for the first token of the next.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -138,6 +139,57 @@ def packed_batch(
     mask = torch.zeros(len(rows), 1, width, width, dtype=dtype)
     mask = mask.masked_fill(~sees[:, None], torch.finfo(dtype).min)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
+
+
+@torch.no_grad()
+def is_packable(
+    logits: Callable[..., Tensor],
+    max_length: int,
+    *,
+    window: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: Any = None,
+) -> bool:
+    """Whether a model computes the documents of a packed row as if each were alone, tried on two short documents.
+
+    Layers other than attention ignore the mask: a recurrent or convolutional layer carries its state from one document
+    to the next (Mamba, RWKV, Jamba, Qwen3-Next, LFM2). Other models do not take such a mask (BLOOM).
+
+    Args:
+        logits: Function of the keyword arguments `input_ids`, and possibly `position_ids` and `attention_mask`, that
+            returns logits (b, seq, vocab) and accepts the tokens 1 to 6.
+        max_length: Maximum number of tokens of a document.
+        window: Number of tokens to which the model limits its attention, if it does. The mask of packed rows replaces
+            such a limit, so documents must not be longer.
+        dtype: Dtype of the model's activations.
+        device: Device of the model.
+
+    Example:
+        >>> def embeddings(input_ids, **_):
+        ...     return torch.nn.functional.one_hot(input_ids, 7).float()
+        >>> is_packable(embeddings, 8), is_packable(embeddings, 8, window=4)
+        (True, False)
+        >>> is_packable(lambda input_ids, **_: embeddings(input_ids).cumsum(1), 8)  # a recurrent model
+        False
+    """
+    if window is not None and window < max_length:
+        return False
+    document = [6, 4, 2]
+
+    def after(first: list[int]) -> Tensor:
+        batch = packed_batch([[(first, first), (document, document)]], dtype=dtype)
+        del batch["labels"]
+        return logits(**{name: leaf.to(device) for name, leaf in batch.items()})[0, len(first) :].float()
+
+    try:
+        packed, other = after([1, 2, 3, 4, 5]), after([5, 1, 4, 2, 3])
+    except Exception:  # a model may raise anything
+        return False
+    alone = logits(input_ids=torch.tensor([document], device=device))[0].float()
+    # What precedes a document changes nothing but the last bits; other shapes change more of them.
+    exact, rounded = (1e-5, 0.01) if dtype == torch.float32 else (1e-3, 0.1)
+    size = alone.norm()
+    return bool((packed - other).norm() < exact * size) and bool((packed - alone).norm() < rounded * size)
 
 
 def _check_length(max_length: int) -> None:

@@ -1,8 +1,8 @@
 """Losses of language models as pure functions: next-token loss, log-probabilities of sequences, and DPO.
 
-    total, count = next_token_loss(hidden, head, labels)  # for each row: -sum of log p(label | previous tokens), label
-    count sequence_logprobs(hidden, head, labels)  ==  -total dpo_loss(...).losses  ==  -log sigmoid(beta ((chosen -
-    reference_chosen) - (rejected - reference_rejected)))
+    total, count = next_token_loss(hidden, head, labels)  # for each row: -sum of log p(label | previous tokens), labels
+    sequence_logprobs(hidden, head, labels)  ==  -total
+    dpo_loss(...).losses  ==  -log sigmoid(beta ((chosen - reference_chosen) - (rejected - reference_rejected)))
 
 The loss of a language model multiplies hidden states (tokens, width) by the output head (vocab, width). The logits are
 usually the largest tensor of a training step. Here the head is applied only to positions with a label, one chunk of
