@@ -163,6 +163,7 @@ def test_train_is_the_same_without_the_talk(demo, capsys):
     assert cli.main([*train, "--adapters", "2"]) == 0
     assert capsys.readouterr().out == (
         "after: 0.75\nloss: nan\nout: there\n"
+        "The prompt was 'Review: {text}\\nSentiment:' (--prompt).\n"
         "Next: vera-func predict --adapter there 'A new text.'; vera-func inspect there\n"
     )
     assert cli.main([*train, "--json"]) == 0

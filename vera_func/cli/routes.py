@@ -31,9 +31,9 @@ def classify(base: BaseOptions, *, narrated: bool, prompt: str | None, json: boo
     result = demo(model=base.model, quant=base.quant, dtype=dtype_of(base.dtype), say=narrate, **options)
     if not narrated:
         fields, out = result._asdict(), options["out"]
-        commands = (f"predict --adapter {out} 'A new text.'", f"evaluate --adapter {out} --data FILE", f"inspect {out}")
-        following = f"The prompt was {prompt or PROMPT!r}. Next: {'; '.join(f'vera-func {line}' for line in commands)}"
-        show_result(fields, json, *describe(fields, "sweep"), following)
+        following = f"Next: vera-func predict --adapter {out} 'A new text.'; vera-func inspect {out}"
+        said = f"The prompt was {prompt or PROMPT!r} (--prompt)."
+        show_result(fields, json, *describe(fields, "sweep"), said, following)
 
 
 def train(data: Sequence[str], out: str, base: BaseOptions, options: TrainOptions, *, json: bool) -> None:
