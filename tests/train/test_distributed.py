@@ -10,7 +10,6 @@ import random
 import re
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -22,10 +21,7 @@ from torch.testing import assert_close
 
 import vera_func as vf
 from vera_func.cli import main as cli
-from vera_func.cli.commands import evaluate
-from vera_func.data.examples import read_examples
 from vera_func.data.models import load_base
-from vera_func.data.sources import base_of, open_source
 from vera_func.io.bank import open_bank
 from vera_func.train import distributed
 from vera_func.train.distributed import map_sharded, mean_over_micro_batches, process_group
@@ -214,67 +210,6 @@ def test_a_process_that_does_not_arrive_is_named(what):
     else:
         assert named
     assert seconds < 60
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """Ray on this machine alone; one for all tests, since it takes long to start."""
-    ray = pytest.importorskip("ray")
-    pytest.importorskip("ray.data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
-        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-        yield
-        ray.shutdown()
-
-
-@pytest.fixture
-def recipe_for_ray(cluster):
-    """The names that the recipe of the docstring defines."""
-    recipe = textwrap.dedent("    import numpy" + distributed.__doc__.partition("    import numpy")[2])
-    names = {}
-    exec(compile(recipe, distributed.__file__, "exec"), names)
-    return names
-
-
-def assert_table(found, bank, reviews):
-    source = open_source(bank=str(bank))
-    expected = evaluate(source, base_of(source), read_examples(reviews), progress=False)
-    assert sorted(found, key=lambda row: row["name"]) == expected
-
-
-@pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_the_recipe_for_ray(recipe_for_ray, bank, reviews):
-    assert_table(recipe_for_ray["evaluate_bank"](str(bank), str(reviews)), bank, reviews)
-
-
-DYING = """
-class Dying(Evaluate):
-    def __call__(self, batch):
-        import os
-        if "a20" in [*batch["name"]] and not os.path.exists(MARK):
-            open(MARK, "w").close()
-            os._exit(1)  # ends the process of the actor
-        return super().__call__(batch)
-
-Evaluate = Dying
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_an_actor_of_ray_that_dies_costs_nothing(recipe_for_ray, bank, reviews, tmp_path):
-    opened = open_bank(bank)
-    row = {key: leaf[0] for key, leaf in opened.read().items()}
-    stacked = vf.stack_adapters([randomized(row, seed) for seed in range(64)])
-    names = [f"a{i:02}" for i in range(64)]
-    many = vf.save_bank(tmp_path / "many.safetensors", stacked, opened.frozen(), opened.config, names)
-    mark = tmp_path / "an actor has died"
-    recipe_for_ray["MARK"] = str(mark)
-    exec(DYING, recipe_for_ray)
-    found = recipe_for_ray["evaluate_bank"](str(many), str(reviews))
-    assert mark.exists()
-    assert_table(found, many, reviews)
 
 
 # Hosts as network namespaces

@@ -16,6 +16,7 @@ EXTRAS = {
     "datasets",
     "pyarrow",
     "huggingface_hub",
+    "ray",
 }
 # Errors in the arguments or the input files; other OSErrors are environment failures.
 INPUT_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
@@ -44,9 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS and error.name is not None:
             raise
+        extra = "ray" if package == "ray" else "demo"
         # Without a name, the message is from a library that requires an optional package.
         missing = f"{package} is not installed" if isinstance(error, ModuleNotFoundError) else str(error).rstrip()
-        return _fail(f'{missing.removesuffix(".")}: pip install "vera-func[demo]"', 1)
+        return _fail(f'{missing.removesuffix(".")}: pip install "vera-func[{extra}]"', 1)
     except INPUT_ERRORS as error:
         return _fail(error, 2)
     except (OSError, RuntimeError) as error:

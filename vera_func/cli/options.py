@@ -284,6 +284,14 @@ Together = Annotated[int, number("--together", help="Adapters that train togethe
 # Evaluation.
 Chunk = Annotated[int, number("--chunk", help="Adapters per forward pass.")]
 BatchSize = Annotated[int, number("--batch-size", help="Examples per forward pass.")]
+Ray = Annotated[
+    str | None,
+    option(
+        "--ray",
+        help="Evaluate on the Ray cluster at this address: auto, host:port, ray://host:port, or local.",
+        metavar="ADDRESS",
+    ),
+]
 
 # Output.
 Table = Annotated[str | None, option("--out", help="Write the table to this .csv or .json file.", metavar="FILE")]

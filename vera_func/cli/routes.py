@@ -80,6 +80,7 @@ def evaluate(
     limit: int | None,
     chunk: int,
     batch_size: int,
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
     """The command `evaluate`, by the kind of the data; all rows are checked before the model is loaded."""
     if data is None and source.metadata.kind is not None:
@@ -91,13 +92,14 @@ def evaluate(
         from .scoring import evaluate_language
 
         rows = open_dataset(data)
-        return evaluate_language(source, load(), rows, limit=limit, chunk=chunk)
+        return evaluate_language(source, load(), rows, limit=limit, chunk=chunk, progress=progress)
     from ..data.examples import HELD_OUT, demo_examples, split_examples
     from .commands import evaluate
 
     examples = read_examples(data) if data else split_examples(demo_examples(), HELD_OUT, seed=0)[1]
     check_labels(source, {example.label for example in examples})
-    return evaluate(source, load(), examples[:limit], prompt=prompt, chunk=chunk, batch_size=batch_size)
+    options: dict[str, Any] = {"chunk": chunk, "batch_size": batch_size, "progress": progress}
+    return evaluate(source, load(), examples[:limit], prompt=prompt, **options)
 
 
 def _train_classifier(source: str, out: str, base: BaseOptions, options: TrainOptions, json: bool) -> None:

@@ -84,6 +84,7 @@ def evaluate(
     limit: Annotated[int | None, o.number("--limit", help="Use the first N rows only.", panel=o.DATA)] = None,
     chunk: o.Chunk = 8,
     batch_size: o.BatchSize = 32,
+    ray: o.Ray = None,
     out: o.Table = None,
     json: o.Json = False,
 ) -> None:
@@ -93,7 +94,8 @@ def evaluate(
     perplexity. With preferences: loss, reward accuracy and reward margin. All
     rows of --data are used; without it, the demo's held-out reviews. To
     compare the base with an adapter, give it the adapter's --max-length and
-    --prompt. Under torchrun, adapters or batches are sharded across ranks.
+    --prompt. Under torchrun, adapters or batches are sharded across ranks; with
+    --ray, adapters are sharded across the nodes of a Ray cluster.
 
     Example:
       vera-func evaluate --bank vera-demo/bank.safetensors --out table.csv
@@ -111,7 +113,13 @@ def evaluate(
         check_table_path(out)  # before an hour's work
 
     load = partial(base.load, source)
-    rows = evaluate(source, load, data, prompt=prompt, limit=limit, chunk=chunk, batch_size=batch_size)
+    options: dict[str, Any] = {"prompt": prompt, "limit": limit, "chunk": chunk, "batch_size": batch_size}
+    if ray:
+        from .on_ray import evaluate_on_ray
+
+        rows = evaluate_on_ray(source, load, data, address=ray, **options)
+    else:
+        rows = evaluate(source, load, data, **options)
     show_rows(rows, out, json)
 
 

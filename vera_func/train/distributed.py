@@ -35,31 +35,7 @@ In Python:
         mean = partial(mean_over_micro_batches, weight=num_tokens)
         run = vf.fit(loss, params, lambda step: batch(step).split(2), accumulate=mean, steps=100, learning_rate=1e-2)
 
-On a Ray cluster (`pip install "vera-func[ray]"`) each actor holds the base model, and the dataset is the list of
-adapter names:
-
-    import numpy as np
-    import ray
-
-    from vera_func import open_bank
-    from vera_func.cli.commands import evaluate
-    from vera_func.data.examples import read_examples
-    from vera_func.data.sources import base_of, open_source
-
-    class Evaluate:
-        def __init__(self, bank, data):
-            self.source, self.examples = open_source(bank=bank), read_examples(data)
-            self.base = base_of(self.source)
-
-        def __call__(self, batch):
-            source = self.source._replace(names=[str(name) for name in batch["name"]])
-            rows = evaluate(source, self.base, self.examples, progress=False)
-            return {key: np.array([row[key] for row in rows]) for key in rows[0]}
-
-    def evaluate_bank(bank, data, actors=1):
-        names = ray.data.from_items([{"name": name} for name in open_bank(bank).names])
-        pool = ray.data.ActorPoolStrategy(size=actors)
-        return names.map_batches(Evaluate, fn_constructor_args=(bank, data), batch_size=8, compute=pool).take_all()
+On a Ray cluster, adapters are evaluated by `vera-func evaluate --ray ADDRESS`; see `vera_func.cli.on_ray`.
 """
 
 import contextlib
@@ -128,6 +104,7 @@ def process_group(timeout: float | None = None) -> Iterator[None]:
     # transformers imports this module, whose default arguments would keep the group, and its threads, beyond the block;
     # a thread that still has a tensor aborts the process when the interpreter ends.
     import_module("torch.distributed.nn.functional")
+
     wait = timedelta(seconds=seconds)
     global _wait
     _wait = wait

@@ -1,0 +1,153 @@
+"""Evaluation on a Ray cluster, for banks that one machine is too slow for (`pip install "vera-func[ray]"`).
+
+    vera-func evaluate --bank all.safetensors --data reviews.csv --out table.csv --ray auto
+
+In Python:
+
+    source = open_source(bank="all.safetensors")
+    rows = evaluate_on_ray(source, partial(base_of, source), "reviews.csv", address="auto")
+
+Each GPU of the cluster, or each node if there are no GPUs, gets an actor, which loads the base model once. Adapters are
+sharded across the actors in groups of whole chunks, so that the rows do not depend on the number of actors. If an actor
+or its node dies, Ray restarts the actor, and only the group that it was computing is computed again. The actors wait
+until their GPUs or CPUs are free.
+
+Every node needs this package, and the bank, the data and the base model as hub ids or under the same paths. Relative
+paths start at the folder of the calling process.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from ..data.models import Base
+from ..data.sources import Source
+from ..train.distributed import world_size
+from .report import bar
+from .routes import evaluate
+
+
+RETRIES = 3  # times that a group is computed again if its actor dies
+GROUPS = 4  # groups per actor, so that the fastest actors get more
+
+
+def evaluate_on_ray(
+    source: Source,
+    load: Callable[[], Base],
+    data: str | None,
+    *,
+    address: str,
+    prompt: str | None = None,
+    limit: int | None = None,
+    chunk: int = 8,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """The rows of `vera-func evaluate`, with the adapters sharded across the actors of a Ray cluster.
+
+    Args:
+        source: From `open_source`.
+        load: A function that returns the base model; each actor calls it once.
+        data: Rows of any kind that `vera-func train` takes; None means the demo's held-out reviews.
+        address: As for `ray.init`: "auto", "host:port", "ray://host:port", or "local" for a cluster on this machine. If
+            Ray is already initialized, its cluster is used.
+        prompt: Prompt template with `{text}`; None means the prompt used in training.
+        limit: Number of rows to use; None means all.
+        chunk: Adapters per forward pass, which has `chunk * batch_size` rows.
+        batch_size: Examples per forward pass.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ModuleNotFoundError: If Ray is not installed.
+        ConnectionError: If no cluster answers at the address.
+        RuntimeError: If the cluster has no CPU, or the actor of a group has died 4 times.
+        ValueError: If the process runs under torchrun; or what the evaluation raises in an actor, as other errors.
+    """
+    if world_size() > 1:
+        raise ValueError("Ray and torchrun both shard adapters: call --ray without torchrun.")
+    with _connected(address) as ray:
+        count, resources = _actors(ray.nodes())
+        size = chunk * max(1, -(-len(source.names) // chunk) // (GROUPS * count))
+        groups = [source.names[start : start + size] for start in range(0, len(source.names), size)]
+        actor = ray.remote(Evaluator).options(
+            max_restarts=-1, max_task_retries=RETRIES, scheduling_strategy="SPREAD", **resources
+        )
+        options = {"prompt": prompt, "limit": limit, "chunk": chunk, "batch_size": batch_size}
+        work = (os.getcwd(), source, load, data, options)
+        pool = ray.util.ActorPool([actor.remote(*work) for _ in range(min(count, len(groups)))])
+        for group in groups:
+            pool.submit(lambda actor, names: actor.rows.remote(names), group)
+        found: dict[str, dict[str, Any]] = {}
+        try:
+            for _ in bar(f"{len(source.names)} adapters on Ray", progress, "group")(groups):
+                found |= {row["name"]: row for row in pool.get_next_unordered()}
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayError as error:
+            said = str(error).strip().partition("\n")[0]
+            raise RuntimeError(f"the evaluation on Ray failed: {said}") from error
+    return [found[name] for name in source.names]
+
+
+class Evaluator:
+    """An actor: the base model, and the evaluation of a group of adapters over it.
+
+    Args:
+        folder: The folder at which relative paths start.
+        source, load, data: As for `evaluate_on_ray`.
+        options: Options of `evaluate`.
+    """
+
+    def __init__(
+        self, folder: str, source: Source, load: Callable[[], Base], data: str | None, options: dict[str, Any]
+    ) -> None:
+        # The base is loaded by the first call, since Ray does not pass on the exceptions of a constructor.
+        self.folder, self.source, self.load, self.data, self.options = folder, source, cache(load), data, options
+
+    def rows(self, names: list[str]) -> list[dict[str, Any]]:
+        """The rows of a group of adapters."""
+        os.chdir(self.folder)
+        source = self.source._replace(names=names)
+        return evaluate(source, self.load, self.data, progress=False, **self.options)
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    """Yield the package `ray`, connected to a cluster."""
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        # Ray itself would try for several minutes.
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise ConnectionError(f"no Ray cluster answers at {address}: {error}.") from error
+    ray.init(address=address, log_to_driver=False, logging_level="error")
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _actors(nodes: list[dict[str, Any]]) -> tuple[int, dict[str, float]]:
+    """The number of actors for the nodes of a cluster, and the resources of each actor.
+
+    Example:
+        >>> _actors([{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": True, "Resources": {"CPU": 8.0}}])
+        (2, {'num_cpus': 4.0})
+    """
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    gpus = int(sum(each.get("GPU", 0) for each in resources))
+    if gpus:
+        return gpus, {"num_gpus": 1}
+    cpus = [each["CPU"] for each in resources if each.get("CPU")]
+    if not cpus:
+        raise RuntimeError("the Ray cluster has no node with a CPU or a GPU.")
+    return len(cpus), {"num_cpus": min(cpus)}
