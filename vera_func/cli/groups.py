@@ -67,6 +67,7 @@ class TrainOptions(NamedTuple):
     weight_decay: o.WeightDecay = 0.0
     clip: o.Clip = 1.0
     dropout: o.Dropout = 0.0
+    dora: o.Dora = False
     checkpointing: o.Checkpointing = False
     eval_every: o.EvalEvery = None
     patience: o.Patience = None

@@ -14,6 +14,7 @@ from ..data.sources import Source, base_of, load_adapters, open_source
 from ..io.bank import open_bank
 from ..io.checkpoint import read_files
 from ..io.config import CONFIG, WEIGHTS
+from ..io.peft_keys import key_from_peft
 from ..merging.layer import MergeReport
 from ..merging.model import model_merge_report
 from ..model.config import VeraConfig
@@ -95,6 +96,7 @@ def _inspect_adapters(path: Path, source: Source) -> dict[str, Any]:
     return {
         "path": str(path),
         "kind": "bank" if path.is_file() else "adapter",
+        "method": "DVoRA" if source.config.use_dora else "VeRA",
         "adapters": len(source.names),
         "names": source.names,
         "model": source.config.base_model_name_or_path,
@@ -116,11 +118,7 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Params of an adapter directory as a stack of one, and the projections that are stored in it, without a model."""
     _, tensors = read_files(folder)
     projections = {key: value for key, value in tensors.items() if ".vera_A" in key or ".vera_B" in key}
-    stacked = {
-        key.removeprefix("base_model.model.").replace(".vera_lambda", ".lambda"): value[None]
-        for key, value in tensors.items()
-        if key not in projections
-    }
+    stacked = {key_from_peft(key) or key: value[None] for key, value in tensors.items() if key not in projections}
     return stacked, projections
 
 

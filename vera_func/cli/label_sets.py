@@ -32,11 +32,12 @@ from ..data.task import (
 )
 from ..model.adapt import Adapted
 from ..model.batch import Params, select_adapters, stack_adapters, unstack_adapters
+from ..model.dora import fold_if_dora
 from ..train.distributed import map_sharded
 from .checkpoints import checkpoint_path, delete_checkpoints
 from .jobs import adapter_names, num_steps, value_of
 from .outputs import BANK, new_adapter, output_folder, save_adapters
-from .recipe import Recipe, Run, Trained, train_chunks, train_together
+from .recipe import Recipe, Run, Trained, for_training, train_chunks, train_together
 from .report import bar
 
 
@@ -146,7 +147,7 @@ def _train_group(
     *,
     shared: bool,
 ) -> Trained:
-    n = len(rows)
+    n, kept = len(rows), for_training(adapted)
     task, places = join_tasks(tasks)
     orders = [
         batch_order([len(row.ids) for row in own], min(recipe.batch_size, len(own)), seed=recipe.seed) for own in rows
@@ -159,9 +160,11 @@ def _train_group(
         return [_collate(some, task, rows, recipe, len(micro), step, k) for k, some in enumerate(micro)]
 
     def loss(params: Params, batch: Any) -> Tensor:
-        model = with_dropout(adapted, recipe.seed, batch) if recipe.dropout else adapted
+        model = with_dropout(kept, recipe.seed, batch) if recipe.dropout else kept
         owner = batch["adapter"].to(next(iter(params.values())).device)
-        logits = logits_of(model, task)(select_adapters(params, owner) if n > 1 else params, batch)
+        if n > 1:  # folded, so that each adapter has its norms computed once, and not each row
+            params = select_adapters(fold_if_dora(model.apply, params, model.frozen), owner)
+        logits = logits_of(model, task)(params, batch)
         logits = own_logits(logits, places[batch["adapter"]].to(logits.device))
         losses = cross_entropy(logits.float(), batch["label"].to(logits.device), reduction="none")
         losses = losses * batch["weight"].to(logits.device)

@@ -32,7 +32,7 @@ from ..train.distributed import map_sharded
 from .checkpoints import checkpoint_path, delete_checkpoints
 from .jobs import Job, make_jobs
 from .outputs import BANK, new_adapter, output_folder, save_adapters
-from .recipe import Recipe, Run, Trained, train_chunks, train_together
+from .recipe import Recipe, Run, Trained, for_training, train_chunks, train_together
 from .report import bar
 from .scoring import BETA, MAX_LENGTH, length_of, pad_id
 
@@ -70,8 +70,8 @@ def train_language(
     kind = _same_kind(sets)
     if kind != "preference" and (betas or reference):
         raise ValueError("--beta and --reference belong to preferences, with the columns prompt, chosen, rejected.")
-    if reference and (recipe.dropout or run.targets):
-        raise ValueError("--targets and --dropout are the reference's own: leave them out with --reference.")
+    if reference and (recipe.dropout or recipe.dora or run.targets):
+        raise ValueError("--targets, --dropout and --dora are the reference's own: leave them out with --reference.")
     load = partial(load_base, run.model) if initial is None else partial(base_of, initial)
     base = load(run.quant, run.dtype, max_tokens=run.max_length or MAX_LENGTH, device=run.device)
     max_length = length_of(base, run.max_length)
@@ -176,7 +176,7 @@ def _score(base: Base, adapted: Adapted, params: Params, jobs: Sequence[Job], ti
 def _train_group(
     base: Base, adapted: Adapted, jobs: Sequence[Job], recipe: Recipe, file: Path, *, shared: bool
 ) -> Trained:
-    n = len(jobs)
+    n, kept = len(jobs), for_training(adapted)
     place: dict[str, Any] = {"pad_id": pad_id(base), "device": base.model.device}
     parts, held_out = [job.train for job in jobs], [job.held_out for job in jobs]
     batches = training_batches(
@@ -186,12 +186,12 @@ def _train_group(
     mapping: Callable[..., Any] = map_sharded if shared else map
 
     def metric(params: Params) -> Tensor:
-        return score_rows(adapted, params, held_out, stacked=n > 1, map=mapping, **place).loss
+        return score_rows(kept, params, held_out, stacked=n > 1, map=mapping, **place).loss
 
     if recipe.checkpointing:
         loss = checkpointed_rows(adapted)
     else:
-        loss = loss_of_rows(adapted, n if n > 1 else None, dropout_seed=recipe.seed if recipe.dropout else None)
+        loss = loss_of_rows(kept, n if n > 1 else None, dropout_seed=recipe.seed if recipe.dropout else None)
     return train_together(
         loss,
         stack_adapters([adapted.params] * n) if n > 1 else adapted.params,

@@ -233,6 +233,9 @@ Dropout = Annotated[
     float,
     option("--dropout", help="Probability of the adapter's dropout.", metavar="X", panel=TRAINING, parser=fraction),
 ]
+Dora = Annotated[
+    bool, option("--dora", help="Train DVoRA: also the magnitudes of the rows of the adapted weights.", panel=TRAINING)
+]
 Checkpointing = Annotated[
     bool,
     option("--checkpointing", help="Compute activations again in the backward pass, to save memory.", panel=TRAINING),

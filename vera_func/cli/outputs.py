@@ -41,6 +41,7 @@ def new_adapter(base: Base, r: int, targets: Any, recipe: Recipe) -> Adapted:
         target_modules=targets,
         projection_prng_key=recipe.seed,
         vera_dropout=recipe.dropout,
+        use_dora=recipe.dora,
     )
     return adapt(base.model, config, product_dtype=base.product_dtype)
 

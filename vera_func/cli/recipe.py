@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Batch
+from ..model.adapt import Adapted
 from ..model.batch import Params, stack_adapters
+from ..model.dora import keep_norm_statistics
 from ..private import tree_map
 from ..train.best import Best, better, load_best, save_best, start_best
 from ..train.distributed import furthest, map_sharded, mean_over_micro_batches, rank, under_torchrun, world_size
@@ -35,6 +37,7 @@ class Recipe(NamedTuple):
         weight_decay: Weight decay of AdamW.
         clip: Maximum norm of a gradient.
         dropout: Probability of the adapter's dropout.
+        dora: Whether new adapters are DVoRA adapters.
         checkpointing: Whether activations are computed again in the backward pass.
         eval_every: Steps between two evaluations; None means none during training.
         patience: Evaluations without improvement after which an adapter stops; None means that it does not.
@@ -49,11 +52,19 @@ class Recipe(NamedTuple):
     weight_decay: float = 0.0
     clip: float = 1.0
     dropout: float = 0.0
+    dora: bool = False
     checkpointing: bool = False
     eval_every: int | None = None
     patience: int | None = None
     seed: int = 0
     log: str | None = None
+
+
+def for_training(adapted: Adapted) -> Adapted:
+    """The same adapter; for DVoRA, `frozen` also has the norm statistics, so that no step computes them again."""
+    if not adapted.apply.magnitudes:
+        return adapted
+    return adapted._replace(frozen=keep_norm_statistics(adapted.apply, adapted.frozen))
 
 
 def micro_batches(parts: int | None) -> int:

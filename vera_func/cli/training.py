@@ -28,7 +28,7 @@ from ..train.distributed import furthest, map_sharded, mean_over_micro_batches, 
 from ..train.fit import Fit, fit, load_fit
 from ..train.optim import linear_warmup_cosine
 from ..train.sweep import fit_row, join_fits, sweep, sweep_table
-from .recipe import CHECKPOINT_EVERY, Recipe, to_device, train_together
+from .recipe import CHECKPOINT_EVERY, Recipe, for_training, to_device, train_together
 from .report import bar
 
 
@@ -62,6 +62,7 @@ def train_one(
 ) -> dict[str, Tensor]:
     """Train one adapter and return its params, or those of its best evaluation if it was evaluated meanwhile."""
     order = train_batches(train, recipe.batch_size, seed=recipe.seed, pad_id=task.pad_id)
+    kept = for_training(adapted)
 
     def batches(step: int) -> list[Any]:
         parts = split_batch(order(step), recipe.micro_batches)
@@ -73,7 +74,7 @@ def train_one(
         return answer_loss(logits, batch["label"].to(logits.device))
 
     def loss(params: Mapping[str, Tensor], batch: Any) -> Tensor:
-        model = with_dropout(adapted, recipe.seed, batch) if recipe.dropout else adapted
+        model = with_dropout(kept, recipe.seed, batch) if recipe.dropout else kept
         return loss_of(model, task)(params, batch)
 
     return train_together(
@@ -83,7 +84,7 @@ def train_one(
         recipe,
         steps=[steps],
         learning_rates=[learning_rate],
-        evaluate=lambda params: score_of(adapted, task, dict(params), held_out, map=map_sharded).loss,
+        evaluate=lambda params: score_of(kept, task, dict(params), held_out, map=map_sharded).loss,
         checkpoint=checkpoint,
         progress=progress,
         weight=num_rows,
@@ -147,6 +148,7 @@ def train_sweep(
     Raises:
         RuntimeError: If every adapter diverged.
     """
+    adapted = for_training(adapted)
     half = max(1, steps // 2)
     n, rates = len(grid), [row["learning_rate"] for row in grid]
     small, full = (

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..model.adapt import Adapted
 from ..model.batch import Params, select_adapters
+from ..model.dora import fold_if_dora
 from ..model.head import hidden_and_head
 from ..train.checkpointing import checkpointed_loss
 from ..train.losses import dpo_loss, next_token_loss
@@ -59,6 +60,7 @@ def sequence_losses(
         width: Sequences per row.
     """
     if stacked:
+        params = fold_if_dora(adapted.apply, params, adapted.frozen)  # one norm for each adapter, not for each row
         params = select_adapters(params, batch["adapter"].repeat_interleave(width))
     hidden, head = hidden_and_head(adapted.apply, params, adapted.frozen, **_inputs(batch))
     return next_token_loss(hidden, head, batch["labels"]).total
@@ -169,6 +171,7 @@ def score_rows(
     """
     items = [Item(i, row) for i, part in enumerate(parts) for row in part.use.tolist()]
     width = parts[0].rows.width
+    params = fold_if_dora(adapted.apply, params, adapted.frozen)  # once for all batches
 
     def sums(items: list[Item]) -> Tensor:
         batch = collate_items(parts, items, pad_id=pad_id, device=device)

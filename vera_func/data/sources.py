@@ -19,6 +19,7 @@ from ..io.hub import find_adapter, is_repository
 from ..model.adapt import Adapted, adapt
 from ..model.batch import stack_adapters
 from ..model.config import VeraConfig
+from ..model.dora import fold_if_dora
 from .metadata import Metadata, metadata_file, read_metadata, with_labels_of
 from .models import Base, load_base
 from .prompts import PROMPT
@@ -114,6 +115,8 @@ def load_adapters(
 ) -> tuple[Adapted, Callable[[Sequence[str]], dict[str, Tensor]]]:
     """The first adapter as an `Adapted`, and a function `names -> stacked params` that reads adapters by name.
 
+    The stacked params are for inference: the magnitudes of DVoRA are folded (`fold_magnitude`).
+
     Args:
         source: From `open_source`.
         model: The base model.
@@ -128,12 +131,18 @@ def load_adapters(
         return adapted, lambda names: stack_adapters([adapted.params] * len(names))
     if source.path.is_dir():
         adapted = load_adapter(source.path, model, product_dtype=product_dtype)
-        return adapted, lambda names: stack_adapters([adapted.params] * len(names))
+        one = fold_if_dora(adapted.apply, adapted.params, adapted.frozen)
+        return adapted, lambda names: stack_adapters([one] * len(names))
     bank = open_bank(source.path)
     adapted = bank.adapted(model, source.names[:1], product_dtype=product_dtype)
     adapted = adapted._replace(params={key: leaf[0] for key, leaf in adapted.params.items()})
     device = next(model.parameters()).device
-    return adapted, lambda names: {key: leaf.to(device) for key, leaf in bank.read(names).items()}
+
+    def read(names: Sequence[str]) -> dict[str, Tensor]:
+        stacked = {key: leaf.to(device) for key, leaf in bank.read(names).items()}
+        return dict(fold_if_dora(adapted.apply, stacked, adapted.frozen))
+
+    return adapted, read
 
 
 def task_of(source: Source, base: Base, labels: Iterable[str], prompt: str | None) -> Task:

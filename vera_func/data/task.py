@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..model.adapt import Adapted
 from ..model.batch import Params
+from ..model.dora import fold_if_dora
 from ..model.head import token_logits
 from ..model.vmap import vmap_adapters
 from .examples import Example
@@ -137,6 +138,8 @@ def logits_of(
 
     def bound(params: Params, batch: Batch) -> Tensor:
         device = next(iter(params.values())).device
+        if stacked:  # one norm for each adapter, not for each row
+            params = fold_if_dora(adapted.apply, params, adapted.frozen)
         return many(params, adapted.frozen, **{name: batch[name].to(device) for name in batch.keys() & task.accepts})
 
     return bound
@@ -164,6 +167,7 @@ def score_of(adapted: Adapted, task: Task, params: Params, rows: Sequence[Encode
         rows: From `encode_examples`.
         **options: Keyword arguments of `score`.
     """
+    params = fold_if_dora(adapted.apply, params, adapted.frozen)  # once for all batches
     stacked = any(value.shape != adapted.apply.slots[key].shape for key, value in params.items())
     logits = partial(logits_of(adapted, task, stacked=stacked), params)
     return score(logits, rows, pad_id=task.pad_id, **options)

@@ -69,6 +69,22 @@ def fold_magnitude(apply: Apply, params: Mapping[str, Tensor], frozen: Mapping[s
     return folded
 
 
+def fold_if_dora(apply: Apply, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return `fold_magnitude(apply, params, frozen)` if params contain magnitudes, and otherwise params unchanged.
+
+    Use it where several calls, or several rows, share the norms of an adapter.
+
+    Example:
+        >>> import torch
+        >>> from vera_func import VeraConfig, adapt
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> apply, params, frozen, _ = adapt(model, VeraConfig(r=4, target_modules=["0"]))
+        >>> fold_if_dora(apply, params, frozen) is params
+        True
+    """
+    return fold_magnitude(apply, params, frozen) if any(key in params for key in apply.magnitudes) else params
+
+
 def keep_norm_statistics(apply: Apply, frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `frozen` with the `norm_statistics` of each DVoRA layer, for faster training.
 
