@@ -1,10 +1,10 @@
 """The command-line interface, `vera-func`.
 
-From the command line to the result: `main` and `app` parse it and report failures. `text_commands` and
-`file_commands` are the commands, whose options `options`, `groups` and `parsers` define. `routes` chooses a function
-by the kind of the data.
+Commands: `main` and `app` parse the command line and report failures. `text_commands` and `file_commands` define the
+commands; `options`, `groups` and `parsers` define their options. `routes` chooses the function for a kind of data.
 
-The work: `demo`, `label_sets` and `language` train, with the steps in `jobs`, `recipe` and `training`. `commands`,
-`scoring` and `inspect` evaluate, predict, generate, merge, export and describe; `on_ray` evaluates on a Ray cluster.
-`outputs` and `checkpoints` write adapters and interrupted runs; `report` and `logs` show and log the results.
+Functions: `demo`, `label_sets` and `language` train adapters, with the steps in `jobs`, `recipe` and `training`.
+`commands`, `scoring` and `inspect` evaluate, predict, generate, merge, export and describe; `on_ray` evaluates on a Ray
+cluster. `outputs` saves adapters, and `checkpoints` has the paths of checkpoints. `report` and `logs` show and log
+results.
 """

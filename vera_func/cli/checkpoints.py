@@ -1,4 +1,4 @@
-"""Where the state of an interrupted run is kept."""
+"""Checkpoints, from which an interrupted run resumes."""
 
 import glob
 import hashlib
@@ -10,7 +10,7 @@ def checkpoint_path(out: Path, *run: object) -> Path:
 
     Args:
         out: Folder of the result.
-        *run: Options and data, with a `repr` that is the same in the next process.
+        *run: Options and data, with a `repr` that is the same in every process.
     """
     name = hashlib.sha256(repr(run).encode()).hexdigest()[:16]
     out.parent.mkdir(parents=True, exist_ok=True)

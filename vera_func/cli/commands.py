@@ -1,4 +1,4 @@
-"""The work of the commands, as functions that return rows and dicts."""
+"""The commands as functions that return rows and dicts."""
 
 import os
 import warnings
@@ -59,7 +59,7 @@ def evaluate(
         progress: Whether to show progress bars.
 
     Raises:
-        ValueError: If the adapters do not fit the model, or an example has a label they were not trained on.
+        ValueError: If the adapters do not fit the model, or an example has a label that they were not trained on.
     """
     options: dict[str, Any] = {"prompt": prompt, "chunk": chunk, "batch_size": batch_size, "progress": progress}
     return [row for part in by_labels(source) for row in _evaluate(part, base, examples, **options)]
@@ -179,7 +179,7 @@ def generate(
     batch_size: int = 16,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Generated continuations of prompts, with one adapter for all prompts or one per prompt; one row per prompt.
+    """Continue prompts, with one adapter for all prompts or one per prompt; return one row per prompt.
 
     Args:
         source: From `open_source`, with one name or as many as there are prompts.

@@ -104,7 +104,7 @@ def demo(
         r: Rank of the projections.
         targets: Suffixes of the names of the layers to adapt; None means PEFT's default for the model type.
         steps: Training steps; None means one epoch, but at least 50 and at most 100 steps.
-        adapters: Number of adapters to train; more than one run a sweep, see `training`.
+        adapters: Number of adapters to train. With more than one, a sweep is run; see `training`.
         out: Folder for the adapter, in PEFT's format, and for the bank of a sweep.
         seed: Seed of the split, the order and the projections.
         learning_rate: Initial value, with cosine decay; VeRA needs a large one. A sweep covers a quarter to twice this
@@ -113,9 +113,9 @@ def demo(
         parts: Micro-batches per step, sharded across ranks; None means 4 under torchrun, else 1.
         dtype: Dtype of the dense weights and of the arithmetic; None means `native_dtype()`.
         prompt: Prompt template with `{text}`, which the label follows.
-        device: Where the model is; see `find_device`.
-        epochs: Number of passes over the training examples, if there are no `steps`.
-        recipe: Other options of training one adapter; `batch_size`, `parts` and `seed` are those above.
+        device: Device of the model; see `find_device`.
+        epochs: Number of passes over the training examples, if `steps` is None.
+        recipe: Other options for training one adapter. The arguments `batch_size`, `parts` and `seed` take precedence.
         max_length: Maximum number of tokens of a prompt; longer texts are truncated at the end.
         progress: Whether to show progress bars.
         say: Function that is called with each line of the log.
@@ -179,7 +179,7 @@ def _say_where(result: DemoResult, adapters: int, say: Callable[[str], None]) ->
 def _split(
     examples: Sequence[Example], adapters: int, batch_size: int, seed: int, source: str | Path | None
 ) -> list[list[Example]]:
-    """The examples for training, for validation in a sweep, and for measuring."""
+    """The training examples, the validation examples of a sweep, and the held-out examples."""
     train, test = split_examples(examples, HELD_OUT, seed=seed, source=source)
     train, validation = (train, []) if adapters == 1 else split_examples(train, VALIDATION, seed=seed)
     if len(train) < batch_size:
@@ -195,9 +195,9 @@ def _checked(recipe: Recipe, of_run: Recipe, adapters: int) -> Recipe:
     """The recipe with the batch size, micro-batches and seed of a run."""
     recipe = recipe._replace(batch_size=of_run.batch_size, micro_batches=of_run.micro_batches, seed=of_run.seed)
     if adapters > 1 and recipe != of_run:
-        raise ValueError("a sweep sets the other options itself: leave out --adapters, or those options.")
+        raise ValueError("a sweep sets the other options itself: leave out either --adapters or these options.")
     if recipe.checkpointing and recipe.dropout:
-        raise ValueError("--checkpointing trains without dropout: leave out one of them.")
+        raise ValueError("--checkpointing can't be combined with --dropout: leave out one of them.")
     return recipe
 
 
@@ -234,7 +234,7 @@ def _train(
 def _save_and_reload(
     out: Path, adapted: Adapted, trained: Trained, task: Task, batch: Batch, metadata: Metadata
 ) -> float:
-    """Save the adapter, and the bank of a sweep; return how far the logits of the loaded adapter are from its own."""
+    """Save the adapter, and the bank of a sweep; return the largest change of the adapter's logits after loading."""
     save_adapter(out, trained.params, adapted.frozen, trained.config)
     write_metadata(out, metadata)
     if trained.sweep is not None:

@@ -25,8 +25,8 @@ def merge(
     """Merge an adapter into the weights of its model, and report how much of the update they retain.
 
     Requantizing discards updates below half a quantization step; calibrated
-    (GPTQ-style) merging into nf4 or fp4 preserves them. Calibrate on 200
-    examples or more; without --data, on the demo's training reviews.
+    (GPTQ-style) merging into nf4 or fp4 preserves them. Calibrate on at least
+    200 examples; without --data, the demo's training reviews are used.
 
     Example:
       vera-func merge --adapter vera-demo --to bfloat16 --out merged
@@ -68,9 +68,9 @@ def export_lora(
 ) -> None:
     """Export an adapter as a LoRA, for PEFT, vLLM, SGLang or llama.cpp.
 
-    The LoRA's factors are A' = lambda_d * A and B' = B scaled by lambda_b, so
-    it is exact at the adapter's rank r; a lower --rank truncates it. What a
-    server would refuse is reported.
+    The LoRA's factors are A' = lambda_d * A and B' = B scaled by lambda_b. The
+    LoRA is exact at the adapter's rank r; a lower --rank truncates it. Reports
+    which servers would refuse the LoRA, and why.
 
     Example:
       vera-func export-lora --adapter vera-demo --out my-lora
@@ -96,10 +96,10 @@ def inspect(
     targets: o.Targets = None,
     json: o.Json = False,
 ) -> None:
-    """Show what an adapter or a bank contains, or what would be adapted in a model.
+    """Show the contents of an adapter or a bank, or the layers of a model to adapt.
 
-    With --model, an adapter's report also says how large its updates are and
-    how much of them a merge retains. --r and --targets are for model folders.
+    With --model, the report on an adapter includes the size of its updates and
+    the fraction that a merge retains. --r and --targets are for model folders.
 
     Example:
       vera-func inspect vera-demo

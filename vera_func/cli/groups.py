@@ -1,6 +1,7 @@
-"""Groups of options that several commands share, or that travel together, each as one value.
+"""Groups of command-line options, each as one named tuple.
 
-A command may have a parameter of such a type: `flatten` gives it one option for each field, and collects the values.
+A command may have a parameter of such a type. `flatten` then gives the command one option for each field, and collects
+their values in a tuple.
 """
 
 import inspect
@@ -41,7 +42,7 @@ class AdapterOptions(NamedTuple):
     name: o.Names = None
 
     def open(self, model: str | None, *, one: bool = False) -> "Source":
-        """Read the configuration and metadata of the adapters, for this base model or the one that they name."""
+        """Read the configuration and metadata of the adapters, for the given base model or the one that they name."""
         from ..data.sources import open_source
 
         return open_source(self.adapter, self.bank, self.name, model, one=one)
@@ -87,9 +88,10 @@ def dtype_of(name: str | None) -> "torch.dtype | None":
 
 
 def flatten(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """A function with one parameter for each option of a command, which returns the call of the command.
+    """A function with one parameter for each option of a command. It returns the call of the command, without making
+    it.
 
-    typer would handle some of the errors that the command raises, so the call is made later.
+    The call is made later, because typer would handle some of the errors that the command raises.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {

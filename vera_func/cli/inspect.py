@@ -44,7 +44,7 @@ def inspect_path(
         dtype: Dtype of the base's arithmetic.
         device: Device of the base.
         to: Format of the merged weights; None means the format of the base.
-        names: Adapters of the bank; None means all, and the first one for a merge.
+        names: Adapters of the bank; None means all. The report on a merge is for the first one.
         r: For a model folder, the rank of a new adapter.
         targets: For a model folder, the layers of a new adapter; None means PEFT's default for the model type.
 

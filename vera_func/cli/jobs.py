@@ -1,4 +1,4 @@
-"""What the adapters of a run are trained on: data sets, betas, rows, steps and rates."""
+"""The adapters of a run, each with its data set, beta, rows, number of steps and learning rate."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from .recipe import Run
 
 
 HELD_OUT = 1000  # rows, or a fifth of them if that is less
-MIN_STEPS, MAX_STEPS = 50, 100  # of the default, one epoch
+MIN_STEPS, MAX_STEPS = 50, 100  # limits of the default number of steps, which is one epoch
 
 
 class Job(NamedTuple):
@@ -25,7 +25,7 @@ class Job(NamedTuple):
 
     Attributes:
         name: Its name in the bank and the table.
-        data: Number of its data set.
+        data: Index of its data set.
         train: Its training rows.
         held_out: Its held-out rows.
         steps: Its number of steps.
@@ -72,15 +72,15 @@ def make_jobs(
     betas: Sequence[float],
     pack_to: int | None = None,
 ) -> list[Job]:
-    """The adapters of a run: one for each data set and, of preferences, each beta.
+    """The adapters of a run: one for each data set, or for preferences, one for each data set and beta.
 
     Args:
         sets: The data sets.
         rows: Their tokenized rows.
-        references: Of preferences, the log-probabilities of the reference for these rows.
+        references: For preferences, the log-probabilities of the reference for these rows.
         run: The options of the run.
-        betas: Of preferences.
-        pack_to: Length to which training rows are packed; None means that they are not.
+        betas: The betas of DPO, for preferences.
+        pack_to: Length to which training rows are packed; None means no packing.
 
     Raises:
         ValueError: If numbers of values do not match, names are equal, or a data set is too small to be split.
@@ -104,7 +104,7 @@ def make_jobs(
 
 
 def _split(groups: Tensor, seed: int, source: str) -> tuple[Tensor, Tensor]:
-    """Training and held-out rows. Of a single document, which is in several rows, the end is held out."""
+    """Training and held-out rows. If all rows are parts of a single document, its end is held out."""
     held_out = min(HELD_OUT, -(-len(groups) // 5))
     if len(groups) > 1 and bool((groups == groups[0]).all()):
         first, last = torch.arange(len(groups)).split([len(groups) - held_out, held_out])
@@ -116,7 +116,7 @@ def _split(groups: Tensor, seed: int, source: str) -> tuple[Tensor, Tensor]:
 
 
 def num_steps(batches: int, steps: Sequence[int] | None, epochs: float | None, i: int, n: int) -> int:
-    """The number of steps of adapter `i` of `n`, whose rows are so many batches.
+    """The number of steps of adapter `i` of `n`; `batches` is the number of batches in its rows.
 
     Example:
         >>> num_steps(8, None, None, 0, 1), num_steps(8, None, 2.0, 0, 1), num_steps(8, [5, 6], None, 1, 2)
@@ -131,7 +131,7 @@ def value_of(option: str, values: Sequence[Any], i: int, n: int) -> Any:
     """The value of an option for adapter `i` of `n`.
 
     Raises:
-        ValueError: If there is neither one value nor one for each adapter.
+        ValueError: If the number of values is neither 1 nor `n`.
     """
     if len(values) not in (1, n):
         raise ValueError(f"{option} must have one value, or one for each of the {n} adapters, got {len(values)}.")

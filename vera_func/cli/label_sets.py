@@ -42,11 +42,12 @@ from .report import bar
 
 
 def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) -> dict[str, Any]:
-    """Train an adapter for each data set with labels, and measure its accuracy on held-out examples before and after.
+    """Train an adapter for each data set with labels, and measure its accuracy on held-out examples before and after
+    training.
 
     Args:
         sources: The data sets.
-        run: The options of the run; its `max_length` is 256 if it is None.
+        run: The options of the run. A `max_length` of None means 256.
         prompt: Prompt template with `{text}`, which the label follows.
 
     Raises:
@@ -56,7 +57,7 @@ def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) 
     check_prompt(prompt)
     recipe, max_length = run.recipe, run.max_length or 256
     if recipe.checkpointing:
-        raise ValueError("--checkpointing trains one adapter: leave it out, or raise --accumulate.")
+        raise ValueError("--checkpointing supports one adapter: leave it out, or raise --accumulate.")
     out = output_folder(run.out)
     examples = [read_examples(source) for source in sources]
     labels = [sorted({example.label for example in some}) for some in examples]
@@ -192,7 +193,7 @@ def _collate(
     step: int,
     number: int,
 ) -> dict[str, Any]:
-    """A micro-batch, whose weights make the losses of all micro-batches add up to the mean of each adapter."""
+    """A micro-batch. Its weights make the losses of all micro-batches add up to each adapter's mean loss."""
     weight = [scale / min(recipe.batch_size, len(rows[i])) for i, _ in items]
     batch: dict[str, Any] = collate([row for _, row in items], task.pad_id)
     more = {"adapter": torch.tensor([i for i, _ in items]), "weight": torch.tensor(weight)}

@@ -46,19 +46,20 @@ def train_language(
     truncate_side: Side = "end",
     packing: bool = True,
 ) -> dict[str, Any]:
-    """Train adapters on data sets that are not labelled, and measure them on held-out rows before and after.
+    """Train adapters on data sets without labels, and measure them on held-out rows before and after training.
 
     Args:
         sources: The data sets, of one kind; one adapter is trained for each.
-        run: The options of the run; its `max_length` is 512 if it is None, or the model's positions if it has fewer.
-        betas: Of preferences; one adapter is trained for each value and data set.
-        reference: Of preferences: directory of an adapter that is the reference and the initial adapter. None means
-            the base and a new adapter.
+        run: The options of the run. A `max_length` of None means 512, or the model's maximum if that is smaller.
+        betas: The betas of DPO, for preferences. One adapter is trained for each value and data set.
+        reference: For preferences: directory of an adapter, which is both the reference and the initial adapter. None
+            means that the base is the reference, and the initial adapter is new.
         truncate_side: Which end of longer sequences is cut off.
-        packing: Whether training rows of texts are packed to `max_length` tokens; documents do not see each other.
+        packing: Whether texts are packed into training rows of `max_length` tokens, without attention between
+            documents.
 
     Returns:
-        A dict for the report: for one adapter, its measurements; for several, `adapters` has a row for each.
+        A dict for the report. For one adapter, it contains the measurements; for several, `adapters` has one row each.
 
     Raises:
         ValueError: If an option or a row is invalid.
@@ -69,9 +70,9 @@ def train_language(
     sets = [open_dataset(source) for source in sources]
     kind = _same_kind(sets)
     if kind != "preference" and (betas or reference):
-        raise ValueError("--beta and --reference belong to preferences, with the columns prompt, chosen, rejected.")
+        raise ValueError("--beta and --reference require preferences, with the columns prompt, chosen, rejected.")
     if reference and (recipe.dropout or recipe.dora or run.targets):
-        raise ValueError("--targets, --dropout and --dora are the reference's own: leave them out with --reference.")
+        raise ValueError("--reference determines targets, dropout and DVoRA: leave out --targets, --dropout and --dora.")
     load = partial(load_base, run.model) if initial is None else partial(base_of, initial)
     base = load(run.quant, run.dtype, max_tokens=run.max_length or MAX_LENGTH, device=run.device)
     max_length = length_of(base, run.max_length)
@@ -82,7 +83,7 @@ def train_language(
     pack_to = max_length if packing and kind == "text" else None
     jobs = make_jobs(sets, rows, references, run, betas=betas or (BETA,), pack_to=pack_to)
     if recipe.checkpointing and (len(jobs) > 1 or recipe.dropout):
-        raise ValueError("--checkpointing trains one adapter without dropout: leave it out, or raise --accumulate.")
+        raise ValueError("--checkpointing supports one adapter without dropout: leave it out, or raise --accumulate.")
     jobs_of_run = [(job.name, job.steps, job.learning_rate, job.train.beta) for job in jobs]
     options = (recipe._replace(log=None), jobs_of_run, run.chunk)
     state = (base.name, base.quant, base.dtype, adapted.config, reference, max_length, truncate_side, packing)
@@ -152,7 +153,7 @@ def _same_kind(sets: Sequence[DataSet]) -> str:
 
 
 def _absolute(reference: str | None) -> str | None:
-    """A folder's absolute path; the name of an adapter of the hub as it is."""
+    """The absolute path of a folder, or the unchanged name of an adapter of the hub."""
     return str(Path(reference).resolve()) if reference is not None and Path(reference).exists() else reference
 
 

@@ -16,12 +16,13 @@ from ..train.fit import OnStep
 def step_logger(folder: str | None, checkpoint: Path | None = None) -> Iterator[OnStep | None]:
     """A function for `on_step` of `fit` that writes to a folder, or None without a folder.
 
-    TensorBoard's files are written if tensorboard is installed, else the lines of `steps.jsonl`, in which NaN and inf
-    are null. A resumed run repeats the steps since its last checkpoint.
+    If tensorboard is installed, TensorBoard's files are written, and otherwise the file `steps.jsonl`, in which NaN and
+    inf are null. A resumed run repeats the steps since its last checkpoint.
 
     Args:
         folder: The folder; created if it does not exist.
-        checkpoint: Checkpoint of the run. Its name tells groups of adapters apart; each group has its folder.
+        checkpoint: Checkpoint of the run. Its name contains the index of the group of adapters; each group has a
+            sub-folder.
 
     Example:
         >>> import tempfile

@@ -66,7 +66,7 @@ Names = Annotated[
 
 # The base model.
 Model = Annotated[str | None, _model("default: the adapter's, else SmolLM2-135M")]
-ModelToMerge = Annotated[str | None, _model("under an adapter: adds the size of its updates and what a merge retains")]
+ModelToMerge = Annotated[str | None, _model("of an adapter: adds the size of its updates and what a merge retains")]
 Quant = Annotated[
     Literal["nf4", "fp4", "int8", "none"] | None,
     option(
@@ -96,7 +96,7 @@ Packing = Annotated[
     bool,
     typer.Option(
         "--packing/--no-packing",
-        help="Put several texts into each row of a batch; they do not see each other.",
+        help="Pack several texts into each row of a batch, without attention between them.",
         rich_help_panel=DATA,
     ),
 ]
@@ -238,7 +238,7 @@ Dora = Annotated[
 ]
 Checkpointing = Annotated[
     bool,
-    option("--checkpointing", help="Compute activations again in the backward pass, to save memory.", panel=TRAINING),
+    option("--checkpointing", help="Recompute activations in the backward pass, to save memory.", panel=TRAINING),
 ]
 EvalEvery = Annotated[
     int | None,
@@ -267,7 +267,7 @@ Betas = Annotated[
     Any,
     option(
         "--beta",
-        help="Of preferences: strength of the reference (default: 0.1); an adapter is trained for each value.",
+        help="For preferences: beta of DPO (default: 0.1); an adapter is trained for each value.",
         metavar="X,...",
         panel=TRAINING,
         parser=numbers(float),
@@ -277,7 +277,7 @@ Reference = Annotated[
     str | None,
     option(
         "--reference",
-        help="Of preferences: a PEFT directory, the reference and the initial adapter (default: the base).",
+        help="For preferences: the reference, a PEFT directory; also the initial adapter (default: the base).",
         metavar="DIR",
         panel=TRAINING,
     ),

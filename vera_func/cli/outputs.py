@@ -1,4 +1,4 @@
-"""New adapters, and where trained ones are saved."""
+"""Create new adapters, and save trained ones."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +49,7 @@ def new_adapter(base: Base, r: int, targets: Any, recipe: Recipe) -> Adapted:
 def save_adapters(
     out: Path, adapted: Adapted, params: dict[str, Tensor], names: Sequence[str], metadata: Metadata
 ) -> None:
-    """Save one adapter as a PEFT directory, or several, stacked ones as a bank in `out`, with their metadata."""
+    """Save one adapter as a PEFT directory, or several stacked adapters as a bank in `out`, with their metadata."""
     if len(names) == 1:
         save_adapter(out, params, adapted.frozen, adapted.config)
         write_metadata(out, metadata)

@@ -1,4 +1,4 @@
-"""How `train` trains: the options of a trainer, and the run of one adapter or of several at once."""
+"""The training of the command `train`: its options, and a run of one adapter or of several at once."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +23,7 @@ from .report import training_bar
 
 
 CHECKPOINT_EVERY = 10
-PARTS = 4  # micro-batches of a step under torchrun; the default
+PARTS = 4  # default number of micro-batches per step under torchrun
 
 
 class Recipe(NamedTuple):
@@ -33,14 +33,15 @@ class Recipe(NamedTuple):
         batch_size: Rows per adapter and step.
         micro_batches: Micro-batches per step, sharded across ranks.
         schedule: How the learning rates decay.
-        warmup: Steps in which they rise, or a fraction of the steps if below 1.
+        warmup: Steps in which the learning rates rise, or a fraction of the steps if below 1.
         weight_decay: Weight decay of AdamW.
         clip: Maximum norm of a gradient.
         dropout: Probability of the adapter's dropout.
         dora: Whether new adapters are DVoRA adapters.
-        checkpointing: Whether activations are computed again in the backward pass.
+        checkpointing: Whether the backward pass recomputes activations.
         eval_every: Steps between two evaluations; None means none during training.
-        patience: Evaluations without improvement after which an adapter stops; None means that it does not.
+        patience: Evaluations without improvement after which an adapter stops; None means that adapters do not stop
+            early.
         seed: Seed of split, order, projections and dropout.
         log: Folder for the numbers of each step; None writes none. The result does not depend on it.
     """
@@ -73,7 +74,7 @@ def micro_batches(parts: int | None) -> int:
 
 
 class Run(NamedTuple):
-    """What a run of `train` needs besides its data.
+    """The options of a run of `train`, except for its data.
 
     Attributes:
         out: Folder for the adapter, or for the bank if there are several.
@@ -82,8 +83,8 @@ class Run(NamedTuple):
         r: Rank of the projections.
         targets: Suffixes of the names of the layers to adapt, or "all-linear"; None means PEFT's default.
         steps: Number of steps, one value or one per adapter.
-        epochs: Number of passes over the rows of an adapter, if there are no `steps`. If both are None: one epoch, but
-            at least 50 and at most 100 steps.
+        epochs: Number of passes over the rows of an adapter, if `steps` is None. If both are None: one epoch, but at
+            least 50 and at most 100 steps.
         learning_rates: One value, or one per adapter.
         max_length: Maximum number of tokens of a sequence; None means the default of the kind of data.
         chunk: Adapters that train together; under torchrun, chunks are sharded across ranks.
@@ -109,11 +110,11 @@ def _one(batch: Batch) -> float:
 
 
 class Trained(NamedTuple):
-    """What `train_together` returns.
+    """The result of `train_together`.
 
     Attributes:
         params: The params to keep: the best ones if there were evaluations, else the last ones.
-        steps: Steps after which they were reached, for each adapter.
+        steps: Number of steps after which each adapter had these params.
         loss: Training loss of each adapter in its last step.
         diverged: Whether each adapter stopped because a value was not finite.
     """
@@ -150,8 +151,10 @@ def train_together(
         evaluate: Function from params to the metric of each adapter (n,), where lower is better.
         checkpoint: File of the run's state; None means that it is not saved.
         progress: Whether to show a progress bar.
-        shared: Whether all ranks train these adapters, and share the micro-batches; else this rank alone.
-        weight: Weight of the loss of a micro-batch, if `shared`; 1 for those of `training_batches`.
+        shared: Whether all ranks train these adapters and share the micro-batches. Otherwise this rank trains them
+            alone.
+        weight: Function of a micro-batch that returns the weight of its loss, if `shared`. The default is 1, as
+            `training_batches` requires.
 
     Raises:
         ValueError: If the options do not fit together.
@@ -202,7 +205,7 @@ def train_chunks(
 ) -> Trained:
     """Train `n` adapters, at most `chunk` of them together.
 
-    Under torchrun, chunks are sharded across ranks; the ranks share the micro-batches of a single chunk.
+    Under torchrun, chunks are sharded across ranks. If there is only one chunk, the ranks share its micro-batches.
 
     Args:
         n: Number of adapters.
@@ -268,7 +271,7 @@ def _mean(results: list[Gradient]) -> Gradient:
 
 
 def _resume(checkpoint: Path | None, params: Params, n: int | None, shared: bool) -> Fit | None:
-    """Load the checkpoint; if ranks share the run, from one that has it, since hosts may have other file systems."""
+    """Load the checkpoint; if ranks share the run, from a rank that has it. Hosts may have different file systems."""
     run = load_fit(checkpoint, params, num_adapters=n) if checkpoint is not None and checkpoint.is_file() else None
     return to_device(furthest(run, -1 if run is None else len(run.losses)), params) if shared else run
 

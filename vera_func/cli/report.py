@@ -45,7 +45,7 @@ def show(*things: str | Text | Table) -> None:
 
 
 def show_result(result: Any, json: bool, *things: str | Text | Table) -> None:
-    """Print the result of a command as JSON, or its description `things`."""
+    """Print the result of a command as JSON if `json` is True, and otherwise its description `things`."""
     show(*([to_json(result)] if json else things))
 
 
@@ -64,7 +64,8 @@ def show_error(message: str) -> None:
 
 
 def bar(title: str, progress: bool, unit: str = "batch") -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """A wrapper of iterables that shows a progress bar on stderr; `iter` without `progress`, or on ranks above 0.
+    """A wrapper of iterables that shows a progress bar on stderr. Without `progress`, or on ranks above 0, it is
+    `iter`.
 
     If stderr is not a terminal, only the finished bar is printed, as one line.
 
@@ -90,9 +91,9 @@ def _track(title: str, unit: str, items: Iterable[Any]) -> Iterator[Any]:
 def training_bar(done: int, steps: int, progress: bool) -> Iterator[Callable[[Any, Any], None]]:
     """A progress bar of training on stderr: loss, tokens per second and the time left.
 
-    Yields a function that is called after each step, with its micro-batches and losses. The losses are read every
-    `SYNC_EVERY` steps if they are on an accelerator, since a read waits for it. Without `progress`, or on ranks above
-    0, nothing is shown. If stderr is not a terminal, only the finished bar is printed, as one line.
+    Yields a function to call after each step, with its micro-batches and losses. If the losses are on an accelerator,
+    they are read every `SYNC_EVERY` steps, because each read synchronizes with it. Without `progress`, or on ranks
+    above 0, nothing is shown. If stderr is not a terminal, only the finished bar is printed, as one line.
     """
     from ..train.distributed import rank
     from ..train.fit import SYNC_EVERY
@@ -114,7 +115,7 @@ def training_bar(done: int, steps: int, progress: bool) -> Iterator[Callable[[An
             tokens += sum(batch["input_ids"].numel() for batch in micro)
             fields: dict[str, Any] = {"speed": f"{tokens / (time.perf_counter() - start):,.0f}"}
             if losses.device.type == "cpu" or step % SYNC_EVERY == 0 or step == steps:
-                training = losses[losses > 0]  # adapters that had all their steps have the loss 0
+                training = losses[losses > 0]  # adapters that have finished have the loss 0
                 fields["loss"] = f"{training.mean().item():.4f}" if training.numel() else "0"
             shown.update(task, advance=1, **fields)
 

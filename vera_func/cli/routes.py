@@ -1,4 +1,4 @@
-"""Which function trains or evaluates on which kind of data."""
+"""Choose the function that trains or evaluates on a kind of data."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +37,7 @@ def classify(base: BaseOptions, *, narrated: bool, prompt: str | None, json: boo
 
 
 def train(data: Sequence[str], out: str, base: BaseOptions, options: TrainOptions, *, json: bool) -> None:
-    """The command `train`, by the kind of the data and the number of data sets."""
+    """The command `train`, for any kind of data and any number of data sets."""
     if options.steps and options.epochs:
         raise ValueError("give --steps or --epochs, not both.")
     sources = expand_sources(data, options.each)
@@ -52,7 +52,7 @@ def train(data: Sequence[str], out: str, base: BaseOptions, options: TrainOption
         _train_classifier(sources[0], out, base, options, json)
         return
     if options.adapters > 1:
-        raise ValueError("--adapters sweeps over one data set with labels: leave it out.")
+        raise ValueError("--adapters requires a single data set with labels: leave it out.")
     run = _run_of(out, base, options)
     if labelled:
         from .label_sets import train_label_sets
@@ -82,7 +82,7 @@ def evaluate(
     batch_size: int,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """The command `evaluate`, by the kind of the data; all rows are checked before the model is loaded."""
+    """The command `evaluate` for any kind of data. All rows are checked before the model is loaded."""
     if data is None and source.metadata.kind is not None:
         raise ValueError(
             f"the adapter was trained on data of the kind {source.metadata.kind!r}: pass such with --data."
@@ -126,7 +126,7 @@ def _run_of(out: str, base: BaseOptions, options: TrainOptions) -> Run:
 
 
 def _kind(source: str) -> str:
-    """The kind of a data set; the reader of labelled texts reports a file that does not exist."""
+    """The kind of a data set; for a missing file "label", so that the reader of labelled texts reports it."""
     there = is_hub_id(source) or Path(source).exists() or any(sign in source for sign in "*?[")
     return peek_kind(source) if there else "label"
 

@@ -19,7 +19,7 @@ from .report import bar
 
 
 MAX_LENGTH = 512  # the default
-BETA = 0.1  # the default of preferences, TRL's
+BETA = 0.1  # the default for preferences, as in TRL
 
 
 def evaluate_language(
@@ -33,7 +33,7 @@ def evaluate_language(
 ) -> list[dict[str, Any]]:
     """Measure adapters on all rows of a data set: loss and perplexity, or reward accuracy and margin.
 
-    Sequences are cut off, and preferences compared with a reference, as in training.
+    As in training, sequences are truncated, and preferences are compared with a reference.
 
     Args:
         source: From `open_source`.
@@ -77,7 +77,7 @@ def _plain(base: Base) -> Adapted:
 
 
 def length_of(base: Base, given: int | None) -> int:
-    """The maximum number of tokens of a sequence: the given one, else `MAX_LENGTH` or the model's positions.
+    """The maximum number of tokens: `given`, or by default the smaller of `MAX_LENGTH` and the model's maximum.
 
     Raises:
         ValueError: If the model has fewer positions than the given number.
@@ -89,7 +89,7 @@ def length_of(base: Base, given: int | None) -> int:
 
 
 def pad_id(base: Base) -> int:
-    """The token to pad with: the tokenizer's, else its end token, else 0."""
+    """The padding token: that of the tokenizer, or if it has none, its end token or 0."""
     ids = (base.tokenizer.pad_token_id, base.tokenizer.eos_token_id)
     return next((token for token in ids if token is not None), 0)
 

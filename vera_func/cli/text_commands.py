@@ -50,7 +50,7 @@ def train(
     options: TrainOptions,
     json: o.Json = False,
 ) -> None:
-    """Train adapters on your data, and save one as a PEFT directory, several as a bank.
+    """Train one adapter and save it as a PEFT directory, or several and save a bank.
 
     The columns tell the kind: text and label (classification), text (language
     modelling), prompt and completion, messages (chats), or prompt, chosen and
@@ -183,7 +183,7 @@ def generate(
     batch_size: Annotated[int, o.number("--batch-size", help="Prompts per forward pass.")] = 16,
     json: o.Json = False,
 ) -> None:
-    """Continue prompts with one adapter, or each prompt with another adapter of a bank.
+    """Continue prompts with one adapter, or with an adapter of a bank for each prompt.
 
     With several adapters, the i-th prompt gets the i-th --name.
 

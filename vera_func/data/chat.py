@@ -1,14 +1,14 @@
-"""Chats as tokens, and which of them are the assistant's.
+"""Tokenize chats, and find the tokens of the assistant.
 
-A language model is trained on the assistant's turns of a chat. Where a turn begins and ends is known to the tokenizer's
-chat template alone. Some templates mark the assistant's text with `{% generation %}`; these marks are used. For any
-other template, prefixes of the chat are rendered and compared with the whole:
+A language model is trained on the assistant's turns of a chat. The tokenizer's chat template determines where a turn
+begins and ends. Some templates mark the assistant's text with `{% generation %}`; these marks are used. For any other
+template, prefixes of the chat are rendered and compared with the rendering of the whole chat:
 
     begin of turn i = length of render(messages[:i], add_generation_prompt=True)
     end of turn i   = length of render(messages[:i + 1]), without what follows the token that ends the turn
 
-So the targets are what the model has to generate after the prompt that it gets: the text of the turn and the token that
-ends it, such as `<|im_end|>`, and not the line break that the template writes after it.
+So the targets are the tokens that the model has to generate: the text of the turn, and the token that ends the turn,
+such as `<|im_end|>`. A line break that the template writes after this token is not a target.
 """
 
 import re
@@ -29,7 +29,7 @@ class ChatTokens(NamedTuple):
 
     Attributes:
         ids: Token ids.
-        assistant: For each token, whether the assistant says it.
+        assistant: For each token, whether it belongs to a turn of the assistant.
     """
 
     ids: list[int]
@@ -39,8 +39,8 @@ class ChatTokens(NamedTuple):
 def chat_tokens(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **options: Any) -> ChatTokens:
     """Tokenize a chat by the tokenizer's chat template, and find the tokens of the assistant's turns.
 
-    Costs one rendering of the chat if the template has `{% generation %}` marks, and two more for each turn of the
-    assistant if it has not.
+    This renders the chat once. Without `{% generation %}` marks in the template, it also renders two prefixes of the
+    chat for each turn of the assistant.
 
     Args:
         tokenizer: A fast tokenizer with a chat template.
@@ -48,9 +48,9 @@ def chat_tokens(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **opti
         **options: For the template, such as `tools`.
 
     Raises:
-        ValueError: If the tokenizer has no chat template or is not a fast one, the template refuses the messages, it
-            has marks but marks nothing, or it has none and the rendering of a part of the chat is not the beginning of
-            the whole.
+        ValueError: If the tokenizer has no chat template or is not a fast tokenizer, or the template rejects the
+            messages. Also if the template has marks but marks no token. For a template without marks, also if the
+            rendering of a prefix is not the beginning of the rendered chat.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -64,9 +64,9 @@ def chat_tokens(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **opti
         ChatTokens(ids=[0, 2, 1, 3, 4], assistant=[False, False, False, True, True])
     """
     if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template, which messages need: use a model that is made for chats.")
+        raise ValueError("the tokenizer has no chat template, which messages require: use a chat model.")
     if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} does not know where its tokens are in a text: use a fast one.")
+        raise ValueError(f"{type(tokenizer).__name__} does not report token positions: use a fast tokenizer.")
     if not messages:
         raise ValueError("the chat has no messages.")
     if _MARK.search(tokenizer.get_chat_template(tools=options.get("tools"))):
@@ -101,14 +101,14 @@ def _turns(tokenizer: Any, messages: Messages, text: str, options: dict[str, Any
         ends = [end for end in _ends(until, len(prompt), special) if text.startswith(until[:end])]
         if not until.startswith(prompt) or not ends:
             raise ValueError(
-                f"the chat template can't be split: what it renders for the first {i} or {i + 1} messages is not the "
-                f"beginning of the whole chat, so that the turn of the assistant can't be found. {_ADVICE}"
+                f"the chat template can't be split: its rendering of the first {i} or {i + 1} messages is not the "
+                f"beginning of the whole chat, so the turn of the assistant can't be found. {_ADVICE}"
             )
         yield len(prompt), ends[min(1, len(ends) - 1)]
 
 
 def _ends(text: str, begin: int, special: Sequence[str]) -> list[int]:
-    """Where a turn that begins at `begin` may end: after its words, and after each special token behind them.
+    """The possible ends of a turn that begins at `begin`: after its text, and after each special token that follows.
 
     The last special tokens may end the whole chat. Without a special token, all of the text belongs to the turn.
     """
@@ -123,10 +123,10 @@ def _ends(text: str, begin: int, special: Sequence[str]) -> list[int]:
 
 
 def _prompt(tokenizer: Any, before: Messages, message: dict[str, Any], options: dict[str, Any]) -> str:
-    """What the model is given before a turn of the assistant."""
+    """The rendered prompt before a turn of the assistant."""
     if before:
         return _render(tokenizer, before, options, add_generation_prompt=True)
-    # A template renders no empty chat: what two different first turns have in common.
+    # A template can't render an empty chat. The prompt is the common beginning of two chats with different first turns.
     one, other = (_render(tokenizer, [{**message, "content": content}], options) for content in ("0", "1"))
     return one[: next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)]
 

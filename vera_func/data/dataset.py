@@ -1,7 +1,7 @@
-"""Data sets of any kind: read and checked row by row.
+"""Read data sets of any kind, and check them row by row.
 
-Large ones are stored in a memory-mapped Arrow file, which may be larger than memory. Small ones are kept in memory, so
-that a run may have thousands of them.
+A large data set is stored in a memory-mapped Arrow file, which may be larger than memory. Small data sets are kept in
+memory, so that a run can have thousands of them.
 """
 
 import hashlib
@@ -33,11 +33,11 @@ class DataSet(NamedTuple):
     """Checked rows of one kind.
 
     Attributes:
-        source: What they were read from.
+        source: The file, folder, pattern or hub id from which they were read.
         kind: Their kind.
         rows: The rows; `rows[i]` has the columns of the kind, see `COLUMNS`.
-        groups: For each row, a hash of its column `group`, else of its prompt or text. Rows with equal values belong
-            together when the data is split.
+        groups: For each row, a hash of its column `group`, or without this column, of its prompt or text. Rows with
+            equal hashes are never split between training and held-out rows.
     """
 
     source: str
@@ -49,15 +49,15 @@ class DataSet(NamedTuple):
 def open_dataset(source: str | Path) -> DataSet:
     """Read and check all rows of a data set.
 
-    All rows are checked before this returns, in bounded memory. The temporary file of a large data set is in `$TMPDIR`,
-    and is deleted with the result.
+    All rows are checked, in bounded memory, before the function returns. The temporary file of a large data set is in
+    `$TMPDIR`, and is deleted with the result.
 
     Args:
         source: A CSV, JSON Lines or Parquet file, a folder or glob pattern of them, or a data set of the Hugging Face
             hub as `owner/name` or `owner/name:split` (default: `train`).
 
     Raises:
-        ValueError: If a row is wrong, or there is none; the message names file, row and column.
+        ValueError: If a row is invalid, or there are no rows. The message names the file, row and column.
         OSError: If a file is not found or can't be read, or there is no network (ConnectionError).
 
     Example:
@@ -79,7 +79,7 @@ def open_dataset(source: str | Path) -> DataSet:
 
 
 def peek_kind(source: str | Path) -> Kind:
-    """The kind of a data set, told from its first row.
+    """The kind of a data set, which its first row determines.
 
     Raises:
         ValueError, OSError: As for `open_dataset`, for the first row.
@@ -88,7 +88,9 @@ def peek_kind(source: str | Path) -> Kind:
 
 
 def checked_rows(source: str | Path) -> Iterator[tuple[Kind, Row]]:
-    """The kind of a data set with each of its rows, which have the columns of this kind and `group`, an int.
+    """Yield each row of a data set with the kind of the data set.
+
+    A row has the columns of its kind, and the column `group`, an int.
 
     Raises:
         ValueError, OSError: As for `open_dataset`.
@@ -124,11 +126,13 @@ def checked_rows(source: str | Path) -> Iterator[tuple[Kind, Row]]:
 def split_rows(
     groups: Int[Tensor, " rows"], held_out: int, *, seed: int
 ) -> tuple[Int[Tensor, " train"], Int[Tensor, " test"]]:
-    """Indices of the training and of the held-out rows, both in increasing order, without splitting a group.
+    """Split rows without splitting a group: return the indices of the training rows and of the held-out rows.
+
+    Both are in increasing order.
 
     Args:
         groups: From `DataSet`.
-        held_out: Minimum number of rows to hold out; whole groups are held out until it is reached.
+        held_out: Minimum number of rows to hold out. Whole groups are held out until this number is reached.
         seed: Seed of the choice.
 
     Raises:
@@ -160,7 +164,7 @@ def _check_like(values: dict[str, Any], first: dict[str, Any]) -> None:
 
 
 def _group(values: dict[str, Any], given: Any) -> int:
-    """A hash of what keeps rows together: the given group, else the prompt or the text."""
+    """A hash of the given group, or without a group, of the prompt or the text."""
     value = given or next(iter(values.values()))
     if isinstance(value, list) and given is None:
         value = next((message["content"] for message in value if message["role"] == "user"), value)
@@ -168,7 +172,7 @@ def _group(values: dict[str, Any], given: Any) -> int:
 
 
 def _store(rows: Iterator[dict[str, Any]]) -> "datasets.Dataset":
-    """Keep rows in memory if they are one batch; else write them to an Arrow file, and open it memory-mapped."""
+    """Keep rows in memory if they fit in one batch. Otherwise write them to an Arrow file, and memory-map it."""
     import pyarrow
     from datasets import Dataset
 

@@ -10,7 +10,7 @@ from .files import Row, source_rows
 from .kinds import check_row, text
 
 
-HELD_OUT = 1000  # examples of the demo, and of `vera-func train`, by which the result is measured
+HELD_OUT = 1000  # examples that the demo and `vera-func train` hold out to measure the result
 
 
 class Example(NamedTuple):
@@ -31,8 +31,8 @@ def read_examples(path: str | Path) -> list[Example]:
         path: A CSV, JSON Lines or Parquet file, or a folder or glob pattern of them; see `find_files`.
 
     Raises:
-        ValueError: If the suffix is not supported, a row is incomplete or has a number where the first label is a
-            string (the message names file and line), or there are fewer than two labels.
+        ValueError: If the suffix is not supported, a row is incomplete, or there are fewer than two labels. Also if a
+            label is a number, but the first label is a string. The message names the file and line of an invalid row.
         OSError: If the file can't be read.
 
     Example:
@@ -110,7 +110,7 @@ def split(examples: Sequence[Example], held_out: int, *, seed: int) -> tuple[lis
 
     Args:
         examples: All examples.
-        held_out: Minimum number of examples to hold out; whole groups are held out until it is reached.
+        held_out: Minimum number of examples to hold out. Whole groups are held out until this number is reached.
         seed: Seed of the shuffles.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Rows of CSV, JSON Lines and Parquet files and of the hub, with the place of each row for error messages.
+"""Read the rows of CSV, JSON Lines and Parquet files and of the hub, with the place of each row for error messages.
 
-Files are read row by row in bounded memory. Values of CSV and JSON Lines are as written: the strings `NA`, `None`, `01`
-and dates stay strings.
+Files are read row by row in bounded memory. Strings in CSV and JSON Lines are not converted: `NA`, `None`, `01` and
+dates stay strings.
 """
 
 import codecs
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 
-MAX_ROW = 2**23  # characters of a line or field; a longer one is nearly always a quote or line break that is missing
+MAX_ROW = 2**23  # characters of a line or field; nearly always, a longer one lacks a quote or a line break
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^/]+)?")
 SUFFIXES = (".csv", ".jsonl", ".ndjson", ".json", ".parquet")
 
@@ -47,7 +47,7 @@ def source_rows(source: str | Path, check_header: CheckHeader) -> Iterator[Row]:
 
     Raises:
         ValueError: As for `find_files` and `read_rows`, and if the hub has no such data set or split.
-        OSError: As for these, or (ConnectionError) if there is no network.
+        OSError: As for these functions, or if there is no network (ConnectionError).
     """
     if is_hub_id(source):
         yield from _hub_rows(str(source), check_header)
@@ -65,12 +65,12 @@ def is_hub_id(source: str | Path) -> bool:
     """
     path = Path(source)
     if path.exists() or path.suffix or str(source).startswith((".", "~")) or path.parent.is_dir():
-        return False  # a name in a folder that exists is a file that does not
+        return False  # for example the name of a missing file in an existing folder
     return HUB_ID.fullmatch(str(source)) is not None
 
 
 def find_files(source: str | Path) -> list[Path]:
-    """The data files that a file, a folder (with its sub-folders) or a glob pattern stands for, sorted by name.
+    """The data files of a path, sorted by name. The path is a file, a folder (with sub-folders) or a glob pattern.
 
     Raises:
         FileNotFoundError: If the path does not exist, or no file matches the pattern.

@@ -1,12 +1,12 @@
 """Evaluate adapters with EleutherAI's lm-evaluation-harness (`pip install lm_eval`).
 
-One adapter, with every kind of task:
+One adapter, on any task:
 
     from lm_eval.models.huggingface import HFLM
     lm_eval.simple_evaluate(model=HFLM(pretrained=vf.to_module(adapted), tokenizer=tokenizer), tasks=["piqa"])
 
-All adapters of a bank on tasks that compare log-likelihoods, such as multiple choice; each text passes through the base
-once, for all adapters:
+All adapters of a bank, on tasks that compare log-likelihoods, such as multiple choice. One forward pass computes a text
+for all adapters:
 
     bank = vf.open_bank("all.safetensors")
     for name, lm in zip(bank.names, harness_models(bank.adapted(model), tokenizer)):
@@ -31,7 +31,7 @@ from ..model.head import hidden_and_head
 class AdapterLM:
     """One adapter of a stack as a model of lm-evaluation-harness, from `harness_models`.
 
-    The first of these models that is asked for a log-likelihood computes it for all of them.
+    A log-likelihood is computed only once, for all of these models together.
 
     Args:
         scores: The scores that all adapters share.
@@ -119,15 +119,15 @@ class SharedScores:
 
     def of(self, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Score]:
         """The scores of pairs of a context and its continuation."""
-        # Continuations of one token, as of most multiple choice, have the same input.
+        # If the continuations have one token each, as in most multiple-choice tasks, they have the same input.
         inputs: dict[tuple[int, ...], list[tuple[tuple[str, str], list[int]]]] = {}
         for pair in dict.fromkeys(pairs):
             if pair not in self.known:
                 context, continuation = encode_pair(self.tokenizer, *pair)
-                # The last token is predicted, but not read.
+                # The last token is predicted, but is not part of the input.
                 read = (context + continuation)[-(self.max_length + 1) :][:-1]
                 inputs.setdefault(tuple(read), []).append((pair, continuation))
-        rows = sorted(inputs, key=len)  # those of a batch are of similar length
+        rows = sorted(inputs, key=len)  # so that the rows of a batch have similar lengths
         for start in range(0, len(rows), self.batch_size):
             batch = rows[start : start + self.batch_size]
             width = max(len(continuation) for row in batch for _, continuation in inputs[row])
@@ -147,7 +147,7 @@ class SharedScores:
         many = {name: value.to(model.device) for name, value in many.items()}
         params = select_adapters(self.adapted.params, torch.arange(self.n).repeat_interleave(len(rows)))
         hidden, head = hidden_and_head(self.adapted.apply, params, self.adapted.frozen, **many)
-        # Positions before the first one of a short row are not read.
+        # For a row shorter than `width`, the first results are meaningless, and are not used.
         at = (torch.tensor([len(row) for row in rows])[:, None] - width + torch.arange(width)).clamp(min=0)
         at = at.repeat(self.n, 1)[:, :, None].to(hidden.device)
         hidden = hidden.gather(1, at.expand(-1, -1, hidden.shape[-1]))
@@ -166,7 +166,7 @@ def _score(logprobs: Tensor, continuation: list[int]) -> Score:
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """The tokens of a context and of its continuation, as lm-evaluation-harness separates them.
 
-    Spaces between both belong to the continuation. After an empty context comes the token that begins a text.
+    Spaces between the two belong to the continuation. An empty context is replaced by the token that begins a text.
 
     Args:
         tokenizer: A tokenizer of transformers.

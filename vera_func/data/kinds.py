@@ -1,4 +1,4 @@
-"""The kinds of data sets, told by their columns, and the checks of a row.
+"""The kinds of data sets, which are determined by their columns, and the checks of a row.
 
     text, label                 classification
     text                        language modelling
@@ -6,8 +6,8 @@
     messages                    chats; loss on the assistant's turns only
     prompt, chosen, rejected    preferences, as text or as messages
 
-The names of the columns are TRL's. Other columns are ignored, except for `group`, which names the source of a row: rows
-of a group are never split between training and held-out data.
+The names of the columns are TRL's. Other columns are ignored, except for `group`, which names the source of a row. Rows
+of the same group are never split between training and held-out data.
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 
 Kind = Literal["preference", "completion", "chat", "label", "text"]
-# The first kind whose columns are all there is the kind of a data set.
+# A data set is of the first of these kinds whose columns it has.
 COLUMNS: dict[Kind, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected"),
     "completion": ("prompt", "completion"),
@@ -28,7 +28,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 def kind_of(columns: Iterable[str]) -> Kind | None:
-    """The kind of a data set with these columns; None if they are those of no kind.
+    """The kind of a data set with these columns, or None if no kind has such columns.
 
     Example:
         >>> kind_of(["id", "prompt", "completion"]), kind_of(["text"]), kind_of(["review"])
@@ -60,10 +60,10 @@ def require_kind(columns: Iterable[str]) -> Kind:
 
 
 def require_same_kind(found: Kind, kind: Kind) -> None:
-    """Check that a row or file is of the kind with which the data begins.
+    """Check that a row or file has the same kind as the first row of the data.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it has another kind.
     """
     if found != kind:
         names, expected = ", ".join(COLUMNS[found]), ", ".join(COLUMNS[kind])
@@ -74,7 +74,7 @@ def require_same_kind(found: Kind, kind: Kind) -> None:
 
 
 def check_row(kind: Kind, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the columns of a row, and return them without other columns.
+    """Check the columns of a row, and drop all other columns.
 
     A label may also be a number or a boolean. Messages are returned with their role and content only.
 
@@ -83,7 +83,7 @@ def check_row(kind: Kind, row: Mapping[str, Any]) -> dict[str, Any]:
         row: Values by column.
 
     Raises:
-        ValueError: If a value is missing or of the wrong kind; the message names the column, but not the row.
+        ValueError: If a value is missing or has the wrong type. The message names the column, but not the row.
 
     Example:
         >>> check_row("completion", {"prompt": "1 + 1 =", "completion": " 2", "id": 7})
@@ -109,7 +109,7 @@ def text(column: str, value: Any) -> str:
     """Check that the value of a column is a non-empty string of valid characters, and return it.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If the value is anything else.
     """
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{column!r} must be a non-empty string, got {_short(value)}.")
@@ -139,7 +139,7 @@ def _check_spelling(columns: list[str], kind: Kind | None) -> None:
 
 
 def _check_kind(kind: Kind, row: Mapping[str, Any]) -> None:
-    """Check that a row is not one of another kind; missing columns are reported by the checks of values."""
+    """Check that a row does not have another kind. The checks of the values report missing columns."""
     found = kind_of(name for name, value in row.items() if value is not None)
     if found not in (None, kind) and not set(COLUMNS[found]) < set(COLUMNS[kind]):
         require_same_kind(found, kind)
@@ -152,7 +152,7 @@ def _label(value: Any) -> str:
 
 
 def _messages(column: str, value: Any, *, answered: bool) -> list[dict[str, str]]:
-    """Check a list of messages; with `answered`, the last one or another must be the assistant's."""
+    """Check a list of messages; with `answered`, at least one of them must be from the assistant."""
     if not isinstance(value, list | tuple) or not value:
         hint = (
             "; write a list, for which CSV has no notation: use JSON Lines or Parquet" if isinstance(value, str) else ""

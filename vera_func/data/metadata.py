@@ -27,11 +27,11 @@ class Metadata(NamedTuple):
         labels: All labels.
         prompt: Prompt template with `{text}`.
         kind: Kind of the data, if it was not labelled; see `kinds`.
-        data: What the data was read from: of one adapter, or of each adapter of a bank.
+        data: Source of the data, for one adapter or for each adapter of a bank.
         max_length: Maximum number of tokens of a sequence.
         truncate_side: Which end of longer sequences was cut off.
-        reference: Of preferences, the adapter that was the reference; None means the base.
-        beta: Of preferences, the strength of the reference, for one adapter or each adapter of a bank.
+        reference: For preferences, the adapter that was the reference; None means the base.
+        beta: For preferences, the beta of DPO, for one adapter or for each adapter of a bank.
         label_sets: The labels of each adapter of a bank, if they differ; `labels` is None then.
     """
 
@@ -133,7 +133,7 @@ def with_labels(metadata: Metadata, label_sets: Sequence[list[str]]) -> Metadata
 
 
 def join_metadata(adapters: Sequence[Metadata]) -> Metadata | None:
-    """The metadata of a bank of adapters with this metadata; None if they differ in what adapters of a bank share.
+    """Combine the metadata of adapters for a bank. None if they differ in entries that a bank has only once.
 
     Example:
         >>> join_metadata([Metadata("nf4", data=["a.csv"]), Metadata("nf4", data=["b.csv"])]).data

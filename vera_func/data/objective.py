@@ -1,6 +1,6 @@
 """Losses and scores of adapters on tokenized rows: language modelling and preferences.
 
-    language     loss of an adapter = sum over its targets of -log p(target | tokens before) / number of targets
+    language     loss of an adapter = sum over its targets of -log p(target | previous tokens) / number of targets
     preference   loss of an adapter = mean over its pairs of the DPO loss with its own beta
 
 One adapter has plain params. Stacked adapters (n, ...) share a forward pass, in which each row has its own adapter.
@@ -23,11 +23,11 @@ from ..train.losses import dpo_loss, next_token_loss
 from .batches import Batch, Item, Part, collate_items, evaluation_batches
 
 
-EVALUATION_TOKENS = 4096  # of a forward pass without gradients, padding included
+EVALUATION_TOKENS = 4096  # of a forward pass without gradients, including padding
 
 
 class Scores(NamedTuple):
-    """Measurements on held-out rows, one value per adapter; `accuracy` and `margin` are those of preferences.
+    """Measurements on held-out rows, one value per adapter; `accuracy` and `margin` are for preferences.
 
     Attributes:
         loss: Mean loss of a target, or of a pair.
@@ -92,7 +92,7 @@ def loss_of_rows(
 
 
 def checkpointed_rows(adapted: Adapted) -> Callable[[Params, Batch], Float[Tensor, ""]]:
-    """`loss_of_rows` of one adapter with activation checkpointing; it computes all logits of a micro-batch."""
+    """`loss_of_rows` for one adapter, with activation checkpointing. It computes all logits of a micro-batch."""
 
     def value(module: Any, batch: Batch) -> Tensor:
         logits = module(**_inputs(batch), use_cache=False).logits
@@ -127,7 +127,7 @@ def reference_logprobs(
     Args:
         adapted: The model.
         params: Params of the reference; a new adapter, whose update is 0, is the base.
-        part: The rows, all of them, whatever its `use` says.
+        part: The rows. All of them are used: `part.use` is ignored.
         pad_id: Token to pad with.
         device: Device of the model.
         map: Function that maps over the batches; `map_sharded` shards them across ranks.
@@ -157,7 +157,7 @@ def score_rows(
     map: Callable[..., Iterable[Any]] = map,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Scores:
-    """Measure adapters, each on the rows of its own part.
+    """Measure each adapter on the rows of its part.
 
     Args:
         adapted: The model.
@@ -190,7 +190,7 @@ def score_rows(
 
 
 def _inputs(batch: Batch) -> dict[str, Tensor]:
-    """What a model is called with."""
+    """The keyword arguments of the model."""
     return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
 
 

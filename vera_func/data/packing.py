@@ -1,12 +1,12 @@
-"""Several documents in each row of a batch, none of which sees another.
+"""Pack several documents into each row of a batch, without attention between documents.
 
-    split    a long document to pieces of at most `max_length` tokens
-    pack     pieces to rows of at most `max_length` tokens, with little padding (best fit, the longest first)
-    packed_batch    rows to a batch: each document attends to itself only, and its positions begin at 0
+    split    a long document into pieces of at most `max_length` tokens
+    pack     pieces into rows of at most `max_length` tokens, with little padding (best fit, the longest first)
+    packed_batch    make a batch of rows: each document attends to itself only, and its positions begin at 0
     is_packable     whether a model keeps packed documents apart
 
-So the logits of a document in a packed row are those of the document alone, and so are its losses: the last token of a
-document is not asked for the first token of the next.
+So a document has the same logits and losses in a packed row as alone. In particular, the last token of a document is
+not trained to predict the first token of the next document.
 """
 
 from bisect import bisect_left, insort
@@ -24,7 +24,7 @@ T = TypeVar("T", bound=Sequence[int])
 
 
 def split(document: T, max_length: int) -> list[T]:
-    """Cut a sequence of tokens to pieces of at most `max_length`; an empty sequence has none.
+    """Cut a sequence of tokens into pieces of at most `max_length`; an empty sequence has no pieces.
 
     Example:
         >>> split([5, 6, 7, 8, 9], 2)
@@ -35,11 +35,11 @@ def split(document: T, max_length: int) -> list[T]:
 
 
 def pack(lengths: Iterable[int], max_length: int) -> list[list[int]]:
-    """Group documents to rows of at most `max_length` tokens: for each row, the indices of its documents.
+    """Group documents into rows of at most `max_length` tokens; return the indices of the documents of each row.
 
-    Best-fit decreasing: the longest remaining document goes into the fullest row that still has room for it. Costs
-    O(n log n). The result depends on the arguments only. Documents are in order within rows, and rows by their first
-    document.
+    Best-fit decreasing: the longest remaining document goes into the fullest row that still has room for it. Costs O(n
+    log n). The result depends on the arguments only. The documents of a row are in their original order, and rows are
+    ordered by their first document.
 
     Args:
         lengths: Number of tokens of each document.
@@ -83,8 +83,8 @@ def packed_batch(
 ) -> dict[str, Tensor]:
     """A batch of rows that hold several documents each, padded on the right.
 
-    The mask is block-diagonal and causal, and replaces the model's own: one with a sliding window sees whole documents.
-    It takes `rows * seq * seq` values.
+    The mask is block-diagonal and causal, and replaces the model's own mask. A model with a sliding window therefore
+    attends to whole documents. It takes `rows * seq * seq` values.
 
     Args:
         rows: For each row its documents, pairs of token ids and labels (-100 where there is no target). For language
@@ -115,16 +115,16 @@ def packed_batch(
                 [0, 0, 1, 1, 1]], dtype=torch.int32)
     """
     if not rows or not all(rows) or not all(len(ids) for row in rows for ids, _ in row):
-        raise ValueError("there is nothing to batch: pass rows of documents, each with a token at least.")
+        raise ValueError("there is nothing to batch: pass rows of documents, each with at least one token.")
     for tokens, targets in (document for row in rows for document in row):
         if len(tokens) != len(targets):
-            raise ValueError(f"a document has {len(tokens)} tokens and {len(targets)} labels: one label for each.")
+            raise ValueError(f"a document has {len(tokens)} tokens and {len(targets)} labels: pass one per token.")
     width = max(sum(len(ids) for ids, _ in row) for row in rows)
     shape = len(rows), width
     ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORED)
     positions, owner = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     for i, row in enumerate(rows):
-        # Padding is one more document, so that each position attends to itself at least.
+        # The padding forms one more document, so that each position attends at least to itself.
         padding = width - sum(len(ids) for ids, _ in row)
         begin = 0
         for k, (tokens, targets) in enumerate([*row, ([pad_id] * padding, [IGNORED] * padding)]):

@@ -81,7 +81,7 @@ def encode(
     max_tokens: int = 256,
     prompt: str = PROMPT,
 ) -> list[Encoded]:
-    """Tokenize examples as prompts; texts of prompts that are too long are truncated at the end.
+    """Tokenize examples as prompts. If a prompt is too long, its text is truncated at the end.
 
     Args:
         tokenizer: Tokenizer of the model.
@@ -123,7 +123,7 @@ def collate(rows: Sequence[Encoded], pad_id: int = 0) -> Batch:
 
 
 def batches_by_length(rows: Sequence[Encoded], batch_size: int, pad_id: int = 0) -> list[Batch]:
-    """All examples in batches of similar length, to reduce padding; `"row"` (b,) are their indices in `rows`.
+    """All examples in batches of similar length, to reduce padding; `"row"` (b,) holds their indices in `rows`.
 
     Example:
         >>> rows = [Encoded([5, 6, 7], 1), Encoded([8], 0), Encoded([5, 6], 0)]

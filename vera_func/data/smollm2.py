@@ -1,8 +1,9 @@
 """SmolLM2-135M-Instruct from PyPI, cached as a `from_pretrained` folder and in quantized form.
 
 The GGUF file is converted once to a folder for `from_pretrained`, and quantized once per format and dtype. A quantized
-model is cached as a file next to the folder. It loads in a fraction of the time and is bitwise equal to the result of
-quantization. It is created again if it is damaged, or if the folder, bitsandbytes or the file format has changed.
+model is cached as a file next to the folder. Loading this file takes a fraction of the time of quantizing, and gives
+the same bits. The file is created again if it is damaged, or if the folder, bitsandbytes or the file format has
+changed.
 """
 
 import contextlib

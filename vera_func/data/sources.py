@@ -1,7 +1,7 @@
 """Load the adapters of a command, and the base model on which they were trained.
 
-Defaults of the command line come from the adapter's files: the name of the model from PEFT's configuration; its format,
-the labels and the prompt from the metadata file.
+Defaults of the command line come from the adapter's files. PEFT's configuration has the name of the model. The metadata
+file has its format, the labels and the prompt.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +34,7 @@ class Source(NamedTuple):
         names: Names of the adapters.
         config: Configuration of the adapters; None for the base alone.
         model: Folder or hub id of the base model; None if it is not known, or for the default model.
-        metadata: Metadata of the adapters; for the base alone, that of a merged adapter.
+        metadata: Metadata of the adapters; for the base alone, the metadata of a merged adapter.
     """
 
     path: Path | None
@@ -62,8 +62,8 @@ def open_source(
         one: Whether exactly one adapter is required.
 
     Raises:
-        ValueError: If both an adapter and a bank are given, names are given without a bank or are unknown, exactly one
-            adapter is required but not given, or the files are damaged or of the wrong kind.
+        ValueError: If both an adapter and a bank are given, or names are unknown or given without a bank. Also if
+            exactly one adapter is required but not given, or the files are damaged or of the wrong kind.
         FileNotFoundError: If the directory or the file does not exist.
     """
     if adapter is not None and bank is not None:
@@ -101,7 +101,7 @@ def base_of(
         max_tokens: Length of the longest prompts; None means the one in the metadata, or 256 if it has none.
 
     Raises:
-        ValueError: If the model is not known; or as for `load_base`.
+        ValueError: If the model is not known. Also as for `load_base`.
         OSError: If the model is not found.
     """
     if source.path is not None and not source.model:
@@ -155,7 +155,7 @@ def task_of(source: Source, base: Base, labels: Iterable[str], prompt: str | Non
         prompt: A prompt template; None means the one in the metadata, or `PROMPT` if it has none.
 
     Raises:
-        ValueError: If fewer than two labels are known; or as for `make_task`.
+        ValueError: If fewer than two labels are known. Also as for `make_task`.
     """
     known = source.metadata.labels or sorted(set(labels))
     if len(known) < 2:
@@ -204,7 +204,7 @@ def _open_bank(bank: str, names: Sequence[str] | None, one: bool) -> tuple[Path,
 
 
 def _open_adapter(adapter: str) -> tuple[Path, list[str], VeraConfig]:
-    """The folder, the name and the configuration of an adapter, which the hub may have."""
+    """The folder, the name and the configuration of an adapter, which is local or on the hub."""
     path = Path(adapter)
     folder = find_adapter(adapter, optional=[metadata_file("").name]) if is_repository(adapter) else path
     if folder.is_file():

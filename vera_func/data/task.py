@@ -91,7 +91,7 @@ def check_prompt(prompt: str) -> str:
     """Check that a prompt template has exactly one `{text}`, no other braces and some other text, and return it.
 
     Raises:
-        ValueError: If it has not.
+        ValueError: If the template is anything else.
 
     Example:
         >>> check_prompt("Review: {text}")
@@ -125,8 +125,8 @@ def logits_of(
 ) -> Callable[[Params, Batch], Float[Tensor, "*n b labels"]]:
     """A function `(params, batch) -> logits of the labels`, for one adapter or for stacked adapters.
 
-    The output head is computed for the labels' tokens only and, if the model accepts `logits_to_keep`, at the last
-    position only; see `token_logits`.
+    The output head is applied for the labels' tokens only (see `token_logits`). If the model accepts `logits_to_keep`,
+    it is applied at the last position only.
     """
     answers = task.answers.tolist()
     last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in task.accepts else {}

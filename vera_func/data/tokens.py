@@ -49,11 +49,11 @@ class TokenRows(NamedTuple):
     Attributes:
         ids: Tokens of all sequences, one after another.
         labels: Their labels.
-        offsets: Where each sequence begins, and where the last one ends.
-        width: Sequences of a row: 2 for preferences, else 1.
-        groups: For each row, a hash of what keeps rows together; see `DataSet`.
-        omitted: Number of rows of the data set that are omitted, since truncation leaves them without a target.
-        packed: If rows were packed, the sequences of each row, which do not see each other; see `packing`.
+        offsets: The start of each sequence in `ids`, followed by the end of the last sequence.
+        width: Number of sequences per row: 2 for preferences, else 1.
+        groups: For each row, the hash of its group; see `DataSet`.
+        omitted: Number of rows of the data set that are omitted because truncation leaves them without a target.
+        packed: If rows were packed, the sequences of each row, which do not attend to each other; see `packing`.
     """
 
     ids: Int[Tensor, " tokens"]
@@ -65,7 +65,7 @@ class TokenRows(NamedTuple):
     packed: list[list[int]] | None = None
 
     def lengths(self) -> Int[Tensor, " rows"]:
-        """The number of tokens of each row; of a preference, of the longer sequence."""
+        """The number of tokens of each row; for a preference, that of the longer sequence."""
         if self.packed is not None:
             return torch.tensor([sum(int(self.offsets[k + 1] - self.offsets[k]) for k in row) for row in self.packed])
         return self.offsets.diff().reshape(-1, self.width).amax(1)
@@ -77,13 +77,13 @@ class TokenRows(NamedTuple):
         return [Tokens(self.ids[a:b].tolist(), self.labels[a:b].tolist()) for a, b in spans]
 
     def pack(self, use: Int[Tensor, " used"], max_length: int) -> "TokenRows":
-        """Some of the rows, packed to rows of at most `max_length` tokens."""
+        """Some of the rows, packed into rows of at most `max_length` tokens."""
         found = pack(self.lengths()[use].tolist(), max_length)
         numbers = use.tolist()
         return self._replace(packed=[[numbers[k] for k in row] for row in found])
 
     def num_targets(self, i: int) -> int:
-        """What the loss of a row is a sum over: the number of its targets, or 1 for a preference."""
+        """The number of terms in the loss of each row: the number of its targets, or 1 for a preference."""
         if self.width == 2:
             return 1
         members = [i] if self.packed is None else self.packed[i]
@@ -92,7 +92,7 @@ class TokenRows(NamedTuple):
 
 
 def tokenize(data: DataSet, tokenizer: "PreTrainedTokenizerBase", *, max_length: int, side: Side = "end") -> TokenRows:
-    """Tokenize a data set; texts that are too long become several rows, and other rows are truncated.
+    """Tokenize a data set. Texts that are too long are split into several rows; rows of other kinds are truncated.
 
     Args:
         data: From `open_dataset`.
@@ -126,10 +126,10 @@ def tokenize(data: DataSet, tokenizer: "PreTrainedTokenizerBase", *, max_length:
 
 
 def prompt_tokens(full: Sequence[int], prompt: Sequence[int]) -> Tokens:
-    """Tokens of a prompt with its answer, whose targets are those that follow the prompt.
+    """Tokens of a prompt with its answer. The targets are the tokens after the prompt.
 
-    The targets begin at the first token that differs from the prompt's own tokens: if a token straddles the end of the
-    prompt, it is a target.
+    The targets begin at the first token that differs from the tokens of the prompt alone. So a token that straddles the
+    end of the prompt is a target.
 
     Example:
         >>> prompt_tokens([5, 6, 7, 2], [5, 6, 2])
@@ -142,19 +142,19 @@ def prompt_tokens(full: Sequence[int], prompt: Sequence[int]) -> Tokens:
 
 
 def chat_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """The tokens of a chat that begins with this message of the user, up to where the assistant answers.
+    """The tokens of a chat with this message of the user, up to the beginning of the assistant's answer.
 
     Raises:
         ValueError: If the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template: leave out --chat, or use a model that is made for chats.")
+        raise ValueError("the tokenizer has no chat template: leave out --chat, or use a chat model.")
     message = {"role": "user", "content": prompt}
     return tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
 
 
 def _tokenized(data: DataSet, tokenizer: Any, max_length: int) -> Iterator[list[Tokens]]:
-    """For each row, its sequences; for texts, the pieces of the text."""
+    """Yield the sequences of each row, or the pieces of each text."""
     with quiet_transformers():
         for start in range(0, len(data.rows), CHUNK):
             chunk = data.rows[start : start + CHUNK]  # a list for each column
@@ -186,7 +186,7 @@ def _answers(tokenizer: Any, rows: list[dict[str, Any]], max_length: int) -> Ite
 
 
 def _messages(tokenizer: Any, rows: list[dict[str, Any]], max_length: int) -> Iterator[list[Tokens]]:
-    """Chats, whose targets are the assistant's turns; or prompts with answers, whose targets are in the answers."""
+    """Tokenize chats or prompts with answers. The targets are the turns of the assistant, or the answers."""
     columns = [name for name in rows[0] if name not in ("prompt", "messages")]
     for row in rows:
         if not columns:
@@ -199,7 +199,7 @@ def _messages(tokenizer: Any, rows: list[dict[str, Any]], max_length: int) -> It
 
 
 def _masked(ids: list[int], assistant: list[bool], begin: int) -> Tokens:
-    """Tokens whose targets are the assistant's from position `begin`."""
+    """Tokens whose targets are the assistant's tokens from position `begin` on."""
     labels = [id if said and i >= begin else IGNORED for i, (id, said) in enumerate(zip(ids, assistant, strict=True))]
     return Tokens(ids, labels)
 
@@ -240,7 +240,7 @@ class _Column:
             self._flush()
 
     def tensor(self) -> Int[Tensor, " size"]:
-        """All values, int32; the file is mapped, and unlinked when the column goes."""
+        """All values, int32. If they are in a file, it is memory-mapped, and deleted together with the column."""
         if self.path is None:
             return torch.frombuffer(self.values, dtype=torch.int32).clone()
         self._flush()
@@ -258,5 +258,5 @@ class _Column:
 
 
 def _unlink(path: Path) -> None:
-    with suppress(OSError):  # where mapped files can't be deleted
+    with suppress(OSError):  # some systems can't delete a mapped file
         path.unlink(missing_ok=True)
