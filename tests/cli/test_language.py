@@ -318,7 +318,7 @@ def test_hostile_data_is_refused_before_a_model_is_loaded(run, tmp_path, monkeyp
         ("--data {data}/text.jsonl --dropout 0.1 --checkpointing", "supports one adapter without dropout"),
         ("--data {data}/text.jsonl --beta 0", "must be positive"),
         ("--data {data}/text.jsonl --max-length 4096", "has 2048 positions: pass --max-length 2048 or less"),
-        ("--data {data}/preference.jsonl --reference {first} --dropout 0.1", "leave out --targets and --dropout"),
+        ("--data {data}/preference.jsonl --reference {first} --dropout 0.1", "--reference determines these options"),
         ("--data {data}/preference.jsonl --reference {first} --model=", "first does not name its base model"),
         ("--data {data}/text.jsonl --out {data}/text.jsonl", "is a file"),
         ("--data {reviews} --beta 0.1", "--beta has no effect on data with text and label"),

@@ -72,7 +72,7 @@ def train_language(
     if kind != "preference" and (betas or reference):
         raise ValueError("--beta and --reference require preferences, with the columns prompt, chosen, rejected.")
     if reference and (recipe.dropout or recipe.dora or run.targets):
-        raise ValueError("--reference determines targets, dropout and DVoRA: leave out --targets, --dropout and --dora.")
+        raise ValueError("--reference determines these options: leave out --targets, --dropout and --dora.")
     load = partial(load_base, run.model) if initial is None else partial(base_of, initial)
     base = load(run.quant, run.dtype, max_tokens=run.max_length or MAX_LENGTH, device=run.device)
     max_length = length_of(base, run.max_length)
