@@ -113,6 +113,15 @@ for rank in (0, 5, -1, 1.5, "2", True):
 
 bad("export_lora", "NaN in the pair", lambda t: export(t, frozen=filled(FROZEN, NAN)), "'vera_A' holds NaN or inf")
 bad("export_lora", "a dict for the config", lambda t: export(t, config={"r": 4}), "vera_func's VeraConfig, got dict")
+bad(
+    "export_lora",
+    "the adapter's own folder",
+    lambda t: vf.export_lora(
+        vf.save_adapter(t / "own", PARAMS, FROZEN, CONFIGURATION), PARAMS, FROZEN, CONFIGURATION, small_model()
+    ),
+    "own holds a VeRA adapter, which the LoRA would replace",
+    FileExistsError,
+)
 bad("export_lora", "no pair", lambda t: export(t, frozen={}), r"keys 'vera_A' and 'vera_B', got \[\]")
 bad(
     "export_lora",

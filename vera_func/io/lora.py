@@ -7,6 +7,7 @@ A DVoRA adapter becomes a LoRA with `use_dora`, whose `lora_magnitude_vector` is
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,6 +80,7 @@ def export_lora(
     Raises:
         ValueError: If the adapter does not fit the model or holds NaN or inf, the rank is out of range, the format is
             unknown, or llama.cpp can't load the adapter.
+        FileExistsError: If the directory holds a VeRA adapter.
 
     Example:
         >>> import tempfile
@@ -169,6 +171,9 @@ def lora_factors(
 
 
 def _write_peft(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    old = folder / CONFIG
+    if old.is_file() and re.search(r'"peft_type":\s*"D?VERA"', old.read_text(errors="replace")):
+        raise FileExistsError(f"{folder} holds a VeRA adapter, which the LoRA would replace: choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     cpu = {f"base_model.model.{key}": t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     text, data = json.dumps(fields, indent=2, sort_keys=True), save(cpu, {"format": "pt"})
@@ -177,7 +182,7 @@ def _write_peft(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, T
         file.write_bytes(data)
         # The files are replaced one after the other. The old configuration is removed first, so that a crash can't
         # leave it beside new weights.
-        (folder / CONFIG).unlink(missing_ok=True)
+        old.unlink(missing_ok=True)
 
 
 def _short_targets(layers: list[str], model: nn.Module) -> list[str] | str:

@@ -131,7 +131,7 @@ def fit(
         tensor([1.0000, 0.2000])
     """
     n = () if num_adapters is None else (num_adapters,)
-    _check_options(batches, evaluate, evaluate_every, patience, checkpoint, checkpoint_every)
+    _check_options(batches, evaluate, on_step, evaluate_every, patience, checkpoint, checkpoint_every)
     advance = _advance_of(optimizer, learning_rate, weight_decay, betas, eps)
     run = _initial_run(params, n, optimizer, resume, steps)
     done, device = len(run.losses), run.stopped.device
@@ -348,13 +348,22 @@ def _factor(schedule: Callable[[int], float | Tensor], step: int, device: torch.
 
 
 def _check_options(
-    batches: Any, evaluate: Any, evaluate_every: int, patience: int | None, checkpoint: Any, checkpoint_every: int
+    batches: Any,
+    evaluate: Any,
+    on_step: Any,
+    evaluate_every: int,
+    patience: int | None,
+    checkpoint: Any,
+    checkpoint_every: int,
 ) -> None:
     if not callable(batches):
         raise ValueError(
             f"batches must be a function of the step, got {type(batches).__name__}. For a list: "
             "lambda step: batches[step % len(batches)]."
         )
+    for name, function in (("evaluate", evaluate), ("on_step", on_step)):
+        if function is not None and not callable(function):
+            raise ValueError(f"{name} must be a function, got {type(function).__name__}.")
     if patience is not None and evaluate is None:
         raise ValueError(f"patience={patience} requires evaluations: pass evaluate.")
     if min(evaluate_every, checkpoint_every, 1 if patience is None else patience) < 1:
