@@ -6,7 +6,6 @@
 The model itself is never called or modified.
 """
 
-import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from ..quant.bnb import from_bnb, is_bnb_linear
 from .apply import Apply, Root, Slot
 from .base_layers import copy_base_layer, has_rows
 from .checkout import Trees
+from .closures import copy_module
 from .config import VeraConfig
 from .layers import Projections, layer_class
 from .rows import path_in_model
@@ -258,7 +258,7 @@ def make_apply(
         if is_bnb_linear(module):
             layer: Any = copy_base_layer(module, memo, int8_activations=int8_activations)
         else:
-            layer = copy.deepcopy(module, memo)
+            layer = copy_module(module, memo)
         if use_dora and private.offload_hook(module) is not None and layer.weight.is_meta:
             raise ValueError(no_data_error(name, "adapt with use_dora=True"))
         pair = projections.vera_A, projections.vera_B

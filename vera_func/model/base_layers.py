@@ -4,7 +4,6 @@ A weight or bias from `params` becomes a parameter of the layer itself, while it
 the model. Therefore every key of `params` is also a parameter name in the module tree.
 """
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from ..quant.dense_copy import DenseCopy, dense_copy
 from ..quant.linear import quantized_linear
 from ..quant.quantize import dequantize
 from ..quant.value import FLOATS, Quantized, Quantized4bit, Quantized8bit, format_of
+from .closures import copy_module
 from .lazy_weight import lazy_weight
 from .targets import is_conv1d
 
@@ -254,10 +254,10 @@ def copy_base_layer(
         q, bias = from_bnb(module)
         return QuantizedLinear(q, bias, int8_activations=int8_activations and isinstance(q, Quantized8bit))
     if rows and has_rows(module):
-        return RowwiseAffine(copy.deepcopy(module, memo))
+        return RowwiseAffine(copy_module(module, memo))
     if type(module) is not nn.Linear:
         return None
-    layer = copy.deepcopy(module, memo)
+    layer = copy_module(module, memo)
     layer.__class__ = DenseLinear
     return layer
 

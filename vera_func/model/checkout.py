@@ -18,7 +18,6 @@ To restore a tree, its dicts, lists and other containers are compared with saved
 thousands of containers, but nearly all of them are empty, and Python compares identical values by identity first.
 """
 
-import copy
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from ..core.keys import join_key, split_key
 from ..private import drop_input_grads
+from .closures import copy_module
 from .targets import held_parameters
 from .tree import shared_memo
 
@@ -94,7 +94,7 @@ class Trees:
 
     def copy(self) -> nn.Module:
         """Return a copy of the root that is not in the free list. It has its own buffers."""
-        return copy.deepcopy(self.root, shared_memo(self.root))
+        return copy_module(self.root, shared_memo(self.root))
 
     def values(self, *, inside: bool) -> dict[str, Tensor | None]:
         """Return values that a compiled call binds in addition to the given tensors, since it runs on the root itself.
@@ -117,7 +117,7 @@ class Tree:
     def __init__(self, original: nn.Module) -> None:
         shared = shared_memo(original)
         memo = dict(shared)
-        root: Any = copy.deepcopy(original, memo)
+        root: Any = copy_module(original, memo)
         root.projections.call = _ENDED
         drop_input_grads(root)
         self.root, self._model = root, root.model

@@ -12,6 +12,7 @@ from ..quant.bnb import is_bnb_linear, to_bnb
 from ..quant.foreign import foreign_error, foreign_layer
 from ..quant.value import Quantized
 from .base_layers import QuantizedLinear
+from .closures import copy_module
 from .targets import held_parameters, is_conv1d
 
 
@@ -76,10 +77,10 @@ def without_wrappers(
     memo = shared_memo(model)
     for module in reversed([*model.modules()]):  # from the leaves up
         if (below := inside(module)) is not None:
-            memo[id(module)] = copy.deepcopy(below, memo)
+            memo[id(module)] = copy_module(below, memo)
         elif wrappers.isdisjoint(map(id, module.modules())):
             memo[id(module)] = module
-    return copy.deepcopy(model, memo), {wrapper: memo[wrapper] for wrapper in wrappers}
+    return copy_module(model, memo), {wrapper: memo[wrapper] for wrapper in wrappers}
 
 
 def require_weights(model: nn.Module, verb: str) -> None:
@@ -135,7 +136,7 @@ def copy_tree(
         for name, module in model.named_modules()
         if (new := replace(name, module)) is not None
     }
-    return copy.deepcopy(model, memo | replaced)
+    return copy_module(model, memo | replaced)
 
 
 def copy_with_weights(
@@ -164,7 +165,7 @@ def _module_with(module: Any, weight: Quantized | Tensor, bias: Tensor | None, m
         new: Any = nn.Linear(module.in_features, module.out_features, bias is not None, device="meta")
         bias = None if bias is None else bias.to(weight.dtype).clone()
     else:
-        new = copy.deepcopy(module, dict(memo))
+        new = copy_module(module, dict(memo))
         weight = weight.T.contiguous() if is_conv1d(module) else weight
     new.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
