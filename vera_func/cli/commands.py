@@ -394,8 +394,8 @@ def _check_texts(kind: str, texts: Sequence[str]) -> None:
 
 def _calibrated_advice(kept: Answers) -> str:
     return (
-        f"On {kept.texts} held-out examples, {percent(kept.same)} of the predictions are unchanged; the merge changes "
-        f"the labels' logits by {percent(kept.error, 1)} of what the adapter changes."
+        f"On {kept.texts} held-out examples, {percent(kept.same)} of the predictions are unchanged. The merge changes "
+        f"the labels' logits by {percent(kept.error, 1)} of the change that the adapter makes."
     )
 
 

@@ -1,7 +1,7 @@
 """Training on several data sets with labels: one adapter for each, all in one run.
 
-Each data set has its own labels. The logits of a batch are computed for the labels of all data sets, and the loss of a
-row is over the labels of its own.
+Each data set has its own labels. The logits of a batch are computed for the labels of all data sets. The loss of a row
+uses only the labels of its data set.
 """
 
 import time
@@ -118,7 +118,7 @@ def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) 
 
 
 def _unstacked(params: Params, n: int) -> list[Params]:
-    """The params of each of `n` adapters, which are stacked if there are several."""
+    """The params of each of `n` adapters, from stacked params if `n` is above 1."""
     return [params] if n == 1 else [*unstack_adapters(params)]
 
 
@@ -163,7 +163,7 @@ def _train_group(
     def loss(params: Params, batch: Any) -> Tensor:
         model = with_dropout(kept, recipe.seed, batch) if recipe.dropout else kept
         owner = batch["adapter"].to(next(iter(params.values())).device)
-        if n > 1:  # folded, so that each adapter has its norms computed once, and not each row
+        if n > 1:  # folded, so that norms are computed once per adapter, not once per row
             params = select_adapters(fold_if_dora(model.apply, params, model.frozen), owner)
         logits = logits_of(model, task)(params, batch)
         logits = own_logits(logits, places[batch["adapter"]].to(logits.device))

@@ -115,7 +115,7 @@ def train_language(
 
 
 def _is_packable(base: Base, adapted: Adapted, max_length: int) -> bool:
-    """Whether the model keeps packed documents apart; if it does not, a warning says so."""
+    """Whether the model keeps packed documents apart. If not, a warning is issued."""
 
     def logits(**inputs: Tensor) -> Tensor:
         return adapted.apply(adapted.params, adapted.frozen, **inputs).logits
@@ -143,7 +143,7 @@ def _initial_adapter(base: Base, reference: str | None, run: Run) -> Adapted:
 def _same_kind(sets: Sequence[DataSet]) -> str:
     for data in sets:
         if data.kind != "text" and len(data.rows) < 2:
-            raise ValueError(f"{data.source} has one row, but one is held out and at least one trained on: add rows.")
+            raise ValueError(f"{data.source} has one row, but training requires one and one is held out: add rows.")
         if data.kind != sets[0].kind:
             raise ValueError(
                 f"all data sets of a run must be of one kind, but {sets[0].source} has rows of the kind "

@@ -1,4 +1,4 @@
-"""Evaluation on a Ray cluster, for banks that one machine is too slow for (`pip install "vera-func[ray]"`).
+"""Evaluation of large banks on a Ray cluster (`pip install "vera-func[ray]"`).
 
     vera-func evaluate --bank all.safetensors --data reviews.csv --out table.csv --ray auto
 
@@ -8,12 +8,12 @@ In Python:
     rows = evaluate_on_ray(source, partial(base_of, source), "reviews.csv", address="auto")
 
 Each GPU of the cluster, or each node if there are no GPUs, gets an actor, which loads the base model once. Adapters are
-sharded across the actors in groups of whole chunks, so that the rows do not depend on the number of actors. If an actor
-or its node dies, Ray restarts the actor, and only the group that it was computing is computed again. The actors wait
-until their GPUs or CPUs are free.
+sharded across the actors in groups of whole chunks, so the rows do not depend on the number of actors. If an actor or
+its node dies, Ray restarts the actor, and only its current group is computed again. Actors wait until their GPUs or
+CPUs are free.
 
-Every node needs this package, and the bank, the data and the base model as hub ids or under the same paths. Relative
-paths start at the folder of the calling process.
+This package must be installed on every node. The bank, the data and the base model must be hub ids, or have the same
+paths on every node. Relative paths start at the folder of the calling process.
 """
 
 import os
@@ -30,7 +30,7 @@ from .report import bar
 from .routes import evaluate
 
 
-RETRIES = 3  # times that a group is computed again if its actor dies
+RETRIES = 3  # how often a group is computed again after its actor has died
 GROUPS = 4  # groups per actor, so that the fastest actors get more
 
 
@@ -64,10 +64,10 @@ def evaluate_on_ray(
         ModuleNotFoundError: If Ray is not installed.
         ConnectionError: If no cluster answers at the address.
         RuntimeError: If the cluster has no CPU, or the actor of a group has died 4 times.
-        ValueError: If the process runs under torchrun; or what the evaluation raises in an actor, as other errors.
+        ValueError: If the process runs under torchrun. Errors of the evaluation in an actor are raised as well.
     """
     if world_size() > 1:
-        raise ValueError("Ray and torchrun both shard adapters: call --ray without torchrun.")
+        raise ValueError("Ray and torchrun both shard adapters: use --ray without torchrun.")
     with _connected(address) as ray:
         count, resources = _actors(ray.nodes())
         size = chunk * max(1, -(-len(source.names) // chunk) // (GROUPS * count))
@@ -104,7 +104,7 @@ class Evaluator:
     def __init__(
         self, folder: str, source: Source, load: Callable[[], Base], data: str | None, options: dict[str, Any]
     ) -> None:
-        # The base is loaded by the first call, since Ray does not pass on the exceptions of a constructor.
+        # The first call loads the base, because Ray does not pass on exceptions from a constructor.
         self.folder, self.source, self.load, self.data, self.options = folder, source, cache(load), data, options
 
     def rows(self, names: list[str]) -> list[dict[str, Any]]:

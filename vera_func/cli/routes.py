@@ -85,7 +85,7 @@ def evaluate(
     """The command `evaluate` for any kind of data. All rows are checked before the model is loaded."""
     if data is None and source.metadata.kind is not None:
         raise ValueError(
-            f"the adapter was trained on data of the kind {source.metadata.kind!r}: pass such with --data."
+            f"the adapter was trained on data of the kind {source.metadata.kind!r}: pass data of this kind with --data."
         )
     if data is not None and _kind(data) != "label":
         _refuse({"--prompt": prompt}, "no labels")

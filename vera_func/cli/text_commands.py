@@ -50,16 +50,17 @@ def train(
     options: TrainOptions,
     json: o.Json = False,
 ) -> None:
-    """Train one adapter and save it as a PEFT directory, or several and save a bank.
+    """Train an adapter and save it as a PEFT directory; several are saved as a bank.
 
-    The columns tell the kind: text and label (classification), text (language
-    modelling), prompt and completion, messages (chats), or prompt, chosen and
-    rejected (preferences). All rows are checked before a model is loaded. A
-    fifth of the rows, at most 1,000, is held out, and measured before and after
-    training: accuracy with labels, loss and reward accuracy of preferences, else
-    loss and perplexity. Long texts are split to rows of --max-length tokens. An
-    interrupted run resumes from OUT.training-<hash>, which is deleted on
-    success. With several data sets or betas, all adapters train in one run.
+    The columns determine the kind of data: text and label (classification),
+    text (language modelling), prompt and completion, messages (chats), or
+    prompt, chosen and rejected (preferences). All rows are checked before a
+    model is loaded. A fifth of the rows, at most 1,000, is held out, and
+    measured before and after training: accuracy with labels, loss and reward
+    accuracy for preferences, otherwise loss and perplexity. Long texts are split
+    into rows of --max-length tokens. An interrupted run resumes from
+    OUT.training-<hash>, which is deleted on success. With several data sets or
+    betas, one run trains an adapter for each.
 
     Example:
       vera-func train --data reviews.csv --model ./my-model --out my-adapter
@@ -92,10 +93,10 @@ def evaluate(
 
     With labels: accuracy and loss. With texts, completions or chats: loss and
     perplexity. With preferences: loss, reward accuracy and reward margin. All
-    rows of --data are used; without it, the demo's held-out reviews. To
-    compare the base with an adapter, give it the adapter's --max-length and
-    --prompt. Under torchrun, adapters or batches are sharded across ranks; with
-    --ray, adapters are sharded across the nodes of a Ray cluster.
+    rows of --data are used; without --data, the demo's held-out reviews. To
+    compare the base model with an adapter, use the --max-length and --prompt of
+    the adapter for both. Under torchrun, adapters or batches are sharded across
+    ranks. With --ray, adapters are sharded across the nodes of a Ray cluster.
 
     Example:
       vera-func evaluate --bank vera-demo/bank.safetensors --out table.csv
@@ -110,7 +111,7 @@ def evaluate(
     if max_length:
         source = source._replace(metadata=source.metadata._replace(max_length=max_length))
     if out:
-        check_table_path(out)  # before an hour's work
+        check_table_path(out)  # fails before the work, not after it
 
     load = partial(base.load, source)
     options: dict[str, Any] = {"prompt": prompt, "limit": limit, "chunk": chunk, "batch_size": batch_size}
@@ -156,7 +157,7 @@ def predict(
         raise ValueError("give texts or --data, not both.")
     source = adapters.open(base.model)
     if out:
-        check_table_path(out)  # before an hour's work
+        check_table_path(out)  # fails before the work, not after it
     texts = texts or (read_texts(data) if data else _lines())
     options: dict[str, Any] = {"labels": labels or (), "prompt": prompt, "chunk": chunk, "batch_size": batch_size}
     rows = predict(source, base.load(source), texts, **options)

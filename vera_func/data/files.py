@@ -74,7 +74,7 @@ def find_files(source: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: If the path does not exist, or no file matches the pattern.
-        ValueError: If the path is empty or that of a pipe, a folder has no data file, or the suffix of a file is not
+        ValueError: If the path is empty or belongs to a pipe, a folder has no data file, or the suffix of a file is not
             supported.
     """
     path = Path(source)
@@ -92,7 +92,7 @@ def find_files(source: str | Path) -> list[Path]:
             raise FileNotFoundError(f"there is no file {path}.")
         return [_supported(file) for file in found]
     if not _supported(path).is_file():
-        raise ValueError(f"{path} is a pipe or device, but data are read more than once: write them to a file.")
+        raise ValueError(f"{path} is a pipe or device, but data is read more than once: write the data to a file.")
     return [path]
 
 

@@ -42,8 +42,8 @@ def require_kind(columns: Iterable[str]) -> Kind:
     """The kind of a data set with these columns.
 
     Raises:
-        ValueError: If they are those of no kind, or of one that is not supported; or if a column that would make it
-            another kind has nearly its name, such as "Label" or " label", and would be ignored.
+        ValueError: If no kind has such columns, or the kind is not supported. Also if a misspelt column, such as
+            "Label" or " label", would be ignored, although the data would have another kind with it.
     """
     columns = list(columns)
     kind = kind_of(columns)
@@ -125,7 +125,7 @@ def text(column: str, value: Any) -> str:
 
 
 def _check_spelling(columns: list[str], kind: Kind | None) -> None:
-    """Check that no column would be ignored for its spelling: in capitals, with spaces, in the plural."""
+    """Check that no column would be ignored because of its spelling, such as capitals, spaces or a plural."""
     known = {name for needed in COLUMNS.values() for name in needed}
     for column in columns:
         plain = column.strip().lower()

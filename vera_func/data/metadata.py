@@ -32,7 +32,7 @@ class Metadata(NamedTuple):
         truncate_side: Which end of longer sequences was cut off.
         reference: For preferences, the adapter that was the reference; None means the base.
         beta: For preferences, the beta of DPO, for one adapter or for each adapter of a bank.
-        label_sets: The labels of each adapter of a bank, if they differ; `labels` is None then.
+        label_sets: The labels of each adapter of a bank, if they differ. In this case, `labels` is None.
     """
 
     quant: str | None = None
@@ -104,7 +104,7 @@ def split_metadata(metadata: Metadata, i: int) -> Metadata:
 
 
 def with_labels_of(metadata: Metadata, i: int) -> Metadata:
-    """The metadata of a bank with the labels of adapter `i`, if its adapters have different ones; else unchanged.
+    """The metadata of a bank, with the labels of adapter `i` if the adapters have different labels.
 
     Raises:
         ValueError: If the metadata has labels for fewer adapters.
@@ -122,7 +122,7 @@ def with_labels_of(metadata: Metadata, i: int) -> Metadata:
 
 
 def with_labels(metadata: Metadata, label_sets: Sequence[list[str]]) -> Metadata:
-    """The metadata with the labels of each adapter; of all together, if they are equal.
+    """The metadata with the labels of each adapter. Equal labels are stored only once.
 
     Example:
         >>> with_labels(Metadata(), [["a", "b"], ["a", "b"]]).labels

@@ -84,7 +84,7 @@ def packed_batch(
     """A batch of rows that hold several documents each, padded on the right.
 
     The mask is block-diagonal and causal, and replaces the model's own mask. A model with a sliding window therefore
-    attends to whole documents. It takes `rows * seq * seq` values.
+    attends to whole documents. The mask has `rows * seq * seq` values.
 
     Args:
         rows: For each row its documents, pairs of token ids and labels (-100 where there is no target). For language
@@ -150,17 +150,17 @@ def is_packable(
     dtype: torch.dtype = torch.float32,
     device: Any = None,
 ) -> bool:
-    """Whether a model computes the documents of a packed row as if each were alone, tried on two short documents.
+    """Whether a model keeps the documents of a packed row apart, tested on two short documents.
 
-    Layers other than attention ignore the mask: a recurrent or convolutional layer carries its state from one document
+    Layers other than attention ignore the mask. A recurrent or convolutional layer carries its state from one document
     to the next (Mamba, RWKV, Jamba, Qwen3-Next, LFM2). Other models do not take such a mask (BLOOM).
 
     Args:
         logits: Function of the keyword arguments `input_ids`, and possibly `position_ids` and `attention_mask`, that
             returns logits (b, seq, vocab) and accepts the tokens 1 to 6.
         max_length: Maximum number of tokens of a document.
-        window: Number of tokens to which the model limits its attention, if it does. The mask of packed rows replaces
-            such a limit, so documents must not be longer.
+        window: Size of the model's attention window, if it has one. The mask of packed rows replaces this window, so
+            documents must not be longer.
         dtype: Dtype of the model's activations.
         device: Device of the model.
 
@@ -186,7 +186,7 @@ def is_packable(
     except Exception:  # a model may raise anything
         return False
     alone = logits(input_ids=torch.tensor([document], device=device))[0].float()
-    # What precedes a document changes nothing but the last bits; other shapes change more of them.
+    # Other documents before a document change only its last bits. Other shapes change more bits.
     exact, rounded = (1e-5, 0.01) if dtype == torch.float32 else (1e-3, 0.1)
     size = alone.norm()
     return bool((packed - other).norm() < exact * size) and bool((packed - alone).norm() < rounded * size)

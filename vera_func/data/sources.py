@@ -165,7 +165,7 @@ def task_of(source: Source, base: Base, labels: Iterable[str], prompt: str | Non
 
 
 def by_labels(source: Source) -> list[Source]:
-    """The adapters, in groups with the same labels if those of a bank have different ones; in their order."""
+    """Split the adapters of a bank into consecutive groups with the same labels."""
     if source.metadata.label_sets is None or source.path is None:
         return [source]
     bank = open_bank(source.path)
@@ -177,10 +177,10 @@ def by_labels(source: Source) -> list[Source]:
 
 
 def check_labels(source: Source, labels: Iterable[str]) -> None:
-    """Check that all adapters were trained on these labels, as far as their metadata says.
+    """Check that the labels of all adapters, if they are known, include these labels.
 
     Raises:
-        ValueError: If one was not.
+        ValueError: If an adapter was trained without one of these labels.
     """
     parts = by_labels(source)
     for known, name in ((part.metadata.labels, part.names[0]) for part in parts):

@@ -53,14 +53,14 @@ def make_task(base: Base, labels: Sequence[str], prompt: str = PROMPT) -> Task:
 
 
 def join_tasks(tasks: Sequence[Task]) -> tuple[Task, Int[Tensor, "n labels"]]:
-    """A task with the answers of all tasks, for a batch of rows of several, and where each task has its own.
+    """A joint task with the answers of all tasks, for batches whose rows have different tasks.
 
     Args:
         tasks: Tasks with the same prompt and model, and different labels.
 
     Returns:
-        The joint task, whose labels are those of the first one, and for each task the positions of its answers among
-        the answers of the joint task, padded with -1; see `own_logits`.
+        The joint task, and the positions of each task's answers among the answers of the joint task. Positions are
+        padded with -1; see `own_logits`. The joint task has the labels of the first task.
 
     Example:
         >>> tasks = [Task([*labels], "{text}:", torch.tensor(ids), 0, frozenset()) for labels, ids in
@@ -78,7 +78,7 @@ def join_tasks(tasks: Sequence[Task]) -> tuple[Task, Int[Tensor, "n labels"]]:
 
 
 def own_logits(logits: Float[Tensor, "b answers"], places: Int[Tensor, "b labels"]) -> Float[Tensor, "b labels"]:
-    """The logits of the labels of each row's task, from those of all answers; -inf where `places` are padded.
+    """Select the logits of each row's labels from those of all answers; the result is -inf where `places` is padded.
 
     Example:
         >>> own_logits(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[2, 0, -1]]))
