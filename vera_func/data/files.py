@@ -92,7 +92,7 @@ def find_files(source: str | Path) -> list[Path]:
             raise FileNotFoundError(f"there is no file {path}.")
         return [_supported(file) for file in found]
     if not _supported(path).is_file():
-        raise ValueError(f"{path} is a pipe or device, but data is read more than once: write the data to a file.")
+        raise ValueError(f"{path} is a pipe or device, but rows are read more than once: write them to a file.")
     return [path]
 
 
