@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 import vera_func as vf
-from vera_func.cli.commands import CALIBRATION
+from vera_func.cli.exports import CALIBRATION
 from vera_func.data.answers import calibrate_answers
 from vera_func.data.assets import load_snippets
 from vera_func.data.examples import HELD_OUT, demo_examples, polar_examples, split, split_examples

@@ -35,7 +35,7 @@ def merge(
     from rich.text import Text
 
     from ..data.examples import HELD_OUT, demo_examples, read_examples, split_examples
-    from .commands import merge_to
+    from .exports import merge_to
     from .inspect import summarize_reports
     from .report import COLUMNS, make_table, show_result
 
@@ -76,7 +76,7 @@ def export_lora(
       vera-func export-lora --adapter vera-demo --out my-lora
       vera-func export-lora --adapter vera-demo --out my.gguf --format gguf
     """
-    from .commands import lora_of
+    from .exports import lora_of
     from .report import describe, show_result
 
     source = adapters.open(base.model, one=True)
@@ -141,7 +141,7 @@ def convert(
       vera-func convert run-1 run-2 --out all.safetensors
       vera-func convert all.safetensors --out all
     """
-    from .commands import convert
+    from .exports import convert
     from .report import describe, show_result
 
     done = convert(sources, out, base.load, names=name, model=base.model)
