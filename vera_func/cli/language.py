@@ -207,7 +207,6 @@ def _train_group(
 
 
 def _row(job: Job, sets: Sequence[DataSet], trained: Trained, before: Scores, after: Scores, i: int) -> dict[str, Any]:
-    first = before.row(i)
     return {
         "name": job.name,
         "data": sets[job.data].source,
@@ -216,7 +215,7 @@ def _row(job: Job, sets: Sequence[DataSet], trained: Trained, before: Scores, af
         "rows": job.num_rows,
         "held_out": len(job.held_out.use),
         "steps": trained.steps[i],
-        **{f"{name}_before": value for name, value in first.items() if name in ("loss", "accuracy")},
+        "loss_before": before.row(i)["loss"],  # not the accuracy, which is that of margins of 0, but for rounding
         **after.row(i),
         "diverged": trained.diverged[i],
     }

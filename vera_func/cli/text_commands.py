@@ -92,11 +92,12 @@ def evaluate(
     """Measure one adapter, every adapter of a bank, or the base model.
 
     With labels: accuracy and loss. With texts, completions or chats: loss and
-    perplexity. With preferences: loss, reward accuracy and reward margin. All
-    rows of --data are used; without --data, the demo's held-out reviews. To
-    compare the base model with an adapter, use the --max-length and --prompt of
-    the adapter for both. Under torchrun, adapters or batches are sharded across
-    ranks. With --ray, adapters are sharded across the nodes of a Ray cluster.
+    perplexity. With preferences: loss, reward accuracy and reward margin, where
+    the rewards of the reference itself are 0. All rows of --data are used;
+    without --data, the demo's held-out reviews. To compare the base model with
+    an adapter, use the --max-length and --prompt of the adapter for both. Under
+    torchrun, adapters or batches are sharded across ranks. With --ray, adapters
+    are sharded across the nodes of a Ray cluster.
 
     Example:
       vera-func evaluate --bank vera-demo/bank.safetensors --out table.csv
