@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import vera_func as vf
+from vera_func import private
 from vera_func.cli.report import merge_advice
 
 from helpers import IDS, MODELS, logits_of, logits_without_bnb, make_adapted, randomized, relative_error, snapshot
@@ -200,6 +201,23 @@ bad(
     "a list",
     lambda _: vf.merge(small_model(), PARAMS | {"0.lambda_d": [1.0]}, FROZEN),
     "must be a tensor, got list",
+)
+
+
+def on_two_devices():
+    model = small_model()
+    with private.fake_tensors():
+        for layer, device in ((model[0], "cuda:0"), (model[2], "cuda:1")):
+            for name, parameter in [*layer.named_parameters()]:
+                setattr(layer, name, nn.Parameter(torch.empty(parameter.shape, device=device)))
+    return model
+
+
+bad(
+    "merge",
+    "layers on two devices",
+    lambda _: vf.merge(on_two_devices(), PARAMS, FROZEN),
+    r"must be on one device, but are on cuda:0 \(0\), cuda:1 \(2\)",
 )
 bad("merge", "NaN in the pair", lambda _: vf.merge(small_model(), PARAMS, filled(FROZEN, NAN)), "holds NaN or inf")
 bad(

@@ -15,7 +15,7 @@ from ..core.keys import VECTORS, join_key, own_parameters, split_key
 from ..model.adapt import Adapted
 from ..model.convert import Format, check_format
 from ..model.describe import describe_dtype, describe_quantization, describe_ties
-from ..model.targets import adapted_layers, held_parameters, is_conv1d, linear_sizes
+from ..model.targets import adapted_layers, held_parameters, is_conv1d, linear_sizes, require_one_device
 from ..model.tree import copy_with_weights, parameter_aliases, require_weights, unwrap
 from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.quantize import QUANTIZERS, dequantize
@@ -51,9 +51,10 @@ def merge(
             unchanged, and merges the other layers itself.
 
     Raises:
-        ValueError: If the adapter does not fit the model or holds NaN or inf, or the model is offloaded or wrapped by
-            PEFT. Also if `to` would quantize a layer that the model's class keeps in float32, or an adapted layer
-            computes its weight (weight_norm) or has a dtype that can't hold the result (float8).
+        ValueError: If the adapter does not fit the model or holds NaN or inf, or the model is offloaded, wrapped by
+            PEFT, or has adapted layers on several devices. Also if `to` would quantize a layer that the model's class
+            keeps in float32, or an adapted layer computes its weight (weight_norm) or has a dtype that can't hold the
+            result (float8).
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -79,6 +80,7 @@ def merge(
     parameters = dict(held_parameters(model))
     own = {key: _checked_parameter(parameters, key, params[key]) for key in own_parameters(params)}
     require_weights(model, "merge")
+    require_one_device(model, list(layers), list(own))
     if isinstance(to, torch.dtype):
         for name, module in model.named_modules():
             if linear_sizes(module) is not None and not is_bnb_linear(module):
