@@ -78,7 +78,7 @@ class Run(NamedTuple):
 
     Attributes:
         out: Folder for the adapter, or for the bank if there are several.
-        recipe: How to train.
+        recipe: Other options of training.
         model, quant, dtype, device: As for `load_base`.
         r: Rank of the projections.
         targets: Suffixes of the names of the layers to adapt, or "all-linear"; None means PEFT's default.

@@ -126,7 +126,7 @@ def _run_of(out: str, base: BaseOptions, options: TrainOptions) -> Run:
 
 
 def _kind(source: str) -> str:
-    """The kind of a data set; for a missing file "label", so that the reader of labelled texts reports it."""
+    """The kind of a data set. A missing file counts as "label", and is reported when it is read."""
     there = is_hub_id(source) or Path(source).exists() or any(sign in source for sign in "*?[")
     return peek_kind(source) if there else "label"
 

@@ -169,7 +169,7 @@ def save_bank(
         if split_key(key)[1] == "lambda_d" and leaf.shape[1:] != (config.r,):
             raise ValueError(f"{key!r} must have shape ({n}, {config.r}), got {tuple(leaf.shape)}.")
         if split_key(key)[1] in MARKS or key in PROJECTIONS:
-            raise ValueError(f"{key!r} can't be stored in a bank: pass single adapters, not a selection.")
+            raise ValueError(f"{key!r} can't be stored in a bank: pass adapters as stack_adapters returns them.")
     if not n:
         raise ValueError("the stack has no adapters; a bank needs at least one.")
     check_adapter({key: leaf[0] for key, leaf in stacked.items()}, frozen, config)

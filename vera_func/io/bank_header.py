@@ -15,7 +15,7 @@ FORMAT = "vera_func.bank"
 
 
 def read_header(path: Path, file: Any) -> tuple[tuple[str, ...], VeraConfig]:
-    """Return the names of the adapters in the file of a bank, and their configuration, after checks of both.
+    """Check the header of a bank; return the names of its adapters, and their configuration.
 
     Args:
         path: The path of the file, for error messages.

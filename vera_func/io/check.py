@@ -17,8 +17,8 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
     """Check that params, projections and configuration form one valid adapter.
 
     Raises:
-        ValueError: If the target modules are not explicit, or a vector or projection is missing, stacked, not a
-            floating-point tensor, of another rank, or holds NaN or inf.
+        ValueError: If the target modules are not explicit. Also if a vector or projection is missing or stacked, has
+            another rank, is not a floating-point tensor, or holds NaN or inf.
     """
     if not isinstance(config, VeraConfig):
         raise ValueError(f"config must be vera_func's VeraConfig, got {type(config).__name__}.")

@@ -1,4 +1,4 @@
-"""The names of an adapter's tensors in PEFT's files, and the keys of `params` that they stand for."""
+"""Convert the names of an adapter's tensors in PEFT's files to keys of `params`, and back."""
 
 from ..core.keys import MAGNITUDE, VECTORS, join_key, split_key
 
@@ -7,7 +7,7 @@ _PREFIX = "base_model.model."
 
 
 def key_to_peft(key: str, layers: set[str]) -> str:
-    """Return the name in PEFT's files of the tensor with a key of `params`; `layers` are the adapted ones.
+    """Return the name in PEFT's files for a key of `params`; `layers` are the adapted layers.
 
     Example:
         >>> key_to_peft("q.lambda_b", {"q"}), key_to_peft("q.bias", {"q"})

@@ -4,7 +4,8 @@
     layer.forward = lambda x: original(x) + 1
 
 `copy.deepcopy` does not copy functions, so the copy of this layer would run the original layer, without its adapter or
-merged weight. Here functions that are attributes or hooks of modules are copied if their closures refer to modules.
+merged weight. Therefore, this module also copies functions whose closures refer to modules, if they are attributes or
+hooks of modules.
 """
 
 import copy
@@ -20,10 +21,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def copy_module(root: Module, memo: dict[int, Any]) -> Module:
-    """Return `copy.deepcopy(root, memo)`, in which functions refer to the copies of the modules that they refer to.
+    """Return `copy.deepcopy(root, memo)`, in which functions refer to the copied modules, not to the original ones.
 
-    The same holds for weak references that are attributes. Everything else that a function refers to, such as a list to
-    which a hook appends, is shared with the original.
+    Attributes that are weak references also refer to the copies. Other objects to which a function refers, such as a
+    list to which a hook appends, are shared with the original.
 
     Example:
         >>> def doubled():

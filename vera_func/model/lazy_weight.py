@@ -2,8 +2,9 @@
 
     time_step = self.dt_proj.weight @ x  # Mamba; WavLM passes the weights of q_proj, k_proj and v_proj to a function
 
-Such a model must get the adapted weight, because it would otherwise ignore the adapter. It costs a product of the
-projections, but most models read only the dtype or the device. Therefore the values are computed on first use.
+Such a model must get the adapted weight, because it would otherwise ignore the adapter. Computing this weight takes a
+product of the projections, but most models read only its dtype or device. Therefore the values are computed on first
+use.
 """
 
 from collections.abc import Callable
@@ -24,9 +25,9 @@ _METADATA = frozenset(
 
 
 class LazyWeight(Tensor):
-    """A tensor with the shape, dtype and device of `like`, whose values `compute` returns when an operation uses them.
+    """A tensor with the shape, dtype and device of `like`. `compute` returns its values when an operation uses them.
 
-    An operation gets the result of `compute` in its place, and is differentiated, mapped and batched like any other.
+    The operation gets the result of `compute` instead of this tensor, so all transforms work as usual.
     """
 
     compute: Callable[[], Tensor]

@@ -145,8 +145,8 @@ def arrange(
         moved = _moved_rows(plan.odd, _layers(apply, root, lead), count) if plan.odd else {}
         if moved and len(rows) > 1:
             raise ValueError(
-                f"the params have rows of shape {rows}, but these are not the first axes in the input of layer "
-                f"{next(iter(moved))!r}."
+                f"params have rows of shape {rows}, but the input of layer {next(iter(moved))!r} does not begin with "
+                "these axes."
             )
     return {**plan.front, **moved} if moved else plan.front
 
@@ -317,7 +317,7 @@ def _from_shapes(shapes: tuple) -> Any:
 
 
 def _common(lead: Lead) -> tuple[int, ...]:
-    """Return the longest leading axes of params; those of all other params must be a prefix of them."""
+    """Return the longest leading axes of params. The leading axes of all other params must be a prefix of these."""
     key, rows = next(iter(lead.items()))
     if len(set(lead.values())) == 1:
         return rows

@@ -1,9 +1,10 @@
 """bitsandbytes' kernels for 4-bit weights on CPUs, called with little overhead.
 
-bitsandbytes' operators are kernels in Python under torch's dispatcher, and take about 10 microseconds on top of the C
-function that they call. For one row, this is half of a product of width 576, and a decoded token has hundreds. The
-functions here call the same C functions directly, with the same results. They call the operators where memory must not
-be accessed directly: under `torch.compile`, transforms, dispatch modes and tracers, and for subclasses of tensors.
+bitsandbytes' operators are Python kernels of torch's dispatcher. They take about 10 microseconds longer than the C
+functions that they call. For one row, this is half the time of a product of width 576, and decoding a token takes
+hundreds of such products. The functions here call the same C functions directly, with the same results. They call the
+operators if memory must not be accessed directly: under `torch.compile`, transforms, dispatch modes and tracers, and
+for subclasses of tensors.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ _MOST_VALUES = 2048  # per block; bitsandbytes uses other code for larger blocks
 def gemv_4bit(
     x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, shape: tuple[int, int], blocksize: int, quant_type: str
 ) -> Tensor:
-    """Compute `x Wᵀ` with the kernel for CPUs with AVX512-BF16; `x` is contiguous and bfloat16, and has rows.
+    """Compute `x Wᵀ` with the kernel for CPUs with AVX512-BF16. `x` is contiguous, in bfloat16, and not empty.
 
     `packed` and `absmax` are contiguous, in the layout of `cpu_layout.FusedWeight`.
     """
@@ -62,7 +63,7 @@ def _dequantizing_kernel(quant_type: str, dtype: torch.dtype) -> Callable[..., N
 
 
 def _is_memory(*tensors: Tensor) -> bool:
-    """Whether the tensors are plain contiguous memory of the CPU, and nothing observes operations on them."""
+    """Whether the tensors are plain, contiguous CPU tensors, and no transform or mode observes operations on them."""
     if private.is_observed():
         return False
     return all(type(t) is Tensor and t.is_cpu and t.is_contiguous() and private.unwrap(t) is t for t in tensors)
