@@ -11,7 +11,7 @@ from .common import machine
 CASES = [(1, 16), (16, 16), (64, 16), (128, 4), (128, 16), (512, 4)]
 DEFAULT = ["many", "single", "compiled", "memory", "roofline", "attention", "language", "decoding", "dora", "scaling"]
 DEFAULT += ["per_example", "together", "bank"]
-WHAT = [*DEFAULT, "merging", "layers", "comparison", "processes", "gpu", "trainers"]
+WHAT = [*DEFAULT, "merging", "layers", "comparison", "private", "processes", "gpu", "trainers"]
 DTYPES = ["bfloat16", "float32"]
 OF_EACH_DTYPE = DEFAULT[: DEFAULT.index("bank")]
 
@@ -32,6 +32,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=5, help="of the comparison of methods (%(default)s)")
     parser.add_argument("--steps", type=int, default=30, help="of the comparison of methods (%(default)s)")
     parser.add_argument("--results", help="JSON lines to which the comparison appends its runs, and resumes from")
+    parser.add_argument("--epsilon", type=float, nargs="*", help="of private training (default: inf 8 3 1)")
     parser.add_argument("--size", type=int, default=10_000, help="adapters of the bank (%(default)s)")
     parser.add_argument("--out", help="file for the plots of scaling, such as scaling.png")
     parser.add_argument("--dry-run", action="store_true", help="of gpu: tiny, on a CPU, to see that it runs")
@@ -46,6 +47,7 @@ def main():
         "merging": (args.adapter, args.texts),
         "layers": (args.restarts,),
         "comparison": (args.seeds, args.steps, *native, args.results),
+        "private": (*native, args.epsilon),
         "gpu": (args.dry_run,),
     }
 

@@ -36,7 +36,6 @@ RATES = {
     "VeRA": [1e-2, 2e-2, 4e-2],
     "DVoRA": [1e-2, 2e-2, 4e-2],
     "LoRA r 8": [1e-3, 2e-3, 4e-3],
-    "LoRA r 1": [4e-3, 8e-3, 1.6e-2],
 }
 BATCH, MAX_NORM, RANK, SWEEP_SEED = 16, 1.0, 256, 99
 
@@ -67,17 +66,19 @@ def run(seeds=5, steps=30, dtype=None, results=None, *, held_out=400, max_tokens
     task = make_task(base, ["negative", "positive"], prompt="Text: {text}\nSentiment:")
     data = {domain: _data(base, task, domain, setting) for domain in TASKS}
     records = _Records(results, setting)
-    rows = []
-    for method in RATES:
-        for domain, name in TASKS.items():
-            train = partial(_lora if method.startswith("LoRA") else _vera, base, task, data[domain], steps, method)
-            rate = _best_rate(partial(records.get, train, domain, method))
-            seeded = tqdm(range(seeds), desc=f"{name}, {method}")
-            rows.append(_row(name, [records.get(train, domain, method, seed, rate) for seed in seeded]))
+    pairs = [(domain, method) for domain in TASKS for method in RATES]
+    record = {}
+    for domain, method in pairs:
+        train = partial(_lora if method.startswith("LoRA") else _vera, base, task, data[domain], steps, method)
+        record[domain, method] = partial(records.get, train, domain, method)
+    best = {pair: _best_rate(record[pair], RATES[pair[1]]) for pair in tqdm(pairs, desc="sweeps")}
+    # Seeds in the outer loop, so that a run that is cut off has as many of each method.
+    found = [[record[pair](seed, best[pair]) for pair in pairs] for seed in tqdm(range(seeds), desc="seeds")]
     untrained = vf.adapt(base.model, vf.VeraConfig(r=4, target_modules=TARGETS), product_dtype=base.product_dtype)
     for domain, name in TASKS.items():
         found = score_of(untrained, task, untrained.params, data[domain].test)
         print(f"{name}, not trained: {100 * found.accuracy:.1f} %, loss {found.loss:.3f}")
+    rows = [_row(TASKS[pair[0]], column) for pair, column in zip(pairs, zip(*found, strict=True), strict=True)]
     table(f"{seeds} seeds, {steps} steps of {BATCH} examples, r {RANK}, nf4, {setting.dtype}", rows)
 
 
@@ -91,10 +92,8 @@ def _data(base, task, domain, setting):
     return Data(*(encode_examples(base, task, part) for part in parts))
 
 
-def _best_rate(record):
+def _best_rate(record, rates):
     """The rate with the lowest validation loss; `record(SWEEP_SEED, rate)` trains with it."""
-    method = record.args[-1]
-    rates = list(RATES[method])
     for extra in range(3):
         losses = [record(SWEEP_SEED, rate)["loss"] for rate in rates]
         best = losses.index(min(losses))
