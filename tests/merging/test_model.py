@@ -54,6 +54,49 @@ def test_round_trip_through_transformers(base, to, tmp_path):
         assert kinds == {"Linear", "Linear8bitLt" if "int8" in (to, to or base) else "Linear4bit"}
 
 
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Normed(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, nn.functional.normalize(self.weight, dim=-1), self.bias)
+
+
+class Renamed(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T + self.bias  # as Falcon's layers
+
+
+@pytest.mark.parametrize("to", [None, torch.float32])
+@pytest.mark.parametrize("layer", [Scaled, Normed])
+def test_a_layer_that_transforms_its_product_is_refused(layer, to):
+    """The update is added to the output: merged into the weight, it would be scaled with it."""
+    model = nn.Sequential(layer(8, 6))
+    adapted = vf.adapt(model, vf.VeraConfig(r=2, target_modules=["0"]))
+    params, x = randomized(adapted.params), torch.ones(2, 8)
+    base, update = model(x), x @ vf.delta_weight(layer_params(params), adapted.frozen, 8).T
+    assert_close(adapted.apply(params, adapted.frozen, x), base + update)
+    with pytest.raises(ValueError, match=rf"'0' is a {layer.__name__}, whose output is not"):
+        vf.merge(model, params, adapted.frozen, to)
+    other = vf.adapt(nn.Sequential(Renamed(8, 6)), vf.VeraConfig(r=2, target_modules=["0"]))
+    merged = vf.merge(other.apply.model, params, other.frozen, to)
+    assert_close(merged(x), other.apply(params, other.frozen, x))
+
+
+def layer_params(params):
+    return {leaf: params[f"0.{leaf}"] for leaf in ("lambda_b", "lambda_d")}
+
+
+def test_float64_stays_float64():
+    model = nn.Sequential(nn.Linear(8, 6)).double()
+    adapted = vf.adapt(model, vf.VeraConfig(r=2, target_modules=["0"]), dtype=torch.float64)
+    params, x = randomized(adapted.params), torch.ones(2, 8, dtype=torch.float64)
+    expected = adapted.apply(params, adapted.frozen, x)
+    assert_close(vf.merge(model, params, adapted.frozen)(x), expected, rtol=1e-13, atol=1e-13)
+
+
 def test_merge_carries_what_was_trained_beside():
     model, adapted = make_adapted("bert")
     merged = vf.merge(model, adapted.params, adapted.frozen)

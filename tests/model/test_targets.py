@@ -232,6 +232,12 @@ def test_names_in_which_other_names_end(tmp_path):
     assert resolve(model, pool.config)[0] == ["proj", "out"]
 
 
+def test_a_layer_without_a_weight_yet():
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="'0' has no weight yet: run the model once"):
+        vf.adapt(model, vf.VeraConfig(r=2, target_modules="all-linear"))
+
+
 def test_a_trained_parameter_with_the_name_of_a_vector():
     class Scale(nn.Module):
         def __init__(self):

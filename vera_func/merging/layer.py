@@ -195,7 +195,7 @@ def merge_dense(
     frozen: Mapping[str, Tensor],
     dtype: torch.dtype = torch.bfloat16,
 ) -> Float[Tensor, "out in"]:
-    """Return `W + ΔW` as a dense weight, computed in float32 and rounded once.
+    """Return `W + ΔW` as a dense weight, computed in float32 (float64 if W is float64) and rounded once.
 
     W is the dequantized weight, because the adapter was trained on it. Do not add the update to the original 16-bit
     weight, which differs from W by the quantization error (about a tenth of its norm): the adapter was not trained for
@@ -218,8 +218,9 @@ def merge_dense(
     """
     require_float("dtype", dtype)
     delta = checked_delta(q, params, frozen)
-    base = q.float() if isinstance(q, Tensor) else dequantize(q, torch.float32)
-    merged = (base + delta.float()).to(dtype)
+    exact = torch.promote_types(q.dtype, torch.float32) if isinstance(q, Tensor) else torch.float32
+    base = q.to(exact) if isinstance(q, Tensor) else dequantize(q, exact)
+    merged = (base + delta.to(exact)).to(dtype)
     if merged.device.type != "meta" and not merged.isfinite().all():
         raise ValueError(f"the merged weight {tuple(merged.shape)} overflows {dtype}, or the base holds NaN or inf.")
     return merged

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .. import private
 from ..core.keys import VECTORS, join_key, own_parameters, split_key
 from ..model.adapt import Adapted
-from ..model.convert import Format, check_format
+from ..model.convert import Format, check_format, is_plain
 from ..model.describe import describe_dtype, describe_quantization, describe_ties
 from ..model.targets import adapted_layers, held_parameters, is_conv1d, linear_sizes, require_one_device
 from ..model.tree import copy_with_weights, parameter_aliases, require_weights, unwrap
@@ -53,8 +53,8 @@ def merge(
     Raises:
         ValueError: If the adapter does not fit the model or holds NaN or inf, or the model is offloaded, wrapped by
             PEFT, or has adapted layers on several devices. Also if `to` would quantize a layer that the model's class
-            keeps in float32, or an adapted layer computes its weight (weight_norm) or has a dtype that can't hold the
-            result (float8).
+            keeps in float32, or an adapted layer computes its weight (weight_norm), transforms its product (a subclass
+            of `nn.Linear`), or has a dtype that can't hold the result (float8).
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -173,6 +173,11 @@ def _base_weight(name: str, module: Any, to: Format | None, given: Tensor | None
     if is_bnb_linear(module):
         return from_bnb(module)[0]
     _require_plain_weight(name, module, to)
+    if not is_conv1d(module) and not is_plain(module):
+        raise ValueError(
+            f"{name!r} is a {type(module).__name__}, whose output is not x Wᵀ + b, so its update can't be merged "
+            "into its weight. Use apply or to_module, or leave the layer out of target_modules."
+        )
     weight = module.weight.detach() if given is None else given.detach().to(module.weight)
     weight = weight if weight.dtype in _FLOATS else weight.float()  # torch has few operations on float8
     return weight.T if is_conv1d(module) else weight

@@ -164,7 +164,7 @@ def quantizable_layers(model: nn.Module, skip: Sequence[str] | None = None) -> d
         and not is_bnb_linear(module)  # a subclass
         and id(module) not in kept
         and not any(f".{entry}." in f".{name}." for entry in skip)
-        and _is_plain(module)
+        and is_plain(module)
     }
 
 
@@ -215,8 +215,13 @@ def dense_share(model: nn.Module, layers: Mapping[str, nn.Module]) -> DenseShare
     return DenseShare(dense / whole, fused / whole, names)
 
 
-def _is_plain(layer: nn.Linear) -> bool:
-    """Whether a layer computes `x Wᵀ + b` with its own weight. A subclass may, for example, scale the output."""
+def is_plain(layer: nn.Linear) -> bool:
+    """Whether a layer computes `x Wᵀ + b` with its own weight. A subclass may, for example, scale the output.
+
+    Example:
+        >>> is_plain(nn.Linear(3, 2)), is_plain(torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+        (True, False)
+    """
     if "weight" not in dict(layer.named_parameters(recurse=False)):
         return False
     if type(layer).forward is nn.Linear.forward or layer.weight.is_meta:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .. import private
 from ..core.keys import MARKS, SCALES, VECTORS, is_vector, split_key
@@ -127,6 +128,8 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
                 f"target module {name!r} is a {type(modules[name]).__name__}; only nn.Linear, bitsandbytes' linear "
                 "layers and transformers' Conv1D can be adapted."
             )
+        if any(map(is_lazy, modules[name].parameters())):
+            raise ValueError(f"target module {name!r} has no weight yet: run the model once, then adapt it.")
         if not returns_tensor(modules[name]):
             raise ValueError(
                 f"target module {name!r} is a {type(modules[name]).__name__}, which does not return a tensor, so no "
