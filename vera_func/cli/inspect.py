@@ -115,7 +115,7 @@ def _inspect_adapters(path: Path, source: Source) -> dict[str, Any]:
 
 
 def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Params of an adapter directory as a stack of one, and the projections that are stored in it, without a model."""
+    """Read an adapter directory without a model: the params as a stack of one, and the stored projections."""
     _, tensors = read_files(folder)
     projections = {key: value for key, value in tensors.items() if ".vera_A" in key or ".vera_B" in key}
     stacked = {key_from_peft(key) or key: value[None] for key, value in tensors.items() if key not in projections}
