@@ -28,7 +28,7 @@ class BaseOptions(NamedTuple):
     device: o.Device = None
 
     def load(self, source: "Source") -> "Base":
-        """Load the base model of adapters that were opened with this model."""
+        """Load the base model of `source`, which was opened with these options."""
         from ..data.sources import base_of
 
         return base_of(source, self.quant, dtype_of(self.dtype), self.device or "auto")

@@ -111,8 +111,8 @@ def vera_forward(
     the projections). They are not representable over weights quantized from float32, over 8-bit weights, with a float32
     `compute_dtype`, or with projections stored in float32. Summation in float32 adds (in + r) 2^-24 M, with or without
     `product_dtype`. All these are upper bounds. Because roundings are independent, the relative error of the update, in
-    norm, is only about 0.7 u, or 1 u with rounded factors. Gradients of the vectors have bounds of the same form, in
-    which M is the sum of absolute values for that gradient.
+    norm, is only about 0.7 u, or 1 u with rounded factors. Gradients of the vectors have bounds of the same form, where
+    M is the corresponding sum of absolute values.
 
     Args:
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`. Leading axes are matched with those

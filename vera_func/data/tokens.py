@@ -101,8 +101,8 @@ def tokenize(data: DataSet, tokenizer: "PreTrainedTokenizerBase", *, max_length:
         side: Which end of a sequence is cut off: "end", or "start", which keeps the last tokens of a completion.
 
     Raises:
-        ValueError: If the tokenizer has no chat template but the data has messages, no row has a target, or the
-            template can't be applied to a row.
+        ValueError: If no row has a target, or the chat template can't be applied to a row. Also if the data has
+            messages, but the tokenizer has no chat template.
     """
     ids, labels, offsets, groups = _Column(), _Column(), array("q", [0]), array("q")
     omitted, width = 0, 2 if data.kind == "preference" else 1

@@ -1,6 +1,6 @@
 """Update the configuration of a transformers model after its weights have changed.
 
-`save_pretrained` stores this configuration with the weights, and `from_pretrained` loads the weights as it says.
+`save_pretrained` stores this configuration with the weights, and `from_pretrained` uses it to load the weights.
 """
 
 import re
