@@ -159,6 +159,35 @@ class TestSharedProduct:
         assert_close(transform(self.thrice, argnums)(self.x, self.A), transform(self.plain, argnums)(self.x, self.A))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "rows"),
+    [
+        ((), ()),
+        ((7,), ()),
+        ((7,), (7,)),
+        ((3, 5), ()),
+        ((3, 5), (3,)),
+        ((3, 5), (3, 5)),
+        ((1, 9), (1,)),
+        ((2, 3, 4), (2,)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("part", [1, 6, 11, 40, 100])
+def test_a_sum_in_parts_has_the_same_bits(monkeypatch, part, batch, rows, dtype):
+    out, r = 11, 3
+    draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+    base, z, B = draw(*batch, out).to(dtype), draw(*batch, r), draw(out, r)
+    ones = [1] * (len(batch) - len(rows)) if rows else []
+    lambda_b, lambda_d = draw(*rows, *ones, out), draw(*rows, *ones, r)
+    expected = (base + lambda_b * (lambda_d * z @ B.T)).to(dtype)
+    monkeypatch.setattr(autograd, "PART", part)
+    actual = autograd.add_update(base, z, lambda_b, lambda_d, B, dtype)
+    assert actual.dtype == dtype
+    assert torch.equal(actual, expected)
+
+
 def test_layers_that_read_the_same_input_share_its_product(monkeypatch):
     """q, k and v; gate and up: four products a layer for all seven."""
     from helpers import llama

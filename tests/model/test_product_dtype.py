@@ -49,6 +49,22 @@ def test_frozen_may_be_given_in_16_bits():
     assert torch.equal(logits(given, params, ids), logits(fast, params, ids))
 
 
+def test_a_single_row_without_gradients_is_multiplied_in_the_dtype_of_the_vectors():
+    plain, fast, stacked = pair()
+    params = vf.unstack_adapters(stacked)[0]
+    row, rows = tokens(1, 1), tokens(1, 2)
+    with torch.no_grad():
+        assert torch.equal(logits(fast, params, row), logits(plain, params, row))
+        assert not torch.equal(logits(fast, params, rows), logits(plain, params, rows))
+        mapped = vmap(lambda p: logits(fast, p, row))(stacked)  # four rows at a time
+        assert not torch.equal(mapped[0], logits(plain, params, row))
+    assert torch.equal(logits(fast, params, row), logits(plain, params, row))  # no input requires gradients
+    leaves = {key: value.clone().requires_grad_() for key, value in params.items()}
+    rounded, exact = (logits(each, leaves, row) for each in (fast, plain))
+    assert not torch.equal(rounded, exact)
+    assert_near(rounded, exact, NEAR)
+
+
 def test_many_adapters():
     plain, fast, stacked = pair()
     ids = tokens(4, 7)

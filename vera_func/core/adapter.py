@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .autograd import expand, product, project
+from .autograd import add_update, product, project
 from .dora import fold_layer, norm_statistics, rescaled_delta, row_norms, scaled_base
 from .keys import BASE_SHARE, MAGNITUDE, MIXTURE, OUTPUT_SCALE, SCALES, STATISTICS, VECTORS, join_key
 from .shapes import align_rows, contiguous_rows, require_float, require_product_dtype, require_rows_of_floats
@@ -266,13 +266,12 @@ def forward(
     else:
         z = product(contiguous_rows(x.to(lambda_d.dtype) * _checked_mask(dropout_mask, x)), A)
     if mixture is None:
-        update = expand(z, align_rows("lambda_b", lambda_b, x), align_rows("lambda_d", lambda_d, x), B)
-    else:
-        hidden = align_rows("lambda_d", lambda_d, x, inner=2) * z[..., None, :]  # (*batch, k, r)
-        weighted = mixture[..., None] * lambda_b
-        update = align_rows("lambda_b", weighted, x, inner=2) * product(hidden, B)  # (*batch, k, out)
-        update = update.sum(-2)
-    return (base + update).to(dtype).to(x.dtype)
+        vectors = align_rows("lambda_b", lambda_b, x), align_rows("lambda_d", lambda_d, x)
+        return add_update(base, z, *vectors, B, dtype).to(x.dtype)
+    hidden = align_rows("lambda_d", lambda_d, x, inner=2) * z[..., None, :]  # (*batch, k, r)
+    weighted = mixture[..., None] * lambda_b
+    update = align_rows("lambda_b", weighted, x, inner=2) * product(hidden, B)  # (*batch, k, out)
+    return (base + update.sum(-2)).to(dtype).to(x.dtype)
 
 
 def _with_statistics(

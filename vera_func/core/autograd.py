@@ -16,6 +16,8 @@ from .shapes import contiguous_rows
 
 # Below this number of multiply-adds, a product takes less time than copying and comparing its input (5 microseconds).
 WORTH_SHARING = 2**16
+# Number of values that are added at once: in float32, three times as many fit into a cache of 1 MB.
+PART = 2**16
 
 
 def project(x: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]) -> Float[Tensor, "*batch r"]:
@@ -65,7 +67,7 @@ class SharedProduct:
         if self.last is not None:
             same, before, kept, z = self.last
             if same is x and before == state and z.dtype == A.dtype and torch.equal(bits, kept):
-                return apply_function(_Known, x, A, z) if _is_recorded(x, A, z) else z
+                return apply_function(_Known, x, A, z) if is_recorded(x, A, z) else z
         z = project(x, A)
         self.last = x, state, bits.clone(), z
         return z
@@ -163,12 +165,46 @@ def expand(z: Tensor, lambda_b: Tensor, lambda_d: Tensor, B: Tensor) -> Tensor:
     """Compute `lambda_b * (B (lambda_d * z))`, differentiable in all arguments."""
     # Dynamo (torch 2.13) does not support a Function with a jvp; in the plain form, the compiler decides what is saved.
     # Where nothing is recorded, the plain form has less overhead.
-    if torch.compiler.is_compiling() or not _is_recorded(z, lambda_b, lambda_d, B):
+    if torch.compiler.is_compiling() or not is_recorded(z, lambda_b, lambda_d, B):
         return lambda_b * product(lambda_d * z, B)
     return apply_function(_Expand, z, lambda_b, lambda_d, B)
 
 
-def _is_recorded(*tensors: Tensor) -> bool:
+def add_update(
+    base: Tensor, z: Tensor, lambda_b: Tensor, lambda_d: Tensor, B: Tensor, dtype: torch.dtype
+) -> Float[Tensor, "*batch out"]:
+    """Compute `base + lambda_b * (B (lambda_d * z))`, rounded to `dtype`.
+
+    If nothing is recorded, a large sum is computed in parts, so that temporary tensors stay in the cache. As a whole,
+    they would be new memory from the operating system, which takes longer than the arithmetic.
+    """
+    if torch.compiler.is_compiling() or is_recorded(base, z, lambda_b, lambda_d, B):
+        return (base + expand(z, lambda_b, lambda_d, B)).to(dtype)
+    u = product(lambda_d * z, B)
+    if u.numel() <= PART or u.shape != base.shape or not u.is_cpu or in_transform():
+        return (base + lambda_b * u).to(dtype)
+    total = torch.empty_like(u, dtype=dtype)
+    vectors = lambda_b[(None,) * (u.dim() - lambda_b.dim())]
+    _add_in_parts(total, base, vectors, u)
+    return total
+
+
+def _add_in_parts(total: Tensor, base: Tensor, lambda_b: Tensor, u: Tensor) -> None:
+    """Write `base + lambda_b * u` to `total`. Axes of `lambda_b` have the sizes of those of `u`, or size 1."""
+    step = PART * len(u) // u.numel()
+    if u.dim() == 1 or step >= len(u):
+        total.copy_(base + lambda_b * u)
+        return
+    lambda_b = lambda_b.expand(len(u), *lambda_b.shape[1:])
+    if step:
+        for part, *terms in zip(*(tensor.split(step) for tensor in (total, base, lambda_b, u)), strict=True):
+            part.copy_(terms[0] + terms[1] * terms[2])
+    else:
+        for part in zip(total, base, lambda_b, u, strict=True):
+            _add_in_parts(*part)
+
+
+def is_recorded(*tensors: Tensor) -> bool:
     """Whether autograd or a transform may differentiate operations on these tensors."""
     return torch.is_grad_enabled() and (any(tensor.requires_grad for tensor in tensors) or in_transform())
 

@@ -76,8 +76,9 @@ def adapt(
         generator: Source of the random vectors if `config.init_weights` is False; ignored otherwise.
         product_dtype: Dtype of the products with the projections. `torch.bfloat16` or `torch.float16` is PEFT's
             arithmetic under autocast; `vera_forward` states the errors. A 16-bit dtype is faster for many rows, on GPUs
-            and on CPUs with instructions for it. For a single row on a CPU, it may be slower. None means the vectors'
-            dtype, as in PEFT without autocast. The vectors and `frozen` have `dtype` in either case. Each call converts
+            and on CPUs with instructions for it. A single row on a CPU is multiplied in the vectors' dtype if no
+            gradients are recorded, because this is faster there, and more accurate. None means the vectors' dtype, as
+            in PEFT without autocast. The vectors and `frozen` have `dtype` in either case. Each call converts
             the projections once, or not at all if `frozen` is passed in this dtype.
 
     Returns:

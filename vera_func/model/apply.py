@@ -126,6 +126,7 @@ class Apply:
             "projections.product": SharedProduct(),
             "projections.generator": self.generator,
             "projections.call": graph_task(),
+            "projections.exact": frozen if self.product_dtype else None,
         }
         tree = self.trees.acquire()
         try:
