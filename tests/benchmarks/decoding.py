@@ -1,4 +1,4 @@
-"""Decoding SmolLM2 in nf4, a token a row: against the bare base, PEFT, and llama.cpp with one adapter after another."""
+"""Decoding SmolLM2 in nf4, a token a row: against the bare base here and in bitsandbytes, PEFT, and llama.cpp."""
 
 import copy
 
@@ -19,7 +19,10 @@ PROMPT, STEPS = 30, 8
 def run(dtype):
     """Print a row for one adapter on one row, and for 32 adapters on 32 rows."""
     model, _ = load_smollm2(dtype, "nf4")
-    theirs = peft.get_peft_model(copy.deepcopy(model), peft.VeraConfig(**CONFIG)).eval()
+    theirs = {
+        "bitsandbytes": copy.deepcopy(model).eval(),
+        "PEFT": peft.get_peft_model(copy.deepcopy(model), peft.VeraConfig(**CONFIG)).eval(),
+    }
     title = f"Decoding SmolLM2-135M in nf4 after {PROMPT} tokens, r 256 on q and v, {str(dtype)[6:]}"
     table(title, [measure(model, theirs, dtype, n) for n in (1, 32)])
 
@@ -38,8 +41,9 @@ def measure(model, theirs, dtype, n):
         "here fused": lambda ids, **options: fused(params, adapted.frozen, input_ids=ids, **options),
         "here 16": lambda ids, **options: rounded.apply(params, rounded.frozen, input_ids=ids, **options),
         "here 16 fused": lambda ids, **options: rounded_fused(params, rounded.frozen, input_ids=ids, **options),
-        "PEFT": lambda ids, **options: theirs(input_ids=ids, **options),
     }
+    for name, module in theirs.items():
+        calls[name] = lambda ids, module=module, **options: module(input_ids=ids, **options)
     best = interleave({name: _decoder(call, ids) for name, call in calls.items()} | _llama_cpp(ids[0].tolist()))
     tokens = n * STEPS
     row = {
@@ -48,6 +52,8 @@ def measure(model, theirs, dtype, n):
         "here / bare, fused weights": best["here fused"] / best["bare fused"],
         "16-bit products / bare": best["here 16"] / best["bare"],
         "16-bit products / bare, fused weights": best["here 16 fused"] / best["bare fused"],
+        "fused weights / bare bitsandbytes": best["here fused"] / best["bitsandbytes"],
+        "16-bit products, fused weights / bare bitsandbytes": best["here 16 fused"] / best["bitsandbytes"],
         "fused weights / PEFT, one adapter": best["here fused"] / best["PEFT"],
         "here, ms a token": 1e3 * best["here"] / tokens,
         "16-bit products, fused, ms a token": 1e3 * best["here 16 fused"] / tokens,
