@@ -139,7 +139,7 @@ def convert(
         out: A new `.safetensors` file, or a folder in which a sub-folder per adapter is created.
         load: Loads the base model of the directories, given the first one.
         names: Adapters of the bank to convert; None means all.
-        model: Base model of the directories; None means that of the first one.
+        model: Base model of the directories; None means the base model of the first directory.
 
     Raises:
         ValueError: If the sources are mixed or do not fit together, two have the same name, or `out` does not fit the

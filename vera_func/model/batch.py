@@ -160,7 +160,7 @@ def select_adapters(
             raise ValueError(f"adapter id {int(wrong[0])} is out of range: there are {n} adapters, and -1 is the base.")
         empty = bool((ids < 0).any())
     if ids.dim() == 1 and weights is not None:
-        raise ValueError("weights are for sums: adapter_ids must have shape (rows, k), as the weights.")
+        raise ValueError("weights are for sums: adapter_ids must have shape (rows, k), like the weights.")
     # Magnitudes and output scales also have a base value: the base model has an output scale of 1.
     own = own_parameters(stacked) + [key for key in stacked if split_key(key)[1] in SCALES]
     rows = {key: leaf[ids.clamp(min=0)] for key, leaf in stacked.items()}

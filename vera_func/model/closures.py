@@ -67,7 +67,7 @@ def _functions(root: nn.Module) -> Iterator[FunctionType]:
 
 
 def _refers(value: Any, modules: set[int], found: dict[int, FunctionType], seen: set[int]) -> bool:
-    """Whether a value refers to one of the modules; functions that do are added to `found`."""
+    """Whether a value refers to one of the modules. Functions that refer to a module are added to `found`."""
     if isinstance(value, nn.Module):
         return id(value) in modules
     if isinstance(value, MethodType):

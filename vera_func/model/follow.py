@@ -325,7 +325,7 @@ def _are_same(index: Tensor, other: Tensor) -> bool:
 
 
 def _inverse_of(index: Tensor) -> Tensor | None:
-    """Return the permutation that an index inverts, or None if it is not known to invert one."""
+    """Return the permutation that an index inverts, or None if no such permutation is known."""
     other = getattr(_root(index), "_inverse", None)
     return other if getattr(other, "_is_permutation", False) else None
 

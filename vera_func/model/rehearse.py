@@ -2,9 +2,9 @@
 
 See `rows` for the purpose. A rehearsal uses the values of the call's inputs, because the control flow of a model may
 depend on them. The rows are repeated cyclically up to the wanted number. Cheap stand-ins replace linear layers, and
-hooks are removed. Inside transforms and under the compiler, no values are available, and ones are used instead. Large
-inputs are replaced by tensors without data (`fake_tensors`). If the model can't run on such tensors, for example
-because of data-dependent routing, it runs on values regardless of their size.
+hooks are removed. Inside transforms and under the compiler, no values are available, and tensors filled with 1 are used
+instead. Large inputs are replaced by tensors without data (`fake_tensors`). If the model can't run on such tensors, for
+example because of data-dependent routing, it runs on values regardless of their size.
 """
 
 import contextlib
