@@ -142,7 +142,10 @@ def test_a_bank_whose_adapters_have_different_labels(run, run_json, data, folder
     assert third["accuracy"] > 0.7
     refused = run("evaluate", "--bank", bank, "--data", data / "c.csv", *base)
     assert refused == (2, "", refused[2])
-    assert "'one', but a was trained on the labels ['bad', 'good']: choose adapters with --name" in refused[2]
+    assert (
+        "'one', but the adapter 'a' was trained on the labels ['bad', 'good']: choose adapters with --name"
+        in refused[2]
+    )
     run_json("convert", bank, "--out", tmp_path / "each")
     assert [read_metadata(tmp_path / "each" / name).labels for name in "abc"] == labels
     run_json("convert", *(tmp_path / "each" / name for name in "ca"), "--out", tmp_path / "two.safetensors")

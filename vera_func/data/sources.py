@@ -185,8 +185,10 @@ def check_labels(source: Source, labels: Iterable[str]) -> None:
     parts = by_labels(source)
     for known, name in ((part.metadata.labels, part.names[0]) for part in parts):
         if known and (odd := sorted(set(labels) - set(known))):
-            which, hint = ("the adapter", "") if len(parts) == 1 else (name, ": choose adapters with --name")
-            raise ValueError(f"the data has the label {odd[0]!r}, but {which} was trained on the labels {known}{hint}.")
+            which, hint = ("", "") if len(parts) == 1 else (f" {name!r}", ": choose adapters with --name")
+            raise ValueError(
+                f"the data has the label {odd[0]!r}, but the adapter{which} was trained on the labels {known}{hint}."
+            )
 
 
 def _open_bank(bank: str, names: Sequence[str] | None, one: bool) -> tuple[Path, list[str], VeraConfig]:
