@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig, T5Config, T5ForConditionalGeneratio
 import vera_func as vf
 from vera_func import private
 
-from helpers import llama
+from helpers import llama, tokens
 
 
 def test_each_name_has_its_test():
@@ -90,6 +90,14 @@ def test_hooks_are_cleared():
     private.clear_hooks(layer)
     layer(torch.ones(2))
     assert not calls
+
+
+def test_hooks_that_collect_outputs_are_kept():
+    model = llama()
+    model(tokens(), output_hidden_states=True)  # transformers installs them here
+    for module in model.modules():
+        private.clear_hooks(module)
+    assert len(model(tokens(), output_hidden_states=True).hidden_states) == 3
 
 
 def test_views_know_their_tensor():

@@ -122,9 +122,15 @@ def fake_tensors() -> Iterator[None]:
 
 
 def clear_hooks(module: nn.Module) -> None:
-    """Remove the forward hooks and forward pre-hooks of a module."""
+    """Remove the forward hooks and forward pre-hooks of a module, except those by which transformers collects outputs.
+
+    A transformers model installs these hooks in its first call with `output_hidden_states=True`, and only then. Without
+    them, the model would return no hidden states, and LLaVA, which uses them itself, would fail.
+    """
     module._forward_pre_hooks.clear()
-    module._forward_hooks.clear()
+    for key, hook in list(module._forward_hooks.items()):
+        if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
+            del module._forward_hooks[key]
 
 
 def viewed_tensor(x: Tensor) -> Tensor | None:

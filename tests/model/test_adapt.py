@@ -365,6 +365,11 @@ class TestAttentionOfTorch:
         with pytest.raises(ValueError, match=r"'self_attn\.out_proj' is never called"):
             vf.adapt(model, vf.VeraConfig(r=4, target_modules=["out_proj", "linear1"]))
 
+    def test_is_left_out_of_all_linear_layers(self):
+        model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        adapted = vf.adapt(model, vf.VeraConfig(r=4, target_modules="all-linear"))
+        assert adapted.apply.targets == ("linear1", "linear2")
+
     @pytest.mark.parametrize("stacked", [False, True])
     @pytest.mark.parametrize("activation", ["relu", "gelu"])
     def test_the_fast_path_does_not_skip_the_adapter(self, activation, stacked):

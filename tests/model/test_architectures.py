@@ -119,6 +119,28 @@ def test_generate_with_an_adapter_for_each_row(name):
         assert torch.equal(together[i], apply.generate(adapter, frozen, **own, **options)[0])
 
 
+@pytest.mark.parametrize("called", [False, True])
+def test_images_of_llava_with_an_adapter_for_each_row(called):
+    """It splits the features of the images, joins them again, and reads a hidden state of its vision model."""
+    torch.manual_seed(0)
+    text = transformers.LlamaConfig(**GROUPED | TOKENS)
+    image = {"image_size": 8, "patch_size": 4, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    vision = transformers.CLIPVisionConfig(**image, num_attention_heads=4)
+    options = {"text_config": text, "vision_config": vision, "image_token_id": 66, "vision_feature_layer": -1}
+    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**options)).eval()
+    ids = torch.randint(3, 66, (3, 9), generator=torch.Generator().manual_seed(1))
+    ids[:, 2:6] = 66  # of each image four patches
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(2))}
+    if called:
+        model(**inputs)  # from now on, hooks collect the hidden states
+    apply, params, frozen, _ = vf.adapt(model, vf.VeraConfig(r=8, target_modules=["q_proj", "v_proj", "linear_1"]))
+    adapters = [randomized(params, seed, 0.5) for seed in range(2)]
+    with torch.no_grad():
+        alone = [apply(adapter, frozen, **inputs).logits for adapter in adapters]
+        mixed = apply(vf.select_adapters(vf.stack_adapters(adapters), [1, 0, 1]), frozen, **inputs).logits
+    assert relative_error(mixed, torch.stack([alone[1][0], alone[0][1], alone[1][2]])) < 1e-5
+
+
 def test_what_a_model_keeps_in_float32_is_not_quantized():
     model, _, _ = make("t5")
     wo = [module for path, module in model.named_modules() if path.endswith(".wo")]

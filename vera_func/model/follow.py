@@ -43,6 +43,7 @@ class Lost(NamedTuple):
     by_mask: bool = False
 
 
+_NO_PART = (None, 0, 0, NOWHERE)
 _VIEWS = {"view", "_unsafe_view", "_reshape_alias", "unsqueeze", "squeeze", "unsqueeze_", "squeeze_"}
 _FRESH = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "zero_", "fill_"}
 _FRESH |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided", "bernoulli_", "normal_", "uniform_"}
@@ -82,6 +83,8 @@ class Follower:
             elif place_of(tensor):
                 mark(tensor, None)
         if depends:
+            if name in ("split", "split_with_sizes", "unbind"):
+                _mark_parts(name, args, kwargs, out)
             _mark_index(name, args, kwargs, out)
             self.chose |= name in _DATA or (name == "index" and any(_is_mask(i) for _, i in _indices(name, args)))
         return out
@@ -96,6 +99,8 @@ class Follower:
             return self._by_size(out, given, new=True)
         if name == "copy_":
             given = [args[1]]
+        if name == "cat" and (joined := _reassembled(args, kwargs)) is not None:
+            return joined
         first = place_of(args[0]) if args and isinstance(args[0], Tensor) else None
         if first is None and name in _SORT and self._axis(args[0].shape) is not None:
             first = Place(self._axis(args[0].shape) or 0, 1)
@@ -288,7 +293,7 @@ def place_of(tensor: Tensor) -> Place | Lost | None:
 
 def mark(tensor: Tensor, place: Place | Lost | None) -> None:
     """Mark a tensor with the place of its rows."""
-    tensor._place_of_rows = place  # type: ignore[attr-defined]
+    tensor._place_of_rows, tensor._part_of = place, _NO_PART  # type: ignore[attr-defined]
 
 
 def _mark_index(name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
@@ -310,6 +315,30 @@ def _mark_index(name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> Non
         indices = _indices(name, args)
         if len(indices) == 1 and isinstance(args[-1], Tensor) and args[-1].numel() == x.numel():
             out._inverse = _root(indices[0][1])
+
+
+def _mark_parts(name: str, args: tuple, kwargs: dict[str, Any], parts: Sequence[Tensor]) -> None:
+    """Mark the parts of a tensor with its place, which is known again when they are joined."""
+    given = args[1:2] if name == "unbind" else args[2:3]
+    dim = _dim(given[0] if given else kwargs.get("dim", 0), args[0])
+    place = place_of(args[0])
+    if isinstance(place, Place) and place.axis == dim and place.inner is not None:
+        group = object()
+        for i, part in enumerate(parts):
+            inner = place.inner * (part.shape[0] if name == "unbind" and part.dim() else 1)
+            part._part_of = group, i, len(parts), Place(0 if name == "unbind" else dim, inner)  # type: ignore[attr-defined]
+
+
+def _reassembled(args: tuple, kwargs: dict[str, Any]) -> Place | Lost | None:
+    """Return the place after joining all parts of a tensor in order, as LLaVA does with the features of its images.
+
+    Parts in another order, or with other tensors, are lost. The result is None if no part is joined.
+    """
+    parts = [getattr(tensor, "_part_of", _NO_PART) for tensor in args[0]]
+    group, _, count, place = next((part for part in parts if part[0] is not None), _NO_PART)
+    if group is None or place.axis != _dim(args[1] if len(args) > 1 else kwargs.get("dim", 0), args[0][0]):
+        return None
+    return place if [part[:2] for part in parts] == [(group, i) for i in range(count)] else Lost(None)
 
 
 def _root(index: Tensor) -> Tensor:

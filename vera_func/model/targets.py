@@ -287,7 +287,9 @@ def _all_linear(model: nn.Module, config: VeraConfig) -> list[str]:
     head = find_head() if find_head is not None else None
     modules = dict(model.named_modules())
     names = [name for name in _linear_names(model) if modules[name] is not head and not _is_saved(name, config)]
-    return [name for name in names if returns_tensor(modules[name])]
+    # nn.MultiheadAttention never calls its output projection.
+    uncalled = [name for name in names if isinstance(modules.get(split_key(name)[0]), nn.MultiheadAttention)]
+    return [name for name in names if name not in uncalled and returns_tensor(modules[name])]
 
 
 def _default_targets(model: nn.Module) -> tuple[str, ...] | str:
