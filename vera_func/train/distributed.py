@@ -26,7 +26,8 @@ barrier detects a dead rank at once. It detects a rank that hangs or is unreacha
 10 minutes or `$VERA_FUNC_TIMEOUT` seconds. The timeout must exceed the duration of a chunk or a step. Rank 0 then names
 the missing ranks, every rank exits, and torchrun terminates ranks that do not. With `--max-restarts`, or if the same
 command is run again, training resumes exactly from the last checkpoint. After a host is replaced, run the command again
-on all hosts.
+on all hosts. If the host of `--rdzv-endpoint` is unreachable, torchrun itself ends on the other hosts when the kernel
+gives up the connection: on Linux after about 16 minutes, or 2 minutes with `sysctl net.ipv4.tcp_retries2=8`.
 
 In Python:
 
