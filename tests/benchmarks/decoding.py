@@ -42,6 +42,10 @@ def measure(model, theirs, dtype, n):
         "here 16": lambda ids, **options: rounded.apply(params, rounded.frozen, input_ids=ids, **options),
         "here 16 fused": lambda ids, **options: rounded_fused(params, rounded.frozen, input_ids=ids, **options),
     }
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")  # which the command line chooses for short texts in bfloat16
+    eager_apply = vf.adapt(eager, vf.VeraConfig(**CONFIG), product_dtype=torch.bfloat16).apply.with_fused_weights()
+    calls["here 16 eager"] = lambda ids, **options: eager_apply(params, rounded.frozen, input_ids=ids, **options)
     for name, module in theirs.items():
         calls[name] = lambda ids, module=module, **options: module(input_ids=ids, **options)
     best = interleave({name: _decoder(call, ids) for name, call in calls.items()} | _llama_cpp(ids[0].tolist()))
@@ -57,6 +61,7 @@ def measure(model, theirs, dtype, n):
         "fused weights / PEFT, one adapter": best["here fused"] / best["PEFT"],
         "here, ms a token": 1e3 * best["here"] / tokens,
         "16-bit products, fused, ms a token": 1e3 * best["here 16 fused"] / tokens,
+        "the same with eager attention, ms a token": 1e3 * best["here 16 eager"] / tokens,
     }
     if "llama.cpp" in best:
         fastest = min(value for name, value in best.items() if name.startswith("here"))
