@@ -282,15 +282,17 @@ def bnb_ops() -> Any:
 
 
 def bnb_function(name: str, arguments: str) -> Callable[..., None] | None:
-    """Return a C function of bitsandbytes' library for CPUs, or None if the operators do not call it.
+    """Return a C function of bitsandbytes' library for CPUs, or None if the operators must be called instead.
 
     The operators have ten times the overhead. They prefer a kernel of the package `kernels`, if that is installed, to
     the library's own fused product. `arguments` has a letter for each argument: n for a 64-bit integer, p for an
-    address.
+    address. A C function does not check its arguments, so the result is None for releases of bitsandbytes whose calls
+    have not been compared with ours.
     """
     import ctypes
 
-    bitsandbytes()
+    if not bitsandbytes().__version__.startswith("0.50."):
+        return None
     ops: Any = sys.modules.get("bitsandbytes.backends.cpu.ops")
     library = getattr(sys.modules["bitsandbytes.cextension"].lib, "_lib", None)
     if not hasattr(library, name) or (name.startswith("gemv") and getattr(ops, "gemm_4bit_forward_kernel", None)):

@@ -90,3 +90,11 @@ def test_the_compiler_traces_the_operator(dtype):
 
 def test_a_missing_function_is_none():
     assert private.bnb_function("no_such_function", "np") is None
+
+
+def test_operators_are_called_with_unknown_releases_of_bitsandbytes(monkeypatch):
+    # A C function with other arguments would write to memory that is not ours.
+    name = "cdequantize_blockwise_cpu_nf4_fp32"
+    assert private.bnb_function(name, "pppnnn")
+    monkeypatch.setattr(private.bitsandbytes(), "__version__", "0.51.0")
+    assert private.bnb_function(name, "pppnnn") is None
