@@ -322,6 +322,7 @@ def test_hostile_data_is_refused_before_a_model_is_loaded(run, tmp_path, monkeyp
         ("--data {data}/preference.jsonl --reference {first} --dropout 0.1", "--reference determines these options"),
         ("--data {data}/preference.jsonl --reference {first} --model=", "first does not name its base model"),
         ("--data {data}/text.jsonl --out {data}/text.jsonl", "is a file"),
+        ("--data {data}/text.jsonl --log {data}/text.jsonl", "--log must be a folder or not exist"),
         ("--data {reviews} --beta 0.1", "--beta has no effect on data with text and label"),
         ("--data {reviews} --steps 4,5", "--steps must have one value, or one for each of the 1 adapters, got 2"),
         ("--data {reviews} --data {data}/text.jsonl", "'label' must be a non-empty string, got None"),

@@ -18,15 +18,19 @@ from .recipe import Recipe
 BANK = "bank.safetensors"
 
 
-def output_folder(out: str | Path) -> Path:
+def output_folder(out: str | Path, name: str = "out") -> Path:
     """The folder of the result, which need not exist.
+
+    Args:
+        out: The folder.
+        name: The option, for the error message.
 
     Raises:
         ValueError: If it is a file.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder or not exist; {out} is a file.")
+        raise ValueError(f"{name} must be a folder or not exist; {out} is a file.")
     return out
 
 

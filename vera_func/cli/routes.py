@@ -14,6 +14,7 @@ from ..data.prompts import PROMPT
 from ..data.sources import Source, check_labels
 from .groups import BaseOptions, TrainOptions, dtype_of
 from .jobs import expand_sources, value_of
+from .outputs import output_folder
 from .recipe import Recipe, Run, micro_batches
 from .report import describe, show, show_result
 
@@ -40,6 +41,8 @@ def train(data: Sequence[str], out: str, base: BaseOptions, options: TrainOption
     """The command `train`, for any kind of data and any number of data sets."""
     if options.steps and options.epochs:
         raise ValueError("give --steps or --epochs, not both.")
+    if options.log:
+        output_folder(options.log, "--log")
     sources = expand_sources(data, options.each)
     for source in sources if len(sources) > 1 or options.beta or options.reference else ():
         _ = is_hub_id(source) or find_files(source)  # raises if there is no such file
