@@ -198,7 +198,7 @@ refused("fewer steps", "steps=3 is the total number of steps, but the run alread
 refused("another run", "other params, another optimizer or another population", resume=RUN, population=10)
 refused("other params", "other params, another optimizer", resume=RUN._replace(params={"a": ones(2)}))
 refused("another optimizer", "other params, another optimizer", resume=RUN, optimizer=adamw(0.1))
-refused("a dict", "resume must be an Evolution, as evolve returns it, got dict", resume=START)
+refused("a dict", "resume must be an Evolution returned by evolve, got dict", resume=START)
 bad(
     "evolve",
     "inside a transform",

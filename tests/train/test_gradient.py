@@ -58,8 +58,8 @@ RUNS = {
     "not at all": (lambda layer, x: x, None),
     "for nothing": (lambda layer, x: x + 0 * layer(x).detach(), None),
     "once more without gradients": (half_without, None),
-    "without gradients": (without_gradients, "depend on 'middle.lambda_b', but it gets no gradient"),
-    "detached": (lambda layer, x: layer(x).detach(), "depend on 'middle.lambda_b', but it gets no gradient"),
+    "without gradients": (without_gradients, "depend on 'middle.lambda_b', but this leaf gets no gradient"),
+    "detached": (lambda layer, x: layer(x).detach(), "depend on 'middle.lambda_b', but this leaf gets no gradient"),
     "checkpointed": (lambda layer, x: checkpoint(layer, x, use_reentrant=False), "runs again in backward"),
     "checkpointed by reentering": (lambda layer, x: checkpoint(layer, x, use_reentrant=True), "use_reentrant"),
 }

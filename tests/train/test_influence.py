@@ -103,7 +103,7 @@ for what, train, test, damping, message in (
     ("gradients of NaN", BROKEN, G, 1.0, "1 of 3 train examples are not finite, first 1"),
     ("tests of NaN", G, BROKEN, 1.0, "1 of 3 test examples are not finite, first 1"),
     ("a text", G, G, "1", "damping must be a positive"),
-    ("a singular matrix", TWICE, G, 1e-300, "use a larger one; the mean"),
+    ("a singular matrix", TWICE, G, 1e-300, "use a larger damping; the mean"),
 ):
     given = (train, test, damping)
     refused("fisher_influence", what, lambda g=given: fisher_influence(*g[:2], damping=g[2]), message)

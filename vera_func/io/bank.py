@@ -1,7 +1,7 @@
-"""Adapter banks: one safetensors file with thousands of adapters that share projections, readable one by one.
+"""Adapter banks: safetensors files with up to thousands of adapters that share projections; each can be read alone.
 
-The file contains the stacked params, with shapes (n, ...), under their keys, and the projections. Its metadata contains
-the names of the adapters and their shared configuration. `safetensors.torch.load_file` also reads such a file.
+The file contains the projections, and the stacked params, each leaf (n, ...) under its key. The metadata of the file
+contains the names of the adapters and their shared configuration. `safetensors.torch.load_file` also reads such a file.
 """
 
 import dataclasses
@@ -52,7 +52,8 @@ class Bank:
         """Return the stacked params of the given adapters (names or rows) in the given order; None means all adapters.
 
         Only these rows are read. A contiguous range of rows is memory-mapped, not copied, so the file must not be
-        overwritten in place while the params are in use. This library always replaces files instead.
+        overwritten in place while the params are in use. This library replaces files, and never overwrites them in
+        place.
 
         Raises:
             ValueError: If a name is unknown, a row is out of range, or the file is damaged.
@@ -144,8 +145,8 @@ def save_bank(
         The path.
 
     Raises:
-        ValueError: If names, params, projections and configuration do not fit together, or a value is NaN or inf.
-            Nothing is written then.
+        ValueError: If names, params, projections and configuration do not fit together, or if a value is NaN or inf. In
+            both cases, nothing is written.
 
     Example:
         >>> import tempfile
@@ -226,8 +227,8 @@ def append_to_bank(
         replace: Whether to replace adapters that the bank already has.
 
     Raises:
-        ValueError: If the bank already has one of the names and `replace` is False, or the params do not fit the bank.
-            The bank is then unchanged.
+        ValueError: If `replace` is False and the bank already has one of the names, or if the params do not fit the
+            bank. In both cases, the bank is unchanged.
 
     Example:
         >>> import tempfile
@@ -267,7 +268,7 @@ def append_to_bank(
 def import_adapters(
     path: str | os.PathLike[str], folders: Mapping[str, str | os.PathLike[str]], model: nn.Module
 ) -> Bank:
-    """Write an adapter bank from PEFT directories. Their projections and target modules must be the same.
+    """Write an adapter bank from PEFT directories. The adapters must have the same projections and target modules.
 
     Args:
         path: The bank to write.
@@ -275,7 +276,7 @@ def import_adapters(
         model: The base model that the adapters must fit.
 
     Raises:
-        ValueError: If projections, targets or shapes of the adapters differ. `pool_adapters` combines such adapters.
+        ValueError: If the adapters differ in projections, targets or shapes. `pool_adapters` combines such adapters.
 
     Example:
         >>> import tempfile

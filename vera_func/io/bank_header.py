@@ -45,7 +45,7 @@ def read_header(path: Path, file: Any) -> tuple[tuple[str, ...], VeraConfig]:
 
 
 def _check_ranks(path: Path, shapes: Mapping[str, tuple[int, ...]], config: VeraConfig) -> None:
-    """Check the shapes of a bank's tensors against each other and the configuration."""
+    """Check the shapes of a bank's tensors against each other and against the configuration."""
     r = config.r
     A, B = (shapes[name] for name in PROJECTIONS)
     if len(A) != 2 or len(B) != 2 or A[0] != r or B[1] != r:

@@ -34,7 +34,7 @@ apply, params, frozen, config = vf.load_adapter(adapter, model)
 output = apply(params, frozen, input_ids=input_ids)
 ```
 {peft}
-For servers without VeRA, export exactly the same update as a LoRA{dora} in PEFT's format:
+For servers without VeRA, export the update, exactly, as a LoRA{dora} in PEFT's format:
 
 ```python
 vf.export_lora("lora", params, frozen, config, model)
@@ -56,8 +56,8 @@ def card_text(params: Mapping[str, Tensor], config: VeraConfig, metrics: Mapping
     r"""Return the text of an adapter's model card.
 
     The metadata names the base model only if that name is an id of the hub, because the hub refuses other names. The
-    `library_name` is PEFT, because the files have PEFT's format and the hub then shows how to load them. For DVoRA,
-    which PEFT does not have, it is vera_func.
+    `library_name` is "peft", because the files have PEFT's format, and because the hub then shows how to load them. For
+    DVoRA, which PEFT does not have, the `library_name` is "vera_func".
 
     Args:
         params: Params of a single adapter.

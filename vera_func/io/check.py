@@ -68,7 +68,7 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
 
 
 def _check_magnitudes(params: Mapping[str, Tensor], config: VeraConfig) -> None:
-    """Check that each layer has a magnitude with the shape of its `lambda_b`, or without `use_dora`, no magnitude."""
+    """Check that every layer has a magnitude shaped like its `lambda_b`, or that none has if `use_dora` is False."""
     layers = adapted_modules(params) if config.use_dora else []
     wanted = {join_key(name, MAGNITUDE): params[join_key(name, "lambda_b")].shape for name in layers}
     given = {key: value.shape for key, value in params.items() if split_key(key)[1] == MAGNITUDE}

@@ -60,8 +60,9 @@ def save_adapter(
         The directory that was written.
 
     Raises:
-        ValueError: If params are stacked, do not fit the projections, or hold NaN or inf. Also if the target modules
-            are not explicit, or metrics are not numbers or are given without a card. Nothing is written then.
+        ValueError: If params are stacked, hold NaN or inf, or do not fit the projections. Also if the target modules
+            are not explicit, if a metric is not a number, or if metrics are given without a card. In all these cases,
+            nothing is written.
 
     Example:
         >>> import tempfile
@@ -116,7 +117,7 @@ def load_adapter(
 
     Args:
         path: The directory. If there is no such directory, `"user/repo"` names a repository of the hub. The package
-            huggingface_hub downloads it into a cache, which is used when offline.
+            huggingface_hub downloads the repository into a cache, which is used when offline.
         model: The base model. It is not modified.
         adapter_name: Name of the adapter. A name other than "default" selects the sub-folder of that name.
         revision: Branch, tag or commit of the repository; None means its main branch.
@@ -125,8 +126,8 @@ def load_adapter(
             every file, as in PEFT; None keeps the dtype of the file.
         int8_activations: See `adapt`.
         product_dtype: See `adapt`. It is not stored in the file.
-        ignore_unknown: Whether to ignore unknown configuration fields and tensors, for example of a newer version of
-            PEFT, with a warning, as PEFT does.
+        ignore_unknown: Whether to ignore tensors and configuration fields that are unknown, for example because a newer
+            version of PEFT wrote them. As in PEFT, a warning is issued.
 
     Returns:
         `(apply, params, frozen, config)`, as from `adapt`.
@@ -231,7 +232,7 @@ def _projections_of(
         )
     _check_projections(file, projections, [linear_sizes(model.get_submodule(name)) for name in targets], config.r)
     device = layer_device(model.get_submodule(targets[0]))
-    # The order is fixed here, because the order in the file is arbitrary.
+    # The order of the keys is fixed here, because their order in the file is arbitrary.
     return {name: projections[name].to(device) for name in ("vera_A", "vera_B")}
 
 

@@ -37,7 +37,8 @@ def config_from_json(fields: Any, source: str = CONFIG, *, ignore_unknown: bool 
         ignore_unknown: Whether to ignore every unknown field, with a warning, as PEFT does.
 
     Raises:
-        ValueError: If `fields` is not a VeRA configuration, a field is invalid, or an unknown field has a truthy value.
+        ValueError: If `fields` is not a VeRA configuration, if a field is invalid, or if an unknown field has a truthy
+            value.
 
     Example:
         >>> config_from_json({"peft_type": "VERA", "r": 8, "target_modules": ["q_proj"]}).r
@@ -63,7 +64,7 @@ def config_from_json(fields: Any, source: str = CONFIG, *, ignore_unknown: bool 
     values = {name: value for name, value in fields.items() if name in known} | {"use_dora": kind == "DVERA"}
     targets = values.get("target_modules")
     if isinstance(targets, str) and targets.lower() != "all-linear":
-        # With a regular expression, PEFT ignores these two fields but still writes them.
+        # If target_modules is a regular expression, PEFT ignores these two fields but still writes them.
         values |= {"layers_to_transform": None, "layers_pattern": None}
     try:
         return VeraConfig(**values)

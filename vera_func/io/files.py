@@ -21,10 +21,11 @@ def replacing(file: Path) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, which is renamed to `file` at the end of the block.
 
     After a crash, `file` has either its old or its new content. A killed process may leave a temporary file in the same
-    folder, whose name begins with a dot.
+    folder; the name of this file begins with a dot.
 
     Raises:
-        OSError: If the folder does not exist or is not writable, or the disk is full. An old file is then kept.
+        OSError: If the folder does not exist or is not writable, or if the disk is full. In these cases, an existing
+            file is kept.
         IsADirectoryError: If `file` is a folder.
 
     Example:
@@ -87,7 +88,7 @@ def filling(folder: Path) -> Iterator[Path]:
 
 
 def sort_metadata(file: Path) -> None:
-    """Sort the metadata of a safetensors file, so that equal contents are equal bytes.
+    """Sort the metadata of a safetensors file, so that equal contents give equal bytes.
 
     safetensors writes the metadata in an order that differs from call to call.
     """
@@ -150,7 +151,7 @@ def parse_json(file: Path, text: str) -> Any:
 
 @cache
 def written_by() -> str:
-    """Return the name and version of this package, which it stores in the files that it writes.
+    """Return the name and version of this package, which are stored in the files that it writes.
 
     Example:
         >>> written_by().split()[0]

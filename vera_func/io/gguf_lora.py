@@ -1,9 +1,9 @@
 """Write a LoRA as a GGUF adapter, the format of llama.cpp.
 
-llama.cpp's converter renames the layers of a model. For some architectures, it also permutes the rows of the query and
-key weights, because rotary embeddings rotate pairs of neighbouring rows in llama.cpp, and pairs of rows that are half a
-head apart in transformers. The rows of B' must be permuted in the same way. `ARCHITECTURES` lists the architectures
-whose order of rows is known and tested.
+llama.cpp's converter renames the layers of a model. Rotary embeddings rotate pairs of rows. In llama.cpp, the rows of a
+pair are neighbours; in transformers, they are half a head apart. Therefore, for some architectures, the converter also
+permutes the rows of the query and key weights, and the rows of B' must be permuted in the same way. `ARCHITECTURES`
+lists the architectures whose order of rows is known and tested.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .files import replacing, written_by
 
 
-# Maps `model.config.model_type` to the architecture in GGUF, and to whether query and key rows are permuted.
+# By `model.config.model_type`: the architecture in GGUF, and whether the rows of query and key are permuted.
 ARCHITECTURES = {"llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False)}
 
 

@@ -123,7 +123,8 @@ def hub_errors(repository: str, revision: str | None = None, tried: str = "") ->
         hint = " Log in with `hf auth login`." if status in (401, 403) else ""
         raise OSError(f"the hub refused the request for {repository} (HTTP status {status}).{hint}") from error
     except Exception as error:
-        # huggingface_hub passes on errors of its HTTP library, which depends on the version of huggingface_hub.
+        # huggingface_hub passes on errors of an HTTP library. Which library that is depends on the version of
+        # huggingface_hub.
         if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests"):
             raise
         raise ConnectionError(f"{unreachable}: {error}") from error

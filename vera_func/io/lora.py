@@ -59,8 +59,8 @@ def export_lora(
     With a smaller rank, the LoRA is the truncated singular value decomposition of ΔW. ΔW is never materialized: the
     cost is one QR decomposition of an (out, r) matrix and one of an (in, r) matrix per layer.
 
-    A warning names the servers that refuse the directory, and what to do. For example, vLLM loads ranks above 16 only
-    if it is started with a larger `--max-lora-rank`, and no server loads trained heads or biases.
+    A warning names the servers that refuse the directory, and says what to do. For example, vLLM loads ranks above 16
+    only if it is started with a larger `--max-lora-rank`, and no server loads trained heads or biases.
     `io.servers.check_lora` returns the same information for any LoRA directory.
 
     Args:
@@ -71,15 +71,15 @@ def export_lora(
         config: The configuration that `adapt` returned.
         model: The base model, which determines the layer sizes.
         rank: Rank of the LoRA. None means `config.r`.
-        format: "peft", or "gguf" for llama.cpp (`--lora`). GGUF is supported for models of the types llama, mistral and
-            qwen2, without trained heads or biases, and needs the package gguf.
+        format: "peft", or "gguf" for llama.cpp (`--lora`). GGUF needs the package gguf. It is supported for models of
+            the types llama, mistral and qwen2, and for adapters without trained heads or biases.
 
     Returns:
         The path that was written, and the relative error of each module.
 
     Raises:
-        ValueError: If the adapter does not fit the model or holds NaN or inf, the rank is out of range, the format is
-            unknown, or llama.cpp can't load the adapter.
+        ValueError: If the adapter holds NaN or inf, or does not fit the model. Also if the rank is out of range, if the
+            format is unknown, or if llama.cpp can't load the adapter.
         FileExistsError: If the directory holds a VeRA adapter.
 
     Example:
@@ -193,7 +193,7 @@ def _short_targets(layers: list[str], model: nn.Module) -> list[str] | str:
     exact = exact_targets(model, sorted(layers), VeraConfig())
     try:
         found = resolve(model, VeraConfig(target_modules=ends), strict=False)[0]
-    except ValueError:  # another module that ends in these is no linear layer
+    except ValueError:  # these ends also match a module that is no linear layer
         found = []
     return ends if {*found} == {*layers} else exact if isinstance(exact, str) else list(exact)
 

@@ -47,9 +47,10 @@ _QUANTIZED_ATTRIBUTES = (
 def to_module(adapted: Adapted) -> nn.Module:
     """Return the adapted model as an `nn.Module` of the model's class, whose trainable parameters are the params.
 
-    Use it with APIs that require a module: `Trainer`, activation checkpointing (not supported by `torch.func`), or a
-    `torch.optim` optimizer. The module shares memory with the base model. The trainable parameters are copies of the
-    params; `{k: p for k, p in module.named_parameters() if p.requires_grad}` returns them under the keys of `params`.
+    Use the result with APIs that require a module: `Trainer`, activation checkpointing (not supported by `torch.func`),
+    or a `torch.optim` optimizer. The module shares memory with the base model. The trainable parameters are copies of
+    the params; `{k: p for k, p in module.named_parameters() if p.requires_grad}` returns them under the keys of
+    `params`.
 
     Two methods of a transformers model are replaced. `save_pretrained` calls `save_adapter`, so Trainer's checkpoints
     are also adapter directories. `num_parameters` includes the quantized weights.

@@ -52,9 +52,9 @@ def from_peft(
         `(apply, params, frozen, config)`, as from `adapt`, with the dtypes and devices of the PEFT model.
 
     Raises:
-        ValueError: If the model is not a `PeftModel`, or has no VeRA adapter of this name. Also if several adapters are
-            active and none is named, an adapter is merged, or the adapter holds NaN or can't be represented
-            as params.
+        ValueError: If the model is not a `PeftModel`, or has no VeRA adapter of this name. Also if an adapter is
+            merged, if several adapters are active and none is named, or if the adapter holds NaN or can't be
+            represented as params.
 
     Example:
         >>> import peft
@@ -118,7 +118,7 @@ def _named_adapter(peft_model: Any, adapter_name: str | None) -> tuple[Any, str]
 
 
 def _without_peft(root: nn.Module, name: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """Return the base model, its adapted layers by name, and by name the modules that this adapter trains in full."""
+    """Return the base model and two dicts by name: its adapted layers, and the modules that are trained in full."""
     vera, utils = import_module("peft.tuners.vera"), import_module("peft.utils")
 
     def inside(module: Any) -> nn.Module | None:

@@ -1,6 +1,6 @@
 """Save a quantized model as one file, and load it without quantizing again.
 
-The file contains every parameter and buffer of the model, so it can be loaded into a model on the meta device:
+The file contains every parameter and buffer of the model, so the file can be loaded into a model on the meta device:
 
     save_quantized("model.safetensors", model)
     with torch.device("meta"):
@@ -99,13 +99,13 @@ def load_quantized(path: str | os.PathLike[str], model: Model) -> Model:
     """Return a copy of `model` with exactly the parameters and buffers of a file from `save_quantized`.
 
     Nothing is quantized again. The file is memory-mapped, so dense weights are read on first use. The file, and not
-    `model`, determines which layers are quantized and which parameters are tied. Each parameter is on the device of the
-    corresponding parameter of `model`, or on the CPU if that is the meta device.
+    `model`, determines which layers are quantized and which parameters are tied. Each parameter is placed on the device
+    of the corresponding parameter of `model`, or on the CPU if that device is the meta device.
 
     Args:
         path: The file.
-        model: A model of the same architecture. It is not modified, and may be on the meta device: create it under
-            `with torch.device("meta")`. The copy has the training mode and the `requires_grad` flags of `model`.
+        model: A model of the same architecture. It is not modified. It may be on the meta device: create it under `with
+            torch.device("meta")`. The copy has the training mode and the `requires_grad` flags of `model`.
 
     Raises:
         ValueError: If the file is damaged or belongs to another model. The message names the file and the key.
@@ -194,7 +194,7 @@ def _aliases(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
 def _replacements(
     path: Path, model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], quantized: set[str]
 ) -> dict[int, Any]:
-    """Return a memo for `copy_tree`, with the replacement of each parameter and buffer of the model by its id."""
+    """Return a memo for `copy_tree`: the replacement of each parameter and buffer of the model, by the old one's id."""
     memo: dict[int, Any] = {}
     source: dict[int, str] = {}
     loaded: dict[str, Tensor] = {}
@@ -231,7 +231,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU, cloned if they share storage, which safetensors does not support."""
+    """Return the tensors on the CPU. If some share storage, they are cloned: safetensors does not support sharing."""
     seen = set()
     own = {}
     for name, tensor in tensors.items():

@@ -1,6 +1,6 @@
 """Check which inference servers would refuse a LoRA directory, and why.
 
-The rules of the servers, with the files of their source code that contain them (November 2026):
+The rules of each server, and the files of its source code that contain these rules (November 2026):
 
 - vLLM: `vllm/lora/peft_helper.py` refuses DoRA, `modules_to_save`, trained biases, and a rank above `max_lora_rank`,
   which `vllm/config/lora.py` sets to 16 by default and limits to the values `VLLM_RANKS`; `vllm/lora/utils.py` refuses
@@ -27,12 +27,12 @@ _FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 
 class Refusal(NamedTuple):
-    """A rule of a server that a LoRA breaks.
+    """A server's rule that a LoRA breaks.
 
     Attributes:
         server: "vLLM", "SGLang" or "llama.cpp".
         reason: The property of the LoRA that the server refuses.
-        repair: A way to serve the adapter nevertheless.
+        repair: A way to serve the adapter that the server accepts.
     """
 
     server: str
@@ -41,7 +41,7 @@ class Refusal(NamedTuple):
 
 
 def check_lora(path: str | os.PathLike[str]) -> list[Refusal]:
-    """Return the reasons why servers would refuse a PEFT LoRA directory, or an empty list if all would load it.
+    """Return the reasons why servers would refuse a PEFT LoRA directory, or an empty list if all servers would load it.
 
     Args:
         path: A directory as written by `export_lora` or PEFT.
@@ -68,7 +68,7 @@ def check_lora(path: str | os.PathLike[str]) -> list[Refusal]:
 
 
 def refusals(fields: Mapping[str, Any], names: Collection[str]) -> list[Refusal]:
-    """Return the rules of servers that a LoRA breaks.
+    """Return the servers' rules that a LoRA breaks.
 
     Args:
         fields: The content of the LoRA's `adapter_config.json`.

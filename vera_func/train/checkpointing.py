@@ -3,7 +3,7 @@
     loss = checkpointed_loss(adapted, lambda module, batch: module(**batch).logits.square().mean())
     loss(params, batch)  ==  the same with apply, in less memory and about 4/3 of the time
 
-`apply` binds params to the model only while it runs, so autograd can't recompute a layer after the call. Therefore this
+`apply` binds params to the model only during a call, so autograd can't recompute a layer after the call. Therefore this
 loss runs its forward and backward pass together, on a module that holds the params. The loss is differentiable once, by
 plain autograd.
 """

@@ -3,8 +3,8 @@
     losses(x, weight, bias, targets, chunk) = logsumexp(z) - z[targets],    z = x weight^T + bias
 
 The logits z (tokens, vocab) are computed and discarded `chunk` positions at a time. While a chunk is in memory, the
-gradient of its losses with respect to x, (softmax(z) - onehot(targets)) weight, is computed as well. A frozen head
-takes two matrix products, as many as without chunks. A trained head takes two more in the backward pass, one more than
+gradient of its losses with respect to x is computed as well: (softmax(z) - onehot(targets)) weight. A frozen head takes
+two matrix products, as many as without chunks. A trained head takes two more in the backward pass, one more than
 without chunks.
 
 Higher derivatives are computed from the plain expression, chunk by chunk.

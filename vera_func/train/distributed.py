@@ -5,10 +5,10 @@
     mean_over_micro_batches   sum of w_i grad_i / sum of w_i over micro-batches, by one all-reduce of one float64 buffer
 
 Results do not depend on the number of processes. Items and micro-batches are the same for any number of processes, and
-each is computed by one process. Gradients are summed in float64, where a sum of float32 values times counts is nearly
-always exact in any order. Collectives fail or give wrong results inside `torch.func` transforms, so they are called
-outside, with plain tensors. The quantized base is replicated on every rank. Without torchrun every function runs in the
-calling process.
+each is computed by one process. Gradients are summed in float64. There, a sum of products of float32 values and counts
+is nearly always exact, in any order. Collectives fail or give wrong results inside `torch.func` transforms, so they are
+called outside, with plain tensors. The quantized base is replicated on every rank. Without torchrun every function runs
+in the calling process.
 
 The commands `train` and `evaluate` run under torchrun, on one machine or on several:
 
@@ -17,17 +17,18 @@ The commands `train` and `evaluate` run under torchrun, on one machine or on sev
         -m vera_func train --data reviews.csv --out my-adapter --parts 16
 
 Evaluation shards adapters across ranks, in chunks of `--chunk` adapters. Training shards the `--parts` micro-batches of
-each batch, and all-reduces 8 bytes per trained parameter at each step. Training on many data sets shards adapters
-instead, in chunks of `--together` adapters, if there is more than one chunk. Only rank 0 writes files and shows
-progress. Each rank uses the GPU whose index is its local rank.
+each batch, and all-reduces 8 bytes per trained parameter at each step. Training on many data sets shards chunks of
+`--together` adapters instead, if there is more than one chunk. Only rank 0 writes files and shows progress. Each rank
+uses the GPU whose index is its local rank.
 
 Failures are detected by torch. All ranks enter a `monitored_barrier` after each chunk and before each all-reduce. The
-barrier detects a dead rank at once. It detects a rank that hangs or is unreachable after the group's timeout, which is
-10 minutes or `$VERA_FUNC_TIMEOUT` seconds. The timeout must exceed the duration of a chunk or a step. Rank 0 then names
-the missing ranks, every rank exits, and torchrun terminates ranks that do not. With `--max-restarts`, or if the same
-command is run again, training resumes exactly from the last checkpoint. After a host is replaced, run the command again
-on all hosts. If the host of `--rdzv-endpoint` is unreachable, torchrun itself ends on the other hosts when the kernel
-gives up the connection: on Linux after about 16 minutes, or 2 minutes with `sysctl net.ipv4.tcp_retries2=8`.
+barrier detects a dead rank at once. A rank that hangs or can't be reached is detected once the group's timeout has
+passed: `$VERA_FUNC_TIMEOUT` seconds, by default 600. The timeout must exceed the duration of a chunk or a step. When
+the barrier fails, rank 0 names the missing ranks, every rank exits, and torchrun terminates ranks that do not exit.
+With `--max-restarts`, or if the same command is run again, training resumes exactly from the last checkpoint. After a
+host is replaced, run the command again on all hosts. If the host of `--rdzv-endpoint` is unreachable, torchrun itself
+ends on the other hosts when the kernel gives up the connection: on Linux after about 16 minutes, or 2 minutes with
+`sysctl net.ipv4.tcp_retries2=8`.
 
 In Python:
 
@@ -180,8 +181,8 @@ def mean_over_micro_batches(
         gradient: Function of a micro-batch that returns `(grads, losses)`, both of them means over the micro-batch.
             `fit` provides this function.
         parts: The micro-batches that `batches(step)` returned, the same on every rank.
-        weight: Function of a micro-batch that returns the number of terms in the mean that is its loss, such as its
-            number of tokens without padding. Micro-batches with weight 0 are skipped.
+        weight: Function that returns the number of terms in the mean loss of a micro-batch, such as the number of its
+            tokens without padding. Micro-batches with weight 0 are skipped.
 
     Returns:
         `(grads, losses)`, the same on every rank.
@@ -228,7 +229,8 @@ def furthest(value: Any, progress: int) -> Any:
 
     Args:
         value: A value that `map_sharded` can send.
-        progress: The progress of this rank. If several ranks have the most, the lowest of them is chosen.
+        progress: The progress of this rank. If several ranks have made the most progress, the lowest of these ranks is
+            chosen.
 
     Example:
         >>> furthest("step 3", 3)
@@ -246,7 +248,7 @@ def _barrier() -> None:
     """Wait for all ranks; rank 0 raises an error that names the missing ranks."""
     if world_size() > 1:
         with _explain_errors("other ranks are missing"):
-            dist.monitored_barrier(timeout=_wait, wait_all_ranks=True)  # by default it ignores the group's timeout
+            dist.monitored_barrier(timeout=_wait, wait_all_ranks=True)  # by default, ignores the group's timeout
 
 
 @contextlib.contextmanager

@@ -57,12 +57,12 @@ def evolve(
 ) -> Evolution:
     """Maximize the fitness of an adapter by evolution strategies; only forward passes are run.
 
-    Each step evaluates pairs of opposite perturbations. It then adds a sum of the perturbations to the params, weighted
-    by the ranks of their fitness. Ranks make the step independent of the scale of the fitness; equal values share the
-    mean of their ranks. Perturbations are never stored. They are drawn from seeds twice, once for the evaluation and
-    once for the update. The update is computed one perturbation at a time. Everything runs under `torch.no_grad`, so
-    memory is that of inference with `chunk_size` adapters. Quantized layers use their inference kernels, including that
-    of `apply.with_fused_weights()`.
+    Each step evaluates pairs of opposite perturbations. It then adds a weighted sum of the perturbations to the params.
+    For the weights, fitness values are replaced by their ranks in sorted order, so that the step does not depend on
+    their scale; tied values get their average rank. Perturbations are never stored. They are drawn from seeds twice,
+    once for the evaluation and once for the update. The update is computed one perturbation at a time. Everything runs
+    under `torch.no_grad`, so memory is that of inference with `chunk_size` adapters. Quantized layers use their
+    inference kernels, including that of `apply.with_fused_weights()`.
 
     Inside `process_group()` under torchrun, chunks are sharded across ranks by `map_sharded`. Only fitness values are
     sent: every rank draws the same perturbations and computes the same update. If the fitness is bitwise the same for
@@ -76,20 +76,20 @@ def evolve(
             step only.
         steps: Total number of steps, including those of a resumed run.
         sigma: Standard deviation of the perturbations, the same for all leaves.
-        learning_rate: Factor on the estimated gradient. With an `optimizer` it is a factor on the updates, and defaults
-            to 1.
+        learning_rate: Factor that multiplies the estimated gradient. With an `optimizer`, it multiplies the updates
+            instead, and defaults to 1.
         seed: Seed of the perturbations. Perturbation `j` of a step depends on `seed`, the step and `j` only. It is
             drawn on the CPU, so equal seeds give equal bits.
         population: Number of members, an even number.
         chunk_size: Number of members to evaluate at once; None means all. It does not affect the perturbations.
-        optimizer: A pair of pure functions, as for `fit`. Its gradient is the negative of the estimate, since
-            optimizers minimize. None means gradient ascent.
+        optimizer: A pair of pure functions, as for `fit`. The optimizer gets the negative of the estimated gradient,
+            since optimizers minimize. None means gradient ascent.
         on_step: Called with the state after each step, for example to report or to save it.
         resume: State of a run to continue; the other arguments should be the same as for that run.
 
     Raises:
-        ValueError: If a fitness is not finite or has another shape than (n,), `population` is odd, `params` can't be
-            trained, another argument is out of range, or a transform is active.
+        ValueError: If a fitness is not finite or does not have shape (n,), if `population` is odd, if `params` can't be
+            trained, if another argument is out of range, or if a transform is active.
 
     Example:
         >>> target = torch.tensor([1.0, -1.0, 0.5])
@@ -102,7 +102,7 @@ def evolve(
 
     Reference:
         Algorithm 1 of https://arxiv.org/abs/1703.03864, with its antithetic sampling and rank-shaped fitness.
-        Deviations: ties share their mean rank; no weight decay.
+        Deviations: tied values get their average rank; no weight decay.
     """
     _check_options(fitness, batches, steps, sigma, learning_rate, seed, population, chunk_size, optimizer, on_step)
     require_trainable(params)
@@ -126,9 +126,9 @@ def evolve(
 
 
 def centered_ranks(fitness: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """The ranks of the values, scaled to [-1/2, 1/2], in float64.
+    """The ranks of the values in sorted order, scaled to [-1/2, 1/2], in float64.
 
-    Their mean is 0. Equal values share the mean of their ranks.
+    Their mean is 0. Tied values get their average rank.
 
     Raises:
         ValueError: If `fitness` is not (n,) with at least two values.
@@ -184,7 +184,7 @@ def _direction(
     weights = ((ranks[::2] - ranks[1::2]) / scale).tolist()
     total = {key: torch.zeros_like(p, dtype=torch.float64) for key, p in params.items()}
     for pair, weight in enumerate(weights):
-        if weight:  # a pair of equal fitness adds nothing, so it is not drawn again
+        if weight:  # 0 for members of equal fitness
             for key, e in draw(pair).items():
                 total[key] += weight * e.double()
     return {key: value.to(_wide(params[key])) for key, value in total.items()}
@@ -208,7 +208,7 @@ def _initial_run(
     if resume is None:
         return run
     if not isinstance(resume, Evolution):
-        raise ValueError(f"resume must be an Evolution, as evolve returns it, got {type(resume).__name__}.")
+        raise ValueError(f"resume must be an Evolution returned by evolve, got {type(resume).__name__}.")
     found, expected = ([_signature(part) for part in each[:2]] for each in (resume, run))
     if found != expected or resume.fitness.shape[1:] != (population,):
         raise ValueError("resume is a run with other params, another optimizer or another population.")

@@ -83,13 +83,14 @@ def fit(
             `batch_indices`.
         steps: Total number of steps, including those of a resumed run.
         learning_rate: One value for all adapters or one per adapter, as for `weight_decay` and `max_norm`. With an
-            `optimizer` it is a factor on the updates and defaults to 1; otherwise it is required.
+            `optimizer`, it multiplies the updates and defaults to 1; without an `optimizer`, it is required.
         weight_decay, betas, eps: As in `adamw_update`; not allowed with an `optimizer`, which has its own.
         optimizer: A pair of pure functions for one adapter: `init(params)` returns a state, any pytree of tensors, and
             `update(grads, state, params)` returns `(updates, state)`. For example an `Optimizer`, or one of torchopt's.
             It is mapped over stacked adapters with `torch.func.vmap`. None means AdamW.
         max_norm: Maximum norm of an adapter's gradient; None means no clipping.
-        schedule: Function from the step to a factor on `learning_rate`, one for all adapters or one per adapter.
+        schedule: Function from the step to a factor that multiplies `learning_rate`: one factor for all adapters, or
+            one per adapter.
         num_adapters: `n`, if params are stacked.
         evaluate, evaluate_every: `evaluate` is a function `(params, number of steps done)` that returns one metric, or
             (n,) metrics; lower is better. It is called every `evaluate_every` steps.
@@ -116,8 +117,9 @@ def fit(
                       lambda step, numbers: mlflow.log_metrics(numbers, step=step)
 
     Raises:
-        ValueError: If arguments, shapes, or the run to resume do not fit together, or no leaf of `params` gets a
-            gradient. Also if, in the first step, the loss depends on a leaf that gets no gradient; see `gradient_of`.
+        ValueError: If the arguments, their shapes and the run to resume do not fit together, or if no leaf of `params`
+            gets a gradient. Also if, in the first step, the loss depends on a leaf that gets no gradient; see
+            `gradient_of`.
 
     Example:
         >>> loss_fn = lambda params, batch: (params["p"] - batch).square().sum(1)
@@ -212,9 +214,9 @@ def epoch_order(num_examples: int, *, key: int | str, epoch: int) -> Int[Tensor,
 class _Monitor:
     """Reports the state of a run: warnings of diverged adapters and the progress bar.
 
-    Reading the run synchronizes with the device, which costs time on an accelerator. So it is read every `SYNC_EVERY`
-    steps, and also around checkpoints and evaluations, which synchronize anyway. `intervals` are the numbers of steps
-    between them.
+    Reading the run synchronizes with the device, which costs time on an accelerator. So the run is read every
+    `SYNC_EVERY` steps, and also around checkpoints and evaluations, which synchronize anyway. `intervals` are the
+    numbers of steps between two checkpoints and between two evaluations.
     """
 
     def __init__(self, run: Fit, bar: Any, intervals: Sequence[int]) -> None:
@@ -228,7 +230,7 @@ class _Monitor:
         return step == self.first or step % self.every == 0 or synchronized
 
     def sync(self, run: Fit) -> bool:
-        """Warn of adapters that diverged, update the progress bar, and return whether all adapters have stopped."""
+        """Warn about diverged adapters, update the progress bar, and return whether all adapters have stopped."""
         stopped, diverged = run.stopped.cpu(), run.diverged.cpu()
         new, self.known = diverged & ~self.known, diverged
         for step in stopped[new].unique().tolist():

@@ -22,10 +22,10 @@ _ADVICE = (
 def gradient_of(loss_fn: LossFn, params: dict[str, Tensor], n: tuple[int, ...], first: bool, batch: Any) -> Gradient:
     """The gradient of each adapter's loss, and the losses.
 
-    The gradient of a leaf that is not in the graph is zero. This is correct if the loss does not depend on the leaf,
-    for example an expert without tokens or an unused pooler. It is wrong if a layer runs under `torch.no_grad` or its
-    output is detached. To detect this, the first step evaluates the loss again with changed values of the leaves
-    without a gradient.
+    The gradient of a leaf that is not in the graph is zero. Zero is correct if the loss does not depend on the leaf,
+    for example in an expert without tokens or an unused pooler. Zero is wrong if a layer runs under `torch.no_grad`, or
+    if its output is detached. To detect this, the first step changes the values of the leaves without a gradient, and
+    evaluates the loss again.
 
     Args:
         loss_fn: Function `(params, batch)` that returns one loss, or (n,) losses. Each loss must depend on its adapter
@@ -95,7 +95,8 @@ def _require_independent(
         modules = half if changes(half) else modules[len(half) :]
     key = next(key for key in absent if split_key(key)[0] in modules)
     raise ValueError(
-        f"the losses of loss_fn depend on {key!r}, but it gets no gradient; check that no layer is detached. {_ADVICE}"
+        f"the losses of loss_fn depend on {key!r}, but this leaf gets no gradient; check that no layer is "
+        f"detached. {_ADVICE}"
     )
 
 

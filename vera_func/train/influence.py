@@ -40,8 +40,8 @@ def tracin(
         learning_rates: The learning rate at each checkpoint, times the number of steps that the checkpoint represents.
 
     Raises:
-        ValueError: If the three arguments are empty or differ in length, gradients differ in keys or shapes or are not
-            finite, or a learning rate is not a finite number.
+        ValueError: If the three arguments are empty or differ in length, if the gradients differ in keys or shapes, or
+            if a gradient or learning rate is not finite.
 
     Example:
         >>> train = {"p": torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])}
@@ -96,8 +96,8 @@ def fisher_influence(
             in which few examples have a gradient get too much weight.
 
     Raises:
-        ValueError: If gradients have different keys or shapes or are not finite, or `damping` is not positive, or so
-            small that the system is singular.
+        ValueError: If the gradients differ in keys or shapes, if a gradient is not finite, if `damping` is not
+            positive, or if `damping` is so small that the system is singular.
 
     Example:
         >>> train = {"p": torch.tensor([[1.0, 0.0], [0.0, 2.0]])}
@@ -120,7 +120,7 @@ def fisher_influence(
     except torch.linalg.LinAlgError:
         mean = kernel.diagonal().mean().item()
         raise ValueError(
-            f"the system is singular with damping={damping}: use a larger one; the mean of |g_i|^2 is {mean:.3g}."
+            f"the system is singular with damping={damping}: use a larger damping; the mean of |g_i|^2 is {mean:.3g}."
         ) from None
 
 

@@ -22,9 +22,9 @@ the rows of each adapter. For stacked adapters, apply `vmap_adapters` to a funct
     total, count = vmap_adapters(row_losses, in_dims=None)(stacked, frozen, ids, labels)  # each (n, rows)
 
 DPO needs the log-probabilities of a reference model. The base model can be the reference: `select_adapters` selects it
-with the id -1, so no second model is needed, and training does not change it. The log-probabilities of the reference do
-not depend on beta and are computed once. In this example, the first half of the rows of `ids` are the better answers.
-One run trains an adapter for each beta:
+with the id -1, so no second model is needed, and training does not change the reference. The log-probabilities of the
+reference do not depend on beta and are computed once. In this example, the first half of the rows of `ids` are the
+better answers. One run trains an adapter for each beta:
 
     def logprobs(params, frozen, input_ids, labels):
         return sequence_logprobs(*hidden_and_head(apply, params, frozen, input_ids=input_ids), labels)
@@ -99,9 +99,9 @@ def next_token_loss(
 
     The hidden state at position `t` predicts the label at position `t + 1`, as in transformers: `labels` are the input
     ids, with -100 at positions that are not to be learned (prompts, padding). The head is applied only to positions
-    with a target, `chunk_size` of them at a time. If `head` is a weight, the backward pass stores no logits, but one
-    tensor of the size of `hidden`; this holds under every transform. If `head` is a function, plain autograd and
-    `vera_func.grad` recompute the logits of each chunk in the backward pass; transforms of `torch.func` store them.
+    with a target, `chunk_size` of them at a time. If `head` is a weight, no logits are stored for the backward pass,
+    only one tensor of the size of `hidden`; this holds under every transform. If `head` is a function, plain autograd
+    and `vera_func.grad` recompute the logits of each chunk in the backward pass; transforms of `torch.func` store them.
 
     Under `torch.compile`, and under `vmap` over the labels, the values of `labels` are unknown, so the head is applied
     to every position. If `labels` are on an accelerator, reading them synchronizes with the device. To avoid this,
@@ -184,8 +184,8 @@ def dpo_loss(
     """Compute the loss of direct preference optimization for each pair of answers, from their log-probabilities.
 
     The reference is constant. Compute its log-probabilities once, without gradients, from the base model (the id -1 of
-    `select_adapters`) or from another adapter. They do not depend on `beta`, so adapters with different `beta` share
-    them.
+    `select_adapters`) or from another adapter. These log-probabilities do not depend on `beta`, so adapters with
+    different `beta` share them.
 
     Args:
         chosen: Log-probabilities of the better answers, from `sequence_logprobs`; stacked adapters have (n, pairs).

@@ -22,7 +22,7 @@ from ..private import tree_map
 
 
 class AdamWState(NamedTuple):
-    """State of AdamW: the number of updates, and running moments of the gradient with the keys of `params`."""
+    """State of AdamW: the number of updates, and the running moments of the gradient under the keys of `params`."""
 
     step: Int[Tensor, ""]
     mean: dict[str, Tensor]
@@ -72,7 +72,7 @@ def adamw_update(
         weight_decay: `wd`, decoupled from the gradient.
 
     Raises:
-        ValueError: If keys or shapes differ, or a hyper-parameter is not a scalar or is out of range. The values of
+        ValueError: If keys or shapes differ, or if a hyper-parameter is out of range or not a scalar. The values of
             tensors are not checked.
 
     Example:
@@ -175,7 +175,7 @@ def apply_updates(
     Args:
         params: Values before the update.
         updates: From an optimizer, with the keys and shapes of `params`.
-        scale: Factor on the updates, a float or 0-d tensor.
+        scale: Factor that multiplies the updates, a float or 0-d tensor.
 
     Raises:
         ValueError: If keys or shapes differ.
@@ -192,14 +192,15 @@ def as_optimizer(pair: Any) -> Optimizer:
     """Convert a pair of functions, such as a torchopt transformation, to an `Optimizer` whose state has only tensors.
 
     torchopt's `update` takes `params` as a keyword, and modifies the gradients unless `inplace=False` is passed; the
-    result handles both. Python numbers in a state, such as the step count of torchopt's Adamax, become tensors.
+    returned `Optimizer` handles both. Python numbers in a state, such as the step count of torchopt's Adamax, become
+    tensors.
 
     Args:
         pair: `(init, update)`, such as an `Optimizer`.
 
     Raises:
-        ValueError: If `pair` is not a pair of functions. Later, `init` and `update` raise it if a result has another
-            structure.
+        ValueError: If `pair` is not a pair of functions. Later, `init` and `update` raise this error if a result has
+            another structure.
 
     Example:
         >>> descent = as_optimizer((lambda params: (), lambda grads, state, *, params: (grads, state)))
@@ -285,7 +286,7 @@ def clip_by_norm(grads: Mapping[str, Tensor], max_norm: float | Tensor) -> dict[
         max_norm: Maximum norm, a float or 0-d tensor.
 
     Raises:
-        ValueError: If `grads` is empty, or `max_norm` is not a scalar, or is negative or NaN.
+        ValueError: If `grads` is empty, or if `max_norm` is negative, NaN or not a scalar.
 
     Example:
         >>> clip_by_norm({"p": torch.tensor([3.0, 4.0])}, 1.0)

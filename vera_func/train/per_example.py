@@ -39,13 +39,13 @@ def per_example_grads(
             `select_adapters` returns them: row `i` of the batch uses entry `i` of each leaf. Loss `i` must depend on
             row `i` only. Padded tokens must not contribute. A mean over tokens must be taken within each row.
         params: Params of one adapter, including trained biases and heads.
-        batch: Second argument of `loss_rows`, with the examples along axis 0 of every tensor. An empty batch, as
-            Poisson sampling may draw it, gives leaves (0, ...) without a call of `loss_rows`.
+        batch: Second argument of `loss_rows`, with the examples along axis 0 of every tensor. An empty batch, which
+            Poisson sampling may draw, gives leaves (0, ...) without a call of `loss_rows`.
         num_rows: `n`. Needed only if the batch has no tensors, or if all rows share some of them.
 
     Raises:
-        ValueError: If the tensors of the batch have different numbers of rows, `loss_rows` does not return (n,) losses
-            or does not use `rows`, or `params` can't be trained.
+        ValueError: If the tensors of the batch have different numbers of rows, if `loss_rows` does not return (n,)
+            losses, if it does not use `rows`, or if `params` can't be trained.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -80,7 +80,7 @@ def per_example_norms(grads: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
         grads: From `per_example_grads`, leaves (n, ...).
 
     Raises:
-        ValueError: If `grads` is not a dict of floating-point tensors with a common leading axis, or is empty.
+        ValueError: If `grads` is empty, or is not a dict of floating-point tensors with a common leading axis.
 
     Example:
         >>> per_example_norms({"a": torch.tensor([[3.0], [0.0]]), "b": torch.tensor([[4.0], [1.0]])})
@@ -95,7 +95,7 @@ def require_grads(name: str, grads: Mapping[str, Tensor]) -> None:
     """Raise an error if `grads` is not a dict of floating-point tensors with a common leading axis (n,).
 
     Raises:
-        ValueError: If it is something else, or empty.
+        ValueError: If `grads` is empty, or is not such a dict.
 
     Example:
         >>> require_grads("grads", {"p": torch.ones(3, 2)})

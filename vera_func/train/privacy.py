@@ -24,8 +24,8 @@ independently, with probability `L / num_examples`. `poisson_indices` draws such
     epsilon = accountant.get_epsilon(delta=1e-5)
 
 The guarantee covers the params of every step. It does not cover losses or metrics of training examples, nor
-hyper-parameters that were chosen by them. Noise and batches come from torch's generators, which are not
-cryptographically secure. Their seeds must remain secret.
+hyper-parameters that were chosen by such losses or metrics. Noise and batches come from torch's generators, which are
+not cryptographically secure. Their seeds must remain secret.
 """
 
 import hashlib
@@ -128,7 +128,7 @@ def private_step(
 
 
 def poisson_indices(step: int, *, num_examples: int, batch_size: float, key: int) -> Int[Tensor, " batch"]:
-    """Indices of the batch of this step; each example is in it with probability `batch_size / num_examples`,
+    """Indices of the batch of this step, which contains each example with probability `batch_size / num_examples`,
     independently.
 
     The number of indices differs between steps, and may be 0. The result depends on the arguments only, like
@@ -141,7 +141,7 @@ def poisson_indices(step: int, *, num_examples: int, batch_size: float, key: int
         key: Key of the run. It must remain secret: the guarantee assumes that nobody knows who is in a batch.
 
     Raises:
-        ValueError: If not `0 < batch_size <= num_examples`, or `step`, `num_examples` or `key` is not an integer.
+        ValueError: If not `0 < batch_size <= num_examples`, or if `step`, `num_examples` or `key` is not an integer.
 
     Example:
         >>> [len(poisson_indices(step, num_examples=100, batch_size=10, key=0)) for step in range(4)]

@@ -73,7 +73,7 @@ def start_run(params: Tree, n: tuple[int, ...], optimizer: Optimizer | None = No
 
 
 def require_like(run: Fit, other: Fit, source: PathLike) -> None:
-    """Check that `run` has the same params and optimizer state as `other`; `source` is named in errors."""
+    """Check that params and optimizer state have the keys, shapes and dtypes of `other`; errors name `source`."""
     _check_run(_flatten(run), other, source)
 
 
@@ -99,7 +99,7 @@ def save_fit(path: PathLike, run: Fit) -> None:
         tensor([3.0000, 2.7000], dtype=torch.float64)
     """
     if not isinstance(run, Fit):
-        raise ValueError(f"run must be a Fit, as fit returns it, got {type(run).__name__}.")
+        raise ValueError(f"run must be a Fit returned by fit, got {type(run).__name__}.")
     # Cloned, since safetensors rejects tensors that share memory.
     tensors = {k: t.contiguous().cpu().clone() for k, t in _flatten(run).items()}
     with replacing(Path(path)) as file:
@@ -118,8 +118,8 @@ def load_fit(
         optimizer: Optimizer of the run, as for `fit`; None means AdamW.
 
     Raises:
-        ValueError: If the file is damaged, or has other params or another optimizer. The message names the file and the
-            key.
+        ValueError: If the file is damaged, or if it is a run with other params or another optimizer. The message names
+            the file and the key.
 
     Example:
         >>> import tempfile

@@ -41,7 +41,7 @@ def schedule_of(name: Schedule, warmup: float, totals: Sequence[int]) -> Callabl
         totals: Number of steps of each adapter.
 
     Raises:
-        ValueError: If the name is unknown, or warmup is negative or takes all steps of an adapter.
+        ValueError: If the name is unknown, or if `warmup` is negative or takes all steps of an adapter.
 
     Example:
         >>> factors = schedule_of("constant", 0, [1, 3])

@@ -58,7 +58,7 @@ def sweep_table(
 
 
 def fit_row(run: Fit, i: int) -> Fit:
-    """The run of adapter `i` of a stack, as if it had been trained on its own.
+    """The run of adapter `i` of a stack, as if this adapter had been trained alone.
 
     Example:
         >>> from vera_func import fit
