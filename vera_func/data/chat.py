@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[dict[str, Any]]
-_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # transformers looks for the same pattern
 _ADVICE = "Use a template with {% generation %} marks, or one that renders each message after the others."
 
 
@@ -45,7 +45,7 @@ def chat_tokens(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **opti
     Args:
         tokenizer: A fast tokenizer with a chat template.
         messages: Dicts with `role` and `content`.
-        **options: For the template, such as `tools`.
+        **options: Variables of the template, such as `tools`.
 
     Raises:
         ValueError: If the tokenizer has no chat template or is not a fast tokenizer, or the template rejects the
@@ -82,7 +82,7 @@ def chat_tokens(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **opti
 
 
 def _marked(tokenizer: Any, messages: Messages, options: dict[str, Any]) -> ChatTokens:
-    """The tokens, and those that the template marks."""
+    """The tokens, and whether the template marks each of them."""
     found = _apply(tokenizer, messages, options, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     assistant = [bool(mark) for mark in found["assistant_masks"]]
     if not any(assistant) and any(message["role"] == "assistant" for message in messages):

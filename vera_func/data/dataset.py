@@ -36,8 +36,8 @@ class DataSet(NamedTuple):
         source: The file, folder, pattern or hub id from which they were read.
         kind: Their kind.
         rows: The rows; `rows[i]` has the columns of the kind, see `COLUMNS`.
-        groups: For each row, a hash of its column `group`, or without this column, of its prompt or text. Rows with
-            equal hashes are never split between training and held-out rows.
+        groups: For each row, a hash of its column `group`; if there is no such column, a hash of its prompt or text.
+            Rows with equal hashes are never split between training and held-out rows.
     """
 
     source: str
@@ -53,12 +53,12 @@ def open_dataset(source: str | Path) -> DataSet:
     `$TMPDIR`, and is deleted with the result.
 
     Args:
-        source: A CSV, JSON Lines or Parquet file, a folder or glob pattern of them, or a data set of the Hugging Face
-            hub as `owner/name` or `owner/name:split` (default: `train`).
+        source: A CSV, JSON Lines or Parquet file, a folder or glob pattern of such files, or a data set of the Hugging
+            Face hub as `owner/name` or `owner/name:split` (default: `train`).
 
     Raises:
         ValueError: If a row is invalid, or there are no rows. The message names the file, row and column.
-        OSError: If a file is not found or can't be read, or there is no network (ConnectionError).
+        OSError: If a file is not found or can't be read, or if there is no network (ConnectionError).
 
     Example:
         >>> path = Path(tempfile.mkdtemp()) / "sums.csv"
@@ -88,7 +88,7 @@ def peek_kind(source: str | Path) -> Kind:
 
 
 def checked_rows(source: str | Path) -> Iterator[tuple[Kind, Row]]:
-    """Yield each row of a data set with the kind of the data set.
+    """Yield `(kind, row)` for each row of a data set; all rows are of the same kind.
 
     A row has the columns of its kind, and the column `group`, an int.
 
@@ -164,7 +164,7 @@ def _check_like(values: dict[str, Any], first: dict[str, Any]) -> None:
 
 
 def _group(values: dict[str, Any], given: Any) -> int:
-    """A hash of the given group, or without a group, of the prompt or the text."""
+    """A hash of the group if it is given, else a hash of the prompt or the text."""
     value = given or next(iter(values.values()))
     if isinstance(value, list) and given is None:
         value = next((message["content"] for message in value if message["role"] == "user"), value)

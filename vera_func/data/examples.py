@@ -24,11 +24,11 @@ class Example(NamedTuple):
 def read_examples(path: str | Path) -> list[Example]:
     """Read examples from files with the columns `text` and `label`.
 
-    An optional column `group` names the source document of a text. Without it, texts are in the same group only if they
-    are equal. Other columns and empty lines are ignored.
+    An optional column `group` names the source document of a text. Without this column, texts are in the same group
+    only if they are equal. Other columns and empty lines are ignored.
 
     Args:
-        path: A CSV, JSON Lines or Parquet file, or a folder or glob pattern of them; see `find_files`.
+        path: A CSV, JSON Lines or Parquet file, or a folder or glob pattern of such files; see `find_files`.
 
     Raises:
         ValueError: If the suffix is not supported, a row is incomplete, or there are fewer than two labels. Also if a
@@ -62,7 +62,7 @@ def read_texts(path: str | Path) -> list[str]:
     """Read the column `text` of files; other columns are ignored.
 
     Args:
-        path: A CSV, JSON Lines or Parquet file, or a folder or glob pattern of them.
+        path: A CSV, JSON Lines or Parquet file, or a folder or glob pattern of such files.
 
     Raises:
         ValueError: If the suffix is not supported, or a text is missing or empty (the message names file and line).

@@ -1,4 +1,4 @@
-"""Read the rows of CSV, JSON Lines and Parquet files and of the hub, with the place of each row for error messages.
+"""Read rows from CSV, JSON Lines and Parquet files or from the hub, with the place of each row for error messages.
 
 Files are read row by row in bounded memory. Strings in CSV and JSON Lines are not converted: `NA`, `None`, `01` and
 dates stay strings.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 
-MAX_ROW = 2**23  # characters of a line or field; nearly always, a longer one lacks a quote or a line break
+MAX_ROW = 2**23  # characters; a longer line or field nearly always lacks a quote or a line break
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^/]+)?")
 SUFFIXES = (".csv", ".jsonl", ".ndjson", ".json", ".parquet")
 
@@ -46,8 +46,8 @@ def source_rows(source: str | Path, check_header: CheckHeader) -> Iterator[Row]:
         check_header: See `read_rows`; called once for each file that has a header.
 
     Raises:
-        ValueError: As for `find_files` and `read_rows`, and if the hub has no such data set or split.
-        OSError: As for these functions, or if there is no network (ConnectionError).
+        ValueError: As for `find_files` and `read_rows`. Also if the hub has no such data set or split.
+        OSError: As for these functions. Also if there is no network (ConnectionError).
     """
     if is_hub_id(source):
         yield from _hub_rows(str(source), check_header)
@@ -57,7 +57,7 @@ def source_rows(source: str | Path, check_header: CheckHeader) -> Iterator[Row]:
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Whether a source is the name of a data set of the hub, such as `owner/name:split`, and not of a file.
+    """Whether a source is the name of a data set of the hub, such as `owner/name:split`, and not that of a file.
 
     Example:
         >>> is_hub_id("owner/name:train"), is_hub_id("data/reviews.csv"), is_hub_id("/data/all")
@@ -74,8 +74,8 @@ def find_files(source: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: If the path does not exist, or no file matches the pattern.
-        ValueError: If the path is empty or belongs to a pipe, a folder has no data file, or the suffix of a file is not
-            supported.
+        ValueError: If the path is empty, if it belongs to a pipe, if a folder has no data file, or if the suffix of a
+            file is not supported.
     """
     path = Path(source)
     if not str(source):
@@ -101,11 +101,12 @@ def read_rows(path: Path, check_header: CheckHeader) -> Iterator[Row]:
 
     Args:
         path: A file with a suffix of `SUFFIXES`.
-        check_header: Called with the names of the columns and their place before the first row of a CSV or Parquet
-            file.
+        check_header: Function that is called before the first row of a CSV or Parquet file, with the names of the
+            columns and the place of the header.
 
     Raises:
-        ValueError: If the file is damaged, is not UTF-8, or a row is too long; the message names file and row.
+        ValueError: If the file is damaged or not UTF-8, or if a row is too long. The message names the file and the
+            row.
         OSError: If the file can't be read.
 
     Example:
@@ -190,7 +191,7 @@ def _json_rows(path: Path, stream: TextIO) -> Iterator[Row]:
         place = f"{path}, line {number}"
         try:
             row = json.loads(line, object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a plain ValueError
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits raises a plain ValueError
             what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             hint = "; write one object per line, not an array" if line.lstrip().startswith("[") else ""
             hint = "; write an object in one line" if line.strip() == "{" else hint

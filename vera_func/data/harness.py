@@ -5,8 +5,8 @@ One adapter, on any task:
     from lm_eval.models.huggingface import HFLM
     lm_eval.simple_evaluate(model=HFLM(pretrained=vf.to_module(adapted), tokenizer=tokenizer), tasks=["piqa"])
 
-All adapters of a bank, on tasks that compare log-likelihoods, such as multiple choice. One forward pass computes a text
-for all adapters:
+All adapters of a bank, on tasks that compare log-likelihoods, such as multiple choice. One forward pass computes the
+results of a text for all adapters:
 
     bank = vf.open_bank("all.safetensors")
     for name, lm in zip(bank.names, harness_models(bank.adapted(model), tokenizer)):

@@ -1,4 +1,4 @@
-"""The kinds of data sets, which are determined by their columns, and the checks of a row.
+"""The kinds of data sets, and the checks of a row. The columns of a data set determine its kind.
 
     text, label                 classification
     text                        language modelling
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 
 Kind = Literal["preference", "completion", "chat", "label", "text"]
-# A data set is of the first of these kinds whose columns it has.
+# The kind of a data set is the first of these whose columns the data set has.
 COLUMNS: dict[Kind, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected"),
     "completion": ("prompt", "completion"),
@@ -43,7 +43,7 @@ def require_kind(columns: Iterable[str]) -> Kind:
 
     Raises:
         ValueError: If no kind has such columns, or the kind is not supported. Also if a misspelt column, such as
-            "Label" or " label", would be ignored, although the data would have another kind with it.
+            "Label" or " label", would be ignored, although the corrected spelling would give the data another kind.
     """
     columns = list(columns)
     kind = kind_of(columns)

@@ -32,7 +32,8 @@ class Metadata(NamedTuple):
         truncate_side: Which end of longer sequences was cut off.
         reference: For preferences, the adapter that was the reference; None means the base.
         beta: For preferences, the beta of DPO, for one adapter or for each adapter of a bank.
-        label_sets: The labels of each adapter of a bank, if they differ. In this case, `labels` is None.
+        label_sets: The labels of each adapter of a bank, if the adapters have different labels. In this case, `labels`
+            is None.
     """
 
     quant: str | None = None
@@ -76,8 +77,8 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
     labels = [] if metadata.labels is None else metadata.labels
     if not isinstance(sets, list) or not all(_are_texts(own) for own in (texts, labels, *sets)):
         raise ValueError(
-            f"{file}: quant and prompt must be strings, labels a list of strings and label_sets one of such lists, got "
-            f"{fields}."
+            f"{file}: quant and prompt must be strings, labels a list of strings and label_sets a list of such lists, "
+            f"got {fields}."
         )
     if metadata.kind not in (None, *COLUMNS) or not isinstance(metadata.max_length, int | None):
         kinds = ", ".join(COLUMNS)
@@ -133,7 +134,7 @@ def with_labels(metadata: Metadata, label_sets: Sequence[list[str]]) -> Metadata
 
 
 def join_metadata(adapters: Sequence[Metadata]) -> Metadata | None:
-    """Combine the metadata of adapters for a bank. None if they differ in entries that a bank has only once.
+    """The metadata of a bank of these adapters, or None if they differ in an entry that a bank has only once.
 
     Example:
         >>> join_metadata([Metadata("nf4", data=["a.csv"]), Metadata("nf4", data=["b.csv"])]).data

@@ -34,7 +34,7 @@ class Base(NamedTuple):
 
     @property
     def product_dtype(self) -> torch.dtype | None:
-        """The `product_dtype` of `adapt` for batches of this model: bfloat16 where its arithmetic is bfloat16.
+        """The `product_dtype` of `adapt` for batches of this model: bfloat16 if `dtype` is bfloat16, else None.
 
         Products in 16 bits are faster for several rows, without a measurable loss of accuracy. They are slower for
         single rows, so `generate` uses the default.
@@ -121,7 +121,7 @@ def find_device(name: str = "auto") -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count or (number and int(number) >= count):
         found = f"{count} of them, the first is cuda:0" if count else "none"
-        raise ValueError(f"there is no GPU {name}: torch finds {found}; pass --device cpu, or another one.")
+        raise ValueError(f"there is no GPU {name}: torch finds {found}; pass --device cpu, or another device.")
     return torch.device("cuda", int(number) if number else torch.cuda.current_device())
 
 
@@ -166,7 +166,7 @@ def attention_for(dtype: torch.dtype, max_tokens: int) -> str | None:
 def _load(name: str, dtype: torch.dtype, device: torch.device) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # transformers would report a missing folder as a malformed hub id, and would load the base model of an adapter.
+    # For a missing folder, transformers would report a malformed hub id. For an adapter, it would load the base model.
     folder = Path(name)
     if (folder.is_absolute() or name.startswith(".")) and not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {name} to load a model from.")
@@ -175,6 +175,6 @@ def _load(name: str, dtype: torch.dtype, device: torch.device) -> "tuple[PreTrai
         raise ValueError(f"the folder {name} holds {what}.")
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(name)
-        # A model that is stored quantized can't be moved later.
+        # A model that was stored in quantized form can't be moved later.
         place = {} if device.type == "cpu" else {"device_map": {"": device}}
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **place).eval(), tokenizer

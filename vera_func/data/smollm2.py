@@ -48,7 +48,7 @@ def smollm2_folder() -> Path:
     """The folder of SmolLM2-135M-Instruct in bfloat16, for `from_pretrained`; created by the first call.
 
     transformers takes 20 s to read the GGUF file and marks the model as quantized. The model is therefore converted to
-    an ordinary one and saved once (270 MB); loading it takes one second.
+    a model that is not quantized, and saved once (270 MB); loading this model takes one second.
     """
     folder = cache_folder() / _NAME
     if not is_complete(folder, ("config.json", "model.safetensors", "tokenizer.json")):

@@ -1,7 +1,7 @@
 """Load the adapters of a command, and the base model on which they were trained.
 
 Defaults of the command line come from the adapter's files. PEFT's configuration has the name of the model. The metadata
-file has its format, the labels and the prompt.
+file has the format of the model, the labels and the prompt.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -58,12 +58,12 @@ def open_source(
         adapter: A PEFT directory, or the name of a repository of the hub.
         bank: An adapter bank.
         names: Names of adapters in the bank; None means all.
-        model: Folder or hub id of the base model; None means the one in the configuration.
+        model: Folder or hub id of the base model; None means the model in the configuration.
         one: Whether exactly one adapter is required.
 
     Raises:
-        ValueError: If both an adapter and a bank are given, or names are unknown or given without a bank. Also if
-            exactly one adapter is required but not given, or the files are damaged or of the wrong kind.
+        ValueError: If both an adapter and a bank are given, if a name is unknown, or if names are given without a bank.
+            Also if exactly one adapter is required but not given, or if a file is damaged or of the wrong kind.
         FileNotFoundError: If the directory or the file does not exist.
     """
     if adapter is not None and bank is not None:
@@ -98,7 +98,8 @@ def base_of(
         quant: A format; None means the format in the metadata.
         dtype: As for `load_base`.
         device: As for `load_base`.
-        max_tokens: Length of the longest prompts; None means the one in the metadata, or 256 if it has none.
+        max_tokens: Length of the longest prompts; None means the length in the metadata, or 256 if the metadata has
+            none.
 
     Raises:
         ValueError: If the model is not known. Also as for `load_base`.
@@ -152,7 +153,7 @@ def task_of(source: Source, base: Base, labels: Iterable[str], prompt: str | Non
         source: From `open_source`.
         base: From `base_of`.
         labels: Labels to use if the metadata has none.
-        prompt: A prompt template; None means the one in the metadata, or `PROMPT` if it has none.
+        prompt: A prompt template; None means the prompt in the metadata, or `PROMPT` if the metadata has none.
 
     Raises:
         ValueError: If fewer than two labels are known. Also as for `make_task`.
@@ -192,7 +193,7 @@ def check_labels(source: Source, labels: Iterable[str]) -> None:
 
 
 def _open_bank(bank: str, names: Sequence[str] | None, one: bool) -> tuple[Path, list[str], VeraConfig]:
-    """The path, the names of the chosen adapters, and the configuration of a bank."""
+    """The path and the configuration of a bank, and the names of the chosen adapters."""
     if Path(bank).is_dir():
         raise ValueError(f"{bank} is a folder, but a bank is a file: pass a PEFT directory with --adapter.")
     opened = open_bank(bank)

@@ -1,7 +1,7 @@
 """Text classification as a task: logits, loss and score functions of adapters.
 
-A `Task` contains the labels and the prompt, which do not depend on the adapter. The functions below combine it with
-`apply`, for one adapter or for stacked adapters (n, ...), which process each batch in a single forward pass.
+A `Task` contains the labels and the prompt, which do not depend on the adapter. The functions below combine a task with
+`apply`, for one adapter or for stacked adapters (n, ...). Stacked adapters process each batch in a single forward pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -78,7 +78,7 @@ def join_tasks(tasks: Sequence[Task]) -> tuple[Task, Int[Tensor, "n labels"]]:
 
 
 def own_logits(logits: Float[Tensor, "b answers"], places: Int[Tensor, "b labels"]) -> Float[Tensor, "b labels"]:
-    """Select the logits of each row's labels from those of all answers; the result is -inf where `places` is padded.
+    """Select the logits of each row's labels from the logits of all answers; padding in `places` gives -inf.
 
     Example:
         >>> own_logits(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[2, 0, -1]]))
@@ -109,7 +109,7 @@ def check_prompt(prompt: str) -> str:
 
 
 def encode_examples(base: Base, task: Task, examples: Sequence[Example]) -> list[Encoded]:
-    """Tokenize examples as prompts of the task; longer ones are truncated at the end of the text.
+    """Tokenize examples as prompts of the task; prompts that are too long are truncated at the end of the text.
 
     Raises:
         ValueError: If the label of an example is not one of the task's labels.
@@ -126,7 +126,7 @@ def logits_of(
     """A function `(params, batch) -> logits of the labels`, for one adapter or for stacked adapters.
 
     The output head is applied for the labels' tokens only (see `token_logits`). If the model accepts `logits_to_keep`,
-    it is applied at the last position only.
+    the head is applied at the last position only.
     """
     answers = task.answers.tolist()
     last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in task.accepts else {}

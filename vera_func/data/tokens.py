@@ -101,7 +101,7 @@ def tokenize(data: DataSet, tokenizer: "PreTrainedTokenizerBase", *, max_length:
         side: Which end of a sequence is cut off: "end", or "start", which keeps the last tokens of a completion.
 
     Raises:
-        ValueError: If no row has a target, or the chat template can't be applied to a row. Also if the data has
+        ValueError: If no row has a target, or if the chat template can't be applied to a row. Also if the data has
             messages, but the tokenizer has no chat template.
     """
     ids, labels, offsets, groups = _Column(), _Column(), array("q", [0]), array("q")
@@ -240,7 +240,7 @@ class _Column:
             self._flush()
 
     def tensor(self) -> Int[Tensor, " size"]:
-        """All values, int32. If they are in a file, it is memory-mapped, and deleted together with the column."""
+        """All values, int32. If they are in a file, the file is memory-mapped, and deleted together with the column."""
         if self.path is None:
             return torch.frombuffer(self.values, dtype=torch.int32).clone()
         self._flush()

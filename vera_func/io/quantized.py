@@ -104,8 +104,8 @@ def load_quantized(path: str | os.PathLike[str], model: Model) -> Model:
 
     Args:
         path: The file.
-        model: A model of the same architecture. It is not modified. It may be on the meta device: create it under `with
-            torch.device("meta")`. The copy has the training mode and the `requires_grad` flags of `model`.
+        model: A model of the same architecture. It is not modified, and it may be on the meta device: create it under
+            `with torch.device("meta")`. The copy has the training mode and the `requires_grad` flags of `model`.
 
     Raises:
         ValueError: If the file is damaged or belongs to another model. The message names the file and the key.
