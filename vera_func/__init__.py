@@ -8,14 +8,14 @@ adapter is a flat dict of tensors, the vectors `lambda_b` (out,) and `lambda_d` 
 
 One layer:
     init_projections    draw the shared pair `{"vera_A": (r, in), "vera_B": (out, r)}`, PEFT's draw bit for bit
-    init_params         a fresh adapter, `{"lambda_b": (out,), "lambda_d": (r,)}`
+    init_params         a new adapter, `{"lambda_b": (out,), "lambda_d": (r,)}`
     vera_forward        the adapted layer over any `base_fn`
     delta_weight        the dense update of the weight, (out, in)
     dropout_mask        a random mask for the input of `A`
 
 Quantized weights:
-    quantize_4bit, quantize_8bit    a weight as an immutable value, with bitsandbytes' bytes
-    Quantized4bit, Quantized8bit    these values; pytrees
+    quantize_4bit, quantize_8bit    a weight as an immutable value, with the same bytes as in bitsandbytes
+    Quantized4bit, Quantized8bit    the types of these values, which are pytrees
     dequantize          the dense weight of such a value
     quantized_linear    the linear layer with such a weight, under every transform
     validate            check a value that was made by hand
@@ -28,7 +28,7 @@ A model:
     to_module           the adapted model as an `nn.Module`, for Trainer and activation checkpointing
     quantize_model      a copy of a model with quantized linear layers
     dequantize_model    a copy of a model with dense linear layers
-    num_parameters      the numbers of trainable and of all parameters
+    num_parameters      the number of trainable parameters, and the number of all parameters
     Linear, Linear4bit, Linear8bitLt    one adapted layer as a module
 
 Many adapters:
@@ -59,7 +59,7 @@ Merging:
 Files:
     save_adapter, load_adapter   write and read PEFT's adapter directories
     from_peft           convert the adapter of a `peft.PeftModel` in memory
-    export_lora         write exactly the same update as a PEFT LoRA directory
+    export_lora         write the update, exactly, as a PEFT LoRA directory
     save_bank, open_bank, Bank   write and read many adapters in one file
     save_quantized, load_quantized    write and read a quantized model, so that it need not be quantized again
 

@@ -373,7 +373,7 @@ def other(tmp_path_factory):
         ("evaluate --adapter {trained} --model {tmp} --data {reviews}", "no config.json"),
         ("evaluate --adapter {trained} --model {tmp}/gone --data {reviews}", "no folder"),
         ("generate --adapter {trained} --model {folder} a ' '", "prompt 2 of 3 is empty"),
-        ("generate a b --bank {bank}", "2 prompts need one adapter, or one for each, got 4"),
+        ("generate a b --bank {bank}", "2 prompts need one adapter, or one for each prompt, got 4"),
         ("merge --bank {bank} --to nf4 --out {tmp}/m", "choose one with --name (lr0.005-d0.1"),
         ("merge --model {folder} --to nf4 --out {tmp}/m", "an adapter is required"),
         ("merge --adapter {trained} --to nf4 --data {reviews} --out {tmp}/m", "require --calibrate"),
@@ -403,7 +403,7 @@ def other(tmp_path_factory):
         ("train --model {folder} --data {reviews} --out {tmp}/x --targets nope", "nope"),
         (
             "train --model {folder} --data {reviews} --out {tmp}/x --batch-size 99",
-            "48 training examples, besides 12",
+            "48 training examples do not fill a batch of 99 (12 more are held out)",
         ),
     ],
 )

@@ -111,7 +111,7 @@ def test_files_of_version_0_1_are_read(n, tmp_path):
 bad = Refused()
 
 
-bad("save_fit", "no run", lambda path: vf.save_fit(path / "run", PARAMS), "must be a Fit, .*got dict")
+bad("save_fit", "no run", lambda path: vf.save_fit(path / "run", PARAMS), "must be a Fit returned by fit, got dict")
 bad("load_fit", "no file", lambda path: vf.load_fit(path / "run", PARAMS), "No such file", FileNotFoundError)
 
 

@@ -1,7 +1,7 @@
 """The typer application of `vera-func`: its commands, in the order of the help.
 
 Each command is a function whose signature and docstring define its options, help and completion. Heavy imports are
-inside of the functions, so that help, completion and invalid arguments do not import torch or transformers.
+inside of the functions, so that torch and transformers are not imported for help, completion or invalid arguments.
 """
 
 from typing import Annotated

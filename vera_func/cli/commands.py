@@ -44,7 +44,8 @@ def evaluate(
         progress: Whether to show progress bars.
 
     Raises:
-        ValueError: If the adapters do not fit the model, or an example has a label that they were not trained on.
+        ValueError: If the adapters do not fit the model, or if an example has a label that the adapters were not
+            trained on.
     """
     options: dict[str, Any] = {"prompt": prompt, "chunk": chunk, "batch_size": batch_size, "progress": progress}
     return [row for part in by_labels(source) for row in _evaluate(part, base, examples, **options)]
@@ -111,8 +112,8 @@ def predict(
         progress: Whether to show progress bars.
 
     Raises:
-        ValueError: If `texts` is empty or has an empty text, the labels are unknown, or the adapters do not fit the
-            model.
+        ValueError: If `texts` is empty or has an empty text, if the labels are unknown, or if the adapters do not fit
+            the model.
     """
     _check_texts("text", texts)
     options: dict[str, Any] = {"labels": labels, "prompt": prompt, "chunk": chunk, "batch_size": batch_size}
@@ -164,13 +165,13 @@ def generate(
     batch_size: int = 16,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Continue prompts, with one adapter for all prompts or one per prompt; return one row per prompt.
+    """Continue prompts, with one adapter for all prompts or one adapter per prompt; return one row per prompt.
 
     Args:
         source: From `open_source`, with one name or as many as there are prompts.
         base: From `base_of`.
         prompts: Texts to continue.
-        chat: Whether a prompt is a message of the user, which the tokenizer's chat template turns into a prompt.
+        chat: Whether a prompt is a message of the user, to which the tokenizer's chat template is applied.
         max_new_tokens: Maximum number of tokens to generate.
         temperature: Sampling temperature; 0 means greedy decoding.
         seed: Seed for sampling.
@@ -178,14 +179,15 @@ def generate(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If `prompts` is empty or has an empty prompt, or the numbers of adapters and prompts differ.
+        ValueError: If `prompts` is empty or has an empty prompt. Also if there are several adapters, but not one for
+            each prompt.
     """
     _check_texts("prompt", prompts)
     names = source.names * len(prompts) if len(source.names) == 1 else source.names
     if len(names) != len(prompts):
         raise ValueError(
-            f"{len(prompts)} prompts need one adapter, or one for each, got {len(names)}: give one --name, or repeat "
-            f"--name in the order of the prompts, such as --name {names[0]}."
+            f"{len(prompts)} prompts need one adapter, or one for each prompt, got {len(names)}: give one --name, or "
+            f"repeat --name in the order of the prompts, such as --name {names[0]}."
         )
     adapted, read = load_adapters(source, base.model)
     pad_id, eos_id = base.tokenizer.pad_token_id, base.tokenizer.eos_token_id

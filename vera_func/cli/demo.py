@@ -41,10 +41,10 @@ class DemoResult(NamedTuple):
 
     Attributes:
         before: Accuracy of the base model on the held-out examples.
-        after: Accuracy of the trained adapter; in a sweep, of the best one.
+        after: Accuracy of the trained adapter; in a sweep, that of the best adapter.
         held_out: Number of held-out examples.
         trained: Number of trained parameters per adapter.
-        seconds: Duration of training, including the validation in a sweep.
+        seconds: Duration of training; in a sweep, this includes validation.
         difference: Largest absolute difference between the logits before saving and after loading.
         out: Folder of the adapter.
         bank: Adapter bank of a sweep.
@@ -95,7 +95,7 @@ def demo(
 ) -> DemoResult:
     """Quantize a causal language model, train a VeRA adapter to classify texts, save it and load it again.
 
-    1,000 examples are held out, or a fifth of them if there are fewer than 5,000.
+    1,000 examples are held out; of fewer than 5,000 examples, a fifth is held out.
 
     Args:
         model: A folder or a hub id; None means SmolLM2-135M-Instruct from PyPI.
@@ -107,8 +107,8 @@ def demo(
         adapters: Number of adapters to train. With more than one, a sweep is run; see `training`.
         out: Folder for the adapter, in PEFT's format, and for the bank of a sweep.
         seed: Seed of the split, the order and the projections.
-        learning_rate: Initial value, with cosine decay; VeRA needs a large one. A sweep covers a quarter to twice this
-            value.
+        learning_rate: Initial value, with cosine decay; VeRA needs a large value. A sweep covers a quarter of this
+            value to twice this value.
         batch_size: Examples per step.
         parts: Micro-batches per step, sharded across ranks; None means 4 under torchrun, else 1.
         dtype: Dtype of the dense weights and of the arithmetic; None means `native_dtype()`.
@@ -122,9 +122,9 @@ def demo(
 
     Raises:
         ValueError: If an option or the data is invalid.
-        OSError: If a file or the model is not found, or there is no network (ConnectionError).
-        RuntimeError: If every adapter of a sweep diverged, or the logits of the loaded adapter differ from those of the
-            saved one.
+        OSError: If a file or the model is not found, or if there is no network (ConnectionError).
+        RuntimeError: If every adapter of a sweep diverged, or if the logits of the loaded adapter differ from those of
+            the saved adapter.
     """
     check_prompt(prompt)
     if rank() > 0:
@@ -185,8 +185,8 @@ def _split(
     if len(train) < batch_size:
         where = "" if source is None else f"{source}: "
         raise ValueError(
-            f"{where}{len(train)} training examples, besides {len(test)} that are held out, do not fill a batch of "
-            f"{batch_size}: pass --batch-size {len(train)} or less."
+            f"{where}{len(train)} training examples do not fill a batch of {batch_size} ({len(test)} more are held "
+            f"out): pass --batch-size {len(train)} or less."
         )
     return [train, validation, test]
 

@@ -1,4 +1,4 @@
-"""Merge an adapter, export it as a LoRA, or convert between directories and banks, as functions that return a dict."""
+"""Functions that merge or export an adapter, or convert between directories and banks; each returns a dict."""
 
 import os
 import warnings
@@ -47,12 +47,12 @@ def merge_to(
         out: The folder to write.
         calibrate: Examples for a calibrated merge. A quarter of them is held out to measure how many predictions the
             merge preserves. None means a merge by rounding.
-        prompt: Prompt template with `{text}` for these examples; None means the prompt used in training.
+        prompt: Prompt template with `{text}` for the examples of `calibrate`; None means the prompt used in training.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If the adapter does not fit the model, `out` contains the base or an adapter, or calibration does
-            not support the format.
+        ValueError: If the adapter does not fit the model, if `out` contains the base or an adapter, or if calibration
+            does not support the format.
     """
     adapted, _ = load_adapters(source, base.model)
     out = Path(out)
@@ -137,13 +137,13 @@ def convert(
     Args:
         sources: PEFT directories, whose names become the adapter names, or one bank.
         out: A new `.safetensors` file, or a folder in which a sub-folder per adapter is created.
-        load: Loads the base model of the directories, given the first one.
+        load: Function that loads the base model of the directories, given the `Source` of the first directory.
         names: Adapters of the bank to convert; None means all.
         model: Base model of the directories; None means the base model of the first directory.
 
     Raises:
-        ValueError: If the sources are mixed or do not fit together, two have the same name, or `out` does not fit the
-            sources.
+        ValueError: If the sources are mixed or do not fit together, if two sources have the same name, or if `out` does
+            not fit the sources.
         FileExistsError: If the bank already exists.
         FileNotFoundError: If a source does not exist.
     """
@@ -164,9 +164,7 @@ def convert(
             write_metadata(folder, split_metadata(source.metadata, places[name]))
         return {"out": str(out), "kind": "directories", "names": source.names, "paths": [str(path) for path in written]}
     if names:
-        raise ValueError(
-            "--name selects adapters of a bank, but the sources are directories: list the ones to convert."
-        )
+        raise ValueError("--name selects adapters of a bank, but the sources are directories: list those to convert.")
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out} must end in .safetensors: PEFT directories are converted to a bank.")
     if out.exists():

@@ -22,7 +22,7 @@ def merge(
     prompt: o.Prompt = None,
     json: o.Json = False,
 ) -> None:
-    """Merge an adapter into the weights of its model, and report how much of the update they retain.
+    """Merge an adapter into the weights of its model, and report the retained fraction of the update.
 
     Requantizing discards updates below half a quantization step; calibrated
     (GPTQ-style) merging into nf4 or fp4 preserves them. Calibrate on at least

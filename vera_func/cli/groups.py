@@ -1,7 +1,7 @@
 """Groups of command-line options, each as one named tuple.
 
 A command may have a parameter of such a type. `flatten` then gives the command one option for each field, and collects
-their values in a tuple.
+the values of these options in a tuple.
 """
 
 import inspect
@@ -42,14 +42,14 @@ class AdapterOptions(NamedTuple):
     name: o.Names = None
 
     def open(self, model: str | None, *, one: bool = False) -> "Source":
-        """Read the configuration and metadata of the adapters, for the given base model or the one that they name."""
+        """Read the configuration and metadata of the adapters; if `model` is None, they name the model."""
         from ..data.sources import open_source
 
         return open_source(self.adapter, self.bank, self.name, model, one=one)
 
 
 class TrainOptions(NamedTuple):
-    """The options of the command `train`, besides its data, base model and output."""
+    """The options of the command `train`, except for its data, base model and output."""
 
     each: o.Each = False
     prompt: o.Prompt = None

@@ -44,12 +44,12 @@ def inspect_path(
         dtype: Dtype of the base's arithmetic.
         device: Device of the base.
         to: Format of the merged weights; None means the format of the base.
-        names: Adapters of the bank; None means all. The report on a merge is for the first one.
+        names: Adapters of the bank; None means all. The report on a merge is for the first of them.
         r: For a model folder, the rank of a new adapter.
         targets: For a model folder, the layers of a new adapter; None means PEFT's default for the model type.
 
     Raises:
-        ValueError: If the path is none of these, or damaged.
+        ValueError: If the path is none of these, or if a file is damaged.
         FileNotFoundError: If the path does not exist.
     """
     folder = Path(path)
@@ -70,7 +70,7 @@ def inspect_path(
 
 
 def summarize_reports(modules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Average the merge reports of layers of the same kind, the last component of the name; one row per kind.
+    """Average the merge reports by kind of layer, one row per kind; a kind is the last component of a layer's name.
 
     Example:
         >>> summarize_reports([{"module": "0.q", "kept": 0.5, "error": 1.0, "size": 0.25},

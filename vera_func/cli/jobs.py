@@ -72,7 +72,7 @@ def make_jobs(
     betas: Sequence[float],
     pack_to: int | None = None,
 ) -> list[Job]:
-    """The adapters of a run: one for each data set, or for preferences, one for each data set and beta.
+    """The adapters of a run: one for each data set; for preferences, one for each pair of a data set and a beta.
 
     Args:
         sets: The data sets.
@@ -83,7 +83,8 @@ def make_jobs(
         pack_to: Length to which training rows are packed; None means no packing.
 
     Raises:
-        ValueError: If numbers of values do not match, names are equal, or a data set is too small to be split.
+        ValueError: If numbers of values do not match, if two names are equal, or if a data set is too small to be
+            split.
     """
     pairs = list(product(range(len(sets)), betas if rows[0].width == 2 else [None]))
     names = adapter_names([data.source for data in sets], pairs)
@@ -104,7 +105,7 @@ def make_jobs(
 
 
 def _split(groups: Tensor, seed: int, source: str) -> tuple[Tensor, Tensor]:
-    """Training and held-out rows. If all rows are parts of a single document, its end is held out."""
+    """Training and held-out rows. If all rows are parts of a single document, the end of this document is held out."""
     held_out = min(HELD_OUT, -(-len(groups) // 5))
     if len(groups) > 1 and bool((groups == groups[0]).all()):
         first, last = torch.arange(len(groups)).split([len(groups) - held_out, held_out])
@@ -139,7 +140,7 @@ def value_of(option: str, values: Sequence[Any], i: int, n: int) -> Any:
 
 
 def adapter_names(sources: Sequence[str], pairs: Sequence[tuple[int, float | None]]) -> list[str]:
-    """A name for each pair of a data set and beta: the file or folder, and beta if there are several.
+    """A name for each pair of a data set and a beta: the file or folder, and the beta if there are several betas.
 
     Raises:
         ValueError: If two pairs are equal.

@@ -63,7 +63,7 @@ def train_language(
 
     Raises:
         ValueError: If an option or a row is invalid.
-        OSError: If a file or the model is not found, or there is no network (ConnectionError).
+        OSError: If a file or the model is not found, or if there is no network (ConnectionError).
     """
     recipe, out = run.recipe, output_folder(run.out)
     initial = None if reference is None else open_source(reference, model=run.model)
@@ -143,7 +143,7 @@ def _initial_adapter(base: Base, reference: str | None, run: Run) -> Adapted:
 def _same_kind(sets: Sequence[DataSet]) -> str:
     for data in sets:
         if data.kind != "text" and len(data.rows) < 2:
-            raise ValueError(f"{data.source} has one row, but training requires one and one is held out: add rows.")
+            raise ValueError(f"{data.source} has one row, but needs two, of which one is held out: add rows.")
         if data.kind != sets[0].kind:
             raise ValueError(
                 f"all data sets of a run must be of one kind, but {sets[0].source} has rows of the kind "
@@ -158,7 +158,7 @@ def _absolute(reference: str | None) -> str | None:
 
 
 def _references(base: Base, adapted: Adapted, rows: Sequence[TokenRows]) -> list[Tensor | None]:
-    """The log-probabilities of the initial adapter, the reference, for all rows of preferences."""
+    """The log-probabilities of all rows of preferences under the reference, which is the initial adapter."""
     if rows[0].width == 1:
         return [None] * len(rows)
     options: dict[str, Any] = {"pad_id": pad_id(base), "device": base.model.device, "map": map_sharded}
@@ -215,7 +215,7 @@ def _row(job: Job, sets: Sequence[DataSet], trained: Trained, before: Scores, af
         "rows": job.num_rows,
         "held_out": len(job.held_out.use),
         "steps": trained.steps[i],
-        "loss_before": before.row(i)["loss"],  # not the accuracy, which is that of margins of 0, but for rounding
+        "loss_before": before.row(i)["loss"],  # without the accuracy: all margins are 0 except for rounding
         **after.row(i),
         "diverged": trained.diverged[i],
     }

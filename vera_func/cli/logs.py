@@ -16,8 +16,8 @@ from ..train.fit import OnStep
 def step_logger(folder: str | None, checkpoint: Path | None = None) -> Iterator[OnStep | None]:
     """A function for `on_step` of `fit` that writes to a folder, or None without a folder.
 
-    If tensorboard is installed, TensorBoard's files are written, and otherwise the file `steps.jsonl`, in which NaN and
-    inf are null. A resumed run repeats the steps since its last checkpoint.
+    If tensorboard is installed, TensorBoard's files are written. Otherwise, the file `steps.jsonl` is written, in which
+    NaN and inf are null. A resumed run repeats the steps since its last checkpoint.
 
     Args:
         folder: The folder; created if it does not exist.

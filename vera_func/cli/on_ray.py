@@ -30,8 +30,8 @@ from .report import bar
 from .routes import evaluate
 
 
-RETRIES = 3  # how often a group is computed again after its actor has died
-GROUPS = 4  # groups per actor, so that the fastest actors get more
+RETRIES = 3  # how many times a group is computed again after its actor has died
+GROUPS = 4  # groups per actor; faster actors get more
 
 
 def evaluate_on_ray(
@@ -63,7 +63,7 @@ def evaluate_on_ray(
     Raises:
         ModuleNotFoundError: If Ray is not installed.
         ConnectionError: If no cluster answers at the address.
-        RuntimeError: If the cluster has no CPU, or the actor of a group has died 4 times.
+        RuntimeError: If the cluster has no CPU, or if the actor of a group has died 4 times.
         ValueError: If the process runs under torchrun. Errors of the evaluation in an actor are raised as well.
     """
     if world_size() > 1:

@@ -41,8 +41,9 @@ def _model(default: str) -> Any:
 def _micro_batches(*names: str) -> Any:
     return number(
         *names,
-        help="Micro-batches per step (in a sweep: groups of adapters), sharded across the ranks of torchrun; the "
-        "result depends on it by rounding only, not on the number of ranks (default: 4 under torchrun, else 1).",
+        help="Micro-batches per step (in a sweep: groups of adapters), sharded across the ranks of torchrun. The "
+        "result depends on this number by rounding only, and not on the number of ranks (default: 4 under torchrun, "
+        "else 1).",
         panel=TRAINING,
     )
 

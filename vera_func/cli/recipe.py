@@ -43,7 +43,7 @@ class Recipe(NamedTuple):
         patience: Evaluations without improvement after which an adapter stops; None means that adapters do not stop
             early.
         seed: Seed of split, order, projections and dropout.
-        log: Folder for the numbers of each step; None writes none. The result does not depend on it.
+        log: Folder for the numbers of each step; None writes none. This option does not affect the result.
     """
 
     batch_size: int = 16

@@ -64,8 +64,8 @@ def show_error(message: str) -> None:
 
 
 def bar(title: str, progress: bool, unit: str = "batch") -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """A wrapper of iterables that shows a progress bar on stderr. Without `progress`, or on ranks above 0, it is
-    `iter`.
+    """A wrapper of iterables that shows a progress bar on stderr. Without `progress`, or on ranks above 0, the wrapper
+    is `iter`.
 
     If stderr is not a terminal, only the finished bar is printed, as one line.
 
@@ -92,8 +92,8 @@ def training_bar(done: int, steps: int, progress: bool) -> Iterator[Callable[[An
     """A progress bar of training on stderr: loss, tokens per second and the time left.
 
     Yields a function to call after each step, with its micro-batches and losses. If the losses are on an accelerator,
-    they are read every `SYNC_EVERY` steps, because each read synchronizes with it. Without `progress`, or on ranks
-    above 0, nothing is shown. If stderr is not a terminal, only the finished bar is printed, as one line.
+    they are read every `SYNC_EVERY` steps, because each read synchronizes with the accelerator. Without `progress`, or
+    on ranks above 0, nothing is shown. If stderr is not a terminal, only the finished bar is printed, as one line.
     """
     from ..train.distributed import rank
     from ..train.fit import SYNC_EVERY
@@ -222,7 +222,7 @@ def write_table(path: str | os.PathLike[str], rows: Sequence[Row]) -> Path:
 
 
 def check_table_path(path: str | os.PathLike[str]) -> Path:
-    """Check that a table can be written to a path, and return the path; call it before the rows are computed.
+    """Check that a table can be written to a path, and return the path; call this before the rows are computed.
 
     Raises:
         ValueError: If the suffix is neither .csv nor .json.

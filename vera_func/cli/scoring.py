@@ -89,7 +89,7 @@ def length_of(base: Base, given: int | None) -> int:
 
 
 def pad_id(base: Base) -> int:
-    """The padding token: that of the tokenizer, or if it has none, its end token or 0."""
+    """The padding token: the tokenizer's padding token, else its end token, else 0."""
     ids = (base.tokenizer.pad_token_id, base.tokenizer.eos_token_id)
     return next((token for token in ids if token is not None), 0)
 

@@ -50,15 +50,15 @@ def train(
     options: TrainOptions,
     json: o.Json = False,
 ) -> None:
-    """Train an adapter and save it as a PEFT directory; several are saved as a bank.
+    """Train an adapter and save it as a PEFT directory; save several as a bank.
 
     The columns determine the kind of data: text and label (classification),
     text (language modelling), prompt and completion, messages (chats), or
     prompt, chosen and rejected (preferences). All rows are checked before a
     model is loaded. A fifth of the rows, at most 1,000, is held out, and
-    measured before and after training: accuracy with labels, loss and reward
-    accuracy for preferences, otherwise loss and perplexity. Long texts are split
-    into rows of --max-length tokens. An interrupted run resumes from
+    measured before and after training. With labels: accuracy. With preferences:
+    loss and reward accuracy. Otherwise: loss and perplexity. Long texts are
+    split into rows of --max-length tokens. An interrupted run resumes from
     OUT.training-<hash>, which is deleted on success. With several data sets or
     betas, one run trains an adapter for each.
 
@@ -140,7 +140,7 @@ def predict(
     out: o.Table = None,
     json: o.Json = False,
 ) -> None:
-    """Predict the label of texts, with its probability.
+    """Predict the label of each text, and its probability.
 
     The prediction is the argmax over the labels' first tokens (generate uses
     the full vocabulary). Prompts of more than 256 tokens are truncated at the

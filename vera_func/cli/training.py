@@ -1,9 +1,9 @@
-"""Training for the commands `demo` and `train`: one adapter, or a sweep followed by further training of the best one.
+"""Training for the commands `demo` and `train`: one adapter, or a sweep and then the best adapter alone.
 
 A sweep of n adapters has two phases. First, all adapters train in one run for half the steps, in batches of 2 / n times
-the size. Together they process as many examples as a single run. Then the adapter with the lowest validation loss
-trains alone for all steps in full batches; its optimizer state and schedule are kept. For n up to twice the batch size,
-a sweep processes twice the training examples of a single run, plus 200 validation examples per adapter.
+the size. Together, these adapters process as many examples as a single run. Then the adapter with the lowest validation
+loss trains alone for all steps in full batches; its optimizer state and schedule are kept. For n up to twice the batch
+size, a sweep processes twice the training examples of a single run, plus 200 validation examples per adapter.
 
 Work is split into `parts`, which are sharded across ranks: micro-batches for one adapter, and groups of adapters in a
 sweep. The number of parts changes the result by rounding only; the number of ranks does not change it.
@@ -130,7 +130,7 @@ def train_sweep(
     parts: int = 1,
     checkpoint: Path | None = None,
 ) -> Sweep:
-    """Train all adapters for half the steps in one run, then the best one for all steps; see the module's docstring.
+    """Train all adapters for half the steps in one run, then the best adapter for all steps; see this module.
 
     Args:
         adapted: From `adapt`.
@@ -159,7 +159,7 @@ def train_sweep(
     groups = [slice(i, i + size) for i in range(0, n, size)]
     stacks = [{k: leaf[group] for k, leaf in start.items()} for group in groups]
     files = [checkpoint and checkpoint.with_name(f"{checkpoint.name}-{i}") for i in range(len(groups))]
-    # All ranks do this together, because it communicates. Afterwards, each rank trains its own groups.
+    # All ranks do this together, because resuming communicates. Afterwards, each rank trains its own groups.
     runs = [_resume(file, stack, num_adapters(stack)) for file, stack in zip(files, stacks, strict=True)]
     common: dict[str, Any] = {"total": half + steps, "progress": progress}
 
