@@ -1,7 +1,7 @@
 """Private names of other libraries, each with the reason why it is used.
 
-No other module uses private names, and a test fails if one of them is removed. Imports are inside the functions, so
-that importing this module is cheap and a missing name raises only where it is needed.
+No other module uses private names, and a test fails if a library removes one of them. Imports are inside the functions,
+so that importing this module is cheap and a missing name raises only where it is needed.
 """
 
 import logging
@@ -27,9 +27,9 @@ def register_pytree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], 
 
 
 def register_optree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], unflatten: Callable[..., Any]) -> None:
-    """Make a class a pytree node of optree, if optree is installed. torchopt and other libraries use it.
+    """Make a class a pytree node of optree, if optree is installed. torchopt and other libraries use optree.
 
-    These libraries share only the global namespace of optree, which has no public name.
+    These libraries share only optree's global namespace, and this namespace has no public name.
     """
     try:
         import optree
@@ -100,10 +100,10 @@ def watch_operations(run: Callable[[str, Callable[..., Any], tuple, dict[str, An
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Enter a context in which tensors have shapes but no data, so that a model runs without memory and arithmetic.
+    """Enter a context in which tensors have shapes but no data, so that a model can run without computing values.
 
-    torch's compiler uses this mode, which has no public name. An unsupported operation raises an error, which torch
-    also logs. Log messages of this thread are suppressed.
+    torch's compiler uses this mode, which has no public name. If an operation is not supported, torch raises an error
+    and also logs it. The log messages of this thread are suppressed.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -125,7 +125,8 @@ def clear_hooks(module: nn.Module) -> None:
     """Remove the forward hooks and forward pre-hooks of a module, except those by which transformers collects outputs.
 
     A transformers model installs these hooks in its first call with `output_hidden_states=True`, and only then. Without
-    them, the model would return no hidden states, and LLaVA, which uses them itself, would fail.
+    these hooks, the model would return no hidden states. LLaVA would fail, because it needs the hidden states of its
+    vision model.
     """
     module._forward_pre_hooks.clear()
     for key, hook in list(module._forward_hooks.items()):
@@ -139,7 +140,7 @@ def viewed_tensor(x: Tensor) -> Tensor | None:
 
 
 def keep_signature(function: type) -> type:
-    """Store the signature of an autograd Function's `forward` with it.
+    """Store the signature of an autograd Function's `forward` as an attribute of `forward`.
 
     torch binds the arguments of every call with `inspect.signature`, which would derive the signature each time.
     """
@@ -151,10 +152,10 @@ def keep_signature(function: type) -> type:
 
 
 def apply_function(function: Any, *args: Any) -> Any:
-    """`function.apply(*args)` of an autograd Function, with all arguments of its `forward` by position.
+    """Call `function.apply(*args)` of an autograd Function; all arguments of `forward` are given by position.
 
-    Outside of transforms `apply` binds the arguments to the signature of `forward`, which takes as long as a small
-    product, and then calls the method of its base class.
+    Outside of transforms, `apply` binds the arguments to the signature of `forward`, and then calls the method of its
+    base class. Here, that method is called directly, because binding the arguments takes as long as a small product.
     """
     if in_transform():
         return function.apply(*args)
@@ -172,9 +173,10 @@ def unwrap(x: Tensor) -> Tensor:
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether the values of a tensor can be read now: not under `torch.compile` or vmap, nor of meta or fake tensors.
+    """Whether the values of a tensor can be read now.
 
-    The class of fake tensors has no public name.
+    They can't be read under `torch.compile`, or if a transform has wrapped the tensor. Meta tensors and fake tensors
+    have no values. The class of fake tensors has no public name.
     """
     if torch.compiler.is_compiling() or unwrap(x) is not x or x.is_meta:
         return False
@@ -187,7 +189,7 @@ def graph_task() -> int:
     """Return the id of the backward pass that runs on this thread, or -1 if there is none.
 
     This id is the only way to detect that activation checkpointing recomputes a layer. torch's own checkpointing also
-    uses it.
+    uses this id.
     """
     return torch._C._current_graph_task_id()
 
@@ -204,7 +206,7 @@ def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
 def in_transform() -> bool:
     """Whether a transform of `torch.func`, or a level of forward-mode AD, is active.
 
-    `unwrap` detects only transforms of a given tensor, and a function may close over others.
+    `unwrap` detects only the transforms of the tensor that it gets, but a function may close over other tensors.
     """
     level = torch.autograd.forward_ad._current_level
     return torch._C._functorch.peek_interpreter_stack() is not None or level >= 0
@@ -213,7 +215,7 @@ def in_transform() -> bool:
 def is_observed() -> bool:
     """Whether a compiler, a transform, a dispatch mode or a tracer observes operations on this thread.
 
-    Any of these would miss a C function that writes to memory without an operation of torch.
+    None of these would notice a C function that writes to memory without going through a torch operation.
     """
     return (
         torch.compiler.is_compiling()
@@ -226,9 +228,9 @@ def is_observed() -> bool:
 def skip_fused_encoder_path(module: nn.Module) -> None:
     """Make an `nn.TransformerEncoderLayer` call its linear layers, and an `nn.TransformerEncoder` avoid nested tensors.
 
-    The layer has a fused inference path, which reads the weights of its linear layers without calling them, and would
-    ignore adapters. No public switch turns this path off for one module. The encoder makes nested tensors for this path
-    if there is a padding mask.
+    The encoder layer has a fused inference path. This path reads the weights of the linear layers without calling these
+    layers, so it would ignore adapters. No public switch turns this path off for one module. The encoder makes nested
+    tensors for this path if there is a padding mask.
     """
     if isinstance(module, nn.TransformerEncoderLayer):
         module.activation_relu_or_gelu = 0
@@ -239,8 +241,9 @@ def skip_fused_encoder_path(module: nn.Module) -> None:
 def bitsandbytes() -> Any:
     """Import bitsandbytes, suppressing one of its log messages.
 
-    On CPUs with AVX512-BF16 it logs at import that the optional package `kernels` is not installed. The package is not
-    needed here, and users mistake the message for an error. Other messages are passed on.
+    When bitsandbytes is imported on a CPU with AVX512-BF16, it logs that the optional package `kernels` is not
+    installed. This package is not needed here, and users mistake the message for an error. Other messages are passed
+    on.
     """
     loaded = sys.modules.get("bitsandbytes")
     if loaded is not None:
@@ -262,9 +265,9 @@ def _is_not_about_kernels(record: logging.LogRecord) -> bool:
 def drop_input_grads(root: nn.Module) -> None:
     """Remove the hooks of `enable_input_require_grads` from a module tree.
 
-    Transforms do not support these hooks, and gradients of params do not need them. transformers installs them with
-    activation checkpointing and does not remove them when checkpointing is disabled. PEFT installs similar hooks
-    without a way to remove them.
+    Transforms do not support these hooks, and gradients of params do not need them. transformers installs these hooks
+    when activation checkpointing is enabled, and does not remove them when it is disabled. PEFT installs similar hooks,
+    and has no way to remove them.
     """
     for module in root.modules():
         for key, hook in list(module._forward_hooks.items()):
@@ -284,10 +287,10 @@ def bnb_ops() -> Any:
 def bnb_function(name: str, arguments: str) -> Callable[..., None] | None:
     """Return a C function of bitsandbytes' library for CPUs, or None if the operators must be called instead.
 
-    The operators have ten times the overhead. They prefer a kernel of the package `kernels`, if that is installed, to
-    the library's own fused product. `arguments` has a letter for each argument: n for a 64-bit integer, p for an
-    address. A C function does not check its arguments, so the result is None for releases of bitsandbytes whose calls
-    have not been compared with ours.
+    The operators have ten times the overhead. If the package `kernels` is installed, they use its kernel instead of the
+    library's own fused product. `arguments` has a letter for each argument: n for a 64-bit integer, p for an address. A
+    C function does not check its arguments. The result is therefore None for releases of bitsandbytes whose calls have
+    not been compared with the calls made here.
     """
     import ctypes
 
@@ -303,7 +306,7 @@ def bnb_function(name: str, arguments: str) -> Callable[..., None] | None:
 
 
 def bnb_levels(quant_type: str, device: torch.device) -> Tensor:
-    """Return the levels of a 4-bit format, (16,) float32. The public API has them only in a quantization state."""
+    """Return the levels of a 4-bit format, (16,) float32. The public API offers them only in a quantization state."""
     return bitsandbytes().functional.get_4bit_type(quant_type, device=device)
 
 
@@ -315,7 +318,7 @@ def bnb_has_avx512bf16() -> bool:
 def float32_modules(model: nn.Module) -> tuple[str, ...]:
     """Return endings of the names of modules that a transformers model keeps in float32, such as T5's `wo`.
 
-    The model's forward uses the dtype of these weights, so they can't be quantized.
+    The model's forward reads the dtype of these weights, so the weights can't be quantized.
     """
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 

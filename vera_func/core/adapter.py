@@ -52,8 +52,8 @@ def init_params(
         `{"lambda_b": (out,), "lambda_d": (r,)}`; for DVoRA also `"magnitude"` of shape (out,).
 
     Raises:
-        ValueError: If `r` or `out_features` is not a positive integer, `d_initial` is not finite, the dtype is not a
-            floating-point dtype, or the weight does not have shape (out, in).
+        ValueError: If `r` or `out_features` is not a positive integer, if `d_initial` is not finite, if the dtype is
+            not a floating-point dtype, or if the weight does not have shape (out, in).
 
     Example:
         >>> init_params(2, 3)
@@ -115,13 +115,13 @@ def vera_forward(
     M is the corresponding sum of absolute values.
 
     Args:
-        params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`. Leading axes are matched with those
-            of `x` from the left, for each vector separately. With a `"mixture"` of shape (*rows, k), the vectors have
-            shape (*rows, k, ...), and each row gets the sum of its `k` updates with these weights. With a `"magnitude"`
-            of shape (*rows, out), or the `"output_scale"` that `dora.fold_layer` puts in its place, the layer is DVoRA.
-        frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`; the first `in` columns and `out` rows are used. For a
-            magnitude, it should also have the statistics from `dora.norm_statistics`. If it has none, each call
-            computes the base weight as `base_fn(identity)`, a product with `in` rows.
+        params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`. Leading axes are matched with those of `x` from
+            the left, for each vector separately. With a `"mixture"` of shape (*rows, k), the vectors have shape (*rows,
+            k, ...), and each row gets the sum of its `k` updates with these weights. With a `"magnitude"` of shape
+            (*rows, out), or the `"output_scale"` that `dora.fold_layer` puts in its place, the layer is a DVoRA layer.
+        frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`; the first `in` columns and `out` rows are used. If
+            `params` have a magnitude, `frozen` should also have the statistics from `dora.norm_statistics`. Without
+            these, each call computes the base weight as `base_fn(identity)`, a product with `in` rows.
         x: Input rows.
         base_fn: The frozen layer, `(*batch, in) -> (*batch, out)`.
         dropout_mask: Mask by which the input of `A` is multiplied, but not the input of the base. It must broadcast to
@@ -133,8 +133,8 @@ def vera_forward(
             in the paper.
 
     Raises:
-        ValueError: If the shapes of the arguments do not fit each other, a key is missing, a tensor has an integer
-            dtype, or `product_dtype` is any other dtype. The message names the shapes.
+        ValueError: If the shapes of the arguments do not match, if a key is missing, if a tensor has an integer dtype,
+            or if `product_dtype` is any other dtype. The message names the shapes.
 
     Example:
         >>> import torch
@@ -167,12 +167,12 @@ def delta_weight(
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`.
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         in_features: Input size of the layer, which `params` does not determine.
-        weight: The dense base weight W, for DVoRA, whose update is `m (W + ΔW) / ‖W + ΔW‖ - W` with the norm of each
-            row. Ignored for VeRA.
+        weight: The dense base weight W. It is needed for DVoRA, whose update is `m (W + ΔW) / ‖W + ΔW‖ - W` with the
+            norm of each row. Ignored for VeRA.
 
     Raises:
-        ValueError: If the projections have another rank than the vectors or are too narrow, or if a weight is needed
-            and missing.
+        ValueError: If the rank of the projections differs from that of the vectors, if the projections are too narrow,
+            or if a DVoRA adapter is given without a weight.
 
     Example:
         >>> import torch
@@ -243,7 +243,7 @@ def forward(
     bias: Tensor | None = None,
     differentiate_norm: bool = False,
 ) -> Float[Tensor, "*batch out"]:
-    """Compute `vera_forward` with `A x` from `project`, such as a `SharedProduct`; a dropout mask bypasses it."""
+    """Compute `vera_forward`. Without a dropout mask, `project` (such as a `SharedProduct`) computes `A x`."""
     lambda_b, lambda_d, mixture = _vectors(params)
     require_rows_of_floats(x)
     if MAGNITUDE in params:

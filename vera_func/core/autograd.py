@@ -40,7 +40,7 @@ class SharedProduct:
     products, which are cheaper than a comparison, are not cached. Each layer differentiates the product separately, so
     gradients equal those of separate products, bit for bit.
 
-    Products are cached on the CPU only: on other devices the comparison would synchronize.
+    Products are cached on the CPU only: on other devices, the CPU would have to wait for the comparison.
 
     Example:
         >>> shared, x, A = SharedProduct(), torch.ones(64, 512), torch.ones(2, 512)
@@ -84,7 +84,7 @@ def _bits(x: Tensor) -> Tensor:
 
 @keep_signature
 class _Known(torch.autograd.Function):
-    """Return `value`, a cached `project(x, A)`. Backward computes the gradient of x, and passes that of `value` on."""
+    """Return `value`, a cached `project(x, A)`. Backward also computes the gradient of `x`."""
 
     generate_vmap_rule = True
 
@@ -175,8 +175,8 @@ def add_update(
 ) -> Float[Tensor, "*batch out"]:
     """Compute `base + lambda_b * (B (lambda_d * z))`, rounded to `dtype`.
 
-    If nothing is recorded, a large sum is computed in parts, so that temporary tensors stay in the cache. As a whole,
-    they would be new memory from the operating system, which takes longer than the arithmetic.
+    If nothing is recorded, a large sum is computed in parts, so that temporary tensors stay in the cache. Temporary
+    tensors of the full size would be allocated anew by the operating system, and this takes longer than the arithmetic.
     """
     if torch.compiler.is_compiling() or is_recorded(base, z, lambda_b, lambda_d, B):
         return (base + expand(z, lambda_b, lambda_d, B)).to(dtype)
@@ -190,7 +190,7 @@ def add_update(
 
 
 def _add_in_parts(total: Tensor, base: Tensor, lambda_b: Tensor, u: Tensor) -> None:
-    """Write `base + lambda_b * u` to `total`. Axes of `lambda_b` have the sizes of those of `u`, or size 1."""
+    """Write `base + lambda_b * u` to `total`. Each axis of `lambda_b` has the size of that axis of `u`, or size 1."""
     step = PART * len(u) // u.numel()
     if u.dim() == 1 or step >= len(u):
         total.copy_(base + lambda_b * u)

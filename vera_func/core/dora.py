@@ -47,8 +47,8 @@ def row_norms(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
 def norm_statistics(weight: Float[Tensor, "out in"], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Compute what the row norms of a DVoRA layer depend on: `{"square_norm": ‖W_i‖², "C": W Aᵀ, "G": A Aᵀ}`.
 
-    This costs `r in (out + r)` multiply-adds, and the result has `out (r + 1) + r²` values. Add it to the projections,
-    `frozen | norm_statistics(W, frozen)`; otherwise `vera_forward` computes it in each call.
+    This costs `r in (out + r)` multiply-adds, and the result has `out (r + 1) + r²` values. Add the result to the
+    projections, `frozen | norm_statistics(W, frozen)`; otherwise `vera_forward` computes the statistics in each call.
 
     Args:
         weight: The dense base weight, from `dequantize` if it is quantized.
@@ -58,7 +58,7 @@ def norm_statistics(weight: Float[Tensor, "out in"], frozen: Mapping[str, Tensor
         `{"square_norm": (out,), "C": (out, r), "G": (r, r)}`, in float32 or wider.
 
     Raises:
-        ValueError: If the weight is not a dense tensor of shape (out, in), or `vera_A` is missing or too narrow.
+        ValueError: If the weight is not a dense tensor of shape (out, in), or if `vera_A` is missing or too narrow.
 
     Example:
         >>> frozen = {"vera_A": torch.ones(2, 3), "vera_B": torch.ones(4, 2)}
@@ -88,17 +88,17 @@ def fold_layer(
 ) -> dict[str, Tensor]:
     """Convert the params of one layer to `{"lambda_b": s * lambda_b, "lambda_d": lambda_d, "output_scale": s}`.
 
-    This costs `out r²` multiply-adds for each adapter. If a row of `W + ΔW` is zero, its scale s is m.
+    This costs `out r²` multiply-adds for each adapter. If a row of `W + ΔW` is zero, the scale s of this row is m.
 
     Args:
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r), "magnitude": (*rows, out)}`. Rows for which
             `select_adapters` selected the base get a scale of 1.
         frozen: The projections and the `norm_statistics` of the layer.
-        differentiate_norm: Whether the norm depends on `lambda_b` and `lambda_d` in derivatives. False treats it as
-            a constant, as the paper does.
+        differentiate_norm: Whether derivatives take into account that the norm depends on `lambda_b` and `lambda_d`.
+            False treats the norm as a constant, as the paper does.
 
     Raises:
-        ValueError: If params or statistics are missing or do not fit each other.
+        ValueError: If params or statistics are missing, or if their shapes do not match.
 
     Example:
         >>> frozen = {"vera_A": torch.ones(1, 2), "vera_B": torch.ones(1, 1)}

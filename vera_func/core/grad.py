@@ -41,8 +41,9 @@ def grad(function: Function, argnums: int | tuple[int, ...] = 0, has_aux: bool =
         does not depend on are zeros.
 
     Raises:
-        ValueError: If an argument is not a pytree of floating-point tensors, `argnums` are not positions of arguments,
-            or `function` does not return a scalar. Raised when the returned function is called.
+        ValueError: If an argument is not a pytree of floating-point tensors, if `argnums` are not positions of
+            arguments, or if `function` does not return a scalar. The error is raised when the returned function is
+            called.
 
     Example:
         >>> loss = lambda params, x: (params["w"] * x).square().sum()
@@ -146,7 +147,7 @@ class _Outer:
         self.inside: set[Node] = set()  # nodes from which only own leaves are reached
 
     def reached_from(self, result: Tensor) -> bool:
-        """Whether a result depends on a tensor from outside of the function that requires grad."""
+        """Whether a result depends on a tensor that requires grad and comes from outside of the function."""
         seen, left = set(), [get_gradient_edge(result).node]
         while left:
             node = left.pop()

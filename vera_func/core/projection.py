@@ -12,12 +12,13 @@ from torch import Tensor
 
 
 def init_projections(r: int, in_features: int, out_features: int, key: int = 0) -> dict[str, Tensor]:
-    """Draw the shared pair: `{"vera_A": (r, in), "vera_B": (out, r)}`, Kaiming-uniform, float32, on the CPU.
+    """Draw the shared projections: `{"vera_A": (r, in), "vera_B": (out, r)}`, Kaiming-uniform, float32, on the CPU.
 
     For the same key and sizes, the draw is PEFT's, bit for bit. A CPU Mersenne twister seeded with `key` draws `A` and
     then `B`. Both are uniform in ±sqrt(6 / fan_in), where fan_in is `in` for `A` and `r` for `B`. The draw does not
-    depend on the default dtype, the global generator or the number of threads. Values are drawn row by row, so the pair
-    for a wider layer is not an extension of a narrower layer's pair: the same key with other sizes gives other values.
+    depend on the default dtype, the global generator or the number of threads. Values are drawn row by row, so the
+    projections for a wider layer do not extend those for a narrower layer: the same key with other sizes gives other
+    values.
 
     Args:
         r: Rank, the number of rows of `A`.
@@ -26,7 +27,7 @@ def init_projections(r: int, in_features: int, out_features: int, key: int = 0) 
         key: Seed of the draw. PEFT calls it `projection_prng_key`.
 
     Raises:
-        ValueError: If a size is not a positive integer, or the key is not an integer.
+        ValueError: If a size is not a positive integer, or if the key is not an integer that fits in 64 bits.
 
     Example:
         >>> frozen = init_projections(4, 8, 6, key=0)

@@ -67,7 +67,7 @@ def require_positive(name: str, value: float) -> None:
     """Raise an error if a value is not a positive, finite number.
 
     Raises:
-        ValueError: If it is zero, negative, infinite, NaN, a tensor, or not a number.
+        ValueError: If the value is zero, negative, infinite, NaN, a tensor, or not a number.
 
     Example:
         >>> require_positive("damping", 0.5)
@@ -95,7 +95,7 @@ def require_rows_of_floats(x: Tensor) -> None:
     """Raise an error if `x` is not a valid input of a linear layer: a floating-point tensor with at least one axis.
 
     Raises:
-        ValueError: If `x` is a scalar, or not a floating-point tensor.
+        ValueError: If `x` is a scalar, or is not a floating-point tensor.
 
     Example:
         >>> require_rows_of_floats(torch.ones(3))

@@ -57,7 +57,7 @@ def gram(inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] 
         weights: One nonnegative weight per token. None gives all tokens equal weight.
 
     Raises:
-        ValueError: If the shapes differ, all weights are 0, a weight is negative, or a value is not finite.
+        ValueError: If the shapes differ, if all weights are 0, if a weight is negative, or if a value is not finite.
 
     Example:
         >>> gram(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([3.0, 1.0]))
@@ -144,9 +144,9 @@ def calibrate_rows(
 
     For a given overshoot `κ`, each row is optimized from two starting points, and the better result is taken. One is
     Babai's nearest plane (GPTQ in the order of decreasing `diag H`), the other is the given codes and scales. A step of
-    the optimization changes one code by one level. It makes the change that reduces the error most after all scales of
-    the row are refitted by least squares. There are at most 64 steps. `κ` starts at 1 and is interpolated until `kept`
-    is within 0.02 of 1, in at most five fits.
+    the optimization changes one code by one level. Of all such changes, it makes the one with the smallest error after
+    all scales of the row are refitted by least squares. There are at most 64 steps. `κ` starts at 1 and is interpolated
+    until `kept` is within 0.02 of 1, in at most five fits.
 
     A fit costs about `8 out in²` multiply-adds, and a step of all rows costs `6 out in² / blocksize`. Temporary tensors
     take a few times 128 MB. The result is deterministic. The error ‖(W + κ ΔW) X - Q X‖ of a row is never larger than
@@ -168,7 +168,8 @@ def calibrate_rows(
         in which `delta` is zero are returned unchanged.
 
     Raises:
-        ValueError: If shapes do not fit each other, blocks straddle rows, or a value is not finite or out of range.
+        ValueError: If the shapes do not match, if a block straddles rows, or if a value is out of range, NaN or
+            infinite.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -279,7 +280,7 @@ def _shift(problem: _Problem, level: Tensor, normal: Tensor, gradient: Tensor, a
 
 
 def _steps(problem: _Problem, target: Tensor, point: _Point, limit: int = 64) -> _Point:
-    """Descend greedily: in each step, change the code of each row that reduces the error most, and refit the scales."""
+    """Descend greedily: each step makes the best change of one code in each row, and refits the scales."""
     gram, levels, size = problem.gram, problem.levels, problem.blocksize
     diagonal, last, columns = gram.diagonal(), len(levels) - 1, target.shape[1]
     best = _Point(point.indices.clone(), point.absmax.clone())
@@ -323,7 +324,7 @@ def _steps(problem: _Problem, target: Tensor, point: _Point, limit: int = 64) ->
 
 
 def _next_kappa(tried: list[tuple], largest: float) -> float:
-    """Return the next overshoot: interpolated between two that bracket full retention, or else extrapolated."""
+    """Return the next overshoot, by interpolation between two values around full retention, or by extrapolation."""
     below, above = ([each for each in tried if (each[1] < 1) is side] for side in (True, False))
     if not below or not above:
         return min(max(tried[-1][0] / max(tried[-1][1], 0.1) ** 0.8, 1.0), largest)  # a power that fits real layers

@@ -2,10 +2,10 @@
 
     W' = round(W + ΔW)        kept = <W' - W, ΔW> / ‖ΔW‖²        ΔW = diag(lambda_b) B diag(lambda_d) A
 
-For DVoRA, ΔW here means the whole change of the weight, `m (W + ΔW) / ‖W + ΔW‖ - W` (see `core.dora`).
-A dequantized weight lies on the quantization grid. Requantizing `W + ΔW` silently discards updates below half a
-quantization step. `merge_report` measures this loss. A 16-bit merge (`merge_dense`) loses much less, and a LoRA
-(`export_lora`) is exact. A merge can't be undone: keep the base weight `q` to unmerge.
+For DVoRA, ΔW here means the whole change of the weight, `m (W + ΔW) / ‖W + ΔW‖ - W` (see `core.dora`). A dequantized
+weight lies on the quantization grid. Requantizing `W + ΔW` silently discards updates below half a quantization step.
+`merge_report` measures this loss. A 16-bit merge (`merge_dense`) loses much less, and a LoRA (`export_lora`) is exact.
+A merged weight can't be turned back into the base weight, so keep `q` if you may need it again.
 """
 
 from collections.abc import Mapping
@@ -45,11 +45,11 @@ class MergeReport(NamedTuple):
 def merge_quantized(q: Quantized, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Quantized:
     """Return `W + ΔW`, requantized in the format of `q`. The result is bitwise equal to that of PEFT's merge.
 
-    `q` is not modified; keep it to unmerge. If `ΔW` is 0, the result is `q` itself.
+    `q` is not modified; keep it if you may need to undo the merge. If `ΔW` is 0, the result is `q` itself.
 
     Args:
         q: The base weight (out, in).
-        params: `{"lambda_b": (out,), "lambda_d": (r,)}`, for DVoRA with `"magnitude"` (out,).
+        params: `{"lambda_b": (out,), "lambda_d": (r,)}`; for DVoRA also `"magnitude"` of shape (out,).
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
 
     Returns:
@@ -92,7 +92,7 @@ def merge_calibrated(
 
     Args:
         q: The base weight; `in` must be a multiple of its block size.
-        params: `{"lambda_b": (out,), "lambda_d": (r,)}`, for DVoRA with `"magnitude"` (out,).
+        params: `{"lambda_b": (out,), "lambda_d": (r,)}`; for DVoRA also `"magnitude"` of shape (out,).
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         inputs: Representative inputs of the layer, without padding; several thousand tokens are enough.
         gram: Second moments of the inputs, from `second_moments`, to pass instead of the inputs.
@@ -104,8 +104,8 @@ def merge_calibrated(
         A 4-bit weight of the same type and block size, whose scales are not double-quantized.
 
     Raises:
-        ValueError: If the weight is not a 4-bit weight, blocks straddle its rows, or the inputs do not fit. Also as for
-            `merge_quantized`.
+        ValueError: If the weight is not a 4-bit weight, if blocks straddle its rows, or if the inputs do not fit. Also
+            as for `merge_quantized`.
 
     Example:
         >>> import torch
@@ -161,7 +161,7 @@ def merge_stochastic(
 
     Args:
         q: The base weight; `in` must be a multiple of its block size.
-        params: `{"lambda_b": (out,), "lambda_d": (r,)}`, for DVoRA with `"magnitude"` (out,).
+        params: `{"lambda_b": (out,), "lambda_d": (r,)}`; for DVoRA also `"magnitude"` of shape (out,).
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         generator: Source of randomness; there is no default.
 
@@ -203,7 +203,7 @@ def merge_dense(
 
     Args:
         q: The base weight, quantized, or dense of shape (out, in).
-        params: `{"lambda_b": (out,), "lambda_d": (r,)}`, for DVoRA with `"magnitude"` (out,).
+        params: `{"lambda_b": (out,), "lambda_d": (r,)}`; for DVoRA also `"magnitude"` of shape (out,).
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         dtype: Dtype of the result.
 
@@ -236,18 +236,18 @@ def merge_report(
 ) -> MergeReport:
     """Measure the retained fraction and the relative error of the update in a merged weight.
 
-    This costs one merge, unless `merged` is given, and with inputs two matrix products.
+    This costs one merge, or none if `merged` is given. If `inputs` are given, it also costs two matrix products.
 
     Args:
         q: The base weight.
-        params: `{"lambda_b": (out,), "lambda_d": (r,)}`, for DVoRA with `"magnitude"` (out,).
+        params: `{"lambda_b": (out,), "lambda_d": (r,)}`; for DVoRA also `"magnitude"` of shape (out,).
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         inputs: Representative inputs of the layer, of shape (tokens, in), to measure the error in the layer's outputs.
         merged: The merged weight to measure, quantized or dense. None means the result of `merge_quantized`.
 
     Raises:
-        ValueError: As for `merge_quantized`, or if `ΔW` or its product with the inputs is zero, so that the retained
-            fraction is undefined.
+        ValueError: As for `merge_quantized`. Also if `ΔW` is zero, or if its product with the inputs is, because the
+            retained fraction is then undefined.
 
     Example:
         >>> import torch
@@ -308,10 +308,11 @@ def checked_delta(
 ) -> Float[Tensor, "out in"]:
     """Return the `delta_weight` of an adapter, after checking that the adapter can be merged into `q`.
 
-    For DVoRA, this is the whole change of the weight, including its rescaling.
+    For DVoRA, the result is the whole change of the weight, including the rescaling.
 
     Raises:
-        ValueError: If the adapter holds NaN or inf, is stacked or does not fit the weight, or the weight is offloaded.
+        ValueError: If the adapter holds NaN or inf, is stacked or does not fit the weight, or if the weight is
+            offloaded.
     """
     scales = params.keys() & {*SCALES}
     if params.keys() - scales != {*VECTORS} or len(scales) > 1:

@@ -51,10 +51,10 @@ def merge(
             unchanged, and merges the other layers itself.
 
     Raises:
-        ValueError: If the adapter does not fit the model or holds NaN or inf, or the model is offloaded, wrapped by
-            PEFT, or has adapted layers on several devices. Also if `to` would quantize a layer that the model's class
-            keeps in float32, or an adapted layer computes its weight (weight_norm), transforms its product (a subclass
-            of `nn.Linear`), or has a dtype that can't hold the result (float8).
+        ValueError: If the adapter does not fit the model, or if it holds NaN or inf. Also if the model is offloaded, is
+            wrapped by PEFT, or has adapted layers on several devices. Also if `to` would quantize a layer that the
+            model's class keeps in float32. Also if an adapted layer computes its weight (weight_norm), transforms its
+            product (a subclass of `nn.Linear`), or has a dtype that can't hold the result (float8).
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -74,7 +74,7 @@ def merge(
     float32 = tuple(f".{end}" for end in private.float32_modules(model))
     if isinstance(to, str) and (odd := [name for name in layers if f".{name}".endswith(float32)]):
         raise ValueError(
-            f"{odd[0]!r} can't be merged to {to}: {type(model).__name__} keeps it in float32 and uses its dtype. "
+            f"{odd[0]!r} can't be merged to {to}: {type(model).__name__} keeps it in float32 and reads its dtype. "
             "Merge to a dtype, or keep the format of each layer (to=None)."
         )
     parameters = dict(held_parameters(model))
@@ -92,7 +92,7 @@ def merge(
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
 
     def weight_of(name: str, module: nn.Module) -> Quantized | Tensor | None:
-        # A bitsandbytes module rewrites its weight when it runs, so those without an adapter are copied as well.
+        # A bitsandbytes module rewrites its weight when it runs, so modules without an adapter are copied as well.
         if name not in layers and not is_bnb_linear(module):
             return None
         given = (weights or {}).get(name)
@@ -134,7 +134,7 @@ def model_merge_report(
         Reports by layer name.
 
     Raises:
-        ValueError: If the adapter does not fit the model or holds NaN or inf, or `inputs` has a layer that is not
+        ValueError: If the adapter does not fit the model or holds NaN or inf, or if `inputs` has a layer that is not
             adapted.
 
     Example:

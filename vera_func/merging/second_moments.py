@@ -34,8 +34,9 @@ def second_moments(
 ) -> dict[str, Float[Tensor, "in in"]]:
     """Return the mean of `x xᵀ` over the inputs `x` of each adapted layer, by module name.
 
-    The inputs are those in the adapted model. This costs one forward pass per batch, with `readout` also one backward
-    pass, and the memory of an (in, in) matrix per layer. Tokens with an `attention_mask` (b, seq) of 0 are excluded.
+    The inputs are those in the adapted model. This costs one forward pass per batch, and the memory of an (in, in)
+    matrix per layer. With `readout`, it also costs one backward pass per batch. Tokens with an `attention_mask` (b,
+    seq) of 0 are excluded.
 
     Args:
         adapted: The model with the adapter to merge.
@@ -46,8 +47,8 @@ def second_moments(
             squared norm of the readout's gradient with respect to the layer's output. None weights all tokens equally.
 
     Raises:
-        ValueError: If there are no batches, a batch is not a mapping, the readout does not depend on an adapted layer,
-            or a value is not finite.
+        ValueError: If there are no batches, if a batch is not a mapping, if the readout does not depend on an adapted
+            layer, or if a value is not finite.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -132,7 +133,7 @@ def calibrate_weights(
         progress: Wrapper of the iterable of layer names, such as `tqdm.tqdm`.
 
     Raises:
-        ValueError: If an adapted layer is not a 4-bit layer, or its second moments are missing.
+        ValueError: If an adapted layer is not a 4-bit layer, or if its second moments are missing.
 
     Example:
         >>> from vera_func import VeraConfig, adapt, merge, quantize_4bit, to_bnb

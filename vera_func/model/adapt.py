@@ -36,11 +36,11 @@ class Adapted(NamedTuple):
 
     Attributes:
         apply: `apply(params, frozen, *args, **kwargs)` returns the output of the adapted model.
-        params: The trained parameters: `"{module}.lambda_b"` of shape (out,), `"{module}.lambda_d"` of shape (r,), for
-            DVoRA `"{module}.magnitude"` of shape (out,), and those of the model's own parameters that the configuration
-            trains.
+        params: The trained parameters: `"{module}.lambda_b"` of shape (out,), `"{module}.lambda_d"` of shape (r,), and
+            for DVoRA `"{module}.magnitude"` of shape (out,). Also those of the model's own parameters that the
+            configuration trains.
         frozen: `{"vera_A": (r, max in), "vera_B": (max out, r)}`, shared by all layers and adapters.
-        config: The configuration, with default targets and "all-linear" replaced by names.
+        config: The configuration, in which names replace default targets and "all-linear".
     """
 
     apply: Apply
@@ -60,34 +60,34 @@ def adapt(
 ) -> Adapted:
     """Create a pure function from a model, and a fresh adapter for the model. The model is not modified.
 
-    The adapter is initialized as in PEFT: `lambda_b` is 0, and a magnitude is the norm of its row of the weight, so the
-    output equals that of the base model. The function runs a copy of the module tree that shares the parameters'
-    memory; buffers are copied. Before the call, move the model to its device, and choose between `model.eval()` and
-    `model.train()`, which controls the base's own dropout.
+    The adapter is initialized as in PEFT: `lambda_b` is 0, and each entry of a magnitude is the norm of its row of the
+    weight. The output therefore equals that of the base model. The function runs a copy of the module tree that shares
+    the parameters' memory; buffers are copied. Before calling `adapt`, move the model to its device, and call
+    `model.eval()` or `model.train()`. This mode controls the base's own dropout.
 
     Args:
         model: Any module with `nn.Linear`, bitsandbytes' linear layers or transformers' `Conv1D`. Wrappers of
             `torch.compile`, `DataParallel` and `DistributedDataParallel` are removed; compile `apply` instead. Dense
-            layers that accelerate has offloaded run with its hooks; offloaded quantized layers raise an error. The
-            adapted layers must be on one device.
+            layers that accelerate has offloaded run with accelerate's hooks; offloaded quantized layers raise an error.
+            The adapted layers must be on one device.
         config: The layers to adapt, the rank and the initial values.
         dtype: Dtype of the vectors and of the adapter's arithmetic, independent of the base's dtype.
         int8_activations: Whether to multiply 8-bit layers as LLM.int8() does; see `quantized_linear`.
         generator: Source of the random vectors if `config.init_weights` is False; ignored otherwise.
         product_dtype: Dtype of the products with the projections. `torch.bfloat16` or `torch.float16` is PEFT's
-            arithmetic under autocast; `vera_forward` states the errors. A 16-bit dtype is faster for many rows, on GPUs
-            and on CPUs with instructions for it. A single row on a CPU is multiplied in the vectors' dtype if no
-            gradients are recorded, because this is faster there, and more accurate. None means the vectors' dtype, as
-            in PEFT without autocast. The vectors and `frozen` have `dtype` in either case. Each call converts
+            arithmetic under autocast; `vera_forward` states the errors. For many rows, a 16-bit dtype is faster on
+            GPUs, and on CPUs that have instructions for this dtype. A single row on a CPU is multiplied in the vectors'
+            dtype if no gradients are recorded, because this is faster there, and more accurate. None means the vectors'
+            dtype, as in PEFT without autocast. The vectors and `frozen` have `dtype` in either case. Each call converts
             the projections once, or not at all if `frozen` is passed in this dtype.
 
     Returns:
         `(apply, params, frozen, config)`. In the configuration, the names of the targets and of the base are filled in.
 
     Raises:
-        ValueError: If no module matches the configuration, or a match cannot be adapted. Also if the model is wrapped
-            by PEFT, is quantized by another library than bitsandbytes, or has adapted layers on several devices. Also
-            if `dtype` is not a floating-point dtype, or `product_dtype` is not a 16-bit dtype.
+        ValueError: If no module matches the configuration, or if a match cannot be adapted. Also if the model is
+            wrapped by PEFT, is quantized by another library than bitsandbytes, or has adapted layers on several
+            devices. Also if `dtype` is not a floating-point dtype, or if `product_dtype` is not a 16-bit dtype.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -145,8 +145,8 @@ class ParameterCount(NamedTuple):
 
     Attributes:
         trainable: Number of values in `params`.
-        total: Number of the model's parameters, counting the logical size of quantized weights, plus the adapter
-            vectors.
+        total: Number of the model's parameters plus the number of values in the adapter vectors. A quantized weight
+            counts with its logical size, `out * in`.
         percent: `100 * trainable / total`.
     """
 
@@ -172,7 +172,7 @@ def num_parameters(adapted: Adapted) -> ParameterCount:
         ParameterCount(trainable=10, total=64, percent=15.625)
     """
     if not isinstance(adapted, Adapted):
-        raise ValueError(f"adapted must be an Adapted, from adapt or load_adapter, got {type(adapted).__name__}.")
+        raise ValueError(f"adapted must be an Adapted, made by adapt or load_adapter, got {type(adapted).__name__}.")
     model, params = adapted.apply.model, adapted.params
     trainable = sum(value.numel() for value in params.values())
     vectors = sum(value.numel() for key, value in params.items() if is_vector(key))
@@ -239,7 +239,7 @@ def make_apply(
         product_dtype: See `vera_forward`.
 
     Raises:
-        ValueError: If a target cannot be adapted, or the targets are on several devices.
+        ValueError: If a target cannot be adapted, or if the targets are on several devices.
 
     Example:
         >>> make_apply(nn.Sequential(nn.Linear(8, 6)), 4, ["0"])
@@ -295,7 +295,7 @@ def make_apply(
 def _placeholders(
     modules: Mapping[str, nn.Module], r: int, targets: Sequence[str], product_dtype: torch.dtype | None
 ) -> Projections:
-    """Projections on the meta device, so that running a layer without bound tensors raises an error."""
+    """Return projections on the meta device, so that running a layer without bound tensors raises an error."""
     sizes = [linear_sizes(modules[name]) or (0, 0) for name in targets]
     widest_in, widest_out = map(max, zip(*sizes, strict=True))
     A, B = torch.empty(r, widest_in, device="meta"), torch.empty(widest_out, r, device="meta")
@@ -365,7 +365,7 @@ def _absent(model: nn.Module) -> str | None:
 
 
 def with_origin(config: VeraConfig, model: nn.Module) -> VeraConfig:
-    """Fill in the base model's name, if the configuration has none, and its class, which `AutoPeftModel` needs."""
+    """Fill in the base model's name if the configuration has none, and the model's class for `AutoPeftModel`."""
     named = (getattr(owner, "name_or_path", None) for owner in (model, getattr(model, "config", None)))
     # A transformers model that was created from a configuration has the name "".
     name = config.base_model_name_or_path or next((n for n in named if isinstance(n, str) and n), None)

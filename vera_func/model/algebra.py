@@ -56,7 +56,7 @@ def scale_adapter(params: Mapping[str, Tensor], factor: float) -> dict[str, Tens
 
 
 def without_update(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return params of the base model, with the model's own parameters, such as heads, of `params`.
+    """Return params that have no update, but keep the model's own parameters in `params`, such as heads.
 
     Args:
         params: Params of one adapter.
@@ -79,7 +79,7 @@ def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[flo
     """Return an adapter with the same projections and rank whose update is `Σ weights[i] ΔW_i`.
 
     Such an adapter exists if and only if, in every layer, the `lambda_d` of all adapters are parallel, or their
-    `lambda_b` are. `lambda_d` that were not trained are parallel. All adapters must use the same `frozen`, which is not
+    `lambda_b` are. `lambda_d` that were not trained are parallel. All adapters must use the same `frozen`; this is not
     checked.
 
     Args:
@@ -87,8 +87,8 @@ def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[flo
         weights: One weight per adapter. None means 1 for each, as in PEFT with several active adapters.
 
     Raises:
-        ValueError: If the sum in a layer is not a VeRA of this rank, keys or shapes differ, or there is not one finite
-            weight per adapter. Also if params contain magnitudes or the model's own parameters.
+        ValueError: If the sum in a layer is not a VeRA of this rank, if keys or shapes differ, or if there is not one
+            finite weight per adapter. Also if params contain magnitudes or the model's own parameters.
 
     Example:
         >>> a = {"q.lambda_b": torch.tensor([1.0, 0.0]), "q.lambda_d": torch.full((3,), 0.1)}
@@ -145,8 +145,8 @@ def _check_vectors(params: Mapping[str, Tensor]) -> None:
     own = [key for key in params if not is_vector(key)]
     if own:
         raise ValueError(
-            f"{own[0]!r} is not an adapter vector; its difference from the base model, which would be scaled or added, "
-            "is not in params."
+            f"{own[0]!r} is not an adapter vector. Its difference from the base model would have to be scaled or "
+            "added, but is not in params."
         )
     if magnitudes := [key for key in params if split_key(key)[1] == MAGNITUDE]:
         raise ValueError(

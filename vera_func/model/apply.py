@@ -56,10 +56,10 @@ class Apply:
     """A model as a pure function of an adapter: `apply(params, frozen, *args, **kwargs)`.
 
     A call returns the output of `model(*args, **kwargs)` with the adapter. `apply` composes with the transforms of
-    `torch.func` if the model's own operations do. The result depends on the arguments only, and not on other calls:
-    earlier ones, those of other threads, or nested ones. Calls do not modify the model: state that the forward pass
-    updates, such as batch statistics, is restored. The adapter's dropout is applied only by `with_dropout`. The base
-    keeps the training mode that it had in `adapt`, and its own dropout uses torch's global generator.
+    `torch.func` if the model's own operations do. The result depends on the arguments only, and not on other calls,
+    whether earlier, nested or in other threads. Calls do not modify the model: state that the forward pass updates,
+    such as batch statistics, is restored. The adapter's dropout is applied only by `with_dropout`. The base keeps the
+    training mode that it had in `adapt`, and its own dropout uses torch's global generator.
 
     Notes:
         - A model's own `autograd.Function` without `setup_context` (Bloom's gelu) raises under `torch.func`
@@ -70,8 +70,8 @@ class Apply:
         - Under `torch.compile`, the compiler decides what is saved for backward, and may save dequantized weights.
 
     Raises:
-        ValueError: If `params` lacks a key or has an unknown key, or the shapes of `params`, `frozen` and the batch do
-            not match. Also if a gradient is required and the model checkpoints activations.
+        ValueError: If `params` lacks a key or has an unknown key, or if the shapes of `params`, `frozen` and the batch
+            do not match. Also if a gradient is required and the model uses activation checkpointing.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -111,9 +111,9 @@ class Apply:
     ) -> Any:
         """Run a method of the model with the adapter: `apply.method("generate", params, frozen, ...)`.
 
-        `name` may also be a function. It is called as `function(model, *args, **kwargs)`, and must return tensors, not
-        parts of the model. It should have no side effects: to find the axis of the rows, a call with an adapter for
-        each row also runs it on other inputs (see `rows`).
+        `name` may also be a function. The function is called as `function(model, *args, **kwargs)`, and must return
+        tensors, not parts of the model. It should have no side effects: to find the axis of the rows, a call with an
+        adapter for each row also runs the function on other inputs (see `rows`).
         """
         if self.absent is not None:
             self._require_shapes_alone(params, frozen, args, kwargs)
@@ -159,8 +159,8 @@ class Apply:
     def with_row_axes(self, axes: Axes) -> "Apply":
         """Return a copy of `apply` for inputs whose rows are not along axis 0, such as (seq, rows, features).
 
-        The axes matter only for calls with one adapter per row. If the size of an input along this axis is not the
-        number of rows, all rows share the input.
+        The axes matter only for calls with one adapter per row. If the size of an input along its axis is not the
+        number of rows, all rows share this input.
 
         Args:
             axes: Axis of the rows in the arguments, or None for an argument that all rows share. A single value holds
@@ -184,7 +184,7 @@ class Apply:
         """Return a copy of `apply` with a second layout of the 4-bit weights, for fast decoding in bfloat16 on a CPU.
 
         bitsandbytes has a kernel for CPUs with AVX512-BF16 that needs this layout. With gradients disabled, the kernel
-        multiplies a few rows without dequantizing; see `quant.cpu_layout.fused_weight` for its costs. On other
+        multiplies a few rows without dequantizing; see `quant.cpu_layout.fused_weight` for the costs. On other
         machines, no weights are copied.
 
         Args:
@@ -194,7 +194,7 @@ class Apply:
                 processes, but not within a process. A number, such as 32, avoids this.
 
         Raises:
-            ValueError: If `max_rows` is not a non-negative integer or None.
+            ValueError: If `max_rows` is neither None nor a non-negative integer.
         """
         if max_rows is not None and (not isinstance(max_rows, int) or isinstance(max_rows, bool) or max_rows < 0):
             raise ValueError(f"max_rows must be a non-negative integer or None, got {max_rows!r}.")
@@ -210,8 +210,8 @@ class Apply:
         These layers need not be dequantized for each product of the forward and backward pass. Forward results are the
         same, bit for bit. A dense weight has `out * in` values of the dtype in which the layer multiplies:
         `compute_dtype` if a 4-bit layer has one, else the dtype of the model's dense parameters. Calls in another dtype
-        dequantize as before. The dense weights are made here, are shared by further copies of the result, and are not
-        pickled.
+        dequantize as before. This call makes the dense weights. Further copies of the result share them, and they are
+        not pickled.
 
         After `with_fused_weights`, the fused kernel is used where it is faster than the dense product. On GPUs, only
         8-bit layers are stored densely, because bitsandbytes has fast kernels for 4-bit weights there.
@@ -223,7 +223,7 @@ class Apply:
                 Without a workload, layers are stored in the order of the model.
 
         Raises:
-            ValueError: If `max_bytes` is not a non-negative integer, or `workload` is not a function.
+            ValueError: If `max_bytes` is not a non-negative integer, or if `workload` is not a function.
 
         Example:
             >>> from vera_func import VeraConfig, adapt, quantize_model
@@ -382,8 +382,8 @@ def _require_no_gradients(tensors: Mapping[str, Tensor], args: tuple, kwargs: di
     given = (value for value in [*tensors.values(), *tree_leaves((args, kwargs))] if isinstance(value, Tensor))
     if torch.is_grad_enabled() and any(value.requires_grad or unwrap(value) is not value for value in given):
         raise ValueError(
-            "the model checkpoints activations: backward would run its layers again after the call of apply has "
-            f"returned and its params are unbound. {WITHOUT_CHECKPOINTING}"
+            "the model uses activation checkpointing: backward would run the layers again after the call of apply "
+            f"has returned, when its params are no longer bound. {WITHOUT_CHECKPOINTING}"
         )
 
 

@@ -102,7 +102,7 @@ class QuantizedLinear(nn.Module):
         weight = None if self.dense is None else self.dense.weight
         if self.dense is not None and weight is not None and not (like := fn(weight[:0])).is_meta:
             if like.dtype != weight.dtype:
-                self.dense = None  # in another dtype, the copy would not be used, or take more memory
+                self.dense = None  # in another dtype, the copy would not be used, or would take more memory
             elif like.device != weight.device:
                 self.dense = dense_copy(self.quantized, weight.dtype)
         return self
@@ -287,8 +287,8 @@ def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor], *, cast: bool = True) 
     """Move a frozen tensor to the device and dtype to which `fn` moves tensors.
 
     If `fn` moves tensors to the meta device, the tensor is returned unchanged. A caller of
-    `torch.func.stack_module_state` runs a module on the meta device with its own parameters and buffers, but does not
-    pass the module's other tensors.
+    `torch.func.stack_module_state` runs a module on the meta device, and passes parameters and buffers to it, but not
+    the module's other tensors.
     """
     like = fn(tensor[:0] if tensor.dim() else tensor)
     return tensor if like.is_meta else tensor.to(like.device, like.dtype if cast else tensor.dtype)

@@ -36,7 +36,7 @@ def stack_adapters(adapters: Sequence[Params]) -> dict[str, Tensor]:
         adapters: Params with the same keys and shapes, for the same projections.
 
     Raises:
-        ValueError: If `adapters` is empty, or keys, shapes, dtypes or devices differ.
+        ValueError: If `adapters` is empty, or if keys, shapes, dtypes or devices differ.
 
     Example:
         >>> stacked = stack_adapters([{"lambda_b": torch.zeros(3)}, {"lambda_b": torch.ones(3)}])
@@ -128,13 +128,13 @@ def select_adapters(
         adapter_ids: Integers from -1 to n - 1, of shape (rows,). With shape (rows, k), each row gets the sum of `k`
             updates, like several active adapters in PEFT. The weights of a sum are stored under the key
             `"{module}.mixture"`, by which `apply` recognizes the axis of its terms. For trained heads and biases, the
-            differences from the base are summed: base + Σ weights (head - base). The factor of the base's value, which
-            `apply` adds, is stored under the key `"{parameter}.base_share"`. The output scales of DVoRA are summed in
+            differences from the base are summed: base + Σ weights (head - base). `apply` adds the base's value times a
+            factor, which is stored under the key `"{parameter}.base_share"`. The output scales of DVoRA are summed in
             the same way, with 1 as the base's value. For sums of DVoRA adapters, fold them first (`fold_magnitude`).
         weights: Weights of the updates in a sum, of shape (rows, k); 1 by default.
 
     Raises:
-        ValueError: If an id is out of range or not an integer, the weights do not have the shape of the ids, or
+        ValueError: If an id is out of range or not an integer, if the weights do not have the shape of the ids, or if
             `stacked` already contains sums.
 
     Example:

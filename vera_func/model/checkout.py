@@ -1,6 +1,6 @@
 """Isolate the calls of a module: each call runs on a copy of the module tree that is restored afterwards.
 
-A call must bind the given tensors to the module, and the module may modify itself when it runs: its buffers (batch
+A call must bind the given tensors to the module, and the module may modify its state when it runs: buffers (batch
 statistics), attributes (the longest sequence that a rotary embedding has seen), caches and hooks. Therefore each call
 takes a copy of the module tree from a free list, restores the copy, and returns it to the list:
 
@@ -55,8 +55,8 @@ class Trees:
     """A free list of copies of one module tree.
 
     Attributes:
-        root: The original tree, which never runs, except that the compiler traces it.
-        checkpoints: Whether modules of the tree checkpoint activations.
+        root: The original tree. It never runs; only the compiler traces it.
+        checkpoints: Whether any module of the tree, in training mode, uses activation checkpointing.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -97,7 +97,7 @@ class Trees:
         return copy_module(self.root, shared_memo(self.root))
 
     def values(self, *, inside: bool) -> dict[str, Tensor | None]:
-        """Return values that a compiled call binds in addition to the given tensors, since it runs on the root itself.
+        """Return the values that a compiled call, which runs on the root itself, binds besides the given tensors.
 
         These are clones of the buffers that the call may write to. A call inside another compiled call (`inside`) also
         binds all parameters; otherwise it would see the parameters of the outer call.

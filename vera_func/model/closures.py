@@ -3,9 +3,9 @@
     original = layer.forward
     layer.forward = lambda x: original(x) + 1
 
-`copy.deepcopy` does not copy functions, so the copy of this layer would run the original layer, without its adapter or
-merged weight. Therefore, this module also copies functions whose closures refer to modules, if they are attributes or
-hooks of modules.
+`copy.deepcopy` does not copy functions, so the copy of this layer would run the original layer, without the copy's
+adapter or merged weight. Therefore, this module also copies functions that are attributes or hooks of modules, if their
+closures refer to modules.
 """
 
 import copy

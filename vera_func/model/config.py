@@ -28,9 +28,9 @@ class VeraConfig:
 
     Attributes:
         r: Rank of the shared projections.
-        target_modules: Modules to adapt. A sequence contains names, or the parts of names after a dot. A string is a
-            regular expression for the whole name. "all-linear" selects every linear layer except the output head, and
-            None selects the default targets of the model's type.
+        target_modules: Modules to adapt. A sequence contains full names, or endings of names that follow a dot. A
+            string is a regular expression for the whole name. "all-linear" selects every linear layer except the output
+            head, and None selects the default targets of the model's type.
         projection_prng_key: Seed of the shared projections.
         save_projection: Whether to save the projections with an adapter, as PEFT does by default. Otherwise, only their
             seed is saved, from which they can be redrawn exactly for a base of the same dtype.
@@ -57,8 +57,8 @@ class VeraConfig:
             "FEATURE_EXTRACTION".
         base_model_name_or_path: The base's name, for a saved adapter. `adapt` fills in `model.name_or_path`.
         revision: The base's revision, for a saved adapter.
-        auto_mapping: The base's class and the Python module of this class, which PEFT's `AutoPeftModel` needs to load
-            an adapter without a `task_type`. `adapt` fills in both.
+        auto_mapping: The base model's class name, and the Python module that defines this class. PEFT's `AutoPeftModel`
+            needs both to load an adapter without a `task_type`. `adapt` fills in both.
 
     Raises:
         ValueError: If a value is out of range or contradicts another field.

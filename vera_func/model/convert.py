@@ -33,16 +33,16 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> n
     dtype of the activations, the results are the same, bit for bit. All other tensors are shared with the model, which
     is not modified.
 
-    With an existing adapter, keep using its own `frozen`. Projections drawn for the copy would be rounded to 16 bits,
-    as in PEFT, if its weights have 16 bits.
+    With an existing adapter, keep using its own `frozen`. If the copy's weights have 16 bits, projections drawn for the
+    copy would be rounded to 16 bits, as in PEFT.
 
     Args:
         model: Any module.
         dtype: Dtype of the dequantized weights; use the dtype of the model's activations.
 
     Raises:
-        ValueError: If the model is not a module, is offloaded or wrapped by PEFT, or the dtype is not a floating-point
-            dtype.
+        ValueError: If the model is not a module, if it is offloaded or wrapped by PEFT, or if the dtype is not a
+            floating-point dtype.
 
     Example:
         >>> from vera_func import quantize_4bit
@@ -66,7 +66,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> n
 
 
 def check_format(to: Format | None) -> None:
-    """Raise a `ValueError` if `to` is not None, a quantization format or a floating-point dtype."""
+    """Raise a `ValueError` unless `to` is None, a quantization format or a floating-point dtype."""
     if to is not None and to not in QUANTIZERS and not (isinstance(to, torch.dtype) and to.is_floating_point):
         raise ValueError(f"to must be one of {sorted(QUANTIZERS)} or a floating-point dtype, got {to!r}.")
 
@@ -85,12 +85,12 @@ def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) 
         model: Any module.
         quant: "nf4", "fp4" or "int8".
         skip: Names, or parts of names, of modules that stay dense together with all modules in them. By default, the
-            heads `lm_head`, `classifier`, `score` and `qa_outputs` stay dense, and the layers that transformers leaves
-            dense. These are tied weights, output embeddings, a last layer without bias, and layers that the model's
-            class keeps in float32, such as T5's `wo`.
+            heads `lm_head`, `classifier`, `score` and `qa_outputs` stay dense. So do the layers that transformers
+            leaves dense: tied weights, output embeddings, a last layer without bias, and layers that the model's class
+            keeps in float32, such as T5's `wo`.
 
     Raises:
-        ValueError: If no layer can be quantized, the format is unknown, or the model is offloaded or wrapped by
+        ValueError: If no layer can be quantized, if the format is unknown, or if the model is offloaded or wrapped by
             PEFT.
 
     Example:

@@ -16,8 +16,8 @@ from .base_layers import QuantizedLinear
 def keep_dense(root: nn.Module, max_bytes: int, dtype: torch.dtype, calls: Mapping[str, int] | None = None) -> None:
     """Store dense copies of the weights of some layers in a tree, and remove the copies of all other layers.
 
-    A copy saves dequantizing the weight at each call of the layer. This takes time proportional to the size of the
-    copy. A byte of memory therefore saves most time in the layer that is called most.
+    A copy saves dequantizing the weight at each call of the layer. Dequantizing takes time proportional to the size of
+    the copy. A byte of memory therefore saves most time in the layer that is called most.
 
     Args:
         root: Root of the tree, modified in place.
@@ -48,7 +48,7 @@ def keep_dense(root: nn.Module, max_bytes: int, dtype: torch.dtype, calls: Mappi
 
 
 def counted_calls(root: nn.Module) -> Counter[str]:
-    """Register hooks that count the calls of each quantized layer, also in copies of the tree, and return the counts.
+    """Register hooks that count the calls of each quantized layer in this tree and its copies; return the counts.
 
     Example:
         >>> from vera_func import quantize_8bit

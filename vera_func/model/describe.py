@@ -86,9 +86,9 @@ def describe_quantization(model: Any) -> None:
 def skip_list(dense: Sequence[str], quantized: Sequence[str]) -> list[str]:
     """Return transformers' `llm_int8_skip_modules` for the dense layers of a model.
 
-    transformers skips a layer if its name ends with an entry, or begins with it as a regular expression. A name that
-    would also match a quantized layer is therefore written as an anchored expression. All other names are written
-    unchanged, because other programs that read this list compare names.
+    transformers skips a layer if its name ends with an entry, or if an entry, as a regular expression, matches the
+    beginning of the name. A name that would also match a quantized layer is therefore written as an anchored
+    expression. All other names are written unchanged, because other programs that read this list compare names.
 
     Args:
         dense: Names of the layers that are not quantized.

@@ -1,8 +1,9 @@
 """Fold the magnitudes of a model's DVoRA adapters for inference, and store norm statistics for training.
 
 See `core.dora` for the equations. Without these functions, each call computes the norm statistics of all layers from
-the dequantized weights, at the cost of about `2 r` additional tokens per layer. It also computes the row norms of each
-adapter, at the cost of about `r` additional tokens. With an adapter for each row, this cost arises for each row.
+the dequantized weights, at the cost of about `2 r` additional tokens per layer. Each call also computes the row norms
+of each adapter, at the cost of about `r` additional tokens. With an adapter for each row, this cost arises for each
+row.
 """
 
 from collections.abc import Mapping
@@ -19,10 +20,10 @@ def fold_magnitude(apply: Apply, params: Mapping[str, Tensor], frozen: Mapping[s
     """Return DVoRA params for inference, with row norms computed once: `output_scale` is `m / ‖W + ΔW‖`.
 
     Pass the result to `apply` in place of `params`; a call then costs about as much as with VeRA. In each layer,
-    `output_scale` replaces the magnitude, and `lambda_b` is multiplied by it. The change of a layer's output is linear
-    in folded params, so they can be summed (`add_adapters`, or `select_adapters` with ids of shape (rows, k)). Training
-    folded params trains `output_scale`, not the magnitude. Layers without a magnitude and the model's own parameters
-    are returned unchanged.
+    `output_scale` replaces the magnitude, and `lambda_b` is multiplied by `output_scale`. The change of a layer's
+    output is linear in folded params, so they can be summed (`add_adapters`, or `select_adapters` with ids of shape
+    (rows, k)). Training folded params trains `output_scale`, not the magnitude. The model's own parameters, and layers
+    without a magnitude, are returned unchanged.
 
     Args:
         apply: From `adapt`, `load_adapter` or `pool_adapters`.
@@ -72,7 +73,7 @@ def fold_magnitude(apply: Apply, params: Mapping[str, Tensor], frozen: Mapping[s
 def fold_if_dora(apply: Apply, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return `fold_magnitude(apply, params, frozen)` if params contain magnitudes, and otherwise params unchanged.
 
-    Use it where several calls, or several rows, share the norms of an adapter.
+    Use this function where several calls, or several rows, share the norms of an adapter.
 
     Example:
         >>> import torch
@@ -92,11 +93,11 @@ def keep_norm_statistics(apply: Apply, frozen: Mapping[str, Tensor]) -> dict[str
     per layer, 1.3 MB at width 1024 and rank 256. They are valid only for these projections and the model's own weights.
 
     Args:
-        apply: From `adapt` with `use_dora=True`, `load_adapter` or `pool_adapters`.
+        apply: From `load_adapter`, `pool_adapters`, or `adapt` with `use_dora=True`.
         frozen: The projections.
 
     Raises:
-        ValueError: If the layers have no magnitudes, or the projections do not fit.
+        ValueError: If the layers have no magnitudes, or if the projections do not fit.
 
     Example:
         >>> import torch

@@ -6,8 +6,8 @@ to row `(i // inner) % rows`. For example, a tensor (rows, ...) has `Place(0, 1)
 other operations do not change the order of entries along the axes of their inputs. After such an operation, the axis of
 the rows is identified by its size. Therefore the number of rows is a prime that does not divide any size of the model.
 Sorting rows, or selecting them by an index that depends on data, loses their order. The order is restored if the rows
-are put back by the same index, as in mixtures of experts, or selected by the inverse of the permutation. If a rule
-can't be certain, the order counts as lost.
+are put back by the same index, as in mixtures of experts, or if they are selected by the inverse of the permutation. If
+the rules can't determine the order with certainty, the order counts as lost.
 """
 
 import math
@@ -67,7 +67,7 @@ class Follower:
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
-        self.chose = False  # whether entries were selected whose number depends on data
+        self.chose = False  # whether an operation selected a number of entries that depends on data
 
     def __call__(self, name: str, operation: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run an operation and mark its results with their places."""
@@ -111,7 +111,7 @@ class Follower:
             place = self._put(name, args, out, first)
         elif lost:
             if isinstance(first, Lost) and first.by_mask and name in _VIEWS and out.shape[:1] == (self.rows,):
-                return Place(0, 1)  # a view that implies as many entries of each row
+                return Place(0, 1)  # only possible if each row has equally many entries
             place = lost[0] if all(other.by is lost[0].by for other in lost) else Lost(None)
         elif not isinstance(first, Place) or first.axis < 0:
             place = self._joined(args, kwargs, out, given) if name == "cat" else None
@@ -152,7 +152,7 @@ class Follower:
         return None
 
     def _joined(self, args: tuple, kwargs: dict[str, Any], out: Tensor, given: list[Tensor]) -> Place | Lost | None:
-        """Return the place after joining tensors along the rows' axis. It is known if each tensor has all rows."""
+        """Return the place after joining tensors along the rows' axis; it is known if each tensor has all rows."""
         dim = _dim(args[1] if len(args) > 1 else kwargs.get("dim", 0), out)
         places = [place for x in given if isinstance(place := place_of(x), Place) and place.axis == dim]
         if not places:
@@ -162,7 +162,7 @@ class Follower:
         return places[0] if inner and whole else Lost(None)
 
     def _cut(self, name: str, args: tuple, kwargs: dict[str, Any], out: Tensor, place: Place) -> Place | Lost | None:
-        """Return the place in a part of the rows' axis. It is known if all rows have equally many entries."""
+        """Return the place in a part of the rows' axis; it is known if all rows have equally many entries."""
         x = args[0]
         at = args[1:2] if name == "slice" else args[2:3]
         if _dim(at[0] if at else kwargs.get("dim", 0), x) != place.axis or out.shape == x.shape:
@@ -200,7 +200,7 @@ class Follower:
             out: The result of the operation.
             given: The tensors among its arguments.
             broadcast: Whether the operation may broadcast a tensor without rows to all rows.
-            new: Whether the operation makes or reorders rows in an order that is not known yet.
+            new: Whether the operation creates rows, or reorders them, in an order that is not known yet.
         """
         placed = []
         for tensor in given:
@@ -297,7 +297,7 @@ def mark(tensor: Tensor, place: Place | Lost | None) -> None:
 
 
 def _mark_index(name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-    """Mark a result that may be used as an index with the index it was made from, and the permutation it inverts."""
+    """Record on a possible index the index that it was made from, and the permutation whose inverse it is."""
     x = args[0] if args and isinstance(args[0], Tensor) else None
     if x is None:
         return
@@ -318,7 +318,7 @@ def _mark_index(name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> Non
 
 
 def _mark_parts(name: str, args: tuple, kwargs: dict[str, Any], parts: Sequence[Tensor]) -> None:
-    """Mark the parts of a tensor with its place, which is known again when they are joined."""
+    """Mark the parts of a tensor with the tensor's place, so that it is known again when the parts are joined."""
     given = args[1:2] if name == "unbind" else args[2:3]
     dim = _dim(given[0] if given else kwargs.get("dim", 0), args[0])
     place = place_of(args[0])
@@ -332,7 +332,8 @@ def _mark_parts(name: str, args: tuple, kwargs: dict[str, Any], parts: Sequence[
 def _reassembled(args: tuple, kwargs: dict[str, Any]) -> Place | Lost | None:
     """Return the place after joining all parts of a tensor in order, as LLaVA does with the features of its images.
 
-    Parts in another order, or with other tensors, are lost. The result is None if no part is joined.
+    If parts are joined in another order, or with other tensors, the place is lost. The result is None if no part is
+    joined.
     """
     parts = [getattr(tensor, "_part_of", _NO_PART) for tensor in args[0]]
     group, _, count, place = next((part for part in parts if part[0] is not None), _NO_PART)
@@ -354,7 +355,7 @@ def _are_same(index: Tensor, other: Tensor) -> bool:
 
 
 def _inverse_of(index: Tensor) -> Tensor | None:
-    """Return the permutation that an index inverts, or None if no such permutation is known."""
+    """Return the permutation whose inverse is `index`, or None if no such permutation is known."""
     other = getattr(_root(index), "_inverse", None)
     return other if getattr(other, "_is_permutation", False) else None
 

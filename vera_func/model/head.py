@@ -5,7 +5,7 @@
     hidden, head = hidden_and_head(apply, params, frozen, input_ids=ids)  # for next_token_loss(hidden, head, labels)
 
 With a large vocabulary, the head costs as much as many layers, and its logits are the largest tensor of a training
-step. A loss needs only the logits at labelled positions, and a classifier only those of a few tokens.
+step. A loss needs only the logits at labelled positions, and a classifier needs only those of a few tokens.
 
 The hidden states are computed by the model's own forward, with the identity in place of the head. This is correct for
 every model that returns the output of its head as logits. Some models transform the logits: Gemma 2 caps them, Granite
@@ -50,7 +50,7 @@ def hidden_states(
             these positions.
 
     Raises:
-        ValueError: If the model has no output head, or its logits are not the output of the head.
+        ValueError: If the model has no output head, or if its logits are not the output of the head.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -81,8 +81,8 @@ def head_logits(
 ) -> Float[Tensor, "b seq tokens"]:
     """Compute the logits of hidden states, for all tokens or for some tokens.
 
-    If the head is a dense layer without an adapter, trained or frozen, only the rows of `tokens` in its weight are
-    multiplied. For any other head, all logits are computed, and those of `tokens` are selected.
+    If the head is a dense layer without an adapter (trained or frozen), only those rows of its weight that belong to
+    `tokens` are multiplied. For any other head, all logits are computed, and those of `tokens` are selected.
 
     Args:
         apply: See `hidden_states`.
@@ -170,8 +170,8 @@ def hidden_and_head(apply: Apply, params: Params, frozen: Params, *args: Any, **
 
     Returns:
         `(hidden, head)`. For a dense head without a bias and without an adapter, `head` is its weight (vocab, width),
-        taken from `params` if it is trained. For any other head, it is a function of the hidden states, and a `RowHead`
-        if the head differs between rows.
+        taken from `params` if it is trained. Any other `head` is a function of the hidden states; it is a `RowHead` if
+        the head differs between rows.
 
     Raises:
         ValueError: If the head has an adapter with dropout (`apply.with_dropout`). The losses may compute logits twice,
@@ -262,7 +262,7 @@ def _some_logits(model: Any, tokens: tuple[int, ...], *args: Any, **kwargs: Any)
 
 
 def _hidden_and_weights(model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...] | None:
-    """Return the head's input, weight and bias; the latter are None unless the head is dense and shared by all rows."""
+    """Return the head's input, weight and bias; the last two are None if it is not dense or not shared by all rows."""
     hidden = _hidden(model, *args, **kwargs)
     if hidden is None:
         return None

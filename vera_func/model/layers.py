@@ -35,8 +35,8 @@ from .targets import is_conv1d, linear_sizes
 
 
 WITHOUT_CHECKPOINTING = (
-    "Call model.gradient_checkpointing_disable() before adapt or load_adapter, or train to_module(adapted), which may "
-    "checkpoint."
+    "Call model.gradient_checkpointing_disable() before adapt or load_adapter, or train to_module(adapted), which "
+    "supports checkpointing."
 )
 
 
@@ -80,7 +80,7 @@ class Projections(nn.Module):
         if self.call is not None and not torch.compiler.is_compiling() and self.call != graph_task():
             raise ValueError(
                 "a layer runs again in backward, after the call of apply has returned and its params are unbound: the "
-                f"model checkpoints activations. {WITHOUT_CHECKPOINTING}"
+                f"model uses activation checkpointing. {WITHOUT_CHECKPOINTING}"
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Projections":
@@ -195,7 +195,7 @@ class AdaptedLinear(nn.Module):
         return delta.mT if is_conv1d(self.base_layer) else delta
 
     def base_weight(self, dtype: torch.dtype, own: Tensor | None = None) -> Tensor:
-        """Return the dense weight (out, in) of the base layer, or `own`, in `dtype`, but at least in float32."""
+        """Return `own`, or else the base layer's dense weight (out, in), in `dtype` but at least in float32."""
         own = self._parameters.get("weight") if own is None else own
         return dense_weight(self.base_layer, torch.promote_types(dtype, torch.float32), own)
 
@@ -267,15 +267,16 @@ class Linear(AdaptedLinear):
         vera_A: A tensor of shape (r, >= in), or a mapping from adapter names to such tensors.
         vera_B: A tensor of shape (>= out, r), or a mapping from adapter names to such tensors.
         r: Rank.
-        vera_dropout: Probability of dropping an input of `A`, applied if `generator` is set to a `torch.Generator`.
+        vera_dropout: Probability of dropping an input of `A`. Dropout is applied only if the attribute `generator` is
+            set to a `torch.Generator`.
         d_initial: Initial value of `lambda_d`.
         product_dtype: Dtype of the products with the projections; see `vera_forward`.
         use_dora: Whether the layer has a `magnitude`; see `core.dora`.
         differentiate_norm: Whether to differentiate through the norm of DVoRA.
 
     Raises:
-        ValueError: If the base layer is of another class, the projections have another rank or are too narrow, or a
-            dtype is not supported.
+        ValueError: If the base layer is of another class, if the projections have another rank or are too narrow, or if
+            a dtype is not supported.
 
     Example:
         >>> import torch

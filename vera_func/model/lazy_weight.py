@@ -44,8 +44,8 @@ class LazyWeight(Tensor):
 def lazy_weight(compute: Callable[[], Tensor], like: Tensor) -> Tensor:
     """Return a tensor whose values are computed when an operation uses them.
 
-    Under the compiler, which removes unused values itself, the values are computed at once. A fake tensor, which has no
-    values, is returned itself.
+    Under the compiler, which removes unused values itself, the values are computed at once. If `like` is a fake tensor,
+    which has no values, it is returned itself.
 
     Args:
         compute: Returns the values.

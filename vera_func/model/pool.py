@@ -22,8 +22,8 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
 
     The result is exact. The projections are concatenated along r, `A = [A1; A2; ...]` and `B = [B1, B2, ...]`, and
     zero-padded to the largest size. Each adapter's `lambda_d` is zero outside of its own block. Equal projections are
-    stored once. A row costs as much as an adapter whose rank is the sum of all ranks. `with_dropout` applies dropout
-    only if all adapters have the same dropout probability.
+    stored once. A row costs as much as with one adapter whose rank is the sum of all ranks. `with_dropout` applies
+    dropout only if all adapters have the same dropout probability.
 
     VeRA and DVoRA adapters can be pooled with each other. In a layer where an adapter has no magnitude, its magnitude
     in the pool is 0. The pool then has the value 1 under the key `"{module}.magnitude.base_share"`, which is added to
@@ -37,8 +37,8 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
         that adapter.
 
     Raises:
-        ValueError: If `adapters` is empty, the adapters belong to different models, params are stacked, or only some
-            DVoRA adapters are folded.
+        ValueError: If `adapters` is empty, if the adapters belong to different models, if params are stacked, or if
+            only some of the DVoRA adapters are folded.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -57,7 +57,9 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
     weights = [*map(id, model.parameters())]
     for i, adapted in enumerate(adapters):
         if [*map(id, adapted.apply.model.parameters())] != weights:
-            raise ValueError(f"adapters {i} and 0 belong to different model objects; adapt or load both on one.")
+            raise ValueError(
+                f"adapters {i} and 0 belong to different model objects; create or load both from the same model object."
+            )
         for option in ("int8_activations", "product_dtype"):
             if getattr(adapted.apply, option) != getattr(adapters[0].apply, option):
                 raise ValueError(f"adapter {i} and adapter 0 differ in {option}.")

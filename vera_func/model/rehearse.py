@@ -40,7 +40,7 @@ class Layout(NamedTuple):
     Attributes:
         axis: Axis of the rows.
         dim: Number of axes of the tensor; 0 if it differs between calls of the layer.
-        blocks: Whether each row has a block of several consecutive entries along the axis, rather than one.
+        blocks: Whether each row has a block of several consecutive entries along the axis, rather than a single entry.
     """
 
     axis: int
@@ -67,7 +67,7 @@ class _TooLarge(Exception):
 
 
 def rehearse(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], count: int) -> Seen:
-    """Find the layout of the rows in the input of each layer, and in the outputs, of a call.
+    """Find the layout of the rows in the input of each layer during a call, and in the outputs of the call.
 
     Args:
         apply: The `Apply` that is called.
@@ -77,7 +77,7 @@ def rehearse(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], co
         count: Number of rows.
 
     Raises:
-        ValueError: If the model can't run with other numbers of rows, or computes batch statistics.
+        ValueError: If the model can't run with other numbers of rows, or if it computes batch statistics.
     """
     root = apply.trees.root
     for module in root.modules():
@@ -112,7 +112,7 @@ def _confirmed(found: list[Layout | Refusal]) -> Layout | Refusal:
 def _first_that_runs(thread: ThreadPoolExecutor, call: "_Call", prime: int) -> Seen:
     """Rehearse with the first interpretation of the inputs for which the model runs.
 
-    If an interpretation is wrong, the model fails, because the sizes of its inputs then do not fit each other.
+    If an interpretation is wrong, the model fails, because the sizes of its inputs then do not match.
     """
     first: Exception | None = None
     for reading in call.readings():
@@ -149,9 +149,9 @@ class _Call:
     def readings(self) -> list[Callable[[Tensor, int | None], str]]:
         """Return interpretations of the inputs, as functions of a tensor and the axis that rows would have in it.
 
-        A tensor may have "rows" along this axis, or be "shared" by all rows. Or it has "parts": several consecutive
-        entries of axis 0 for each row, such as the patches of an image. An axis with as many entries as there are rows
-        need not be the axis of the rows, as in positions (seq,) or a mask (seq, seq).
+        A tensor may have "rows" along this axis, or be "shared" by all rows. Or the tensor has "parts": several
+        consecutive entries of axis 0 for each row, such as the patches of an image. An axis with as many entries as
+        there are rows need not be the axis of the rows, as in positions (seq,) or a mask (seq, seq).
         """
 
         def plain(tensor: Tensor, axis: int | None) -> str:
@@ -219,7 +219,7 @@ class _Rehearsal:
                 outputs = tree_leaves(method(*args, **kwargs))
         finally:
             call.apply.trees.release(tree)
-        uncalled = Refusal("was not called when the model ran to find the rows, so they are not known.", called=False)
+        uncalled = Refusal("was not called when the model ran to find the rows: its rows are not known.", called=False)
         layers = {path: _agreed(self.seen.get(path, [uncalled])) for path in self.paths}
         return Seen(layers, [self._where(x, x.dim()) for x in outputs if isinstance(x, Tensor)])
 
@@ -311,7 +311,7 @@ class _Rehearsal:
                 new = tensor.detach().index_select(along, order)
             else:
                 new = tensor.detach().clone()
-        if held != "parts":  # parts are not followed: a layer whose input they are has no rows
+        if held != "parts":  # parts are not followed: a layer that gets them as input has no rows
             mark(new, Place((axis or 0) % tensor.dim(), 1) if rows else NOWHERE)
         return new
 

@@ -126,7 +126,7 @@ def arrange(
         kwargs: Keyword arguments of the method.
 
     Raises:
-        ValueError: If the rows do not match the inputs, or the rows in a layer's input can't be followed.
+        ValueError: If the rows do not match the inputs, or if the rows in a layer's input can't be followed.
     """
     rows = _common(lead)
     if rows == (1,):
@@ -152,7 +152,7 @@ def arrange(
 
 
 def axes_of_outputs(apply: Any, args: tuple, kwargs: dict[str, Any], rows: int) -> list[int | None]:
-    """Return the axis of the rows in each tensor that `apply` returns, in pytree order, or None if it has no rows."""
+    """Return the axis of the rows, or None without rows, for each tensor that `apply` returns, in pytree order."""
     outputs = _plan(apply, ("", "__call__", 0), args, kwargs, rows).outputs
     return [where.axis if isinstance(where, Layout) else None for where in outputs]
 
@@ -183,7 +183,7 @@ def path_in_model(path: str) -> str:
 
 
 class _Calls:
-    """Hooks that find a plan for each call of a module by `generate`, but not for calls of modules inside it."""
+    """Hooks that find a plan for each module call that `generate` makes, but not for calls inside such a call."""
 
     def __init__(self, apply: Any, root: Any, lead: Lead, rows: int, repeats: int) -> None:
         self.apply, self.root, self.lead, self.rows, self.repeats = apply, root, lead, rows, repeats
@@ -282,7 +282,7 @@ def _kind(value: Any, count: int, axis: int | None) -> Any:
 def _kind_of_shape(shape: torch.Size, count: int, axis: int | None) -> tuple:
     """Return the number of axes of a shape, whether it has rows, the axes of size 1, and its exact sizes or ().
 
-    Exact sizes are included if another axis also has the size of the rows, because the two could then be confused.
+    Exact sizes are included if another axis also has the size of the rows, because the two axes could then be confused.
     """
     rows = has_rows(shape, count, axis)
     if torch.compiler.is_compiling():
@@ -331,7 +331,7 @@ def _common(lead: Lead) -> tuple[int, ...]:
 
 
 def _require_rows(apply: Any, lead: Lead, rows: int, args: tuple, kwargs: dict[str, Any], single: bool = False) -> None:
-    """Raise an error if no input has this many rows, or with `single`, if the first input does not have one row."""
+    """Raise an error if no input has this many rows; with `single`, only the first input counts."""
     given = [(axis_of(apply.row_axes, i), value) for i, value in enumerate(args)]
     given += [(axis_of(apply.row_axes, name), value) for name, value in kwargs.items()]
     inputs = [(axis, t) for axis, value in given if axis is not None for t in tensors_in(value) if t.dim()]

@@ -88,8 +88,8 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
             entries.
 
     Raises:
-        ValueError: If no module matches, an entry matches no module, a match is not a linear layer, or there are no
-            default targets for the model's type.
+        ValueError: If no module matches, if an entry matches no module, if a match is not a linear layer, or if there
+            are no default targets for the model's type.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
@@ -233,7 +233,7 @@ def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -
         is_bias = leaf == "bias" and (config.bias == "all" or (config.bias != "none" and module in targets))
         if whole:
             own[name] = None
-        elif is_bias:  # a tied bias is trained under its first name, even if that layer is not adapted
+        elif is_bias:  # a tied bias is trained under its first name, even if the layer of this name is not adapted
             own[first_names[id(parameter)]] = None
     return list(own)
 
@@ -303,7 +303,7 @@ def _default_targets(model: nn.Module) -> tuple[str, ...] | str:
 
 
 def peft_dtype(module: nn.Module) -> torch.dtype | None:
-    """Return the dtype to which PEFT rounds a layer's vectors and projections, or None if it does not round them.
+    """Return the dtype to which PEFT rounds a layer's vectors and projections, or None if PEFT does not round.
 
     PEFT casts them to the layer's dtype (4-bit layers: the compute dtype; 8-bit layers: no cast) and then to float32.
     Over a 16-bit base, the projections are therefore rounded to 16 bits.
@@ -374,8 +374,8 @@ def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, 
         name, leaf = split_key(key)
         if leaf in MARKS:
             raise ValueError(
-                f"params contain {key!r}, so they are a sum of adapters or from a pool of VeRA and DVoRA adapters; "
-                "merge or export the original adapters one by one."
+                f"params contain {key!r}, so they are a sum of adapters or come from a pool of VeRA and DVoRA "
+                "adapters; merge or export the original adapters one by one."
             )
         if not isinstance(value, Tensor):
             raise ValueError(f"{key!r} must be a tensor, got {type(value).__name__}.")

@@ -30,8 +30,8 @@ def unwrap(model: Model) -> Model:
         model: Any module; it is not modified.
 
     Raises:
-        ValueError: If `model` is not a module, or contains PEFT's modules or layers that another library than
-            bitsandbytes has quantized.
+        ValueError: If `model` is not a module, if it contains PEFT's modules, or if it contains layers that a library
+            other than bitsandbytes has quantized.
 
     Example:
         >>> model = nn.Linear(2, 3)
@@ -245,7 +245,7 @@ def _memory(tensor: Tensor) -> tuple:
 
 
 def _memo_of_hooks(model: nn.Module) -> dict[int, Any]:
-    """Return a memo that shares offloaded weights, and detaches weights computed by hooks, which can't be copied."""
+    """Return a memo that shares offloaded weights, and detaches weights that hooks computed (these can't be copied)."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         if (hook := private.offload_hook(module)) is not None:

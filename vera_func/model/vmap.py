@@ -27,24 +27,24 @@ def vmap_adapters(
     """Map `apply` over stacked adapters: return a function equal to `torch.func.vmap(apply, (0, None, 0, ...))`.
 
     The returned function of `(stacked, frozen, *batch)` folds the axis of the adapters into the batch axis, and runs
-    one forward pass with an adapter for each row. It is faster than `torch.func.vmap`, and supports what vmap does not
-    (2-D masks under sdpa, caches, fused attention on GPUs). It is differentiable: the gradient of the sum of all losses
-    contains each adapter's own gradient. Use `torch.func.vmap` if the model mixes the entries of a batch, or returns a
-    mean over them.
+    one forward pass with an adapter for each row. It is faster than `torch.func.vmap`, and supports features that vmap
+    does not support: 2-D masks under sdpa, caches, and fused attention on GPUs. It is differentiable: the gradient of
+    the sum of all losses contains each adapter's own gradient. Use `torch.func.vmap` if the model mixes the entries of
+    a batch, or if it returns a mean over them.
 
     Args:
         apply: From `adapt`, or any function of `(params, frozen, *batch)` that takes one adapter per row and returns
             tensors with the rows in axis 0.
         in_dims: Axis of the adapters in the batch arguments, or None for an argument that all adapters share. A single
             value holds for all arguments, nested ones included. A sequence gives the axes of positional arguments, and
-            a mapping gives those of keyword arguments; the axis of any other argument is 0. A tuple over
-            `(params, frozen, *batch)` is interpreted as by `torch.func.vmap`, so that the two functions are
+            a mapping gives those of keyword arguments; the axis of any other argument is 0. A tuple over `(params,
+            frozen, *batch)` is interpreted as by `torch.func.vmap`, so that `vmap_adapters` and `torch.func.vmap` are
             interchangeable. After the axis of the adapters is removed, the first axis of an input is its batch axis. If
             no input has more than one axis, the inputs are single examples.
         chunk_size: Number of adapters to run at once. None runs all of them at once.
 
     Raises:
-        ValueError: If sizes do not match, or an output has no axis of rows (such as a mean loss).
+        ValueError: If sizes do not match, or if an output, such as a mean loss, has no axis of rows.
 
     Example:
         >>> from vera_func import VeraConfig, adapt, stack_adapters
@@ -165,7 +165,7 @@ def _place(tree: Any, leaf: Any) -> str:
 
 
 class _Shared:
-    """A placeholder for None in in_dims, which a pytree does not accept as a leaf."""
+    """A placeholder for None in in_dims, because a pytree does not accept None as a leaf."""
 
 
 _SHARED = _Shared()
@@ -178,7 +178,7 @@ def _as_vmap(in_dims: tuple, stacked: Params, args: tuple) -> tuple[Params, tupl
         raise ValueError(f"in_dims[1] must be None, since all adapters share frozen, got {of_frozen!r}.")
     axes = dict(of_params) if isinstance(of_params, Mapping) else dict.fromkeys(stacked, of_params)
     if axes.keys() != stacked.keys() or not all(isinstance(axis, int) for axis in axes.values()):
-        raise ValueError(f"in_dims[0] must be the axis of the adapters in params, or one per key, got {of_params!r}.")
+        raise ValueError(f"in_dims[0] must be the axis of the adapters in params, or of each key, got {of_params!r}.")
     return {key: leaf.movedim(axes[key], 0) for key, leaf in stacked.items()}, tuple(of_batch)
 
 

@@ -23,7 +23,7 @@ def is_bnb_linear(module: nn.Module) -> bool:
         >>> is_bnb_linear(torch.nn.Linear(2, 3))
         False
     """
-    # No module can be an instance of a package that nobody has imported.
+    # No module can be an instance of a class whose package was not imported.
     bnb = sys.modules.get("bitsandbytes")
     return bnb is not None and isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
 
@@ -31,10 +31,11 @@ def is_bnb_linear(module: nn.Module) -> bool:
 def from_bnb(module: nn.Module) -> tuple[Quantized, Tensor | None]:
     """Read the weight and bias of a bitsandbytes linear module, in any state, without changing it.
 
-    A weight that is not quantized yet is quantized here, as bitsandbytes does when the module is moved to a device. An
-    8-bit forward moves the statistics to `module.state`, where they are found. An eval-mode forward on a CPU with
-    AVX512-BF16 repacks a 4-bit weight in place, and rounds its scales to bfloat16. Such a weight is unpacked into a
-    copy, with the rounded scales. In all other states, the result shares the module's memory.
+    A weight that is not quantized yet is quantized here, as bitsandbytes does when the module is moved to a device. The
+    forward pass of an 8-bit module moves the statistics to `module.state`, and they are read from there. In eval mode
+    on a CPU with AVX512-BF16, the forward pass of a 4-bit module repacks the weight in place, and rounds its scales to
+    bfloat16. Such a weight is unpacked into a copy, with the rounded scales. In all other states, the result shares the
+    module's memory.
 
     Args:
         module: `bitsandbytes.nn.Linear4bit` or `Linear8bitLt`.
@@ -43,7 +44,7 @@ def from_bnb(module: nn.Module) -> tuple[Quantized, Tensor | None]:
         The weight, and the bias (out,) or None.
 
     Raises:
-        ValueError: If `module` is of another class, or its tensors contradict each other.
+        ValueError: If `module` is of another class, or if its tensors contradict each other.
 
     Example:
         >>> import bitsandbytes as bnb

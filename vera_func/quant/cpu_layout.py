@@ -27,9 +27,10 @@ def fused_weight(q: Quantized, max_rows: int | None = FUSED_ROWS) -> FusedWeight
     """Copy a 4-bit weight into the layout of bitsandbytes' fused kernel for CPUs with AVX512-BF16.
 
     For a few rows of bfloat16, the kernel is faster than dequantizing, because it reads only the packed weight. The
-    copy takes half a byte plus `2 / blocksize` bytes per value of the weight. Its scales are rounded to bfloat16, by up
-    to 0.4 %, or not at all if the weight was bfloat16 and its scales are not nested. bitsandbytes' own modules silently
-    replace their weight by such a copy in eval mode. Here `q` is unchanged, and gradients are taken through `q`.
+    copy takes half a byte plus `2 / blocksize` bytes per value of the weight. The scales of the copy are rounded to
+    bfloat16, which changes them by up to 0.4 %. If the weight was bfloat16 and its scales are not nested, rounding does
+    not change them. bitsandbytes' own modules silently replace their weight by such a copy in eval mode. Here `q` is
+    unchanged, and gradients are taken through `q`.
 
     Args:
         q: A quantized weight.
@@ -38,8 +39,8 @@ def fused_weight(q: Quantized, max_rows: int | None = FUSED_ROWS) -> FusedWeight
             differently; see `quant.crossover`.
 
     Returns:
-        The copy, or None if the kernel can't be used. It requires such a CPU, a 4-bit weight, an `out` that is a
-        multiple of 32, and an `in` that is a multiple of the block size.
+        The copy, or None if the kernel can't be used. The kernel requires a CPU with AVX512-BF16, a 4-bit weight, an
+        `out` that is a multiple of 32, and an `in` that is a multiple of the block size.
 
     Example:
         >>> from vera_func import quantize_8bit

@@ -1,8 +1,8 @@
 """Measure the number of rows up to which a kernel on packed weights is faster than a dense product.
 
-The time of a packed kernel starts small, and grows with each row. A dense product takes longer for few rows, because it
-dequantizes the weight or reads four times as many bytes, but its time grows more slowly. Where the two times cross
-depends on the CPU and on the shape.
+The time of a packed kernel starts small, and grows with each row. For few rows, a dense product takes longer, because
+it dequantizes the weight or reads four times as many bytes. But its time grows more slowly with the number of rows.
+Where the two times cross depends on the CPU and on the shape.
 
 The two kernels round differently. Within a process, a limit is therefore measured only once, so that equal arguments
 give equal bits. Different processes may measure different limits. A fixed number of rows avoids this (`max_rows` of

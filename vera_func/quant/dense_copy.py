@@ -10,7 +10,7 @@ from .value import Quantized
 
 
 class DenseCopy:
-    """The stored result of `dequantize(q, dtype)`. Copies of a layer share it, and pickle stores only its dtype.
+    """The stored result of `dequantize(q, dtype)`. Copies of a layer share the weight; pickle stores only its dtype.
 
     A product with the stored weight equals that with a newly dequantized weight, bit for bit.
 

@@ -1,7 +1,7 @@
-"""Recognize layers that other libraries have quantized by the names of their classes. They are not supported.
+"""Recognize layers that other libraries have quantized, using their class names. Such layers are not supported.
 
-The kernels of these libraries have no derivatives, or only derivatives for plain autograd, and this package has no
-values for their weights. The libraries need not be installed.
+The kernels of these libraries have no derivatives, or derivatives for plain autograd only. This package has no type for
+the weights of these libraries. The libraries need not be installed.
 """
 
 import re
@@ -18,7 +18,8 @@ class Library(NamedTuple):
         packages: Python packages of its layers or tensors.
         classes: Regular expression for the names of its layers, wherever they are defined.
         dequantize: How to get a dense weight from a layer, or None if the library has no public way.
-        holds: An attribute that such layers have, if the names of their classes are too common.
+        holds: An attribute that a layer must have in addition to such a name, or None. Used for names that are too
+            common.
     """
 
     name: str

@@ -38,24 +38,24 @@ def quantized_linear(
     """Compute `x dequantize(q)ᵀ + bias`, differentiable in `x` and `bias` to any order.
 
     The dense weight is a temporary tensor, and the backward pass dequantizes again. This is the arithmetic of
-    bitsandbytes' modules in training. As a `base_fn`, pass `functools.partial(quantized_linear, q)`. On a GPU and for
-    few rows, bitsandbytes' kernel multiplies by the packed weight directly. Under `torch.compile`, the compiler decides
-    what is saved for backward, and may save dense weights.
+    bitsandbytes' modules in training. As a `base_fn`, pass `functools.partial(quantized_linear, q)`. On a GPU, if there
+    are few rows, bitsandbytes' kernel multiplies by the packed weight directly. Under `torch.compile`, the compiler
+    decides what is saved for backward, and may save dense weights.
 
     Args:
         q: A quantized weight.
         x: Input. The product is computed in `q.compute_dtype` if that is set, else in the dtype of `x`.
         bias: Added in the product's dtype, or None.
-        int8_activations: For an 8-bit `q`: also quantize the rows of `x` to 8 bits and multiply integers
-            (LLM.int8()). If `q.threshold` is not 0, features with a value above it are not quantized. This is faster on
+        int8_activations: For an 8-bit `q`: also quantize the rows of `x` to 8 bits and multiply integers (LLM.int8()).
+            If `q.threshold` is not 0, features with a value above this threshold are not quantized. This is faster on
             GPUs, with an error of one or two percent. The derivative is that of the exact product.
-        fused: `fused_weight(q)`, used for few rows of bfloat16 where gradients are disabled.
+        fused: `fused_weight(q)`, used if gradients are disabled and `x` has few rows, in bfloat16.
         dense: `dequantize(q, dtype)`, used instead of dequantizing if the product is computed in this dtype. On a GPU,
             bitsandbytes' kernels for packed 4-bit weights take precedence.
 
     Raises:
-        ValueError: If `x`, `bias`, `fused` or `dense` does not fit the weight, or `int8_activations` is set for a 4-bit
-            weight. Also if the weight is offloaded (on the meta device), differentiated or mapped over.
+        ValueError: If `x`, `bias`, `fused` or `dense` does not fit the weight, or if `int8_activations` is set for a
+            4-bit weight. Also if the weight is offloaded (on the meta device), differentiated or mapped over.
 
     Example:
         >>> import torch
@@ -87,7 +87,7 @@ def quantized_linear(
         bias = bias.to(x.dtype)
     if int8_activations:
         if not isinstance(q, Quantized8bit):
-            raise ValueError("int8_activations needs an 8-bit weight; this one has 4 bits.")
+            raise ValueError("int8_activations needs an 8-bit weight; this weight has 4 bits.")
         check_sizes(spec, leaves)
         y = _Int8Product.apply(x, bias, spec, *leaves)
     elif _is_plain(x, bias, leaves):
@@ -102,7 +102,7 @@ def quantized_linear(
         y = linear(contiguous_rows(x), dequantize_leaves(spec, leaves, x.dtype), bias)
     else:
         y = _product(x, bias, spec, None if torch.is_grad_enabled() else fused, False, *leaves)
-    # Under autocast, bitsandbytes' 4-bit layer returns the dtype of x, and its 8-bit layer that of the product.
+    # Under autocast, bitsandbytes' 4-bit layer returns the dtype of x; its 8-bit layer returns that of the product.
     return y.to(dtype) if isinstance(q, Quantized4bit) else y
 
 
@@ -261,7 +261,7 @@ def _multiply(
 ) -> Tensor:
     """Compute the product with the kernel that suits the number of rows.
 
-    Only for tensors that no transform has wrapped: bitsandbytes' kernels silently have no derivatives.
+    Pass only tensors that no transform has wrapped: bitsandbytes' kernels have no derivatives, and raise no error.
     """
     rows = x.numel() // x.shape[-1]
     dense = dense if dense is not None and dense.dtype == x.dtype else None
@@ -279,7 +279,7 @@ def _multiply(
 def _suits_fused(
     x: Tensor, rows: int, spec: Spec, fused: FusedWeight, leaves: Sequence[Tensor], dense: Tensor | None
 ) -> bool:
-    # The kernel reads addresses, and does not check devices; torch does, and raises an error if they differ.
+    # The kernel reads addresses, and does not check devices. torch checks them, and raises an error if they differ.
     if x.dtype != torch.bfloat16 or x.device != fused.packed.device or not rows:
         return False
     if fused.max_rows is not None:

@@ -2,9 +2,9 @@
 
 bitsandbytes' operators are Python kernels of torch's dispatcher. They take about 10 microseconds longer than the C
 functions that they call. For one row, this is half the time of a product of width 576, and decoding a token takes
-hundreds of such products. The functions here call the same C functions directly, with the same results. They call the
-operators if memory must not be accessed directly: under `torch.compile`, transforms, dispatch modes and tracers, and
-for subclasses of tensors.
+hundreds of such products. The functions here call the same C functions directly, with the same results. The operators
+are called instead if memory must not be accessed directly: for subclasses of tensors, and under `torch.compile`,
+transforms, dispatch modes and tracers.
 """
 
 from collections.abc import Callable

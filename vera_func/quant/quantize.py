@@ -46,8 +46,8 @@ def quantize_4bit(
 ) -> Quantized4bit:
     """Quantize a weight to 4 bits: each value is rounded to one of 16 levels times the largest value of its block.
 
-    The bytes are those of bitsandbytes. A value takes 4 bits, plus 32 / `blocksize` bits for the scales, or about
-    8 / `blocksize` bits with `double_quant`.
+    The bytes are those of bitsandbytes. A value takes 4 bits. The scales take another 32 / `blocksize` bits per value,
+    or about 8 / `blocksize` bits with `double_quant`.
 
     Args:
         weight: Finite weight of shape (out, in), in float16, bfloat16 or float32.
@@ -58,7 +58,7 @@ def quantize_4bit(
         compute_dtype: Dtype of the product with `x`; None means the dtype of `x`.
 
     Raises:
-        ValueError: If the weight is not 2-D, not finite, or of another dtype, or an option is unknown.
+        ValueError: If the weight is not 2-D, is not finite, or has another dtype, or if an option is unknown.
 
     Example:
         >>> import torch
@@ -97,11 +97,13 @@ def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) ->
     The bytes are those of bitsandbytes, which rounds the weight to float16 first.
 
     Args:
-        weight: Weight of shape (out, in), in float16, bfloat16 or float32, and finite in float16 (at most 65,504).
+        weight: Weight of shape (out, in), in float16, bfloat16 or float32. It must be finite in float16 (at most
+            65,504).
         threshold: Stored for `quantized_linear(int8_activations=True)` and `to_bnb`. The codes do not depend on it.
 
     Raises:
-        ValueError: If the weight is not 2-D, not finite in float16 or of another dtype, or the threshold is negative.
+        ValueError: If the weight is not 2-D, is not finite in float16, or has another dtype, or if the threshold is
+            negative.
 
     Example:
         >>> import torch
@@ -126,7 +128,7 @@ def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) ->
 def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
     """Return a quantized weight as a dense tensor of shape (out, in).
 
-    This costs a pass over the packed weight and the memory of the result, which is not differentiable in `q`.
+    This costs a pass over the packed weight and the memory of the result. The result is not differentiable in `q`.
 
     Args:
         q: A quantized weight.
@@ -134,7 +136,7 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, 
             8-bit weight.
 
     Raises:
-        ValueError: If `dtype` is not a floating-point dtype, or a 4-bit weight itself is differentiated.
+        ValueError: If `dtype` is not a floating-point dtype, or if a 4-bit weight itself is differentiated.
 
     Example:
         >>> import torch
@@ -213,7 +215,7 @@ def dequantize_leaves(spec: Spec, leaves: Sequence[Tensor], dtype: torch.dtype) 
 
 
 def _kernel_shape(shape: tuple[int, int], blocksize: int) -> tuple[int, int]:
-    """Return a shape for bitsandbytes' kernel, which uses it only to split the values into rows.
+    """Return a shape for bitsandbytes' kernel; the kernel uses the shape only to split the values into rows.
 
     On CPUs with AVX512, bitsandbytes 0.50 looks up the scales row by row, and uses wrong scales if a block continues in
     the next row. With rows of one block each, or a single row, no block continues in another row.

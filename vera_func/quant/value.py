@@ -1,9 +1,9 @@
 """4-bit and 8-bit weights as immutable values.
 
 bitsandbytes keeps a quantized weight in a module that rewrites itself when it runs. Here the weight is a value. It is a
-pytree of torch and of optree, whose leaves are tensors; everything else is static. `torch.save` writes such a value.
-`torch.load(weights_only=True)` reads it after this module was imported, which `import vera_func` does if torch was
-imported before. Shapes are named as in `core.adapter`: a weight has shape (out, in).
+pytree of both torch and optree. The leaves of this pytree are tensors; everything else is static. `torch.save` writes
+such a value. `torch.load(weights_only=True)` reads it once this module has been imported. `import vera_func` imports
+this module if torch was imported before. Shapes are named as in `core.adapter`: a weight has shape (out, in).
 """
 
 import dataclasses
@@ -144,7 +144,7 @@ def validate(q: Quantized) -> None:
     """Check the invariants of a quantized weight that was not made by this library.
 
     Raises:
-        ValueError: If a tensor has the wrong shape or dtype for `q.shape`, or an option is unknown.
+        ValueError: If a tensor has the wrong shape or dtype for `q.shape`, or if an option is unknown.
 
     Example:
         >>> import torch
@@ -186,7 +186,7 @@ NO_DATA = (
 
 
 def check_sizes(spec: Spec, leaves: Sequence[Tensor]) -> None:
-    """Raise an error if tensors do not have the sizes that `spec` implies: bitsandbytes' kernels do not check them."""
+    """Raise an error if tensors do not have the sizes that `spec` implies: bitsandbytes' kernels do not check sizes."""
     if leaves[0].is_meta is not leaves[1].is_meta:
         raise ValueError(NO_DATA)
     out_features, in_features = spec.shape
