@@ -311,7 +311,7 @@ def bnb_levels(quant_type: str, device: torch.device) -> Tensor:
 
 
 def bnb_has_avx512bf16() -> bool:
-    """Whether bitsandbytes uses its kernel for CPUs with AVX512-BF16, which needs weights in another layout."""
+    """Whether bitsandbytes uses its kernel for CPUs with AVX512-BF16; this kernel needs weights in another layout."""
     return bitsandbytes().functional.has_avx512bf16()
 
 

@@ -451,7 +451,7 @@ class TestRehearsal:
 
     def test_of_a_model_that_takes_no_other_number_of_rows(self):
         apply, params, frozen, _ = adapted = model_of(lambda m, x: m.second(m.first(x.view(4, 3, 6))))
-        with pytest.raises(ValueError, match=r"other numbers of rows, which failed: RuntimeError: .*with_row_axes"):
+        with pytest.raises(ValueError, match=r"other numbers of rows, and this failed: RuntimeError: .*with_row_axes"):
             apply(several(adapted, 4), frozen, doubles(4, 3, 6))
         assert apply(params, frozen, doubles(4, 3, 6)).shape == (4, 3, 6)
 

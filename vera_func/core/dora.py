@@ -35,7 +35,7 @@ _CHUNK = 2**24
 
 
 def row_norms(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
-    """Return the norm of each row of a weight, which is the initial magnitude, in float32 or wider.
+    """Return the norm of each row of a weight, in float32 or wider. These norms are the initial magnitude.
 
     Example:
         >>> row_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))

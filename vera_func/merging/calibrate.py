@@ -109,14 +109,14 @@ def output_kept(change: Weight, delta: Weight, gram: Gram) -> float:
 def stochastic_codes(target: Weight, code: Table, absmax: Absmax, generator: torch.Generator) -> Codes:
     """Round weights to the grid at random, so that the expectation is `target`: merging without calibration inputs.
 
-    The rounding is unbiased, except for targets beyond the outermost levels, which are clipped. Each weight that is not
-    on the grid gets noise with a standard deviation of up to half a quantization step, so the error is several times
-    that of `calibrate_rows`.
+    The rounding is unbiased, except that targets beyond the outermost levels are clipped. Each weight that is not on
+    the grid gets noise with a standard deviation of up to half a quantization step, so the error is several times that
+    of `calibrate_rows`.
 
     Args:
         target: The weight to round, `W + ΔW`.
         code: The levels.
-        absmax: The scales of the blocks, which are not changed.
+        absmax: The scales of the blocks; they are not changed.
         generator: Source of randomness; there is no default.
 
     Raises:
@@ -305,7 +305,7 @@ def _steps(problem: _Problem, target: Tensor, point: _Point, limit: int = 64) ->
                 t[on] for t in (target, index, level, absmax, products, normal, factor, gradient, new, rows)
             )
         error, scale = new, absmax.repeat_interleave(size, dim=1)
-        # The absmax can partly undo a step, which lowers its curvature: the Schur complement of the normal equations.
+        # Refitting absmax partly undoes a step and lowers its curvature: the Schur complement of the normal equations.
         relief = torch.linalg.solve_triangular(factor, products, upper=False).square().sum(1)
         curvature = torch.maximum(diagonal - relief, 0.05 * diagonal)
         moves = [(levels[(index + step).clamp(0, last)] - level) * scale for step in (1, -1)]  # 0 beyond the table

@@ -356,7 +356,7 @@ def _require_whole_blocks(q: Quantized4bit) -> None:
 def _dequantize_as_peft(q: Quantized) -> Tensor:
     if isinstance(q, Quantized4bit):
         return dequantize(q)
-    # bitsandbytes dequantizes int8 weights with two different orders of operations; PEFT's merge uses this one.
+    # bitsandbytes dequantizes int8 weights with two different orders of operations; PEFT's merge uses this order.
     return private.bnb_ops().int8_vectorwise_dequant(q.codes, q.scale)
 
 

@@ -23,7 +23,7 @@ from ..quant.value import Quantized, Quantized4bit
 from .layer import merge_calibrated
 
 
-UNIFORM = 0.1  # share of unweighted second moments in the result, which keeps it well conditioned
+UNIFORM = 0.1  # share of unweighted second moments in the result; this share keeps the result well conditioned
 
 
 def second_moments(

@@ -86,7 +86,7 @@ def adapt(
 
     Raises:
         ValueError: If no module matches the configuration, or if a match cannot be adapted. Also if the model is
-            wrapped by PEFT, is quantized by another library than bitsandbytes, or has adapted layers on several
+            wrapped by PEFT, is quantized by a library other than bitsandbytes, or has adapted layers on several
             devices. Also if `dtype` is not a floating-point dtype, or if `product_dtype` is not a 16-bit dtype.
 
     Example:
@@ -225,7 +225,7 @@ def make_apply(
     int8_activations: bool = False,
     product_dtype: torch.dtype | None = None,
 ) -> Apply:
-    """Create the `Apply` of a model, which runs a copy of its module tree with adapted layers. See also `adapt`.
+    """Create the `Apply` of a model. It runs a copy of the module tree with adapted layers; see also `adapt`.
 
     Args:
         model: The base model.

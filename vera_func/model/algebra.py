@@ -37,8 +37,8 @@ def scale_adapter(params: Mapping[str, Tensor], factor: float) -> dict[str, Tens
         factor: Any finite number. 0 gives the base model, and -1 the negated update.
 
     Raises:
-        ValueError: If the factor is not finite, or if `params` contain magnitudes or the model's own parameters. Their
-            difference from the base is unknown, so it can't be scaled.
+        ValueError: If the factor is not finite. Also if `params` contain magnitudes, in which the update is not linear,
+            or the model's own parameters, whose difference from the base is unknown.
 
     Example:
         >>> scale_adapter({"q.lambda_b": torch.ones(3), "q.lambda_d": torch.ones(2)}, 0.5)["q.lambda_b"]

@@ -189,7 +189,7 @@ class Apply:
 
         Args:
             max_rows: The kernel multiplies up to this number of rows (tokens of all sequences). With None, this number
-                is measured: the process times both kernels at its first product of each format and shape, which takes
+                is measured: the process times both kernels at its first product of each format and shape. Timing takes
                 up to a few tenths of a second. The kernels round differently, so with None, results may differ between
                 processes, but not within a process. A number, such as 32, avoids this.
 

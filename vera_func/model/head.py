@@ -277,7 +277,7 @@ def _hidden_and_weights(model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor |
 def _without_head(
     apply: Apply, function: Callable[..., Any], params: Params, frozen: Params, args: tuple, kwargs: dict[str, Any]
 ) -> Any:
-    """Return `function(model, *args, **kwargs)`, which skips the head, or None if the model transforms the logits.
+    """Call `function`, which skips the head, on the model; return None if the model transforms the logits.
 
     Whether a model transforms its logits is remembered. If forward passes draw random numbers, the first call tries the
     function with a separate random state, so that the caller's random state is used only once.

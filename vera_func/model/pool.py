@@ -26,8 +26,8 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
     dropout only if all adapters have the same dropout probability.
 
     VeRA and DVoRA adapters can be pooled with each other. In a layer where an adapter has no magnitude, its magnitude
-    in the pool is 0. The pool then has the value 1 under the key `"{module}.magnitude.base_share"`, which is added to
-    the adapter's output scale. Such an adapter can't be saved from the pool.
+    in the pool is 0. The pool then has the value 1 under the key `"{module}.magnitude.base_share"`; this value is added
+    to the adapter's output scale. Such an adapter can't be saved from the pool.
 
     Args:
         adapters: From `adapt` or `load_adapter`, over the same model object, each with a single adapter.

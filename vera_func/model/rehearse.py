@@ -28,7 +28,7 @@ from .targets import is_conv1d, linear_sizes
 
 
 Axes: TypeAlias = int | Sequence[int | None] | Mapping[str, int | None] | None
-# A rehearsal with more values than this runs on tensors without data, which is slower for small models.
+# A rehearsal with more values than this runs on tensors without data. With fewer values, this would be slower.
 LARGE = 2**26
 _STATISTICS = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 ALONE = "Run one adapter at a time, or map over adapters and rows with torch.func.vmap."
@@ -127,8 +127,8 @@ def _first_that_runs(thread: ThreadPoolExecutor, call: "_Call", prime: int) -> S
                     break
     raise ValueError(
         "to use one adapter per row, the axis of the rows in each layer must be known. To find it, the model is run "
-        f"with other numbers of rows, which failed: {type(first).__name__}: {first}. {ALONE} If the rows are not along "
-        "axis 0 of the inputs, set their axes with apply.with_row_axes."
+        f"with other numbers of rows, and this failed: {type(first).__name__}: {first}. {ALONE} If the rows are not "
+        "along axis 0 of the inputs, set their axes with apply.with_row_axes."
     ) from first
 
 
