@@ -100,7 +100,8 @@ def demo(
     Args:
         model: A folder or a hub id; None means SmolLM2-135M-Instruct from PyPI.
         data: A CSV or JSONL file with text and label; None means rated snippets of movie reviews from PyPI.
-        quant: "nf4", "fp4", "int8" or "none"; None means the format of the stored model, or nf4 if it is dense.
+        quant: "nf4", "fp4", "int8" or "none"; None means the format of the stored model, or nf4 if the stored model is
+            dense.
         r: Rank of the projections.
         targets: Suffixes of the names of the layers to adapt; None means PEFT's default for the model type.
         steps: Training steps; None means one epoch, but at least 50 and at most 100 steps.
@@ -247,7 +248,7 @@ def _save_and_reload(
     difference = (got - expected).abs().max().item()
     if not difference <= 1e-3 * expected.abs().max().item():
         raise RuntimeError(
-            f"the logits of the adapter loaded from {out} differ from those of the trained one by up to "
-            f"{difference:.3g}: the file or the model has changed."
+            f"the logits of the adapter loaded from {out} differ from those of the trained adapter by up "
+            f"to {difference:.3g}: the file or the model has changed."
         )
     return difference

@@ -134,7 +134,7 @@ def _is_packable(base: Base, adapted: Adapted, max_length: int) -> bool:
 
 
 def _initial_adapter(base: Base, reference: str | None, run: Run) -> Adapted:
-    """The adapter of the reference, or a new one."""
+    """The adapter of the reference, or a new adapter."""
     if reference is not None:
         return load_adapter(reference, base.model, product_dtype=base.product_dtype)
     return new_adapter(base, run.r, run.targets, run.recipe)

@@ -1,4 +1,4 @@
-"""Create new adapters, and save trained ones."""
+"""Create new adapters, and save trained adapters."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -113,7 +113,7 @@ class Trained(NamedTuple):
     """The result of `train_together`.
 
     Attributes:
-        params: The params to keep: the best ones if there were evaluations, else the last ones.
+        params: The params to keep: the best params if there were evaluations, else the last params.
         steps: Number of steps after which each adapter had these params.
         loss: Training loss of each adapter in its last step.
         diverged: Whether each adapter stopped because a value was not finite.
@@ -271,7 +271,7 @@ def _mean(results: list[Gradient]) -> Gradient:
 
 
 def _resume(checkpoint: Path | None, params: Params, n: int | None, shared: bool) -> Fit | None:
-    """Load the checkpoint; if ranks share the run, from a rank that has it. Hosts may have different file systems."""
+    """Load the checkpoint. Ranks that share a run get it from a rank that has it, since file systems may differ."""
     run = load_fit(checkpoint, params, num_adapters=n) if checkpoint is not None and checkpoint.is_file() else None
     return to_device(furthest(run, -1 if run is None else len(run.losses)), params) if shared else run
 

@@ -48,7 +48,7 @@ def chat_tokens(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **opti
         **options: Variables of the template, such as `tools`.
 
     Raises:
-        ValueError: If the tokenizer has no chat template or is not a fast tokenizer, or the template rejects the
+        ValueError: If the tokenizer has no chat template, if it is not a fast tokenizer, or if the template rejects the
             messages. Also if the template has marks but marks no token. For a template without marks, also if the
             rendering of a prefix is not the beginning of the rendered chat.
 

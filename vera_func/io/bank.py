@@ -56,7 +56,7 @@ class Bank:
         place.
 
         Raises:
-            ValueError: If a name is unknown, a row is out of range, or the file is damaged.
+            ValueError: If a name is unknown, if a row is out of range, or if the file is damaged.
         """
         _require_sequence(names)
         runs = [(0, len(self))] if names is None else list(_runs([self.row(name) for name in names])) or [(0, 0)]

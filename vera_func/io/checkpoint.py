@@ -134,7 +134,7 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: If the directory contains no adapter, or the hub has no such repository, revision or file.
-        ConnectionError: If the hub can't be reached and the files are not in its cache.
+        ConnectionError: If the hub can't be reached, and the cache does not contain the files.
         ValueError: If a file is damaged, belongs to another PEFT method, or does not fit the model. The message names
             the file and the key.
 

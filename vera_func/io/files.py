@@ -60,7 +60,7 @@ def filling(folder: Path) -> Iterator[Path]:
     and its other files are kept.
 
     Raises:
-        OSError: If the folder is not writable, or the disk is full.
+        OSError: If the folder is not writable, or if the disk is full.
 
     Example:
         >>> import tempfile

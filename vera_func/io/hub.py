@@ -46,7 +46,7 @@ def find_adapter(
 
     Raises:
         FileNotFoundError: If the hub has no such repository, revision or file.
-        ConnectionError: If the hub can't be reached and the files are not in its cache.
+        ConnectionError: If the hub can't be reached, and the cache does not contain the files.
         ValueError: If an argument is invalid, or `revision` is given for a local directory.
         OSError: If the hub refuses the request.
     """

@@ -90,7 +90,7 @@ def process_group(timeout: float | None = None) -> Iterator[None]:
 
     Raises:
         ValueError: If the timeout is not a positive number.
-        RuntimeError: If another rank does not join, dies, or is unreachable.
+        RuntimeError: If another rank dies, does not join, or can't be reached.
 
     Example:
         >>> with process_group():

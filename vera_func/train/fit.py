@@ -180,7 +180,7 @@ def batch_indices(step: int, *, num_examples: int, batch_size: int, key: int) ->
     give different orders. Costs a permutation of `num_examples` per call.
 
     Raises:
-        ValueError: If a size is not positive, the step is negative, or an argument is not an integer.
+        ValueError: If a size is not positive, if the step is negative, or if an argument is not an integer.
 
     Example:
         >>> [len(batch_indices(step, num_examples=5, batch_size=2, key=0)) for step in range(4)]

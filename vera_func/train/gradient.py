@@ -36,8 +36,8 @@ def gradient_of(loss_fn: LossFn, params: dict[str, Tensor], n: tuple[int, ...], 
         batch: Second argument of `loss_fn`.
 
     Raises:
-        ValueError: If the losses have another shape, no leaf gets a gradient, or the losses depend on a leaf that gets
-            no gradient.
+        ValueError: If the losses have another shape, if no leaf gets a gradient, or if the losses depend on a leaf that
+            gets no gradient.
 
     Example:
         >>> gradient_of(lambda params, batch: (params["p"] * batch).sum(), {"p": torch.ones(2)}, (), True, 3.0)

@@ -121,7 +121,7 @@ def next_token_loss(
         `(total, count)` for each row. A row without targets has total 0 and count 0.
 
     Raises:
-        ValueError: If shapes or dtypes do not match, or a label is neither a token id nor -100.
+        ValueError: If shapes or dtypes do not match, or if a label is neither a token id nor -100.
 
     Example:
         >>> hidden, weight = torch.zeros(2, 4, 8), torch.ones(10, 8)

@@ -59,7 +59,7 @@ def per_example_grads(
 
     Reference:
         https://arxiv.org/abs/1912.06015, strategy "multi": one copy of the parameters per example. There, each copy is
-        a whole model; here it is two vectors per layer.
+        a whole model; here, each copy is two vectors per layer.
     """
     if not callable(loss_rows):
         raise ValueError(f"loss_rows must be a function of (rows, batch), got {type(loss_rows).__name__}.")

@@ -52,7 +52,7 @@ def clip_per_example(grads: Mapping[str, Tensor], max_norm: float) -> dict[str, 
         max_norm: `C`, the maximum norm, positive.
 
     Raises:
-        ValueError: If `grads` is empty, its leaves have no common leading axis, or `max_norm` is not positive.
+        ValueError: If `grads` is empty, if its leaves have no common leading axis, or if `max_norm` is not positive.
 
     Example:
         >>> clip_per_example({"p": torch.tensor([[3.0, 4.0], [0.3, 0.4]])}, 1.0)
@@ -98,8 +98,8 @@ def private_step(
         A gradient with the keys and shapes of params, in float32 or wider.
 
     Raises:
-        ValueError: If the gradient of an example is not finite, `generator` is not a generator, or a number is out of
-            range.
+        ValueError: If the gradient of an example is not finite, if `generator` is not a generator, or if a number is
+            out of range.
 
     Example:
         >>> grads = {"p": torch.tensor([[3.0, 4.0], [0.0, 0.2]])}

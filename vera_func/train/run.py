@@ -28,8 +28,8 @@ class Fit(NamedTuple):
 
     Attributes:
         params: The params after the last step, which are not necessarily the best ones.
-        state: State of the optimizer, a pytree of tensors. For AdamW it is an `AdamWState`, whose `step` is the number
-            of updates of each adapter.
+        state: State of the optimizer, a pytree of tensors. For AdamW, the state is an `AdamWState`, whose `step` is the
+            number of updates of each adapter.
         losses: Losses of each step, before its update; stopped adapters are included.
         metrics: Results of `evaluate`.
         stopped: Number of updates after which an adapter stopped, or -1 if it did not stop.
