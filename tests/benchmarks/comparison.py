@@ -76,8 +76,8 @@ def run(seeds=5, steps=30, dtype=None, results=None, *, held_out=400, max_tokens
     found = [[record[pair](seed, best[pair]) for pair in pairs] for seed in tqdm(range(seeds), desc="seeds")]
     untrained = vf.adapt(base.model, vf.VeraConfig(r=4, target_modules=TARGETS), product_dtype=base.product_dtype)
     for domain, name in TASKS.items():
-        found = score_of(untrained, task, untrained.params, data[domain].test)
-        print(f"{name}, not trained: {100 * found.accuracy:.1f} %, loss {found.loss:.3f}")
+        before = score_of(untrained, task, untrained.params, data[domain].test)
+        print(f"{name}, not trained: {100 * before.accuracy:.1f} %, loss {before.loss:.3f}")
     rows = [_row(TASKS[pair[0]], column) for pair, column in zip(pairs, zip(*found, strict=True), strict=True)]
     table(f"{seeds} seeds, {steps} steps of {BATCH} examples, r {RANK}, nf4, {setting.dtype}", rows)
 
