@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import vera_func as vf
 from vera_func.io.card import card_text
+from vera_func.model.dora import keep_norm_statistics
 
 from helpers import assert_near, assert_same, llama, logits, quantized, randomized, several, small, tokens
 from refused import ADAPTED, FROZEN, Refused, small_model
@@ -34,6 +35,18 @@ def test_loads_what_was_saved(base, fields, tmp_path):
     assert_same(loaded.params, adapted.params)
     out = loaded.apply(loaded.params, loaded.frozen, input_ids=tokens())
     assert torch.equal(logits(out), logits(adapted.apply(adapted.params, adapted.frozen, input_ids=tokens())))
+
+
+def test_norm_statistics_are_not_stored(tmp_path):
+    model = small_model()
+    apply, params, frozen, config = vf.adapt(model, vf.VeraConfig(r=4, target_modules=["0", "2"], use_dora=True))
+    kept = keep_norm_statistics(apply, frozen)
+    folder, bank = vf.save_adapter(tmp_path / "one", params, kept, config), tmp_path / "bank.safetensors"
+    vf.save_bank(bank, vf.stack_adapters([params] * 2), kept, config, ["a", "b"])
+    with pytest.warns(UserWarning, match="a server may refuse this LoRA"):
+        vf.export_lora(tmp_path / "lora", params, kept, config, model)
+    for loaded in (vf.load_adapter(folder, model).frozen, vf.open_bank(bank).adapted(model, ["a"]).frozen):
+        assert_same(loaded, dict(frozen))
 
 
 def test_magnitudes_are_not_rounded_to_sixteen_bits(tmp_path):

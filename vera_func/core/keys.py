@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 
+PROJECTIONS = ("vera_A", "vera_B")
 VECTORS = ("lambda_b", "lambda_d")
 MAGNITUDE, OUTPUT_SCALE = SCALES = ("magnitude", "output_scale")
 STATISTICS = ("square_norm", "C", "G")  # keys of one layer's `frozen`; see `dora.norm_statistics`

@@ -16,14 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.keys import MARKS, adapted_modules, own_parameters, split_key
+from ..core.keys import MARKS, PROJECTIONS, adapted_modules, own_parameters, split_key
 from ..model.adapt import Adapted, layer_options, make_apply
 from ..model.batch import num_adapters, stack_adapters
 from ..model.config import VeraConfig
 from ..model.targets import layer_device
 from ..model.tree import unwrap
-from .bank_header import FORMAT, PROJECTIONS, read_header
-from .check import check_adapter
+from .bank_header import FORMAT, read_header
+from .check import check_adapter, require_projections
 from .checkpoint import load_adapter, save_adapter
 from .config import config_to_json
 from .files import replacing, sort_metadata
@@ -164,8 +164,7 @@ def save_bank(
         raise ValueError(
             f"{n} adapters need {n} distinct names, got {len(names)}, of which {len(set(names))} are distinct."
         )
-    if frozen.keys() != set(PROJECTIONS):
-        raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
+    frozen = require_projections(frozen)
     for key, leaf in stacked.items():
         if split_key(key)[1] == "lambda_d" and leaf.shape[1:] != (config.r,):
             raise ValueError(f"{key!r} must have shape ({n}, {config.r}), got {tuple(leaf.shape)}.")

@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core.keys import MAGNITUDE, adapted_modules, split_key
+from ..core.keys import MAGNITUDE, PROJECTIONS, adapted_modules, split_key
 from ..model.config import VeraConfig
 from .config import config_from_json
 from .files import parse_json
 
 
-PROJECTIONS = ("vera_A", "vera_B")
 FORMAT = "vera_func.bank"
 
 

@@ -5,7 +5,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..core.keys import MAGNITUDE, MARKS, OUTPUT_SCALE, adapted_modules, join_key, split_key
+from ..core.keys import (
+    MAGNITUDE,
+    MARKS,
+    OUTPUT_SCALE,
+    PROJECTIONS,
+    STATISTICS,
+    adapted_modules,
+    join_key,
+    split_key,
+)
 from ..model.config import VeraConfig
 from .peft_keys import is_copy, key_from_peft, key_to_peft
 
@@ -26,8 +35,7 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
         raise ValueError("config.target_modules must be explicit names: pass the config that adapt returned.")
     if not adapted_modules(params):
         raise ValueError(f"params must have the 'lambda_b' of at least one layer, got the keys {sorted(params)[:3]}.")
-    if frozen.keys() != {"vera_A", "vera_B"}:
-        raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
+    frozen = require_projections(frozen)
     for name, tensor in (*params.items(), *frozen.items()):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name!r} must be a tensor, got {type(tensor).__name__}.")
@@ -65,6 +73,21 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
             f"config.r is {config.r}, but vera_A {tuple(frozen['vera_A'].shape)} and vera_B "
             f"{tuple(frozen['vera_B'].shape)} have another rank."
         )
+
+
+def require_projections(frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the projections in `frozen`. Norm statistics are left out, because the base model determines them.
+
+    Raises:
+        ValueError: If a projection is missing, or `frozen` has any other key.
+
+    Example:
+        >>> list(require_projections({"vera_A": torch.ones(2, 3), "vera_B": torch.ones(4, 2), "0.C": torch.ones(4, 2)}))
+        ['vera_A', 'vera_B']
+    """
+    if {key for key in frozen if split_key(key)[1] not in STATISTICS} != {*PROJECTIONS}:
+        raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
+    return {name: frozen[name] for name in PROJECTIONS}
 
 
 def _check_magnitudes(params: Mapping[str, Tensor], config: VeraConfig) -> None:
