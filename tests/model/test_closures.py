@@ -105,3 +105,23 @@ def test_the_rest_of_a_closure_is_shared():
     # A function that refers to no module of the tree is not copied.
     model[0].forward = unrelated = lambda x: seen
     assert copy_module(model, {})[0].forward is unrelated
+
+
+def test_a_module_that_the_copy_shares_keeps_its_reference():
+    def refer(model):
+        vars(model.first)["owner"] = ref(model)
+
+    model = Model(refer)
+    model.second = nn.DataParallel(model.second)
+    assert vf.quantize_model(model, "nf4") is not model
+    assert model.first.owner() is model
+
+
+def test_references_to_and_from_parts_of_a_replaced_layer():
+    layer = nn.Linear(64, 64)
+    layer.part = nn.Identity()
+    vars(layer.part)["owner"] = ref(layer)
+    model = nn.Sequential(layer, nn.Linear(64, 64))
+    vars(model[1])["part"] = ref(layer.part)
+    new = copy_module(model, {id(layer): nn.Linear(64, 64)})
+    assert new[1].part() is layer.part.owner().part is layer.part

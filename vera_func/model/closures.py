@@ -23,8 +23,8 @@ Module = TypeVar("Module", bound=nn.Module)
 def copy_module(root: Module, memo: dict[int, Any]) -> Module:
     """Return `copy.deepcopy(root, memo)`, in which functions refer to the copied modules, not to the original ones.
 
-    Attributes that are weak references also refer to the copies. Other objects to which a function refers, such as a
-    list to which a hook appends, are shared with the original.
+    Attributes that are weak references also refer to the copies. Modules that `memo` maps to themselves stay as they
+    are. Other objects to which a function refers, such as a list to which a hook appends, are shared with the original.
 
     Example:
         >>> def doubled():
@@ -51,9 +51,11 @@ def copy_module(root: Module, memo: dict[int, Any]) -> Module:
                 is_copied = _refers(content, modules, found, set())
                 new.cell_contents = _copied(content, memo) if is_copied else content
     for module in root.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, ref) and id(value()) in modules:
-                vars(memo[id(module)])[name] = ref(memo[id(value())])
+        new = memo.get(id(module), module)  # children of a module that `memo` replaces are not copied
+        if new is not module:
+            for name, value in vars(module).items():
+                if isinstance(value, ref) and id(value()) in modules & memo.keys():
+                    vars(new)[name] = ref(memo[id(value())])
     return copied
 
 
