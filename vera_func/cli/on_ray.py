@@ -16,6 +16,7 @@ This package must be installed on every node. The bank, the data and the base mo
 paths on every node. Relative paths start at the folder of the calling process.
 """
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -129,7 +130,7 @@ def _connected(address: str) -> Iterator[Any]:
             socket.create_connection((host, int(port)), timeout=10).close()
         except (OSError, OverflowError) as error:
             raise ConnectionError(f"no Ray cluster answers at {address}: {error}.") from error
-    ray.init(address=address, log_to_driver=False, logging_level="error")
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield ray
     finally:
