@@ -99,7 +99,7 @@ def test_what_is_refused(run, bank, reviews, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "ray", None)
         assert run(*line, "auto")[::2] == (1, 'vera-func: ray is not installed: pip install "vera-func[ray]"\n')
-    pytest.importorskip("ray")
+    monkeypatch.setattr(pytest.importorskip("ray"), "is_initialized", lambda: False)  # the cluster of the tests above
     for address in ("127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"):
         status, _, err = run(*line, address)
         assert status == 1
