@@ -1,6 +1,7 @@
 """Decoding SmolLM2 in nf4, a token a row: against the bare base here and in bitsandbytes, PEFT, and llama.cpp."""
 
 import copy
+import tempfile
 
 import peft
 import torch
@@ -48,7 +49,8 @@ def measure(model, theirs, dtype, n):
     calls["here 16 eager"] = lambda ids, **options: eager_apply(params, rounded.frozen, input_ids=ids, **options)
     for name, module in theirs.items():
         calls[name] = lambda ids, module=module, **options: module(input_ids=ids, **options)
-    best = interleave({name: _decoder(call, ids) for name, call in calls.items()} | _llama_cpp(ids[0].tolist()))
+    decoders = {name: _decoder(call, ids) for name, call in calls.items()}
+    best = interleave(decoders | _llama_cpp(ids[0].tolist(), adapted))
     tokens = n * STEPS
     row = {
         "adapters x rows": f"{n} x {n}",
@@ -84,15 +86,18 @@ def _decoder(call, ids):
     return decode
 
 
-def _llama_cpp(ids):
-    """The same steps of one row, without an adapter, by llama.cpp on the file that SmolLM2 was made from."""
+def _llama_cpp(ids, adapted):
+    """The same steps of one row with one adapter, by llama.cpp on the file that SmolLM2 was made from."""
     try:
         from llama_cpp import Llama
     except ImportError:
         return {}
     threads = torch.get_num_threads()
     file = fetch_model() / SMOLLM2.members[0].rpartition("/")[2]
-    model = Llama(str(file), n_ctx=64, n_threads=threads, n_threads_batch=threads, verbose=False)
+    with tempfile.TemporaryDirectory() as folder:
+        lora = vf.export_lora(f"{folder}/lora.gguf", *adapted[1:], adapted.apply.model, format="gguf").path
+        options = {"n_ctx": 64, "n_threads": threads, "n_threads_batch": threads, "verbose": False}
+        model = Llama(str(file), lora_path=str(lora), **options)
     model.eval(ids[:PROMPT])
 
     def decode():
