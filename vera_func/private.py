@@ -156,6 +156,7 @@ def apply_function(function: Any, *args: Any) -> Any:
 
     Outside of transforms, `apply` binds the arguments to the signature of `forward`, and then calls the method of its
     base class. Here, that method is called directly, because binding the arguments takes as long as a small product.
+    In torch 2.14, the method of the base class binds the arguments itself, so nothing is saved.
     """
     if in_transform():
         return function.apply(*args)
