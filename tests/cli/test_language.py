@@ -330,7 +330,7 @@ def test_hostile_data_is_refused_before_a_model_is_loaded(run, tmp_path, monkeyp
         ("--data {data}/short.jsonl", "short.jsonl: 1 rows in 1 groups can't be split"),
         ("--data {data}/film.csv", "film.csv: 30 examples in 1 groups can't be split"),
         ("--data {reviews} --data {data}/film.csv", "film.csv: 30 examples in 1 groups can't be split"),
-        ("--data {reviews} --adapters 2 --clip 0.5", "a sweep sets the other options itself"),
+        ("--data {reviews} --adapters 2 --clip 0.5", "a sweep, which does not support --clip: leave out"),
     ],
 )
 def test_mistakes_are_one_sentence(run, data, model, folder, reviews, tmp_path, line, said):

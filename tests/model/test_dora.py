@@ -409,7 +409,7 @@ bad("select_adapters", "a sum with magnitudes", lambda _: vf.select_adapters(
 bad("scale_adapter", "a magnitude", lambda _: vf.scale_adapter(DORA.params, 2.0), "magnitude '0.magnitude', and the")
 bad("add_adapters", "magnitudes", lambda _: vf.add_adapters([DORA.params] * 2), "magnitude '0.magnitude', and the")
 bad("pool_adapters", "folded and not", lambda _: vf.pool_adapters([DORA, DORA._replace(params=FOLDED)]),
-    "fold all of them, or none")  # fmt: skip
+    "fold all adapters, or none")  # fmt: skip
 
 
 def two_norms():

@@ -196,7 +196,9 @@ def _checked(recipe: Recipe, of_run: Recipe, adapters: int) -> Recipe:
     """The recipe with the batch size, micro-batches and seed of a run."""
     recipe = recipe._replace(batch_size=of_run.batch_size, micro_batches=of_run.micro_batches, seed=of_run.seed)
     if adapters > 1 and recipe != of_run:
-        raise ValueError("a sweep sets the other options itself: leave out either --adapters or these options.")
+        given = [field for field in Recipe._fields if getattr(recipe, field) != getattr(of_run, field)]
+        options = ", ".join(f"--{field.replace('_', '-')}" for field in given)
+        raise ValueError(f"--adapters starts a sweep, which does not support {options}: leave out one or the other.")
     if recipe.checkpointing and recipe.dropout:
         raise ValueError("--checkpointing can't be combined with --dropout: leave out one of them.")
     return recipe

@@ -47,7 +47,8 @@ def merge_to(
         out: The folder to write.
         calibrate: Examples for a calibrated merge. A quarter of them is held out to measure how many predictions the
             merge preserves. None means a merge by rounding.
-        prompt: Prompt template with `{text}` for the examples of `calibrate`; None means the prompt used in training.
+        prompt: Prompt template for the examples of `calibrate`, with the placeholder `{text}`; None means the prompt
+            used in training.
         progress: Whether to show a progress bar.
 
     Raises:

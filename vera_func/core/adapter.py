@@ -105,11 +105,11 @@ def vera_forward(
 
         M = |lambda_b| * (|B| (|lambda_d| * (|A| |x|)))    (elementwise absolute values)
 
-    Rounding `A x`, `h` and `B h` changes the update by at most 3 u M, to first order in u. `A`, `B` and `x` are rounded
-    as well if they are not representable in 16 bits. This adds u M for each of the three, 6 u M in total. They are
-    representable over a dense base of this dtype, and over a 4-bit layer with this compute dtype (for which PEFT rounds
-    the projections). They are not representable over weights quantized from float32, over 8-bit weights, with a float32
-    `compute_dtype`, or with projections stored in float32. Summation in float32 adds (in + r) 2^-24 M, with or without
+    Rounding `A x`, `h` and `B h` changes the update by at most 3 u M, to first order in u. Rounding `A`, `B`
+    and `x`, too, adds u M for each of the three, 6 u M in total. Rounding these changes nothing if the base layer is
+    dense in this dtype, or a 4-bit layer with this compute dtype: PEFT rounds the projections for such layers. It
+    changes them if the base was quantized from float32, if it has 8-bit weights or a float32 `compute_dtype`, or if the
+    adapter's file stores the projections in float32. Summation in float32 adds (in + r) 2^-24 M, with or without
     `product_dtype`. All these are upper bounds. Because roundings are independent, the relative error of the update, in
     norm, is only about 0.7 u, or 1 u with rounded factors. Gradients of the vectors have bounds of the same form, where
     M is the corresponding sum of absolute values.

@@ -175,8 +175,9 @@ def add_update(
 ) -> Float[Tensor, "*batch out"]:
     """Compute `base + lambda_b * (B (lambda_d * z))`, rounded to `dtype`.
 
-    If nothing is recorded, a large sum is computed in parts, so that temporary tensors stay in the cache. Temporary
-    tensors of the full size would be allocated anew by the operating system, and this takes longer than the arithmetic.
+    If autograd records nothing, a large sum is computed in parts, so that temporary tensors fit in the CPU's cache.
+    Temporary tensors of the full size would be allocated anew by the operating system, and this takes longer than the
+    arithmetic.
     """
     if torch.compiler.is_compiling() or is_recorded(base, z, lambda_b, lambda_d, B):
         return (base + expand(z, lambda_b, lambda_d, B)).to(dtype)

@@ -69,7 +69,7 @@ _ONE_BY_ONE = (
 
 
 def harness_models(adapted: Adapted, tokenizer: Any, *, batch_size: int = 1) -> list[AdapterLM]:
-    """A model of lm-evaluation-harness for each adapter of a stack; all adapters are computed in one pass.
+    """One `LM` of lm-evaluation-harness for each adapter of a stack; all adapters are computed in one pass.
 
     Args:
         adapted: A language model with stacked params, as from `Bank.adapted`.

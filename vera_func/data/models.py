@@ -104,7 +104,8 @@ def describe_base(base: Base) -> str:
 def find_device(name: str = "auto") -> torch.device:
     """The device with a name: "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one.
 
-    Under torchrun, "auto" and "cuda" are the GPU with the local rank, which `process_group` selects.
+    Under torchrun, "auto" and "cuda" mean the GPU whose index is the local rank of the process; `process_group` selects
+    this GPU.
 
     Raises:
         ValueError: If the name is invalid, or torch does not find the device.
@@ -148,7 +149,8 @@ def attention_for(dtype: torch.dtype, max_tokens: int) -> str | None:
     """The faster attention implementation on a CPU: "eager", or None for the default of transformers, usually sdpa.
 
     torch's fused attention has a slow backward pass in bfloat16 for short sequences. On a CPU with AVX512-BF16, a
-    training step with "eager" takes 0.66 of the time for 16 tokens, 0.8 for 128 and 0.98 for 512. For longer sequences,
+    training step with "eager" takes 0.66 of the time that it takes with sdpa if sequences have 16 tokens, 0.8 of the
+    time with 128 tokens, and 0.98 with 512. For longer sequences,
     and in float32, sdpa is at least as fast and does not store (seq, seq) weights per head. Without gradients both take
     the same time. `python -m tests.benchmarks attention` measures this.
 

@@ -202,7 +202,7 @@ def merge_dense(
     that weight.
 
     Args:
-        q: The base weight, quantized, or dense of shape (out, in).
+        q: The base weight: either quantized, or a dense tensor of shape (out, in).
         params: `{"lambda_b": (out,), "lambda_d": (r,)}`; for DVoRA also `"magnitude"` of shape (out,).
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         dtype: Dtype of the result.

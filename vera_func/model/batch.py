@@ -135,7 +135,7 @@ def select_adapters(
 
     Raises:
         ValueError: If an id is out of range or not an integer, if the weights do not have the shape of the ids, or if
-            `stacked` already contains sums.
+            `stacked` already contains weighted sums of adapters.
 
     Example:
         >>> stacked = {"lambda_b": torch.arange(6.0).reshape(3, 2), "lambda_d": torch.ones(3, 4)}

@@ -99,8 +99,8 @@ class Trees:
     def values(self, *, inside: bool) -> dict[str, Tensor | None]:
         """Return the values that a compiled call, which runs on the root itself, binds besides the given tensors.
 
-        These are clones of the buffers that the call may write to. A call inside another compiled call (`inside`) also
-        binds all parameters; otherwise it would see the parameters of the outer call.
+        These are clones of the buffers, because the call might modify buffers. A call inside another compiled call
+        (`inside`) also binds all parameters; otherwise it would see the parameters of the outer call.
         """
         values = dict(self._values) if inside else {}
         return values | {name: buffer.clone() for name, buffer in self._buffers.items()}

@@ -107,7 +107,8 @@ def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) 
     require_weights(model, "quantize")
     layers = quantizable_layers(model, skip)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize, except {list(skip or ('its heads',))}.")
+        skipped = "its heads" if skip is None else f"skip={list(skip)}"
+        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize, apart from {skipped} (kept dense).")
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if name not in layers:

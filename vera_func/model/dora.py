@@ -1,9 +1,9 @@
 """Fold the magnitudes of a model's DVoRA adapters for inference, and store norm statistics for training.
 
-See `core.dora` for the equations. Without these functions, each call computes the norm statistics of all layers from
-the dequantized weights, at the cost of about `2 r` additional tokens per layer. Each call also computes the row norms
-of each adapter, at the cost of about `r` additional tokens. With an adapter for each row, this cost arises for each
-row.
+See `core.dora` for the equations. Without these functions, each call dequantizes all weights and computes the norm
+statistics of each layer from them. This takes about as long as a forward pass of `2 r` more tokens. Each call also
+computes the row norms of each adapter, which takes about as long as a forward pass of `r` more tokens. If each row has
+its own adapter, the row norms are computed for each row.
 """
 
 from collections.abc import Mapping

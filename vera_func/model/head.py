@@ -204,7 +204,7 @@ def hidden_and_head(apply: Apply, params: Params, frozen: Params, *args: Any, **
 
 
 class _Tap(nn.Module):
-    """The identity in place of an output head, which records its input."""
+    """A module that replaces an output head, records its input, and returns the input unchanged."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -279,8 +279,8 @@ def _without_head(
 ) -> Any:
     """Call `function`, which skips the head, on the model; return None if the model transforms the logits.
 
-    Whether a model transforms its logits is remembered. If forward passes draw random numbers, the first call tries the
-    function with a separate random state, so that the caller's random state is used only once.
+    For each model, the answer is stored. If forward passes draw random numbers, the first call tries the function with
+    a separate random state, so that the caller's random state is used only once.
     """
     root: Any = apply.trees.root
     if not _has_head(apply.model):

@@ -117,7 +117,7 @@ def _common_scale(adapters: Sequence[Adapted]) -> tuple[str | None, bool]:
     leaves = {leaf for adapted in adapters for key in adapted.params if (leaf := split_key(key)[1]) in SCALES}
     if len(leaves) > 1:
         raise ValueError(
-            "some adapters have magnitudes and others have output scales: fold all of them, or none of them."
+            "some adapters have magnitudes, and others output scales from fold_magnitude: fold all adapters, or none."
         )
     differentiate = {adapted.config.differentiate_norm for adapted in adapters if adapted.config.use_dora}
     if len(differentiate) > 1:

@@ -18,8 +18,8 @@ class Library(NamedTuple):
         packages: Python packages of its layers or tensors.
         classes: Regular expression for the names of its layers, wherever they are defined.
         dequantize: How to get a dense weight from a layer, or None if the library has no public way.
-        holds: An attribute that a layer must have in addition to such a name, or None. Used for names that are too
-            common.
+        holds: Name of an attribute that a layer must also have, if the name of its class alone is too common; None if
+            the name of the class is enough.
     """
 
     name: str

@@ -1,12 +1,12 @@
 """Training without gradients: evolution strategies over a stack of adapters.
 
-    F_i    = fitness(params + sigma s_i e_j),   s_i = +1, -1,   i = 2 j, 2 j + 1,   e_j ~ N(0, I)
-    g      = 1 / (population sigma) sum_j (u_2j - u_2j+1) e_j,   u = centered ranks of F in [-1/2, 1/2]
+    F[i]   = fitness(params + sigma s_i e_j),   s_i = +1, -1,   i = 2 j, 2 j + 1,   e_j ~ N(0, I)
+    g      = 1 / (n sigma) sum_j (u[2 j] - u[2 j + 1]) e_j,   u = centered ranks of F in [-1/2, 1/2]
     params = params + learning_rate g
 
-A population is a stack of adapters, and mixed batches compute the fitness of its members. There is no backward pass, so
-training takes the memory of inference. The fitness needs no derivative: it may be an accuracy, or a reward of generated
-text.
+A population is a stack of n adapters. Their fitness can be computed in one batch, in which each adapter has its own
+rows. There is no backward pass, so training takes the memory of inference. The fitness needs no derivative: it may be
+an accuracy, or a reward of generated text.
 """
 
 import hashlib
@@ -126,9 +126,9 @@ def evolve(
 
 
 def centered_ranks(fitness: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """The ranks of the values in sorted order, scaled to [-1/2, 1/2], in float64.
+    """The rank of each value among all values, scaled to [-1/2, 1/2], in float64.
 
-    Their mean is 0. Tied values get their average rank.
+    The lowest value gets -1/2 and the highest 1/2. Tied values get their average rank. The mean of all ranks is 0.
 
     Raises:
         ValueError: If `fitness` is not (n,) with at least two values.

@@ -89,11 +89,12 @@ def fisher_influence(
     no (parameters, parameters) matrix is formed.
 
     Args:
-        train_grads: Gradients of the training examples, leaves (train, ...), which also define the Fisher matrix.
-        test_grads: Gradients of the test examples, leaves (test, ...).
+        train_grads: Gradients of the training examples; each tensor has shape (train, ...). They also define the Fisher
+            matrix.
+        test_grads: Gradients of the test examples; each tensor has shape (test, ...).
         damping: Positive number, added to the diagonal. Choose a value at or above the mean eigenvalue of the Fisher
-            matrix, which is the mean of `|g_i|^2` divided by the number of parameters. With smaller values, directions
-            in which few examples have a gradient get too much weight.
+            matrix, which is the mean of `|g_i|^2` divided by the number of parameters. Smaller values give too
+            much weight to directions in which few examples have a gradient.
 
     Raises:
         ValueError: If the gradients differ in keys or shapes, if a gradient is not finite, if `damping` is not
