@@ -17,10 +17,10 @@ def card_of(folder, params=PARAMS, metrics=None, **fields):
 
 
 def test_metadata_is_what_the_hub_reads(tmp_path):
-    fields = {"base_model_name_or_path": "user/Base-1.5", "task_type": "CAUSAL_LM"}
+    fields = {"base_model_name_or_path": "owner/Base-1.5", "task_type": "CAUSAL_LM"}
     data = card_of(tmp_path, metrics={"accuracy": 0.875}, **fields).data
-    assert (data.library_name, data.base_model, data.pipeline_tag) == ("peft", "user/Base-1.5", "text-generation")
-    assert data.tags == ["vera", "vera_func", "base_model:adapter:user/Base-1.5"]
+    assert (data.library_name, data.base_model, data.pipeline_tag) == ("peft", "owner/Base-1.5", "text-generation")
+    assert data.tags == ["vera", "vera_func", "base_model:adapter:owner/Base-1.5"]
     assert data.metrics == ["accuracy"]
 
 

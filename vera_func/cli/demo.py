@@ -123,7 +123,7 @@ def demo(
 
     Raises:
         ValueError: If an option or the data is invalid.
-        OSError: If a file or the model is not found, or if there is no network (ConnectionError).
+        OSError: If a file or the model is not found, or if the machine is offline (ConnectionError).
         RuntimeError: If every adapter of a sweep diverged, or if the logits of the loaded adapter differ from those of
             the saved adapter.
     """

@@ -52,7 +52,7 @@ def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) 
 
     Raises:
         ValueError: If an option or a row is invalid.
-        OSError: If a file or the model is not found, or if there is no network (ConnectionError).
+        OSError: If a file or the model is not found, or if the machine is offline (ConnectionError).
     """
     check_prompt(prompt)
     recipe, max_length = run.recipe, run.max_length or 256

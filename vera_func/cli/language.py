@@ -2,7 +2,7 @@
 
 read and check all rows -> load the model -> tokenize -> split -> score -> train -> score -> save
 
-All adapters of a run train together; each takes batches of its own rows. An interrupted run resumes from
+All adapters of a run train together; each takes batches of the rows of its data set. An interrupted run resumes from
 `OUT.training-<hash>`, which is deleted on success.
 """
 
@@ -63,7 +63,7 @@ def train_language(
 
     Raises:
         ValueError: If an option or a row is invalid.
-        OSError: If a file or the model is not found, or if there is no network (ConnectionError).
+        OSError: If a file or the model is not found, or if the machine is offline (ConnectionError).
     """
     recipe, out = run.recipe, output_folder(run.out)
     initial = None if reference is None else open_source(reference, model=run.model)

@@ -45,7 +45,7 @@ def train(data: Sequence[str], out: str, base: BaseOptions, options: TrainOption
         output_folder(options.log, "--log")
     sources = expand_sources(data, options.each)
     for source in sources if len(sources) > 1 or options.beta or options.reference else ():
-        _ = is_hub_id(source) or find_files(source)  # raises if there is no such file
+        _ = is_hub_id(source) or find_files(source)  # raises if the file does not exist
     labelled = _kind(sources[0]) == "label"
     if labelled:
         _refuse({"--beta": options.beta, "--reference": options.reference}, "text and label")

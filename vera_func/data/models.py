@@ -65,7 +65,7 @@ def load_base(
     Raises:
         ValueError: If the folder contains no model, if the model is already quantized in another format, or if there is
             no such device.
-        OSError: If the model is not found, or if there is no network (ConnectionError).
+        OSError: If the model is not found, or if the machine is offline (ConnectionError).
     """
     if quant not in (None, "none", *QUANTIZERS):
         raise ValueError(f"quant must be one of {[*QUANTIZERS, 'none']}, got {quant!r}.")

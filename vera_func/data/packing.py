@@ -5,7 +5,7 @@
     packed_batch    make a batch of rows: each document attends to itself only, and its positions begin at 0
     is_packable     whether a model keeps packed documents apart
 
-So a document has the same logits and losses in a packed row as in a row of its own. In particular, the last token of a
+So a document in a packed row has the same logits and losses as if it were alone. In particular, the last token of a
 document is not trained to predict the first token of the next document.
 """
 

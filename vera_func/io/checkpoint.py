@@ -116,7 +116,7 @@ def load_adapter(
     the drawn values are rounded to 16 bits, as in PEFT.
 
     Args:
-        path: The directory. If there is no such directory, `"user/repo"` names a repository of the hub. The package
+        path: The directory. If it does not exist, `"user/repo"` names a repository of the hub. The package
             huggingface_hub downloads the repository into a cache, which is used when offline.
         model: The base model. It is not modified.
         adapter_name: Name of the adapter. A name other than "default" selects the sub-folder of that name.

@@ -141,7 +141,7 @@ def _download(repository: str, revision: str | None, subfolder: str | None, opti
                     continue
                 if isinstance(
                     error, hub.errors.LocalEntryNotFoundError
-                ):  # the file is not in the cache, and there is no network
+                ):  # the file is not in the cache, and the machine is offline
                     raise
                 place = f"the folder {subfolder} of the repository" if subfolder else "the repository"
                 raise FileNotFoundError(

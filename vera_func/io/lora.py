@@ -193,7 +193,7 @@ def _short_targets(layers: list[str], model: nn.Module) -> list[str] | str:
     exact = exact_targets(model, sorted(layers), VeraConfig())
     try:
         found = resolve(model, VeraConfig(target_modules=ends), strict=False)[0]
-    except ValueError:  # these ends also match a module that is no linear layer
+    except ValueError:  # these ends also match a module that is not a linear layer
         found = []
     return ends if {*found} == {*layers} else exact if isinstance(exact, str) else list(exact)
 

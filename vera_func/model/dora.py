@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.dora import fold_layer, norm_statistics
-from ..core.keys import BASE_SHARE, MAGNITUDE, STATISTICS, VECTORS, join_key
+from ..core.keys import BASE_SHARE, MAGNITUDE, PROJECTIONS, STATISTICS, VECTORS, join_key
 from .apply import Apply
 
 
@@ -110,9 +110,9 @@ def keep_norm_statistics(apply: Apply, frozen: Mapping[str, Tensor]) -> dict[str
     _check(apply, frozen=frozen)
     if not apply.magnitudes:
         raise ValueError("the layers have no magnitudes: adapt with VeraConfig(use_dora=True).")
-    if missing := sorted({"vera_A", "vera_B"} - frozen.keys()):
+    if missing := sorted({*PROJECTIONS} - frozen.keys()):
         raise ValueError(f"frozen lacks {missing}; adapt and load_adapter return both projections.")
-    kept = {name: frozen[name] for name in ("vera_A", "vera_B")}
+    kept = {name: frozen[name] for name in PROJECTIONS}
     for name in apply.targets:
         statistics = norm_statistics(_layer(apply, name).base_weight(frozen["vera_A"].dtype), frozen)
         kept |= {join_key(name, key): value for key, value in statistics.items()}

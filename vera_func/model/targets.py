@@ -176,7 +176,7 @@ def returns_tensor(module: nn.Module) -> bool:
     try:
         with torch.no_grad():
             return isinstance(copy.deepcopy(module, {id(p): p for p in module.parameters()}).eval()(x), Tensor)
-    except Exception:  # a forward of its own may need another input
+    except Exception:  # a custom forward may need another input
         return True
 
 

@@ -5,7 +5,7 @@
     params = params + learning_rate g
 
 A population is a stack of n adapters. Their fitness can be computed in one batch, in which each adapter has its own
-rows. There is no backward pass, so training takes the memory of inference. The fitness needs no derivative: it may be
+rows. Training needs no backward pass, and only as much memory as inference. The fitness needs no derivative: it may be
 an accuracy, or a reward of generated text.
 """
 
