@@ -6,7 +6,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes import functional
 from torch import nn
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp
+from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, vjp
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -44,6 +44,8 @@ TRANSFORMS = {
     "jacfwd": jacfwd,
     "hessian": lambda f: hessian(squared(f)),
     "grad of jvp": lambda f: grad(lambda p: jvp(squared(f), (p,), (p,))[1]),
+    "jvp of jvp": lambda f: lambda p: jvp(lambda p: jvp(squared(f), (p,), (p,))[1], (p,), (p,))[1],
+    "functionalize": lambda f: functionalize(grad(squared(f))),
 }
 TOLERANCE = {
     torch.float64: {"rtol": 1e-9, "atol": 1e-11},

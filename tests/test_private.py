@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from torch.func import grad, jvp, vmap
+from torch.func import functionalize, grad, jvp, vmap
 from transformers import BitsAndBytesConfig, T5Config, T5ForConditionalGeneration
 
 import vera_func as vf
@@ -165,6 +165,39 @@ def test_a_function_is_applied_without_its_signature(monkeypatch):
     assert torch.equal(first, 6 * x**2)
     assert torch.equal(torch.autograd.grad(first.sum(), leaf)[0], 12 * x)
     assert torch.equal(f(escaped[0]), 2 * x**3)
+
+
+def test_nested_forward_mode_needs_plain_operations():
+    def called(transform):
+        found = []
+        transform(lambda x: found.append(private.requires_plain_form()) or x.sin())(torch.ones(2))
+        return found
+
+    tangent = lambda f: lambda x: jvp(f, (x,), (x,))[1]
+    assert called(lambda f: f) == called(vmap) == called(tangent) == [False]
+    assert called(lambda f: tangent(grad(lambda x: f(x).sum()))) == [False]
+    assert called(lambda f: tangent(vmap(tangent(f)))) == called(functionalize) == [True]
+
+
+def test_forward_mode_is_on_for_tangents_of_a_function():
+    class Sum(torch.autograd.Function):
+        @staticmethod
+        def forward(x, y):
+            return x + y
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def jvp(ctx, x_t, y_t):
+            with private.forward_mode():
+                return x_t + y_t
+
+    def second(f):
+        return jvp(lambda x: jvp(f, (x,), (x,))[1], (torch.ones(2),), (torch.ones(2),))[1]
+
+    assert torch.equal(second(lambda x: Sum.apply(x**2, x**3)), second(lambda x: x**2 + x**3))
 
 
 def test_a_function_is_a_constant_to_the_compiler():

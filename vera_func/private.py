@@ -213,6 +213,25 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or level >= 0
 
 
+def requires_plain_form() -> bool:
+    """Whether a transform is active in which a computation must consist of plain operations, without custom Functions.
+
+    While the `jvp` of an `autograd.Function` runs, torch disables forward-mode AD. The tangents of an outer `jvp` are
+    lost, so that nested forward derivatives are silently wrong (pytorch #197867). `functionalize` does not support
+    Functions.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    kinds = [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
+    kind = torch._C._functorch.TransformType
+    return kind.Functionalize in kinds or kinds.count(kind.Jvp) > 1
+
+
+def forward_mode() -> AbstractContextManager[Any]:
+    """Return a context in which forward-mode AD is enabled, for operations on tangents in the `jvp` of a Function."""
+    return torch.autograd.forward_ad._set_fwd_grad_enabled(True)
+
+
 def is_observed() -> bool:
     """Whether a compiler, a transform, a dispatch mode or a tracer observes operations on this thread.
 

@@ -152,8 +152,9 @@ class TestSharedProduct:
             lambda f, a: torch.func.hessian(lambda *args: f(*args).sum(), a),
             lambda f, a: torch.func.jacrev(torch.func.jacrev(lambda *args: f(*args).sum(), a), 1 - a),
             lambda f, a: torch.func.vmap(torch.func.grad(lambda *args: f(*args).sum(), a), (0, None)),
+            lambda f, a: torch.func.functionalize(torch.func.grad(lambda *args: f(*args).sum(), a)),
         ],
-        ids=["jacrev", "jacfwd", "hessian", "mixed", "vmap(grad)"],
+        ids=["jacrev", "jacfwd", "hessian", "mixed", "vmap(grad)", "functionalize"],
     )
     def test_transforms(self, transform, argnums):
         assert_close(transform(self.thrice, argnums)(self.x, self.A), transform(self.plain, argnums)(self.x, self.A))

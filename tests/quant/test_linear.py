@@ -128,6 +128,8 @@ class TestInt8Activations:
         assert_close(jvp(straight, (x, bias), tangents)[1], jvp(exact, (x, bias), tangents)[1])
         for f in (straight, exact):
             assert torch.equal(jvp(lambda b, f=f: f(x, b), (bias,), tangents[1:])[1], tangents[1].expand(3, 13))
+        twice = lambda f: jvp(lambda *a: jvp(lambda x, b: f(x.sin(), b.sin()), a, tangents)[1], (x, bias), tangents)[1]
+        assert_close(twice(straight), twice(lambda x, b: x @ vf.dequantize(q).T + b))
         leaf = x.clone().requires_grad_()
         (straight(leaf, bias) * w).sum().backward()
         assert_close(leaf.grad, grad(lambda x: (exact(x, bias) * w).sum())(x))

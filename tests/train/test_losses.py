@@ -111,6 +111,7 @@ TRANSFORMS = {
     "hessian": lambda f: lambda h, w, b: hessian(weighted(f), (0, 1))(h, w, b),
     "reverse twice": lambda f: lambda h, w, b: jacrev(jacrev(weighted(f), (1, 2)), 0)(h, w, b),
     "grad of jvp": lambda f: grad(lambda *args: jvp(weighted(f), args, args)[1], (0, 1, 2)),
+    "jvp of jvp": lambda f: lambda *args: jvp(lambda *args: jvp(weighted(f), args, args)[1], args, args)[1],
     "vmap": lambda f: lambda h, w, b: vmap(f, (0, None, 0))(torch.stack([h, 2 * h]), w, torch.stack([b, 3 * b])),
     "vmap of grad": lambda f: (
         lambda h, w, b: vmap(grad(weighted(f), (0, 1, 2)), (None, 0, None))(h, torch.stack([w, 3 * w]), b)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import linear
 
-from ..private import apply_function, in_transform, keep_signature, unwrap
+from ..private import apply_function, in_transform, keep_signature, requires_plain_form, unwrap
 from .shapes import contiguous_rows
 
 
@@ -67,7 +67,9 @@ class SharedProduct:
         if self.last is not None:
             same, before, kept, z = self.last
             if same is x and before == state and z.dtype == A.dtype and torch.equal(bits, kept):
-                return apply_function(_Known, x, A, z) if is_recorded(x, A, z) else z
+                if not is_recorded(x, A, z) or requires_plain_form():
+                    return z
+                return apply_function(_Known, x, A, z)
         z = project(x, A)
         self.last = x, state, bits.clone(), z
         return z
@@ -165,7 +167,7 @@ def expand(z: Tensor, lambda_b: Tensor, lambda_d: Tensor, B: Tensor) -> Tensor:
     """Compute `lambda_b * (B (lambda_d * z))`, differentiable in all arguments."""
     # Dynamo (torch 2.13) does not support a Function with a jvp; in the plain form, the compiler decides what is saved.
     # Where nothing is recorded, the plain form has less overhead.
-    if torch.compiler.is_compiling() or not is_recorded(z, lambda_b, lambda_d, B):
+    if torch.compiler.is_compiling() or not is_recorded(z, lambda_b, lambda_d, B) or requires_plain_form():
         return lambda_b * product(lambda_d * z, B)
     return apply_function(_Expand, z, lambda_b, lambda_d, B)
 

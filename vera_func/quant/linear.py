@@ -95,7 +95,11 @@ def quantized_linear(
         y = _multiply(x, bias, spec, None if torch.is_grad_enabled() else fused, leaves, dense)
     elif dense is not None and _may_replace(dense, x, spec, leaves):
         y = linear(contiguous_rows(x), dense, bias)
-    elif torch.compiler.is_compiling() or not (torch.is_grad_enabled() or x.is_cuda or fused):
+    elif (
+        torch.compiler.is_compiling()
+        or not (torch.is_grad_enabled() or x.is_cuda or fused)
+        or private.requires_plain_form()
+    ):
         # Dynamo (torch 2.13) refuses a Function with a jvp; in the plain form, the compiler decides what is saved for
         # backward. Where nothing is saved, the plain form has less overhead.
         refuse_weight_derivative(any(map(is_differentiated, leaves)))
@@ -228,9 +232,13 @@ class _Int8Product(torch.autograd.Function):
 
 def _tangent(ctx: Any, x_t: Tensor | None, bias_t: Tensor | None, transposed: bool) -> Tensor | None:
     if x_t is None:
-        return None if bias_t is None else bias_t.expand(ctx.output_shape)
+        with private.forward_mode():
+            return None if bias_t is None else bias_t.expand(ctx.output_shape)
     y_t = _Product.apply(x_t, None, ctx.spec, None, transposed, *ctx.saved_tensors)
-    return y_t if bias_t is None else y_t + bias_t
+    if bias_t is None:
+        return y_t
+    with private.forward_mode():
+        return y_t + bias_t
 
 
 def _is_plain(x: Tensor, bias: Tensor | None, leaves: Sequence[Tensor]) -> bool:

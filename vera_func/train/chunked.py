@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear, log_softmax
 from torch.utils.checkpoint import checkpoint
 
-from ..private import in_transform, keep_signature
+from ..private import in_transform, keep_signature, requires_plain_form
 
 
 def weight_losses(
@@ -45,7 +45,7 @@ def weight_losses(
     """
     # Dynamo (torch 2.13) does not support a Function with a jvp, and the compiler itself decides what to save. With
     # gradients disabled, nothing is saved.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or requires_plain_form():
         parts = [_losses(linear(x[i], weight, bias), targets[i]) for i in _chunks(len(x), chunk)]
         return torch.cat(parts)
     return _ChunkedLosses.apply(x, weight, bias, targets, chunk)[0]
