@@ -73,7 +73,12 @@ def save(folder, **options):
     return vf.save_adapter(folder / "new", PARAMS, FROZEN, CONFIGURATION, **options)
 
 
-bad("save_adapter", "metrics alone", lambda t: save(t, metrics={"loss": NAN}), "to the model card: pass card=True")
+bad(
+    "save_adapter",
+    "metrics alone",
+    lambda t: save(t, metrics={"loss": NAN}),
+    "pass card=True to write them to the model card",
+)
 bad(
     "save_adapter",
     "a metric in words",

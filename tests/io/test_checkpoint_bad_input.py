@@ -48,7 +48,12 @@ bad(
 
 
 for name in (5, None, CONFIG, WEIGHTS):
-    bad("save_adapter", f"the name {name!r}", lambda t, n=name: save(t, name=n), "adapter_name must be a plain name")
+    bad(
+        "save_adapter",
+        f"the name {name!r}",
+        lambda t, n=name: save(t, name=n),
+        "adapter_name must be a valid folder name",
+    )
 
 
 def occupied(folder):
@@ -144,7 +149,13 @@ def a_bank(folder):
     return vf.save_bank(folder / "bank.safetensors", STACK, FROZEN, CONFIGURATION, ["a", "b", "c"])
 
 
-bad("load_adapter", "a bank", lambda t: vf.load_adapter(a_bank(t), small_model()), "this is a file", FileNotFoundError)
+bad(
+    "load_adapter",
+    "a bank",
+    lambda t: vf.load_adapter(a_bank(t), small_model()),
+    "the path is a file",
+    FileNotFoundError,
+)
 
 
 @pytest.mark.parametrize("case", bad.rows)

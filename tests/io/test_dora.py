@@ -131,32 +131,37 @@ FOLDED = vf.fold_magnitude(DORA.apply, DORA.params, FROZEN)
 PREFIX = "base_model.model."
 bad("save_adapter", "no magnitude", saved(WITHOUT), "use_dora is True, but params lacks '2.magnitude'")
 bad("save_adapter", "a magnitude of VeRA", saved(config=ADAPTED.config), "use_dora is False, but params has '0.magn")
-bad("save_adapter", "folded params", saved(FOLDED), "'0.output_scale' belongs to folded params")
+bad("save_adapter", "folded params", saved(FOLDED), "'0.output_scale' was made by fold_magnitude")
 bad(
     "save_adapter",
     "another size",
     saved(DORA.params | {"0.magnitude": torch.ones(4)}),
-    r"must have the shape \(5,\) of lambda_b",
+    r"must have shape \(5,\), as lambda_b has",
 )
 bad("load_adapter", "no magnitude", damaged(drop=[f"{PREFIX}0.vera_magnitude"]), "lacks '0.magnitude'")
 bad(
     "load_adapter",
     "a type that contradicts",
     damaged({"use_dora": False}),
-    "'DVERA', which means DVoRA, but use_dora=False",
+    r"'DVERA' \(DVoRA\), which requires use_dora=true, got False",
 )
 bad(
     "load_adapter",
     "magnitudes of VeRA",
     damaged({"use_dora": False, "peft_type": "VERA"}),
-    "magnitude', which this",
+    "magnitude', but the adapted model has no such",
 )
-bad("open_bank", "no magnitude", bank_without("0.magnitude"), "the shape of '0.magnitude' can't be None")
+bad(
+    "open_bank",
+    "no magnitude",
+    bank_without("0.magnitude"),
+    r"'0.magnitude' must have shape \(\d, 5\) like '0.lambda_b', because use_dora is True, got None",
+)
 STACK = {key: value[None] for key, value in FOLDED.items()}
 bad("save_bank", "folded params", lambda folder: vf.save_bank(
-    folder / "new", STACK, FROZEN, DORA.config, ["a"]), "belongs to folded params")  # fmt: skip
+    folder / "new", STACK, FROZEN, DORA.config, ["a"]), "was made by fold_magnitude")  # fmt: skip
 bad("export_lora", "folded params", lambda folder: vf.export_lora(
-    folder / "lora", FOLDED, FROZEN, DORA.config, small_model()), "belongs to folded params")  # fmt: skip
+    folder / "lora", FOLDED, FROZEN, DORA.config, small_model()), "was made by fold_magnitude")  # fmt: skip
 bad("export_lora", "DVoRA for llama.cpp", lambda folder: vf.export_lora(
     folder / "lora", *DORA[1:], small_model(), format="gguf"), "llama.cpp does not support DoRA")  # fmt: skip
 

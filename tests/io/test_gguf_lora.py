@@ -180,7 +180,7 @@ bad(
     "export_lora",
     "a head in GGUF",
     lambda t: export(t, *with_fields("llama", ["q_proj"], modules_to_save=["lm_head"])),
-    "no trained heads or biases, such as 'lm_head.weight'",
+    "not support trained heads or biases, such as 'lm_head.weight'",
 )
 bad("export_lora", "a tied head in GGUF", lambda t: export(t, *tied()), "'lm_head' is tied to the embeddings")
 

@@ -123,7 +123,9 @@ def test_a_local_directory_comes_first(client, tmp_path):
     vf.save_adapter(tmp_path / "user" / "repo" / "b", filled(PARAMS, 7.0), FROZEN, CONFIGURATION)
     client("http://127.0.0.1:9")
     assert vf.load_adapter(REPOSITORY, small_model(), subfolder="b").params["0.lambda_d"][0] == 7
-    with pytest.raises(ValueError, match="revision='v1' is for a repository of the hub, but user/repo"):
+    with pytest.raises(
+        ValueError, match="revision='v1' applies only to a repository of the hub, but user/repo is a local"
+    ):
         vf.load_adapter(REPOSITORY, small_model(), revision="v1")
 
 
@@ -161,7 +163,7 @@ def failing(error):
         (REPOSITORY, {"subfolder": "x"}, "folder x of the repository user/repo .* has no adapter_c", FileNotFoundError),
         (REPOSITORY, {"subfolder": "../x"}, "subfolder must be a relative path", ValueError),
         (REPOSITORY, {"revision": ""}, "revision must be a branch, tag or commit", ValueError),
-        (REPOSITORY, {"adapter_name": "a/b"}, "adapter_name must be a plain name", ValueError),
+        (REPOSITORY, {"adapter_name": "a/b"}, "adapter_name must be a valid folder name", ValueError),
         ("user/a..b", {}, "'user/a..b' is not a valid repository name", ValueError),
         ("./user/repo", {}, "there is no adapter directory", FileNotFoundError),
     ],
@@ -177,8 +179,8 @@ def test_without_a_network_one_sentence_says_so(client, monkeypatch):
     with pytest.raises(ConnectionError) as raised:
         vf.load_adapter(REPOSITORY, small_model())
     assert str(raised.value) == (
-        "there is no local directory user/repo, and the hub can't be reached for the repository user/repo, and the "
-        "files are not in its cache."
+        "there is no local directory user/repo, and the hub can't be reached for the repository user/repo. The local "
+        "cache does not contain the files."
     )
 
 
@@ -194,7 +196,9 @@ def test_an_error_of_the_clients_http_library(client, monkeypatch):
 
 def test_without_the_package(client, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ModuleNotFoundError, match="user/repo of the hub needs a package: pip install huggingface_hub"):
+    with pytest.raises(
+        ModuleNotFoundError, match="user/repo of the hub requires a package: pip install huggingface_hub"
+    ):
         vf.load_adapter(REPOSITORY, small_model())
 
 

@@ -261,7 +261,7 @@ bad(
     "from_peft",
     "LoRA",
     lambda _: vf.from_peft(peft.get_peft_model(small_model(), LORA)),
-    "'default' of .* is LORA; only",
+    "'default' of .* has the peft_type LORA; only",
 )
 bad(
     "from_peft",

@@ -1,7 +1,8 @@
 """Read and write files: PEFT adapter directories, adapter banks, LoRA directories, quantized models.
 
-PEFT's format: `checkpoint` (with `config`, `check`, `peft_keys` and `card`), `peft` for a model in memory, `hub` and
-`push` for the Hugging Face hub, `module` for transformers' Trainer. Many adapters in one file: `bank` (with
-`bank_header`). LoRA for other tools: `lora`, `gguf_lora`, `servers`. Quantized models: `quantized`. `files` contains
-the atomic file writes.
+`checkpoint` reads and writes PEFT directories, with the helpers `config`, `check`, `peft_keys` and `card`. `peft`
+converts a `PeftModel` in memory. `hub` downloads from the Hugging Face hub, and `push` uploads to it. `module` makes an
+`nn.Module` for transformers' Trainer. `bank` (with `bank_header`) stores many adapters in one file. `lora` and
+`gguf_lora` export LoRAs, and `servers` checks which servers refuse a LoRA. `quantized` stores quantized models. `files`
+writes files atomically.
 """

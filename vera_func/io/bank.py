@@ -1,7 +1,8 @@
-"""Adapter banks: safetensors files with up to thousands of adapters that share projections; each can be read alone.
+"""Adapter banks: safetensors files of up to thousands of adapters with shared projections.
 
-The file contains the projections, and the stacked params, each leaf (n, ...) under its key. The metadata of the file
-contains the names of the adapters and their shared configuration. `safetensors.torch.load_file` also reads such a file.
+A bank contains the projections and the stacked params, whose leaves have shape (n, ...). One adapter can be read
+without reading the others. The metadata of the file contains the adapter names and the shared configuration.
+`safetensors.torch.load_file` also reads a bank.
 """
 
 import dataclasses
@@ -31,13 +32,13 @@ from .files import replacing, sort_metadata
 
 @dataclasses.dataclass(frozen=True)
 class Bank:
-    """An open adapter bank. Its names and configuration are in memory, and its tensors stay in the file.
+    """An open adapter bank. The adapter names and the configuration are in memory; tensors are read on request.
 
     Attributes:
         path: The file.
-        names: Names of the adapters, in the order of their rows.
+        names: Names of the adapters, in the order of their rows in the stacked params.
         config: Configuration shared by all adapters.
-        rows: The row of each adapter in the stacked params, by name.
+        rows: Mapping from an adapter's name to its row index in the stacked params.
     """
 
     path: Path
@@ -49,14 +50,16 @@ class Bank:
         return len(self.names)
 
     def read(self, names: Sequence[str | int] | None = None) -> dict[str, Tensor]:
-        """Return the stacked params of the given adapters (names or rows) in the given order; None means all adapters.
+        """Return the stacked params of the given adapters, in the given order. No other adapters are read.
 
-        Only these rows are read. A contiguous range of rows is memory-mapped, not copied, so the file must not be
-        overwritten in place while the params are in use. This library replaces files, and never overwrites them in
-        place.
+        Consecutive rows are memory-mapped, not copied. Do not overwrite the file in place while such params are in use.
+        Replacing the file, as this library does, is safe.
+
+        Args:
+            names: Names or row indices of the adapters. None means all adapters.
 
         Raises:
-            ValueError: If a name is unknown, if a row is out of range, or if the file is damaged.
+            ValueError: If a name is unknown, if a row index is out of range, or if the file is damaged.
         """
         _require_sequence(names)
         runs = [(0, len(self))] if names is None else list(_runs([self.row(name) for name in names])) or [(0, 0)]
@@ -69,7 +72,7 @@ class Bank:
             return {key: torch.cat([leaf[start:stop] for start, stop in runs]) for key, leaf in slices.items()}
 
     def frozen(self) -> dict[str, Tensor]:
-        """Return the projections, which all adapters share."""
+        """Return the projections, which are shared by all adapters."""
         with _open(self.path) as file:
             return {name: file.get_tensor(name) for name in PROJECTIONS}
 
@@ -80,11 +83,11 @@ class Bank:
         *,
         product_dtype: torch.dtype | None = None,
     ) -> Adapted:
-        """Load the given adapters for a model, as `(apply, stacked params, frozen, config)`.
+        """Load the given adapters onto a model: return `(apply, stacked params, frozen, config)`.
 
         Args:
-            model: The base model; it is not modified.
-            names: Adapters by name or row; None means all.
+            model: The base model, which is not modified.
+            names: Names or row indices of the adapters. None means all adapters.
             product_dtype: See `adapt`.
 
         Raises:
@@ -96,32 +99,40 @@ class Bank:
         modules = dict(model.named_modules())
         missing = [name for name in targets if name not in modules]
         if missing:
-            raise ValueError(f"{self.path} adapts {missing[0]!r}, which is not a module of this model.")
+            raise ValueError(
+                f"{self.path} has params for the layer {missing[0]!r}, but the model has no such module: pass the base "
+                "model of the bank."
+            )
         targets.sort(key=list(modules).index)
         trained = own_parameters(params)
         options = layer_options(self.config)
         apply = make_apply(model, self.config.r, targets, trained, product_dtype=product_dtype, **options)
         for key, value in params.items():
-            if key not in apply.slots or value.shape[1:] != apply.slots[key].shape:
-                raise ValueError(f"{self.path}: {key!r} {tuple(value.shape)} does not fit this model.")
+            if key not in apply.slots:
+                raise ValueError(f"{self.path} has {key!r}, but the adapted model has no such parameter.")
+            if value.shape[1:] != (shape := apply.slots[key].shape):
+                raise ValueError(
+                    f"{self.path} has {key!r} of shape {tuple(value.shape[1:])} per adapter, but the model needs "
+                    f"{tuple(shape)}."
+                )
         if missing := apply.missing(params):
-            raise ValueError(f"{self.path} lacks {missing[0]!r}.")
+            raise ValueError(f"{self.path} lacks {missing[0]!r}, which the model needs.")
         device = layer_device(modules[targets[0]])
         order = {key: i for i, key in enumerate(apply.slots)}
         params = {key: params[key].to(device) for key in sorted(params, key=order.__getitem__)}
         return Adapted(apply, params, {name: value.to(device) for name, value in frozen.items()}, self.config)
 
     def row(self, name: str | int) -> int:
-        """Return the row of an adapter that is given by its name or row.
+        """Return the row index of the adapter `name`. A row index is returned unchanged.
 
         Raises:
-            ValueError: If the name is unknown or the row is out of range.
+            ValueError: If the name is unknown or the row index is out of range.
         """
         if isinstance(name, int) and 0 <= name < len(self):
             return name
         if name not in self.rows:
             some = ", ".join([*self.names[:3], *["..."] * (len(self) > 3)])
-            raise ValueError(f"{self.path} has no adapter {name!r}; it holds {len(self)}: {some}.")
+            raise ValueError(f"{self.path} has no adapter {name!r}. Its {len(self)} adapters are: {some}.")
         return self.rows[name]  # type: ignore[index]
 
 
@@ -132,21 +143,21 @@ def save_bank(
     config: VeraConfig,
     names: Sequence[str],
 ) -> Path:
-    """Write stacked adapters as an adapter bank, atomically.
+    """Write stacked adapters to an adapter bank, atomically.
 
     Args:
         path: The file to write, usually with the suffix `.safetensors`.
         stacked: Stacked params, whose leaves have shape (n, ...).
-        frozen: The projections, which are always stored.
+        frozen: The projections. A bank stores them even if `config.save_projection` is False.
         config: The configuration that `adapt` returned.
-        names: `n` distinct names, one for each adapter.
+        names: Distinct names, one for each adapter.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If names, params, projections and configuration do not fit together, or if a value is NaN or inf. In
-            both cases, nothing is written.
+        ValueError: If names, params, projections and configuration are inconsistent, or if a value is NaN or inf. All
+            arguments are checked before the file is written.
 
     Example:
         >>> import tempfile
@@ -159,24 +170,22 @@ def save_bank(
         torch.Size([2, 4])
     """
     path, n = Path(path), num_adapters(stacked)
-    _require_sequence(names)
-    if len(names) != n or len(set(names)) != n or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(
-            f"{n} adapters need {n} distinct names, got {len(names)}, of which {len(set(names))} are distinct."
-        )
+    _require_names(names, n)
     frozen = require_projections(frozen)
     for key, leaf in stacked.items():
         if split_key(key)[1] == "lambda_d" and leaf.shape[1:] != (config.r,):
             raise ValueError(f"{key!r} must have shape ({n}, {config.r}), got {tuple(leaf.shape)}.")
         if split_key(key)[1] in MARKS or key in PROJECTIONS:
-            raise ValueError(f"{key!r} can't be stored in a bank: pass adapters as stack_adapters returns them.")
+            raise ValueError(
+                f"{key!r} can't be stored in a bank: pass the stacked params that stack_adapters returned."
+            )
     if not n:
-        raise ValueError("the stack has no adapters; a bank needs at least one.")
+        raise ValueError("stacked has 0 adapters, but a bank needs at least one.")
     check_adapter({key: leaf[0] for key, leaf in stacked.items()}, frozen, config)
     for key, leaf in stacked.items():
         if not leaf.isfinite().all():
             broken = names[int((~leaf.isfinite()).flatten(1).any(1).nonzero()[0])]
-            raise ValueError(f"{key!r} of {broken!r} holds NaN or inf; nothing was written.")
+            raise ValueError(f"{key!r} of the adapter {broken!r} holds NaN or inf; nothing was written.")
     tensors = {key: leaf.detach().cpu().contiguous() for key, leaf in (*stacked.items(), *frozen.items())}
     metadata = {
         "format": FORMAT,
@@ -197,7 +206,7 @@ def open_bank(path: str | os.PathLike[str]) -> Bank:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file is not a bank or is damaged, or if its metadata and tensors contradict each other.
+        ValueError: If the file is not an adapter bank or is damaged, or if its metadata do not match its tensors.
 
     Example:
         >>> import tempfile
@@ -217,17 +226,17 @@ def open_bank(path: str | os.PathLike[str]) -> Bank:
 def append_to_bank(
     path: str | os.PathLike[str], stacked: Mapping[str, Tensor], names: Sequence[str], *, replace: bool = False
 ) -> Bank:
-    """Add adapters to a bank, or replace adapters of the same name, atomically. The whole file is rewritten.
+    """Add adapters to a bank, or replace adapters of the same name. The whole file is rewritten, atomically.
 
     Args:
         path: The bank.
-        stacked: Stacked params, whose leaves have shape (n, ...), with the same keys as in the bank.
-        names: Names of the adapters.
-        replace: Whether to replace adapters that the bank already has.
+        stacked: Stacked params with the same keys as in the bank. The leaves have shape (n, ...).
+        names: Distinct names, one for each adapter.
+        replace: Whether to replace adapters whose names are already in the bank.
 
     Raises:
-        ValueError: If `replace` is False and the bank already has one of the names, or if the params do not fit the
-            bank. In both cases, the bank is unchanged.
+        ValueError: If the params do not fit the bank, or if a name is already in the bank and `replace` is False. The
+            bank is then unchanged.
 
     Example:
         >>> import tempfile
@@ -240,22 +249,22 @@ def append_to_bank(
         ('a', 'b')
     """
     bank = open_bank(path)
+    _require_names(names, num_adapters(stacked))
     known = [name for name in names if name in bank.rows]
     if known and not replace:
         raise ValueError(f"{path} already has an adapter {known[0]!r}; pass replace=True to replace it.")
-    if len(names) != num_adapters(stacked) or len(set(names)) != len(names):
-        raise ValueError(f"{num_adapters(stacked)} adapters need as many distinct names, got {len(names)}.")
     old = bank.read()
     odd = sorted(old.keys() ^ stacked.keys())
     if odd:
-        raise ValueError(f"the params and those of {path} differ in {len(odd)} keys, first {odd[0]!r}.")
+        raise ValueError(f"stacked must have the same keys as {path}, but {len(odd)} keys differ, such as {odd[0]!r}.")
     everything = [*bank.names, *(name for name in names if name not in bank.rows)]
     row = {name: i for i, name in enumerate(everything)}
     rows = torch.tensor([row[name] for name in names])
     tensors = {}
     for key, leaf in old.items():
         if stacked[key].shape[1:] != leaf.shape[1:]:
-            raise ValueError(f"{key!r} has shape {tuple(stacked[key].shape)}, but {tuple(leaf.shape)} in {path}.")
+            expected = (len(names), *leaf.shape[1:])
+            raise ValueError(f"{key!r} must have shape {expected} as in {path}, got {tuple(stacked[key].shape)}.")
         grown = leaf.new_empty(len(everything), *leaf.shape[1:])
         grown[: len(leaf)] = leaf
         grown[rows] = stacked[key].detach().to(grown)
@@ -267,15 +276,16 @@ def append_to_bank(
 def import_adapters(
     path: str | os.PathLike[str], folders: Mapping[str, str | os.PathLike[str]], model: nn.Module
 ) -> Bank:
-    """Write an adapter bank from PEFT directories. The adapters must have the same projections and target modules.
+    """Convert PEFT directories to an adapter bank. The adapters must have the same projections and target modules.
 
     Args:
         path: The bank to write.
-        folders: Directories by adapter name.
-        model: The base model that the adapters must fit.
+        folders: Mapping from adapter name to PEFT directory.
+        model: The base model of the adapters.
 
     Raises:
-        ValueError: If the adapters differ in projections, targets or shapes. `pool_adapters` combines such adapters.
+        ValueError: If the adapters differ in projections, targets or shapes. To combine such adapters in memory, use
+            `pool_adapters`.
 
     Example:
         >>> import tempfile
@@ -293,22 +303,26 @@ def import_adapters(
     first_name, first = next(iter(loaded.items()))
     for name, adapted in loaded.items():
         if any(not torch.equal(adapted.frozen[k], first.frozen[k]) for k in PROJECTIONS):
-            raise ValueError(f"{folders[name]} has other projections than {folders[first_name]}; see pool_adapters.")
+            raise ValueError(
+                f"{folders[first_name]} and {folders[name]} have different projections, but a bank stores only one "
+                "pair. To combine such adapters in memory, use pool_adapters."
+            )
     stacked = stack_adapters([adapted.params for adapted in loaded.values()])
     save_bank(path, stacked, first.frozen, first.config, list(loaded))
     return open_bank(path)
 
 
 def export_adapters(bank: Bank, folder: str | os.PathLike[str], names: Sequence[str | int] | None = None) -> list[Path]:
-    """Write adapters of a bank as PEFT directories, one sub-folder per adapter.
+    """Write adapters of a bank as PEFT directories, one for each adapter.
 
     Args:
-        bank: From `open_bank`.
-        folder: Parent directory of the sub-folders. It is created if it does not exist.
-        names: Names or rows of the adapters. None means all adapters.
+        bank: The open bank.
+        folder: Parent directory, created if it does not exist. Each adapter is written to the sub-folder of its name,
+            but an adapter named "default" to `folder` itself, as in PEFT.
+        names: Names or row indices of the adapters. None means all adapters.
 
     Raises:
-        ValueError: If a name is unknown, or can't be the name of a folder.
+        ValueError: If a name is unknown or is not a valid folder name.
 
     Example:
         >>> import tempfile
@@ -332,10 +346,22 @@ def _require_sequence(names: Any) -> None:
         raise ValueError(f"names must be a sequence of names, got the string {names!r}: pass [{names!r}].")
 
 
+def _require_names(names: Any, n: int) -> None:
+    """Raise a ValueError unless there are n distinct, non-empty names."""
+    _require_sequence(names)
+    valid = {name for name in names if isinstance(name, str) and name}
+    if len(names) != n or len(valid) != n:
+        raise ValueError(
+            f"names must be {n} distinct names, one for each adapter, got {len(names)}, of which {len(valid)} are "
+            "distinct, non-empty strings."
+        )
+
+
 def _open(path: Path) -> Any:
     if path.is_dir():
         raise FileNotFoundError(
-            f"there is no bank {path}: this is a folder, and a bank is a file. import_adapters converts PEFT folders."
+            f"there is no bank {path}: the path is a folder, but a bank is a file. To convert PEFT directories to a "
+            "bank, use vera_func.io.bank.import_adapters."
         )
     if not path.is_file():
         raise FileNotFoundError(f"there is no bank {path}.")
@@ -346,7 +372,7 @@ def _open(path: Path) -> Any:
 
 
 def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Group row indices into half-open ranges of consecutive rows, in order."""
+    """Yield `(start, stop)` for each run of consecutive row indices."""
     start = stop = None
     for row in rows:
         if row != stop:

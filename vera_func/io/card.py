@@ -1,4 +1,4 @@
-"""The model card of an adapter: `README.md` with the metadata that the Hugging Face hub reads."""
+"""Generate the model card of an adapter, a `README.md` with metadata for the Hugging Face hub."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ apply, params, frozen, config = vf.load_adapter(adapter, model)
 output = apply(params, frozen, input_ids=input_ids)
 ```
 {peft}
-For servers without VeRA, export the update, exactly, as a LoRA{dora} in PEFT's format:
+For servers without VeRA, export the adapter as an equivalent LoRA{dora} in PEFT's format:
 
 ```python
 vf.export_lora("lora", params, frozen, config, model)
@@ -55,17 +55,17 @@ model = PeftModel.from_pretrained(model, adapter)
 def card_text(params: Mapping[str, Tensor], config: VeraConfig, metrics: Mapping[str, float] | None = None) -> str:
     r"""Return the text of an adapter's model card.
 
-    The metadata names the base model only if that name is an id of the hub, because the hub refuses other names. The
-    `library_name` is "peft", because the files have PEFT's format, and because the hub then shows how to load them. For
-    DVoRA, which PEFT does not have, the `library_name` is "vera_func".
+    If `config.base_model_name_or_path` is not a hub id `user/repo`, the metadata omit the base model, because the hub
+    rejects other names. The `library_name` is "peft", for which the hub shows how to load the adapter, or "vera_func"
+    for DVoRA, which PEFT does not support.
 
     Args:
         params: Params of a single adapter.
-        config: The configuration of this adapter.
-        metrics: Results, by name.
+        config: The configuration of the adapter.
+        metrics: Evaluation results, by name.
 
     Raises:
-        ValueError: If a metric is not a number.
+        ValueError: If `metrics` is not a dict of numbers.
 
     Example:
         >>> import torch
@@ -77,7 +77,9 @@ def card_text(params: Mapping[str, Tensor], config: VeraConfig, metrics: Mapping
         tags: ["vera", "vera_func", "base_model:adapter:a/b"]
     """
     if not isinstance(metrics, Mapping | None):
-        raise ValueError(f"metrics must be a dict of numbers by name, got {type(metrics).__name__}.")
+        raise ValueError(
+            f"metrics must be a dict of numbers by name, such as {{'accuracy': 0.9}}, got {type(metrics).__name__}."
+        )
     for name, value in (metrics or {}).items():
         if not isinstance(value, int | float):
             raise ValueError(f"metrics[{name!r}] must be a number, got {type(value).__name__}.")

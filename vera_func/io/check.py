@@ -1,4 +1,4 @@
-"""Check that the parts of an adapter belong together before they are written."""
+"""Check that an adapter is consistent before it is saved."""
 
 from collections.abc import Mapping
 
@@ -26,13 +26,16 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
     """Check that params, projections and configuration form one valid adapter.
 
     Raises:
-        ValueError: If the target modules are not explicit. Also if a vector or projection is missing or stacked, has
-            another rank, is not a floating-point tensor, or holds NaN or inf.
+        ValueError: If `config.target_modules` is None or "all-linear". Also if a vector or projection is missing or
+            stacked, does not have the rank `config.r`, is not a floating-point tensor, or holds NaN or inf.
     """
     if not isinstance(config, VeraConfig):
         raise ValueError(f"config must be vera_func's VeraConfig, got {type(config).__name__}.")
     if config.target_modules is None or str(config.target_modules).lower() == "all-linear":
-        raise ValueError("config.target_modules must be explicit names: pass the config that adapt returned.")
+        raise ValueError(
+            f"config.target_modules must be explicit names, got {config.target_modules!r}: pass the config that adapt "
+            "returned."
+        )
     if not adapted_modules(params):
         raise ValueError(f"params must have the 'lambda_b' of at least one layer, got the keys {sorted(params)[:3]}.")
     frozen = require_projections(frozen)
@@ -49,37 +52,43 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
         name = key_to_peft(key, layers)
         if key_from_peft(name) != key or is_copy(name):
             raise ValueError(
-                f"{key!r} contains the name of a PEFT wrapper, so PEFT would read it as another parameter or ignore "
-                "it. Use the parameter's name in the unwrapped model, as in the params of adapt and the parameters of "
-                "to_module."
+                f"{key!r} contains the name of a PEFT wrapper, so PEFT would ignore this tensor or load it as another "
+                "parameter. Name each parameter as in the base model without PEFT, like the params that adapt returns."
             )
         if leaf in MARKS:
-            raise ValueError(f"{key!r} belongs to a sum of adapters, which PEFT can't store; save each adapter.")
+            raise ValueError(
+                f"{key!r} belongs to a sum of adapters, which PEFT's format can't store: save each adapter."
+            )
         if leaf == OUTPUT_SCALE:
-            raise ValueError(f"{key!r} belongs to folded params (fold_magnitude): save the original params.")
+            raise ValueError(
+                f"{key!r} was made by fold_magnitude, whose result can't be saved: save the original params."
+            )
         if leaf == "lambda_d" and value.shape != (config.r,):
-            raise ValueError(f"{key!r} must have shape ({config.r},), got {tuple(value.shape)}; see unstack_adapters.")
+            raise ValueError(
+                f"{key!r} must have shape ({config.r},), got {tuple(value.shape)}. To split stacked params, use "
+                "unstack_adapters."
+            )
         if leaf == "lambda_b" and (value.dim() != 1 or value.shape[0] > frozen["vera_B"].shape[0]):
             raise ValueError(
-                f"{key!r} must have shape (out,) with out <= {frozen['vera_B'].shape[0]}, got {tuple(value.shape)}; "
-                "see unstack_adapters."
+                f"{key!r} must have shape (out,) with out <= {frozen['vera_B'].shape[0]}, got {tuple(value.shape)}. "
+                "To split stacked params, use unstack_adapters."
             )
         other = join_key(module, {"lambda_b": "lambda_d", "lambda_d": "lambda_b"}.get(leaf, leaf))
         if other not in params:
-            raise ValueError(f"params has {key!r}, but not {other!r}.")
+            raise ValueError(f"params has {key!r}, but lacks {other!r}.")
     _check_magnitudes(params, config)
     if frozen["vera_A"].shape[0] != config.r or frozen["vera_B"].shape[1] != config.r:
         raise ValueError(
-            f"config.r is {config.r}, but vera_A {tuple(frozen['vera_A'].shape)} and vera_B "
-            f"{tuple(frozen['vera_B'].shape)} have another rank."
+            f"vera_A must have shape ({config.r}, in) and vera_B (out, {config.r}) for config.r={config.r}, got "
+            f"{tuple(frozen['vera_A'].shape)} and {tuple(frozen['vera_B'].shape)}."
         )
 
 
 def require_projections(frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the projections in `frozen`. Norm statistics are left out, because the base model determines them.
+    """Return `vera_A` and `vera_B`, without DVoRA's norm statistics, which can be computed from the base model.
 
     Raises:
-        ValueError: If a projection is missing, or `frozen` has any other key.
+        ValueError: If a projection is missing, or if a key is neither a projection nor a norm statistic.
 
     Example:
         >>> list(require_projections({"vera_A": torch.ones(2, 3), "vera_B": torch.ones(4, 2), "0.C": torch.ones(4, 2)}))
@@ -91,7 +100,7 @@ def require_projections(frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_magnitudes(params: Mapping[str, Tensor], config: VeraConfig) -> None:
-    """Check that every layer has a magnitude shaped like its `lambda_b`, or that none has if `use_dora` is False."""
+    """Check that each layer has a magnitude shaped like `lambda_b`. If `use_dora` is False, allow no magnitudes."""
     layers = adapted_modules(params) if config.use_dora else []
     wanted = {join_key(name, MAGNITUDE): params[join_key(name, "lambda_b")].shape for name in layers}
     given = {key: value.shape for key, value in params.items() if split_key(key)[1] == MAGNITUDE}
@@ -100,4 +109,4 @@ def _check_magnitudes(params: Mapping[str, Tensor], config: VeraConfig) -> None:
         raise ValueError(f"config.use_dora is {config.use_dora}, but params {what} {odd[0]!r}.")
     for key, shape in wanted.items():
         if given[key] != shape:
-            raise ValueError(f"{key!r} must have the shape {tuple(shape)} of lambda_b, got {tuple(given[key])}.")
+            raise ValueError(f"{key!r} must have shape {tuple(shape)}, as lambda_b has, got {tuple(given[key])}.")

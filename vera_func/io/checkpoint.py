@@ -1,8 +1,8 @@
 """Read and write adapters in PEFT's directory format: `adapter_config.json` and `adapter_model.safetensors`.
 
 Adapters written by PEFT load here, and adapters written here load in PEFT, with identical values. Pickle files are not
-supported. Each file is written atomically. The weights file also contains the configuration. After a crash between the
-two writes, the adapter is therefore either the old or the new adapter, and not a mixture.
+supported. Each file is written atomically. The weights file also contains the configuration. If a save was interrupted
+before it replaced `adapter_config.json`, `load_adapter` uses the configuration in the weights file.
 """
 
 import json
@@ -41,28 +41,29 @@ def save_adapter(
     card: bool = False,
     metrics: Mapping[str, float] | None = None,
 ) -> Path:
-    """Write an adapter as a PEFT directory; `PeftModel.from_pretrained(model, path)` loads it.
+    """Write an adapter as a PEFT directory, for `load_adapter` and `PeftModel.from_pretrained(model, path)`.
 
-    PEFT has no DVoRA. The files of a DVoRA adapter have the `peft_type` "DVERA", which PEFT refuses. `export_lora`
-    writes such an adapter as a LoRA that PEFT loads.
+    PEFT does not support DVoRA, and refuses the `peft_type` "DVERA" of DVoRA adapters. `export_lora` converts a DVoRA
+    adapter to a LoRA that PEFT loads.
 
     Args:
-        path: The directory. It is created if it does not exist.
-        params: Params of a single adapter, with the keys of `adapt`.
-        frozen: The projections, which are written if `config.save_projection` is True.
+        path: The directory to write, created if it does not exist.
+        params: Params of a single adapter, with the keys that `adapt` returned.
+        frozen: The projections. They are written only if `config.save_projection` is True.
         config: The configuration that `adapt` returned, with explicit target modules.
-        adapter_name: Name of the adapter. A name other than "default" selects the sub-folder of that name.
-        card: Whether to write a model card, `README.md`, with the method, the base, the targets, the number of trained
-            parameters, and how to load the adapter. An existing card is replaced.
-        metrics: Results for the card, by name.
+        adapter_name: Name of the adapter. With any name but "default", the files are written to the sub-folder of that
+            name.
+        card: Whether to write a model card, `README.md`, which describes the adapter and how to load it. An existing
+            card is replaced.
+        metrics: Evaluation results for the card, by name.
 
     Returns:
         The directory that was written.
 
     Raises:
         ValueError: If params are stacked, hold NaN or inf, or do not fit the projections. Also if the target modules
-            are not explicit, if a metric is not a number, or if metrics are given without a card. In all these cases,
-            nothing is written.
+            are not explicit, if a metric is not a number, or if metrics are given without `card=True`. All arguments
+            are checked before a file is written.
 
     Example:
         >>> import tempfile
@@ -75,7 +76,7 @@ def save_adapter(
     folder = adapter_folder(path, adapter_name)
     check_adapter(params, frozen, config)
     if metrics and not card:
-        raise ValueError("metrics are written to the model card: pass card=True.")
+        raise ValueError("metrics were given, but card is False: pass card=True to write them to the model card.")
     readme = card_text(params, config, metrics) if card else None
     layers = {*adapted_modules(params)}
     tensors = {key_to_peft(key, layers): value for key, value in params.items()}
@@ -112,22 +113,23 @@ def load_adapter(
 ) -> Adapted:
     """Load an adapter from a PEFT directory or the Hugging Face hub, and make `model` a pure function.
 
-    If the file does not contain the projections, they are drawn from the seed in the configuration. Over a 16-bit base,
-    the drawn values are rounded to 16 bits, as in PEFT.
+    If `save_projection` is false in the configuration of the adapter, the projections are drawn from the seed in that
+    configuration. If the weights of `model` are 16-bit, the drawn projections are rounded to 16 bits, as in PEFT.
 
     Args:
-        path: The directory. If it does not exist, `"user/repo"` names a repository of the hub. The package
-            huggingface_hub downloads the repository into a cache, which is used when offline.
-        model: The base model. It is not modified.
-        adapter_name: Name of the adapter. A name other than "default" selects the sub-folder of that name.
-        revision: Branch, tag or commit of the repository; None means its main branch.
+        path: A directory, or a repository of the hub such as `"user/repo"`. A local path of the same name takes
+            precedence. The package huggingface_hub downloads repositories into a cache, which is also used offline.
+        model: The base model, which is not modified.
+        adapter_name: Name of the adapter. With any name but "default", the files are read from the sub-folder of that
+            name.
+        revision: Branch, tag or commit of the repository. None means the main branch.
         subfolder: Folder of the adapter in the directory or repository.
-        dtype: Dtype of vectors and projections, and therefore of the adapter's arithmetic. The default is float32 for
-            every file, as in PEFT; None keeps the dtype of the file.
+        dtype: Dtype of the vectors and projections, and therefore of the adapter's arithmetic. The default, float32, is
+            also the default in PEFT. None keeps the dtype of the file.
         int8_activations: See `adapt`.
-        product_dtype: See `adapt`. It is not stored in the file.
-        ignore_unknown: Whether to ignore tensors and configuration fields that are unknown, for example because a newer
-            version of PEFT wrote them. As in PEFT, a warning is issued.
+        product_dtype: See `adapt`. The product dtype is not stored in adapter files.
+        ignore_unknown: Whether to ignore unknown tensors and configuration fields, for example those of a newer version
+            of PEFT. As in PEFT, a warning names the ignored entries.
 
     Returns:
         `(apply, params, frozen, config)`, as from `adapt`.
@@ -136,7 +138,7 @@ def load_adapter(
         FileNotFoundError: If the directory contains no adapter, or the hub has no such repository, revision or file.
         ConnectionError: If the hub can't be reached, and the cache does not contain the files.
         ValueError: If a file is damaged, belongs to another PEFT method, or does not fit the model. The message names
-            the file and the key.
+            the file and the tensor or field.
 
     Example:
         >>> import tempfile
@@ -174,7 +176,8 @@ def load_adapter(
         frozen = {name: tensor.to(dtype) for name, tensor in frozen.items()}
     for key, value in (*vectors.items(), *frozen.items()):
         if not value.isfinite().all():
-            raise ValueError(f"{file}: {key!r} overflows {value.dtype}; pass a wider dtype.")
+            cast = "pass a wider dtype" if key in frozen or is_vector(key) else "convert the model to a wider dtype"
+            raise ValueError(f"{file}: {key!r} overflows {value.dtype}: {cast}.")
     order = {key: i for i, key in enumerate(apply.slots)}
     return Adapted(apply, dict(sorted(vectors.items(), key=lambda item: order[item[0]])), frozen, config)
 
@@ -182,7 +185,7 @@ def load_adapter(
 def _split_tensors(
     file: Path, tensors: Mapping[str, Tensor], apply: Apply, ignore_unknown: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the params and projections of a file, or raise an error if they do not fit the model and configuration."""
+    """Split the tensors of a file into params and projections; raise a ValueError if params do not fit the model."""
     params: dict[str, Tensor] = {}
     projections = {}
     for name, tensor in tensors.items():
@@ -190,7 +193,7 @@ def _split_tensors(
         if name.startswith("base_model.vera_"):
             projections[name.removeprefix("base_model.")] = tensor
         elif key is None and not ignore_unknown:
-            raise ValueError(f"{file} has the key {name!r}, which does not belong to a VeRA adapter.")
+            raise ValueError(f"{file} has the tensor {name!r}, which does not belong to a VeRA adapter.")
         elif not is_copy(name):
             params[key or name] = tensor
     # PEFT writes resized embeddings. If a head is tied to them, PEFT writes the values under both names.
@@ -202,14 +205,16 @@ def _split_tensors(
         warnings.warn(f"{file} has {len(odd)} unknown tensors, which are ignored, first {odd[0]!r}.", stacklevel=3)
         params = {key: value for key, value in params.items() if key in apply.slots}
     problems = [f"lacks {key!r}" for key in apply.missing(params)]
-    problems += [f"has {key!r}, which this model and config do not have" for key in params if key not in apply.slots]
+    problems += [
+        f"has {key!r}, but the adapted model has no such parameter" for key in params if key not in apply.slots
+    ]
     problems += [
         f"has {key!r} of shape {tuple(value.shape)}, but this model needs the shape {apply.slots[key].shape}"
         for key, value in params.items()
         if key in apply.slots and value.shape != apply.slots[key].shape
     ]
     if problems:
-        count = f" ({len(problems)} problems of this kind)" if len(problems) > 1 else ""
+        count = f" (the first of {len(problems)} problems)" if len(problems) > 1 else ""
         raise ValueError(f"{file} {problems[0]}{count}.")
     return params, projections
 
@@ -217,18 +222,20 @@ def _split_tensors(
 def _projections_of(
     file: Path, projections: Mapping[str, Tensor], config: VeraConfig, model: nn.Module, targets: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Return the projections of an adapter, from its file, or drawn again if `config.save_projection` is False."""
+    """Return the projections from the file or, if `config.save_projection` is False, drawn from the seed."""
     if not config.save_projection:
         if projections:
             warnings.warn(
-                f"{file} contains projections, but save_projection is false in {CONFIG}: the stored projections are "
-                "ignored, and drawn again from projection_prng_key, as in PEFT.",
+                f"{file} contains projections, but save_projection is false in {CONFIG}: as in PEFT, the stored "
+                "projections are ignored, and new ones are drawn from projection_prng_key.",
                 stacklevel=3,
             )
         return draw_projections(model, config, targets)
     if projections.keys() != {"vera_A", "vera_B"}:
+        stored = ", ".join(sorted(projections)) or "neither"
         raise ValueError(
-            f"{file} lacks base_model.vera_A and base_model.vera_B, although save_projection is true in {CONFIG}."
+            f"{file} must contain base_model.vera_A and base_model.vera_B, because save_projection is true in "
+            f"{CONFIG}, got {stored}."
         )
     _check_projections(file, projections, [linear_sizes(model.get_submodule(name)) for name in targets], config.r)
     device = layer_device(model.get_submodule(targets[0]))
@@ -237,10 +244,10 @@ def _projections_of(
 
 
 def read_files(folder: Path, *, ignore_unknown: bool = False) -> tuple[VeraConfig, dict[str, Tensor]]:
-    """Read and check the configuration and tensors of an adapter directory. The tensors have PEFT's names.
+    """Read and check the configuration and tensors of an adapter directory. The tensors keep PEFT's names.
 
     Raises:
-        FileNotFoundError: If the directory contains no adapter. The message lists what it contains.
+        FileNotFoundError: If the directory contains no adapter.
         ValueError: If a file is damaged or belongs to another PEFT method.
     """
     config_file, weights_file = folder / CONFIG, folder / WEIGHTS
@@ -272,7 +279,7 @@ def _check_projections(
     fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] == r
     if not fits or A.shape[1] < widest_in or B.shape[0] < widest_out:
         raise ValueError(
-            f"{file} has vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)}, but this model needs "
+            f"{file} has vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)}, but this model needs the shapes "
             f"({r}, >= {widest_in}) and (>= {widest_out}, {r})."
         )
 
@@ -300,7 +307,7 @@ def _tensor_fields(config: VeraConfig) -> tuple[Any, ...]:
 
 def _missing_file(folder: Path, file: Path) -> str:
     if folder.is_file():
-        return f"there is no adapter directory {folder}: this is a file (open an adapter bank with open_bank)."
+        return f"there is no adapter directory {folder}: the path is a file. To open an adapter bank, use open_bank."
     if not folder.is_dir():
         return f"there is no adapter directory {folder}."
     if (folder / "adapter_model.bin").is_file():
@@ -309,5 +316,5 @@ def _missing_file(folder: Path, file: Path) -> str:
             "load it in PEFT and call save_pretrained(folder), which writes adapter_model.safetensors."
         )
     inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
-    hint = f" It contains the adapters {inside}: pass adapter_name." if inside else ""
+    hint = f" Its sub-folders contain the adapters {inside}: pass adapter_name." if inside else ""
     return f"{folder} has no {file.name}.{hint}"

@@ -17,7 +17,7 @@ _PEFT_ONLY = ("inference_mode", "peft_type", "peft_version", "runtime_config")
 
 
 def config_to_json(config: VeraConfig) -> dict[str, Any]:
-    """Return the content of `adapter_config.json`, including the fields that PEFT adds when it saves an adapter."""
+    """Return the content of `adapter_config.json`, including PEFT's fields `peft_type` and `inference_mode`."""
     fields = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items()}
     if not config.use_dora:
         fields = {name: value for name, value in fields.items() if name not in _DORA}
@@ -28,8 +28,8 @@ def config_to_json(config: VeraConfig) -> dict[str, Any]:
 def config_from_json(fields: Any, source: str = CONFIG, *, ignore_unknown: bool = False) -> VeraConfig:
     """Return the `VeraConfig` for the content of an `adapter_config.json`.
 
-    Unknown fields, such as those of newer versions of PEFT, are ignored if they are falsy (null, false, empty). An
-    unknown field with another value may change the meaning of the tensors and is rejected by default.
+    Unknown fields, such as those of newer versions of PEFT, are ignored if their values are falsy (null, false, empty).
+    An unknown field with a truthy value may change the meaning of the tensors, and is rejected by default.
 
     Args:
         fields: The parsed JSON.
@@ -50,13 +50,15 @@ def config_from_json(fields: Any, source: str = CONFIG, *, ignore_unknown: bool 
     if kind not in ("VERA", "DVERA"):
         raise ValueError(f"{source} has peft_type {kind!r}; only 'VERA' and 'DVERA' (DVoRA) are supported.")
     if kind == "DVERA" and fields.get("use_dora", True) is not True:
-        raise ValueError(f"{source} has peft_type 'DVERA', which means DVoRA, but use_dora={fields['use_dora']!r}.")
+        raise ValueError(
+            f"{source} has peft_type 'DVERA' (DVoRA), which requires use_dora=true, got {fields['use_dora']!r}."
+        )
     known = {field.name for field in dataclasses.fields(VeraConfig)} - {*(_DORA if kind == "VERA" else ())}
     unknown = sorted(k for k, v in fields.items() if k not in known and k not in _PEFT_ONLY and v)
     if unknown and not ignore_unknown:
         raise ValueError(
             f"{source} has the unknown field {unknown[0]}={fields[unknown[0]]!r}, which may change the meaning of the "
-            "tensors. To ignore it, as PEFT does, pass load_adapter(..., ignore_unknown=True)."
+            "tensors. To ignore unknown fields, as PEFT does, pass load_adapter(..., ignore_unknown=True)."
         )
     if unknown:
         names = ", ".join(unknown)

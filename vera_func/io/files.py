@@ -18,14 +18,14 @@ from torch import Tensor
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Write a file atomically: yield a temporary path, which is renamed to `file` at the end of the block.
+    """Yield a temporary path in the same folder, and rename it to `file` if the block succeeds.
 
-    After a crash, `file` has either its old or its new content. A killed process may leave a temporary file in the same
-    folder; the name of this file begins with a dot.
+    The write is atomic: after a crash, `file` has either its old or its new content. A killed process may leave the
+    temporary file `.{name of the file}.{random}` behind.
 
     Raises:
-        OSError: If the folder does not exist or is not writable, or if the disk is full. In these cases, an existing
-            file is kept.
+        OSError: If the folder does not exist or is not writable, or if the disk is full. An existing `file` is then
+            unchanged.
         IsADirectoryError: If `file` is a folder.
 
     Example:
@@ -37,7 +37,7 @@ def replacing(file: Path) -> Iterator[Path]:
         'new'
     """
     if file.is_dir():
-        raise IsADirectoryError(f"{file} is a folder: pass the name of a file in it.")
+        raise IsADirectoryError(f"{file} is a folder: pass the path of a file.")
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     try:
         yield temporary
@@ -54,10 +54,10 @@ def replacing(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[Path]:
-    """Write a folder: yield a temporary folder, which is renamed to `folder` at the end of the block.
+    """Yield a temporary folder, and rename it to `folder` if the block succeeds.
 
-    A new folder is created atomically. If `folder` exists, the new files are moved into it one by one, each atomically,
-    and its other files are kept.
+    If `folder` already exists, the files of the temporary folder are moved into `folder` one by one, each atomically.
+    Other files in `folder` are kept.
 
     Raises:
         OSError: If the folder is not writable, or if the disk is full.
@@ -90,7 +90,7 @@ def filling(folder: Path) -> Iterator[Path]:
 def sort_metadata(file: Path) -> None:
     """Sort the metadata of a safetensors file, so that equal contents give equal bytes.
 
-    safetensors writes the metadata in an order that differs from call to call.
+    The package safetensors writes metadata in an order that differs from call to call.
     """
     with file.open("r+b") as stream:
         size = int.from_bytes(stream.read(8), "little")
@@ -119,7 +119,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def map_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Memory-map a safetensors file: return its metadata, and tensors whose data is read on first use.
+    """Return the metadata and the memory-mapped tensors of a safetensors file. Data is read on first use.
 
     Writing to a tensor changes neither the file nor other tensors.
 
@@ -151,7 +151,7 @@ def parse_json(file: Path, text: str) -> Any:
 
 @cache
 def written_by() -> str:
-    """Return the name and version of this package, which are stored in the files that it writes.
+    """Return the name and version of this package, for the metadata of saved files.
 
     Example:
         >>> written_by().split()[0]

@@ -1,9 +1,9 @@
 """Write a LoRA as a GGUF adapter, the format of llama.cpp.
 
-llama.cpp's converter renames the layers of a model. Rotary embeddings rotate pairs of rows. In llama.cpp, the rows of a
-pair are neighbours; in transformers, they are half a head apart. Therefore, for some architectures, the converter also
-permutes the rows of the query and key weights, and the rows of B' must be permuted in the same way. `ARCHITECTURES`
-lists the architectures whose order of rows is known and tested.
+llama.cpp's converter renames the layers of a model. For some architectures, the converter also permutes the rows of the
+query and key weights: a rotary embedding rotates pairs of rows, which are adjacent in llama.cpp and half a head apart
+in transformers. The rows of the LoRA factor B' (out, rank) must then be permuted in the same way. `ARCHITECTURES` lists
+the architectures whose row order is known and tested.
 """
 
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ ARCHITECTURES = {"llama": ("llama", True), "mistral": ("llama", True), "qwen2": 
 
 
 def write_gguf(file: Path, factors: Mapping[str, tuple[Tensor, Tensor]], model: nn.Module) -> None:
-    """Write the factors of a LoRA as a GGUF adapter of scale 1, in float32, atomically.
+    """Write the factors of a LoRA as a GGUF adapter, in float32 and with scale 1. The write is atomic.
 
     Args:
         file: The file to write. An existing file is replaced, and a missing folder is created.
-        factors: A' (rank, in) and B' (out, rank) of each layer, by the layer's name in the model.
+        factors: The factors A' (rank, in) and B' (out, rank) of each layer, by module name.
         model: The base model, from transformers.
 
     Raises:
@@ -67,11 +67,10 @@ def write_gguf(file: Path, factors: Mapping[str, tuple[Tensor, Tensor]], model: 
 
 
 def permute_rows(weight: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of a query or key weight for llama.cpp, so that rotated pairs of rows are neighbours.
+    """Permute the rows of a query or key weight so that the two rows of a rotary pair are adjacent, as in llama.cpp.
 
     Args:
-        weight: Weight of shape (heads * size, columns), in transformers' order: in each head, the first rows of all
-            pairs come before the second rows.
+        weight: Weight of shape (heads * size, columns). In each head, rows i and i + size / 2 are a rotary pair.
         heads: Number of attention heads.
 
     Example:
@@ -84,7 +83,7 @@ def permute_rows(weight: Tensor, heads: int) -> Tensor:
 
 
 def _names(factors: Mapping[str, tuple[Tensor, Tensor]], architecture: str, config: Any) -> dict[str, str]:
-    """Return the names of the layers' weights in GGUF."""
+    """Return the name that each layer's weight has in GGUF, by module name."""
     import gguf
 
     kind = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -93,8 +92,8 @@ def _names(factors: Mapping[str, tuple[Tensor, Tensor]], architecture: str, conf
     for layer in factors:
         name = known.get_name(f"{layer}.weight", try_suffixes=(".weight",))
         if name is None:
-            raise ValueError(f"{layer!r} has no counterpart in llama.cpp's architecture {architecture!r}.")
+            raise ValueError(f"the layer {layer!r} has no counterpart in llama.cpp's architecture {architecture!r}.")
         if name == "output.weight" and getattr(config, "tie_word_embeddings", False):
-            raise ValueError(f"{layer!r} is tied to the embeddings, so llama.cpp has no such layer.")
+            raise ValueError(f"the layer {layer!r} is tied to the embeddings, so llama.cpp has no such layer.")
         names[layer] = name
     return names

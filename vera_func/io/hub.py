@@ -1,7 +1,7 @@
 """Find the files of an adapter, in a local directory or in a repository of the Hugging Face hub.
 
-A repository has the same files as an adapter directory. The package `huggingface_hub` downloads and caches them. It is
-imported only if a repository is named.
+A repository has the same files as a local adapter directory. The package `huggingface_hub` downloads and caches the
+files. The package is imported only if a repository is requested.
 """
 
 import os
@@ -18,7 +18,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_repository(name: object) -> bool:
-    """Whether a name has the form `user/repo` and is not a local file or directory.
+    """Return whether a name has the form `user/repo` and is not a local file or directory.
 
     Example:
         >>> is_repository("user/repo"), is_repository("./user/repo"), is_repository("a/b/c"), is_repository(Path("a/b"))
@@ -35,14 +35,14 @@ def find_adapter(
     subfolder: str | None = None,
     optional: Sequence[str] = (),
 ) -> Path:
-    """Return the local folder with an adapter's files. The files of a repository are downloaded into the hub's cache.
+    """Return the local folder with an adapter's files. A repository is downloaded into huggingface_hub's cache.
 
     Args:
-        path: A directory, or `"user/repo"` if that directory does not exist.
+        path: A directory, or a repository such as `"user/repo"`. A local path of the same name takes precedence.
         adapter_name: See `load_adapter`.
         revision: Branch, tag or commit of the repository.
         subfolder: Folder of the adapter in the directory or repository.
-        optional: Names of further files to download, if the repository has them.
+        optional: Names of optional files, which are downloaded if the repository has them.
 
     Raises:
         FileNotFoundError: If the hub has no such repository, revision or file.
@@ -60,13 +60,14 @@ def find_adapter(
         return _download(str(path), revision, None if str(inside) == "." else str(inside), optional)
     if revision is not None:
         raise ValueError(
-            f"revision={revision!r} is for a repository of the hub, but {path} is not of the form 'user/repo'."
+            f"revision={revision!r} applies only to a repository of the hub, but {path} is a local path: leave out "
+            "revision."
         )
     return adapter_folder(Path(path) / (subfolder or ""), adapter_name)
 
 
 def adapter_folder(path: str | os.PathLike[str], adapter_name: str) -> Path:
-    """Return the folder in which PEFT stores an adapter of this name: `path` or a sub-folder."""
+    """Return PEFT's folder for an adapter name: `path` for "default", `path / adapter_name` for any other name."""
     reserved = (".", "..", CONFIG, WEIGHTS)
     if (
         not isinstance(adapter_name, str)
@@ -74,24 +75,24 @@ def adapter_folder(path: str | os.PathLike[str], adapter_name: str) -> Path:
         or {*adapter_name} & {*"/\\\0"}
         or adapter_name in reserved
     ):
-        raise ValueError(f"adapter_name must be a plain name, got {adapter_name!r}.")
+        raise ValueError(f"adapter_name must be a valid folder name without slashes, got {adapter_name!r}.")
     return Path(path) if adapter_name == "default" else Path(path) / adapter_name
 
 
 @contextmanager
 def hub_errors(repository: str, revision: str | None = None, tried: str = "") -> Iterator[Any]:
-    """Yield the package `huggingface_hub`, and convert its errors to errors with a message of one sentence.
+    """Yield the package `huggingface_hub`, and convert its errors to built-in exceptions with short messages.
 
     Args:
-        repository: The repository, for the messages.
-        revision: The revision of the repository, for the messages.
-        tried: Beginning of the messages, which says what was tried before.
+        repository: Name of the repository, for error messages.
+        revision: Revision of the repository, for error messages.
+        tried: Prefix of the error messages, for example that there is no such local directory.
 
     Raises:
         ModuleNotFoundError: If the package is not installed.
         FileNotFoundError: If the hub has no such repository, revision or file.
         ConnectionError: If the hub can't be reached.
-        ValueError: If the name is invalid.
+        ValueError: If the name of the repository is invalid.
         OSError: If the hub refuses the request.
     """
     try:
@@ -99,7 +100,7 @@ def hub_errors(repository: str, revision: str | None = None, tried: str = "") ->
         from huggingface_hub import errors
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{tried}the repository {repository} of the hub needs a package: pip install huggingface_hub.",
+            f"{tried}the repository {repository} of the hub requires a package: pip install huggingface_hub.",
             name=error.name,
         ) from error
     unreachable = f"{tried}the hub can't be reached for the repository {repository}"
@@ -107,13 +108,13 @@ def hub_errors(repository: str, revision: str | None = None, tried: str = "") ->
         yield hub
     except errors.RepositoryNotFoundError as error:  # also raised for a gated repository
         raise FileNotFoundError(
-            f"{tried}the hub has no repository {repository} that you may access. If it is private or gated, log in "
-            "with `hf auth login`."
+            f"{tried}the hub has no repository {repository} that you may access. If the repository is private or "
+            "gated, log in with `hf auth login`."
         ) from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"the repository {repository} of the hub has no revision {revision!r}.") from error
     except errors.LocalEntryNotFoundError as error:
-        raise ConnectionError(f"{unreachable}, and the files are not in its cache.") from error
+        raise ConnectionError(f"{unreachable}. The local cache does not contain the files.") from error
     except errors.OfflineModeIsEnabled as error:
         raise ConnectionError(f"{unreachable}: offline mode is on ($HF_HUB_OFFLINE).") from error
     except errors.HFValidationError as error:
@@ -145,8 +146,8 @@ def _download(repository: str, revision: str | None, subfolder: str | None, opti
                     raise
                 place = f"the folder {subfolder} of the repository" if subfolder else "the repository"
                 raise FileNotFoundError(
-                    f"{place} {repository} of the hub has no {name}. An adapter has {CONFIG} and {WEIGHTS}; "
-                    "adapter_model.bin, a pickle, is not supported."
+                    f"{place} {repository} of the hub has no {name}. An adapter needs {CONFIG} and {WEIGHTS}; "
+                    "the pickle adapter_model.bin is not supported."
                 ) from error
             folders.append(Path(file).parent)
     if len({*folders}) > 1:  # folders of the cache have the names of commits

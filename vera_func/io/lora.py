@@ -1,8 +1,10 @@
-"""Export a VeRA adapter as a LoRA, for tools without VeRA support: a PEFT directory, or a GGUF file for llama.cpp.
+"""Export a VeRA adapter as a LoRA for tools without VeRA support: as a PEFT directory, or as a GGUF file for llama.cpp.
 
-    A' = lambda_d ∘ A,  B' = lambda_b ∘ B      (ΔW = B' A', exactly)
+The factors of the LoRA give exactly the update ΔW = B' A' of the adapter:
 
-A DVoRA adapter becomes a LoRA with `use_dora`, whose `lora_magnitude_vector` is the magnitude.
+    A' = lambda_d ∘ A,  B' = lambda_b ∘ B
+
+A DVoRA adapter becomes a LoRA with `use_dora=True`, whose `lora_magnitude_vector` is the adapter's magnitude.
 """
 
 import json
@@ -34,7 +36,8 @@ class LoraExport(NamedTuple):
 
     Attributes:
         path: The directory or GGUF file that was written.
-        error: Relative truncation error ‖ΔW - B'A'‖ / ‖ΔW‖ by module name; 0 if the export is exact or ΔW is 0.
+        error: Relative truncation error ‖ΔW - B'A'‖ / ‖ΔW‖ of each layer, by module name. The error of an exact
+            export is 0.
     """
 
     path: Path
@@ -51,36 +54,36 @@ def export_lora(
     rank: int | None = None,
     format: str = "peft",
 ) -> LoraExport:
-    """Write the adapter as a LoRA, for PEFT, vLLM, SGLang or llama.cpp. The LoRA is exact unless `rank` is below r.
+    """Write an adapter as a LoRA for PEFT, vLLM, SGLang or llama.cpp. If `rank` is not below r, the LoRA is exact.
 
-    A DVoRA adapter becomes a LoRA with `use_dora=True`. PEFT loads such a LoRA, but the servers vLLM, SGLang and
-    llama.cpp refuse it. For these servers, merge the adapter instead (`merge`).
+    A DVoRA adapter becomes a LoRA with `use_dora=True`, which PEFT loads. The servers vLLM, SGLang and llama.cpp do not
+    support `use_dora`: for these servers, merge a DVoRA adapter with `merge`.
 
-    With a smaller rank, the LoRA is the truncated singular value decomposition of ΔW. ΔW is never materialized: the
-    cost is one QR decomposition of an (out, r) matrix and one of an (in, r) matrix per layer.
+    If `rank` is below r, the LoRA is the truncated singular value decomposition of ΔW. The decomposition never
+    materializes ΔW: for each layer, it computes the QR decompositions of an (out, r) matrix and of an (in, r) matrix.
 
-    A warning names the servers that refuse the directory, and says what to do. For example, vLLM loads ranks above 16
-    only if it is started with a larger `--max-lora-rank`, and no server loads trained heads or biases.
-    `io.servers.check_lora` returns the same information for any LoRA directory.
+    A warning names the servers that would refuse the LoRA directory, each with the reason and a remedy. For example,
+    vLLM refuses ranks above 16 by default, and no server supports trained heads or biases.
+    `vera_func.io.servers.check_lora` checks any LoRA directory in the same way.
 
     Args:
-        path: The directory to write, which is created if it does not exist. For GGUF, a file that ends in `.gguf`, or a
-            directory for the file `adapter.gguf`.
+        path: The directory to write, created if it does not exist. For GGUF, either a file name that ends in `.gguf`,
+            or a directory, in which the file `adapter.gguf` is written.
         params: Params of a single adapter.
         frozen: The projections.
         config: The configuration that `adapt` returned.
         model: The base model, which determines the layer sizes.
         rank: Rank of the LoRA. None means `config.r`.
-        format: "peft", or "gguf" for llama.cpp (`--lora`). GGUF needs the package gguf. It is supported for models of
-            the types llama, mistral and qwen2, and for adapters without trained heads or biases.
+        format: "peft", or "gguf" for llama.cpp (`--lora`). GGUF needs the package gguf, a model of the type llama,
+            mistral or qwen2, and an adapter without trained heads, trained biases or DVoRA.
 
     Returns:
-        The path that was written, and the relative error of each module.
+        The path that was written, and the relative truncation error of each layer.
 
     Raises:
-        ValueError: If the adapter holds NaN or inf, or does not fit the model. Also if the rank is out of range, if the
-            format is unknown, or if llama.cpp can't load the adapter.
-        FileExistsError: If the directory holds a VeRA adapter.
+        ValueError: If the adapter holds NaN or inf, or does not fit the model. Also if `rank` or `format` is invalid,
+            or if llama.cpp can't load the adapter.
+        FileExistsError: If the directory already contains a VeRA adapter.
 
     Example:
         >>> import tempfile
@@ -99,13 +102,15 @@ def export_lora(
     check_adapter(params, frozen, config)
     rank = config.r if rank is None else rank
     if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= config.r:
-        raise ValueError(f"rank must be in 1 ... {config.r}, the rank of the adapter, got {rank}.")
+        raise ValueError(f"rank must be an integer from 1 to {config.r}, the rank of the adapter, got {rank!r}.")
     model = unwrap(model)
     factors, error = lora_factors(params, frozen, model, rank)
     own = own_parameters(params)
     if format == "gguf":
         if own:
-            raise ValueError(f"llama.cpp loads no trained heads or biases, such as {own[0]!r}: merge the adapter.")
+            raise ValueError(
+                f"llama.cpp does not support trained heads or biases, such as {own[0]!r}: merge the adapter."
+            )
         if config.use_dora:
             raise ValueError("llama.cpp does not support DoRA and would ignore the magnitudes: merge the adapter.")
         path = Path(path)
@@ -131,13 +136,13 @@ def export_lora(
 def lora_factors(
     params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], model: nn.Module, rank: int
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
-    """Return A' (rank, in) and B' (out, rank) of each adapted layer, and the relative error of each layer.
+    """Return the LoRA factors A' (rank, in), B' (out, rank) and the relative truncation error, by layer name.
 
     Args:
         params: Params of a single adapter.
         frozen: The projections.
         model: The base model.
-        rank: Rank of the result.
+        rank: Rank of the LoRA.
 
     Raises:
         ValueError: If the adapter does not fit the model, or a factor overflows.
@@ -152,7 +157,8 @@ def lora_factors(
     layers = adapted_layers(model, params)
     widest = max((linear_sizes(model.get_submodule(name)) or (0, 0))[0] for name in layers)
     if frozen["vera_A"].shape[1] < widest:
-        raise ValueError(f"vera_A {tuple(frozen['vera_A'].shape)} is too narrow: a layer has {widest} inputs.")
+        shape = tuple(frozen["vera_A"].shape)
+        raise ValueError(f"vera_A must have at least {widest} columns, the inputs of the widest layer, got {shape}.")
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     error: dict[str, float] = {}
     for name, vectors in layers.items():
@@ -165,7 +171,7 @@ def lora_factors(
         if rank < len(lora_A):
             lora_A, lora_B, error[name] = truncate(lora_A, lora_B, rank)
         if not (lora_A.isfinite().all() and lora_B.isfinite().all()):
-            raise ValueError(f"the LoRA of {name!r} overflows {lora_A.dtype}; nothing was written.")
+            raise ValueError(f"the LoRA factors of {name!r} overflow {lora_A.dtype}; nothing was written.")
         factors[name] = lora_A, lora_B
     return factors, error
 
@@ -173,7 +179,7 @@ def lora_factors(
 def _write_peft(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     old = folder / CONFIG
     if old.is_file() and re.search(r'"peft_type":\s*"D?VERA"', old.read_text(errors="replace")):
-        raise FileExistsError(f"{folder} holds a VeRA adapter, which the LoRA would replace: choose another folder.")
+        raise FileExistsError(f"{folder} contains a VeRA adapter, which the LoRA would replace: choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     cpu = {f"base_model.model.{key}": t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     text, data = json.dumps(fields, indent=2, sort_keys=True), save(cpu, {"format": "pt"})
@@ -186,7 +192,7 @@ def _write_peft(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, T
 
 
 def _short_targets(layers: list[str], model: nn.Module) -> list[str] | str:
-    """Return the last parts of the layers' names, as servers expect, or `exact_targets` if other names end in these."""
+    """Return `target_modules`: short names such as "q_proj", or exact names if the short names match other modules."""
     ends = sorted({split_key(name)[1] for name in layers})
     if not all(ends):  # the model itself is the layer
         return layers
@@ -219,12 +225,12 @@ def _lora_config(config: VeraConfig, rank: int, targets: list[str], model: nn.Mo
 
 
 def truncate(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return the best approximation B'A' of BA with a smaller rank, and its relative error ‖BA - B'A'‖ / ‖BA‖.
+    """Return A', B' of the best approximation B'A' of BA of the given rank, and the error ‖BA - B'A'‖ / ‖BA‖.
 
     Args:
         lora_A: A, of shape (r, in).
         lora_B: B, of shape (out, r).
-        rank: Rank of the result.
+        rank: Rank of the approximation.
 
     Example:
         >>> A, B = torch.eye(2, 3), torch.diag(torch.tensor([3.0, 4.0]))

@@ -1,8 +1,7 @@
-"""Make the adapted model an `nn.Module` for transformers' Trainer, which then saves adapters.
+"""Convert an adapted model to an `nn.Module` that transformers' Trainer can train and save as an adapter.
 
-The example is a complete run over a model that transformers loads in 4 bits. The checkpoints are adapter directories,
-which `load_adapter` and PEFT read. An interrupted run resumes from the last checkpoint, and the best checkpoint is
-loaded at the end:
+The script below fine-tunes a 4-bit model. Each checkpoint is an adapter directory, which `load_adapter` and PEFT read.
+If the script was interrupted, it resumes from the last checkpoint. At the end, Trainer loads the best checkpoint.
 
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization)
@@ -47,19 +46,19 @@ _QUANTIZED_ATTRIBUTES = (
 def to_module(adapted: Adapted) -> nn.Module:
     """Return the adapted model as an `nn.Module` of the model's class, whose trainable parameters are the params.
 
-    Use the result with APIs that require a module: `Trainer`, activation checkpointing (not supported by `torch.func`),
-    or a `torch.optim` optimizer. The module shares memory with the base model. The trainable parameters are copies of
-    the params; `{k: p for k, p in module.named_parameters() if p.requires_grad}` returns them under the keys of
-    `params`.
+    Use the module with APIs that require an `nn.Module`: transformers' Trainer, `torch.optim` optimizers, or activation
+    checkpointing, which `torch.func` does not support. The frozen weights share memory with the base model. The
+    trainable parameters are copies of the params; to read them under the keys of `params`, use
+    `{k: p for k, p in module.named_parameters() if p.requires_grad}`.
 
-    Two methods of a transformers model are replaced. `save_pretrained` calls `save_adapter`, so Trainer's checkpoints
-    are also adapter directories. `num_parameters` includes the quantized weights.
+    If the model is from transformers, `save_pretrained` of the module calls `save_adapter`, so Trainer's checkpoints
+    are adapter directories. `num_parameters` of the module counts quantized weights with their unpacked size.
 
     Args:
-        adapted: From `adapt` or `load_adapter`, with the params of a single adapter.
+        adapted: The result of `adapt` or `load_adapter`, with the params of a single adapter.
 
     Raises:
-        ValueError: If the params do not fit the model, or are stacked.
+        ValueError: If the params are stacked or do not fit the model.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -84,7 +83,7 @@ class SavePretrained:
     """The method `module.save_pretrained(folder)`, which writes the adapter in PEFT's format.
 
     Attributes:
-        module: From `to_module`.
+        module: The module from `to_module`.
         config: Configuration of the adapter.
         keys: Keys of the adapter's params.
     """
@@ -101,17 +100,17 @@ class SavePretrained:
         push_to_hub: bool = False,
         **ignored: Any,
     ) -> None:
-        """Write the adapter; the signature is that of `PreTrainedModel.save_pretrained`.
+        """Write the adapter to a folder. The signature is that of `PreTrainedModel.save_pretrained`.
 
         Args:
             save_directory: The folder to write.
             is_main_process: If False, nothing is written.
-            state_dict: Values to write in place of the module's parameters.
+            state_dict: Values to write instead of the module's current parameters, by name.
             push_to_hub: Not supported; call `module.push_to_hub(name)`.
-            ignored: Options for the files of a full model, such as their maximal size.
+            ignored: Options that apply only to full models, such as `max_shard_size`.
         """
         if push_to_hub:
-            raise ValueError("save_pretrained does not upload: call module.push_to_hub(repository).")
+            raise ValueError("save_pretrained does not support push_to_hub=True: call module.push_to_hub(repository).")
         if not is_main_process:
             return
         own = state_dict or {}
@@ -127,10 +126,10 @@ class SavePretrained:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class NumParameters:
-    """The method `module.num_parameters()`, for which a packed 4-bit weight counts with its unpacked size.
+    """The method `module.num_parameters()`, which counts a packed 4-bit weight with its unpacked size.
 
     Attributes:
-        module: From `to_module`.
+        module: The module from `to_module`.
     """
 
     module: Any
@@ -143,7 +142,7 @@ class NumParameters:
 
 
 def _expect_only_the_adapter(module: Any, incompatible: Any) -> None:
-    """Accept a state dict that contains only the adapter: do not report parameters of the base as missing."""
+    """Do not report frozen parameters as missing if the loaded state dict contains exactly the adapter."""
     frozen = module.state_dict().keys() - {*module.save_pretrained.keys}
     if {*incompatible.missing_keys} == frozen:
         incompatible.missing_keys.clear()

@@ -1,7 +1,9 @@
 """Convert the VeRA adapter of a `peft.PeftModel` in memory.
 
-adapted = from_peft(peft_model)        # from PEFT to vera_func
-save_adapter(path, *adapted[1:])       # and back: PeftModel.from_pretrained(model, path)
+The conversion from PEFT, and back:
+
+    adapted = from_peft(peft_model)
+    save_adapter(path, *adapted[1:])  # then PeftModel.from_pretrained(model, path)
 """
 
 import dataclasses
@@ -31,19 +33,16 @@ def from_peft(
     int8_activations: bool = False,
     product_dtype: torch.dtype | None = None,
 ) -> Adapted:
-    """Return the adapter of a `peft.PeftModel` in memory, and its base model as a pure function.
+    """Return the adapter of a `peft.PeftModel` in memory, and the base model as a pure function.
 
-    The result is the same, bit for bit, as saving the adapter in PEFT and loading it with
-    `load_adapter(..., dtype=None)`. The vectors, projections and trained parameters are copies, so training the PEFT
-    model further does not change them. All other parameters are shared with the PEFT model, as in `adapt`. The base
-    keeps the training mode of the PEFT model.
-
-    PEFT trains biases in place, in the base model. These biases are in `params`, and the base has their trained values
-    as well.
+    Saving the adapter in PEFT and loading it with `load_adapter(..., dtype=None)` would give the same values, bit for
+    bit. The vectors, projections and trained parameters are copies, so training the PEFT model further does not change
+    the result. All other parameters share memory with the PEFT model. The base model keeps the training mode of the
+    PEFT model. PEFT trains biases in place, so trained biases are in `params` and also in the base model.
 
     Args:
-        peft_model: A `PeftModel` with a VeRA adapter. It is not modified. Wrappers of `torch.compile`, `DataParallel`
-            and `DistributedDataParallel` are removed.
+        peft_model: A `PeftModel` with a VeRA adapter, which is not modified. The `PeftModel` may be wrapped by
+            `torch.compile`, `DataParallel` or `DistributedDataParallel`.
         adapter_name: Name of the adapter. None means the active adapter.
         int8_activations: See `adapt`.
         product_dtype: See `adapt`.
@@ -52,9 +51,9 @@ def from_peft(
         `(apply, params, frozen, config)`, as from `adapt`, with the dtypes and devices of the PEFT model.
 
     Raises:
-        ValueError: If the model is not a `PeftModel`, or has no VeRA adapter of this name. Also if an adapter is
-            merged, if several adapters are active and none is named, or if the adapter holds NaN or can't be
-            represented as params.
+        ValueError: If `peft_model` is not a `PeftModel`, or has no VeRA adapter of the given name. Also if an adapter
+            is merged into the base, if several adapters are active and `adapter_name` is None, or if the adapter holds
+            NaN or inf or uses PEFT features that `params` can't represent.
 
     Example:
         >>> import peft
@@ -75,7 +74,8 @@ def from_peft(
     if merged:
         raise ValueError(
             f"the PeftModel has merged the adapters {sorted(merged)} into its base. Call peft_model.unmerge_adapter() "
-            "first, or load the base again: over a quantized or 16-bit base, unmerging does not restore the weights."
+            "first. If the base is quantized or 16-bit, load the base again instead, because unmerging does not "
+            "restore its weights exactly."
         )
     layers = {path: layer for path, layer in layers.items() if name in layer.vera_lambda_d}
     config = _config(live.peft_config[name], base, tuple(layers), name)
@@ -93,7 +93,7 @@ def from_peft(
 
 
 def _named_adapter(peft_model: Any, adapter_name: str | None) -> tuple[Any, str]:
-    """Return the `PeftModel` without wrappers, and the name of the adapter."""
+    """Return the `PeftModel` without wrappers, and the name of the adapter to convert."""
     while isinstance(peft_model, nn.Module) and (below := private.wrapped_module(peft_model)) is not None:
         peft_model = below
     peft: Any = sys.modules.get("peft")  # if PEFT was not imported, there is no PeftModel
@@ -113,12 +113,12 @@ def _named_adapter(peft_model: Any, adapter_name: str | None) -> tuple[Any, str]
         raise ValueError(f"the PeftModel has no adapter {name!r}: adapter_name must be one of {sorted(configs)}.")
     if configs[name].peft_type != "VERA":
         kind = getattr(configs[name].peft_type, "value", configs[name].peft_type)
-        raise ValueError(f"the adapter {name!r} of the PeftModel is {kind}; only VERA is supported.")
+        raise ValueError(f"the adapter {name!r} of the PeftModel has the peft_type {kind}; only VERA is supported.")
     return peft_model, name
 
 
 def _without_peft(root: nn.Module, name: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """Return the base model and two dicts by name: its adapted layers, and the modules that are trained in full."""
+    """Return the base model, and two dicts by module name: PEFT's VeRA layers, and the trained `modules_to_save`."""
     vera, utils = import_module("peft.tuners.vera"), import_module("peft.utils")
 
     def inside(module: Any) -> nn.Module | None:
@@ -133,7 +133,7 @@ def _without_peft(root: nn.Module, name: str) -> tuple[nn.Module, dict[str, Any]
     other = next((path for path, m in base.named_modules() if isinstance(m, utils.AuxiliaryTrainingWrapper)), None)
     if other is not None:
         kind = type(base.get_submodule(other)).__name__
-        raise ValueError(f"{other!r} is a {kind} of PEFT, which has no counterpart here.")
+        raise ValueError(f"{other!r} is wrapped by PEFT's {kind}, which vera_func does not support.")
     base = unwrap(base)  # raises an error if layers of another PEFT method are left
     paths = {id(module): path for path, module in base.named_modules()}
     placed = {paths[key]: wrapper for wrapper in wrappers if (key := id(replaced[id(wrapper)])) in paths}
@@ -148,8 +148,8 @@ def _without_peft(root: nn.Module, name: str) -> tuple[nn.Module, dict[str, Any]
         changed = [leaf for leaf, buffer in head.named_buffers() if not torch.equal(buffer, original[leaf])]
         if changed:
             raise ValueError(
-                f"PEFT has updated the buffer {changed[0]!r} of {path!r} in modules_to_save, such as batch statistics. "
-                "Only parameters can be part of an adapter."
+                f"PEFT has updated the buffer {changed[0]!r} of {path!r}, which is one of the modules_to_save. An "
+                "adapter can store trained parameters, but not buffers such as batch statistics."
             )
     return base, layers, heads
 
@@ -168,7 +168,8 @@ def _config(peft_config: Any, base: nn.Module, targets: tuple[str, ...], name: s
         if {*names} == {*targets}:
             return with_origin(config, base)
     raise ValueError(
-        f"no target_modules match exactly the adapted layers of {name!r}: {sorted(targets)[:3]} and others."
+        f"the adapter {name!r} can't be converted: no target_modules match exactly its adapted layers, such as "
+        f"{sorted(targets)[:3]}."
     )
 
 
@@ -177,14 +178,15 @@ def _projections(layers: Mapping[str, Any], name: str, r: int) -> dict[str, Tens
     frozen = {"vera_A": layer.vera_A[name], "vera_B": layer.vera_B[name]}
     if frozen["vera_A"].shape[0] != r:
         raise ValueError(
-            f"{name!r} has rank {r}, but in this PeftModel it shares projections of rank {frozen['vera_A'].shape[0]} "
-            "with another adapter, so PEFT can't run it. Load it into a separate PeftModel."
+            f"the adapter {name!r} has rank {r}, but this PeftModel has projections of rank "
+            f"{frozen['vera_A'].shape[0]} from another adapter. Load the adapter into a separate PeftModel."
         )
     for path, other in others:
         pair = (other.vera_A[name], other.vera_B[name])
         if not all(a is b or torch.equal(a, b) for a, b in zip(frozen.values(), pair, strict=True)):
             raise ValueError(
-                f"{first!r} and {path!r} have different projections, but all layers of VeRA share one pair."
+                f"the layers {first!r} and {path!r} have different projections, but all layers of an adapter must "
+                "share vera_A and vera_B."
             )
     return {key: _copy(key, tensor) for key, tensor in frozen.items()}
 
@@ -212,7 +214,7 @@ def _params(
 
 def _copy(key: str, value: Tensor) -> Tensor:
     if value.is_meta:
-        raise ValueError(f"{key!r} of the PeftModel is on the meta device and has no data; load the adapter first.")
+        raise ValueError(f"{key!r} of the PeftModel is on the meta device and has no data: load the adapter first.")
     if not value.isfinite().all():
         raise ValueError(f"{key!r} of the PeftModel holds NaN or inf; the adapter is invalid.")
     return value.detach().clone()

@@ -1,4 +1,4 @@
-"""Convert the names of an adapter's tensors in PEFT's files to keys of `params`, and back."""
+"""Convert tensor names in PEFT's files to keys of `params`, and back."""
 
 from ..core.keys import MAGNITUDE, VECTORS, join_key, split_key
 
@@ -7,7 +7,7 @@ _PREFIX = "base_model.model."
 
 
 def key_to_peft(key: str, layers: set[str]) -> str:
-    """Return the name in PEFT's files for a key of `params`; `layers` are the adapted layers.
+    """Return the tensor name in PEFT's files for a key of `params`. `layers` are the names of the adapted layers.
 
     Example:
         >>> key_to_peft("q.lambda_b", {"q"}), key_to_peft("q.bias", {"q"})
@@ -22,7 +22,7 @@ def key_to_peft(key: str, layers: set[str]) -> str:
 
 
 def key_from_peft(name: str) -> str | None:
-    """Return the key of `params` for a tensor's name in PEFT's files, or None for a projection or an unknown name.
+    """Return the key of `params` for a tensor name in PEFT's files, or None for a projection or an unknown name.
 
     Example:
         >>> key_from_peft("base_model.model.q.vera_lambda_b"), key_from_peft("base_model.model.q.base_layer.bias")
@@ -39,5 +39,5 @@ def key_from_peft(name: str) -> str | None:
 
 
 def is_copy(name: str) -> bool:
-    """Whether PEFT ignores this tensor of a file. With bias="all", PEFT writes the bias of a head three times."""
+    """Return whether a tensor name is a copy that PEFT ignores. With bias="all", PEFT writes a head's bias 3 times."""
     return ".modules_to_save." in name or ".original_module." in name

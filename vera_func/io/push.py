@@ -26,16 +26,16 @@ def push_adapter(
 ) -> str:
     """Push an adapter directory to a repository of the Hugging Face hub, in one commit.
 
-    `load_adapter(repository, model)` loads the result. The repository is created if it does not exist. Only the files
-    of the adapter are pushed: its configuration, its weights, its model card, and the metadata that the command line
-    writes. If the directory has no card, a card is written and pushed.
+    `load_adapter(repository, model)` loads the pushed adapter. The repository is created if it does not exist. Only
+    `adapter_config.json`, `adapter_model.safetensors`, the model card `README.md`, and `vera_func.json` from the
+    command line are pushed. If the directory has no model card, a card is generated.
 
     Args:
-        path: A directory as written by `save_adapter` or PEFT. It is not modified.
-        repository: `"user/repo"`. The access token is taken from `hf auth login` or `HF_TOKEN`.
+        path: A directory as written by `save_adapter` or PEFT. The directory is not modified.
+        repository: `"user/repo"`. The access token is that of `hf auth login` or `HF_TOKEN`.
         revision: Branch to push to, created if it does not exist. None means the main branch.
         subfolder: Folder in the repository. None means its root.
-        private: Whether a new repository is private. None means the default of the account.
+        private: Whether a new repository is private. None means the account's default.
         message: Commit message.
 
     Returns:

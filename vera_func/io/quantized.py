@@ -7,9 +7,9 @@ The file contains every parameter and buffer of the model, so the file can be lo
         skeleton = AutoModelForCausalLM.from_config(config)
     model = load_quantized("model.safetensors", skeleton)
 
-The format is safetensors. A quantized layer is stored as the tensors of its value, `{name}.packed`, `{name}.absmax` and
-so on; other parameters and buffers are stored under their names. The metadata contains the static fields of the
-quantized values as JSON, and the additional names of tied parameters.
+The format is safetensors. A quantized weight is stored as several tensors, such as `{layer}.packed` and
+`{layer}.absmax`; other parameters and buffers are stored under their names. The metadata contains, as JSON, the fields
+of the quantized weights that are not tensors, such as the block size, and the additional names of tied parameters.
 """
 
 import json
@@ -52,7 +52,7 @@ def save_quantized(path: str | os.PathLike[str], model: nn.Module) -> Path:
         The path.
 
     Raises:
-        ValueError: If no layer is quantized, or weights are offloaded.
+        ValueError: If the model has no quantized layer, or if weights are offloaded.
         OSError: If the file can't be written. An existing file is then kept.
 
     Example:
@@ -96,19 +96,20 @@ def save_quantized(path: str | os.PathLike[str], model: nn.Module) -> Path:
 
 
 def load_quantized(path: str | os.PathLike[str], model: Model) -> Model:
-    """Return a copy of `model` with exactly the parameters and buffers of a file from `save_quantized`.
+    """Return a copy of `model` with the parameters and buffers of a file from `save_quantized`, bit for bit.
 
-    Nothing is quantized again. The file is memory-mapped, so dense weights are read on first use. The file, and not
-    `model`, determines which layers are quantized and which parameters are tied. Each parameter is placed on the device
-    of the corresponding parameter of `model`, or on the CPU if that device is the meta device.
+    The file is memory-mapped, so dense weights are read on first use. The file, and not `model`, determines which
+    layers are quantized. Parameters that are tied in the file are tied in the copy. Each parameter is loaded to the
+    device of the same parameter of `model`, or to the CPU if that device is the meta device. The copy keeps the
+    training mode and the `requires_grad` flags of `model`.
 
     Args:
         path: The file.
-        model: A model of the same architecture. It is not modified, and it may be on the meta device: create it under
-            `with torch.device("meta")`. The copy has the training mode and the `requires_grad` flags of `model`.
+        model: A model of the same architecture, which is not modified. To save memory, create the model on the meta
+            device, under `with torch.device("meta")`.
 
     Raises:
-        ValueError: If the file is damaged or belongs to another model. The message names the file and the key.
+        ValueError: If the file is damaged or belongs to another model. The message names the file and the tensor.
         OSError: If the file can't be read.
 
     Example:
@@ -131,9 +132,9 @@ def load_quantized(path: str | os.PathLike[str], model: Model) -> Model:
     for name, q in values.items():
         sizes = linear_sizes(modules[name]) if name in modules else None
         if sizes != q.shape[::-1]:
-            actual = "has no such linear layer" if sizes is None else f"has shape {sizes[::-1]} there"
+            needed = "has no such linear layer" if sizes is None else f"needs shape {sizes[::-1]}"
             raise ValueError(
-                f"{path}: the layer {name!r} has shape {q.shape}, but the {type(model).__name__} {actual}."
+                f"{path}: the layer {name!r} has shape {q.shape}, but the {type(model).__name__} {needed}."
             )
     memo = _replacements(path, model, tensors, _aliases(path, metadata), set(values))
 
@@ -151,8 +152,8 @@ def load_quantized(path: str | os.PathLike[str], model: Model) -> Model:
         for key, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_meta:
                 raise ValueError(
-                    f"{join_key(name, key)!r} of the {type(model).__name__} is on the meta device, but is neither a "
-                    "parameter nor a buffer, so the file does not contain it: create the model without "
+                    f"{join_key(name, key)!r} of the {type(model).__name__} is on the meta device and is neither a "
+                    "parameter nor a buffer, so the file has no value for this tensor: create the model without "
                     "torch.device('meta')."
                 )
     if hasattr(new, "save_pretrained"):
@@ -194,7 +195,7 @@ def _aliases(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
 def _replacements(
     path: Path, model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], quantized: set[str]
 ) -> dict[int, Any]:
-    """Return a memo for `copy_tree`: the replacement of each parameter and buffer of the model, by the old one's id."""
+    """Return a memo for `copy_tree`: a dict from the id of each parameter and buffer of the model to its new value."""
     memo: dict[int, Any] = {}
     source: dict[int, str] = {}
     loaded: dict[str, Tensor] = {}
@@ -205,14 +206,18 @@ def _replacements(
             if id(old) in weights:
                 continue
             if isinstance(old, nn.Parameter) or old.is_meta:
-                raise ValueError(f"{path} lacks {name!r} {tuple(old.shape)} of the {type(model).__name__}.")
+                needed = f"of shape {tuple(old.shape)}, which the {type(model).__name__} needs"
+                raise ValueError(f"{path} lacks {name!r} {needed}.")
             memo[id(old)] = old
             continue
         new = tensors[key]
         if new.shape != old.shape:
-            raise ValueError(f"{path}: {name!r} has shape {tuple(new.shape)}, but {tuple(old.shape)} in the model.")
+            raise ValueError(f"{path}: {name!r} has shape {tuple(new.shape)}, but the model needs {tuple(old.shape)}.")
         if source.setdefault(id(old), key) != key:
-            raise ValueError(f"{path}: {source[id(old)]!r} and {key!r} differ, but they are tied in the model.")
+            raise ValueError(
+                f"{path}: {source[id(old)]!r} and {key!r} are stored separately, but are tied in the model: pass a "
+                "model in which they are not tied."
+            )
         if key not in loaded:
             new = new if old.is_meta else new.to(old.device)
             if isinstance(old, nn.Parameter):
@@ -220,7 +225,7 @@ def _replacements(
             loaded[key] = new
         memo[id(old)] = loaded[key]
     if unknown := sorted(tensors.keys() - loaded.keys()):
-        raise ValueError(f"{path} has {unknown[0]!r}, which the {type(model).__name__} does not have.")
+        raise ValueError(f"{path} has {unknown[0]!r}, but the {type(model).__name__} has no such parameter or buffer.")
     return memo
 
 
@@ -231,7 +236,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU. If some share storage, they are cloned: safetensors does not support sharing."""
+    """Return the tensors on the CPU. Tensors that share storage are cloned, because safetensors rejects them."""
     seen = set()
     own = {}
     for name, tensor in tensors.items():
@@ -250,7 +255,8 @@ def _to_json(value: Any) -> Any:
 
 def _from_json(key: str, value: Any) -> Any:
     if key in ("dtype", "compute_dtype") and value is not None:
-        value = getattr(torch, str(value), None)
-        if not isinstance(value, torch.dtype):
-            raise ValueError(f"{key} must be the name of a dtype.")
+        dtype = getattr(torch, str(value), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{key} must be the name of a dtype, such as 'bfloat16', got {value!r}.")
+        return dtype
     return shape2(value) if key == "shape" else value

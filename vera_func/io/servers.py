@@ -1,15 +1,15 @@
 """Check which inference servers would refuse a LoRA directory, and why.
 
-The rules of each server, and the files of its source code that contain these rules (November 2026):
+The rules of each server, with the source files in which they are implemented (November 2026):
 
-- vLLM: `vllm/lora/peft_helper.py` refuses DoRA, `modules_to_save`, trained biases, and a rank above `max_lora_rank`,
-  which `vllm/config/lora.py` sets to 16 by default and limits to the values `VLLM_RANKS`; `vllm/lora/utils.py` refuses
-  tensors other than `lora_A` and `lora_B`. https://github.com/vllm-project/vllm
-- SGLang: `python/sglang/srt/lora/lora_manager.py` refuses DoRA; `lora.py` has no place for tensors other than `lora_A`
-  and `lora_B`. SGLang allocates memory for the adapters that it is started with. To load other adapters later, set
-  `--max-lora-rank` and `--lora-target-modules` so that they fit. https://github.com/sgl-project/sglang
-- llama.cpp: `convert_lora_to_gguf.py` and `src/llama-adapter.cpp` refuse tensors other than `lora_A` and `lora_B`,
-  which includes DoRA's magnitudes. https://github.com/ggml-org/llama.cpp
+- vLLM (https://github.com/vllm-project/vllm): `vllm/lora/peft_helper.py` refuses DoRA, `modules_to_save`, trained
+  biases, and ranks above `max_lora_rank`. In `vllm/config/lora.py`, `max_lora_rank` is 16 by default and may be set to
+  the values `VLLM_RANKS`. `vllm/lora/utils.py` refuses tensors other than `lora_A` and `lora_B`.
+- SGLang (https://github.com/sgl-project/sglang): `python/sglang/srt/lora/lora_manager.py` refuses DoRA. `lora.py`
+  supports only the tensors `lora_A` and `lora_B`. SGLang allocates memory for the adapters given at its start. To load
+  adapters later, start SGLang with a sufficient `--max-lora-rank` and all required `--lora-target-modules`.
+- llama.cpp (https://github.com/ggml-org/llama.cpp): `convert_lora_to_gguf.py` and `src/llama-adapter.cpp` refuse
+  tensors other than `lora_A` and `lora_B`, including DoRA's magnitudes.
 """
 
 import os
@@ -27,12 +27,12 @@ _FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 
 class Refusal(NamedTuple):
-    """A server's rule that a LoRA breaks.
+    """A reason why a server refuses a LoRA, and a remedy.
 
     Attributes:
         server: "vLLM", "SGLang" or "llama.cpp".
-        reason: The property of the LoRA that the server refuses.
-        repair: A way to serve the adapter that the server accepts.
+        reason: The property of the LoRA that the server does not support.
+        repair: What to do so that the server can run the adapter.
     """
 
     server: str
@@ -41,7 +41,7 @@ class Refusal(NamedTuple):
 
 
 def check_lora(path: str | os.PathLike[str]) -> list[Refusal]:
-    """Return the reasons why servers would refuse a PEFT LoRA directory, or an empty list if all servers would load it.
+    """Return the reasons why servers would refuse a PEFT LoRA directory. If every server would load it, return [].
 
     Args:
         path: A directory as written by `export_lora` or PEFT.
@@ -68,7 +68,7 @@ def check_lora(path: str | os.PathLike[str]) -> list[Refusal]:
 
 
 def refusals(fields: Mapping[str, Any], names: Collection[str]) -> list[Refusal]:
-    """Return the servers' rules that a LoRA breaks.
+    """Return the reasons why servers would refuse a LoRA, given its configuration and tensor names.
 
     Args:
         fields: The content of the LoRA's `adapter_config.json`.
@@ -103,7 +103,7 @@ def refusals(fields: Mapping[str, Any], names: Collection[str]) -> list[Refusal]
 
 
 def warning_text(found: Collection[Refusal]) -> str | None:
-    """Return a warning with one sentence for each reason, or None if nothing is refused.
+    """Return the text of a warning about the refusals, or None if there are none.
 
     Example:
         >>> warning_text(refusals({"r": 8, "use_dora": True}, []))
