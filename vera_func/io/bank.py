@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..core.keys import MARKS, PROJECTIONS, adapted_modules, own_parameters, split_key
-from ..model.adapt import Adapted, layer_options, make_apply
+from ..model.adapt import Adapted, make_apply
 from ..model.batch import num_adapters, stack_adapters
 from ..model.config import VeraConfig
 from ..model.targets import layer_device
@@ -105,8 +105,7 @@ class Bank:
             )
         targets.sort(key=list(modules).index)
         trained = own_parameters(params)
-        options = layer_options(self.config)
-        apply = make_apply(model, self.config.r, targets, trained, product_dtype=product_dtype, **options)
+        apply = make_apply(model, self.config, targets, trained, product_dtype=product_dtype)
         for key, value in params.items():
             if key not in apply.slots:
                 raise ValueError(f"{self.path} has {key!r}, but the adapted model has no such parameter.")

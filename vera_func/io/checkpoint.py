@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.keys import MAGNITUDE, adapted_modules, is_vector, split_key
 from ..core.shapes import require_float, require_product_dtype
-from ..model.adapt import Adapted, draw_projections, layer_options, make_apply
+from ..model.adapt import Adapted, draw_projections, make_apply
 from ..model.apply import Apply
 from ..model.config import VeraConfig
 from ..model.targets import layer_device, linear_sizes, resolve, trained_with
@@ -164,8 +164,9 @@ def load_adapter(
     try:
         targets, config = resolve(model, config, strict=False)
         trained = trained_with(model, config, targets)
-        options: Any = {**layer_options(config), "int8_activations": int8_activations}
-        apply = make_apply(model, config.r, targets, trained, product_dtype=product_dtype, **options)
+        apply = make_apply(
+            model, config, targets, trained, int8_activations=int8_activations, product_dtype=product_dtype
+        )
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG} does not fit this model: {error}") from error
     params, projections = _split_tensors(file, tensors, apply, ignore_unknown)

@@ -82,10 +82,9 @@ def from_peft(
     frozen = _projections(layers, name, config.r)
     apply = make_apply(
         base,
-        config.r,
+        config,
         tuple(layers),
         trained_with(base, config, tuple(layers)),
-        vera_dropout=config.vera_dropout,
         int8_activations=int8_activations,
         product_dtype=product_dtype,
     )

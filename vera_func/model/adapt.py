@@ -109,15 +109,7 @@ def adapt(
         raise ValueError("init_weights=False draws random vectors: pass adapt(..., generator=torch.Generator()).")
     frozen = draw_projections(model, config, targets, dtype=dtype)
     trained = trained_with(model, config, targets)
-    apply = make_apply(
-        model,
-        config.r,
-        targets,
-        trained,
-        **layer_options(config),
-        int8_activations=int8_activations,
-        product_dtype=product_dtype,
-    )
+    apply = make_apply(model, config, targets, trained, int8_activations=int8_activations, product_dtype=product_dtype)
     params = {}
     for name in targets:
         layer = model.get_submodule(name)
@@ -215,13 +207,10 @@ def draw_projections(
 
 def make_apply(
     model: nn.Module,
-    r: int,
+    config: VeraConfig,
     targets: Sequence[str],
     trained: Sequence[str] = (),
     *,
-    vera_dropout: float = 0.0,
-    use_dora: bool = False,
-    differentiate_norm: bool = False,
     int8_activations: bool = False,
     product_dtype: torch.dtype | None = None,
 ) -> Apply:
@@ -229,12 +218,9 @@ def make_apply(
 
     Args:
         model: The base model.
-        r: Rank of the projections.
+        config: Its `r`, `vera_dropout`, `use_dora` and `differentiate_norm` are used.
         targets: Names of the modules to adapt.
         trained: Names of the model's own parameters that `params` must contain. Their values may have an axis of rows.
-        vera_dropout: Dropout probability used by `Apply.with_dropout`.
-        use_dora: Whether the layers are DVoRA layers.
-        differentiate_norm: Whether to differentiate through the norms of DVoRA.
         int8_activations: See `quantized_linear`.
         product_dtype: See `vera_forward`.
 
@@ -242,14 +228,14 @@ def make_apply(
         ValueError: If a target cannot be adapted, or if the targets are on several devices.
 
     Example:
-        >>> make_apply(nn.Sequential(nn.Linear(8, 6)), 4, ["0"])
+        >>> make_apply(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4), ["0"])
         Apply(Sequential, 1 adapted layers)
     """
     require_one_device(model, targets, trained)
     modules = dict(model.named_modules())
     owners = {split_key(name)[0] for name in trained}
     memo: dict[int, Any] = {id(p): frozen_alias(p) for p in model.parameters()}
-    projections = _placeholders(modules, r, targets, product_dtype)
+    projections = _placeholders(modules, config.r, targets, product_dtype)
     slots: dict[str, Slot] = {}
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
@@ -260,13 +246,20 @@ def make_apply(
             layer: Any = copy_base_layer(module, memo, int8_activations=int8_activations)
         else:
             layer = copy_module(module, memo)
-        if use_dora and private.offload_hook(module) is not None and layer.weight.is_meta:
+        if config.use_dora and private.offload_hook(module) is not None and layer.weight.is_meta:
             raise ValueError(no_data_error(name, "adapt with use_dora=True"))
-        pair = projections.vera_A, projections.vera_B
-        dora: Any = {"use_dora": use_dora, "differentiate_norm": differentiate_norm}
-        layer = layer_class(layer)(layer, "default", *pair, r, vera_dropout, **dora)
+        layer = layer_class(layer)(
+            layer,
+            "default",
+            projections.vera_A,
+            projections.vera_B,
+            config.r,
+            config.vera_dropout,
+            use_dora=config.use_dora,
+            differentiate_norm=config.differentiate_norm,
+        )
         layer.projections = projections
-        slots.update(_vector_slots(name, layer.out_features, r, use_dora))
+        slots.update(_vector_slots(name, layer.out_features, config))
         return layer
 
     tree = copy_tree(model, replace, memo)
@@ -302,20 +295,14 @@ def _placeholders(
     return Projections(A, B, product_dtype)
 
 
-def layer_options(config: VeraConfig) -> dict[str, Any]:
-    """Return the options of `make_apply` that a configuration determines."""
-    names = ("vera_dropout", "use_dora", "differentiate_norm")
-    return {name: getattr(config, name) for name in names}
-
-
-def _vector_slots(name: str, out_features: int, r: int, use_dora: bool) -> dict[str, Slot]:
+def _vector_slots(name: str, out_features: int, config: VeraConfig) -> dict[str, Slot]:
     """Return the slots of the vectors of one layer."""
     sizes: list[tuple[str, str, tuple[int, ...], bool]] = [  # key, name in the layer, shape, whether it is required
         ("lambda_b", "lambda_b", (out_features,), True),
-        ("lambda_d", "lambda_d", (r,), True),
+        ("lambda_d", "lambda_d", (config.r,), True),
         (MIXTURE, MIXTURE, (), False),
     ]
-    for scale in SCALES if use_dora else ():
+    for scale in SCALES if config.use_dora else ():
         sizes.append((scale, scale, (out_features,), False))
         sizes.append((join_key(scale, BASE_SHARE), "scale_share", (), False))
     return {

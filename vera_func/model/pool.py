@@ -68,22 +68,25 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
             if value.shape != adapted.apply.slots[key].shape:
                 raise ValueError(f"{key!r} of adapter {i} is stacked; pool single adapters (unstack_adapters).")
     frozen, offsets = _stack_projections([adapted.frozen for adapted in adapters])
-    r = frozen["vera_A"].shape[0]
     order = [name for name, _ in model.named_modules()]
     targets = sorted({name for a in adapters for name in a.apply.targets}, key=order.index)
     own = {name for a in adapters for name in own_parameters(a.params)}
     trained = [name for name, _ in held_parameters(model) if name in own]
-    rates = {a.config.vera_dropout for a in adapters}
-    rate = rates.pop() if len(rates) == 1 else 0.0
     scale, differentiate = _common_scale(adapters)
-    apply = make_apply(
-        model,
-        r,
-        targets,
-        trained,
-        vera_dropout=rate,
+    rates = {a.config.vera_dropout for a in adapters}
+    config = VeraConfig(
+        r=frozen["vera_A"].shape[0],
+        target_modules=exact_targets(model, targets, VeraConfig()),
+        vera_dropout=rates.pop() if len(rates) == 1 else 0.0,
         use_dora=scale is not None,
         differentiate_norm=differentiate,
+        **_common_origin(adapters),
+    )
+    apply = make_apply(
+        model,
+        config,
+        targets,
+        trained,
         int8_activations=adapters[0].apply.int8_activations,
         product_dtype=adapters[0].apply.product_dtype,
     )
@@ -100,16 +103,18 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
         for name in trained:
             row[name] = adapted.params.get(name, model.get_parameter(name).detach())
         rows.append(row)
-    origin: dict[str, Any] = {}
-    for field in ("base_model_name_or_path", "revision", "auto_mapping"):
-        values = [getattr(adapted.config, field) for adapted in adapters]
-        origin[field] = values[0] if all(value == values[0] for value in values) else None
-    dora: Any = {"use_dora": scale is not None, "differentiate_norm": differentiate}
-    spelled = exact_targets(model, targets, VeraConfig())
-    config = VeraConfig(r=r, target_modules=spelled, vera_dropout=rate, save_projection=True, **dora, **origin)
     stacked = stack_adapters(rows)
     idle = {key for key, leaf in stacked.items() if split_key(key)[1] == BASE_SHARE and not leaf.any()}
     return Adapted(apply, {key: leaf for key, leaf in stacked.items() if key not in idle}, frozen, config)
+
+
+def _common_origin(adapters: Sequence[Adapted]) -> dict[str, Any]:
+    """Return the fields of the configuration that name the base, where all adapters agree."""
+    origin = {}
+    for field in ("base_model_name_or_path", "revision", "auto_mapping"):
+        values = [getattr(adapted.config, field) for adapted in adapters]
+        origin[field] = values[0] if all(value == values[0] for value in values) else None
+    return origin
 
 
 def _common_scale(adapters: Sequence[Adapted]) -> tuple[str | None, bool]:
