@@ -136,7 +136,7 @@ bad(
     "save_adapter",
     "another size",
     saved(DORA.params | {"0.magnitude": torch.ones(4)}),
-    r"must have shape \(5,\), as lambda_b has",
+    r"must have shape \(5,\), the shape of lambda_b",
 )
 bad("load_adapter", "no magnitude", damaged(drop=[f"{PREFIX}0.vera_magnitude"]), "lacks '0.magnitude'")
 bad(

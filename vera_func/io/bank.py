@@ -52,7 +52,7 @@ class Bank:
     def read(self, names: Sequence[str | int] | None = None) -> dict[str, Tensor]:
         """Return the stacked params of the given adapters, in the given order. No other adapters are read.
 
-        Consecutive rows are memory-mapped, not copied. Do not overwrite the file in place while such params are in use.
+        Consecutive rows are memory-mapped, not copied. Do not overwrite the file in place while the params are in use.
         Replacing the file, as this library does, is safe.
 
         Args:
@@ -147,12 +147,9 @@ def save_bank(
     Args:
         path: The file to write, usually with the suffix `.safetensors`.
         stacked: Stacked params, whose leaves have shape (n, ...).
-        frozen: The projections. A bank stores them even if `config.save_projection` is False.
+        frozen: The projections, which a bank stores even if `config.save_projection` is False.
         config: The configuration that `adapt` returned.
         names: Distinct names, one for each adapter.
-
-    Returns:
-        The path.
 
     Raises:
         ValueError: If names, params, projections and configuration are inconsistent, or if a value is NaN or inf. All
@@ -229,7 +226,7 @@ def append_to_bank(
 
     Args:
         path: The bank.
-        stacked: Stacked params with the same keys as in the bank. The leaves have shape (n, ...).
+        stacked: Stacked params with the keys of the bank. The leaves have shape (n, ...).
         names: Distinct names, one for each adapter.
         replace: Whether to replace adapters whose names are already in the bank.
 
@@ -283,8 +280,7 @@ def import_adapters(
         model: The base model of the adapters.
 
     Raises:
-        ValueError: If the adapters differ in projections, targets or shapes. To combine such adapters in memory, use
-            `pool_adapters`.
+        ValueError: If the adapters differ in projections, targets or shapes. `pool_adapters` combines such adapters.
 
     Example:
         >>> import tempfile
@@ -304,7 +300,7 @@ def import_adapters(
         if any(not torch.equal(adapted.frozen[k], first.frozen[k]) for k in PROJECTIONS):
             raise ValueError(
                 f"{folders[first_name]} and {folders[name]} have different projections, but a bank stores only one "
-                "pair. To combine such adapters in memory, use pool_adapters."
+                "pair. To combine adapters of different projections in memory, use pool_adapters."
             )
     stacked = stack_adapters([adapted.params for adapted in loaded.values()])
     save_bank(path, stacked, first.frozen, first.config, list(loaded))

@@ -56,8 +56,8 @@ def card_text(params: Mapping[str, Tensor], config: VeraConfig, metrics: Mapping
     r"""Return the text of an adapter's model card.
 
     If `config.base_model_name_or_path` is not a hub id `user/repo`, the metadata omit the base model, because the hub
-    rejects other names. The `library_name` is "peft", for which the hub shows how to load the adapter, or "vera_func"
-    for DVoRA, which PEFT does not support.
+    rejects other names. The `library_name` is "peft", so that the hub shows how to load the adapter. For DVoRA, which
+    PEFT does not support, the `library_name` is "vera_func".
 
     Args:
         params: Params of a single adapter.

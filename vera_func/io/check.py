@@ -53,7 +53,7 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
         if key_from_peft(name) != key or is_copy(name):
             raise ValueError(
                 f"{key!r} contains the name of a PEFT wrapper, so PEFT would ignore this tensor or load it as another "
-                "parameter. Name each parameter as in the base model without PEFT, like the params that adapt returns."
+                "parameter. Rename the key to the parameter's name in the base model without PEFT."
             )
         if leaf in MARKS:
             raise ValueError(
@@ -61,7 +61,7 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
             )
         if leaf == OUTPUT_SCALE:
             raise ValueError(
-                f"{key!r} was made by fold_magnitude, whose result can't be saved: save the original params."
+                f"{key!r} was made by fold_magnitude, whose result can't be saved: save the params from before folding."
             )
         if leaf == "lambda_d" and value.shape != (config.r,):
             raise ValueError(
@@ -109,4 +109,4 @@ def _check_magnitudes(params: Mapping[str, Tensor], config: VeraConfig) -> None:
         raise ValueError(f"config.use_dora is {config.use_dora}, but params {what} {odd[0]!r}.")
     for key, shape in wanted.items():
         if given[key] != shape:
-            raise ValueError(f"{key!r} must have shape {tuple(shape)}, as lambda_b has, got {tuple(given[key])}.")
+            raise ValueError(f"{key!r} must have shape {tuple(shape)}, the shape of lambda_b, got {tuple(given[key])}.")

@@ -2,7 +2,7 @@
 
 Adapters written by PEFT load here, and adapters written here load in PEFT, with identical values. Pickle files are not
 supported. Each file is written atomically. The weights file also contains the configuration. If a save was interrupted
-before it replaced `adapter_config.json`, `load_adapter` uses the configuration in the weights file.
+before `adapter_config.json` was replaced, `load_adapter` uses the configuration in the weights file.
 """
 
 import json
@@ -49,10 +49,9 @@ def save_adapter(
     Args:
         path: The directory to write, created if it does not exist.
         params: Params of a single adapter, with the keys that `adapt` returned.
-        frozen: The projections. They are written only if `config.save_projection` is True.
+        frozen: The projections, written only if `config.save_projection` is True.
         config: The configuration that `adapt` returned, with explicit target modules.
-        adapter_name: Name of the adapter. With any name but "default", the files are written to the sub-folder of that
-            name.
+        adapter_name: Name of the adapter. Any name but "default" is also the name of its sub-folder.
         card: Whether to write a model card, `README.md`, which describes the adapter and how to load it. An existing
             card is replaced.
         metrics: Evaluation results for the card, by name.
@@ -117,11 +116,10 @@ def load_adapter(
     configuration. If the weights of `model` are 16-bit, the drawn projections are rounded to 16 bits, as in PEFT.
 
     Args:
-        path: A directory, or a repository of the hub such as `"user/repo"`. A local path of the same name takes
-            precedence. The package huggingface_hub downloads repositories into a cache, which is also used offline.
+        path: A directory, or a repository of the hub such as `"user/repo"`. An existing local path takes precedence
+            over a repository of the same name. The package huggingface_hub caches repositories, also for offline use.
         model: The base model, which is not modified.
-        adapter_name: Name of the adapter. With any name but "default", the files are read from the sub-folder of that
-            name.
+        adapter_name: Name of the adapter. Any name but "default" is also the name of its sub-folder.
         revision: Branch, tag or commit of the repository. None means the main branch.
         subfolder: Folder of the adapter in the directory or repository.
         dtype: Dtype of the vectors and projections, and therefore of the adapter's arithmetic. The default, float32, is
@@ -194,7 +192,10 @@ def _split_tensors(
         if name.startswith("base_model.vera_"):
             projections[name.removeprefix("base_model.")] = tensor
         elif key is None and not ignore_unknown:
-            raise ValueError(f"{file} has the tensor {name!r}, which does not belong to a VeRA adapter.")
+            raise ValueError(
+                f"{file} has the tensor {name!r}, which does not belong to a VeRA adapter: to ignore the tensor, pass "
+                "ignore_unknown=True."
+            )
         elif not is_copy(name):
             params[key or name] = tensor
     # PEFT writes resized embeddings. If a head is tied to them, PEFT writes the values under both names.

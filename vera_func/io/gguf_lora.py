@@ -1,9 +1,9 @@
 """Write a LoRA as a GGUF adapter, the format of llama.cpp.
 
-llama.cpp's converter renames the layers of a model. For some architectures, the converter also permutes the rows of the
-query and key weights: a rotary embedding rotates pairs of rows, which are adjacent in llama.cpp and half a head apart
-in transformers. The rows of the LoRA factor B' (out, rank) must then be permuted in the same way. `ARCHITECTURES` lists
-the architectures whose row order is known and tested.
+The converter of llama.cpp renames the layers of a model. For some architectures, the converter also permutes the rows
+of the query and key weights. A rotary embedding rotates pairs of rows, which are adjacent in llama.cpp and half a head
+apart in transformers. The rows of the LoRA factor B' (out, rank) must be permuted like the rows of the weight.
+`ARCHITECTURES` lists the architectures whose row order is known and tested.
 """
 
 from collections.abc import Mapping

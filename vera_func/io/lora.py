@@ -3,8 +3,6 @@
 The factors of the LoRA give exactly the update ΔW = B' A' of the adapter:
 
     A' = lambda_d ∘ A,  B' = lambda_b ∘ B
-
-A DVoRA adapter becomes a LoRA with `use_dora=True`, whose `lora_magnitude_vector` is the adapter's magnitude.
 """
 
 import json
@@ -54,17 +52,17 @@ def export_lora(
     rank: int | None = None,
     format: str = "peft",
 ) -> LoraExport:
-    """Write an adapter as a LoRA for PEFT, vLLM, SGLang or llama.cpp. If `rank` is not below r, the LoRA is exact.
+    """Write an adapter as a LoRA for PEFT, vLLM, SGLang or llama.cpp. By default, the LoRA is exact.
 
     A DVoRA adapter becomes a LoRA with `use_dora=True`, which PEFT loads. The servers vLLM, SGLang and llama.cpp do not
     support `use_dora`: for these servers, merge a DVoRA adapter with `merge`.
 
-    If `rank` is below r, the LoRA is the truncated singular value decomposition of ΔW. The decomposition never
-    materializes ΔW: for each layer, it computes the QR decompositions of an (out, r) matrix and of an (in, r) matrix.
+    If `rank` is below `config.r`, the LoRA is the truncated singular value decomposition of ΔW. ΔW is not materialized:
+    the cost per layer is one QR decomposition of an (out, r) matrix and one of an (in, r) matrix.
 
     A warning names the servers that would refuse the LoRA directory, each with the reason and a remedy. For example,
     vLLM refuses ranks above 16 by default, and no server supports trained heads or biases.
-    `vera_func.io.servers.check_lora` checks any LoRA directory in the same way.
+    `vera_func.io.servers.check_lora` reports the refusals of any LoRA directory.
 
     Args:
         path: The directory to write, created if it does not exist. For GGUF, either a file name that ends in `.gguf`,
@@ -158,7 +156,9 @@ def lora_factors(
     widest = max((linear_sizes(model.get_submodule(name)) or (0, 0))[0] for name in layers)
     if frozen["vera_A"].shape[1] < widest:
         shape = tuple(frozen["vera_A"].shape)
-        raise ValueError(f"vera_A must have at least {widest} columns, the inputs of the widest layer, got {shape}.")
+        raise ValueError(
+            f"vera_A must have at least {widest} columns, the input size of the widest layer, got {shape}."
+        )
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     error: dict[str, float] = {}
     for name, vectors in layers.items():
@@ -225,7 +225,7 @@ def _lora_config(config: VeraConfig, rank: int, targets: list[str], model: nn.Mo
 
 
 def truncate(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return A', B' of the best approximation B'A' of BA of the given rank, and the error ‖BA - B'A'‖ / ‖BA‖.
+    """Return the best approximation of BA of the given rank as factors A', B', and the error ‖BA - B'A'‖ / ‖BA‖.
 
     Args:
         lora_A: A, of shape (r, in).

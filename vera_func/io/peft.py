@@ -37,8 +37,8 @@ def from_peft(
 
     Saving the adapter in PEFT and loading it with `load_adapter(..., dtype=None)` would give the same values, bit for
     bit. The vectors, projections and trained parameters are copies, so training the PEFT model further does not change
-    the result. All other parameters share memory with the PEFT model. The base model keeps the training mode of the
-    PEFT model. PEFT trains biases in place, so trained biases are in `params` and also in the base model.
+    the result. Parameters that are not trained share memory with the PEFT model. The base model keeps the training mode
+    of the PEFT model. PEFT trains biases in place, so trained biases are in `params` and also in the base model.
 
     Args:
         peft_model: A `PeftModel` with a VeRA adapter, which is not modified. The `PeftModel` may be wrapped by
@@ -52,8 +52,8 @@ def from_peft(
 
     Raises:
         ValueError: If `peft_model` is not a `PeftModel`, or has no VeRA adapter of the given name. Also if an adapter
-            is merged into the base, if several adapters are active and `adapter_name` is None, or if the adapter holds
-            NaN or inf or uses PEFT features that `params` can't represent.
+            is merged into the base, or if several adapters are active and `adapter_name` is None. Also if the adapter
+            holds NaN or inf, or uses PEFT features that `params` can't represent.
 
     Example:
         >>> import peft
@@ -75,7 +75,7 @@ def from_peft(
         raise ValueError(
             f"the PeftModel has merged the adapters {sorted(merged)} into its base. Call peft_model.unmerge_adapter() "
             "first. If the base is quantized or 16-bit, load the base again instead, because unmerging does not "
-            "restore its weights exactly."
+            "restore the weights exactly."
         )
     layers = {path: layer for path, layer in layers.items() if name in layer.vera_lambda_d}
     config = _config(live.peft_config[name], base, tuple(layers), name)

@@ -39,5 +39,5 @@ def key_from_peft(name: str) -> str | None:
 
 
 def is_copy(name: str) -> bool:
-    """Return whether a tensor name is a copy that PEFT ignores. With bias="all", PEFT writes a head's bias 3 times."""
+    """Return whether a tensor is a copy that PEFT ignores. With bias="all", PEFT writes a head's bias three times."""
     return ".modules_to_save." in name or ".original_module." in name

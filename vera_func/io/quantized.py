@@ -8,8 +8,9 @@ The file contains every parameter and buffer of the model, so the file can be lo
     model = load_quantized("model.safetensors", skeleton)
 
 The format is safetensors. A quantized weight is stored as several tensors, such as `{layer}.packed` and
-`{layer}.absmax`; other parameters and buffers are stored under their names. The metadata contains, as JSON, the fields
-of the quantized weights that are not tensors, such as the block size, and the additional names of tied parameters.
+`{layer}.absmax`; other parameters and buffers are stored under their names. The metadata contains two JSON
+objects: the static fields of each quantized weight, such as its block size, and the additional names of tied
+parameters.
 """
 
 import json

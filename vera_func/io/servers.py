@@ -3,11 +3,11 @@
 The rules of each server, with the source files in which they are implemented (November 2026):
 
 - vLLM (https://github.com/vllm-project/vllm): `vllm/lora/peft_helper.py` refuses DoRA, `modules_to_save`, trained
-  biases, and ranks above `max_lora_rank`. In `vllm/config/lora.py`, `max_lora_rank` is 16 by default and may be set to
-  the values `VLLM_RANKS`. `vllm/lora/utils.py` refuses tensors other than `lora_A` and `lora_B`.
-- SGLang (https://github.com/sgl-project/sglang): `python/sglang/srt/lora/lora_manager.py` refuses DoRA. `lora.py`
+  biases, and ranks above `max_lora_rank`. In `vllm/config/lora.py`, `max_lora_rank` is 16 by default and must be one of
+  `VLLM_RANKS`. `vllm/lora/utils.py` refuses tensors other than `lora_A` and `lora_B`.
+- SGLang (https://github.com/sgl-project/sglang): `python/sglang/srt/lora/lora_manager.py` refuses DoRA, and `lora.py`
   supports only the tensors `lora_A` and `lora_B`. SGLang allocates memory for the adapters given at its start. To load
-  adapters later, start SGLang with a sufficient `--max-lora-rank` and all required `--lora-target-modules`.
+  other adapters later, set a sufficient `--max-lora-rank` and all required `--lora-target-modules`.
 - llama.cpp (https://github.com/ggml-org/llama.cpp): `convert_lora_to_gguf.py` and `src/llama-adapter.cpp` refuse
   tensors other than `lora_A` and `lora_B`, including DoRA's magnitudes.
 """
@@ -41,7 +41,7 @@ class Refusal(NamedTuple):
 
 
 def check_lora(path: str | os.PathLike[str]) -> list[Refusal]:
-    """Return the reasons why servers would refuse a PEFT LoRA directory. If every server would load it, return [].
+    """Return the reasons why servers would refuse a PEFT LoRA directory. The list may be empty.
 
     Args:
         path: A directory as written by `export_lora` or PEFT.
