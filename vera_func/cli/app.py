@@ -1,7 +1,7 @@
-"""The typer application of `vera-func`: its commands, in the order of the help.
+"""The typer application of `vera-func`.
 
-Each command is a function whose signature and docstring define its options, help and completion. Heavy imports are
-inside of the functions, so that torch and transformers are not imported for help, completion or invalid arguments.
+Each command is a function, whose signature and docstring define the options and the help of the command. Commands
+import torch and transformers when they run, so that `--help`, completion and usage errors are fast.
 """
 
 from typing import Annotated
@@ -30,11 +30,11 @@ def vera_func(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """VeRA adapters over quantized language models.
+    """Train, evaluate, merge and export VeRA adapters of quantized language models.
 
-    Exit status 2: invalid arguments or input files; 1: environment failure
-    (network, missing package, I/O); 130: interrupted. Downloads are cached in
-    $VERA_FUNC_CACHE (default: ~/.cache/vera_func).
+    Exit status 0: success; 1: environment failure (network, missing package,
+    I/O); 2: invalid arguments or input files; 130: interrupted. Downloads are
+    cached in $VERA_FUNC_CACHE (default: ~/.cache/vera_func).
     """
 
 

@@ -11,22 +11,22 @@ from .groups import AdapterOptions, BaseOptions, dtype_of
 def merge(
     *,
     to: Annotated[o.Format, o.format_option("Format of the merged weights")],
-    out: Annotated[str, o.folder("Folder for the model and its tokenizer.")],
+    out: Annotated[str, o.folder("Folder for the merged model and its tokenizer.")],
     adapters: AdapterOptions,
     base: BaseOptions,
     calibrate: Annotated[
         bool,
-        o.option("--calibrate", help="Choose the 4-bit codes so that predictions on --data change least."),
+        o.option("--calibrate", help="Choose the 4-bit codes that change the predictions on --data least."),
     ] = False,
     data: o.ExamplesOrReviews = None,
     prompt: o.Prompt = None,
     json: o.Json = False,
 ) -> None:
-    """Merge an adapter into the weights of its model, and report the retained fraction of the update.
+    """Merge an adapter into the weights of its base model, and report how much of the update is retained.
 
-    Requantizing discards updates below half a quantization step; calibrated
-    (GPTQ-style) merging into nf4 or fp4 preserves them. Calibrate on at least
-    200 examples; without --data, the demo's training reviews are used.
+    Requantizing discards updates below half a quantization step. Calibrated
+    (GPTQ-style) merging into nf4 or fp4 preserves such updates. For calibration,
+    pass at least 200 examples with --data (default: the demo's training reviews).
 
     Example:
       vera-func merge --adapter vera-demo --to bfloat16 --out merged
@@ -40,7 +40,7 @@ def merge(
     from .report import COLUMNS, make_table, show_result
 
     if (data or prompt) and not calibrate:
-        raise ValueError("--data and --prompt require --calibrate.")
+        raise ValueError("--data and --prompt require --calibrate: pass --calibrate as well.")
     source = adapters.open(base.model, one=True)
     examples = None
     if calibrate:
@@ -59,18 +59,18 @@ def export_lora(
     adapters: AdapterOptions,
     base: BaseOptions,
     rank: Annotated[
-        int | None, o.number("--rank", help="Rank of the LoRA (default: r, which is exact; a lower rank truncates).")
+        int | None, o.number("--rank", help="Rank of the LoRA (default: the adapter's r, for which the LoRA is exact).")
     ] = None,
     format: Annotated[
-        Literal["peft", "gguf"], o.option("--format", help="Format of the LoRA; gguf is for llama.cpp.")
+        Literal["peft", "gguf"], o.option("--format", help="File format of the LoRA: peft, or gguf for llama.cpp.")
     ] = "peft",
     json: o.Json = False,
 ) -> None:
     """Export an adapter as a LoRA, for PEFT, vLLM, SGLang or llama.cpp.
 
-    The LoRA's factors are A' = lambda_d * A and B' = B scaled by lambda_b. The
-    LoRA is exact at the adapter's rank r; a lower --rank truncates it. Reports
-    which servers would refuse the LoRA, and why.
+    The factors of the LoRA are A' = diag(lambda_d) A and B' = diag(lambda_b) B.
+    The LoRA is exact unless --rank is lower than the adapter's r. The command
+    also reports which servers would refuse the LoRA, and why.
 
     Example:
       vera-func export-lora --adapter vera-demo --out my-lora
@@ -91,15 +91,18 @@ def inspect(
     quant: o.Quant = None,
     dtype: o.Dtype = None,
     device: o.Device = None,
-    to: Annotated[o.Format | None, o.format_option("Format to merge into (default: the model's)", o.MODEL)] = None,
+    to: Annotated[
+        o.Format | None, o.format_option("Format of the merged weights (default: the format of the model)", o.MODEL)
+    ] = None,
     r: o.Rank = 256,
     targets: o.Targets = None,
     json: o.Json = False,
 ) -> None:
-    """Show the contents of an adapter or a bank, or the layers of a model to adapt.
+    """Describe an adapter, an adapter bank, or a model folder.
 
-    With --model, the report on an adapter includes the size of its updates and
-    the fraction that a merge retains. --r and --targets are for model folders.
+    For an adapter, --model adds the size of the update, and the fraction of the
+    update that a merge retains. For a model folder, the command lists the layers
+    that a new adapter with --r and --targets would train.
 
     Example:
       vera-func inspect vera-demo
@@ -128,14 +131,16 @@ def inspect(
 def convert(
     *,
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="PEFT directories, or one adapter bank.")],
-    out: Annotated[str, o.option("--out", help="A new .safetensors file, or a folder.", metavar="PATH")],
+    out: Annotated[
+        str, o.option("--out", help="New .safetensors file, or folder for PEFT directories.", metavar="PATH")
+    ],
     name: o.Names = None,
     base: BaseOptions,
     json: o.Json = False,
 ) -> None:
     """Convert PEFT directories to an adapter bank, or a bank to PEFT directories.
 
-    A directory's name is the name of its adapter in the bank.
+    The name of a directory becomes the name of its adapter in the bank.
 
     Example:
       vera-func convert run-1 run-2 --out all.safetensors
@@ -155,10 +160,8 @@ def push(
         str | None, o.option("--revision", help="Branch to push to (default: the main branch).", metavar="NAME")
     ] = None,
     subfolder: Annotated[str | None, o.option("--subfolder", help="Folder in the repository.", metavar="DIR")] = None,
-    private: Annotated[bool, o.option("--private", help="Make a new repository private.")] = False,
-    message: Annotated[
-        str, o.option("--message", help="Message of the commit.", metavar="TEXT")
-    ] = "Upload a VeRA adapter",
+    private: Annotated[bool, o.option("--private", help="If the repository is new, make it private.")] = False,
+    message: Annotated[str, o.option("--message", help="Commit message.", metavar="TEXT")] = "Upload a VeRA adapter",
     json: o.Json = False,
 ) -> None:
     """Push an adapter to the Hugging Face hub, with a model card.

@@ -27,10 +27,10 @@ def demo(
     out: Annotated[str, o.folder("Folder for the adapter.")] = "vera-demo",
     json: o.Json = False,
 ) -> None:
-    """End-to-end example with a narrated log; --adapters N runs a sweep.
+    """Run an end-to-end example: train, save and load an adapter.
 
-    Quantizes a language model, trains an adapter that classifies texts, saves
-    it, and checks that the loaded adapter gives the same logits.
+    The command quantizes a language model, trains an adapter that classifies
+    texts, saves the adapter, and checks that loading restores the same logits.
 
     Example:
       vera-func demo
@@ -50,17 +50,19 @@ def train(
     options: TrainOptions,
     json: o.Json = False,
 ) -> None:
-    """Train an adapter and save it as a PEFT directory; save several as a bank.
+    """Train an adapter and save it as a PEFT directory, or train several adapters and save them as a bank.
 
-    The columns determine the kind of data: text and label (classification),
-    text (language modelling), prompt and completion, messages (chats), or
-    prompt, chosen and rejected (preferences). All rows are checked before a
-    model is loaded. A fifth of the rows, at most 1,000, is held out, and
-    measured before and after training. With labels: accuracy. With preferences:
-    loss and reward accuracy. Otherwise: loss and perplexity. Long texts are
-    split into rows of --max-length tokens. An interrupted run resumes from
-    OUT.training-<hash>, which is deleted on success. With several data sets or
-    betas, one run trains an adapter for each.
+    The columns of the data determine the kind of training: text and label
+    (classification), text (language modelling), prompt and completion, messages
+    (chats), or prompt, chosen and rejected (preferences). All rows are checked
+    before the model is loaded. Texts of more than --max-length tokens are split.
+
+    A fifth of the rows, at most 1,000, is held out. Before and after training,
+    the command measures the accuracy (labels), the loss and reward accuracy
+    (preferences), or the loss and perplexity (other data) on held-out rows.
+
+    One run trains an adapter for each data set and each beta. An interrupted run
+    resumes from the checkpoint OUT.training-<hash>, which is deleted on success.
 
     Example:
       vera-func train --data reviews.csv --model ./my-model --out my-adapter
@@ -82,22 +84,23 @@ def evaluate(
     data: o.RowsOrReviews = None,
     prompt: o.Prompt = None,
     max_length: o.MaxLengthOfRows = None,
-    limit: Annotated[int | None, o.number("--limit", help="Use the first N rows only.", panel=o.DATA)] = None,
+    limit: Annotated[int | None, o.number("--limit", help="Evaluate on the first N rows only.", panel=o.DATA)] = None,
     chunk: o.Chunk = 8,
     batch_size: o.BatchSize = 32,
     ray: o.Ray = None,
     out: o.Table = None,
     json: o.Json = False,
 ) -> None:
-    """Measure one adapter, every adapter of a bank, or the base model.
+    """Evaluate one adapter, all adapters of a bank, or the base model.
 
-    With labels: accuracy and loss. With texts, completions or chats: loss and
-    perplexity. With preferences: loss, reward accuracy and reward margin, where
-    the rewards of the reference itself are 0. All rows of --data are used;
-    without --data, the demo's held-out reviews. To compare the base model with
-    an adapter, use the --max-length and --prompt of the adapter for both. Under
-    torchrun, adapters or batches are sharded across ranks. With --ray, adapters
-    are sharded across the nodes of a Ray cluster.
+    The command measures the accuracy and loss for labels, the loss and
+    perplexity for texts, completions and chats, and the loss, reward accuracy
+    and reward margin for preferences. Rewards are relative to the reference.
+
+    Without --adapter and --bank, the base model is evaluated. To compare the base
+    model with an adapter, evaluate the base model with the --max-length and
+    --prompt of the adapter's training. Under torchrun, adapters or batches are
+    sharded across ranks. With --ray, adapters are sharded across a Ray cluster.
 
     Example:
       vera-func evaluate --bank vera-demo/bank.safetensors --out table.csv
@@ -128,7 +131,8 @@ def evaluate(
 def predict(
     *,
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="TEXT", help="Texts (default: --data, or the lines of stdin).")
+        list[str] | None,
+        typer.Argument(metavar="TEXT", help="Texts to classify (default: --data, or the lines of stdin)."),
     ] = None,
     adapters: AdapterOptions,
     base: BaseOptions,
@@ -140,11 +144,11 @@ def predict(
     out: o.Table = None,
     json: o.Json = False,
 ) -> None:
-    """Predict the label of each text, and its probability.
+    """Predict the label of each text, with the probability of the label.
 
-    The prediction is the argmax over the labels' first tokens (generate uses
-    the full vocabulary). Prompts of more than 256 tokens are truncated at the
-    end of the text.
+    The predicted label is the label with the most probable first token; other
+    tokens are ignored. In prompts that exceed the maximum length of the training
+    (default: 256 tokens), the text is truncated at the end.
 
     Example:
       vera-func predict --adapter vera-demo 'A joy to watch.' 'Too long.'
@@ -155,7 +159,7 @@ def predict(
     from .report import check_table_path, show_rows
 
     if texts and data:
-        raise ValueError("give texts or --data, not both.")
+        raise ValueError("got texts and --data: pass texts or --data, not both.")
     source = adapters.open(base.model)
     if out:
         check_table_path(out)  # fails before the work, not after it
@@ -169,25 +173,25 @@ def generate(
     *,
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PROMPT", help=r"Prompts, with \n for a line break (default: the lines of stdin)."),
+        typer.Argument(metavar="PROMPT", help=r"Prompts; write \n for a line break (default: the lines of stdin)."),
     ] = None,
     adapters: AdapterOptions,
     base: BaseOptions,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--no-chat", help="Apply the chat template (default: if trained on chats)."),
+        typer.Option("--chat/--no-chat", help="Apply the chat template (default: only if trained on chats)."),
     ] = None,
     max_new_tokens: Annotated[int, o.number("--max-new-tokens", help="Maximum number of tokens to generate.")] = 40,
     temperature: Annotated[
-        float | None, o.number("--temperature", help="Sample at this temperature (default: greedy).", kind=float)
+        float | None, o.number("--temperature", help="Sampling temperature (default: greedy decoding).", kind=float)
     ] = None,
-    seed: Annotated[int, o.option("--seed", help="Seed of the samples.", metavar="N", parser=int)] = 0,
-    batch_size: Annotated[int, o.number("--batch-size", help="Prompts per forward pass.")] = 16,
+    seed: Annotated[int, o.option("--seed", help="Seed for sampling.", metavar="N", parser=int)] = 0,
+    batch_size: Annotated[int, o.number("--batch-size", help="Number of prompts per forward pass.")] = 16,
     json: o.Json = False,
 ) -> None:
-    """Continue prompts with one adapter, or with an adapter of a bank for each prompt.
+    """Continue prompts, with one adapter for all prompts or one adapter of a bank per prompt.
 
-    With several adapters, the i-th prompt gets the i-th --name.
+    If --name is repeated, the i-th --name is the adapter for the i-th prompt.
 
     Example:
       vera-func generate --adapter vera-demo 'Review: A joy.\\nSentiment:'
