@@ -95,7 +95,7 @@ def test_what_is_refused(run, bank, reviews, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(on_ray, "world_size", lambda: 2)
         status, _, err = run(*line, "auto")
-        assert (status, err.split(": ")[1]) == (2, "Ray and torchrun both shard adapters")
+        assert (status, err.split(": ")[1]) == (2, "got --ray under torchrun, but Ray shards the adapters itself")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "ray", None)
         assert run(*line, "auto")[::2] == (1, 'vera-func: ray is not installed: pip install "vera-func[ray]"\n')

@@ -1,4 +1,4 @@
-"""Checkpoints, from which an interrupted run resumes."""
+"""Names of the checkpoint files from which an interrupted training run resumes."""
 
 import glob
 import hashlib
@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 def checkpoint_path(out: Path, *run: object) -> Path:
-    """The path of a run's checkpoint; its name is a hash of the options and the data.
+    """The path of a run's checkpoint, `OUT.training-<hash>`, with a hash of the options and the data.
 
     Args:
-        out: Folder of the result.
-        *run: Options and data, with a `repr` that is the same in every process.
+        out: Output folder of the run.
+        *run: Options and data, whose `repr` must be the same in every process.
     """
     name = hashlib.sha256(repr(run).encode()).hexdigest()[:16]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -18,7 +18,7 @@ def checkpoint_path(out: Path, *run: object) -> Path:
 
 
 def delete_checkpoints(checkpoint: Path) -> None:
-    """Delete the checkpoints of a run, and temporary files of killed processes."""
+    """Delete all checkpoint files of a run, including the temporary files of killed processes."""
     name = glob.escape(checkpoint.name)
     for file in (*checkpoint.parent.glob(f"{name}*"), *checkpoint.parent.glob(f".{name}*")):
         file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Evaluate adapters, predict labels and generate texts with them, as functions that return rows."""
+"""Evaluate adapters, predict labels and generate texts. Each function returns a table, as one dict per row."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -28,19 +28,18 @@ def evaluate(
     batch_size: int = 32,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Accuracy and mean loss of each adapter on the same examples, one row per adapter.
+    """Accuracy and mean loss of each adapter on the same examples, as one dict per adapter.
 
-    Under torchrun, adapters are sharded across ranks in chunks, and each rank reads its own adapters only. If there are
-    fewer chunks than ranks, batches are sharded instead. Every rank returns all rows, which do not depend on the number
-    of ranks.
+    Under torchrun, chunks of adapters are sharded across ranks. If there are fewer chunks than ranks, batches of
+    examples are sharded instead. Every rank returns the same rows, for any number of ranks.
 
     Args:
         source: From `open_source`.
         base: From `base_of`.
         examples: Labelled examples.
-        prompt: Prompt template with `{text}`; None means the prompt used in training.
-        chunk: Adapters per forward pass, which has `chunk * batch_size` rows.
-        batch_size: Examples per forward pass.
+        prompt: Prompt template with `{text}`; None means the template used in training.
+        chunk: Number of adapters per forward pass.
+        batch_size: Number of examples per adapter and forward pass.
         progress: Whether to show progress bars.
 
     Raises:
@@ -61,7 +60,7 @@ def _evaluate(
     batch_size: int,
     progress: bool,
 ) -> list[dict[str, Any]]:
-    """`evaluate` for adapters with the same labels."""
+    """Evaluate adapters that share one set of labels."""
     task = task_of(source, base, {example.label for example in examples}, prompt)
     rows = encode_examples(base, task, examples)
     starts = range(0, len(source.names), chunk)
@@ -97,23 +96,18 @@ def predict(
     batch_size: int = 32,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Predicted label and its probability for each pair of adapter and text, one row per pair.
+    """Predict the label of each text with each adapter; return one dict per pair of adapter and text.
 
-    The prediction is the argmax over the labels' first tokens.
+    Probabilities are a softmax over the logits of the labels' first tokens. The most probable label is predicted.
 
     Args:
-        source: From `open_source`.
-        base: From `base_of`.
         texts: Texts to classify.
-        labels: Labels to use if the adapters' metadata has none.
-        prompt: Prompt template with `{text}`; None means the prompt used in training.
-        chunk: Adapters per forward pass.
-        batch_size: Texts per forward pass.
-        progress: Whether to show progress bars.
+        labels: Labels to choose from if the metadata of the adapters contains no labels.
+        source, base, prompt, chunk, batch_size, progress: As for `evaluate`.
 
     Raises:
-        ValueError: If `texts` is empty or has an empty text, if the labels are unknown, or if the adapters do not fit
-            the model.
+        ValueError: If `texts` is empty or contains an empty text, if neither the metadata nor `labels` gives at least
+            two labels, or if the adapters do not fit the model.
     """
     _check_texts("text", texts)
     options: dict[str, Any] = {"labels": labels, "prompt": prompt, "chunk": chunk, "batch_size": batch_size}
@@ -131,7 +125,7 @@ def _predict(
     batch_size: int,
     progress: bool,
 ) -> list[dict[str, Any]]:
-    """`predict` for adapters with the same labels."""
+    """Predict with adapters that share one set of labels."""
     task = task_of(source, base, labels, prompt)
     rows = encode_examples(base, task, [Example(text, task.labels[0], text) for text in texts])
     batches = batches_by_length(rows, batch_size, task.pad_id)
@@ -165,29 +159,29 @@ def generate(
     batch_size: int = 16,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Continue prompts, with one adapter for all prompts or one adapter per prompt; return one row per prompt.
+    """Generate a continuation of each prompt; return one dict per prompt.
 
     Args:
-        source: From `open_source`, with one name or as many as there are prompts.
+        source: One adapter for all prompts, or one adapter per prompt.
         base: From `base_of`.
         prompts: Texts to continue.
-        chat: Whether a prompt is a message of the user, to which the tokenizer's chat template is applied.
+        chat: Whether to apply the tokenizer's chat template, with each prompt as a message of the user.
         max_new_tokens: Maximum number of tokens to generate.
         temperature: Sampling temperature; 0 means greedy decoding.
         seed: Seed for sampling.
-        batch_size: Prompts per forward pass.
+        batch_size: Number of prompts per forward pass.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If `prompts` is empty or has an empty prompt. Also if there are several adapters, but not one for
-            each prompt.
+        ValueError: If `prompts` is empty or contains an empty prompt, or if the number of adapters is neither 1 nor the
+            number of prompts.
     """
     _check_texts("prompt", prompts)
     names = source.names * len(prompts) if len(source.names) == 1 else source.names
     if len(names) != len(prompts):
         raise ValueError(
-            f"{len(prompts)} prompts need one adapter, or one for each prompt, got {len(names)}: give one --name, or "
-            f"repeat --name in the order of the prompts, such as --name {names[0]}."
+            f"got {len(names)} adapters for {len(prompts)} prompts, expected one adapter, or one adapter per prompt: "
+            f"pass a single --name, such as --name {names[0]}, or one --name per prompt in the order of the prompts."
         )
     adapted, read = load_adapters(source, base.model)
     pad_id, eos_id = base.tokenizer.pad_token_id, base.tokenizer.eos_token_id
@@ -219,7 +213,7 @@ def generate(
 
 def _check_texts(kind: str, texts: Sequence[str]) -> None:
     if not texts:
-        raise ValueError(f"expected at least one {kind}, got none.")
+        raise ValueError(f"got no {kind}s, expected at least one {kind}: pass a {kind} as an argument or on stdin.")
     for i, text in enumerate(texts, 1):
         if not text.strip():
-            raise ValueError(f"{kind} {i} of {len(texts)} is empty: remove it.")
+            raise ValueError(f"{kind} {i} of {len(texts)} is empty: remove this {kind}.")

@@ -1,8 +1,7 @@
-"""The commands `demo` and `train`: train a VeRA adapter of a quantized language model, and measure its accuracy.
+"""Train a VeRA adapter of a quantized language model to classify texts, and measure the accuracy of the adapter.
 
-quantize -> adapt -> fit -> save as a PEFT directory -> load and compare the logits
-
-An interrupted run resumes from `OUT.training-<hash>`, which is deleted on success.
+The command `demo` calls this module, and so does `train` for a single data set with labels. An interrupted run resumes
+from the checkpoint `OUT.training-<hash>`, which is deleted on success.
 """
 
 import dataclasses
@@ -41,14 +40,14 @@ class DemoResult(NamedTuple):
 
     Attributes:
         before: Accuracy of the base model on the held-out examples.
-        after: Accuracy of the trained adapter; in a sweep, that of the best adapter.
+        after: Accuracy of the trained adapter on the held-out examples; in a sweep, accuracy of the best adapter.
         held_out: Number of held-out examples.
         trained: Number of trained parameters per adapter.
-        seconds: Duration of training; in a sweep, this includes validation.
-        difference: Largest absolute difference between the logits before saving and after loading.
-        out: Folder of the adapter.
-        bank: Adapter bank of a sweep.
-        sweep: One row per adapter of a sweep: its hyper-parameters, validation loss and validation accuracy.
+        seconds: Training time in seconds; in a sweep, including the time for validation.
+        difference: Largest absolute difference between the adapter's logits before saving and after loading.
+        out: Folder of the saved adapter.
+        bank: For a sweep, the path of the bank of all adapters.
+        sweep: For a sweep, the hyper-parameters, validation loss and validation accuracy of each adapter.
     """
 
     before: float
@@ -63,7 +62,7 @@ class DemoResult(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A trained adapter and its configuration; in a sweep, the best adapter and the result of the sweep."""
+    """The trained adapter and its configuration. After a sweep, the best adapter, and the results of all adapters."""
 
     params: dict[str, Tensor]
     config: VeraConfig
@@ -93,31 +92,29 @@ def demo(
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> DemoResult:
-    """Quantize a causal language model, train a VeRA adapter to classify texts, save it and load it again.
+    """Quantize a language model, train a VeRA adapter that classifies texts, save the adapter and load it again.
 
-    1,000 examples are held out; of fewer than 5,000 examples, a fifth is held out.
+    A fifth of the examples, at most 1,000, is held out.
 
     Args:
-        model: A folder or a hub id; None means SmolLM2-135M-Instruct from PyPI.
-        data: A CSV or JSONL file with text and label; None means rated snippets of movie reviews from PyPI.
-        quant: "nf4", "fp4", "int8" or "none"; None means the format of the stored model, or nf4 if the stored model is
-            dense.
+        model, quant, dtype, device: As for `load_base`.
+        data: Labelled examples, as for `read_examples`; None means rated snippets of movie reviews from PyPI.
         r: Rank of the projections.
         targets: Suffixes of the names of the layers to adapt; None means PEFT's default for the model type.
-        steps: Training steps; None means one epoch, but at least 50 and at most 100 steps.
-        adapters: Number of adapters to train. With more than one, a sweep is run; see `training`.
+        steps: Number of training steps.
+        adapters: Number of adapters to train. Several adapters are trained as a sweep; see the module `training`.
         out: Folder for the adapter, in PEFT's format, and for the bank of a sweep.
-        seed: Seed of the split, the order and the projections.
-        learning_rate: Initial value, with cosine decay; VeRA needs a large value. A sweep covers a quarter of this
-            value to twice this value.
-        batch_size: Examples per step.
-        parts: Micro-batches per step, sharded across ranks; None means 4 under torchrun, else 1.
-        dtype: Dtype of the dense weights and of the arithmetic; None means `native_dtype()`.
-        prompt: Prompt template with `{text}`, which the label follows.
-        device: Device of the model; see `find_device`.
-        epochs: Number of passes over the training examples, if `steps` is None.
-        recipe: Other options for training one adapter. The arguments `batch_size`, `parts` and `seed` take precedence.
-        max_length: Maximum number of tokens of a prompt; longer texts are truncated at the end.
+        seed: Seed of the held-out split, of the order of the examples, and of the projections.
+        learning_rate: Peak of the learning rate; VeRA needs a large value, such as 2e-2. A sweep tries learning rates
+            from a quarter of `learning_rate` to twice `learning_rate`.
+        batch_size: Number of examples per training step.
+        parts: Number of micro-batches per step; None means 4 under torchrun, else 1.
+        prompt: Prompt template that contains `{text}` and ends where the label begins.
+        epochs: Number of passes over the training examples. If `steps` and `epochs` are None, training takes one epoch,
+            but at least 50 and at most 100 steps.
+        recipe: Other options of training; the fields `batch_size`, `micro_batches` and `seed` are ignored. A sweep
+            supports only the option `dora`.
+        max_length: Maximum number of tokens of a prompt; the text of a longer prompt is truncated at the end.
         progress: Whether to show progress bars.
         say: Function that is called with each line of the log.
 
@@ -180,7 +177,7 @@ def _say_where(result: DemoResult, adapters: int, say: Callable[[str], None]) ->
 def _split(
     examples: Sequence[Example], adapters: int, batch_size: int, seed: int, source: str | Path | None
 ) -> list[list[Example]]:
-    """The training examples, the validation examples of a sweep, and the held-out examples."""
+    """Split examples into training examples, validation examples (none without a sweep) and held-out examples."""
     train, test = split_examples(examples, HELD_OUT, seed=seed, source=source)
     train, validation = (train, []) if adapters == 1 else split_examples(train, VALIDATION, seed=seed)
     if len(train) < batch_size:
@@ -193,14 +190,16 @@ def _split(
 
 
 def _checked(recipe: Recipe, of_run: Recipe, adapters: int) -> Recipe:
-    """The recipe with the batch size, micro-batches and seed of a run."""
+    """The recipe with the batch size, micro-batches and seed of `of_run`; raise if its options exclude each other."""
     recipe = recipe._replace(batch_size=of_run.batch_size, micro_batches=of_run.micro_batches, seed=of_run.seed)
     if adapters > 1 and recipe != of_run:
         given = [field for field in Recipe._fields if getattr(recipe, field) != getattr(of_run, field)]
         options = ", ".join(f"--{field.replace('_', '-')}" for field in given)
-        raise ValueError(f"--adapters starts a sweep, which does not support {options}: leave out one or the other.")
+        raise ValueError(
+            f"--adapters starts a sweep, which does not support {options}: leave out --adapters, or {options}."
+        )
     if recipe.checkpointing and recipe.dropout:
-        raise ValueError("--checkpointing can't be combined with --dropout: leave out one of them.")
+        raise ValueError("--checkpointing can't be combined with --dropout: leave out --checkpointing or --dropout.")
     return recipe
 
 
@@ -217,7 +216,7 @@ def _train(
     **options: Any,
 ) -> Trained:
     if world_size() > recipe.micro_batches:
-        say(f"{recipe.micro_batches} of {world_size()} ranks have work: pass --parts {world_size()}.")
+        say(f"Only {recipe.micro_batches} of {world_size()} ranks have a micro-batch: pass --parts {world_size()}.")
     if adapters == 1:
         params = train_one(adapted, task, train, validation, recipe, learning_rate=learning_rate, **options)
         return Trained(params, adapted.config)
@@ -230,14 +229,14 @@ def _train(
     found = train_sweep(adapted, task, sweep_grid(adapters, learning_rate), train, validation, **options)
     best = found.table[found.row]
     say(format_table(found.table))
-    say(f"Best: {best['name']}, which then trained alone, {batch_size} examples per step.")
+    say(f"Best: {best['name']}, which then trained alone with {batch_size} examples per step.")
     return Trained(found.best, dataclasses.replace(adapted.config, d_initial=best["d_initial"]), found)
 
 
 def _save_and_reload(
     out: Path, adapted: Adapted, trained: Trained, task: Task, batch: Batch, metadata: Metadata
 ) -> float:
-    """Save the adapter, and the bank of a sweep; return the largest change of the adapter's logits after loading."""
+    """Save the adapter (and the bank of a sweep), load the adapter, and return the largest change of its logits."""
     save_adapter(out, trained.params, adapted.frozen, trained.config)
     write_metadata(out, metadata)
     if trained.sweep is not None:
@@ -250,7 +249,7 @@ def _save_and_reload(
     difference = (got - expected).abs().max().item()
     if not difference <= 1e-3 * expected.abs().max().item():
         raise RuntimeError(
-            f"the logits of the adapter loaded from {out} differ from those of the trained adapter by up "
-            f"to {difference:.3g}: the file or the model has changed."
+            f"saving the adapter to {out} and loading it again changed the logits by up to {difference:.3g}: another "
+            "process may have changed the files; run the command again."
         )
     return difference

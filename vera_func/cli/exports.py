@@ -1,4 +1,4 @@
-"""Functions that merge or export an adapter, or convert between directories and banks; each returns a dict."""
+"""The work of the commands `merge`, `export-lora` and `convert`. Each function returns its report as a dict."""
 
 import os
 import warnings
@@ -38,27 +38,26 @@ def merge_to(
     prompt: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Merge one adapter into the base, save the model and tokenizer, and report the retained fraction of the update.
+    """Merge one adapter into the base model, and save the merged model and its tokenizer.
 
     Args:
-        source: From `open_source`, with one adapter.
-        base: From `base_of`, in the format on which the adapter was trained.
-        to: "nf4", "fp4", "int8", or the name of a dtype.
-        out: The folder to write.
-        calibrate: Examples for a calibrated merge. A quarter of them is held out to measure how many predictions the
-            merge preserves. None means a merge by rounding.
-        prompt: Prompt template for the examples of `calibrate`, with the placeholder `{text}`; None means the prompt
-            used in training.
+        source: The adapter.
+        base: The base model, in the format in which the adapter was trained.
+        to: Format of the merged weights: "nf4", "fp4", "int8", or the name of a dtype.
+        out: Folder for the merged model.
+        calibrate: Labelled examples for a calibrated merge; None means a merge by rounding. A quarter of `calibrate`
+            is held out, to measure how many predictions the merge leaves unchanged.
+        prompt: Prompt template with `{text}` for the examples of `calibrate`; None means the template used in training.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If the adapter does not fit the model, if `out` contains the base or an adapter, or if calibration
-            does not support the format.
+        ValueError: If the adapter does not fit the model, if `out` is a file, an adapter or the base model, or if
+            `calibrate` is given but `to` is not the base model's 4-bit format.
     """
     adapted, _ = load_adapters(source, base.model)
     out = Path(out)
     if out.is_file() or (out / CONFIG).is_file() or (out.is_dir() and out.resolve() == Path(base.name).resolve()):
-        raise ValueError(f"--out {out} is a file, the base model or an adapter: choose another folder.")
+        raise ValueError(f"--out {out} would overwrite a file, an adapter or the base model: choose another folder.")
     form = getattr(torch, to) if to in ("float32", "bfloat16", "float16") else to
     done: dict[str, Any] = {"out": str(out), "to": to, "model": base.name, "quant": base.quant}
     if calibrate is None:
@@ -69,7 +68,8 @@ def merge_to(
         if to != base.quant or to not in ("nf4", "fp4"):
             repair = f"pass --to {base.quant}" if base.quant in ("nf4", "fp4") else "leave out --calibrate"
             raise ValueError(
-                f"--calibrate requires the same 4-bit format before and after, got {base.quant} and {to}: {repair}."
+                f"got --to {to} for a base model in {base.quant}, but --calibrate keeps the format of the base model, "
+                f"which must be nf4 or fp4: {repair}."
             )
         task = task_of(source, base, {example.label for example in calibrate}, prompt)
         examples, others = split(calibrate, -(-len(calibrate) // 4), seed=0)
@@ -92,21 +92,21 @@ def merge_to(
 def lora_of(
     source: Source, base: Base, out: str | os.PathLike[str], rank: int | None = None, format: str = "peft"
 ) -> dict[str, Any]:
-    """Export one adapter as a LoRA; the export is exact unless the rank is lower than r.
+    """Export one adapter as a LoRA, which is exact unless `rank` is lower than the adapter's r.
 
     Args:
-        source: From `open_source`, with one adapter.
-        base: A model of the same architecture, in any format.
+        source: The adapter.
+        base: The base model of the adapter, in any quantization format.
         out: The directory or GGUF file to write.
         rank: Rank of the LoRA; None means the adapter's r.
-        format: "peft" or "gguf".
+        format: File format: "peft", or "gguf" for llama.cpp.
 
     Raises:
-        ValueError: If the adapter does not fit the model, or `out` is the adapter's directory.
+        ValueError: If the adapter does not fit the model, if `out` is the adapter's directory, or as for `export_lora`.
     """
     adapted, _ = load_adapters(source, base.model)
     if source.path is not None and Path(out).resolve() == source.path.resolve():
-        raise ValueError(f"--out {out} is the adapter itself: choose another folder.")
+        raise ValueError(f"--out {out} is the directory of the adapter itself: choose another folder.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # reported below
         path, error = export_lora(out, *adapted[1:], base.model, rank=rank, format=format)
@@ -119,7 +119,7 @@ def lora_of(
         "mean_error": mean,
         "advice": None
         if mean < 0.1
-        else f"The LoRA omits {percent(mean)} of the update: use a higher rank; rank r is exact.",
+        else f"The LoRA omits {percent(mean)} of the update: use a higher rank. Rank {adapted.config.r} is exact.",
         "servers": warning_text(check_lora(path)) if format == "peft" else None,
         "bytes": _size(path / WEIGHTS if format == "peft" else path),
     }
@@ -133,18 +133,18 @@ def convert(
     names: Sequence[str] | None = None,
     model: str | None = None,
 ) -> dict[str, Any]:
-    """Convert PEFT directories to an adapter bank, or a bank to PEFT directories, depending on the sources.
+    """Convert PEFT directories to an adapter bank, or an adapter bank to PEFT directories.
 
     Args:
-        sources: PEFT directories, whose names become the adapter names, or one bank.
-        out: A new `.safetensors` file, or a folder in which a sub-folder per adapter is created.
-        load: Function that loads the base model of the directories, given the `Source` of the first directory.
-        names: Adapters of the bank to convert; None means all.
-        model: Base model of the directories; None means the base model of the first directory.
+        sources: PEFT directories, or one bank. The name of a directory becomes the name of its adapter in the bank.
+        out: A new `.safetensors` file for the bank, or the parent folder of the PEFT directories.
+        load: Function that takes the `Source` of the first directory and returns the base model.
+        names: Names of the adapters in the bank to convert; None means all adapters.
+        model: Folder or hub id of the base model; None means the model that the first directory names.
 
     Raises:
-        ValueError: If the sources are mixed or do not fit together, if two sources have the same name, or if `out` does
-            not fit the sources.
+        ValueError: If `sources`, `out` and `names` do not fit together, or if the adapters can't share a bank (see
+            `import_adapters`).
         FileExistsError: If the bank already exists.
         FileNotFoundError: If a source does not exist.
     """
@@ -155,9 +155,11 @@ def convert(
     files = [source for source in sources if Path(source).is_file()]
     if files:
         if len(sources) > 1:
-            raise ValueError(f"{files[0]} is a bank: convert one bank at a time, or directories only.")
+            raise ValueError(
+                f"{files[0]} is a bank among {len(sources)} sources: convert one bank at a time, without other sources."
+            )
         if out.is_file():
-            raise ValueError(f"--out {out} is a file: a bank is converted to a folder of PEFT directories.")
+            raise ValueError(f"--out {out} is a file, but a bank is converted to PEFT directories: pass a folder.")
         source = open_source(bank=files[0], names=names)
         written = export_adapters(open_bank(files[0]), out, source.names)
         places = {name: i for i, name in enumerate(open_bank(files[0]).names)}
@@ -165,15 +167,18 @@ def convert(
             write_metadata(folder, split_metadata(source.metadata, places[name]))
         return {"out": str(out), "kind": "directories", "names": source.names, "paths": [str(path) for path in written]}
     if names:
-        raise ValueError("--name selects adapters of a bank, but the sources are directories: list those to convert.")
+        raise ValueError("--name selects adapters of a bank, but the sources are directories: leave out --name.")
     if out.suffix != ".safetensors":
-        raise ValueError(f"--out {out} must end in .safetensors: PEFT directories are converted to a bank.")
+        raise ValueError(
+            f"PEFT directories are converted to a bank, but --out {out} does not end in .safetensors: add the suffix."
+        )
     if out.exists():
-        raise FileExistsError(f"--out {out} exists: remove it or choose another name.")
+        raise FileExistsError(f"--out {out} already exists: remove {out}, or choose another name.")
     opened = {source: open_source(source, model=model) for source in sources}
     folders = {single.names[0]: source for source, single in opened.items()}
     if len(folders) < len(sources):
-        raise ValueError(f"adapters of a bank need distinct names, but the directories' names are {sorted(folders)}.")
+        all_names = [opened[source].names[0] for source in sources]
+        raise ValueError(f"the directories have the names {all_names}, but a bank needs distinct names: rename one.")
     first = next(iter(opened.values()))
     bank = import_adapters(out, folders, load(first).model)
     if (metadata := join_metadata([source.metadata for source in opened.values()])) is not None:
@@ -183,8 +188,8 @@ def convert(
 
 def _calibrated_advice(kept: Answers) -> str:
     return (
-        f"On {kept.texts} held-out examples, {percent(kept.same)} of the predictions are unchanged. The merge changes "
-        f"the labels' logits by {percent(kept.error, 1)} of the change that the adapter makes."
+        f"On {kept.texts} held-out examples, {percent(kept.same)} of the predictions are unchanged. The error of the "
+        f"labels' logits is {percent(kept.error, 1)} of the change that the adapter makes."
     )
 
 

@@ -1,7 +1,6 @@
-"""Groups of command-line options, each as one named tuple.
+"""Groups of command-line options, as named tuples.
 
-A command may have a parameter of such a type. `flatten` then gives the command one option for each field, and collects
-the values of these options in a tuple.
+If a parameter of a command has such a type, `flatten` replaces the parameter by one option per field of the tuple.
 """
 
 import inspect
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class BaseOptions(NamedTuple):
-    """Which base model to load, and how."""
+    """Options of the base model."""
 
     model: o.Model = None
     quant: o.Quant = None
@@ -28,21 +27,21 @@ class BaseOptions(NamedTuple):
     device: o.Device = None
 
     def load(self, source: "Source") -> "Base":
-        """Load the base model of `source`, which was opened with these options."""
+        """Load the base model that `source` names, with these options."""
         from ..data.sources import base_of
 
         return base_of(source, self.quant, dtype_of(self.dtype), self.device or "auto")
 
 
 class AdapterOptions(NamedTuple):
-    """Which adapters to use."""
+    """Options that select adapters."""
 
     adapter: o.Adapter = None
     bank: o.Bank = None
     name: o.Names = None
 
     def open(self, model: str | None, *, one: bool = False) -> "Source":
-        """Read the configuration and metadata of the adapters; if `model` is None, they name the model."""
+        """Read the adapters' configuration and metadata; `model` replaces the base model of the configuration."""
         from ..data.sources import open_source
 
         return open_source(self.adapter, self.bank, self.name, model, one=one)
@@ -88,10 +87,9 @@ def dtype_of(name: str | None) -> "torch.dtype | None":
 
 
 def flatten(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """A function with one parameter for each option of a command. It returns the call of the command, without making
-    it.
+    """Wrap a command for typer, with one parameter per option.
 
-    The call is made later, because typer would handle some of the errors that the command raises.
+    The wrapper returns a function that runs the command. If typer ran the command, it would catch exceptions.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {

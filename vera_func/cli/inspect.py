@@ -1,4 +1,4 @@
-"""Describe the contents of an adapter directory, an adapter bank or a model folder, as rows and dicts."""
+"""Describe adapter directories, adapter banks and model folders, as dicts and tables."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -35,22 +35,21 @@ def inspect_path(
     r: int = 256,
     targets: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Describe the contents of an adapter directory, an adapter bank or a model folder.
+    """Describe an adapter directory, an adapter bank or a model folder.
 
     Args:
         path: The directory, bank or folder.
-        model: Base model of an adapter; adds the size of the updates and the fraction that a merge retains.
-        quant: Format of the base; None means the format used in training.
-        dtype: Dtype of the base's arithmetic.
-        device: Device of the base.
-        to: Format of the merged weights; None means the format of the base.
-        names: Adapters of the bank; None means all. The report on a merge is for the first of them.
-        r: For a model folder, the rank of a new adapter.
-        targets: For a model folder, the layers of a new adapter; None means PEFT's default for the model type.
+        model: Base model of an adapter; adds the size of the update and the fraction that a merge retains.
+        quant: Quantization format of the base model; None means the format used in training.
+        dtype: Dtype of the base model's arithmetic.
+        device: Device of the base model.
+        to: Format of the merged weights; None means the format of the base model.
+        names: Names of adapters in the bank; None means all adapters. A merge of the first adapter is reported.
+        r, targets: For a model folder, the rank and the target modules of a new adapter; see `VeraConfig`.
 
     Raises:
-        ValueError: If the path is none of these, or if a file is damaged.
-        FileNotFoundError: If the path does not exist.
+        ValueError: If a file is damaged, or if an option does not apply to the path.
+        FileNotFoundError: If the path does not exist, or is a folder without an adapter or a model.
     """
     folder = Path(path)
     if not folder.exists():
@@ -58,9 +57,9 @@ def inspect_path(
     if folder.is_dir() and not (folder / CONFIG).is_file() and (folder / "config.json").is_file():
         return _inspect_model(folder, r, targets)
     if model is None and (to or quant or dtype):
-        raise ValueError("--to, --quant and --dtype describe a merge into a model: pass --model as well.")
+        raise ValueError("--to, --quant and --dtype have no effect without --model: pass --model as well.")
     if names and not folder.is_file():
-        raise ValueError(f"--name selects adapters of a bank, but {path} is a folder.")
+        raise ValueError(f"--name selects adapters of a bank, but {path} is a folder: leave out --name.")
     place: dict[str, Any] = {"bank": path, "names": names} if folder.is_file() else {"adapter": path}
     source = open_source(**place, model=model)
     found = _inspect_adapters(folder, source)
@@ -70,7 +69,7 @@ def inspect_path(
 
 
 def summarize_reports(modules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Average the merge reports by kind of layer, one row per kind; a kind is the last component of a layer's name.
+    """Average merge reports over the layers whose names have the same last component, such as `q_proj`.
 
     Example:
         >>> summarize_reports([{"module": "0.q", "kept": 0.5, "error": 1.0, "size": 0.25},
@@ -86,7 +85,7 @@ def summarize_reports(modules: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 
 
 def _inspect_adapters(path: Path, source: Source) -> dict[str, Any]:
-    """Describe the adapters that are stored in an adapter directory or a bank."""
+    """Describe the adapters in an adapter directory or a bank."""
     assert source.config is not None
     if path.is_file():
         bank = open_bank(path)
@@ -115,7 +114,7 @@ def _inspect_adapters(path: Path, source: Source) -> dict[str, Any]:
 
 
 def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Read an adapter directory without a model: the params as a stack of one, and the stored projections."""
+    """Read the stacked params (n = 1) and the stored projections of an adapter directory, without its model."""
     _, tensors = read_files(folder)
     projections = {key: value for key, value in tensors.items() if ".vera_A" in key or ".vera_B" in key}
     stacked = {key_from_peft(key) or key: value[None] for key, value in tensors.items() if key not in projections}
@@ -123,7 +122,7 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def _inspect_merge(source: Source, base: Base, to: str | None) -> dict[str, Any]:
-    """Describe what a merge of the first adapter retains."""
+    """Report how much of the first adapter's update a merge retains."""
     adapted, _ = load_adapters(source, base.model)
     form = getattr(torch, to) if to in ("float32", "bfloat16", "float16") else to
     reports = model_merge_report(adapted, form)
@@ -185,7 +184,7 @@ def _inspect_model(folder: Path, r: int, targets: Sequence[str] | None) -> dict[
 
 
 def _norms(stacked: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """One row per kind of adapted layer, with the number of layers and the norms of their vectors."""
+    """Number of layers, and norms of the adapter's vectors, for each last component of the layers' names."""
     # Sorted, since the order in a safetensors file is arbitrary.
     layers = sorted(adapted_modules(stacked))
     rows = []

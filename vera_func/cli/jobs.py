@@ -1,4 +1,4 @@
-"""The adapters of a run, each with its data set, beta, rows, number of steps and learning rate."""
+"""The adapters of a run, each with a name, data set, beta, rows, number of steps and learning rate."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ class Job(NamedTuple):
     """An adapter to train.
 
     Attributes:
-        name: Its name in the bank and the table.
-        data: Index of its data set.
-        train: Its training rows.
-        held_out: Its held-out rows.
-        steps: Its number of steps.
-        learning_rate: The peak of its learning rate.
-        num_rows: Number of its training rows before packing.
+        name: Name of the adapter in the bank and in tables.
+        data: Index of the data set.
+        train: Training rows.
+        held_out: Held-out rows.
+        steps: Number of training steps.
+        learning_rate: Peak of the learning rate.
+        num_rows: Number of training rows before packing.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Job(NamedTuple):
 
 
 def expand_sources(sources: Sequence[str], each: bool) -> list[str]:
-    """The data sets of `--data`; with `each`, every file (or sub-folder) of the folders is a separate data set.
+    """The data sets of `--data`. With `each`, every file or sub-folder of a folder is a separate data set.
 
     Raises:
         ValueError: If a folder has no data.
@@ -72,19 +72,19 @@ def make_jobs(
     betas: Sequence[float],
     pack_to: int | None = None,
 ) -> list[Job]:
-    """The adapters of a run: one for each data set; for preferences, one for each pair of a data set and a beta.
+    """The jobs of a run: one per data set, or for preferences, one per pair of a data set and a beta.
 
     Args:
         sets: The data sets.
-        rows: Their tokenized rows.
-        references: For preferences, the log-probabilities of the reference for these rows.
-        run: The options of the run.
-        betas: The betas of DPO, for preferences.
-        pack_to: Length to which training rows are packed; None means no packing.
+        rows: Tokenized rows of each data set.
+        references: For preferences, the reference's log-probabilities of the rows of each data set.
+        run: Options of the run.
+        betas: For preferences, the values of DPO's beta.
+        pack_to: Maximum number of tokens of a packed training row; None means no packing.
 
     Raises:
-        ValueError: If numbers of values do not match, if two names are equal, or if a data set is too small to be
-            split.
+        ValueError: If the length of `run.steps` or `run.learning_rates` is neither 1 nor the number of jobs, if two
+            jobs have the same name, or if a data set is too small to be split.
     """
     pairs = list(product(range(len(sets)), betas if rows[0].width == 2 else [None]))
     names = adapter_names([data.source for data in sets], pairs)
@@ -105,7 +105,7 @@ def make_jobs(
 
 
 def _split(groups: Tensor, seed: int, source: str) -> tuple[Tensor, Tensor]:
-    """Training and held-out rows. If all rows are parts of a single document, the end of this document is held out."""
+    """Split rows into training and held-out rows. If all rows are from one document, the last rows are held out."""
     held_out = min(HELD_OUT, -(-len(groups) // 5))
     if len(groups) > 1 and bool((groups == groups[0]).all()):
         first, last = torch.arange(len(groups)).split([len(groups) - held_out, held_out])
@@ -117,7 +117,7 @@ def _split(groups: Tensor, seed: int, source: str) -> tuple[Tensor, Tensor]:
 
 
 def num_steps(batches: int, steps: Sequence[int] | None, epochs: float | None, i: int, n: int) -> int:
-    """The number of steps of adapter `i` of `n`; `batches` is the number of batches in its rows.
+    """The number of training steps of adapter `i` of `n`, if an epoch has `batches` batches.
 
     Example:
         >>> num_steps(8, None, None, 0, 1), num_steps(8, None, 2.0, 0, 1), num_steps(8, [5, 6], None, 1, 2)
@@ -135,12 +135,13 @@ def value_of(option: str, values: Sequence[Any], i: int, n: int) -> Any:
         ValueError: If the number of values is neither 1 nor `n`.
     """
     if len(values) not in (1, n):
-        raise ValueError(f"{option} must have one value, or one for each of the {n} adapters, got {len(values)}.")
+        adapters, expected = ("1 adapter", "a single value") if n == 1 else (f"{n} adapters", f"1 or {n} values")
+        raise ValueError(f"{option} got {len(values)} values for {adapters}: pass {expected}.")
     return values[i if len(values) > 1 else 0]
 
 
 def adapter_names(sources: Sequence[str], pairs: Sequence[tuple[int, float | None]]) -> list[str]:
-    """A name for each pair of a data set and a beta: the file or folder, and the beta if there are several betas.
+    """Name each pair of a data set and a beta after the file or folder, the beta, or both, so that names differ.
 
     Raises:
         ValueError: If two pairs are equal.
@@ -157,5 +158,7 @@ def adapter_names(sources: Sequence[str], pairs: Sequence[tuple[int, float | Non
         parts = [stem] if len(sources) > 1 or not several else []
         names.append("-".join([*parts, *([f"beta{beta:g}"] if several else [])]))
     if len(set(names)) < len(names):
-        raise ValueError(f"adapters need distinct names, got {names}: give each data set and beta once.")
+        raise ValueError(
+            f"got adapters with the names {names}, expected distinct names: rename a data set, or pass each beta once."
+        )
     return names

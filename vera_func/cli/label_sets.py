@@ -1,7 +1,7 @@
-"""Training on several data sets with labels: one adapter for each, all in one run.
+"""Train one adapter for each of several data sets with labels, in one run.
 
-Each data set has its own labels. The logits of a batch are computed for the labels of all data sets. The loss of a row
-uses only the labels of its data set.
+The labels of the data sets may differ. Logits are computed for the labels of all data sets, but the loss of a row uses
+only the logits for the labels of the row's data set.
 """
 
 import time
@@ -42,13 +42,12 @@ from .report import bar
 
 
 def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) -> dict[str, Any]:
-    """Train an adapter for each data set with labels, and measure its accuracy on held-out examples before and after
-    training.
+    """Train an adapter for each data set with labels, and measure held-out accuracy before and after training.
 
     Args:
-        sources: The data sets.
-        run: The options of the run. A `max_length` of None means 256.
-        prompt: Prompt template with `{text}`, which the label follows.
+        sources: The data sets, each as for `read_examples`.
+        run: Options of the run. If `run.max_length` is None, prompts have at most 256 tokens.
+        prompt: Prompt template that contains `{text}` and ends where the label begins.
 
     Raises:
         ValueError: If an option or a row is invalid.
@@ -57,7 +56,7 @@ def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) 
     check_prompt(prompt)
     recipe, max_length = run.recipe, run.max_length or 256
     if recipe.checkpointing:
-        raise ValueError("--checkpointing supports one adapter: leave it out, or raise --accumulate.")
+        raise ValueError("--checkpointing supports one data set: to save memory, raise --accumulate instead.")
     out = output_folder(run.out)
     examples = [read_examples(source) for source in sources]
     labels = [sorted({example.label for example in some}) for some in examples]
@@ -118,7 +117,7 @@ def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) 
 
 
 def _unstacked(params: Params, n: int) -> list[Params]:
-    """The params of each of `n` adapters, from stacked params if `n` is above 1."""
+    """The params of each of `n` adapters; `params` is stacked if `n` is above 1."""
     return [params] if n == 1 else [*unstack_adapters(params)]
 
 
@@ -131,7 +130,7 @@ def _scores(
     map: Any,
     progress: Any = iter,
 ) -> list[Score]:
-    """The scores of adapters, each in its own task on its own rows."""
+    """Score each adapter on the held-out rows of its own task."""
     cases = progress(list(zip(tasks, params, held_out, strict=True)))
     return [score_of(adapted, task, own, rows, map=map) for task, own, rows in cases]
 
@@ -193,7 +192,7 @@ def _collate(
     step: int,
     number: int,
 ) -> dict[str, Any]:
-    """A micro-batch. Its weights make the losses of all micro-batches add up to each adapter's mean loss."""
+    """A micro-batch, whose weights make the average loss over all micro-batches equal to each adapter's mean loss."""
     weight = [scale / min(recipe.batch_size, len(rows[i])) for i, _ in items]
     batch: dict[str, Any] = collate([row for _, row in items], task.pad_id)
     more = {"adapter": torch.tensor([i for i, _ in items]), "weight": torch.tensor(weight)}

@@ -1,9 +1,7 @@
-"""Training on texts, completions, chats and preferences: one adapter, or one for each data set or beta.
+"""Train adapters on texts, completions, chats or preferences: one adapter for each data set and each beta.
 
-read and check all rows -> load the model -> tokenize -> split -> score -> train -> score -> save
-
-All adapters of a run train together; each takes batches of the rows of its data set. An interrupted run resumes from
-`OUT.training-<hash>`, which is deleted on success.
+A run checks all rows before it loads the model. Up to `--together` adapters train at once, each on batches of its own
+data set. An interrupted run resumes from the checkpoint `OUT.training-<hash>`, which is deleted on success.
 """
 
 import hashlib
@@ -46,20 +44,21 @@ def train_language(
     truncate_side: Side = "end",
     packing: bool = True,
 ) -> dict[str, Any]:
-    """Train adapters on data sets without labels, and measure them on held-out rows before and after training.
+    """Train adapters on data sets without labels, and measure the held-out loss before and after training.
 
     Args:
-        sources: The data sets, of one kind; one adapter is trained for each.
-        run: The options of the run. A `max_length` of None means 512, or the model's maximum if that is smaller.
-        betas: The betas of DPO, for preferences. One adapter is trained for each value and data set.
-        reference: For preferences: directory of an adapter, which is both the reference and the initial adapter. None
-            means that the base is the reference, and the initial adapter is new.
-        truncate_side: Which end of longer sequences is cut off.
-        packing: Whether texts are packed into training rows of `max_length` tokens, without attention between
-            documents.
+        sources: The data sets, each as for `open_dataset`; all must be of the same kind.
+        run: Options of the run. If `run.max_length` is None, sequences have at most 512 tokens, or the model's maximum
+            number of positions if this number is smaller.
+        betas: For preferences, the values of DPO's beta; None means 0.1. One adapter is trained for each pair of a data
+            set and a beta.
+        reference: For preferences, an adapter that is both the reference and the start of training. By default, the
+            base model is the reference, and training starts from a new adapter.
+        truncate_side: The side on which sequences above the maximum length are truncated: "end" or "start".
+        packing: Whether several texts share a training row, without attention between different texts.
 
     Returns:
-        A dict for the report. For one adapter, it contains the measurements; for several, `adapters` has one row each.
+        A dict of measurements. If there are several adapters, the entry `adapters` contains one dict per adapter.
 
     Raises:
         ValueError: If an option or a row is invalid.
@@ -70,9 +69,14 @@ def train_language(
     sets = [open_dataset(source) for source in sources]
     kind = _same_kind(sets)
     if kind != "preference" and (betas or reference):
-        raise ValueError("--beta and --reference require preferences, with the columns prompt, chosen, rejected.")
+        raise ValueError(
+            f"got data of the kind {kind!r}, but --beta and --reference require preferences (columns prompt, chosen "
+            "and rejected): leave out --beta and --reference."
+        )
     if reference and (recipe.dropout or recipe.dora or run.targets):
-        raise ValueError("--reference determines these options: leave out --targets, --dropout and --dora.")
+        raise ValueError(
+            "--reference determines the target layers, dropout and DVoRA: leave out --targets, --dropout and --dora."
+        )
     load = partial(load_base, run.model) if initial is None else partial(base_of, initial)
     base = load(run.quant, run.dtype, max_tokens=run.max_length or MAX_LENGTH, device=run.device)
     max_length = length_of(base, run.max_length)
@@ -83,7 +87,9 @@ def train_language(
     pack_to = max_length if packing and kind == "text" else None
     jobs = make_jobs(sets, rows, references, run, betas=betas or (BETA,), pack_to=pack_to)
     if recipe.checkpointing and (len(jobs) > 1 or recipe.dropout):
-        raise ValueError("--checkpointing supports one adapter without dropout: leave it out, or raise --accumulate.")
+        raise ValueError(
+            "--checkpointing supports one adapter without dropout: to save memory, raise --accumulate instead."
+        )
     jobs_of_run = [(job.name, job.steps, job.learning_rate, job.train.beta) for job in jobs]
     options = (recipe._replace(log=None), jobs_of_run, run.chunk)
     state = (base.name, base.quant, base.dtype, adapted.config, reference, max_length, truncate_side, packing)
@@ -115,7 +121,7 @@ def train_language(
 
 
 def _is_packable(base: Base, adapted: Adapted, max_length: int) -> bool:
-    """Whether the model keeps packed documents apart. If not, a warning is issued."""
+    """Whether the model can mask attention between packed documents; warn if the model can't."""
 
     def logits(**inputs: Tensor) -> Tensor:
         return adapted.apply(adapted.params, adapted.frozen, **inputs).logits
@@ -126,7 +132,7 @@ def _is_packable(base: Base, adapted: Adapted, max_length: int) -> bool:
     window = min((window for window in windows if window), default=None)
     if is_packable(logits, max_length, window=window, dtype=base.dtype, device=base.model.device):
         return True
-    why = "has recurrent layers, or takes no mask for it"
+    why = "has recurrent layers, or accepts no mask between documents"
     if window is not None and window < max_length:
         why = f"attends to {window} tokens only, fewer than --max-length"
     warnings.warn(f"the model {why}: documents are not packed into rows.", stacklevel=2)
@@ -134,7 +140,7 @@ def _is_packable(base: Base, adapted: Adapted, max_length: int) -> bool:
 
 
 def _initial_adapter(base: Base, reference: str | None, run: Run) -> Adapted:
-    """The adapter of the reference, or a new adapter."""
+    """The adapter from which training starts: the reference, or a new adapter."""
     if reference is not None:
         return load_adapter(reference, base.model, product_dtype=base.product_dtype)
     return new_adapter(base, run.r, run.targets, run.recipe)
@@ -143,22 +149,24 @@ def _initial_adapter(base: Base, reference: str | None, run: Run) -> Adapted:
 def _same_kind(sets: Sequence[DataSet]) -> str:
     for data in sets:
         if data.kind != "text" and len(data.rows) < 2:
-            raise ValueError(f"{data.source} has one row, but needs two, of which one is held out: add rows.")
+            raise ValueError(
+                f"{data.source} has one row, but needs at least two, because one row is held out: add rows."
+            )
         if data.kind != sets[0].kind:
             raise ValueError(
-                f"all data sets of a run must be of one kind, but {sets[0].source} has rows of the kind "
-                f"{sets[0].kind!r} and {data.source} of the kind {data.kind!r}."
+                f"{sets[0].source} has rows of the kind {sets[0].kind!r} and {data.source} rows of the kind "
+                f"{data.kind!r}, but all data sets of a run must be of one kind: use one run for each kind."
             )
     return sets[0].kind
 
 
 def _absolute(reference: str | None) -> str | None:
-    """The absolute path of a folder, or the unchanged name of an adapter of the hub."""
+    """Make the path of a folder absolute; a hub id is unchanged."""
     return str(Path(reference).resolve()) if reference is not None and Path(reference).exists() else reference
 
 
 def _references(base: Base, adapted: Adapted, rows: Sequence[TokenRows]) -> list[Tensor | None]:
-    """The log-probabilities of all rows of preferences under the reference, which is the initial adapter."""
+    """For preferences, the log-probabilities of all rows under the reference, from which training starts."""
     if rows[0].width == 1:
         return [None] * len(rows)
     options: dict[str, Any] = {"pad_id": pad_id(base), "device": base.model.device, "map": map_sharded}

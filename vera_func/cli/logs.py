@@ -1,4 +1,4 @@
-"""Write the numbers of each training step to a folder, for `--log`."""
+"""Log the loss and other metrics of each training step to a folder, for the option `--log`."""
 
 import json
 import math
@@ -14,15 +14,14 @@ from ..train.fit import OnStep
 
 @contextmanager
 def step_logger(folder: str | None, checkpoint: Path | None = None) -> Iterator[OnStep | None]:
-    """A function for `on_step` of `fit` that writes to a folder, or None without a folder.
+    """Yield a function for the argument `on_step` of `fit`, which logs each step, or None if `folder` is None.
 
-    If tensorboard is installed, TensorBoard's files are written. Otherwise, the file `steps.jsonl` is written, in which
-    NaN and inf are null. A resumed run repeats the steps since its last checkpoint.
+    The log is in TensorBoard's format if tensorboard is installed. Otherwise, the log is the file `steps.jsonl`, with
+    null for NaN and inf. A resumed run logs the steps after the last checkpoint again.
 
     Args:
-        folder: The folder; created if it does not exist.
-        checkpoint: Checkpoint of the run. Its name contains the index of the group of adapters; each group has a
-            sub-folder.
+        folder: Folder of the log, which is created if it does not exist.
+        checkpoint: Checkpoint of the run. The checkpoint of a group of adapters selects a sub-folder for the group.
 
     Example:
         >>> import tempfile

@@ -1,4 +1,4 @@
-"""The entry point of `vera-func`: reports failures as one sentence on stderr and an exit status."""
+"""The entry point of `vera-func`, which reports a failure as one sentence on stderr and an exit status."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -26,12 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status.
 
     Args:
-        argv: Arguments without the name of the program; None means `sys.argv[1:]`.
+        argv: Command-line arguments without the program name; None means `sys.argv[1:]`.
 
     Returns:
         0 on success; 2 for invalid arguments or input files; 1 for an environment failure (network, missing package,
-        I/O, a dead rank); 130 if interrupted. A failure is reported as one sentence on stderr. Any other exception is a
-        bug and is raised.
+        I/O, a dead rank); 130 if interrupted. Exceptions that indicate a bug, such as TypeError, are raised.
     """
     try:
         call = _parse(argv)
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> Callable[[], None] | int:
-    """The call of the requested command, or an exit status for `--help` and invalid arguments."""
+    """A function that runs the requested command, or an exit status after `--help` or invalid arguments."""
     import rich  # noqa: F401  typer imports it late
     import typer
 

@@ -1,19 +1,18 @@
-"""Evaluation of large banks on a Ray cluster (`pip install "vera-func[ray]"`).
+"""Evaluate large banks on a Ray cluster (`pip install "vera-func[ray]"`).
 
-    vera-func evaluate --bank all.safetensors --data reviews.csv --out table.csv --ray auto
+There is one actor per GPU, or one actor per node in a cluster without GPUs. Each actor loads the base model once, and
+waits until its GPU or its CPUs are free. Adapters are sharded across the actors in groups of whole chunks, so the
+results do not depend on the number of actors. If an actor or its node dies, Ray restarts the actor, and only the group
+in progress is evaluated again.
 
-In Python:
+This package must be installed on every node. The adapters, the data and the base model must have the same paths on
+every node; the data and the base model may also be hub ids. Relative paths are resolved in the working directory of the
+calling process.
+
+The command line is `vera-func evaluate --ray ADDRESS`. In Python:
 
     source = open_source(bank="all.safetensors")
     rows = evaluate_on_ray(source, partial(base_of, source), "reviews.csv", address="auto")
-
-Each GPU of the cluster, or each node if there are no GPUs, gets an actor, which loads the base model once. Adapters are
-sharded across the actors in groups of whole chunks, so the rows do not depend on the number of actors. If an actor or
-its node dies, Ray restarts the actor, and only its current group is computed again. Actors wait until their GPUs or
-CPUs are free.
-
-This package must be installed on every node. The bank, the data and the base model must be hub ids, or have the same
-paths on every node. Relative paths start at the folder of the calling process.
 """
 
 import logging
@@ -32,7 +31,7 @@ from .routes import evaluate
 
 
 RETRIES = 3  # how many times a group is computed again after its actor has died
-GROUPS = 4  # groups per actor; faster actors get more
+GROUPS = 4  # groups per actor on average; a faster actor computes more groups
 
 
 def evaluate_on_ray(
@@ -47,28 +46,27 @@ def evaluate_on_ray(
     batch_size: int = 32,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """The rows of `vera-func evaluate`, with the adapters sharded across the actors of a Ray cluster.
+    """Evaluate adapters on a Ray cluster; return the same rows as `vera-func evaluate`.
 
     Args:
         source: From `open_source`.
-        load: A function that returns the base model; each actor calls it once.
-        data: Rows of any kind that `vera-func train` takes; None means the demo's held-out reviews.
-        address: As for `ray.init`: "auto", "host:port", "ray://host:port", or "local" for a cluster on this machine. If
-            Ray is already initialized, its cluster is used.
-        prompt: Prompt template with `{text}`; None means the prompt used in training.
-        limit: Number of rows to use; None means all.
-        chunk: Adapters per forward pass, which has `chunk * batch_size` rows.
-        batch_size: Examples per forward pass.
+        load: Function that returns the base model; each actor calls this function once.
+        data: Data of any kind that `vera-func train` accepts; None means the demo's held-out reviews.
+        address: Address for `ray.init`: "auto", "host:port", "ray://host:port", or "local" for a new cluster on this
+            machine. If Ray is already initialized, `address` is ignored.
+        prompt, limit, chunk, batch_size: Options of `vera-func evaluate`.
         progress: Whether to show a progress bar.
 
     Raises:
         ModuleNotFoundError: If Ray is not installed.
         ConnectionError: If no cluster answers at the address.
-        RuntimeError: If the cluster has no CPU, or if the actor of a group has died 4 times.
-        ValueError: If the process runs under torchrun. Errors of the evaluation in an actor are raised as well.
+        RuntimeError: If the cluster has neither a GPU nor a CPU, or if an actor dies 4 times on the same group.
+        ValueError: If the process runs under torchrun. An exception of `evaluate` in an actor is raised unchanged.
     """
     if world_size() > 1:
-        raise ValueError("Ray and torchrun both shard adapters: use --ray without torchrun.")
+        raise ValueError(
+            "got --ray under torchrun, but Ray shards the adapters itself: run the command without torchrun."
+        )
     with _connected(address) as ray:
         count, resources = _actors(ray.nodes())
         size = chunk * max(1, -(-len(source.names) // chunk) // (GROUPS * count))
@@ -94,22 +92,16 @@ def evaluate_on_ray(
 
 
 class Evaluator:
-    """An actor: the base model, and the evaluation of a group of adapters over it.
-
-    Args:
-        folder: The folder at which relative paths start.
-        source, load, data: As for `evaluate_on_ray`.
-        options: Options of `evaluate`.
-    """
+    """A Ray actor that loads the base model and evaluates groups of adapters in the working directory `folder`."""
 
     def __init__(
         self, folder: str, source: Source, load: Callable[[], Base], data: str | None, options: dict[str, Any]
     ) -> None:
-        # The first call loads the base, because Ray does not pass on exceptions from a constructor.
+        # The base model is loaded in the first call of `rows`, because Ray hides exceptions from a constructor.
         self.folder, self.source, self.load, self.data, self.options = folder, source, cache(load), data, options
 
     def rows(self, names: list[str]) -> list[dict[str, Any]]:
-        """The rows of a group of adapters."""
+        """Evaluate the adapters with these names."""
         os.chdir(self.folder)
         source = self.source._replace(names=names)
         return evaluate(source, self.load, self.data, progress=False, **self.options)
@@ -125,11 +117,11 @@ def _connected(address: str) -> Iterator[Any]:
         return
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if host and port.isdigit():
-        # Ray itself would try for several minutes.
+        # ray.init would retry for several minutes.
         try:
             socket.create_connection((host, int(port)), timeout=10).close()
         except (OSError, OverflowError) as error:
-            raise ConnectionError(f"no Ray cluster answers at {address}: {error}.") from error
+            raise ConnectionError(f"no Ray cluster answers at {address}: {error}. Check the address.") from error
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield ray
@@ -138,7 +130,7 @@ def _connected(address: str) -> Iterator[Any]:
 
 
 def _actors(nodes: list[dict[str, Any]]) -> tuple[int, dict[str, float]]:
-    """The number of actors for the nodes of a cluster, and the resources of each actor.
+    """The number of actors for a cluster with these nodes, and the resources of each actor.
 
     Example:
         >>> _actors([{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": True, "Resources": {"CPU": 8.0}}])
@@ -150,5 +142,5 @@ def _actors(nodes: list[dict[str, Any]]) -> tuple[int, dict[str, float]]:
         return gpus, {"num_gpus": 1}
     cpus = [each["CPU"] for each in resources if each.get("CPU")]
     if not cpus:
-        raise RuntimeError("the Ray cluster has no node with a CPU or a GPU.")
+        raise RuntimeError("the Ray cluster has no node with a CPU or a GPU: add a node, or pass another address.")
     return len(cpus), {"num_cpus": min(cpus)}

@@ -19,23 +19,23 @@ BANK = "bank.safetensors"
 
 
 def output_folder(out: str | Path, name: str = "out") -> Path:
-    """The folder of the result, which need not exist.
+    """Check that `out` is a folder or does not exist, and return `out` as a Path.
 
     Args:
-        out: The folder.
-        name: The option, for the error message.
+        out: The output folder.
+        name: Name of the option in the error message.
 
     Raises:
-        ValueError: If it is a file.
+        ValueError: If `out` is a file.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{name} must be a folder or not exist; {out} is a file.")
+        raise ValueError(f"{name} {out} is a file, but must be a folder or not exist: choose another path.")
     return out
 
 
 def new_adapter(base: Base, r: int, targets: Any, recipe: Recipe) -> Adapted:
-    """The base with a new adapter."""
+    """Create a new adapter of the base model."""
     if targets is not None and not isinstance(targets, str):
         targets = "all-linear" if list(targets) == ["all-linear"] else list(targets)
     config = VeraConfig(
@@ -53,7 +53,7 @@ def new_adapter(base: Base, r: int, targets: Any, recipe: Recipe) -> Adapted:
 def save_adapters(
     out: Path, adapted: Adapted, params: dict[str, Tensor], names: Sequence[str], metadata: Metadata
 ) -> None:
-    """Save one adapter as a PEFT directory, or several stacked adapters as a bank in `out`, with their metadata."""
+    """Save one adapter as the PEFT directory `out`, or stacked adapters as a bank in `out`, with the metadata."""
     if len(names) == 1:
         save_adapter(out, params, adapted.frozen, adapted.config)
         write_metadata(out, metadata)

@@ -18,7 +18,7 @@ def positive(kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
         except ValueError:
             raise ValueError(f"invalid {kind.__name__} value: {text!r}") from None
         if not 0 < value < float("inf"):
-            raise ValueError(f"must be positive, got {text}")
+            raise ValueError(f"must be positive and finite, got {text}")
         return value
 
     return parse
@@ -33,7 +33,7 @@ def names(text: str) -> list[str]:
     """
     found = [name.strip() for name in text.split(",") if name.strip()]
     if not found:
-        raise ValueError("must be names separated by commas, such as q_proj,v_proj")
+        raise ValueError(f"got {text!r}, expected names separated by commas, such as q_proj,v_proj")
     return found
 
 
@@ -49,7 +49,7 @@ def numbers(kind: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
 
 
 def fraction(text: str) -> float:
-    """Parse a number from 0 to below 1.
+    """Parse a number that is at least 0 and below 1.
 
     Example:
         >>> fraction("0.1")
@@ -73,7 +73,7 @@ def not_negative(text: Any) -> float:
     except ValueError:
         raise ValueError(f"invalid float value: {text!r}") from None
     if not 0 <= value < float("inf"):
-        raise ValueError(f"must be at least 0, got {text}")
+        raise ValueError(f"must be at least 0 and finite, got {text}")
     return value
 
 

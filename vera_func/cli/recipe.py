@@ -1,4 +1,4 @@
-"""The training of the command `train`: its options, and a run of one adapter or of several at once."""
+"""Options of training for the command `train`, and the training of one adapter or of several adapters at once."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,23 +27,22 @@ PARTS = 4  # default number of micro-batches per step under torchrun
 
 
 class Recipe(NamedTuple):
-    """The options of a run that do not depend on the data.
+    """Options of a training run that do not depend on the data set.
 
     Attributes:
-        batch_size: Rows per adapter and step.
-        micro_batches: Micro-batches per step, sharded across ranks.
-        schedule: How the learning rates decay.
-        warmup: Steps in which the learning rates rise, or a fraction of the steps if below 1.
+        batch_size: Number of rows per adapter and step.
+        micro_batches: Number of micro-batches per step.
+        schedule: Decay of the learning rates; see `schedule_of`.
+        warmup: Number of warmup steps; a value below 1 is a fraction of an adapter's steps.
         weight_decay: Weight decay of AdamW.
-        clip: Maximum norm of a gradient.
-        dropout: Probability of the adapter's dropout.
+        clip: Maximum norm of an adapter's gradient.
+        dropout: Dropout probability of an adapter.
         dora: Whether new adapters are DVoRA adapters.
         checkpointing: Whether the backward pass recomputes activations.
-        eval_every: Steps between two evaluations; None means none during training.
-        patience: Evaluations without improvement after which an adapter stops; None means that adapters do not stop
-            early.
-        seed: Seed of split, order, projections and dropout.
-        log: Folder for the numbers of each step; None writes none. This option does not affect the result.
+        eval_every: Number of steps between two evaluations; None means no evaluations during training.
+        patience: Number of evaluations without improvement after which the training of an adapter stops.
+        seed: Seed of the held-out split, the order of the rows, the projections and dropout.
+        log: Folder for the training log; None means no log.
     """
 
     batch_size: int = 16
@@ -62,32 +61,32 @@ class Recipe(NamedTuple):
 
 
 def for_training(adapted: Adapted) -> Adapted:
-    """The same adapter; for DVoRA, `frozen` also has the norm statistics, so that no step computes them again."""
+    """Add norm statistics to the `frozen` of a DVoRA adapter, so that training steps need not compute them."""
     if not adapted.apply.magnitudes:
         return adapted
     return adapted._replace(frozen=keep_norm_statistics(adapted.apply, adapted.frozen))
 
 
 def micro_batches(parts: int | None) -> int:
-    """The number of micro-batches of a step, given the option `--parts`."""
+    """The number of micro-batches per step: `parts`, or by default 4 under torchrun and 1 otherwise."""
     return parts or (PARTS if under_torchrun() else 1)
 
 
 class Run(NamedTuple):
-    """The options of a run of `train`, except for its data.
+    """Options of a run of `train`, except for the data.
 
     Attributes:
-        out: Folder for the adapter, or for the bank if there are several.
-        recipe: Other options of training.
+        out: Folder for the adapter, or for the bank of several adapters.
+        recipe: Options of training.
         model, quant, dtype, device: As for `load_base`.
         r: Rank of the projections.
         targets: Suffixes of the names of the layers to adapt, or "all-linear"; None means PEFT's default.
-        steps: Number of steps, one value or one per adapter.
-        epochs: Number of passes over the rows of an adapter, if `steps` is None. If both are None: one epoch, but at
-            least 50 and at most 100 steps.
-        learning_rates: One value, or one per adapter.
-        max_length: Maximum number of tokens of a sequence; None means the default of the kind of data.
-        chunk: Adapters that train together; under torchrun, chunks are sharded across ranks.
+        steps: Number of training steps, as one value or one per adapter.
+        epochs: Number of passes over the training rows of an adapter. If `steps` and `epochs` are None, training takes
+            one epoch, but at least 50 and at most 100 steps.
+        learning_rates: Peak of the learning rate, as one value or one per adapter.
+        max_length: Maximum number of tokens of a sequence; None means the default for the kind of data.
+        chunk: Maximum number of adapters that train at once.
     """
 
     out: str
@@ -113,8 +112,8 @@ class Trained(NamedTuple):
     """The result of `train_together`.
 
     Attributes:
-        params: The params to keep: the best params if there were evaluations, else the last params.
-        steps: Number of steps after which each adapter had these params.
+        params: The params with the lowest metric if there were evaluations, else the params of the last step.
+        steps: Number of training steps that led to `params`, for each adapter.
         loss: Training loss of each adapter in its last step.
         diverged: Whether each adapter stopped because a value was not finite.
     """
@@ -139,25 +138,25 @@ def train_together(
     shared: bool = True,
     weight: Callable[[Batch], float] = _one,
 ) -> Trained:
-    """Train one adapter, or several at once, each with its own rate and number of steps.
+    """Train one adapter, or several adapters at once, each with its own learning rate and number of steps.
 
     Args:
         loss: From `loss_of_rows`.
-        params: Initial params; stacked, if there are several `steps`.
+        params: Initial params; stacked if `steps` has several values.
         batches: From `training_batches`.
-        recipe: The options.
+        recipe: Options of training.
         steps: Number of steps of each adapter.
         learning_rates: Peak of the learning rate of each adapter.
-        evaluate: Function from params to the metric of each adapter (n,), where lower is better.
-        checkpoint: File of the run's state; None means that it is not saved.
+        evaluate: Function from params to one metric per adapter, where a lower metric is better.
+        checkpoint: Checkpoint file; None means no checkpoint.
         progress: Whether to show a progress bar.
-        shared: Whether all ranks train these adapters and share the micro-batches. Otherwise this rank trains them
-            alone.
-        weight: Function of a micro-batch that returns the weight of its loss, if `shared`. The default is 1, as
-            `training_batches` requires.
+        shared: Whether all ranks train these adapters, with micro-batches sharded across ranks. Otherwise, only
+            this rank trains these adapters.
+        weight: Function from a micro-batch to the weight of its loss, used if `shared`. By default, all weights are
+            equal, as `training_batches` requires.
 
     Raises:
-        ValueError: If the options do not fit together.
+        ValueError: If `recipe` has `patience` without `eval_every`, or if the warmup takes all steps.
     """
     n = len(steps)
     stacked = n > 1
@@ -166,7 +165,7 @@ def train_together(
     if recipe.eval_every:
         options = {"evaluate": state, "evaluate_every": recipe.eval_every, "patience": recipe.patience}
     elif recipe.patience is not None:
-        raise ValueError("--patience counts evaluations: pass --eval-every as well.")
+        raise ValueError("--patience has no effect without evaluations: pass --eval-every as well.")
     schedule = schedule_of(recipe.schedule, recipe.warmup, steps)
     resume = _resume(checkpoint, params, n if stacked else None, shared)
     done = 0 if resume is None else len(resume.losses)
@@ -203,15 +202,15 @@ def train_together(
 def train_chunks(
     n: int, chunk: int, checkpoint: Path, train: Callable[[slice, Path, bool], Trained], device: torch.device
 ) -> Trained:
-    """Train `n` adapters, at most `chunk` of them together.
+    """Train `n` adapters in chunks of at most `chunk` adapters.
 
-    Under torchrun, chunks are sharded across ranks. If there is only one chunk, the ranks share its micro-batches.
+    Under torchrun, chunks are sharded across ranks. If there is only one chunk, its micro-batches are sharded instead.
 
     Args:
         n: Number of adapters.
-        chunk: Number of adapters that train together.
-        checkpoint: Prefix of the paths of the checkpoints.
-        train: Function `(adapters, checkpoint, shared) -> Trained`.
+        chunk: Maximum number of adapters per chunk.
+        checkpoint: Path of the checkpoint; if there are several chunks, the index of a chunk is appended to the path.
+        train: Function `(slice of adapters, checkpoint, shared) -> Trained`, which trains one chunk.
         device: Device of the params.
     """
     parts = [slice(start, min(start + chunk, n)) for start in range(0, n, chunk)]
@@ -231,7 +230,7 @@ def train_chunks(
 
 
 class _Evaluations:
-    """`evaluate` of `fit`, which keeps the best params."""
+    """The argument `evaluate` of `fit`, which also saves the params with the lowest metric."""
 
     def __init__(
         self, params: Params, n: tuple[int, ...], metric: Callable[[Params], Tensor], file: Path | None, shared: bool
@@ -264,20 +263,20 @@ def _accumulate(show: Callable[..., None], weight: Any, gradient: Callable[..., 
 
 
 def _mean(results: list[Gradient]) -> Gradient:
-    """`mean_over_micro_batches` on this rank alone."""
+    """Average gradients and losses over micro-batches, on this rank alone."""
     grads = {k: torch.stack([g[k].double() for g, _ in results]).mean(0).to(v) for k, v in results[0][0].items()}
     losses = torch.stack([loss.double() for _, loss in results]).mean(0).to(results[0][1])
     return grads, losses
 
 
 def _resume(checkpoint: Path | None, params: Params, n: int | None, shared: bool) -> Fit | None:
-    """Load the checkpoint. Ranks that share a run get it from a rank that has it, since file systems may differ."""
+    """Load the checkpoint. If `shared`, every rank gets the checkpoint of the rank with the most steps."""
     run = load_fit(checkpoint, params, num_adapters=n) if checkpoint is not None and checkpoint.is_file() else None
     return to_device(furthest(run, -1 if run is None else len(run.losses)), params) if shared else run
 
 
 def to_device(value: Any, params: Params) -> Any:
-    """A pytree that was sent between ranks, on the device of params."""
+    """Move the tensors of a pytree to the device of `params`."""
     device = next(iter(params.values())).device
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)
 

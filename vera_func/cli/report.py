@@ -27,15 +27,15 @@ Row = Mapping[str, Any]
 WIDE = 1_000_000  # console width that disables wrapping
 
 COLUMNS = Text(
-    "kept: retained fraction of the update (kept_least: of the worst layer); error: norm of the deviation from the "
-    "exact merge, relative to the update; size: norm of the update, relative to the weight."
+    "kept: retained fraction of the update ΔW (kept_least: in the worst layer); error: norm of the deviation from the "
+    "exact merge W + ΔW, divided by the norm of ΔW; size: norm of ΔW, divided by the norm of W."
 )
 
 
 def show(*things: str | Text | Table) -> None:
-    """Print on stdout, on rank 0 only; `Text` and tables are wrapped to the width of a terminal, `str` is not wrapped.
+    """Print text and tables on stdout, on rank 0 only.
 
-    The output is flushed, to keep its order relative to progress bars on stderr.
+    On a terminal, `Text` and tables are wrapped to the width of the terminal; `str` is not wrapped.
     """
     from ..train.distributed import rank
 
@@ -45,12 +45,12 @@ def show(*things: str | Text | Table) -> None:
 
 
 def show_result(result: Any, json: bool, *things: str | Text | Table) -> None:
-    """Print the result of a command as JSON if `json` is True, and otherwise its description `things`."""
+    """Print `result` as JSON if `json` is True; otherwise print `things`, which describe the result."""
     show(*([to_json(result)] if json else things))
 
 
 def show_rows(rows: Sequence[Row], out: str | None, json: bool) -> None:
-    """Print rows as JSON or as a table; if `out` is given, write them to this file instead."""
+    """Print rows as JSON or as a table. If `out` is given, the table is written to this file and not printed."""
     from ..train.distributed import rank
 
     if out and rank() == 0:
@@ -59,15 +59,15 @@ def show_rows(rows: Sequence[Row], out: str | None, json: bool) -> None:
 
 
 def show_error(message: str) -> None:
-    """Print a failure on stderr; in one line if stderr is not a terminal."""
+    """Print an error message on stderr; the message is wrapped only on a terminal."""
     _print(Text.assemble(("vera-func: ", "bold red"), message), sys.stderr)
 
 
 def bar(title: str, progress: bool, unit: str = "batch") -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """A wrapper of iterables that shows a progress bar on stderr. Without `progress`, or on ranks above 0, the wrapper
-    is `iter`.
+    """Return a wrapper of iterables that shows a progress bar on stderr.
 
-    If stderr is not a terminal, only the finished bar is printed, as one line.
+    If `progress` is False, or on ranks above 0, the wrapper is `iter`, without a bar. If stderr is not a terminal, only
+    the finished bar is printed, as one line.
 
     Example:
         >>> list(bar("reading", False)([1, 2]))
@@ -89,11 +89,11 @@ def _track(title: str, unit: str, items: Iterable[Any]) -> Iterator[Any]:
 
 @contextmanager
 def training_bar(done: int, steps: int, progress: bool) -> Iterator[Callable[[Any, Any], None]]:
-    """A progress bar of training on stderr: loss, tokens per second and the time left.
+    """Show a progress bar of training on stderr, with the loss, tokens per second and the remaining time.
 
-    Yields a function to call after each step, with its micro-batches and losses. If the losses are on an accelerator,
-    they are read every `SYNC_EVERY` steps, because each read synchronizes with the accelerator. Without `progress`, or
-    on ranks above 0, nothing is shown. If stderr is not a terminal, only the finished bar is printed, as one line.
+    Yield a function to call after each step, with the micro-batches and losses of the step. Losses on an accelerator
+    are read only every `SYNC_EVERY` steps, because each read waits for the accelerator. Otherwise, the bar is like that
+    of the function `bar`.
     """
     from ..train.distributed import rank
     from ..train.fit import SYNC_EVERY
@@ -123,10 +123,10 @@ def training_bar(done: int, steps: int, progress: bool) -> Iterator[Callable[[An
 
 
 def make_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> Table:
-    """Rows as a table for `show`, with numbers right-aligned.
+    """Convert rows to a table for `show`, with numbers right-aligned.
 
     Args:
-        rows: One mapping per line.
+        rows: One mapping per row.
         columns: Columns to show; None means the keys of the first row.
     """
     table = Table(box=None, pad_edge=False)
@@ -140,7 +140,7 @@ def make_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> Tab
 
 
 def format_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
-    """The table of `make_table` as plain text, one line per row.
+    """Format rows as a plain-text table, with one line per row.
 
     Example:
         >>> print(format_table([{"name": "a", "loss": 0.25}, {"name": "bc", "loss": 12}]))
@@ -170,7 +170,7 @@ def format_value(value: Any) -> str:
 
 
 def describe(fields: Row, table: str | None = None) -> list[Text | Table]:
-    """Fields for `show` as lines `name: value`, except those that are None; the field `table` is shown as a table.
+    """Format each field as a line `name: value`, unless its value is None. The field named `table` becomes a table.
 
     Example:
         >>> show(*describe({"r": 8, "model": None, "modules": [{"modules": "q", "count": 2}]}, "modules"))
@@ -187,7 +187,7 @@ def describe(fields: Row, table: str | None = None) -> list[Text | Table]:
 
 
 def to_json(value: Any) -> str:
-    """Strict JSON: non-finite numbers become null, and paths become strings.
+    """Convert a value to strict JSON: NaN and inf become null, and paths become strings.
 
     Example:
         >>> to_json({"loss": float("nan")})
@@ -197,7 +197,7 @@ def to_json(value: Any) -> str:
 
 
 def write_table(path: str | os.PathLike[str], rows: Sequence[Row]) -> Path:
-    """Write rows atomically as CSV or JSON, depending on the suffix.
+    """Write rows to a file as CSV or JSON, depending on the suffix of the path; the write is atomic.
 
     Raises:
         ValueError: If the suffix is neither .csv nor .json.
@@ -222,7 +222,7 @@ def write_table(path: str | os.PathLike[str], rows: Sequence[Row]) -> Path:
 
 
 def check_table_path(path: str | os.PathLike[str]) -> Path:
-    """Check that a table can be written to a path, and return the path; call this before the rows are computed.
+    """Check the suffix and the folder of a path for `write_table`, and return the path.
 
     Raises:
         ValueError: If the suffix is neither .csv nor .json.
@@ -230,9 +230,9 @@ def check_table_path(path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     if path.suffix.lower() not in (".csv", ".json"):
-        raise ValueError(f"{path}: the suffix selects the format; it must be .csv or .json.")
+        raise ValueError(f"the suffix of {path} must be .csv or .json: rename the file.")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to.")
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to: create the folder first.")
     return path
 
 
@@ -262,8 +262,8 @@ def merge_advice(reports: Mapping[str, "MergeReport"]) -> str:
         return f"Merging is safe: {share}, with an error of {error:.2g} times the update."
     if error < 0.5 and kept > 0.95:
         return (
-            f"Merging keeps the update: {share}. Rounding adds noise of {error:.2f} times its norm, spread over all "
-            "weights, which rarely changes the outputs: compare them with vera-func evaluate."
+            f"Merging keeps the update: {share}. Rounding adds noise of {error:.2f} times the update's norm, spread "
+            "over all weights, which rarely changes the outputs: check with vera-func evaluate."
         )
     if error < 0.5:
         return (
@@ -277,7 +277,7 @@ def merge_advice(reports: Mapping[str, "MergeReport"]) -> str:
 
 
 def percent(value: float, digits: int = 0) -> str:
-    """A fraction as a percentage.
+    """Format a fraction as a percentage.
 
     Example:
         >>> percent(0.905), percent(0.0234, 1)

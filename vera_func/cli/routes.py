@@ -1,4 +1,4 @@
-"""Choose the function that trains or evaluates on a kind of data."""
+"""Call the training or evaluation function for the kind of the data."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from .report import describe, show, show_result
 
 
 def classify(base: BaseOptions, *, narrated: bool, prompt: str | None, json: bool, **options: Any) -> None:
-    """The command `demo`, and `train` on one data set with labels: classify texts."""
+    """Run the command `demo`, or the command `train` on one data set with labels."""
     from .demo import demo
 
     def narrate(line: str) -> None:
@@ -38,9 +38,9 @@ def classify(base: BaseOptions, *, narrated: bool, prompt: str | None, json: boo
 
 
 def train(data: Sequence[str], out: str, base: BaseOptions, options: TrainOptions, *, json: bool) -> None:
-    """The command `train`, for any kind of data and any number of data sets."""
+    """Run the command `train`, on data sets of any kind."""
     if options.steps and options.epochs:
-        raise ValueError("give --steps or --epochs, not both.")
+        raise ValueError("got --steps and --epochs: pass --steps or --epochs, not both.")
     if options.log:
         output_folder(options.log, "--log")
     sources = expand_sources(data, options.each)
@@ -48,14 +48,15 @@ def train(data: Sequence[str], out: str, base: BaseOptions, options: TrainOption
         _ = is_hub_id(source) or find_files(source)  # raises if the file does not exist
     labelled = _kind(sources[0]) == "label"
     if labelled:
-        _refuse({"--beta": options.beta, "--reference": options.reference}, "text and label")
+        _refuse({"--beta": options.beta, "--reference": options.reference}, "with labels")
     else:
-        _refuse({"--prompt": options.prompt}, "no labels")
+        _refuse({"--prompt": options.prompt}, "without labels")
     if labelled and len(sources) == 1:
         _train_classifier(sources[0], out, base, options, json)
         return
     if options.adapters > 1:
-        raise ValueError("--adapters requires a single data set with labels: leave it out.")
+        found = f"{len(sources)} data sets" if labelled else "data without labels"
+        raise ValueError(f"--adapters requires a single data set with labels, got {found}: leave out --adapters.")
     run = _run_of(out, base, options)
     if labelled:
         from .label_sets import train_label_sets
@@ -85,13 +86,14 @@ def evaluate(
     batch_size: int,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """The command `evaluate` for any kind of data. All rows are checked before the model is loaded."""
+    """Run the command `evaluate`, on data of any kind. All rows are checked before the model is loaded."""
     if data is None and source.metadata.kind is not None:
         raise ValueError(
-            f"the adapter was trained on data of the kind {source.metadata.kind!r}: pass data of this kind with --data."
+            f"got no --data, but the adapter was trained on data of the kind {source.metadata.kind!r}, not on labelled "
+            "reviews as in the demo: pass data of this kind with --data."
         )
     if data is not None and _kind(data) != "label":
-        _refuse({"--prompt": prompt}, "no labels")
+        _refuse({"--prompt": prompt}, "without labels")
         from .scoring import evaluate_language
 
         rows = open_dataset(data)
@@ -106,7 +108,7 @@ def evaluate(
 
 
 def _train_classifier(source: str, out: str, base: BaseOptions, options: TrainOptions, json: bool) -> None:
-    """Train on one data set with labels: one adapter, or a sweep."""
+    """Train one adapter, or a sweep of adapters, on one data set with labels."""
     same = ("prompt", "r", "targets", "epochs", "batch_size", "parts", "adapters", "seed")
     classify(
         base, narrated=False, json=json, data=source, out=out, recipe=_recipe_of(options),
@@ -129,7 +131,7 @@ def _run_of(out: str, base: BaseOptions, options: TrainOptions) -> Run:
 
 
 def _kind(source: str) -> str:
-    """The kind of a data set. A missing file counts as "label", and is reported when it is read."""
+    """The kind of a data set; "label" if the file does not exist, so that reading the file raises the error."""
     there = is_hub_id(source) or Path(source).exists() or any(sign in source for sign in "*?[")
     return peek_kind(source) if there else "label"
 
@@ -137,4 +139,4 @@ def _kind(source: str) -> str:
 def _refuse(options: dict[str, Any], what: str) -> None:
     for name, value in options.items():
         if value is not None:
-            raise ValueError(f"{name} has no effect on data with {what}: leave it out.")
+            raise ValueError(f"{name} has no effect on data {what}: leave out {name}.")

@@ -1,4 +1,4 @@
-"""Evaluation on texts, completions, chats and preferences."""
+"""Evaluate adapters on texts, completions, chats and preferences."""
 
 from typing import Any
 
@@ -31,20 +31,21 @@ def evaluate_language(
     chunk: int = 8,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Measure adapters on all rows of a data set: loss and perplexity, or reward accuracy and margin.
+    """Measure the loss and perplexity of each adapter; for preferences, the loss, reward accuracy and reward margin.
 
-    As in training, sequences are truncated, and preferences are compared with a reference.
+    Sequences are truncated as in training, and rewards are relative to the reference used in training.
 
     Args:
         source: From `open_source`.
         base: From `base_of`.
         data: From `open_dataset`.
-        limit: Number of rows to use; None means all.
-        chunk: Adapters per forward pass.
+        limit: Number of rows to use; None means all rows.
+        chunk: Number of adapters per forward pass.
         progress: Whether to show progress bars.
 
     Raises:
-        ValueError: If the adapters do not fit the model, or the reference is not found.
+        ValueError: If the adapters or the reference do not fit the model.
+        FileNotFoundError: If the reference is not found.
     """
     side: Any = source.metadata.truncate_side or "end"
     rows = tokenize(data, base.tokenizer, max_length=length_of(base, source.metadata.max_length), side=side)
@@ -72,30 +73,32 @@ def evaluate_language(
 
 
 def _plain(base: Base) -> Adapted:
-    """A new adapter, whose update is 0: the base."""
+    """The base model with a new adapter, whose update is 0."""
     return adapt(base.model, VeraConfig(r=1, target_modules="all-linear"))
 
 
 def length_of(base: Base, given: int | None) -> int:
-    """The maximum number of tokens: `given`, or by default the smaller of `MAX_LENGTH` and the model's maximum.
+    """The maximum number of tokens: `given`; if None, the smaller of `MAX_LENGTH` and the model's maximum.
 
     Raises:
-        ValueError: If the model has fewer positions than the given number.
+        ValueError: If `given` exceeds the number of positions of the model.
     """
     most = getattr(base.model.config, "max_position_embeddings", None) or given or MAX_LENGTH
     if given is not None and given > most:
-        raise ValueError(f"{base.name} has {most} positions: pass --max-length {most} or less, got {given}.")
+        raise ValueError(
+            f"got --max-length {given}, but {base.name} has {most} positions: pass --max-length {most} or less."
+        )
     return min(given or MAX_LENGTH, most)
 
 
 def pad_id(base: Base) -> int:
-    """The padding token: the tokenizer's padding token, else its end token, else 0."""
+    """The id of the tokenizer's padding token; without a padding token, the id of the end token, or 0."""
     ids = (base.tokenizer.pad_token_id, base.tokenizer.eos_token_id)
     return next((token for token in ids if token is not None), 0)
 
 
 def _beta(source: Source, name: str) -> float:
-    """The beta of an adapter from the metadata."""
+    """DPO's beta of an adapter, from the metadata; 0.1 if the metadata has no beta."""
     if source.path is None:
         return BETA
     betas = source.metadata.beta or [BETA]

@@ -1,12 +1,13 @@
-"""Training for the commands `demo` and `train`: one adapter, or a sweep and then the best adapter alone.
+"""Train a text classifier for the commands `demo` and `train`: one adapter, or a sweep that selects the best adapter.
 
-A sweep of n adapters has two phases. First, all adapters train in one run for half the steps, in batches of 2 / n times
-the size. Together, these adapters process as many examples as a single run. Then the adapter with the lowest validation
-loss trains alone for all steps in full batches; its optimizer state and schedule are kept. For n up to twice the batch
-size, a sweep processes twice the training examples of a single run, plus 200 validation examples per adapter.
+A sweep of n adapters has two phases. In the first phase, all adapters train in one run for half the steps. The batch
+size of each adapter is 2 / n times the given batch size, so all adapters together process as many examples as a single
+run. In the second phase, the adapter with the lowest validation loss continues alone for all steps, with the given
+batch size. If n is at most twice the batch size, a sweep processes twice the training examples of a single run, plus
+200 validation examples per adapter.
 
-Work is split into `parts`, which are sharded across ranks: micro-batches for one adapter, and groups of adapters in a
-sweep. The number of parts changes the result by rounding only; the number of ranks does not change it.
+Under torchrun, the `parts` micro-batches of each step are sharded across ranks. In the first phase of a sweep, `parts`
+groups of adapters are sharded instead. `parts` changes the result by rounding only, and the number of ranks not at all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +61,7 @@ def train_one(
     progress: bool,
     checkpoint: Path | None = None,
 ) -> dict[str, Tensor]:
-    """Train one adapter and return its final params, or with evaluations, the params of the best evaluation."""
+    """Train one adapter; return the final params, or with evaluations, the params with the lowest held-out loss."""
     order = train_batches(train, recipe.batch_size, seed=recipe.seed, pad_id=task.pad_id)
     kept = for_training(adapted)
 
@@ -92,9 +93,10 @@ def train_one(
 
 
 def sweep_grid(adapters: int, learning_rate: float) -> list[dict[str, Any]]:
-    """Hyper-parameters of each adapter of a sweep: learning rates times two values of `d_initial`, or one if n is odd.
+    """Hyper-parameters of each adapter of a sweep, from a grid of learning rates and values of `d_initial`.
 
-    All adapters share the projections, so the projection seed is not part of the grid.
+    The grid has two values of `d_initial`, or one value if the number of adapters is odd. All adapters share the
+    projections, so the projection seed is not part of the grid.
 
     Example:
         >>> [tuple(row.values()) for row in sweep_grid(4, 0.02)]
@@ -107,7 +109,7 @@ def sweep_grid(adapters: int, learning_rate: float) -> list[dict[str, Any]]:
 
 
 def small_batch(batch_size: int, adapters: int) -> int:
-    """Examples per adapter and step of a sweep, so that all adapters together process two full batches per step.
+    """The batch size of each adapter of a sweep, such that all adapters together process two full batches per step.
 
     Example:
         >>> small_batch(16, 8)
@@ -130,12 +132,12 @@ def train_sweep(
     parts: int = 1,
     checkpoint: Path | None = None,
 ) -> Sweep:
-    """Train all adapters for half the steps in one run, then the best adapter for all steps; see this module.
+    """Train all adapters for half the steps in one run, then the best adapter alone for all steps.
 
     Args:
-        adapted: From `adapt`.
+        adapted: A new adapter, from `adapt`.
         task: The task of the adapters.
-        grid: From `sweep_grid`, one row per adapter.
+        grid: Hyper-parameters of each adapter, from `sweep_grid`.
         train: Training examples.
         validation: Validation examples; the adapter with the lowest mean loss on them is the best.
         steps: Number of steps of the second phase; the first phase has half as many.
@@ -143,7 +145,7 @@ def train_sweep(
         seed: Seed of the order of the examples.
         progress: Whether to show progress bars.
         parts: Number of groups of adapters in the first phase, and of micro-batches per batch in the second.
-        checkpoint: Prefix of the paths of the checkpoints.
+        checkpoint: Checkpoint of the second phase. In the first phase, the index of each group is appended to the path.
 
     Raises:
         RuntimeError: If every adapter diverged.
@@ -159,7 +161,7 @@ def train_sweep(
     groups = [slice(i, i + size) for i in range(0, n, size)]
     stacks = [{k: leaf[group] for k, leaf in start.items()} for group in groups]
     files = [checkpoint and checkpoint.with_name(f"{checkpoint.name}-{i}") for i in range(len(groups))]
-    # All ranks do this together, because resuming communicates. Afterwards, each rank trains its own groups.
+    # All ranks resume all groups, because `_resume` communicates. Afterwards, each rank trains its own groups.
     runs = [_resume(file, stack, num_adapters(stack)) for file, stack in zip(files, stacks, strict=True)]
     common: dict[str, Any] = {"total": half + steps, "progress": progress}
 
@@ -174,7 +176,7 @@ def train_sweep(
     loss = torch.where(run.diverged, torch.inf, score.loss).nan_to_num(nan=torch.inf)
     row = int(loss.argmin())
     if run.diverged[row]:
-        raise RuntimeError(f"every adapter diverged: use a learning rate below {min(rates):.2g}, the sweep's lowest.")
+        raise RuntimeError(f"all {n} adapters of the sweep diverged: use a learning rate below {min(rates):.2g}.")
     one, alone = fit_row(run, row), loss_of(adapted, task)
     common |= {"learning_rate": rates[row], "steps": half + steps}
     one = _fit_parts(alone, one.params, full, parts, checkpoint, resume=one, **common)
@@ -206,14 +208,14 @@ def _fit_parts(
     resume: Fit | None = None,
     **options: Any,
 ) -> Fit:
-    """Train with micro-batches sharded across ranks; rank 0 writes the checkpoint."""
+    """Train one adapter with micro-batches sharded across ranks; rank 0 writes the checkpoint."""
     options |= {"resume": _resume(checkpoint, params) or resume, "checkpoint": None if rank() else checkpoint}
     accumulate = partial(mean_over_micro_batches, weight=num_rows)
     return _fit(loss, params, lambda step: split_batch(batches(step), parts), accumulate=accumulate, **options)
 
 
 def _resume(checkpoint: Path | None, params: Mapping[str, Tensor], num_adapters: int | None = None) -> Fit | None:
-    """Load the checkpoint on all ranks, from a rank that has it, since hosts may have different file systems."""
+    """Load the checkpoint; every rank gets the checkpoint of the rank with the most steps."""
     run = None
     if checkpoint is not None and checkpoint.is_file():
         run = load_fit(checkpoint, params, num_adapters=num_adapters)
