@@ -4,6 +4,7 @@ Sizes are 1, primes, and others that fill no whole block; what is drawn is small
 """
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
 import vera_func as vf
+import vera_func.train.fit
 from vera_func.merging.layer import merge_stochastic
 from vera_func.quant.value import BLOCKSIZES
+from vera_func.train.privacy import poisson_indices
 
 from helpers import BASES, TRANSFORMS, make_base, make_layer, row, snapshot
 
@@ -191,6 +194,58 @@ def test_merging_zero_changes_nothing(out, in_, r, form, dtype, which, seed):
     if isinstance(q, vf.Quantized4bit):
         assert_same(vf.merge_calibrated(q, params, frozen, torch.ones(2, in_)), q)
         assert_same(merge_stochastic(q, params, frozen, generator=torch.Generator()), q)
+
+
+def _quantized_and_merged():
+    weight = torch.linspace(-1, 1, 32 * 64, dtype=torch.float32, device="cpu").reshape(32, 64)
+    q, frozen = vf.quantize_4bit(weight), vf.init_projections(4, 64, 32)
+    params = {name: vector + 0.01 for name, vector in vf.init_params(4, 32).items()}
+    return vf.to_bnb(q).quant_state.code, vf.merge_calibrated(q, params, frozen, weight)
+
+
+def _trained():
+    vectors = vf.init_params(3, 4)
+    loss = lambda params, batch: (params["lambda_b"] - params["lambda_d"].sum()).square().sum()
+    fitness = lambda stacked: -stacked["lambda_b"].square().sum(1)
+    options = {"steps": 2, "population": 4, "sigma": 0.1, "learning_rate": 0.1, "seed": 0}
+    run = vf.fit(loss, vectors, batch_indices, steps=2, learning_rate=0.3, progress=False)
+    return run, vf.evolve(fitness, vectors, **options), poisson_indices(0, num_examples=9, batch_size=3, key=0)
+
+
+def _selected():
+    stacked = vf.stack_adapters([vf.init_params(3, 4, dtype=torch.float64)] * 2)
+    return vf.select_adapters(stacked, [[0, 1]], [[0.3, 0.7]]), vf.select_adapters(stacked, [])
+
+
+MODEL = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
+batch_indices = functools.partial(vera_func.train.fit.batch_indices, num_examples=5, batch_size=2, key=0)
+CALLS = {
+    "adapt": lambda: vf.adapt(MODEL, vf.VeraConfig(r=3, target_modules=["0"]))[1:3],
+    "adapt, random": lambda: vf.adapt(
+        MODEL, vf.VeraConfig(r=3, target_modules=["0"], init_weights=False), generator=torch.Generator()
+    )[1:3],
+    "dropout_mask": lambda: vf.dropout_mask(0.3, (5, 7), generator=torch.Generator()),
+    "quantized and merged": _quantized_and_merged,
+    "selected": _selected,
+    "trained": _trained,
+}
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"], ids=str)
+@pytest.mark.parametrize("call", CALLS)
+def test_the_default_dtype_and_device_change_nothing(call, default):
+    right = CALLS[call]()
+    try:
+        if isinstance(default, str):
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        found = CALLS[call]()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert_same(found, right)
+    assert all(leaf.device.type == "cpu" for leaf in tree_leaves(found))
 
 
 @laws

@@ -133,6 +133,20 @@ def test_every_public_function_refuses_something():
     assert len(Refused.all) >= 150
 
 
+@pytest.mark.parametrize("room", ["core", "quant", "model", "merging", "io", "train"])
+def test_tensors_do_not_depend_on_the_default_device_and_dtype(room):
+    floats = {"zeros", "ones", "empty", "full", "rand", "randn", "eye", "linspace"}  # of the default dtype
+    numbers = {"tensor", "as_tensor", "arange", "randperm", "randint"}
+    for path in (PACKAGE / room).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            name, given = node.func.attr, {keyword.arg for keyword in node.keywords}
+            if ast.unparse(node.func) == f"torch.{name}" and name in floats | numbers and None not in given:
+                needed = {"device", "dtype"} if name in floats else {"device"}
+                assert needed <= given, f"{path.name}:{node.lineno}: torch.{name} without {needed - given}"
+
+
 def test_no_pickle():
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

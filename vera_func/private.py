@@ -325,11 +325,6 @@ def bnb_function(name: str, arguments: str) -> Callable[..., None] | None:
     return ctypes.CFUNCTYPE(None, *(kinds[letter] for letter in arguments))(address)
 
 
-def bnb_levels(quant_type: str, device: torch.device) -> Tensor:
-    """Return the levels of a 4-bit format, (16,) float32. The public API offers them only in a quantization state."""
-    return bitsandbytes().functional.get_4bit_type(quant_type, device=device)
-
-
 def bnb_has_avx512bf16() -> bool:
     """Whether bitsandbytes uses its kernel for CPUs with AVX512-BF16; this kernel needs weights in another layout."""
     return bitsandbytes().functional.has_avx512bf16()

@@ -583,7 +583,6 @@ for ids, message in (
     ([True], "must be integers, got torch.bool"),
     (0, r"have shape \(rows,\), or \(rows, k\) for sums, got \(\)"),
     ([[[0]]], r"got \(1, 1, 1\)"),
-    ([], "must be integers, got torch.float32"),
 ):
     bad("select_adapters", f"ids {ids}", lambda _, ids=ids: vf.select_adapters(STACK, ids), message)
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import vera_func as vf
-from vera_func.model.head import head_logits, hidden_states, token_logits
+from vera_func.model.head import head_logits, hidden_and_head, hidden_states, token_logits
 
 from helpers import RANK, LargestTensor, bert, gpt2, left_padded, llama, quantized, row, tokens
 
@@ -200,11 +200,26 @@ def test_logits_that_the_model_changes(how):
     whole = apply(params, frozen, input_ids=ids).logits[..., TOKENS]
     for _ in range(2):
         assert torch.equal(token_logits(apply, params, frozen, TOKENS, input_ids=ids), whole)
+    again = copy.deepcopy(apply)  # not yet examined
     with torch.inference_mode():
-        assert_close(token_logits(apply, params, frozen, TOKENS, input_ids=ids), whole)
+        assert_close(token_logits(again, params, frozen, TOKENS, input_ids=ids), whole)
     with pytest.raises(ValueError, match=r"logits of a \w+ are not the output of its head.*use the logits of"):
         hidden_states(apply, params, frozen, input_ids=ids)
     assert torch.equal(apply(params, frozen, input_ids=ids).logits[..., TOKENS], whole)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_inference_mode_changes_nothing():
+    apply, params, frozen, _ = adapted_model(llama())
+    ids = tokens()
+    right = hidden_states(apply, params, frozen, input_ids=ids).detach()
+    with torch.inference_mode():
+        assert_close(hidden_states(apply, params, frozen, input_ids=ids), right)
+        mapped = torch.func.vmap(lambda ids: hidden_states(apply, params, frozen, input_ids=ids))
+        assert_close(mapped(ids[:, None])[:, 0], right)
+    hidden, head = hidden_and_head(apply, params, frozen, input_ids=ids)
+    assert torch.equal(hidden, right)
+    assert head.shape == (67, 64)
 
 
 def test_a_model_that_changes_its_logits_runs_once_a_call():

@@ -214,6 +214,11 @@ def test_mistakes_raise(wrong, message):
         fit(**{**right, "learning_rate": 0.1, "num_adapters": 3, **wrong})
 
 
+def test_inference_mode_has_no_gradients():
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"outside of torch\.inference_mode"):
+        fit(loss_of_one, start(), shared, steps=1, learning_rate=0.1)
+
+
 def test_many_rates_need_num_adapters():
     with pytest.raises(ValueError, match="num_adapters if params are stacked"):
         fit(loss_of_one, start(), shared, steps=1, learning_rate=[0.1, 0.2])

@@ -227,7 +227,7 @@ def dropout_mask(
     """
     if not 0 <= p < 1:
         raise ValueError(f"p must be at least 0 and below 1, got {p}.")
-    draw = torch.rand(shape, generator=generator, device=generator.device)
+    draw = torch.rand(shape, generator=generator, dtype=torch.float32, device=generator.device)
     return (draw >= p).to(dtype) / (1 - p)
 
 

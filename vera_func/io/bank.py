@@ -63,7 +63,7 @@ class Bank:
         """
         _require_sequence(names)
         runs = [(0, len(self))] if names is None else list(_runs([self.row(name) for name in names])) or [(0, 0)]
-        with _open(self.path) as file:
+        with torch.device("cpu"), _open(self.path) as file:
             keys = [key for key in file.keys() if key not in PROJECTIONS]  # noqa: SIM118  (no mapping)
             if len(runs) == 1:
                 start, stop = runs[0]
@@ -73,7 +73,7 @@ class Bank:
 
     def frozen(self) -> dict[str, Tensor]:
         """Return the projections, which are shared by all adapters."""
-        with _open(self.path) as file:
+        with torch.device("cpu"), _open(self.path) as file:
             return {name: file.get_tensor(name) for name in PROJECTIONS}
 
     def adapted(
@@ -255,7 +255,7 @@ def append_to_bank(
         raise ValueError(f"stacked must have the same keys as {path}, but {len(odd)} keys differ, such as {odd[0]!r}.")
     everything = [*bank.names, *(name for name in names if name not in bank.rows)]
     row = {name: i for i, name in enumerate(everything)}
-    rows = torch.tensor([row[name] for name in names])
+    rows = torch.tensor([row[name] for name in names], device="cpu")
     tensors = {}
     for key, leaf in old.items():
         if stacked[key].shape[1:] != leaf.shape[1:]:

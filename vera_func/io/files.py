@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
@@ -111,7 +112,8 @@ def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """
     data = file.read_bytes()
     try:
-        tensors = load(data)
+        with torch.device("cpu"):  # not the default device
+            tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not a complete safetensors file: {error}.") from error
@@ -130,7 +132,7 @@ def map_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     with file.open("rb"):  # raise the usual OSError, because safetensors raises another error
         pass
     try:
-        with safe_open(file, framework="pt") as opened:
+        with torch.device("cpu"), safe_open(file, framework="pt") as opened:
             names = opened.keys()
             return opened.metadata() or {}, {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -133,7 +133,7 @@ def stochastic_codes(target: Weight, code: Table, absmax: Absmax, generator: tor
     value = value.nan_to_num(0.0).clamp(levels[0], levels[-1])  # a block of zeros has no scale
     upper = torch.searchsorted(levels, value).clamp(min=1)
     up = (value - levels[upper - 1]) / (levels[upper] - levels[upper - 1])
-    draw = torch.rand(value.shape, generator=generator, device=generator.device).to(value)
+    draw = torch.rand(value.shape, generator=generator, dtype=torch.float32, device=generator.device).to(value)
     return numbers[torch.where(draw < up, upper, upper - 1)].to(torch.uint8)
 
 
@@ -190,7 +190,8 @@ def calibrate_rows(
     if len(rows) == 0:
         return Calibrated(codes.clone(), absmax.clone(), kappa=1.0, kept=1.0, error=0.0)
     levels, numbers = _levels(code.float())
-    damped = gram.float() + damping * gram.diagonal().float().mean() * torch.eye(len(gram), device=gram.device)
+    gram = gram.float()
+    damped = gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     order = gram.diagonal().argsort(descending=True, stable=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order].double()))
     factor = torch.linalg.cholesky(inverse, upper=True).float()

@@ -111,17 +111,18 @@ def adapt(
     trained = trained_with(model, config, targets)
     apply = make_apply(model, config, targets, trained, int8_activations=int8_activations, product_dtype=product_dtype)
     params = {}
+    drawn: Any = {"dtype": torch.float32, "device": "cpu" if generator is None else generator.device}
     for name in targets:
         layer = model.get_submodule(name)
         device = frozen["vera_A"].device
         via = peft_dtype(layer) or torch.float32
         out_features = apply.slots[join_key(name, "lambda_b")].shape[0]
         if config.init_weights:
-            lambda_b = torch.zeros(out_features)
-            lambda_d = torch.full((config.r,), config.d_initial)
+            lambda_b = torch.zeros(out_features, **drawn)
+            lambda_d = torch.full((config.r,), config.d_initial, **drawn)
         else:
-            lambda_b = torch.ones(out_features)
-            lambda_d = torch.randn(config.r, generator=generator)
+            lambda_b = torch.ones(out_features, **drawn)
+            lambda_d = torch.randn(config.r, generator=generator, **drawn)
         params[join_key(name, "lambda_b")] = lambda_b.to(device, via).to(dtype)
         params[join_key(name, "lambda_d")] = lambda_d.to(device, via).to(dtype)
         if config.use_dora:
@@ -291,7 +292,8 @@ def _placeholders(
     """Return projections on the meta device, so that running a layer without bound tensors raises an error."""
     sizes = [linear_sizes(modules[name]) or (0, 0) for name in targets]
     widest_in, widest_out = map(max, zip(*sizes, strict=True))
-    A, B = torch.empty(r, widest_in, device="meta"), torch.empty(widest_out, r, device="meta")
+    options: Any = {"dtype": torch.float32, "device": "meta"}
+    A, B = torch.empty(r, widest_in, **options), torch.empty(widest_out, r, **options)
     return Projections(A, B, product_dtype)
 
 

@@ -5,6 +5,7 @@ weight and two with the projections, plus two multiplications by vectors per row
 the same keys, in which every leaf has a leading axis (n,). The projections are never copied.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -147,6 +148,8 @@ def select_adapters(
     n = num_adapters(stacked)
     device = next(iter(stacked.values())).device
     ids = torch.as_tensor(adapter_ids, device=device)
+    if not isinstance(adapter_ids, Tensor) and not ids.numel():
+        ids = ids.long()  # an empty list has the default dtype
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.is_complex():
         raise ValueError(f"adapter_ids must be integers, got {ids.dtype}.")
     if ids.dim() not in (1, 2):
@@ -172,11 +175,13 @@ def select_adapters(
             share = join_key(key, BASE_SHARE)
             rows[share] = torch.where(ids < 0, 1, rows.get(share, rows[key].new_zeros(())))
         return rows
-    first = next(iter(stacked.values()))
-    weights = torch.ones_like(ids, dtype=first.dtype) if weights is None else torch.as_tensor(weights, device=device)
+    # Converted to the dtype of each leaf below.
+    wide = functools.reduce(torch.promote_types, [leaf.dtype for leaf in stacked.values()])
+    given = torch.ones_like(ids) if weights is None else weights
+    weights = torch.as_tensor(given, dtype=wide, device=device)
     if weights.shape != ids.shape:
         raise ValueError(f"weights must have the shape {tuple(ids.shape)} of adapter_ids, got {tuple(weights.shape)}.")
-    weights = torch.where(ids < 0, 0, weights.to(first.dtype))
+    weights = torch.where(ids < 0, 0, weights)
     if any(split_key(key)[1] in MARKS for key in stacked):
         raise ValueError("params are sums already, or contain rows of the base: pass a plain stack (stack_adapters).")
     if magnitudes := [key for key in stacked if split_key(key)[1] == MAGNITUDE]:
@@ -189,7 +194,9 @@ def select_adapters(
         of_value = weights.to(rows[key].dtype)
         rows[key] = (_expanded(of_value, rows[key]) * rows[key]).sum(1)
         rows[join_key(key, BASE_SHARE)] = 1 - of_value.sum(1)
-    return {**rows, **{join_key(module, MIXTURE): weights for module in adapted_modules(rows)}}
+    for module in adapted_modules(rows):
+        rows[join_key(module, MIXTURE)] = weights.to(rows[join_key(module, "lambda_b")].dtype)
+    return rows
 
 
 def _expanded(value: Tensor, like: Tensor) -> Tensor:

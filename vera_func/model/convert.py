@@ -228,7 +228,7 @@ def is_plain(layer: nn.Linear) -> bool:
     if type(layer).forward is nn.Linear.forward or layer.weight.is_meta:
         return True
     probe = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()}).eval()
-    x = torch.linspace(-1, 1, layer.in_features).to(layer.weight)[None]
+    x = torch.linspace(-1, 1, layer.in_features, dtype=torch.float32, device="cpu").to(layer.weight)[None]
     try:
         with torch.no_grad():
             actual, expected = probe(x), nn.functional.linear(x, layer.weight, layer.bias)

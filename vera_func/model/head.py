@@ -210,15 +210,23 @@ class _Tap(nn.Module):
         super().__init__()
         self.head = head
         self.seen: Tensor | None = None
-        self.version = 0
+        self.version: int | None = 0
+        self.values: Tensor | None = None
 
     weight = property(lambda self: self.head.weight)
     bias = property(lambda self: self.head.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        self.seen = hidden
-        self.version = _version(hidden)
+        self.seen, self.version = hidden, _version(hidden)
+        self.values = unwrap(hidden).clone() if self.version is None else None
         return hidden
+
+    def is_unchanged(self) -> bool:
+        """Whether no operation has written to the recorded input since it was recorded."""
+        assert self.seen is not None
+        if self.values is None:
+            return self.version == _version(self.seen)
+        return torch.allclose(unwrap(self.seen), unwrap(self.values), rtol=0, atol=0, equal_nan=True)
 
 
 def _hidden(model: Any, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -239,7 +247,7 @@ def _hidden(model: Any, *args: Any, **kwargs: Any) -> Tensor | None:
         setattr(owner, name, head)
     if not isinstance(logits, Tensor) or logits is not tap.seen:
         return None
-    return logits if 0 <= tap.version == _version(logits) else None
+    return logits if tap.is_unchanged() else None
 
 
 def _logits(model: Any, hidden: Tensor, tokens: tuple[int, ...] | None) -> Tensor:
@@ -322,12 +330,12 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _version(tensor: Tensor) -> int:
-    """Return the version counter of a tensor, or -1 for inference tensors, which have none."""
+def _version(tensor: Tensor) -> int | None:
+    """Return the version counter of a tensor, or None for inference tensors, which have none."""
     if torch.compiler.is_compiling():
         return 0  # Dynamo (torch 2.13) cannot compare versions
     tensor = unwrap(tensor)
-    return -1 if tensor.is_inference() else tensor._version
+    return None if tensor.is_inference() else tensor._version
 
 
 def _has_head(model: Any) -> bool:

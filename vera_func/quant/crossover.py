@@ -83,7 +83,7 @@ def _measure(in_features: int, packed: Product, other: Product) -> int:
     times: tuple[list[float], list[float]] = ([], [])
     with torch.no_grad():
         for count in ROWS:
-            x = torch.ones(count, in_features, dtype=torch.bfloat16)
+            x = torch.ones(count, in_features, dtype=torch.bfloat16, device="cpu")
             best = [float("inf")] * 2
             for _ in range(REPEATS):  # alternate, so that other work on the machine disturbs both products
                 for i, product in enumerate((packed, other)):

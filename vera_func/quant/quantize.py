@@ -16,6 +16,7 @@ from .. import private
 from ..core.shapes import require_float
 from .native import dequantize_4bit
 from .value import (
+    BLOCKSIZES,
     FLOATS,
     NESTED_BLOCKSIZE,
     NestedStatistics,
@@ -159,7 +160,11 @@ def levels(q: Quantized4bit) -> Float[Tensor, "16"]:
         >>> levels(quantize_4bit(torch.ones(1, 64)))[[0, 7, 15]]
         tensor([-1.,  0.,  1.])
     """
-    return private.bnb_levels(q.quant_type, q.packed.device)
+    # bitsandbytes' own table is rounded to the default dtype.
+    device = q.packed.device
+    pairs = torch.tensor([0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF], dtype=torch.uint8, device=device)
+    one = torch.ones(1, dtype=torch.float32, device=device)
+    return dequantize_4bit(pairs, one, BLOCKSIZES[0], q.quant_type, (1, 16), torch.float32)[0]
 
 
 def unpack(q: Quantized4bit) -> tuple[UInt8[Tensor, "out in"], Float[Tensor, " blocks"]]:

@@ -33,7 +33,7 @@ def start_best(params: Mapping[str, Tensor], n: tuple[int, ...] = ()) -> Best:
         params: Initial params.
         n: `(number of stacked adapters,)`, or `()`.
     """
-    infinite = torch.full(n, torch.inf, dtype=torch.float64)
+    infinite = torch.full(n, torch.inf, dtype=torch.float64, device=next(iter(params.values())).device)
     return Best(dict(params), infinite, torch.zeros_like(infinite))
 
 

@@ -172,8 +172,9 @@ def _evaluate(
 def _draw(params: Mapping[str, Tensor], seed: int, step: int, pair: int) -> dict[str, Tensor]:
     """Perturbation `pair` of a step, in float32 or wider; the leaves are drawn in the order of `params`."""
     digest = hashlib.sha256(f"{seed} {step} {pair}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    return {key: torch.randn(p.shape, generator=generator, dtype=_wide(p)).to(p.device) for key, p in params.items()}
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    options: Any = {"generator": generator, "device": "cpu"}
+    return {key: torch.randn(p.shape, dtype=_wide(p), **options).to(p.device) for key, p in params.items()}
 
 
 def _direction(
@@ -204,7 +205,7 @@ def _initial_run(
 ) -> Evolution:
     start = {key: p.detach() for key, p in params.items()}
     state = () if optimizer is None else optimizer.init(start)
-    run = Evolution(start, state, torch.zeros(0, population, dtype=torch.float64))
+    run = Evolution(start, state, torch.zeros(0, population, dtype=torch.float64, device="cpu"))
     if resume is None:
         return run
     if not isinstance(resume, Evolution):

@@ -208,7 +208,7 @@ def epoch_order(num_examples: int, *, key: int | str, epoch: int) -> Int[Tensor,
     """
     # Hashed, because key + epoch would give (key 0, epoch 1) and (key 1, epoch 0) the same order.
     seed = int.from_bytes(hashlib.sha256(f"{key} {epoch}".encode()).digest()[:4], "big")
-    return torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed))
+    return torch.randperm(num_examples, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
 
 
 class _Monitor:
@@ -258,7 +258,7 @@ def _advance_of(
         return partial(adamw_update, betas=betas, eps=eps)
     adamw_only = {"weight_decay": (weight_decay, 0.0), "betas": (betas, [0.9, 0.999]), "eps": (eps, 1e-8)}
     for name, (value, default) in adamw_only.items():
-        if torch.as_tensor(value, dtype=torch.float64).tolist() != default:
+        if torch.as_tensor(value, dtype=torch.float64, device="cpu").tolist() != default:
             raise ValueError(
                 f"{name} has no effect with optimizer=...; pass it to the optimizer instead, as in adamw(...)."
             )
@@ -343,7 +343,7 @@ def _trim(run: Fit, done: int) -> Fit:
 
 
 def _factor(schedule: Callable[[int], float | Tensor], step: int, device: torch.device) -> Tensor:
-    factor = torch.as_tensor(schedule(step), dtype=torch.float64)
+    factor = torch.as_tensor(schedule(step), dtype=torch.float64, device="cpu")
     if not all(value >= 0 for value in factor.flatten().tolist()):
         raise ValueError(f"schedule({step}) must be at least 0, got {factor.tolist()}.")
     return factor.to(device, non_blocking=True)
@@ -358,6 +358,8 @@ def _check_options(
     checkpoint: Any,
     checkpoint_every: int,
 ) -> None:
+    if torch.is_inference_mode_enabled():
+        raise ValueError("fit computes gradients: call it outside of torch.inference_mode().")
     if not callable(batches):
         raise ValueError(
             f"batches must be a function of the step, got {type(batches).__name__}. For a list: "

@@ -145,4 +145,4 @@ def _products(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Float[T
                 f"{key!r} is {tuple(leaf.shape)} in train and {tuple(other[key].shape)} in test gradients."
             )
     pairs = ((as_matrix(leaf).double(), as_matrix(other[key]).double()) for key, leaf in one.items())
-    return sum((a @ b.T for a, b in pairs), torch.zeros((), dtype=torch.float64))
+    return sum((a @ b.T for a, b in pairs), torch.zeros((), dtype=torch.float64, device="cpu"))

@@ -311,7 +311,7 @@ def constant(step: int | Tensor, *, value: float = 1.0) -> Float[Tensor, "*n"]:
         >>> constant(7)
         tensor(1., dtype=torch.float64)
     """
-    return torch.full_like(torch.as_tensor(step, dtype=torch.float64), value)
+    return torch.full_like(as_step(step), value)
 
 
 def linear_warmup_cosine(
@@ -337,11 +337,21 @@ def linear_warmup_cosine(
     """
     if not 0 <= warmup < total:
         raise ValueError(f"linear_warmup_cosine needs 0 <= warmup < total, got warmup={warmup}, total={total}.")
-    step = torch.as_tensor(step, dtype=torch.float64)
+    step = as_step(step)
     rising = peak * (step + 1) / (warmup + 1)
     progress = ((step - warmup) / (total - warmup)).clamp(0, 1)
     falling = final + (peak - final) * (1 + torch.cos(math.pi * progress)) / 2
     return torch.where(step < warmup, rising, falling)
+
+
+def as_step(step: int | Tensor) -> Float[Tensor, "*n"]:
+    """Convert a step to float64, a number on the CPU and not on the default device.
+
+    Example:
+        >>> as_step(3)
+        tensor(3., dtype=torch.float64)
+    """
+    return step.double() if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.float64, device="cpu")
 
 
 def _wide(leaf: Tensor) -> torch.dtype:

@@ -156,5 +156,6 @@ def poisson_indices(step: int, *, num_examples: int, batch_size: float, key: int
     if batch_size > num_examples:
         raise ValueError(f"batch_size must be at most num_examples, got {batch_size=}, {num_examples=}.")
     seed = int.from_bytes(hashlib.sha256(f"Poisson {key} {step}".encode()).digest()[:8], "big", signed=True)
-    draws = torch.rand(num_examples, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    draws = torch.rand(num_examples, generator=generator, dtype=torch.float64, device="cpu")
     return (draws < batch_size / num_examples).nonzero().flatten()

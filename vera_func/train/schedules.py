@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .optim import linear_warmup_cosine
+from .optim import as_step, linear_warmup_cosine
 
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -28,7 +28,7 @@ def linear_warmup_linear(step: int | Tensor, *, warmup: int, total: int) -> Floa
     """
     if not 0 <= warmup < total:
         raise ValueError(f"linear_warmup_linear needs 0 <= warmup < total, got warmup={warmup}, total={total}.")
-    step = torch.as_tensor(step, dtype=torch.float64)
+    step = as_step(step)
     return torch.where(step < warmup, (step + 1) / (warmup + 1), ((total - step) / (total - warmup)).clamp(0, 1))
 
 
@@ -58,10 +58,10 @@ def schedule_of(name: Schedule, warmup: float, totals: Sequence[int]) -> Callabl
 
     def factors(step: int) -> Tensor:
         rising = [shapes[name](step, warmup=w, total=t) for w, t in zip(warmups, totals, strict=True)]
-        return torch.stack(rising) * (step < torch.tensor(totals))
+        return torch.stack(rising) * (step < torch.tensor(totals, device="cpu"))
 
     return factors
 
 
 def _linear_warmup(step: int | Tensor, *, warmup: int, total: int) -> Float[Tensor, "*n"]:
-    return ((torch.as_tensor(step, dtype=torch.float64) + 1) / (warmup + 1)).clamp(max=1)
+    return ((as_step(step) + 1) / (warmup + 1)).clamp(max=1)
