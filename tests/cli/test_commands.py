@@ -396,7 +396,7 @@ def other(tmp_path_factory):
         ("convert {trained} --out {tmp}/x", "does not end in .safetensors"),
         ("convert {trained} --out {bank}", "already exists: remove"),
         ("convert {trained} --name x --out {tmp}/x.safetensors", "selects adapters of a bank"),
-        ("convert {trained} {trained} --out {tmp}/x.safetensors", "the names ['sweep', 'sweep'], but"),
+        ("convert {trained} {trained} --out {tmp}/x.safetensors", "named ['sweep', 'sweep'], but"),
         ("convert {trained} {other} --out {tmp}/x.safetensors", "needs the shape"),
         ("train --model {folder} --data {reviews} --out {reviews}", "is a file"),
         ("train --model {folder} --data {reviews} --out {tmp}/x --prompt Review", "once"),

@@ -30,8 +30,8 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Accuracy and mean loss of each adapter on the same examples, as one dict per adapter.
 
-    Under torchrun, chunks of adapters are sharded across ranks. If there are fewer chunks than ranks, batches of
-    examples are sharded instead. Every rank returns the same rows, for any number of ranks.
+    Under torchrun, chunks of adapters are sharded across ranks, or if there are fewer chunks than ranks, batches of
+    examples. Every rank returns the same rows, for any number of ranks.
 
     Args:
         source: From `open_source`.

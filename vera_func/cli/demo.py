@@ -190,7 +190,7 @@ def _split(
 
 
 def _checked(recipe: Recipe, of_run: Recipe, adapters: int) -> Recipe:
-    """The recipe with the batch size, micro-batches and seed of `of_run`; raise if its options exclude each other."""
+    """The recipe with the batch size, micro-batches and seed of `of_run`; raise if options exclude each other."""
     recipe = recipe._replace(batch_size=of_run.batch_size, micro_batches=of_run.micro_batches, seed=of_run.seed)
     if adapters > 1 and recipe != of_run:
         given = [field for field in Recipe._fields if getattr(recipe, field) != getattr(of_run, field)]

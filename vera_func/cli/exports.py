@@ -178,7 +178,7 @@ def convert(
     folders = {single.names[0]: source for source, single in opened.items()}
     if len(folders) < len(sources):
         all_names = [opened[source].names[0] for source in sources]
-        raise ValueError(f"the directories have the names {all_names}, but a bank needs distinct names: rename one.")
+        raise ValueError(f"the directories are named {all_names}, but a bank needs distinct names: rename a directory.")
     first = next(iter(opened.values()))
     bank = import_adapters(out, folders, load(first).model)
     if (metadata := join_metadata([source.metadata for source in opened.values()])) is not None:

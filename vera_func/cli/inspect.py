@@ -44,7 +44,7 @@ def inspect_path(
         dtype: Dtype of the base model's arithmetic.
         device: Device of the base model.
         to: Format of the merged weights; None means the format of the base model.
-        names: Names of adapters in the bank; None means all adapters. A merge of the first adapter is reported.
+        names: Names of adapters in the bank; None means all adapters. The merge report covers the first adapter only.
         r, targets: For a model folder, the rank and the target modules of a new adapter; see `VeraConfig`.
 
     Raises:

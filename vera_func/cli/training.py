@@ -7,7 +7,8 @@ batch size. If n is at most twice the batch size, a sweep processes twice the tr
 200 validation examples per adapter.
 
 Under torchrun, the `parts` micro-batches of each step are sharded across ranks. In the first phase of a sweep, `parts`
-groups of adapters are sharded instead. `parts` changes the result by rounding only, and the number of ranks not at all.
+groups of adapters are sharded instead. `parts` changes the results by rounding only. The number of ranks does not
+change the results.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -139,7 +140,7 @@ def train_sweep(
         task: The task of the adapters.
         grid: Hyper-parameters of each adapter, from `sweep_grid`.
         train: Training examples.
-        validation: Validation examples; the adapter with the lowest mean loss on them is the best.
+        validation: Validation examples; the best adapter is the adapter with the lowest mean validation loss.
         steps: Number of steps of the second phase; the first phase has half as many.
         batch_size: Batch size of the second phase.
         seed: Seed of the order of the examples.
