@@ -92,7 +92,7 @@ def _bad_values(add):
     add("number-among-labels.jsonl", jsonl(with_bad("label", {"text": "a", "label": 3})), "line 3", "'label'")
     add("label-nan.jsonl", '{"text": "a", "label": NaN}\n', "line 1", "'label'")
     for kind, other in (("text", "chat"), ("chat", "completion"), ("completion", "preference"), ("text", "label")):
-        add(f"{kind}-then-{other}.jsonl", jsonl(with_bad(kind, GOOD[other])), "line 3", "data set of its own")
+        add(f"{kind}-then-{other}.jsonl", jsonl(with_bad(kind, GOOD[other])), "line 3", "separate data set")
     add("unpaired.jsonl", jsonl([GOOD["completion"] | {"label": True}]), "line 1", "unpaired")
     add("no-prompt.jsonl", jsonl([{"chosen": "a", "rejected": "b"}]), "line 1", "prompt, chosen, rejected")
     add("no-kind.jsonl", jsonl([{"review": "a", "stars": 3}]), "line 1", "text, label")
@@ -186,8 +186,8 @@ def _bad_bytes(add):
     add("sheet.csv", b"PK\x03\x04" + bytes(range(256)), "line 1", "save the table as CSV")
     add("parquet.csv", b"PAR1" + bytes(range(128, 256)), "line 1", "end the name of the file in .parquet")
     long = "a film " * 1_500_000  # 10 MB
-    add("long.jsonl", jsonl(with_bad("text", {"text": long})), "line 3", "split it into several rows")
-    add("long.csv", f"text\nfilm\n{long}\n", "line 3", "split it into several rows")
+    add("long.jsonl", jsonl(with_bad("text", {"text": long})), "line 3", "split the line into rows")
+    add("long.csv", f"text\nfilm\n{long}\n", "line 3", "split the line into rows")
     quoted = '"' + "a film\n" * 1_500_000 + '"'
     add("long-quoted.csv", f"text\nfilm\n{quoted}\n", "line ", "field larger than field limit")
 
@@ -202,13 +202,13 @@ def _bad_sets(add, folder, found):
     (folder / "mixed").mkdir()
     (folder / "mixed" / "a.jsonl").write_text(jsonl([GOOD["text"]]))
     (folder / "mixed" / "b.csv").write_text("prompt,completion\na,b\n")
-    place("folder of two kinds", folder / "mixed", "b.csv, line 1", "data set of its own")
-    place("glob of two kinds", folder / "mixed" / "*", "b.csv, line 1", "data set of its own")
+    place("folder of two kinds", folder / "mixed", "b.csv, line 1", "separate data set")
+    place("glob of two kinds", folder / "mixed" / "*", "b.csv, line 1", "separate data set")
     (folder / "folder.jsonl").mkdir()
     place("folder with a suffix", folder / "folder.jsonl", "folder.jsonl", "no file ends in .csv")
     place("glob of folders", folder / "fold*", "fold*", "there is no file")
     os.mkfifo(folder / "pipe.jsonl")  # would block whoever opens it
-    place("pipe", folder / "pipe.jsonl", "pipe.jsonl", "write them to a file")
+    place("pipe", folder / "pipe.jsonl", "pipe.jsonl", "write the rows to a file")
     place("link to itself", folder / "loop.jsonl", "loop.jsonl", "there is no file")
     (folder / "loop.jsonl").symlink_to("loop.jsonl")
     found["empty name"] = Hostile("", "", "the name of the data is empty")

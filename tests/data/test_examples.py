@@ -44,10 +44,10 @@ BAD = {
     "no-label.csv": ("text,label\na,good\nb,\n", "line 3: 'label'"),
     "short-row.csv": ("text,label\na,good\nb\n", "line 3: 'label'"),
     "no-text.csv": ("text,label\n  ,good\n", "line 2: 'text'"),
-    "header.csv": ("review,label\na,good\n", r"line 1: .*without \['text'\]"),
+    "header.csv": ("review,label\na,good\n", r"line 1: .*: add 'text'"),
     "empty.csv": (
         "",
-        r"line 1: the header must have the columns text and label, got \[\], without \['label', 'text'\]",
+        r"line 1: the header must have the columns text and label, got \[\]: add 'label' and 'text'",
     ),
     "commas.csv": ("text,label\na, b,good\n", "line 2: the row has more fields"),
     "quote.csv": ('text,label\n"a"b,good\n', "line 2: "),
@@ -79,7 +79,7 @@ def test_texts_need_no_labels(tmp_path):
     assert read_texts(write(tmp_path, "a.csv", "id,text\n1,A joy.\n2,Dull.\n")) == ["A joy.", "Dull."]
     assert read_texts(write(tmp_path, "a.jsonl", '{"text": "A joy.", "label": 3}\n')) == ["A joy."]
     for name, content, message in (
-        ("a.csv", "id,label\n1,x\n", "must have the columns text, got .*without \\['text'\\]"),
+        ("a.csv", "id,label\n1,x\n", "must have the columns text, got .*: add 'text'"),
         ("a.csv", "text\nA joy.\n  \n", "line 3: 'text' must be a non-empty string"),
         ("a.jsonl", '{"text": 3}', "line 1: 'text' must be a non-empty string"),
     ):

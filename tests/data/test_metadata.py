@@ -46,11 +46,11 @@ bad = Refused()
 
 for what, text, message in (
     ("empty", "", "is not JSON"),
-    ("a list", "[]", "must hold a JSON object, got list"),
-    ("labels of numbers", '{"labels": [5]}', "labels a list of strings"),
+    ("a list", "[]", "must contain a JSON object, got list"),
+    ("labels of numbers", '{"labels": [5]}', "labels must be a list of strings"),
     ("a list for a prompt", '{"prompt": ["a"]}', "quant and prompt must be strings"),
-    ("label sets of numbers", '{"label_sets": [["a"], [5]]}', "label_sets a list of such lists"),
-    ("a number of label sets", '{"label_sets": 2}', "label_sets a list of such lists"),
+    ("label sets of numbers", '{"label_sets": [["a"], [5]]}', "label_sets must be a list of lists of strings"),
+    ("a number of label sets", '{"label_sets": 2}', "label_sets must be a list of lists of strings"),
     ("deep", "[" * 100_000, "is not JSON"),
 ):
 

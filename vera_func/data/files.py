@@ -1,7 +1,7 @@
-"""Read rows from CSV, JSON Lines and Parquet files or from the hub, with the place of each row for error messages.
+"""Read rows and their line numbers from CSV, JSON Lines and Parquet files, and from the Hugging Face hub.
 
-Files are read row by row in bounded memory. Strings in CSV and JSON Lines are not converted: `NA`, `None`, `01` and
-dates stay strings.
+Files are read row by row in bounded memory. Strings in CSV and JSON Lines, such as `NA`, `None`, `01` and dates, are
+not converted.
 """
 
 import codecs
@@ -21,13 +21,13 @@ SUFFIXES = (".csv", ".jsonl", ".ndjson", ".json", ".parquet")
 
 
 class Row(NamedTuple):
-    """A row of a data set and its place, such as "reviews.csv, line 3"."""
+    """A row of a data set; `place` is its file and line, such as "reviews.csv, line 3"."""
 
     place: str
     values: dict[str, Any]
 
 
-_FORMATS = {  # how files of other formats begin
+_FORMATS = {  # first bytes of other formats; name and repair for the error message
     codecs.BOM_UTF16_LE: ("UTF-16", "save the file as UTF-8"),
     codecs.BOM_UTF16_BE: ("UTF-16", "save the file as UTF-8"),
     b"\x1f\x8b": ("gzip", "unpack the file"),
@@ -39,15 +39,15 @@ CheckHeader = Callable[[list[str], str], None]
 
 
 def source_rows(source: str | Path, check_header: CheckHeader) -> Iterator[Row]:
-    """The rows of a data set: a file, a folder or glob pattern of files, or a data set of the Hugging Face hub.
+    """Yield the rows of a file, of a folder or glob pattern of files, or of a data set of the Hugging Face hub.
 
     Args:
         source: See `find_files` and `is_hub_id`.
-        check_header: See `read_rows`; called once for each file that has a header.
+        check_header: Function `(columns, place)`, called once for each file with a header; see `read_rows`.
 
     Raises:
-        ValueError: As for `find_files` and `read_rows`. Also if the hub has no such data set or split.
-        OSError: As for these functions. Also if the machine is offline (ConnectionError).
+        ValueError: As for `find_files` and `read_rows`, or if a data set of the hub has no such split.
+        OSError: As for `find_files` and `read_rows`, or if the hub has no such data set or can't be reached.
     """
     if is_hub_id(source):
         yield from _hub_rows(str(source), check_header)
@@ -57,7 +57,7 @@ def source_rows(source: str | Path, check_header: CheckHeader) -> Iterator[Row]:
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Whether a source is the name of a data set of the hub, such as `owner/name:split`, and not that of a file.
+    """Whether a source names a data set of the hub, such as `owner/name:split`, rather than a file.
 
     Example:
         >>> is_hub_id("owner/name:train"), is_hub_id("data/reviews.csv"), is_hub_id("/data/all")
@@ -70,43 +70,42 @@ def is_hub_id(source: str | Path) -> bool:
 
 
 def find_files(source: str | Path) -> list[Path]:
-    """The data files of a path, sorted by name. The path is a file, a folder (with sub-folders) or a glob pattern.
+    """Return the data files of a file, a folder (with its sub-folders) or a glob pattern, sorted by path.
 
     Raises:
-        FileNotFoundError: If the path does not exist, or no file matches the pattern.
-        ValueError: If the path is empty, if it belongs to a pipe, if a folder has no data file, or if the suffix of a
-            file is not supported.
+        FileNotFoundError: If the path does not exist, or if no file matches the pattern.
+        ValueError: If the path is empty or a pipe, if a folder contains no data file, or if the suffix of a file is not
+            supported.
     """
     path = Path(source)
     if not str(source):
-        raise ValueError("the name of the data is empty: pass a file, a folder or a glob pattern.")
+        raise ValueError("the name of the data is empty: pass the path of a file, a folder or a glob pattern.")
     if path.is_dir():
         found = [file for file in sorted(path.rglob("*")) if _is_data(file, path)]
         if not found:
-            raise ValueError(f"the folder {path} has no data: no file ends in {', '.join(SUFFIXES)}.")
+            raise ValueError(f"the folder {path} contains no data: no file ends in {' or '.join(SUFFIXES)}.")
         return found
     if not path.exists():
         found = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]
         found = [file for file in found if file.is_file()]
         if not found:
-            raise FileNotFoundError(f"there is no file {path}.")
+            raise FileNotFoundError(f"there is no file {path}: pass an existing file, folder or glob pattern.")
         return [_supported(file) for file in found]
     if not _supported(path).is_file():
-        raise ValueError(f"{path} is a pipe or device, but rows are read more than once: write them to a file.")
+        raise ValueError(f"{path} is a pipe or device, which can't be read twice: write the rows to a file.")
     return [path]
 
 
 def read_rows(path: Path, check_header: CheckHeader) -> Iterator[Row]:
-    """The rows of a file, one after another.
+    """Yield the rows of a file.
 
     Args:
-        path: A file with a suffix of `SUFFIXES`.
-        check_header: Function that is called before the first row of a CSV or Parquet file, with the names of the
-            columns and the place of the header.
+        path: A file with a suffix in `SUFFIXES`.
+        check_header: Function `(columns, place)` that is called before the first row of a CSV or Parquet file.
+            `columns` are the column names, and `place` is a string such as "reviews.csv, line 1".
 
     Raises:
-        ValueError: If the file is damaged or not UTF-8, or if a row is too long. The message names the file and the
-            row.
+        ValueError: If the file is damaged or not UTF-8, or if a row is too long.
         OSError: If the file can't be read.
 
     Example:
@@ -146,14 +145,14 @@ def _is_data(file: Path, folder: Path) -> bool:
 
 def _supported(path: Path) -> Path:
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path}: the suffix selects the file format; it must be {' or '.join(SUFFIXES)}.")
+        raise ValueError(f"{path} has the suffix {path.suffix!r}: use a file that ends in {' or '.join(SUFFIXES)}.")
     return path
 
 
 def _lines(path: Path, stream: TextIO) -> Iterator[str]:
     for number, line in enumerate(iter(partial(stream.readline, MAX_ROW + 1), ""), start=1):
         if len(line) > MAX_ROW:
-            raise ValueError(f"{path}, line {number} has more than {MAX_ROW:,} characters: split it into several rows.")
+            raise ValueError(f"{path}, line {number} has more than {MAX_ROW:,} characters: split the line into rows.")
         if "\0" in line:
             raise ValueError(f"{path}, line {number} contains a NUL character: save the file as UTF-8 text.")
         yield line
@@ -165,17 +164,16 @@ def _csv_rows(path: Path, stream: TextIO, check_header: CheckHeader) -> Iterator
     try:
         header = list(reader.fieldnames or ())
         if twice := sorted({name for name in header if name and header.count(name) > 1}):
-            raise ValueError(f"{path}, line 1: the header has the column {twice[0]!r} twice: rename or remove one.")
+            raise ValueError(f"{path}, line 1: the header has the column {twice[0]!r} twice: rename one of the two.")
         check_header(header, f"{path}, line 1")
         for row in reader:
             place = f"{path}, line {reader.line_num}"
             if None in row:
                 raise ValueError(
-                    f"{place}: the row has more fields than the header; quote texts that contain commas with double "
-                    "quotes."
+                    f"{place}: the row has more fields than the header: put texts that contain commas in double quotes."
                 )
             if short := [name for name, value in row.items() if value is None]:
-                raise ValueError(f"{place}: {short[0]!r} is missing: the row has fewer fields than the header.")
+                raise ValueError(f"{place}: {short[0]!r} is missing: write a field for each column of the header.")
             yield Row(place, row)
     except csv.Error as error:
         # line_num counts parsed lines only.
@@ -205,7 +203,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the object has the key {twice!r} twice; remove one of the two")
     return row
 
 
@@ -225,7 +224,9 @@ def _parquet_rows(path: Path, check_header: CheckHeader) -> Iterator[Row]:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
         said = str(error).rstrip(".")
-        raise ValueError(f"{path}, row {number + 1}: the file is not a complete Parquet file: {said}.") from error
+        raise ValueError(
+            f"{path}, row {number + 1}: the file is not a complete Parquet file ({said}): write it again as Parquet."
+        ) from error
 
 
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:

@@ -1,13 +1,13 @@
-"""The kinds of data sets, and the checks of a row. The columns of a data set determine its kind.
+"""Determine the kind of a data set from its columns, and check its rows.
 
-    text, label                 classification
-    text                        language modelling
-    prompt, completion          loss on the completion only
-    messages                    chats; loss on the assistant's turns only
-    prompt, chosen, rejected    preferences, as text or as messages
+    `text`, `label`: classification.
+    `text`: language modelling.
+    `prompt`, `completion`: language modelling, with the loss on the completion only.
+    `messages`: chats, with the loss on the assistant's turns only.
+    `prompt`, `chosen`, `rejected`: preferences, as text or as messages.
 
-The names of the columns are TRL's. Other columns are ignored, except for `group`, which names the source of a row. Rows
-of the same group are never split between training and held-out data.
+The column names are those of TRL. Other columns are ignored, except for `group`, which names the source document of a
+row. Rows of the same group are never split between training and held-out data.
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 
 Kind = Literal["preference", "completion", "chat", "label", "text"]
-# The kind of a data set is the first of these whose columns the data set has.
+# The kind of a data set is the first kind whose columns are all present.
 COLUMNS: dict[Kind, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected"),
     "completion": ("prompt", "completion"),
@@ -28,7 +28,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 def kind_of(columns: Iterable[str]) -> Kind | None:
-    """The kind of a data set with these columns, or None if no kind has such columns.
+    """The kind of a data set with these columns, or None if the columns match no kind.
 
     Example:
         >>> kind_of(["id", "prompt", "completion"]), kind_of(["text"]), kind_of(["review"])
@@ -39,22 +39,23 @@ def kind_of(columns: Iterable[str]) -> Kind | None:
 
 
 def require_kind(columns: Iterable[str]) -> Kind:
-    """The kind of a data set with these columns.
+    """Return `kind_of(columns)`, or raise an error if the columns match no kind.
 
     Raises:
-        ValueError: If no kind has such columns, or the kind is not supported. Also if a misspelt column, such as
-            "Label" or " label", would be ignored, although the corrected spelling would give the data another kind.
+        ValueError: If the columns match no supported kind, or if correcting the spelling of a column, such as "Label"
+            or " label", would change the kind.
     """
     columns = list(columns)
     kind = kind_of(columns)
     _check_spelling(columns, kind)
     if kind is None:
-        choices = " or ".join(", ".join(needed) for needed in reversed(COLUMNS.values()))
-        raise ValueError(f"the columns must include {choices}, got {columns}.")
+        choices = " or ".join(f"({', '.join(needed)})" for needed in reversed(COLUMNS.values()))
+        raise ValueError(f"the columns must include {choices}, got {columns}: rename the columns.")
     if kind == "completion" and "label" in columns:
         raise ValueError(
-            "prompt, completion and label are unpaired preferences, which are not supported: give prompt, chosen, "
-            "rejected, or remove the rows with bad completions and the column 'label'."
+            "the columns 'prompt', 'completion' and 'label' are unpaired preferences, which are not supported: give "
+            "the columns 'prompt', 'chosen' and 'rejected', or remove the rows with bad completions and then the "
+            "column 'label'."
         )
     return kind
 
@@ -63,27 +64,28 @@ def require_same_kind(found: Kind, kind: Kind) -> None:
     """Check that a row or file has the same kind as the first row of the data.
 
     Raises:
-        ValueError: If it has another kind.
+        ValueError: If the kinds differ.
     """
     if found != kind:
         names, expected = ", ".join(COLUMNS[found]), ", ".join(COLUMNS[kind])
         raise ValueError(
-            f"the columns are {names}, but the data begins with {expected}: put each kind of row in a data set of its "
-            "own."
+            f"the columns are ({names}), but the first row of the data has the columns ({expected}): put rows of "
+            "another kind in a separate data set."
         )
 
 
 def check_row(kind: Kind, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the columns of a row, and drop all other columns.
+    """Check a row, and return only the columns of its kind.
 
-    A label may also be a number or a boolean. Messages are returned with their role and content only.
+    A label may be a string, a number or a boolean, and is returned as a string. Messages are returned with their role
+    and content only.
 
     Args:
         kind: The kind of the data set.
         row: Values by column.
 
     Raises:
-        ValueError: If a value is missing or has the wrong type. The message names the column, but not the row.
+        ValueError: If a value is missing or invalid.
 
     Example:
         >>> check_row("completion", {"prompt": "1 + 1 =", "completion": " 2", "id": 7})
@@ -106,7 +108,7 @@ def check_row(kind: Kind, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text(column: str, value: Any) -> str:
-    """Check that the value of a column is a non-empty string of valid characters, and return it.
+    """Return the value of a column if the value is a non-empty string of valid characters.
 
     Raises:
         ValueError: If the value is anything else.
@@ -114,18 +116,18 @@ def text(column: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{column!r} must be a non-empty string, got {_short(value)}.")
     if "\0" in value:
-        raise ValueError(f"{column!r} contains a NUL character: remove it.")
+        raise ValueError(f"{column!r} contains a NUL character: remove the character.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{column!r} contains half of a surrogate pair at character {error.start}: remove it."
+            f"{column!r} contains an unpaired surrogate at character {error.start}: remove the character."
         ) from None
     return value
 
 
 def _check_spelling(columns: list[str], kind: Kind | None) -> None:
-    """Check that no column would be ignored because of its spelling, such as capitals, spaces or a plural."""
+    """Reject a column that would be ignored because of its spelling: capitals, surrounding spaces or a plural."""
     known = {name for needed in COLUMNS.values() for name in needed}
     for column in columns:
         plain = column.strip().lower()
@@ -133,13 +135,13 @@ def _check_spelling(columns: list[str], kind: Kind | None) -> None:
         meant = kind_of([*columns, name])
         if kind is not None and meant is not None and meant != kind:
             raise ValueError(
-                f"the column {column!r} would be ignored: rename it to {name!r}, or remove it to train on "
-                f"{', '.join(COLUMNS[kind])}."
+                f"the column {column!r} would be ignored: rename the column to {name!r}, or remove the column to use "
+                f"only {' and '.join(map(repr, COLUMNS[kind]))}."
             )
 
 
 def _check_kind(kind: Kind, row: Mapping[str, Any]) -> None:
-    """Check that a row does not have another kind. The checks of the values report missing columns."""
+    """Reject a row whose columns match another kind; `check_row` reports missing columns."""
     found = kind_of(name for name, value in row.items() if value is not None)
     if found not in (None, kind) and not set(COLUMNS[found]) < set(COLUMNS[kind]):
         require_same_kind(found, kind)
@@ -152,11 +154,9 @@ def _label(value: Any) -> str:
 
 
 def _messages(column: str, value: Any, *, answered: bool) -> list[dict[str, str]]:
-    """Check a list of messages; with `answered`, at least one of them must be from the assistant."""
+    """Check a list of messages; if `answered`, at least one message must be from the assistant."""
     if not isinstance(value, list | tuple) or not value:
-        hint = (
-            "; write a list, for which CSV has no notation: use JSON Lines or Parquet" if isinstance(value, str) else ""
-        )
+        hint = "; write a list, which CSV can't store: use JSON Lines or Parquet" if isinstance(value, str) else ""
         raise ValueError(f"{column!r} must be a list of messages with role and content, got {_short(value)}{hint}.")
     found = []
     for i, message in enumerate(value, 1):
@@ -171,7 +171,7 @@ def _messages(column: str, value: Any, *, answered: bool) -> list[dict[str, str]
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     if answered and not any(message["role"] == "assistant" for message in found):
-        raise ValueError(f"{column!r} has no message of the assistant, so there is nothing to train on.")
+        raise ValueError(f"{column!r} has no message of the assistant: add one to train on, or remove the row.")
     return found
 
 

@@ -1,8 +1,8 @@
-"""The metadata of adapters: a JSON file beside an adapter directory or a bank.
+"""Read and write the metadata of adapters: a JSON file in an adapter directory, or next to a bank.
 
-An adapter is tied to the weights on which it was trained: the same model in another quantization format is a different
-base. PEFT's files contain the name of the model but not its format. The metadata file therefore stores the format, the
-labels and the prompt. PEFT ignores this file, and command-line options override its entries.
+An adapter fits only the base on which it was trained, in the same quantization format. PEFT's files name the model,
+but not the format. The metadata file therefore stores the format, and also the labels and the prompt. PEFT ignores the
+metadata file.
 """
 
 import json
@@ -20,20 +20,19 @@ _ALWAYS = ("quant", "labels", "prompt")  # entries that are written even if they
 
 
 class Metadata(NamedTuple):
-    """Metadata of an adapter or bank; None means unknown.
+    """The metadata of an adapter or of a bank; None means unknown.
 
     Attributes:
-        quant: Format of the base during training.
+        quant: Quantization format of the base during training.
         labels: All labels.
         prompt: Prompt template with `{text}`.
-        kind: Kind of the data, if it was not labelled; see `kinds`.
-        data: Source of the data, for one adapter or for each adapter of a bank.
+        kind: Kind of the training data (see `kinds`); None for labelled texts.
+        data: Source of the training data, one per adapter.
         max_length: Maximum number of tokens of a sequence.
-        truncate_side: Which end of longer sequences was cut off.
-        reference: For preferences, the adapter that was the reference; None means the base.
-        beta: For preferences, the beta of DPO, for one adapter or for each adapter of a bank.
-        label_sets: The labels of each adapter of a bank, if the adapters have different labels. In this case, `labels`
-            is None.
+        truncate_side: Where longer sequences were truncated: at the "end" or at the "start".
+        reference: For preferences, folder or hub id of DPO's reference adapter; None means the base model.
+        beta: For preferences, DPO's beta, one per adapter.
+        label_sets: Labels of each adapter of a bank, if the adapters have different labels; `labels` is then None.
     """
 
     quant: str | None = None
@@ -49,7 +48,7 @@ class Metadata(NamedTuple):
 
 
 def metadata_file(path: str | os.PathLike[str]) -> Path:
-    """The path of the metadata file: in an adapter directory, or next to a bank.
+    """The path of the metadata file in an adapter directory, or next to a bank.
 
     Example:
         >>> metadata_file("banks/all.safetensors").as_posix()
@@ -60,7 +59,7 @@ def metadata_file(path: str | os.PathLike[str]) -> Path:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> Metadata:
-    """Read the metadata of an adapter directory or a bank; all fields are None if the file does not exist.
+    """Read the metadata of an adapter directory or a bank; without a metadata file, all fields are None.
 
     Raises:
         ValueError: If the file is damaged.
@@ -70,24 +69,24 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
         return Metadata()
     fields = parse_json(file, file.read_text(encoding="utf-8", errors="replace"))
     if not isinstance(fields, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(fields).__name__}.")
+        raise ValueError(f"{file} must contain a JSON object, got {type(fields).__name__}: correct or delete the file.")
     metadata = Metadata(**{name: fields.get(name) for name in Metadata._fields})
     texts = [text for text in (metadata.quant, metadata.prompt) if text is not None]
     sets = [] if metadata.label_sets is None else metadata.label_sets
     labels = [] if metadata.labels is None else metadata.labels
     if not isinstance(sets, list) or not all(_are_texts(own) for own in (texts, labels, *sets)):
         raise ValueError(
-            f"{file}: quant and prompt must be strings, labels a list of strings and label_sets a list of such lists, "
-            f"got {fields}."
+            f"{file}: quant and prompt must be strings, labels must be a list of strings, and label_sets must be a "
+            f"list of lists of strings; got {fields}."
         )
     if metadata.kind not in (None, *COLUMNS) or not isinstance(metadata.max_length, int | None):
         kinds = ", ".join(COLUMNS)
-        raise ValueError(f"{file}: kind must be one of {kinds} and max_length an integer, got {fields}.")
+        raise ValueError(f"{file}: kind must be one of {kinds}, and max_length must be an integer; got {fields}.")
     return metadata
 
 
 def write_metadata(path: str | os.PathLike[str], metadata: Metadata) -> None:
-    """Write the metadata of an adapter directory or a bank, which must exist."""
+    """Write the metadata file of an existing adapter directory or bank."""
     with replacing(metadata_file(path)) as file:
         known = {name: value for name, value in metadata._asdict().items() if value is not None or name in _ALWAYS}
         file.write_text(json.dumps(known, indent=2), encoding="utf-8")
@@ -105,10 +104,10 @@ def split_metadata(metadata: Metadata, i: int) -> Metadata:
 
 
 def with_labels_of(metadata: Metadata, i: int) -> Metadata:
-    """The metadata of a bank, with the labels of adapter `i` if the adapters have different labels.
+    """The metadata of a bank, with the labels of adapter `i` as `labels`.
 
     Raises:
-        ValueError: If the metadata has labels for fewer adapters.
+        ValueError: If `label_sets` has no entry for adapter `i`.
 
     Example:
         >>> with_labels_of(Metadata(label_sets=[["a", "b"], ["c", "d"]]), 1).labels
@@ -118,12 +117,15 @@ def with_labels_of(metadata: Metadata, i: int) -> Metadata:
     if sets is None:
         return metadata
     if i >= len(sets):
-        raise ValueError(f"the metadata of the bank has the labels of {len(sets)} adapters, but not of adapter {i}.")
+        raise ValueError(
+            f"the metadata of the bank has the labels of {len(sets)} adapters, but not of adapter {i}: add "
+            f"the labels of adapter {i} to 'label_sets'."
+        )
     return metadata._replace(labels=sets[i], label_sets=None)
 
 
 def with_labels(metadata: Metadata, label_sets: Sequence[list[str]]) -> Metadata:
-    """The metadata with the labels of each adapter. Equal labels are stored only once.
+    """Store the labels of each adapter: in `labels` if all adapters have equal labels, else in `label_sets`.
 
     Example:
         >>> with_labels(Metadata(), [["a", "b"], ["a", "b"]]).labels
@@ -134,7 +136,7 @@ def with_labels(metadata: Metadata, label_sets: Sequence[list[str]]) -> Metadata
 
 
 def join_metadata(adapters: Sequence[Metadata]) -> Metadata | None:
-    """The metadata of a bank of these adapters, or None if they differ in an entry that a bank has only once.
+    """Join the metadata of adapters for a bank; None if the adapters differ in a field that a bank stores only once.
 
     Example:
         >>> join_metadata([Metadata("nf4", data=["a.csv"]), Metadata("nf4", data=["b.csv"])]).data

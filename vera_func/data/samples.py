@@ -1,14 +1,14 @@
-"""Real rows of each kind without labels, from PyPI packages, for the notebooks and to try `vera-func train`.
+"""Sample data sets of each kind except labelled texts, for the notebooks and to try `vera-func train`:
 
     python -m vera_func.data.samples text verses.jsonl
     vera-func train --data verses.jsonl --out king-james
 
-    text         chapters of the King James Bible; each of its 66 books is a group
-    completion   trivia questions with answers
-    chat         questions about programming and trivia, with answers
-    preference   sentences from movie reviews; people rated the chosen sentence higher than the rejected one
+    `text`: chapters of the King James Bible; each of the 66 books is a group.
+    `completion`: trivia questions with answers.
+    `chat`: questions about programming and trivia, with answers.
+    `preference`: sentences from movie reviews; the chosen sentence has a higher rating than the rejected sentence.
 
-The files are downloaded with pip, checked by their hashes and cached, see `assets`.
+`assets` downloads and caches the files.
 """
 
 import json
@@ -28,7 +28,7 @@ WORDS = (6, 20)  # minimum and maximum number of words in a sentence
 
 
 def chapters() -> Rows:
-    """The 1,189 chapters of the King James Bible as rows with `text` and `group`, the book."""
+    """The 1,189 chapters of the King James Bible, as rows with `text` and `group` (the name of the book)."""
     with (fetch(KING_JAMES) / "kjv.jsonl").open(encoding="utf-8") as lines:
         verses = [json.loads(line) for line in lines]
     found = groupby(verses, key=lambda verse: (verse["book"], verse["chapter"]))
@@ -44,7 +44,7 @@ def trivia() -> Rows:
 
 
 def chats() -> Rows:
-    """As `messages`: about 100 programming questions with answers of a few lines, and the questions of `trivia`."""
+    """About 100 questions on programming and the questions of `trivia`, with answers, as rows with `messages`."""
     return [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
         for topic in ("coding", "trivia")
@@ -53,17 +53,18 @@ def chats() -> Rows:
 
 
 def movie_pairs() -> Rows:
-    """About 1,800 pairs of sentences from movie reviews, as rows with `prompt`, `chosen`, `rejected`; see `pairs`."""
+    """About 1,800 pairs of sentences from movie reviews, as preferences; see `pairs`."""
     return pairs(load_snippets("movie"), seed=0)
 
 
 def pairs(snippets: Iterable[Snippet], *, seed: int) -> Rows:
-    """Pair sentences of similar length whose ratings by people differ by at least 3 points, on a scale from -4 to 4.
+    """Pair sentences of similar length whose ratings (from -4 to 4) differ by at least 3.
 
-    Each sentence is in at most one pair. All prompts are equal, so each row has a distinct `group`.
+    Each sentence is in at most one pair. All prompts are equal, and would form a single group, so each row has its own
+    `group`.
 
     Args:
-        snippets: Rated sentences. Of several with the same text, only the first is used.
+        snippets: Rated sentences. Sentences with a repeated text are omitted.
         seed: Seed of the order of the pairs.
 
     Example:
@@ -79,7 +80,7 @@ def pairs(snippets: Iterable[Snippet], *, seed: int) -> Rows:
     ordered = sorted(first.values(), key=lambda one: (len(one.text), one.text))
     good = [one for one in ordered if one.rating >= MIN_GAP / 2]
     bad = [one for one in ordered if one.rating <= -MIN_GAP / 2]
-    # Evenly spread over the longer of the two lists, so that long sentences are paired with long ones.
+    # The longer list is sampled at even intervals, so that long sentences are paired with long sentences.
     count = min(len(good), len(bad))
     good, bad = ([side[i * len(side) // count] for i in range(count)] for side in (good, bad))
     rows = [
@@ -105,7 +106,7 @@ SAMPLES: dict[str, Callable[[], Rows]] = {
 
 
 def _questions(topic: str) -> Iterable[tuple[str, str]]:
-    """Questions with one answer. Of several equal questions, only the first is used."""
+    """Questions and answers; repeated questions are omitted."""
     import yaml
 
     with (fetch(QUESTIONS) / f"{topic}.yml").open(encoding="utf-8") as file:
