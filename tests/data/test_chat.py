@@ -157,9 +157,7 @@ THOUGHTS = (
 COUNTED = "{{ messages | length }} messages: {% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
 NO_MARK = "<s><s>{% generation %}{% endgeneration %}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
 
-SPLIT = (
-    r"the chat template can't be split: .* is not the beginning of the whole chat.*Use a template with \{% generation"
-)
+SPLIT = r"can't be located: .* is not the beginning of the whole rendered chat.*Use a template with \{% generation"
 TWO = say("a", "b", "c", "d")
 
 

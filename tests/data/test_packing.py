@@ -127,12 +127,12 @@ def test_split():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: pack([3, 9], 8), "document 1 has 9 tokens: pass documents of 1 to 8; see split"),
+        (lambda: pack([3, 9], 8), "document 1 has 9 tokens, but must have 1 to 8: cut long documents with split"),
         (lambda: pack([0], 8), "document 0 has 0 tokens"),
         (lambda: pack([3], 0), "max_length must be a positive number of tokens, got 0"),
         (lambda: split([3], 2.5), "max_length must be a positive number of tokens, got 2.5"),
-        (lambda: packed_batch([]), "nothing to batch"),
-        (lambda: packed_batch([[([3], [3])], []]), "nothing to batch"),
+        (lambda: packed_batch([]), "a row or a document is empty"),
+        (lambda: packed_batch([[([3], [3])], []]), "a row or a document is empty"),
         (lambda: packed_batch([[([3, 4], [3])]]), "2 tokens and 1 labels"),
     ],
 )

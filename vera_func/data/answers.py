@@ -1,7 +1,7 @@
-"""Calibrated merging of a classifier, and the share of its predictions that the merge preserves.
+"""Merge a classification adapter with calibration, and measure how many predictions the merge preserves.
 
-Calibration minimizes the error of the difference between the logits of the two best labels: `second_moments` weights
-the inputs of each layer by their effect on that difference. The merge is evaluated on held-out examples.
+`second_moments` weights each token by the squared gradient norm of the gap between the two largest label logits, so the
+calibration minimizes the error in this gap.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,12 +21,12 @@ from .task import Task, logits_of
 
 
 class Answers(NamedTuple):
-    """Comparison of a merged model with its adapter, from `compare_answers`.
+    """Comparison of a merged model with the unmerged adapter, returned by `compare_answers`.
 
     Attributes:
-        same: Share of the examples with the same prediction.
-        error: Mean absolute change of the labels' logits due to the merge, divided by their change when the adapter is
-            removed.
+        same: Fraction of the examples with the same predicted label.
+        error: Mean absolute change of the label logits due to merging, relative to the change due to removing the
+            adapter.
         texts: Number of examples.
     """
 
@@ -44,15 +44,15 @@ def calibrate_answers(
     batch_size: int = 16,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> dict[str, Quantized]:
-    """Return merged 4-bit weights that preserve the predictions, for `merge(..., weights=...)`.
+    """Return merged 4-bit weights for `merge(..., weights=...)`, calibrated to preserve the classifier's predictions.
 
     Args:
-        model: The base model; its adapted layers must be 4-bit.
+        model: The base model, whose adapted layers must be 4-bit.
         adapted: The adapter to merge.
         task: The task of the adapter.
-        rows: About 200 examples (several thousand tokens), from `encode_examples`.
+        rows: About 200 examples (several thousand tokens) for calibration, from `encode_examples`.
         batch_size: Examples per batch.
-        progress: Wrapper of the iterables of batches and of layer names, such as `tqdm.tqdm`.
+        progress: Progress bar for the batches and for the layers, such as `tqdm.tqdm`.
 
     Raises:
         ValueError: As for `calibrate_weights`.
@@ -70,7 +70,7 @@ def calibrate_answers(
 
 
 def answer_gap(logits: Float[Tensor, "b labels"]) -> Float[Tensor, " b"]:
-    """The largest logit of each row minus the second largest.
+    """The largest logit of each row minus the second largest logit.
 
     Example:
         >>> answer_gap(torch.tensor([[1.0, 3.0, 2.5]]))
@@ -89,16 +89,16 @@ def compare_answers(
     *,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Answers:
-    """Compare the predictions of a merged model with those of the adapter.
+    """Compare the predictions of a merged model with the predictions of the unmerged adapter.
 
-    `apply` computes both from the stored weights, because bitsandbytes' own forward pass may round activations.
+    `apply` computes all logits from the stored weights, because bitsandbytes' own forward pass may round activations.
 
     Args:
         adapted: The adapter that was merged.
         merged: From `merge`.
         task: The task of the adapter.
         rows: Examples that were not used for calibration.
-        progress: Wrapper of the iterable of batches, such as `tqdm.tqdm`; called three times.
+        progress: Progress bar for the batches, such as `tqdm.tqdm`; called three times.
     """
     # A new adapter, whose update is 0, makes `apply` compute the merged model from its stored weights.
     plain = adapt(merged.eval(), adapted.config)
@@ -121,7 +121,7 @@ def _centered_logits(
     rows: Sequence[Encoded],
     progress: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> Tensor:
-    """Logits (examples, labels) minus their mean over the labels; the examples are ordered by length."""
+    """Label logits (examples, labels), sorted by prompt length, minus each example's mean over the labels."""
     label_logits = partial(logits_of(adapted, task), params)
     batches = progress(batches_by_length(rows, 32, task.pad_id))
     logits = torch.cat([label_logits(batch).float() for batch in batches])

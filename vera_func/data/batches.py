@@ -1,15 +1,16 @@
 """Batches of tokenized rows for several adapters at once, where each adapter has its own rows.
 
-A batch is a list of micro-batches, dicts of tensors:
+A batch is a list of micro-batches. A micro-batch is a dict of tensors:
 
-    input_ids, labels (sequences, seq)   padded on the right, for which causal models need no mask
-    attention_mask, position_ids         for packed rows only
-    adapter (rows,)                      the adapter of each row
-    weight (rows,)                       factor that multiplies the row's sum of losses
-    beta (rows,), reference (rows, 2)    for preferences: beta, and the log-probabilities of the reference
+    `input_ids` and `labels` (sequences, seq) are padded on the right, so causal models need no attention mask.
+    `attention_mask` and `position_ids` are for packed rows only.
+    `adapter` (rows,) is the index of each row's adapter.
+    `weight` (rows,) multiplies each row's sum of losses.
+    `beta` (rows,) is for preferences only.
+    `reference` (rows, 2) are the log-probabilities of chosen and rejected answers under the DPO reference.
 
-Summed over the micro-batches of a batch, the losses of an adapter are its mean loss per target (or pair). This holds
-for any number of micro-batches, and for any number of other adapters.
+The mean of an adapter's losses over the micro-batches is the adapter's mean loss per target (or per pair). The mean
+loss depends neither on the number of micro-batches nor on the other adapters.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +36,8 @@ class Part(NamedTuple):
         rows: Tokenized rows.
         use: Indices of the rows to use.
         beta: For preferences, the beta of DPO.
-        reference: For preferences, the reference's log-probabilities of the chosen and rejected answers of all `rows`.
+        reference: For preferences, log-probabilities of the chosen and rejected answers of all `rows` under the DPO
+            reference.
     """
 
     rows: TokenRows
@@ -45,7 +47,7 @@ class Part(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A row of a batch: its adapter, its index in the rows of its part, and its weight."""
+    """A row of a batch: the adapter's index, the row's index in `Part.rows`, and the row's weight."""
 
     adapter: int
     row: int
@@ -53,17 +55,17 @@ class Item(NamedTuple):
 
 
 def batch_order(lengths: Sequence[int], batch_size: int, *, seed: int, window: int = 16) -> Callable[[int], list[int]]:
-    """A function `step -> indices` over endless shuffled epochs, with rows of similar length in each batch.
+    """Return a function `step -> row indices`, which shuffles each epoch and batches rows of similar length.
 
-    The order of an epoch, from `epoch_order`, is split into windows of `window` batches. Rows are sorted by length
-    within each window, and then the batches are shuffled. This avoids padding, which would otherwise be a third of the
-    tokens. The last incomplete batch of an epoch is dropped.
+    `epoch_order` shuffles the rows of an epoch. The shuffled rows are split into windows of `window` batches, and
+    sorted by length within each window. After sorting, the batches of the epoch are shuffled. Without sorting, about a
+    third of the tokens would be padding. The last incomplete batch of an epoch is dropped.
 
     Args:
         lengths: Length of each row.
         batch_size: Rows per batch.
         seed: Seed of the order.
-        window: Batches per window; with 1, rows are not sorted by length.
+        window: Batches per window; with 1, the rows of a batch differ in length.
 
     Raises:
         ValueError: If there are fewer rows than `batch_size`.
@@ -75,7 +77,10 @@ def batch_order(lengths: Sequence[int], batch_size: int, *, seed: int, window: i
     """
     per_epoch = len(lengths) // batch_size
     if per_epoch == 0:
-        raise ValueError(f"{len(lengths)} training examples do not fill a batch of {batch_size}.")
+        raise ValueError(
+            f"{len(lengths)} training examples do not fill a batch of {batch_size}: reduce the batch size, or add "
+            "examples."
+        )
     epochs: dict[int, list[list[int]]] = {}
 
     def batches_of(epoch: int) -> list[list[int]]:
@@ -98,15 +103,15 @@ def batch_order(lengths: Sequence[int], batch_size: int, *, seed: int, window: i
 def training_batches(
     parts: Sequence[Part], steps: Sequence[int], batch_size: int, *, seed: int, micro_batches: int, collate: Callable
 ) -> Callable[[int], list[Batch]]:
-    """A function `step -> micro-batches`, with `batch_size` rows for each adapter that is still training.
+    """Return a function `step -> micro-batches`, with `batch_size` rows for each adapter that is still training.
 
     Args:
         parts: The rows of each adapter. An adapter with fewer rows than `batch_size` uses all its rows in each step.
         steps: Number of steps of each adapter.
         batch_size: Rows per adapter and step.
-        seed: Seed of the order, the same for all adapters.
-        micro_batches: Number of micro-batches.
-        collate: Function `(items, scale) -> micro-batch`, see `collate_items`.
+        seed: Seed of the order of the rows, shared by all adapters.
+        micro_batches: Number of micro-batches per step.
+        collate: Function `(items, scale) -> micro-batch`, such as `partial(collate_items, parts)`.
     """
     orders = []
     for part in parts:
@@ -128,7 +133,7 @@ def training_batches(
 
 
 def evaluation_batches(items: Sequence[Item], parts: Sequence[Part], tokens: int) -> list[list[Item]]:
-    """Group items of similar length. A group has at most `tokens` tokens, including padding, or is a single item."""
+    """Batch items of similar length; a batch has one item, or at most `tokens` tokens including padding."""
     length = {id(part.rows): part.rows.lengths() * part.rows.width for part in parts}
 
     def size(item: Item) -> int:
@@ -159,8 +164,8 @@ def collate_items(
         items: The items of the micro-batch, in order.
         scale: Factor that multiplies the weights of the items.
         pad_id: Token to pad with.
-        device: Device of the batch, except for the labels, which stay on the CPU.
-        dtype: Dtype of the model's activations, for the mask of packed rows.
+        device: Device of all tensors except `labels`, which stay on the CPU.
+        dtype: Dtype of the attention mask of packed rows: the dtype of the model's activations.
     """
     rows = [parts[item.adapter].rows.row(item.row) for item in items]
     packed = parts[items[0].adapter].rows.packed is not None

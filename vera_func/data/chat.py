@@ -1,14 +1,13 @@
-"""Tokenize chats, and find the tokens of the assistant.
+"""Tokenize chats, and mark the tokens of the assistant's turns.
 
-A language model is trained on the assistant's turns of a chat. The tokenizer's chat template determines where a turn
-begins and ends. Some templates mark the assistant's text with `{% generation %}`; these marks are used. For any other
-template, prefixes of the chat are rendered and compared with the rendering of the whole chat:
+The tokenizer's chat template determines where a turn of the assistant begins and ends. If the template marks the
+assistant's text with `{% generation %}`, the marked tokens are the targets. For any other template, the turn of message
+i is located by rendering prefixes of the chat. The turn of message i begins where the rendering of `messages[:i]` with
+`add_generation_prompt=True` ends. The turn of message i ends after the end-of-turn token in the rendering of
+`messages[:i + 1]`.
 
-    begin of turn i = length of render(messages[:i], add_generation_prompt=True)
-    end of turn i   = length of render(messages[:i + 1]), without what follows the token that ends the turn
-
-So the targets are the tokens that the model has to generate: the text of the turn, and the token that ends the turn,
-such as `<|im_end|>`. A line break that the template writes after this token is not a target.
+The targets are thus the tokens that the model has to generate: the text of the turn and the end-of-turn token, such as
+`<|im_end|>`. A line break that the template writes after the end-of-turn token is not a target.
 """
 
 import re
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 Messages = Sequence[dict[str, Any]]
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # transformers looks for the same pattern
-_ADVICE = "Use a template with {% generation %} marks, or one that renders each message after the others."
+_ADVICE = "Use a template with {% generation %} marks, or a template that renders the messages one after another."
 
 
 class ChatTokens(NamedTuple):
@@ -29,7 +28,7 @@ class ChatTokens(NamedTuple):
 
     Attributes:
         ids: Token ids.
-        assistant: For each token, whether it belongs to a turn of the assistant.
+        assistant: Whether each token belongs to a turn of the assistant.
     """
 
     ids: list[int]
@@ -37,10 +36,7 @@ class ChatTokens(NamedTuple):
 
 
 def chat_tokens(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **options: Any) -> ChatTokens:
-    """Tokenize a chat by the tokenizer's chat template, and find the tokens of the assistant's turns.
-
-    This renders the chat once. Without `{% generation %}` marks in the template, it also renders two prefixes of the
-    chat for each turn of the assistant.
+    """Tokenize a chat with the tokenizer's chat template, and mark the tokens of the assistant's turns.
 
     Args:
         tokenizer: A fast tokenizer with a chat template.
@@ -48,9 +44,9 @@ def chat_tokens(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **opti
         **options: Variables of the template, such as `tools`.
 
     Raises:
-        ValueError: If the tokenizer has no chat template, if it is not a fast tokenizer, or if the template rejects the
-            messages. Also if the template has marks but marks no token. For a template without marks, also if the
-            rendering of a prefix is not the beginning of the rendered chat.
+        ValueError: If the tokenizer has no chat template or is not a fast tokenizer. If there are no messages, or the
+            template rejects the messages. If the template has `{% generation %}` marks, but marks no token. If a
+            template without marks renders a prefix of the chat differently from the beginning of the whole chat.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -64,11 +60,11 @@ def chat_tokens(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **opti
         ChatTokens(ids=[0, 2, 1, 3, 4], assistant=[False, False, False, True, True])
     """
     if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template, which messages require: use a chat model.")
+        raise ValueError("the tokenizer has no chat template, but the data are messages: use a chat model.")
     if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} does not report token positions: use a fast tokenizer.")
+        raise ValueError(f"the tokenizer is a {type(tokenizer).__name__}: pass a fast tokenizer of transformers.")
     if not messages:
-        raise ValueError("the chat has no messages.")
+        raise ValueError("the chat has no messages: pass at least one message.")
     if _MARK.search(tokenizer.get_chat_template(tools=options.get("tools"))):
         return _marked(tokenizer, messages, options)
     text = _render(tokenizer, messages, options)
@@ -82,16 +78,19 @@ def chat_tokens(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **opti
 
 
 def _marked(tokenizer: Any, messages: Messages, options: dict[str, Any]) -> ChatTokens:
-    """The tokens, and whether the template marks each of them."""
+    """Tokenize a chat whose template has `{% generation %}` marks."""
     found = _apply(tokenizer, messages, options, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     assistant = [bool(mark) for mark in found["assistant_masks"]]
     if not any(assistant) and any(message["role"] == "assistant" for message in messages):
-        raise ValueError("the chat template has {% generation %} marks, but marks no token of the assistant's turns.")
+        raise ValueError(
+            "the chat template has {% generation %} marks, but marks no token of the assistant's turns: put the "
+            "content of the assistant's messages between {% generation %} and {% endgeneration %}."
+        )
     return ChatTokens(found["input_ids"], assistant)
 
 
 def _turns(tokenizer: Any, messages: Messages, text: str, options: dict[str, Any]) -> Iterator[tuple[int, int]]:
-    """Begin and end of the assistant's turns in the rendered chat."""
+    """Yield the begin and end of each turn of the assistant in the rendered chat."""
     special = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}, key=len, reverse=True)
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -101,17 +100,15 @@ def _turns(tokenizer: Any, messages: Messages, text: str, options: dict[str, Any
         ends = [end for end in _ends(until, len(prompt), special) if text.startswith(until[:end])]
         if not until.startswith(prompt) or not ends:
             raise ValueError(
-                f"the chat template can't be split: its rendering of the first {i} or {i + 1} messages is not the "
-                f"beginning of the whole chat, so the turn of the assistant can't be found. {_ADVICE}"
+                f"the assistant's turn in message {i + 1} can't be located: the rendering of the first {i} or {i + 1} "
+                f"messages is not the beginning of the whole rendered chat. {_ADVICE}"
             )
         yield len(prompt), ends[min(1, len(ends) - 1)]
 
 
 def _ends(text: str, begin: int, special: Sequence[str]) -> list[int]:
-    """The possible ends of a turn that begins at `begin`: after its text, and after each special token that follows.
-
-    The last special tokens may end the whole chat. Without a special token, all of the text belongs to the turn.
-    """
+    """The possible ends of a turn: the end of its content, then the end of each special token after the content."""
+    # Without a special token, the turn ends with the text. The last special tokens may end the whole chat.
     position, ends = len(text), list[int]()
     while True:
         end = max(len(text[:position].rstrip()), begin)
@@ -123,7 +120,7 @@ def _ends(text: str, begin: int, special: Sequence[str]) -> list[int]:
 
 
 def _prompt(tokenizer: Any, before: Messages, message: dict[str, Any], options: dict[str, Any]) -> str:
-    """The rendered prompt before a turn of the assistant."""
+    """Render the chat up to the content of an assistant's message."""
     if before:
         return _render(tokenizer, before, options, add_generation_prompt=True)
     # A template can't render an empty chat. The prompt is the common beginning of two chats with different first turns.

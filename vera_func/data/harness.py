@@ -1,12 +1,12 @@
 """Evaluate adapters with EleutherAI's lm-evaluation-harness (`pip install lm_eval`).
 
-One adapter, on any task:
+One adapter can be evaluated on any task:
 
     from lm_eval.models.huggingface import HFLM
     lm_eval.simple_evaluate(model=HFLM(pretrained=vf.to_module(adapted), tokenizer=tokenizer), tasks=["piqa"])
 
-All adapters of a bank, on tasks that compare log-likelihoods, such as multiple choice. One forward pass computes the
-results of a text for all adapters:
+All adapters of a bank can be evaluated on tasks that compare log-likelihoods, such as multiple choice. A forward pass
+evaluates a text with all adapters:
 
     bank = vf.open_bank("all.safetensors")
     for name, lm in zip(bank.names, harness_models(bank.adapted(model), tokenizer)):
@@ -29,12 +29,10 @@ from ..model.head import hidden_and_head
 
 
 class AdapterLM:
-    """One adapter of a stack as a model of lm-evaluation-harness, from `harness_models`.
-
-    A log-likelihood is computed only once, for all of these models together.
+    """A model of lm-evaluation-harness for one adapter of a stack, returned by `harness_models`.
 
     Args:
-        scores: The scores that all adapters share.
+        scores: Scores of all adapters of the stack.
         index: Index of the adapter in the stack.
     """
 
@@ -45,7 +43,7 @@ class AdapterLM:
         self.tokenizer_name = str(scores.tokenizer.name_or_path).replace("/", "__")
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """The log-probability of each continuation after its context, and whether greedy decoding would return it."""
+        """The log-probability of each continuation, and whether greedy decoding returns the continuation."""
         pairs = [request.args for request in requests]
         found = self.scores.of(pairs)
         return [(found[pair].logprob[self.index].item(), bool(found[pair].greedy[self.index])) for pair in pairs]
@@ -69,16 +67,16 @@ _ONE_BY_ONE = (
 
 
 def harness_models(adapted: Adapted, tokenizer: Any, *, batch_size: int = 1) -> list[AdapterLM]:
-    """One `LM` of lm-evaluation-harness for each adapter of a stack; all adapters are computed in one pass.
+    """Return an lm-evaluation-harness `LM` for each adapter of a stack; each forward pass evaluates all adapters.
 
     Args:
-        adapted: A language model with stacked params, as from `Bank.adapted`.
+        adapted: A language model with stacked params, such as from `Bank.adapted`.
         tokenizer: The tokenizer of transformers.
-        batch_size: Texts per forward pass, which has `batch_size * n` rows.
+        batch_size: Texts per forward pass. With n adapters, a forward pass has `batch_size * n` rows.
 
     Raises:
         ModuleNotFoundError: If lm_eval is not installed.
-        ValueError: If params are not stacked, or `batch_size` is not positive.
+        ValueError: If params are not stacked, or if `batch_size` is not a positive integer.
     """
     from lm_eval.api.model import LM
 
@@ -93,8 +91,8 @@ class Score(NamedTuple):
     """The scores of a continuation.
 
     Attributes:
-        logprob: Its log-probability with each adapter, (n,).
-        greedy: Whether each of its tokens is the most probable one, (n,).
+        logprob: Log-probability of the continuation with each adapter, (n,).
+        greedy: Whether greedy decoding with each adapter returns the continuation, (n,).
     """
 
     logprob: Tensor
@@ -102,11 +100,11 @@ class Score(NamedTuple):
 
 
 class SharedScores:
-    """Scores of continuations with every adapter of a stack, each computed once.
+    """Scores of continuations with all adapters of a stack, computed together and cached.
 
     Args:
         adapted: A language model with stacked params.
-        tokenizer: Its tokenizer.
+        tokenizer: Tokenizer of the model.
         batch_size: Texts per forward pass.
     """
 
@@ -118,7 +116,7 @@ class SharedScores:
         self.known: dict[tuple[str, str], Score] = {}
 
     def of(self, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Score]:
-        """The scores of pairs of a context and its continuation."""
+        """Return the scores of pairs `(context, continuation)`; each pair is computed only once."""
         # If the continuations have one token each, as in most multiple-choice tasks, they have the same input.
         inputs: dict[tuple[int, ...], list[tuple[tuple[str, str], list[int]]]] = {}
         for pair in dict.fromkeys(pairs):
@@ -137,7 +135,7 @@ class SharedScores:
 
     @torch.no_grad()
     def _logprobs(self, rows: Sequence[Sequence[int]], width: int) -> Tensor:
-        """Log-probabilities of the tokens after the last `width` positions of each row, (n, rows, width, vocab)."""
+        """Log-probabilities of the next token at the last `width` positions of each row, (n, rows, width, vocab)."""
         model: Any = self.adapted.apply.model
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -156,7 +154,7 @@ class SharedScores:
 
 
 def _score(logprobs: Tensor, continuation: list[int]) -> Score:
-    """The score of a continuation, whose tokens come after the last positions of `logprobs` (n, width, vocab)."""
+    """The score of a continuation, which the last positions of `logprobs` (n, width, vocab) predict."""
     own = logprobs[:, logprobs.shape[1] - len(continuation) :]
     tokens = torch.tensor(continuation, device=own.device).expand(len(own), -1)
     chosen = own.gather(2, tokens[:, :, None])[:, :, 0]
@@ -164,9 +162,10 @@ def _score(logprobs: Tensor, continuation: list[int]) -> Score:
 
 
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """The tokens of a context and of its continuation, as lm-evaluation-harness separates them.
+    """Return the tokens of a context and of its continuation, split as in lm-evaluation-harness.
 
-    Spaces between the two belong to the continuation. An empty context is replaced by the token that begins a text.
+    Spaces between the context and the continuation belong to the continuation. An empty context becomes the BOS
+    token, or the EOS token if there is no BOS token.
 
     Args:
         tokenizer: A tokenizer of transformers.

@@ -1,9 +1,8 @@
-"""Losses and scores of adapters on tokenized rows: language modelling and preferences.
+"""Losses and scores of adapters on tokenized rows, for language modelling and preferences.
 
-    language     loss of an adapter = sum over its targets of -log p(target | previous tokens) / number of targets
-    preference   loss of an adapter = mean over its pairs of the DPO loss with its own beta
-
-One adapter has plain params. Stacked adapters (n, ...) share a forward pass, in which each row has its own adapter.
+In language modelling, the loss of an adapter is the mean of -log p(target | previous tokens) over the adapter's
+targets. For preferences, the loss of an adapter is the mean DPO loss of the adapter's pairs, with the adapter's beta.
+Stacked adapters (n, ...) share a forward pass, in which each row uses one adapter.
 """
 
 import math
@@ -27,12 +26,12 @@ EVALUATION_TOKENS = 4096  # per forward pass without gradients, including paddin
 
 
 class Scores(NamedTuple):
-    """Measurements on held-out rows, one value per adapter; `accuracy` and `margin` are for preferences.
+    """Scores on held-out rows, one value per adapter; `accuracy` and `margin` are for preferences only.
 
     Attributes:
-        loss: Mean loss of a target, or of a pair.
-        accuracy: Share of the pairs whose chosen answer has the larger reward.
-        margin: Mean difference of the rewards.
+        loss: Mean loss per target (per pair for preferences).
+        accuracy: Fraction of pairs whose chosen answer has the larger DPO reward.
+        margin: Mean difference between the DPO rewards of the chosen and the rejected answer.
     """
 
     loss: Float[Tensor, " n"]
@@ -40,7 +39,7 @@ class Scores(NamedTuple):
     margin: Float[Tensor, " n"] | None = None
 
     def row(self, i: int) -> dict[str, Any]:
-        """The measurements of an adapter by name; for language modelling, also the perplexity."""
+        """The scores of adapter `i` by name; for language modelling, also the perplexity."""
         loss = self.loss[i].item()
         if self.accuracy is None or self.margin is None:
             return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
@@ -53,7 +52,7 @@ def sequence_losses(
     """The sum of -log p over the targets of each sequence.
 
     Args:
-        adapted: Its `apply` and `frozen` are used.
+        adapted: The adapted model, whose own params are not used.
         params: Params of one adapter, or stacked params.
         batch: From `collate_items`.
         stacked: Whether params are stacked.
@@ -69,12 +68,12 @@ def sequence_losses(
 def loss_of_rows(
     adapted: Adapted, num_adapters: int | None = None, *, dropout_seed: int | None = None
 ) -> Callable[[Params, Batch], Float[Tensor, "*n"]]:
-    """A function `(params, micro-batch) -> losses` for `fit`: one loss, or (n,) losses of stacked adapters.
+    """Return the loss function `(params, micro-batch) -> losses` for `fit`; stacked adapters have (n,) losses.
 
     Args:
         adapted: The model.
         num_adapters: `n`, if params are stacked.
-        dropout_seed: Seed of the adapter's dropout, whose masks depend on the step; None means no dropout.
+        dropout_seed: Seed of the adapters' dropout masks, which change at each step; None means no dropout.
     """
 
     def loss(params: Params, batch: Batch) -> Tensor:
@@ -92,7 +91,7 @@ def loss_of_rows(
 
 
 def checkpointed_rows(adapted: Adapted) -> Callable[[Params, Batch], Float[Tensor, ""]]:
-    """`loss_of_rows` for one adapter, with activation checkpointing. It computes all logits of a micro-batch."""
+    """`loss_of_rows` for one adapter, with activation checkpointing; computes all logits of a micro-batch at once."""
 
     def value(module: Any, batch: Batch) -> Tensor:
         logits = module(**_inputs(batch), use_cache=False).logits
@@ -105,7 +104,7 @@ def checkpointed_rows(adapted: Adapted) -> Callable[[Params, Batch], Float[Tenso
 
 
 def with_dropout(adapted: Adapted, seed: int, batch: Batch) -> Adapted:
-    """The model with the adapter's dropout, whose masks depend on the seed, the step and the micro-batch only."""
+    """The model with the adapter's dropout; the masks depend only on `seed`, the step and the micro-batch index."""
     device = next(iter(adapted.params.values())).device
     seed = hash((seed, batch["step"], batch["micro_batch"])) % 2**63
     return adapted._replace(apply=adapted.apply.with_dropout(torch.Generator(device).manual_seed(seed)))
@@ -122,16 +121,16 @@ def reference_logprobs(
     map: Callable[..., Iterable[Any]] = map,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Float[Tensor, "rows 2"]:
-    """The log-probabilities that a reference gives to the chosen and rejected answers of all rows.
+    """Compute the log-probabilities of the chosen and rejected answers of all rows under a DPO reference.
 
     Args:
         adapted: The model.
-        params: Params of the reference; a new adapter, whose update is 0, is the base.
-        part: The rows. All of them are used: `part.use` is ignored.
+        params: Params of the reference. A new adapter, whose update is 0, is equivalent to the base.
+        part: The rows; `part.use` is ignored.
         pad_id: Token to pad with.
         device: Device of the model.
-        map: Function that maps over the batches; `map_sharded` shards them across ranks.
-        progress: Wrapper of the list of batches.
+        map: Replacement for the built-in `map`; `map_sharded` shards the batches across ranks.
+        progress: Progress bar for the batches, such as `tqdm.tqdm`.
     """
     count = len(part.rows.groups)
     groups = evaluation_batches([Item(0, row) for row in range(count)], [part], EVALUATION_TOKENS)
@@ -157,17 +156,17 @@ def score_rows(
     map: Callable[..., Iterable[Any]] = map,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Scores:
-    """Measure each adapter on the rows of its part.
+    """Evaluate each adapter on its own rows.
 
     Args:
         adapted: The model.
         params: Params of one adapter, or stacked params.
-        parts: The rows of each adapter; only the rows `part.use` of a part are measured.
+        parts: The rows of each adapter; only the rows in `Part.use` are evaluated.
         stacked: Whether params are stacked.
         pad_id: Token to pad with.
         device: Device of the model.
-        map: Function that maps over the batches; `map_sharded` shards them across ranks.
-        progress: Wrapper of the list of batches.
+        map: Replacement for the built-in `map`; `map_sharded` shards the batches across ranks.
+        progress: Progress bar for the batches, such as `tqdm.tqdm`.
     """
     items = [Item(i, row) for i, part in enumerate(parts) for row in part.use.tolist()]
     width = parts[0].rows.width
@@ -195,6 +194,6 @@ def _inputs(batch: Batch) -> dict[str, Tensor]:
 
 
 def _preference(losses: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Losses and margins of pairs, from the losses of their sequences."""
+    """DPO losses and margins of pairs, from the losses of the sequences."""
     (chosen, rejected), (reference_chosen, reference_rejected) = (-losses).reshape(-1, 2).T, batch["reference"].T
     return dpo_loss(chosen, rejected, reference_chosen, reference_rejected, batch["beta"])

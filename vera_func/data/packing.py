@@ -1,12 +1,11 @@
 """Pack several documents into each row of a batch, without attention between documents.
 
-    split    a long document into pieces of at most `max_length` tokens
-    pack     pieces into rows of at most `max_length` tokens, with little padding (best fit, the longest first)
-    packed_batch    make a batch of rows: each document attends to itself only, and its positions begin at 0
-    is_packable     whether a model keeps packed documents apart
+    `split` cuts a long document into pieces of at most `max_length` tokens.
+    `pack` groups documents into rows of at most `max_length` tokens, with little padding.
+    `packed_batch` makes a batch in which each document attends only to itself, and has positions that begin at 0.
+    `is_packable` tests whether a model supports packed documents.
 
-So a document in a packed row has the same logits and losses as if it were alone. In particular, the last token of a
-document is not trained to predict the first token of the next document.
+A document in a packed row has the same logits and losses as in a row without other documents.
 """
 
 from bisect import bisect_left, insort
@@ -37,16 +36,15 @@ def split(document: T, max_length: int) -> list[T]:
 def pack(lengths: Iterable[int], max_length: int) -> list[list[int]]:
     """Group documents into rows of at most `max_length` tokens; return the indices of the documents of each row.
 
-    Best-fit decreasing: the longest remaining document goes into the fullest row that still has room for it. Costs O(n
-    log n). The result depends on the arguments only. The documents of a row are in their original order, and rows are
-    ordered by their first document.
+    Best-fit decreasing: the longest remaining document goes into the fullest row that has room for the document. The
+    documents of a row are in their original order. Rows are ordered by their first document.
 
     Args:
         lengths: Number of tokens of each document.
         max_length: Maximum number of tokens of a row.
 
     Raises:
-        ValueError: If a document is longer than a row, or a length is not positive.
+        ValueError: If a length is not positive, or if a length is greater than `max_length`.
 
     Example:
         >>> pack([5, 2, 4, 3], 8)
@@ -59,7 +57,9 @@ def pack(lengths: Iterable[int], max_length: int) -> list[list[int]]:
     spaces: list[int] = []  # the keys of `by_space`, sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not 0 < lengths[i] <= max_length:
-            raise ValueError(f"document {i} has {lengths[i]} tokens: pass documents of 1 to {max_length}; see split.")
+            raise ValueError(
+                f"document {i} has {lengths[i]} tokens, but must have 1 to {max_length}: cut long documents with split."
+            )
         at = bisect_left(spaces, lengths[i])
         if at == len(spaces):
             row, space = len(rows), max_length
@@ -81,20 +81,20 @@ def pack(lengths: Iterable[int], max_length: int) -> list[list[int]]:
 def packed_batch(
     rows: Sequence[Sequence[Document]], *, pad_id: int = 0, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """A batch of rows that hold several documents each, padded on the right.
+    """Make a batch of packed rows, padded on the right.
 
-    The mask is block-diagonal and causal, and replaces the model's own mask. A model with a sliding window therefore
-    attends to whole documents. The mask has `rows * seq * seq` values.
+    The attention mask is block-diagonal and causal, and replaces the model's own mask. A model with a sliding window
+    therefore attends to whole documents.
 
     Args:
-        rows: For each row its documents, pairs of token ids and labels (-100 where there is no target). For language
-            modelling, labels are the ids.
+        rows: The documents of each row. A document is a pair of token ids and labels, with the label -100 where there
+            is no target. For language modelling, the labels are the token ids.
         pad_id: Token to pad with.
-        dtype: Dtype of the mask; that of the model's activations.
+        dtype: Dtype of the attention mask: the dtype of the model's activations.
 
     Returns:
-        `input_ids`, `position_ids` and `labels` (b, seq), and `attention_mask` (b, 1, seq, seq), which is added to the
-        attention scores. The label of the first token of each document is -100.
+        `input_ids`, `position_ids` and `labels` (b, seq), and `attention_mask` (b, 1, seq, seq). The mask is added to
+        the attention scores. The label of the first token of each document is -100.
 
     Raises:
         ValueError: If there are no rows, if a row or a document is empty, or if ids and labels differ in length.
@@ -115,16 +115,18 @@ def packed_batch(
                 [0, 0, 1, 1, 1]], dtype=torch.int32)
     """
     if not rows or not all(rows) or not all(len(ids) for row in rows for ids, _ in row):
-        raise ValueError("there is nothing to batch: pass rows of documents, each with at least one token.")
+        raise ValueError(
+            "there are no rows, or a row or a document is empty: pass rows of documents with at least one token."
+        )
     for tokens, targets in (document for row in rows for document in row):
         if len(tokens) != len(targets):
-            raise ValueError(f"a document has {len(tokens)} tokens and {len(targets)} labels: pass one per token.")
+            raise ValueError(f"a document has {len(tokens)} tokens and {len(targets)} labels: pass a label per token.")
     width = max(sum(len(ids) for ids, _ in row) for row in rows)
     shape = len(rows), width
     ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORED)
     positions, owner = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     for i, row in enumerate(rows):
-        # The padding forms one more document, so that each position attends at least to itself.
+        # The padding is one more document, so that each position attends at least to itself.
         padding = width - sum(len(ids) for ids, _ in row)
         begin = 0
         for k, (tokens, targets) in enumerate([*row, ([pad_id] * padding, [IGNORED] * padding)]):
@@ -150,17 +152,17 @@ def is_packable(
     dtype: torch.dtype = torch.float32,
     device: Any = None,
 ) -> bool:
-    """Whether a model keeps the documents of a packed row apart, tested on two short documents.
+    """Test on two short documents whether a model processes the documents of a packed row independently.
 
-    Layers other than attention ignore the mask. A recurrent or convolutional layer carries its state from one document
-    to the next (Mamba, RWKV, Jamba, Qwen3-Next, LFM2). Other models do not take such a mask (BLOOM).
+    Recurrent and convolutional layers ignore the attention mask, and carry state from one document to the next (Mamba,
+    RWKV, Jamba, Qwen3-Next, LFM2). Some models do not accept a mask of 4 dimensions (BLOOM).
 
     Args:
-        logits: Function of the keyword arguments `input_ids`, and possibly `position_ids` and `attention_mask`, that
-            returns logits (b, seq, vocab) and accepts the tokens 1 to 6.
+        logits: Function that returns logits (b, seq, vocab). The keyword arguments are `input_ids`, with token ids
+            from 1 to 6, and for packed rows also `position_ids` and `attention_mask`.
         max_length: Maximum number of tokens of a document.
-        window: Size of the model's attention window, if it has one. The mask of packed rows replaces this window, so
-            documents must not be longer than the window.
+        window: Size of the model's sliding attention window; None means no window. The mask of packed rows replaces the
+            window, so the result is False if `max_length` is larger than `window`.
         dtype: Dtype of the model's activations.
         device: Device of the model.
 
@@ -186,8 +188,8 @@ def is_packable(
     except Exception:  # a model may raise anything
         return False
     alone = logits(input_ids=torch.tensor([document], device=device))[0].float()
-    # If documents do not attend to each other, other predecessors change only the last bits of the logits. Another
-    # shape changes more bits.
+    # If documents do not attend to each other, another first document changes only the last bits of the logits. Another
+    # shape of the batch changes more bits.
     exact, rounded = (1e-5, 0.01) if dtype == torch.float32 else (1e-3, 0.1)
     size = alone.norm()
     return bool((packed - other).norm() < exact * size) and bool((packed - alone).norm() < rounded * size)

@@ -1,11 +1,8 @@
-"""Text classification by a causal language model: prompts, batches, loss, accuracy.
+"""Text classification by a causal language model: prompts, batches, loss and accuracy.
 
-    P(label | text) = softmax over the labels of the logit of the first token of " label" after the prompt
-
-A label is represented by its first token, predicted at the last position of the prompt. Prompts are padded on the left,
-so that this is position -1 in every row.
-
-Shapes: `b` examples of a batch, `seq` tokens, `labels`.
+The logit of a label is the logit of the first token of " label", predicted at the last position of the prompt. The
+softmax over the label logits gives the probabilities of the labels. Prompts are padded on the left, so that the last
+position is position -1 in every row.
 """
 
 import inspect
@@ -38,7 +35,7 @@ class Encoded(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Accuracy and mean loss of one adapter (`*n` is empty) or of each of `n` adapters."""
+    """Accuracy and mean loss: scalars for one adapter, and (n,) for stacked adapters."""
 
     accuracy: Float[Tensor, "*n"]
     loss: Float[Tensor, "*n"]
@@ -55,7 +52,7 @@ def answer_ids(
         prompt: Prompt template with `{text}`.
 
     Raises:
-        ValueError: If two labels begin with the same token, so that their predictions would be equal.
+        ValueError: If two labels begin with the same token, so that their logits would be equal.
     """
     stem = prompt.format(text="")
     begin = tokenizer(stem).input_ids
@@ -68,7 +65,7 @@ def answer_ids(
         same = [label for label, id in zip(labels, first, strict=True) if first.count(id) > 1]
         raise ValueError(
             f"the labels {same} begin with the same token in this model's vocabulary, so their predictions would be "
-            "equal. Rename them so that each begins with a different word."
+            "equal. Rename the labels so that each label begins with a different word."
         )
     return torch.tensor(first)
 
@@ -81,12 +78,12 @@ def encode(
     max_tokens: int = 256,
     prompt: str = PROMPT,
 ) -> list[Encoded]:
-    """Tokenize examples as prompts. If a prompt is too long, its text is truncated at the end.
+    """Tokenize examples as prompts. In a prompt of more than `max_tokens` tokens, the end of the text is cut off.
 
     Args:
         tokenizer: Tokenizer of the model.
         examples: The examples.
-        labels: All labels; an encoded label is an index into this sequence.
+        labels: All labels. `Encoded.label` is an index into `labels`.
         max_tokens: Maximum length of a prompt.
         prompt: Prompt template with `{text}`.
     """
@@ -103,7 +100,7 @@ def encode(
 
 
 def collate(rows: Sequence[Encoded], pad_id: int = 0) -> Batch:
-    """A batch, padded on the left: `input_ids`, `attention_mask`, `position_ids` (b, seq) and `label` (b,).
+    """Make a batch of `input_ids`, `attention_mask`, `position_ids` (b, seq) and `label` (b,), padded on the left.
 
     Example:
         >>> collate([Encoded([5, 6, 7], 1), Encoded([8], 0)])["attention_mask"]
@@ -123,7 +120,7 @@ def collate(rows: Sequence[Encoded], pad_id: int = 0) -> Batch:
 
 
 def batches_by_length(rows: Sequence[Encoded], batch_size: int, pad_id: int = 0) -> list[Batch]:
-    """All examples in batches, sorted by length to reduce padding; `"row"` (b,) has the indices of a batch in `rows`.
+    """Split examples into batches, sorted by length to reduce padding; `"row"` (b,) contains the indices in `rows`.
 
     Example:
         >>> rows = [Encoded([5, 6, 7], 1), Encoded([8], 0), Encoded([5, 6], 0)]
@@ -138,16 +135,16 @@ def batches_by_length(rows: Sequence[Encoded], batch_size: int, pad_id: int = 0)
 def train_batches(
     rows: Sequence[Encoded], batch_size: int, *, seed: int, pad_id: int = 0, window: int = 16
 ) -> Callable[[int], Batch]:
-    """A function `step -> batch` over endless shuffled epochs, with examples of similar length in each batch.
+    """Return a function `step -> batch`, which shuffles each epoch and batches examples of similar length.
 
-    See `batch_order`. The last incomplete batch of an epoch is dropped.
+    See `batch_order`.
 
     Args:
         rows: From `encode`.
         batch_size: Examples per batch.
         seed: Seed of the order.
         pad_id: Token to pad with.
-        window: Batches per window; with 1, examples are not sorted by length.
+        window: Batches per window; with 1, the examples of a batch differ in length.
 
     Raises:
         ValueError: If there are fewer examples than `batch_size`.
@@ -157,7 +154,7 @@ def train_batches(
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """Split a batch into `parts` micro-batches of nearly equal size; some are empty if examples are fewer than parts.
+    """Split a batch into `parts` micro-batches of nearly equal size; with fewer examples than `parts`, some are empty.
 
     Example:
         >>> [part["label"].tolist() for part in split_batch({"label": torch.arange(5)}, 2)]
@@ -168,7 +165,7 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
 
 
 def num_rows(batch: Batch) -> int:
-    """The number of examples in a batch: the weight of its mean loss.
+    """The number of examples in a batch, for the argument `weight` of `mean_over_micro_batches`.
 
     Example:
         >>> num_rows({"label": torch.zeros(3)})
@@ -178,7 +175,7 @@ def num_rows(batch: Batch) -> int:
 
 
 def accepted_arguments(model: torch.nn.Module) -> frozenset[str]:
-    """The names of the arguments of a model's forward; not all models take `position_ids` or `logits_to_keep`."""
+    """Names of the arguments of a model's forward; some models lack `position_ids` or `logits_to_keep`."""
     return frozenset(inspect.signature(model.forward).parameters)
 
 
@@ -206,15 +203,15 @@ def score(
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     map: Callable[..., Iterable[Any]] = map,
 ) -> Score:
-    """Accuracy and mean loss of one adapter, or of each of `n`; a batch has examples of similar length.
+    """Compute the accuracy and the mean loss of one adapter, or of each of `n` stacked adapters.
 
     Args:
-        logits_fn: Function from a batch to the logits of the labels.
+        logits_fn: Function that returns the label logits of a batch.
         rows: From `encode`.
         batch_size: Examples per batch.
         pad_id: Token to pad with.
-        progress: Wrapper of the list of batches, such as `tqdm.tqdm`.
-        map: Function that maps over the batches; `map_sharded` shards them across ranks.
+        progress: Progress bar for the batches, such as `tqdm.tqdm`.
+        map: Replacement for the built-in `map`; `map_sharded` shards the batches across ranks.
     """
 
     def sums(batch: Batch) -> tuple[Tensor, Tensor]:

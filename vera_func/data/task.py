@@ -1,7 +1,7 @@
 """Text classification as a task: logits, loss and score functions of adapters.
 
-A `Task` contains the labels and the prompt, which do not depend on the adapter. The functions below combine a task with
-`apply`, for one adapter or for stacked adapters (n, ...). Stacked adapters process each batch in a single forward pass.
+A `Task` contains the labels and the prompt, which do not depend on the adapter. `logits_of`, `loss_of` and `score_of`
+combine a task with one adapter or with stacked adapters (n, ...). Stacked adapters share each forward pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ class Task(NamedTuple):
     Attributes:
         labels: All labels.
         prompt: Prompt template with `{text}`.
-        answers: The first token of each label.
+        answers: Id of the first token of each label.
         pad_id: Token to pad with.
         accepts: Names of the arguments of the model's forward.
         max_tokens: Maximum number of tokens of a prompt.
@@ -43,24 +43,24 @@ class Task(NamedTuple):
 
 
 def make_task(base: Base, labels: Sequence[str], prompt: str = PROMPT) -> Task:
-    """The `Task` of classifying texts by these labels with this model.
+    """Make the task of assigning one of `labels` to a text.
 
     Raises:
-        ValueError: If the prompt does not contain `{text}` exactly once, or two labels begin with the same token.
+        ValueError: If `check_prompt` rejects the prompt, or if two labels begin with the same token.
     """
     answers = answer_ids(base.tokenizer, labels, check_prompt(prompt))
     return Task(list(labels), prompt, answers, base.tokenizer.pad_token_id or 0, accepted_arguments(base.model))
 
 
 def join_tasks(tasks: Sequence[Task]) -> tuple[Task, Int[Tensor, "n labels"]]:
-    """A joint task with the answers of all tasks, for batches whose rows have different tasks.
+    """Join tasks into one task with the answers of all tasks, for batches whose rows belong to different tasks.
 
     Args:
-        tasks: Tasks with the same prompt and model, and different labels.
+        tasks: Tasks with the same prompt and model, but different labels.
 
     Returns:
-        The joint task, and the positions of each task's answers among the answers of the joint task. Positions are
-        padded with -1; see `own_logits`. The joint task has the labels of the first task.
+        The joint task, and the positions of each task's answers in the `answers` of the joint task. Positions are
+        padded with -1; see `own_logits`. The other fields of the joint task are those of the first task.
 
     Example:
         >>> tasks = [Task([*labels], "{text}:", torch.tensor(ids), 0, frozenset()) for labels, ids in
@@ -78,7 +78,7 @@ def join_tasks(tasks: Sequence[Task]) -> tuple[Task, Int[Tensor, "n labels"]]:
 
 
 def own_logits(logits: Float[Tensor, "b answers"], places: Int[Tensor, "b labels"]) -> Float[Tensor, "b labels"]:
-    """Select the logits of each row's labels from the logits of all answers; padding in `places` gives -inf.
+    """Select the logits of each row's labels from the logits of all answers; where `places` is -1, the logit is -inf.
 
     Example:
         >>> own_logits(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[2, 0, -1]]))
@@ -88,10 +88,10 @@ def own_logits(logits: Float[Tensor, "b answers"], places: Int[Tensor, "b labels
 
 
 def check_prompt(prompt: str) -> str:
-    """Check that a prompt template has exactly one `{text}`, no other braces and some other text, and return it.
+    """Return a prompt template if it contains exactly one `{text}`, no other braces, and some other text.
 
     Raises:
-        ValueError: If the template is anything else.
+        ValueError: If the template is invalid.
 
     Example:
         >>> check_prompt("Review: {text}")
@@ -103,30 +103,34 @@ def check_prompt(prompt: str) -> str:
         valid = False
     if not valid:
         raise ValueError(
-            f"a prompt must contain {{text}} exactly once, no other braces, and some other text; got {prompt!r}."
+            f"a prompt must contain {{text}} exactly once, no other braces, and some other text, such as {PROMPT!r}; "
+            f"got {prompt!r}."
         )
     return prompt
 
 
 def encode_examples(base: Base, task: Task, examples: Sequence[Example]) -> list[Encoded]:
-    """Tokenize examples as prompts of the task; prompts that are too long are truncated at the end of the text.
+    """Tokenize examples as prompts of a task; in a prompt that is too long, the end of the text is cut off.
 
     Raises:
         ValueError: If the label of an example is not one of the task's labels.
     """
     odd = sorted({example.label for example in examples} - set(task.labels))
     if odd:
-        raise ValueError(f"the data has the label {odd[0]!r}, but the adapter was trained on the labels {task.labels}.")
+        raise ValueError(
+            f"the data has the label {odd[0]!r}, but the adapter was trained on the labels {task.labels}: rename the "
+            "label."
+        )
     return encode(base.tokenizer, examples, task.labels, max_tokens=task.max_tokens, prompt=task.prompt)
 
 
 def logits_of(
     adapted: Adapted, task: Task, *, stacked: bool = False
 ) -> Callable[[Params, Batch], Float[Tensor, "*n b labels"]]:
-    """A function `(params, batch) -> logits of the labels`, for one adapter or for stacked adapters.
+    """Return a function `(params, batch) -> label logits`, for one adapter or for stacked adapters.
 
-    The output head is applied for the labels' tokens only (see `token_logits`). If the model accepts `logits_to_keep`,
-    the head is applied at the last position only.
+    The output head computes only the logits of the labels' tokens (see `token_logits`). If the model accepts
+    `logits_to_keep`, the head is applied only at the last position.
     """
     answers = task.answers.tolist()
     last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in task.accepts else {}
@@ -146,7 +150,7 @@ def logits_of(
 
 
 def loss_of(adapted: Adapted, task: Task, *, stacked: bool = False) -> Callable[[Params, Batch], Float[Tensor, "*n"]]:
-    """A function `(params, batch) -> loss` for `fit`; for stacked params it returns one loss per adapter."""
+    """Return the loss function `(params, batch) -> loss` for `fit`; stacked adapters have one loss each."""
     logits = logits_of(adapted, task, stacked=stacked)
     loss = torch.func.vmap(answer_loss, (0, None)) if stacked else answer_loss
 
@@ -161,7 +165,7 @@ def score_of(adapted: Adapted, task: Task, params: Params, rows: Sequence[Encode
     """Accuracy and mean loss of an adapter, or of each adapter in a stack.
 
     Args:
-        adapted: The model; its `apply` and `frozen` are used.
+        adapted: The adapted model, whose own params are not used.
         task: From `make_task`.
         params: Params of one adapter, or stacked params.
         rows: From `encode_examples`.

@@ -1,11 +1,11 @@
-"""Tokenized rows of a data set: token ids, and labels with -100 where there is no target.
+"""Tokenize the rows of a data set into token ids and labels; a label is -100 where there is no target.
 
-    text         the whole text, then the end token; long texts are split
-    completion   prompt, completion, end token; targets are the completion's tokens and the end token
-    chat         the tokenizer's chat template; targets are the assistant's turns
-    preference   prompt + chosen and prompt + rejected, each as a completion
+    `text`: a text is followed by the EOS token; all tokens are targets. Long texts are split.
+    `completion`: a prompt is followed by a completion and the EOS token; the tokens after the prompt are targets.
+    `chat`: a chat is rendered by the tokenizer's chat template; the assistant's turns are targets.
+    `preference`: a row has two sequences, prompt + chosen and prompt + rejected, each tokenized as a completion.
 
-A row of a preference has two sequences, the chosen one first; all other rows have one.
+A row of any other kind has one sequence.
 """
 
 import os
@@ -37,7 +37,7 @@ FLUSH = 2**20  # tokens that are kept in memory before they are written
 
 
 class Tokens(NamedTuple):
-    """A sequence: token ids, and a label for each of them."""
+    """A sequence of token ids, with a label for each token."""
 
     ids: list[int]
     labels: list[int]
@@ -47,13 +47,13 @@ class TokenRows(NamedTuple):
     """Tokenized rows.
 
     Attributes:
-        ids: Tokens of all sequences, one after another.
-        labels: Their labels.
+        ids: Token ids of all sequences, concatenated.
+        labels: Labels of `ids`.
         offsets: The start of each sequence in `ids`, followed by the end of the last sequence.
         width: Number of sequences per row: 2 for preferences, else 1.
         groups: For each row, the hash of its group; see `DataSet`.
-        omitted: Number of rows of the data set that are omitted because truncation leaves them without a target.
-        packed: If rows were packed, the sequences of each row, which do not attend to each other; see `packing`.
+        omitted: Number of rows of the data set that were omitted because truncation removed every target.
+        packed: Indices of the sequences in each packed row, see `packing`; None if rows are not packed.
     """
 
     ids: Int[Tensor, " tokens"]
@@ -65,7 +65,7 @@ class TokenRows(NamedTuple):
     packed: list[list[int]] | None = None
 
     def lengths(self) -> Int[Tensor, " rows"]:
-        """The number of tokens of each row; for a preference, that of the longer sequence."""
+        """The number of tokens of each row; for a preference, the length of the longer sequence."""
         if self.packed is not None:
             return torch.tensor([sum(int(self.offsets[k + 1] - self.offsets[k]) for k in row) for row in self.packed])
         return self.offsets.diff().reshape(-1, self.width).amax(1)
@@ -77,13 +77,13 @@ class TokenRows(NamedTuple):
         return [Tokens(self.ids[a:b].tolist(), self.labels[a:b].tolist()) for a, b in spans]
 
     def pack(self, use: Int[Tensor, " used"], max_length: int) -> "TokenRows":
-        """Some of the rows, packed into rows of at most `max_length` tokens."""
+        """Pack the rows with the indices `use` into rows of at most `max_length` tokens."""
         found = pack(self.lengths()[use].tolist(), max_length)
         numbers = use.tolist()
         return self._replace(packed=[[numbers[k] for k in row] for row in found])
 
     def num_targets(self, i: int) -> int:
-        """The number of terms in the loss of each row: the number of its targets, or 1 for a preference."""
+        """The number of terms in the loss of row `i`: the number of targets, or 1 for a preference."""
         if self.width == 2:
             return 1
         members = [i] if self.packed is None else self.packed[i]
@@ -92,17 +92,18 @@ class TokenRows(NamedTuple):
 
 
 def tokenize(data: DataSet, tokenizer: "PreTrainedTokenizerBase", *, max_length: int, side: Side = "end") -> TokenRows:
-    """Tokenize a data set. Texts that are too long are split into several rows; rows of other kinds are truncated.
+    """Tokenize a data set. Long texts are split into several rows; long rows of other kinds are truncated.
 
     Args:
         data: From `open_dataset`.
         tokenizer: Tokenizer of the model.
         max_length: Maximum number of tokens of a sequence.
-        side: Which end of a sequence is cut off: "end", or "start", which keeps the last tokens of a completion.
+        side: Where long sequences are truncated: at the "end", or at the "start", which keeps the last tokens of a
+            completion.
 
     Raises:
-        ValueError: If no row has a target, or if the chat template can't be applied to a row. Also if the data has
-            messages, but the tokenizer has no chat template.
+        ValueError: If no row has a target, if the chat template can't be applied to a row, or if the data has messages
+            but the tokenizer has no chat template.
     """
     ids, labels, offsets, groups = _Column(), _Column(), array("q", [0]), array("q")
     omitted, width = 0, 2 if data.kind == "preference" else 1
@@ -119,17 +120,17 @@ def tokenize(data: DataSet, tokenizer: "PreTrainedTokenizerBase", *, max_length:
                 offsets.append(offsets[-1] + len(tokens.ids))
     if not groups:
         raise ValueError(
-            f"{data.source}: no row has a target within {max_length} tokens: raise --max-length, or pass "
+            f"{data.source}: no row has a target within {max_length} tokens: increase --max-length, or pass "
             "--truncate-side start."
         )
     return TokenRows(ids.tensor(), labels.tensor(), torch.tensor(offsets), width, torch.tensor(groups), omitted)
 
 
 def prompt_tokens(full: Sequence[int], prompt: Sequence[int]) -> Tokens:
-    """Tokens of a prompt with its answer. The targets are the tokens after the prompt.
+    """Label the tokens of a prompt with its answer; only the tokens after the prompt are targets.
 
-    The targets begin at the first token that differs from the tokens of the prompt alone. So a token that straddles the
-    end of the prompt is a target.
+    The targets begin where `full` first differs from `prompt`, so a token that straddles the end of the prompt is a
+    target.
 
     Example:
         >>> prompt_tokens([5, 6, 7, 2], [5, 6, 2])
@@ -142,7 +143,7 @@ def prompt_tokens(full: Sequence[int], prompt: Sequence[int]) -> Tokens:
 
 
 def chat_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """The tokens of a chat with this message of the user, up to the beginning of the assistant's answer.
+    """Tokenize a chat with a single user message, up to the beginning of the assistant's answer.
 
     Raises:
         ValueError: If the tokenizer has no chat template.
@@ -154,7 +155,7 @@ def chat_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def _tokenized(data: DataSet, tokenizer: Any, max_length: int) -> Iterator[list[Tokens]]:
-    """Yield the sequences of each row, or the pieces of each text."""
+    """Yield the tokenized sequences of each row; a long text has several pieces."""
     with quiet_transformers():
         for start in range(0, len(data.rows), CHUNK):
             chunk = data.rows[start : start + CHUNK]  # a list for each column
@@ -186,7 +187,7 @@ def _answers(tokenizer: Any, rows: list[dict[str, Any]], max_length: int) -> Ite
 
 
 def _messages(tokenizer: Any, rows: list[dict[str, Any]], max_length: int) -> Iterator[list[Tokens]]:
-    """Tokenize chats or prompts with answers. The targets are the turns of the assistant, or the answers."""
+    """Tokenize rows of messages; the targets are the assistant's turns of a chat, or the answers to a prompt."""
     columns = [name for name in rows[0] if name not in ("prompt", "messages")]
     for row in rows:
         if not columns:
@@ -199,19 +200,19 @@ def _messages(tokenizer: Any, rows: list[dict[str, Any]], max_length: int) -> It
 
 
 def _masked(ids: list[int], assistant: list[bool], begin: int) -> Tokens:
-    """Tokens whose targets are the assistant's tokens from position `begin` on."""
+    """Label tokens; the targets are the assistant's tokens from position `begin` on."""
     labels = [id if said and i >= begin else IGNORED for i, (id, said) in enumerate(zip(ids, assistant, strict=True))]
     return Tokens(ids, labels)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
+    """The number of leading tokens that two sequences share."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
-    """The ids with the end token of the tokenizer, if it has one."""
+    """Append the tokenizer's EOS token, unless the ids end with it or the tokenizer has none."""
     end = tokenizer.eos_token_id
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
@@ -226,7 +227,7 @@ def _has_target(tokens: Tokens) -> bool:
 
 
 class _Column:
-    """A growing column of integers, in memory up to `FLUSH` of them, and then in a temporary file."""
+    """A growing column of integers; more than `FLUSH` integers are stored in a temporary file."""
 
     def __init__(self) -> None:
         self.values, self.size = array("i"), 0
@@ -240,7 +241,7 @@ class _Column:
             self._flush()
 
     def tensor(self) -> Int[Tensor, " size"]:
-        """All values, int32. If they are in a file, the file is memory-mapped, and deleted together with the column."""
+        """All values as int32; a temporary file is memory-mapped, and deleted together with the column."""
         if self.path is None:
             return torch.frombuffer(self.values, dtype=torch.int32).clone()
         self._flush()
