@@ -32,7 +32,7 @@ def test_names(monkeypatch):
     assert find_device("auto") == find_device("cuda") == torch.device("cuda", 2)
     assert find_device("cuda:1") == torch.device("cuda", 1)
     assert find_device("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match="there is no GPU cuda:4: torch finds 4 of them"):
+    with pytest.raises(ValueError, match="there is no GPU cuda:4: torch finds 4 GPUs"):
         find_device("cuda:4")
     for name in ("", "gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0"):
         with pytest.raises(ValueError, match="the device must be auto, cpu, cuda or cuda:N"):

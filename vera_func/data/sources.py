@@ -1,7 +1,7 @@
-"""Load the adapters of a command, and the base model on which they were trained.
+"""Load the adapters of a command, and their base model.
 
-Defaults of the command line come from the adapter's files. PEFT's configuration has the name of the model. The metadata
-file has the format of the model, the labels and the prompt.
+Defaults of command-line options come from the adapter's files. PEFT's configuration names the base model. The metadata
+file stores the quantization format of the base model, the labels and the prompt.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,14 +27,14 @@ from .task import Task, make_task
 
 
 class Source(NamedTuple):
-    """The adapters of a command: a PEFT directory, some adapters of a bank, or none (the base alone).
+    """The adapters of a command: a PEFT directory, adapters of a bank, or no adapter (the base model alone).
 
     Attributes:
-        path: The directory or the bank; None for the base alone.
+        path: The PEFT directory or the bank; None for the base model alone.
         names: Names of the adapters.
-        config: Configuration of the adapters; None for the base alone.
-        model: Folder or hub id of the base model; None if it is not known, or for the default model.
-        metadata: Metadata of the adapters; for the base alone, the metadata of a merged adapter.
+        config: Configuration of the adapters; None for the base model alone.
+        model: Folder or hub id of the base model; None if unknown. Without adapters, None means the default model.
+        metadata: Metadata of the adapters. Without adapters, the metadata in the folder of a merged model.
     """
 
     path: Path | None
@@ -57,19 +57,20 @@ def open_source(
     Args:
         adapter: A PEFT directory, or the name of a repository of the hub.
         bank: An adapter bank.
-        names: Names of adapters in the bank; None means all.
-        model: Folder or hub id of the base model; None means the model in the configuration.
+        names: Names of adapters in the bank; None means all adapters.
+        model: Folder or hub id of the base model; None means the model that the configuration names.
         one: Whether exactly one adapter is required.
 
     Raises:
-        ValueError: If both an adapter and a bank are given, if a name is unknown, or if names are given without a bank.
-            Also if exactly one adapter is required but not given, or if a file is damaged or of the wrong kind.
-        FileNotFoundError: If the directory or the file does not exist.
+        ValueError: If both `adapter` and `bank` are given, or if `names` are given without `bank`. If a name is
+            unknown. If `one` is true, but none or several adapters are given. If a file is damaged or of the wrong
+            type.
+        FileNotFoundError: If the PEFT directory or the bank does not exist.
     """
     if adapter is not None and bank is not None:
-        raise ValueError("give either --adapter or --bank, not both.")
+        raise ValueError("--adapter and --bank were both given: give one of them, not both.")
     if names and bank is None:
-        raise ValueError("--name selects an adapter of a bank: pass --bank as well.")
+        raise ValueError("--name was given without --bank, but selects an adapter of a bank: pass --bank as well.")
     if bank is not None:
         path, found, config = _open_bank(bank, names, one)
     elif adapter is not None:
@@ -95,14 +96,14 @@ def base_of(
 
     Args:
         source: From `open_source`.
-        quant: A format; None means the format in the metadata.
+        quant: Quantization format; None means the format in the metadata.
         dtype: As for `load_base`.
         device: As for `load_base`.
         max_tokens: Length of the longest prompts; None means the length in the metadata, or 256 if the metadata has
             none.
 
     Raises:
-        ValueError: If the model is not known. Also as for `load_base`.
+        ValueError: If the name of the base model is unknown, or as for `load_base`.
         OSError: If the model is not found.
     """
     if source.path is not None and not source.model:
@@ -116,7 +117,7 @@ def load_adapters(
 ) -> tuple[Adapted, Callable[[Sequence[str]], dict[str, Tensor]]]:
     """The first adapter as an `Adapted`, and a function `names -> stacked params` that reads adapters by name.
 
-    The stacked params are for inference: the magnitudes of DVoRA are folded (`fold_magnitude`).
+    The stacked params are for inference only, because DVoRA's magnitudes are folded (see `fold_magnitude`).
 
     Args:
         source: From `open_source`.
@@ -156,7 +157,7 @@ def task_of(source: Source, base: Base, labels: Iterable[str], prompt: str | Non
         prompt: A prompt template; None means the prompt in the metadata, or `PROMPT` if the metadata has none.
 
     Raises:
-        ValueError: If fewer than two labels are known. Also as for `make_task`.
+        ValueError: If fewer than two labels are known, or as for `make_task`.
     """
     known = source.metadata.labels or sorted(set(labels))
     if len(known) < 2:
@@ -166,7 +167,7 @@ def task_of(source: Source, base: Base, labels: Iterable[str], prompt: str | Non
 
 
 def by_labels(source: Source) -> list[Source]:
-    """Split the adapters of a bank into consecutive groups with the same labels."""
+    """Split the adapters of a bank into groups of consecutive adapters with the same labels."""
     if source.metadata.label_sets is None or source.path is None:
         return [source]
     bank = open_bank(source.path)
@@ -178,40 +179,42 @@ def by_labels(source: Source) -> list[Source]:
 
 
 def check_labels(source: Source, labels: Iterable[str]) -> None:
-    """Check that the labels of all adapters, if they are known, include these labels.
+    """Check that each adapter with known labels was trained on all of `labels`.
 
     Raises:
-        ValueError: If an adapter was trained without one of these labels.
+        ValueError: If an adapter was trained without one of `labels`.
     """
     parts = by_labels(source)
     for known, name in ((part.metadata.labels, part.names[0]) for part in parts):
         if known and (odd := sorted(set(labels) - set(known))):
-            which, hint = ("", "") if len(parts) == 1 else (f" {name!r}", ": choose adapters with --name")
+            which, hint = ("", "rename the label") if len(parts) == 1 else (f" {name!r}", "choose adapters with --name")
             raise ValueError(
-                f"the data has the label {odd[0]!r}, but the adapter{which} was trained on the labels {known}{hint}."
+                f"the data has the label {odd[0]!r}, but the adapter{which} was trained on the labels {known}: {hint}."
             )
 
 
 def _open_bank(bank: str, names: Sequence[str] | None, one: bool) -> tuple[Path, list[str], VeraConfig]:
-    """The path and the configuration of a bank, and the names of the chosen adapters."""
+    """The path of a bank, the names of the selected adapters, and their configuration."""
     if Path(bank).is_dir():
-        raise ValueError(f"{bank} is a folder, but a bank is a file: pass a PEFT directory with --adapter.")
+        raise ValueError(f"--bank must be a file, got the folder {bank}: pass a PEFT directory with --adapter.")
     opened = open_bank(bank)
     names = list(names or opened.names)
     for name in names:
         opened.row(name)  # an unknown name raises
     if one and len(names) != 1:
         some = ", ".join([*names[:3], *["..."] * (len(names) > 3)])
-        raise ValueError(f"{bank} contains {len(names)} adapters: choose one with --name ({some}).")
+        raise ValueError(
+            f"the command takes one adapter, got {len(names)} adapters of {bank}: choose one with --name ({some})."
+        )
     return Path(bank), names, opened.config
 
 
 def _open_adapter(adapter: str) -> tuple[Path, list[str], VeraConfig]:
-    """The folder, the name and the configuration of an adapter, which is local or on the hub."""
+    """The folder, the name (in a list) and the configuration of a local adapter or of an adapter on the hub."""
     path = Path(adapter)
     folder = find_adapter(adapter, optional=[metadata_file("").name]) if is_repository(adapter) else path
     if folder.is_file():
-        raise ValueError(f"{folder} is a file, but an adapter is a PEFT directory: pass a bank with --bank.")
+        raise ValueError(f"--adapter must be a PEFT directory, got the file {folder}: pass a bank with --bank.")
     if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} contains a model, not an adapter: pass a model with --model.")
     config, _ = read_files(folder)
