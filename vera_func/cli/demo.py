@@ -101,7 +101,7 @@ def demo(
         data: Labelled examples, as for `read_examples`; None means rated snippets of movie reviews from PyPI.
         r: Rank of the projections.
         targets: Suffixes of the names of the layers to adapt; None means PEFT's default for the model type.
-        steps: Number of training steps.
+        steps, epochs: Number of training steps, or number of passes over the training examples; see `num_steps`.
         adapters: Number of adapters to train. Several adapters are trained as a sweep; see the module `training`.
         out: Folder for the adapter, in PEFT's format, and for the bank of a sweep.
         seed: Seed of the held-out split, of the order of the examples, and of the projections.
@@ -110,8 +110,6 @@ def demo(
         batch_size: Number of examples per training step.
         parts: Number of micro-batches per step; None means 4 under torchrun, else 1.
         prompt: Prompt template that contains `{text}` and ends where the label begins.
-        epochs: Number of passes over the training examples. If `steps` and `epochs` are None, training takes one epoch,
-            but at least 50 and at most 100 steps.
         recipe: Other options of training; the fields `batch_size`, `micro_batches` and `seed` are ignored. A sweep
             supports only the option `dora`.
         max_length: Maximum number of tokens of a prompt; the text of a longer prompt is truncated at the end.

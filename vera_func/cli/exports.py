@@ -1,4 +1,4 @@
-"""The work of the commands `merge`, `export-lora` and `convert`. Each function returns its report as a dict."""
+"""The commands `merge`, `export-lora` and `convert`, as functions that return a report as a dict."""
 
 import os
 import warnings

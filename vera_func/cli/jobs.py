@@ -117,7 +117,9 @@ def _split(groups: Tensor, seed: int, source: str) -> tuple[Tensor, Tensor]:
 
 
 def num_steps(batches: int, steps: Sequence[int] | None, epochs: float | None, i: int, n: int) -> int:
-    """The number of training steps of adapter `i` of `n`, if an epoch has `batches` batches.
+    """The number of training steps of adapter `i` of `n`: the value in `steps`, or `epochs` times `batches`.
+
+    If `steps` and `epochs` are None, training takes one epoch, but at least 50 and at most 100 steps.
 
     Example:
         >>> num_steps(8, None, None, 0, 1), num_steps(8, None, 2.0, 0, 1), num_steps(8, [5, 6], None, 1, 2)

@@ -9,7 +9,7 @@ This package must be installed on every node. The adapters, the data and the bas
 every node; the data and the base model may also be hub ids. Relative paths are resolved in the working directory of the
 calling process.
 
-The command line is `vera-func evaluate --ray ADDRESS`. In Python:
+In Python:
 
     source = open_source(bank="all.safetensors")
     rows = evaluate_on_ray(source, partial(base_of, source), "reviews.csv", address="auto")

@@ -82,8 +82,7 @@ class Run(NamedTuple):
         r: Rank of the projections.
         targets: Suffixes of the names of the layers to adapt, or "all-linear"; None means PEFT's default.
         steps: Number of training steps, as one value or one per adapter.
-        epochs: Number of passes over the training rows of an adapter. If `steps` and `epochs` are None, training takes
-            one epoch, but at least 50 and at most 100 steps.
+        epochs: Number of passes over the training rows of an adapter, if `steps` is None; see `num_steps`.
         learning_rates: Peak of the learning rate, as one value or one per adapter.
         max_length: Maximum number of tokens of a sequence; None means the default for the kind of data.
         chunk: Maximum number of adapters that train at once.

@@ -3,8 +3,8 @@
 A sweep of n adapters has two phases. In the first phase, all adapters train in one run for half the steps. The batch
 size of each adapter is 2 / n times the given batch size, so all adapters together process as many examples as a single
 run. In the second phase, the adapter with the lowest validation loss continues alone for all steps, with the given
-batch size. If n is at most twice the batch size, a sweep processes twice the training examples of a single run, plus
-200 validation examples per adapter.
+batch size. In total, a sweep processes about twice the training examples of a single run, plus 200 validation examples
+per adapter.
 
 Under torchrun, the `parts` micro-batches of each step are sharded across ranks. In the first phase of a sweep, `parts`
 groups of adapters are sharded instead. `parts` changes the results by rounding only. The number of ranks does not
@@ -141,8 +141,7 @@ def train_sweep(
         grid: Hyper-parameters of each adapter, from `sweep_grid`.
         train: Training examples.
         validation: Validation examples; the best adapter is the adapter with the lowest mean validation loss.
-        steps: Number of steps of the second phase; the first phase has half as many.
-        batch_size: Batch size of the second phase.
+        steps, batch_size: Number of steps and batch size of the second phase.
         seed: Seed of the order of the examples.
         progress: Whether to show progress bars.
         parts: Number of groups of adapters in the first phase, and of micro-batches per batch in the second.
