@@ -308,6 +308,21 @@ class TestLaws:
         for i in range(n):
             assert_close(actual[i], vf.vera_forward(row(params, i), frozen, x[i], base_fn), rtol=1e-8, atol=1e-9)
 
+    @pytest.mark.parametrize("dora", [None, "magnitude", "output_scale"])
+    @pytest.mark.parametrize("axes", [(1, 2, 2), (2, 1, 1), (2, 2, 1), (1, 0, 2)], ids=str)
+    def test_delta_weight_matches_rows_from_the_left(self, axes, dora):
+        params, frozen, weight, _ = make_layer(2, 2, dora=True)
+        if dora != "magnitude":
+            scale = params.pop("magnitude")
+            params |= {"output_scale": scale} if dora else {}
+        for n, key in zip(axes, list(params), strict=False):
+            params[key] = params[key][(slice(None),) * n + (0,) * (2 - n)]
+        x = torch.randn(2, 2, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        update = vf.vera_forward(params, frozen, x, lambda x: x @ weight.T) - x @ weight.T
+        delta = vf.delta_weight(params, frozen, IN, weight)
+        delta = delta[:, None] if delta.dim() == 3 else delta
+        assert_close((delta @ x[..., None])[..., 0], update, rtol=1e-8, atol=1e-9)
+
     @pytest.mark.parametrize("n", [(), (4,), (4, 2)], ids=str)
     def test_delta_weight_of_stacks(self, n):
         params, frozen, _, _ = make_layer(*n)
@@ -457,6 +472,12 @@ for size in (0, -1):
     bad("delta_weight", f"in={size}", lambda _, n=size: vf.delta_weight(LAYER, PAIR, n), f"got in = {size}")
 
 bad("delta_weight", "in of 65", lambda _: vf.delta_weight(LAYER, PAIR, 65), "were drawn for at most 64 -> 32")
+bad(
+    "delta_weight",
+    "other rows",
+    lambda _: vf.delta_weight({"lambda_b": ones(2, 32), "lambda_d": ones(3, 4)}, PAIR, 64),
+    "leading axes of lambda_b .2, 32., lambda_d .3, 4. do not match",
+)
 bad("delta_weight", "no lambda_d", lambda _: vf.delta_weight({"lambda_b": ones(32)}, PAIR, 64), r"got \['lambda_b'\]")
 
 

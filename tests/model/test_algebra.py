@@ -138,7 +138,8 @@ def test_scalings_that_are_refused(params, factor, says):
 
 bad = Refused()
 
-bad("scale_adapter", "NaN", lambda _: vf.scale_adapter(PARAMS, NAN), "factor must be finite, got nan")
+bad("scale_adapter", "NaN", lambda _: vf.scale_adapter(PARAMS, NAN), "factor must be a finite number, got nan")
+bad("scale_adapter", "many", lambda _: vf.scale_adapter(PARAMS, torch.ones(2)), r"a finite number, got tensor\(")
 bad(
     "scale_adapter",
     "a head of its own",

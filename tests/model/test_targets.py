@@ -316,6 +316,16 @@ def test_what_no_module_answers_to(model, fields, message):
         resolve(MODELS[model](), vf.VeraConfig(**fields))
 
 
+def test_layers_of_to_module():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module = vf.to_module(vf.adapt(model, vf.VeraConfig(r=2, target_modules=["0"])))
+    assert resolve(module, vf.VeraConfig(target_modules=["1"]))[0] == ["1"]
+    with pytest.raises(
+        ValueError, match=r"target module '0' is a layer of a model from to_module.*pass the base model"
+    ):
+        resolve(module, vf.VeraConfig(target_modules=["0"]))
+
+
 def test_idle_entries_of_a_file_are_let_pass():
     fields = {"target_modules": ["q_proj", "query"], "modules_to_save": ["score"]}
     names, _ = resolve(llama(), vf.VeraConfig(**fields), strict=False)

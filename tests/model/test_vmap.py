@@ -230,6 +230,14 @@ class TestVmapAdapters:
         assert_close(compiled(stacked), f(stacked, x))
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_no_adapters(chunk_size):
+    apply, params, frozen, _ = vf.adapt(nn.Linear(7, 5), vf.VeraConfig(r=R, target_modules=".*"))
+    none = {key: leaf[:0] for key, leaf in vf.stack_adapters([params]).items()}
+    f = vf.vmap_adapters(apply, None, chunk_size=chunk_size)
+    assert f(none, frozen, normal(3, 7)).shape == (0, 3, 5)
+
+
 # in_dims as torch.func.vmap takes it, over (params, frozen, *batch), the axis of the adapters in params, the batch.
 TUPLES = {
     "params alone": ((0, None, None), 0, (normal(3, 7),)),

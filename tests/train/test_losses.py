@@ -590,6 +590,7 @@ bad(
     lambda _: dpo_loss(ones(2, 3), ones(2, 3), ones(3), ones(3), ones(3)),
     r"beta has shape \(3,\), but chosen is \(2, 3\): pass one value",
 )
+bad("dpo_loss", "beta of 0", lambda _: dpo_loss(ones(2), ones(2), ones(2), ones(2), 0.0), "beta must be a positive")
 bad(
     "dpo_loss",
     "a loss instead of its sum",

@@ -21,7 +21,14 @@ from torch import Tensor
 from .autograd import add_update, product, project
 from .dora import fold_layer, norm_statistics, rescaled_delta, row_norms, scaled_base
 from .keys import BASE_SHARE, MAGNITUDE, MIXTURE, OUTPUT_SCALE, SCALES, STATISTICS, VECTORS, join_key
-from .shapes import align_rows, contiguous_rows, require_float, require_product_dtype, require_rows_of_floats
+from .shapes import (
+    align_rows,
+    contiguous_rows,
+    match_rows,
+    require_float,
+    require_product_dtype,
+    require_rows_of_floats,
+)
 
 
 BaseFn = Callable[[Tensor], Tensor]
@@ -184,6 +191,7 @@ def delta_weight(
     lambda_b, lambda_d, mixture = _vectors(params)
     A, B = _projections(frozen, lambda_b, lambda_d, in_features)
     if mixture is None:
+        lambda_b, lambda_d = match_rows({"lambda_b": lambda_b, "lambda_d": lambda_d})
         delta = (lambda_b[..., None] * B) @ (lambda_d[..., None] * A)
     else:
         weighted = mixture[..., None] * lambda_b

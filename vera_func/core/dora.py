@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .keys import BASE_SHARE, MAGNITUDE, OUTPUT_SCALE, STATISTICS, VECTORS, join_key
-from .shapes import align_rows
+from .shapes import align_rows, match_rows, with_dims
 
 
 # Number of values in the largest temporary tensor that the row norms need.
@@ -107,8 +107,7 @@ def fold_layer(
         tensor([0.2000])
     """
     lambda_b, lambda_d, magnitude = _checked(params, frozen)
-    dims = max(lambda_b.dim(), lambda_d.dim(), magnitude.dim())
-    b, d, m = (_with_dims(vector, dims) for vector in (lambda_b, lambda_d, magnitude))
+    b, d, m = match_rows({"lambda_b": lambda_b, "lambda_d": lambda_d, "magnitude": magnitude})
     statistics = [frozen[name] for name in STATISTICS]
     B = frozen["vera_B"][: b.shape[-1]]
     inputs = (b, d, B, *statistics)
@@ -156,12 +155,15 @@ def rescaled_delta(
         >>> rescaled_delta(torch.tensor([[0.0, 1.0]]), params, weight)
         tensor([[3., 5.]])
     """
-    if MAGNITUDE in params:
+    name = MAGNITUDE if MAGNITUDE in params else OUTPUT_SCALE
+    scale, flat = match_rows({name: params[name], "the update": delta.flatten(-2)})
+    delta = flat.unflatten(-1, weight.shape)
+    if name == MAGNITUDE:
         norm = row_norms(weight + delta)
-        scale = _with_share(params, MAGNITUDE, params[MAGNITUDE] / torch.where(norm > 0, norm, 1.0))
+        scale = _with_share(params, MAGNITUDE, scale / torch.where(norm > 0, norm, 1.0))
         delta = scale[..., None] * delta
     else:
-        scale = _with_share(params, OUTPUT_SCALE, params[OUTPUT_SCALE])
+        scale = _with_share(params, OUTPUT_SCALE, scale)
     return (scale - 1)[..., None] * weight + delta
 
 
@@ -211,29 +213,18 @@ def _checked(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> tupl
             f"{expected} and a vera_B of shape (>= {out_features}, {r}), got {shapes} and "
             f"{tuple(frozen['vera_B'].shape)}."
         )
-    rows = sorted((tuple(vector.shape[:-1]) for vector in (lambda_b, lambda_d, magnitude)), key=len)
-    if any(rows[-1][: len(shape)] != shape for shape in rows):
-        raise ValueError(
-            f"the leading axes of lambda_b {tuple(lambda_b.shape)}, lambda_d {tuple(lambda_d.shape)} and magnitude "
-            f"{tuple(magnitude.shape)} do not match."
-        )
     return lambda_b, lambda_d, magnitude
 
 
 def _with_share(params: Mapping[str, Tensor], name: str, scale: Tensor) -> Tensor:
     """Add to the scale of each row the base model's share (see `select_adapters`); the base model has a scale of 1."""
     share = params.get(join_key(name, BASE_SHARE))
-    return scale if share is None else scale + _with_dims(share[..., None], scale.dim())
+    return scale if share is None else scale + with_dims(share[..., None], scale.dim())
 
 
 def _distinct(vector: Tensor) -> Tensor:
     """Return only the first row if all rows are views of one adapter, so that its norm is computed once."""
     return vector[:1] if vector.dim() > 1 and vector.stride(0) == 0 else vector
-
-
-def _with_dims(vector: Tensor, dims: int) -> Tensor:
-    """View a vector (*rows, k) with `dims` axes in total, by inserting axes of size 1 after the rows."""
-    return vector.reshape(*vector.shape[:-1], *[1] * (dims - vector.dim()), vector.shape[-1])
 
 
 def _square_norm(weight: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Checks of shapes, dtypes and numbers, and the broadcasting of one adapter per row to a batch."""
 
 import numbers
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -34,6 +35,36 @@ def align_rows(name: str, vector: Tensor, x: Tensor, *, inner: int = 1) -> Tenso
             "per row (select_adapters), or map over stacked adapters (vmap_adapters, torch.func.vmap)."
         )
     return vector.reshape(*rows, *[1] * (len(batch) - len(rows)), *own)
+
+
+def match_rows(vectors: Mapping[str, Tensor]) -> list[Tensor]:
+    """View vectors (*rows, k) with the same number of axes, so that their rows are matched from the left.
+
+    Args:
+        vectors: The vectors by name, for the error message. Their rows may be the first axes of another vector's rows.
+
+    Raises:
+        ValueError: If the rows do not match.
+
+    Example:
+        >>> [v.shape for v in match_rows({"lambda_b": torch.ones(5, 3), "lambda_d": torch.ones(5, 7, 2)})]
+        [torch.Size([5, 1, 3]), torch.Size([5, 7, 2])]
+    """
+    rows = sorted((tuple(vector.shape[:-1]) for vector in vectors.values()), key=len)
+    if any(rows[-1][: len(shape)] != shape for shape in rows):
+        shapes = ", ".join(f"{name} {tuple(vector.shape)}" for name, vector in vectors.items())
+        raise ValueError(f"the leading axes of {shapes} do not match.")
+    return [with_dims(vector, len(rows[-1]) + 1) for vector in vectors.values()]
+
+
+def with_dims(vector: Tensor, dims: int) -> Tensor:
+    """View a vector (*rows, k) with `dims` axes in total, by inserting axes of size 1 after the rows.
+
+    Example:
+        >>> with_dims(torch.ones(5, 3), 4).shape
+        torch.Size([5, 1, 1, 3])
+    """
+    return vector.reshape(*vector.shape[:-1], *[1] * (dims - vector.dim()), vector.shape[-1])
 
 
 def contiguous_rows(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ The update of DVoRA is not linear in its vectors, so DVoRA adapters must be fold
 folding, the change of a layer's output is linear in `lambda_b` and in `output_scale - 1`.
 """
 
+import numbers
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -44,8 +45,9 @@ def scale_adapter(params: Mapping[str, Tensor], factor: float) -> dict[str, Tens
         >>> scale_adapter({"q.lambda_b": torch.ones(3), "q.lambda_d": torch.ones(2)}, 0.5)["q.lambda_b"]
         tensor([0.5000, 0.5000, 0.5000])
     """
-    if not abs(factor) < float("inf"):
-        raise ValueError(f"factor must be finite, got {factor}.")
+    is_number = isinstance(factor, numbers.Real) or (isinstance(factor, Tensor) and factor.dim() == 0)
+    if not is_number or not abs(factor) < float("inf"):
+        raise ValueError(f"factor must be a finite number, got {factor!r}.")
     _check_vectors(params)
     scaled = {
         "lambda_b": lambda value: factor * value,

@@ -124,6 +124,11 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
         raise ValueError(f"modules_to_save has {idle}, but no module of this model has such a name.")
     for name in names:
         if linear_sizes(modules[name]) is None:
+            if type(modules[name]).__module__.startswith("vera_func."):
+                raise ValueError(
+                    f"target module {name!r} is a layer of a model from to_module, not of its base model: pass the "
+                    "base model."
+                )
             raise ValueError(
                 f"target module {name!r} is a {type(modules[name]).__name__}; only nn.Linear, bitsandbytes' linear "
                 "layers and transformers' Conv1D can be adapted."

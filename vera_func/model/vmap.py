@@ -93,9 +93,9 @@ def _mapped(
             )
         leaves[i] = leaf.movedim(dim, 0)
         mapped.append(i)
-    step = chunk_size or n
+    step = chunk_size or max(n, 1)
     chunks = []
-    for start in range(0, n, step):
+    for start in range(0, max(n, 1), step):
         part = {key: leaf[start : start + step] for key, leaf in stacked.items()} if step < n else stacked
         inputs = [leaf[start : start + step] if i in mapped else leaf for i, leaf in enumerate(leaves)]
         chunks.append(_fold(apply, part, frozen, inputs, mapped, spec))

@@ -52,6 +52,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..core.shapes import require_positive
 from ..model.head import RowHead
 from ..private import has_values
 from .chunked import function_losses, weight_losses
@@ -199,7 +200,7 @@ def dpo_loss(
         `(losses, margins)`, each like `chosen`.
 
     Raises:
-        ValueError: If the shapes do not match.
+        ValueError: If the shapes do not match, or if `beta` is a number that is not positive.
 
     Example:
         >>> chosen, rejected, reference = torch.tensor([-1.0, -3.0]), torch.tensor([-2.0, -2.0]), torch.zeros(2)
@@ -230,13 +231,15 @@ def dpo_loss(
             raise ValueError(
                 f"{name} is {tuple(value.shape)}, but chosen is {tuple(chosen.shape)}: pass one value for each pair."
             )
-    if isinstance(beta, Tensor) and beta.dim():
+    if not isinstance(beta, Tensor):
+        require_positive("beta", beta)
+    elif beta.dim():
         if beta.shape != chosen.shape[: beta.dim()]:
             raise ValueError(
                 f"beta has shape {tuple(beta.shape)}, but chosen is {tuple(chosen.shape)}: pass one value, or one for "
                 "each stacked adapter."
             )
-        beta = beta.reshape(*beta.shape, *[1] * (chosen.dim() - beta.dim()))
+        beta = beta.to(chosen.dtype).reshape(*beta.shape, *[1] * (chosen.dim() - beta.dim()))
     margins = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
     return PreferenceLoss(-logsigmoid(margins), margins)
 
