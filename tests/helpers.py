@@ -1,6 +1,7 @@
 """Shared cases: one table of transforms, one of bases, one of models; every public function passes every row."""
 
 import copy
+import weakref
 
 import bitsandbytes as bnb
 import torch
@@ -343,6 +344,26 @@ class LargestTensor(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))])
         return out
+
+
+class LiveTensors(TorchDispatchMode):
+    """Notes how many tensors of `numel` values or more, views aside, were in memory at most at the same time."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.live, self.most = numel, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf._base is None and leaf.numel() >= self.numel:
+                self.live += 1
+                self.most = max(self.most, self.live)
+                weakref.finalize(leaf, self._free)
+        return out
+
+    def _free(self):
+        self.live -= 1
 
 
 def quantized_layers(model):

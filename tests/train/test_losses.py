@@ -15,7 +15,18 @@ from vera_func.model.head import RowHead, hidden_and_head
 from vera_func.train.distributed import mean_over_micro_batches
 from vera_func.train.losses import IGNORED, dpo_loss, next_token_loss, sequence_logprobs
 
-from helpers import LargestTensor, gpt2, left_padded, llama, normal, quantized, randomized, relative_error, tokens
+from helpers import (
+    LargestTensor,
+    LiveTensors,
+    gpt2,
+    left_padded,
+    llama,
+    normal,
+    quantized,
+    randomized,
+    relative_error,
+    tokens,
+)
 from refused import Refused
 
 
@@ -204,6 +215,23 @@ def test_logits_are_never_whole(head, transform):
     with torch.no_grad(), LargestTensor() as largest:
         HEADS[head](hidden, big, bias.repeat(20), labels)
     assert largest.numel <= 3 * ROWS * SEQ * len(big) // 8
+
+
+@pytest.mark.parametrize("outer", ["reverse", "forward"])
+def test_second_derivatives_hold_the_logits_of_one_chunk(outer):
+    weight, direction = torch.randn(VOCAB * 20, WIDTH), torch.ones(1, 33, WIDTH)
+
+    def most(positions):
+        hidden, labels = torch.randn(1, positions + 1, WIDTH), torch.zeros(1, positions + 1, dtype=torch.long)
+        gradient = grad(lambda h: next_token_loss(h, weight, labels, chunk_size=8).total.sum())
+        with LiveTensors(8 * len(weight)) as live:
+            if outer == "reverse":
+                vjp(gradient, hidden)[1](direction[:, : positions + 1])
+            else:
+                jvp(gradient, (hidden,), (direction[:, : positions + 1],))
+        return live.most
+
+    assert 0 < most(32) == most(16)
 
 
 @pytest.mark.parametrize("head", ["weight", "function"])

@@ -7,10 +7,11 @@ gradient of its losses with respect to x is computed as well: (softmax(z) - oneh
 two matrix products, as many as without chunks. A trained head takes two more in the backward pass, one more than
 without chunks.
 
-Higher derivatives are computed from the plain expression, chunk by chunk.
+Higher derivatives are computed by `torch.func`, chunk by chunk.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -174,13 +175,18 @@ def _head_gradients(
 def _slope_gradients(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int, grad: Tensor
 ) -> tuple[Tensor, ...]:
-    """The gradients of `(grad * slopes).sum()` with respect to x, weight and, if there is one, bias."""
+    """The gradients of `(grad * slopes).sum()` with respect to x, weight and bias; `slopes` is d losses / d x."""
 
-    def slopes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return torch.cat([_losses_and_slopes(x[i], weight, bias, targets[i])[1] for i in _chunks(len(x), chunk)])
+    def slopes(targets: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _losses_and_slopes(x, weight, bias, targets)[1]
 
-    primals = (x, weight) if bias is None else (x, weight, bias)
-    return torch.func.vjp(slopes, *primals)[1](grad)
+    head = (weight,) if bias is None else (weight, bias)
+    of_x, of_head = [], [torch.zeros_like(leaf) for leaf in head]
+    for i in _chunks(len(x), chunk):
+        part, *more = torch.func.vjp(partial(slopes, targets[i]), x[i], *head)[1](grad[i])
+        of_x.append(part)
+        of_head = [a + b for a, b in zip(of_head, more, strict=True)]
+    return torch.cat(of_x), *of_head
 
 
 def _tangents(primals: tuple[Any, ...], tangents: tuple[Any, ...], targets: Tensor) -> tuple[Tensor, Tensor]:
