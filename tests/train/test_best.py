@@ -25,7 +25,7 @@ def test_one_adapter_and_its_file(tmp_path):
     read = load_best(tmp_path / "best", start)
     assert_close(read.params, best.params)
     assert (read.metric.item(), read.step.item()) == (0.5, 7)
-    with pytest.raises(ValueError, match="has other params than this run"):
+    with pytest.raises(ValueError, match="belongs to another run"):
         load_best(tmp_path / "best", start_best({"q": torch.zeros(2)}))
     (tmp_path / "best").write_bytes(b"x")
     with pytest.raises(ValueError, match="is not a complete safetensors file"):

@@ -107,7 +107,8 @@ def test_alone_there_is_one_process():
 @pytest.mark.parametrize("seconds", ["0", "-1", "inf", "nan", "soon"])
 def test_a_timeout_is_a_positive_number(seconds, monkeypatch):
     monkeypatch.setenv("VERA_FUNC_TIMEOUT", seconds)
-    with pytest.raises(ValueError, match=f"positive number of seconds, got '{seconds}'"), process_group():
+    message = f"VERA_FUNC_TIMEOUT must be a positive number of seconds, got '{seconds}'"
+    with pytest.raises(ValueError, match=message), process_group():
         pass
 
 

@@ -196,7 +196,7 @@ def test_progress(installed, capsys, monkeypatch):
     [
         ({"batches": [1, 2]}, r"function of the step, got list.*lambda step"),
         ({"num_adapters": 4}, r"num_adapters=4, but params\['lambda_b'\] is \(3, 7\)"),
-        ({"learning_rate": [0.1, 0.2]}, r"learning_rate has shape \(2,\); pass one value or 3 values"),
+        ({"learning_rate": [0.1, 0.2]}, r"learning_rate has shape \(2,\): pass one value or 3 values"),
         ({"learning_rate": -0.1}, "learning_rate must be at least 0"),
         ({"max_norm": float("nan")}, "max_norm must be at least 0"),
         ({"loss_fn": lambda p, b: p["lambda_b"].sum()}, r"loss_fn must return .*\(3,\)"),
@@ -368,15 +368,19 @@ def train(**change):
 for what, change, message in (
     ("betas of 1", {"betas": (1.0, 0.9)}, "betas must be at least 0 and below 1"),
     ("eps of NaN", {"eps": NAN}, "eps must be at least 0"),
-    ("negative steps", {"steps": -1}, "steps=-1 is the total number of steps"),
+    ("negative steps", {"steps": -1}, "steps must be at least 0, .*, got -1"),
     ("integers", {"params": {"p": ones(2).long()}}, "only floating-point tensors"),
     ("no adapters", {"num_adapters": 0}, "num_adapters=0, but"),
     ("a schedule below 0", {"schedule": lambda step: -1.0}, r"schedule\(0\) must be at least 0, got -1.0"),
-    ("no learning rate", {"learning_rate": None}, "needs a learning_rate, .* or an optimizer"),
+    ("no learning rate", {"learning_rate": None}, "needs a learning_rate or an optimizer, got neither"),
     ("no pair for an optimizer", {"optimizer": torch.optim.AdamW}, "optimizer must be a pair .*got type"),
-    ("weight_decay twice", {"optimizer": adamw(0.1), "weight_decay": 0.1}, "weight_decay has no effect with optimizer"),
-    ("betas twice", {"optimizer": adamw(0.1), "betas": (0.9, 0.99)}, "betas has no effect with optimizer"),
-    ("eps twice", {"optimizer": adamw(0.1), "eps": 1e-6}, "eps has no effect with optimizer"),
+    (
+        "weight_decay twice",
+        {"optimizer": adamw(0.1), "weight_decay": 0.1},
+        "weight_decay=0.1 has no effect with an opt",
+    ),
+    ("betas twice", {"optimizer": adamw(0.1), "betas": (0.9, 0.99)}, r"betas=\(0.9, 0.99\) has no effect with an opt"),
+    ("eps twice", {"optimizer": adamw(0.1), "eps": 1e-6}, "eps=1e-06 has no effect with an optimizer"),
     ("a schedule of NaN", {"schedule": lambda step: NAN}, r"schedule\(0\) must be at least 0, got nan"),
     ("a loss that is a number", {"loss_fn": lambda p, b: 1.0}, "as a tensor, got float"),
     (

@@ -103,7 +103,7 @@ class TestOptimizers:
     def test_a_state_that_changes_its_form_is_refused(self):
         for later in ({}, {"m": ones(2)}, [ones(())]):
             pair = (lambda params: {"m": ones(())}, lambda grads, state, params, later=later: (grads, later))
-            with pytest.raises(ValueError, match="update must return a state with the structure of its input"):
+            with pytest.raises(ValueError, match="update must keep the structure and shapes of the state"):
                 fit(loss_of_one, start(), shared, steps=2, optimizer=pair)
 
 

@@ -78,8 +78,8 @@ def refused(function, what, call, message):
     bad(function, what, lambda _: call(), message)
 
 
-refused("tracin", "no checkpoints", lambda: tracin([], [], []), "there are no checkpoints")
-refused("tracin", "one rate", lambda: tracin([G], [G], 0.1), "learning_rates must have an entry .*, got float")
+refused("tracin", "no checkpoints", lambda: tracin([], [], []), "are empty: pass at least one checkpoint")
+refused("tracin", "one rate", lambda: tracin([G], [G], 0.1), "learning_rates must be a list .*, got float")
 refused("tracin", "a rate of NaN", lambda: tracin([G], [G], [NAN]), "learning_rates must be finite numbers, got nan")
 refused("tracin", "rates of adapters", lambda: tracin([G], [G], [ones(2)]), "learning_rates must be finite numbers")
 for n in (1, 2):  # one row would broadcast
@@ -88,28 +88,33 @@ for n in (1, 2):  # one row would broadcast
     refused("tracin", f"{n} of 3 examples", lambda g=fewer: tracin([G, g], [G, G], [0.1, 0.1]), message)
 refused("tracin", "integers", lambda: tracin([{"a": ones(3).long()}], [G], [0.1]), r"train_grads\['a'\] .* torch.int64")
 refused("tracin", "too few rates", lambda: tracin([G, G], [G, G], [0.1]), "one entry per checkpoint")
-refused("tracin", "one dict", lambda: tracin(G, G, [0.1, 0.1]), "must be a dict as from per_example_grads, got str")
-refused("tracin", "other keys", lambda: tracin([G], [{"a": G["a"]}], [0.1]), "differ in 1 keys, first 'b'")
+refused("tracin", "one dict", lambda: tracin(G, G, [0.1, 0.1]), "must be a dict of gradients .*, got str")
+refused("tracin", "other keys", lambda: tracin([G], [{"a": G["a"]}], [0.1]), "only one of them has 'b'")
 refused(
     "tracin",
     "another shape",
     lambda: tracin([G], [{**G, "a": ones(3, 2)}], [0.1]),
-    r"'a' is \(3, 2, 3\) in train and \(3, 2\)",
+    r"train_grads\['a'\] is \(3, 2, 3\), but test_grads\['a'\] is \(3, 2\)",
 )
 BROKEN = {key: leaf.clone() for key, leaf in G.items()}
 BROKEN["a"][1] = NAN
 TWICE = {key: torch.cat([leaf, leaf]) for key, leaf in G.items()}
 for what, train, test, damping, message in (
-    ("gradients of NaN", BROKEN, G, 1.0, "1 of 3 train examples are not finite, first 1"),
-    ("tests of NaN", G, BROKEN, 1.0, "1 of 3 test examples are not finite, first 1"),
+    ("gradients of NaN", BROKEN, G, 1.0, "1 of 3 train examples are not finite, including example 1"),
+    ("tests of NaN", G, BROKEN, 1.0, "1 of 3 test examples are not finite, including example 1"),
     ("a text", G, G, "1", "damping must be a positive"),
-    ("a singular matrix", TWICE, G, 1e-300, "use a larger damping; the mean"),
+    ("a singular matrix", TWICE, G, 1e-300, "pass a larger damping. The mean squared norm"),
 ):
     given = (train, test, damping)
     refused("fisher_influence", what, lambda g=given: fisher_influence(*g[:2], damping=g[2]), message)
 refused("fisher_influence", "no damping", lambda: fisher_influence(G, G, damping=0.0), "damping must be a positive")
 refused("fisher_influence", "NaN", lambda: fisher_influence(G, G, damping=NAN), "damping must be a positive")
-refused("fisher_influence", "no examples", lambda: fisher_influence({"a": ones(0, 2)}, G, damping=1.0), "no training")
+refused(
+    "fisher_influence",
+    "no examples",
+    lambda: fisher_influence({"a": ones(0, 2)}, G, damping=1.0),
+    "train_grads has no examples",
+)
 
 
 @pytest.mark.parametrize("case", bad.rows)

@@ -526,7 +526,7 @@ bad(
     "next_token_loss",
     "a function of something else",
     lambda _: next_token_loss(HIDDEN, lambda x: WEIGHT @ x.mT, LABELS),
-    r"head must return logits \(3, vocab\) for \(3, 3\), got \(7, 3\)",
+    r"head must return logits \(3, vocab\) for an input \(3, 3\), got \(7, 3\)",
 )
 bad(
     "next_token_loss",
@@ -580,7 +580,7 @@ bad(
     "next_token_loss",
     "a bias without a weight",
     lambda _: next_token_loss(HIDDEN, None, LABELS, bias=torch.ones(3)),
-    "bias requires a weight as head",
+    "bias was passed, but head is not a weight",
 )
 bad(
     "next_token_loss",

@@ -309,11 +309,11 @@ def test_inputs_are_not_modified():
 def test_mistakes_raise():
     params, state = make(), adamw_init(make())
     update = partial(adamw_update, learning_rate=0.1)
-    with pytest.raises(ValueError, match=r"grads .* lacks \['scale'\] and has the unknown \['other'\]"):
+    with pytest.raises(ValueError, match=r"grads .* missing keys: \['scale'\], unknown keys: \['other'\]"):
         update({**row_without(params, "scale"), "other": torch.ones(1)}, state, params)
-    with pytest.raises(ValueError, match=r"state.mean .* lacks \['new'\]"):
+    with pytest.raises(ValueError, match=r"state.mean .* missing keys: \['new'\]"):
         update({**params, "new": torch.ones(1)}, state, {**params, "new": torch.ones(1)})
-    with pytest.raises(ValueError, match=r"grads\['scale'\] is \(2,\)"):
+    with pytest.raises(ValueError, match=r"grads\['scale'\] has shape \(2,\)"):
         update({**params, "scale": torch.ones(2)}, state, params)
     with pytest.raises(ValueError, match=r"learning_rate has shape \(7,\).*vmap"):
         adamw_update(params, state, params, learning_rate=torch.ones(7))
@@ -361,7 +361,12 @@ for name, value, message in (
 ):
     bad("adamw_update", f"{name}={value}", lambda _, k=name, v=value: update(**{k: v}), message)
 
-bad("adamw_update", "gradients of another size", lambda _: update(grads={"p": ones(3)}), r"grads\['p'\] is \(3,\)")
+bad(
+    "adamw_update",
+    "gradients of another size",
+    lambda _: update(grads={"p": ones(3)}),
+    r"grads\['p'\] has shape \(3,\)",
+)
 bad("clip_by_norm", "a negative norm", lambda _: clip_by_norm({"p": ones(2)}, -1.0), "max_norm must be at least 0")
 bad("clip_by_norm", "a norm of NaN", lambda _: clip_by_norm({"p": ones(2)}, NAN), "max_norm must be at least 0")
 bad("clip_by_norm", "nothing", lambda _: clip_by_norm({}, 1.0), "the norm of an empty dict")
@@ -373,8 +378,13 @@ bad("linear_warmup_cosine", "warmup of NaN", lambda _: linear_warmup_cosine(0, w
 
 
 PARAMS = {"p": ones(2)}
-bad("apply_updates", "other keys", lambda _: apply_updates(PARAMS, {"q": ones(2)}), r"updates .* lacks \['p'\]")
-bad("apply_updates", "another shape", lambda _: apply_updates(PARAMS, {"p": ones(3)}), r"updates\['p'\] is \(3,\)")
+bad("apply_updates", "other keys", lambda _: apply_updates(PARAMS, {"q": ones(2)}), r"updates .* missing keys: \['p'\]")
+bad(
+    "apply_updates",
+    "another shape",
+    lambda _: apply_updates(PARAMS, {"p": ones(3)}),
+    r"updates\['p'\] has shape \(3,\)",
+)
 leaf = ones(2, requires_grad=True)
 for what, wrong, found in (
     ("one of torch.optim", torch.optim.SGD([leaf], lr=0.1), "got SGD"),
@@ -385,7 +395,7 @@ for what, wrong, found in (
     bad("as_optimizer", what, lambda _, wrong=wrong: as_optimizer(wrong), f"a pair of pure functions, .*{found}")
 bad(
     "as_optimizer", "None in the state", lambda _: as_optimizer((lambda p: {"m": None}, len)).init(PARAMS),
-    "must be a pytree of tensors, got a NoneType",
+    "must be a pytree of tensors, but contains a NoneType",
 )  # fmt: skip
 for what, result in (("updates alone", {"p": ones(2)}), ("a tensor", (ones(2), ()))):
     bad(

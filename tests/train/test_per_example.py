@@ -211,16 +211,18 @@ refused(
 )
 refused("a loss per token", lambda rows, x: x, r"\(3,\), got \(3, 5\)")
 refused("a number", lambda rows, x: 1.0, r"\(3,\), got float")
-refused("rows not used", lambda rows, x: losses(PARAMS, x), "do not depend on its first argument")
-refused("no tensors", losses, "it has no tensors: pass num_rows", batch=[1, 2])
-refused("different rows", losses, r"tensors are \[\(2, 5\), \(3, 5\)\]: pass num_rows", batch=(ones(3, 5), ones(2, 5)))
+refused("rows not used", lambda rows, x: losses(PARAMS, x), "do not depend on rows: pass rows to apply")
+refused("no tensors", losses, "contains no tensors: pass num_rows", batch=[1, 2])
+refused(
+    "different rows", losses, r"tensors of shapes \[\(2, 5\), \(3, 5\)\]: pass num_rows", batch=(ones(3, 5), ones(2, 5))
+)
 refused("a scalar", losses, r"\[\(\)\]: pass num_rows", batch=ones(()))
 refused("negative rows", losses, "at least 0, got -1", num_rows=-1)
 refused("half a row", losses, "must be an integer, at least 0, got 1.5", num_rows=1.5)
 refused("stacked params", losses, "do not match the leading axes", params=STACK, batch=ones(4, 5))
 for what, grads, message in (
-    ("nothing", {}, "must be a dict as from per_example_grads, got an empty one"),
-    ("a list", [ones(3)], "must be a dict as from per_example_grads, got list"),
+    ("nothing", {}, "must be a dict of gradients from per_example_grads, got an empty dict"),
+    ("a list", [ones(3)], "must be a dict of gradients from per_example_grads, got list"),
     ("integers", {"a": ones(3, 2).long()}, r"grads\['a'\] must be a floating-point tensor .*, got torch.int64"),
     ("a number", {"a": 1.0}, r"grads\['a'\] must be a floating-point tensor .*, got float"),
 ):

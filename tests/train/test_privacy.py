@@ -167,10 +167,12 @@ for value in (0.0, -1.0, NAN, INF, ones(()), None, "1", True):
         lambda _, v=value: vf.clip_per_example(GOOD, v),
         "max_norm must be a pos",
     )
-bad("clip_per_example", "nothing", lambda _: vf.clip_per_example({}, 1.0), "got an empty one")
+bad("clip_per_example", "nothing", lambda _: vf.clip_per_example({}, 1.0), "got an empty dict")
 bad("clip_per_example", "no rows", lambda _: vf.clip_per_example({"a": ones(())}, 1.0), "common leading axis")
 bad("private_step", "no bound", lambda _: step(max_norm=0.0), "max_norm must be a positive")
-bad("private_step", "no generator", lambda _: step(generator=0), "needs a torch.Generator, got int")
+bad(
+    "private_step", "no generator", lambda _: step(generator=0), "must be a torch.Generator with a secret seed, got int"
+)
 for noise in (-1.0, NAN, INF, None, "1", ones(2)):
     bad(
         "private_step",
@@ -179,8 +181,8 @@ for noise in (-1.0, NAN, INF, None, "1", ones(2)):
         "noise_multiplier must be a finite number, at least 0, got",
     )
 bad("private_step", "a batch of 0", lambda _: step(batch_size=0), "batch_size must be a positive")
-bad("private_step", "an empty batch", lambda _: step({"a": ones(0, 3)}), "pass batch_size, its expected size")
-bad("private_step", "NaN", lambda _: step(BROKEN), "of 2 of 3 examples are not finite, first 1")
+bad("private_step", "an empty batch", lambda _: step({"a": ones(0, 3)}), "pass the expected number of examples")
+bad("private_step", "NaN", lambda _: step(BROKEN), "of 2 of 3 examples are not finite, including example 1")
 for what, change, message in (
     ("no examples", {"num_examples": 0}, "batch_size must be at most num_examples"),
     ("more", {"batch_size": 11}, "batch_size must be at most num_examples"),
@@ -194,7 +196,7 @@ bad(
     "poisson_indices",
     "a negative step",
     lambda _: poisson_indices(-1, num_examples=10, batch_size=2, key=0),
-    "step at least 0: step=-1",
+    "step at least 0, got step=-1",
 )
 
 

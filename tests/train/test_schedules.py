@@ -26,9 +26,9 @@ def test_shapes():
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="the schedule must be cosine, linear, constant, got 'step'"):
+    with pytest.raises(ValueError, match="the schedule must be one of cosine, linear, constant, got 'step'"):
         schedule_of("step", 0, [5])
-    with pytest.raises(ValueError, match="warmup must take fewer than the 5 steps of training, got 5"):
+    with pytest.raises(ValueError, match="warmup must be at least 0 and less than the 5 steps of an adapter, got 5"):
         schedule_of("cosine", 5, [9, 5])
     with pytest.raises(ValueError, match="0 <= warmup < total"):
         linear_warmup_linear(0, warmup=3, total=3)

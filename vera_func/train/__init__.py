@@ -1,7 +1,7 @@
 """Training: losses, optimizers, the training loop, sweeps, and several processes under torchrun.
 
-`fit` is the loop and `run` its state. A step computes its gradient in `gradient`, and its update in `optim`. `losses`
-(with `chunked`) has the losses of language models, and `checkpointing` saves memory. `sweep`, `best` and `schedules`
-are for runs of several adapters, and `distributed` is for several processes. `per_example`, `privacy` and `influence`
-use the gradient of each example; `evolve` needs no gradients.
+`fit` contains the training loop, and `run` the state of a run. `gradient` computes the gradient of a training step, and
+`optim` the update. `losses` and `chunked` compute losses of language models. `checkpointing` saves memory. `sweep`,
+`best` and `schedules` support runs of several adapters. `distributed` supports several processes. `per_example`
+computes the per-example gradients for `privacy` and `influence`. `evolve` trains without gradients.
 """

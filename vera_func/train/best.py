@@ -1,4 +1,4 @@
-"""Keep the best params of a run, in memory and in a file for resumed runs."""
+"""The params with the lowest metric of a run, in memory and in a file for resumed runs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +13,12 @@ from ..io.files import read_safetensors, replacing
 
 
 class Best(NamedTuple):
-    """The params with the lowest metric, for one adapter (`*n` is empty) or for each of `n` adapters.
+    """The params with the lowest metric, for one adapter (shape `*n` is ()) or for each of `n` stacked adapters.
 
     Attributes:
-        params: The params with the lowest metric.
+        params: Params with the lowest metric.
         metric: The lowest metric of each adapter; infinite before the first evaluation.
-        step: Number of training steps after which each adapter reached this metric.
+        step: Number of training steps after which each adapter reached its lowest metric.
     """
 
     params: dict[str, Tensor]
@@ -27,18 +27,18 @@ class Best(NamedTuple):
 
 
 def start_best(params: Mapping[str, Tensor], n: tuple[int, ...] = ()) -> Best:
-    """The state before the first evaluation.
+    """Return the `Best` before the first evaluation.
 
     Args:
         params: Initial params.
-        n: `(number of stacked adapters,)`, or `()`.
+        n: `(number of stacked adapters,)`, or `()` for one adapter.
     """
     infinite = torch.full(n, torch.inf, dtype=torch.float64, device=next(iter(params.values())).device)
     return Best(dict(params), infinite, torch.zeros_like(infinite))
 
 
 def better(best: Best, params: Mapping[str, Tensor], metric: Float[Tensor, "*n"], step: int) -> Best:
-    """The state after an evaluation. It has the new params of each adapter whose metric is the lowest so far.
+    """Return an updated `best`, with new params for each adapter whose metric is lower than in `best`.
 
     A metric of NaN never counts as an improvement.
 
@@ -59,21 +59,24 @@ def better(best: Best, params: Mapping[str, Tensor], metric: Float[Tensor, "*n"]
 
 
 def save_best(path: Path, best: Best) -> None:
-    """Write the state to a safetensors file, atomically."""
+    """Write `best` to a safetensors file, atomically."""
     tensors = {f"params.{k}": t.contiguous().cpu().clone() for k, t in best.params.items()}
     with replacing(path) as file:
         file.write_bytes(save(tensors | {"metric": best.metric.clone(), "step": best.step.clone()}))
 
 
 def load_best(path: Path, like: Best) -> Best:
-    """Read the state from a file, and move it to the devices of `like`.
+    """Read a `Best` from a file, and move its params to the devices of `like.params`.
 
     Raises:
-        ValueError: If the file is damaged or belongs to another run.
+        ValueError: If the file is damaged, or if its keys or shapes are not those of `like`.
     """
     _, tensors = read_safetensors(path)
     expected = {f"params.{k}": t for k, t in like.params.items()} | {"metric": like.metric, "step": like.step}
     if {k: t.shape for k, t in tensors.items()} != {k: t.shape for k, t in expected.items()}:
-        raise ValueError(f"{path} has other params than this run. To start again, delete the file.")
+        raise ValueError(
+            f"{path} belongs to another run: its params have other keys or shapes than those of this run. Delete the "
+            "file to start anew."
+        )
     params = {k: tensors[f"params.{k}"].to(t.device) for k, t in like.params.items()}
     return Best(params, tensors["metric"], tensors["step"])

@@ -1,11 +1,11 @@
-"""Activation checkpointing: a loss that recomputes the activations of each layer in its backward pass.
+"""Activation checkpointing: a loss whose backward pass recomputes the activations of each layer.
 
     loss = checkpointed_loss(adapted, lambda module, batch: module(**batch).logits.square().mean())
-    loss(params, batch)  ==  the same with apply, in less memory and about 4/3 of the time
+    loss(params, batch)  # equals apply(params, frozen, **batch).logits.square().mean()
 
-`apply` binds params to the model only during a call, so autograd can't recompute a layer after the call. Therefore this
-loss runs its forward and backward pass together, on a module that holds the params. The loss is differentiable once, by
-plain autograd.
+Compared with `apply`, a training step needs less memory and about 4/3 of the time. `apply` binds params to the model
+only during a call, so a later backward pass can't recompute a layer. The forward pass of this loss copies the params to
+a module, and computes their gradients. The loss supports only first derivatives, by plain autograd.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,16 +25,16 @@ Value = Callable[[Any, Any], Tensor]
 
 
 def checkpointed_loss(adapted: Adapted, value: Value) -> Callable[[Mapping[str, Tensor], Any], Tensor]:
-    """A function `(params, batch) -> loss` for `fit` that stores only the input of each layer.
+    """Return a loss function `(params, batch) -> loss` for `fit` that stores only the input of each layer.
 
-    A layer is an entry of an outermost `nn.ModuleList` of the model, as in transformers' models.
+    The layers are the modules in the outermost `nn.ModuleList`s of the model, as in transformers' models.
 
     Args:
-        adapted: From `adapt`, with the params of a single adapter.
-        value: Function `(module, batch)` that returns the loss. `module` is the adapted model as a module.
+        adapted: Result of `adapt`, with the params of a single adapter.
+        value: Function `(module, batch)` that returns the loss. `module` is the adapted model as an `nn.Module`.
 
     Raises:
-        ValueError: If the model has no list of layers, or params are stacked.
+        ValueError: If the model contains no `nn.ModuleList`, or if `adapted.params` are stacked.
 
     Example:
         >>> from vera_func import VeraConfig, adapt, grad
@@ -52,7 +52,10 @@ def checkpointed_loss(adapted: Adapted, value: Value) -> Callable[[Mapping[str, 
     """
     module = adapted_module(adapted)
     if not _layers(module):
-        raise ValueError(f"a {type(adapted.apply.model).__name__} has no list of layers to checkpoint.")
+        raise ValueError(
+            f"the model, a {type(adapted.apply.model).__name__}, contains no nn.ModuleList with layers to checkpoint: "
+            "train with apply instead."
+        )
     parameters = {key: module.get_parameter(key) for key in adapted.params}
 
     def loss(params: Mapping[str, Tensor], batch: Any) -> Tensor:
@@ -62,7 +65,7 @@ def checkpointed_loss(adapted: Adapted, value: Value) -> Callable[[Mapping[str, 
 
 
 class _Loss(torch.autograd.Function):
-    """A loss whose gradients were computed in the forward pass."""
+    """Autograd function that computes the gradients in its forward pass."""
 
     @staticmethod
     def forward(ctx: Any, compute: Callable[..., tuple[Tensor, tuple[Tensor, ...]]], *leaves: Tensor) -> Tensor:
@@ -90,7 +93,7 @@ def _loss_and_gradients(
 
 @contextmanager
 def _checkpointing(layers: list[nn.Module]) -> Iterator[None]:
-    """Checkpoint these layers in a `with` block. They may belong to the base model, so they are restored afterwards."""
+    """Checkpoint layers during a `with` block, then restore them, because they may belong to the base model."""
     try:
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -2,10 +2,10 @@
 
     losses(x, weight, bias, targets, chunk) = logsumexp(z) - z[targets],    z = x weight^T + bias
 
-The logits z (tokens, vocab) are computed and discarded `chunk` positions at a time. While a chunk is in memory, the
-gradient of its losses with respect to x is computed as well: (softmax(z) - onehot(targets)) weight. A frozen head takes
-two matrix products, as many as without chunks. A trained head takes two more in the backward pass, one more than
-without chunks.
+The logits z (tokens, vocab) are computed and discarded `chunk` positions at a time. The forward pass also computes the
+gradient of the losses with respect to x, (softmax(z) - onehot(targets)) weight, from the same logits. A training step
+takes as many matrix products as without chunks; with a trained head, one more, because the backward pass recomputes the
+logits.
 
 Higher derivatives are computed by `torch.func`, chunk by chunk.
 """
@@ -31,12 +31,12 @@ def weight_losses(
     targets: Int[Tensor, " tokens"],
     chunk: int,
 ) -> Float[Tensor, " tokens"]:
-    """`-log p(target)` of each position, from the weight of an output head.
+    """Compute `-log p(target)` of each position, with the output head given as a weight.
 
     Args:
         x: Input of the head.
         weight: Weight of the head.
-        bias: Its bias, or None.
+        bias: Bias of the head, or None.
         targets: Token ids.
         chunk: Number of positions whose logits are computed at once.
 
@@ -58,16 +58,16 @@ def function_losses(
     targets: Int[Tensor, "*rows tokens"],
     chunk: int,
 ) -> Float[Tensor, "*rows tokens"]:
-    """`-log p(target)` of each position, from an output head given as a function.
+    """Compute `-log p(target)` of each position, with the output head given as a function.
 
     Under plain autograd, the backward pass recomputes the logits of each chunk.
 
     Args:
         x: Input of the head.
-        head: Function from (*rows, chunk, width) to logits (*rows, chunk, vocab). Its result may depend only on its
-            input and on constants.
+        head: Function that maps `x` (*rows, chunk, width) to logits (*rows, chunk, vocab). `head` must be
+            deterministic, since the backward pass calls it again.
         targets: Token ids.
-        chunk: Number of positions, in each row, whose logits are computed at once.
+        chunk: Number of positions of each row whose logits are computed at once.
 
     Example:
         >>> function_losses(torch.zeros(3, 4), torch.nn.Identity(), torch.tensor([0, 1, 2]), 2)
@@ -99,23 +99,23 @@ def _log_probs(logits: Tensor) -> Tensor:
 
 
 def _losses_and_slopes(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each position, and its gradient with respect to that position's `x`."""
+    """The loss of each position, and the gradients of the losses with respect to `x`."""
     log_probs = _log_probs(linear(x, weight, bias))
     losses = -log_probs.gather(-1, targets[..., None])[..., 0]
     return losses, _errors(log_probs, targets).to(x.dtype) @ weight
 
 
 def _errors(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """softmax(z) - onehot(targets), the gradient of each loss with respect to its logits; may overwrite `log_probs`."""
+    """softmax(z) - onehot(targets), the gradient of the losses with respect to z; may overwrite `log_probs`."""
     index, ones = targets[..., None], log_probs.new_ones(()).expand(*targets.shape, 1)
     if torch.is_grad_enabled() or in_transform():
         return log_probs.exp().scatter_add(-1, index, -ones)
-    return log_probs.exp_().scatter_add_(-1, index, -ones)  # a chunk of logits is the largest tensor here
+    return log_probs.exp_().scatter_add_(-1, index, -ones)  # in place, since a chunk of logits is large
 
 
 @keep_signature
 class _ChunkedLosses(torch.autograd.Function):
-    """The losses of all positions, and their gradients with respect to `x`, which the backward pass scales."""
+    """Autograd function that returns the losses and their gradients with respect to `x`."""
 
     generate_vmap_rule = True
 
@@ -160,7 +160,7 @@ class _ChunkedLosses(torch.autograd.Function):
 def _head_gradients(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int, grad: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of `grad @ losses` with respect to the head's weight and bias, accumulated in float32."""
+    """The gradients of `grad @ losses` with respect to weight and bias, accumulated in float32 or wider."""
     of_weight = of_bias = None
     for i in _chunks(len(x), chunk):
         errors = grad[i, None] * _errors(_log_probs(linear(x[i], weight, bias)), targets[i])
@@ -190,7 +190,7 @@ def _slope_gradients(
 
 
 def _tangents(primals: tuple[Any, ...], tangents: tuple[Any, ...], targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The tangents of the losses and slopes of a chunk; a tangent of None means zero."""
+    """The tangents of the losses of a chunk and of d losses / d x; None among `tangents` means zero."""
     moving = [k for k, tangent in enumerate(tangents) if tangent is not None]
 
     def function(*given: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,14 @@
 """Adapter- and data-parallel work under torchrun.
 
     process_group             joins the process group of torchrun
-    map_sharded               shards items across ranks: rank k of w computes items k, k + w, ...; all-gathers results
-    mean_over_micro_batches   sum of w_i grad_i / sum of w_i over micro-batches, by one all-reduce of one float64 buffer
+    map_sharded               shards items across ranks, and all-gathers the results
+    mean_over_micro_batches   sum of w_i grad_i / sum of w_i over micro-batches i, by one all-reduce of a float64 buffer
 
 Results do not depend on the number of processes. Items and micro-batches are the same for any number of processes, and
-each is computed by one process. Gradients are summed in float64. There, a sum of products of float32 values and counts
-is nearly always exact, in any order. Collectives fail or give wrong results inside `torch.func` transforms, so they are
-called outside, with plain tensors. The quantized base is replicated on every rank. Without torchrun every function runs
-in the calling process.
+a single process computes each of them. Gradients are summed in float64, where sums of float32 values times integer
+weights are almost always exact in any order. Collectives fail or give wrong results inside `torch.func` transforms, so
+they are called outside. Every rank has a copy of the quantized base. Without torchrun, all functions run in the calling
+process.
 
 The commands `train` and `evaluate` run under torchrun, on one machine or on several:
 
@@ -16,19 +16,20 @@ The commands `train` and `evaluate` run under torchrun, on one machine or on sev
     torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint host-1:29500 \\
         -m vera_func train --data reviews.csv --out my-adapter --parts 16
 
-Evaluation shards adapters across ranks, in chunks of `--chunk` adapters. Training shards the `--parts` micro-batches of
-each batch, and all-reduces 8 bytes per trained parameter at each step. Training on many data sets shards chunks of
-`--together` adapters instead, if there is more than one chunk. Only rank 0 writes files and shows progress. Each rank
-uses the GPU whose index is its local rank.
+`evaluate` shards chunks of `--chunk` adapters across ranks. `train` shards the `--parts` micro-batches of each batch
+across ranks, and all-reduces 8 bytes per trained parameter at each step. If `train` has more than `--together` adapters
+to train, chunks of `--together` adapters are sharded instead of micro-batches. Only rank 0 writes the results and shows
+progress.
 
-Failures are detected by torch. All ranks enter a `monitored_barrier` after each chunk and before each all-reduce. The
-barrier detects a dead rank at once. A rank that hangs or can't be reached is detected once the group's timeout has
-passed: `$VERA_FUNC_TIMEOUT` seconds, by default 600. The timeout must exceed the duration of a chunk or a step. When
-the barrier fails, rank 0 names the missing ranks, every rank exits, and torchrun terminates ranks that do not exit.
-With `--max-restarts`, or if the same command is run again, training resumes exactly from the last checkpoint. After a
-host is replaced, run the command again on all hosts. If the host of `--rdzv-endpoint` is unreachable, torchrun itself
-ends on the other hosts when the kernel gives up the connection: on Linux after about 16 minutes, or 2 minutes with
-`sysctl net.ipv4.tcp_retries2=8`.
+To detect failures, all ranks enter torch's `monitored_barrier` after each chunk and before each all-reduce. The barrier
+detects a dead rank at once. A rank that hangs or is unreachable is detected after `$VERA_FUNC_TIMEOUT` seconds, by
+default 600. No chunk and no step may take longer than `$VERA_FUNC_TIMEOUT`. When the barrier fails, rank 0 names the
+missing ranks, and every rank that still runs exits with an error. torchrun terminates the ranks that hang.
+
+If torchrun restarts the processes (`--max-restarts`), or if the same command is run again, training resumes exactly
+from the last checkpoint. After replacing a host, run the command again on all hosts. If the host of `--rdzv-endpoint`
+becomes unreachable, torchrun exits on the other hosts as soon as their kernel drops the connection. Linux drops a
+connection after about 16 minutes, or after 2 minutes with `sysctl net.ipv4.tcp_retries2=8`.
 
 In Python:
 
@@ -37,7 +38,7 @@ In Python:
         mean = partial(mean_over_micro_batches, weight=num_tokens)
         run = vf.fit(loss, params, lambda step: batch(step).split(2), accumulate=mean, steps=100, learning_rate=1e-2)
 
-On a Ray cluster, adapters are evaluated by `vera-func evaluate --ray ADDRESS`; see `vera_func.cli.on_ray`.
+To evaluate adapters on a Ray cluster, run `vera-func evaluate --ray ADDRESS`; see `vera_func.cli.on_ray`.
 """
 
 import contextlib
@@ -59,7 +60,7 @@ from .optim import Gradient
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-TIMEOUT = 600.0  # seconds that a rank waits for the others
+TIMEOUT = 600.0  # seconds that a rank waits for other ranks
 _groups = count()  # numbers the groups of this process; the number is a prefix of the group's keys in torchrun's store
 _wait = timedelta(seconds=TIMEOUT)  # timeout of the current group
 
@@ -81,15 +82,17 @@ def under_torchrun() -> bool:
 
 @contextlib.contextmanager
 def process_group(timeout: float | None = None) -> Iterator[None]:
-    """Join torchrun's processes in a gloo process group for a `with` block; without torchrun, do nothing.
+    """Create a gloo process group of torchrun's processes for a `with` block; without torchrun, do nothing.
 
-    Buffers are small, so gloo is also used with GPUs. Each rank uses the GPU whose index is its local rank.
+    The backend is gloo also with GPUs, since all buffers are small. Each rank uses the GPU whose index is its local
+    rank.
 
     Args:
-        timeout: Seconds that a rank waits for the others; None means `$VERA_FUNC_TIMEOUT`, or 600.
+        timeout: Seconds that a rank waits for other ranks. None means `$VERA_FUNC_TIMEOUT` if this variable is set,
+            else 600.
 
     Raises:
-        ValueError: If the timeout is not a positive number.
+        ValueError: If the timeout is not a positive, finite number.
         RuntimeError: If another rank dies, does not join, or can't be reached.
 
     Example:
@@ -103,8 +106,8 @@ def process_group(timeout: float | None = None) -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # transformers imports this module, whose default arguments would keep the group, and its threads, beyond the block;
-    # a thread that still has a tensor aborts the process when the interpreter ends.
+    # Imported before the group exists: transformers imports this module, and its default arguments would keep the group
+    # and its threads alive after the block. A thread that still has a tensor aborts the process at exit.
     import_module("torch.distributed.nn.functional")
 
     wait = timedelta(seconds=seconds)
@@ -125,16 +128,16 @@ def process_group(timeout: float | None = None) -> Iterator[None]:
 
 
 def map_sharded(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`list(map(function, items))` with the items sharded across ranks; every rank returns all results.
+    """Compute `list(map(function, items))`, with the items sharded across ranks; every rank returns all results.
 
-    Rank k of w computes items k, k + w, ... Ranks synchronize after each round of items, and the results are
-    all-gathered once, at the end. The items must be the same on every rank; load large data in `function`, not in the
-    items. Choose items that do not depend on the number of processes, such as chunks of 8 adapters: on some machines
-    the size of a batch changes rounding.
+    Of w ranks, rank k computes items k, k + w, ... Ranks synchronize after every w items, and all-gather the results
+    once, at the end. The items must be the same on every rank; load large data in `function`, not in the items. Choose
+    items independently of the number of processes, such as chunks of 8 adapters: on some machines, rounding depends on
+    the batch size.
 
     Args:
-        function: Function of one item; its result may contain tensors, in dicts and tuples. Tensors are returned on the
-            CPU.
+        function: Function of one item that returns a picklable object. Tensors in dicts, lists and tuples are moved to
+            the CPU.
         items: The items to shard.
 
     Raises:
@@ -172,17 +175,16 @@ def map_sharded(function: Callable[[Item], Result], items: Iterable[Item]) -> li
 def mean_over_micro_batches(
     gradient: Callable[[Any], Gradient], parts: Sequence[Any], *, weight: Callable[[Any], float]
 ) -> Gradient:
-    """Weighted mean of the gradients and losses of micro-batches, for `fit(..., accumulate=...)`.
+    """Compute the weighted mean of the gradients and losses of micro-batches, for `fit(..., accumulate=...)`.
 
-    Rank k of w computes micro-batches k, k + w, ... Then one buffer is all-reduced, with 8 bytes per trained parameter
-    and per loss. Ranks without a micro-batch are idle. Without torchrun this is gradient accumulation.
+    Micro-batches are sharded across ranks as in `map_sharded`. One buffer is all-reduced, with 8 bytes per trained
+    parameter and per loss. Without torchrun, the function is gradient accumulation.
 
     Args:
-        gradient: Function of a micro-batch that returns `(grads, losses)`, both of them means over the micro-batch.
-            `fit` provides this function.
-        parts: The micro-batches that `batches(step)` returned, the same on every rank.
-        weight: Function that returns the number of terms in the mean loss of a micro-batch, such as the number of its
-            tokens without padding. Micro-batches with weight 0 are skipped.
+        gradient: Function that maps a micro-batch to `(grads, losses)`, averaged over the micro-batch. Passed by `fit`.
+        parts: Micro-batches from `batches(step)`, the same on every rank.
+        weight: Function that maps a micro-batch to its weight: the number of terms in its mean loss, such as the number
+            of tokens without padding. Micro-batches of weight 0 are skipped.
 
     Returns:
         `(grads, losses)`, the same on every rank.
@@ -202,7 +204,10 @@ def mean_over_micro_batches(
     """
     nonempty = [micro_batch for micro_batch in parts if weight(micro_batch) > 0]
     if not nonempty:
-        raise ValueError(f"none of the {len(parts)} micro-batches has a positive weight.")
+        raise ValueError(
+            f"none of the {len(parts)} micro-batches has a positive weight, but their mean needs one: check the "
+            "function weight, and that every batch contains targets."
+        )
     own = nonempty[rank() :: world_size()]
     total: Any = 0.0
     for micro_batch in own or nonempty[:1]:  # an idle rank computes one micro-batch for its shapes, and adds zeros
@@ -223,14 +228,14 @@ def mean_over_micro_batches(
 
 
 def furthest(value: Any, progress: int) -> Any:
-    """Return, on all ranks, the value of the rank with the most progress.
+    """Return the `value` of the rank with the largest `progress`, on every rank.
 
-    For example, this sends a checkpoint that only one machine has to all ranks.
+    For example, a checkpoint that only one machine has reaches all ranks.
 
     Args:
-        value: A value that `map_sharded` can send.
-        progress: The progress of this rank. If several ranks have made the most progress, the lowest of these ranks is
-            chosen.
+        value: Value of this rank, a picklable object.
+        progress: Progress of this rank, such as its number of steps. Among ranks with equal progress, the lowest rank
+            is chosen.
 
     Example:
         >>> furthest("step 3", 3)
@@ -253,23 +258,26 @@ def _barrier() -> None:
 
 @contextlib.contextmanager
 def _explain_errors(what: str) -> Iterator[None]:
-    """Re-raise errors of torch.distributed with one sentence that names this rank and the operation."""
+    """Re-raise errors of torch.distributed with a message that names this rank and says what failed."""
     try:
         yield
     except RuntimeError as error:
         me = f"rank {os.environ.get('RANK', '0')}"
         said = " ".join(str(error).split())
-        raise RuntimeError(f"{me}: {what}: {said[:300]} (a process has died, hangs, or is unreachable).") from error
+        raise RuntimeError(
+            f"{me}: {what}: {said[:300]} (a process has died, hangs, or is unreachable). Start all processes again."
+        ) from error
 
 
 def _timeout(given: float | None) -> float:
+    name = "$VERA_FUNC_TIMEOUT" if given is None else "timeout"
     text = os.environ.get("VERA_FUNC_TIMEOUT", TIMEOUT) if given is None else given
     try:
         seconds = float(text)
     except (TypeError, ValueError):
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise ValueError(f"the timeout must be a positive number of seconds, got {text!r} ($VERA_FUNC_TIMEOUT).")
+        raise ValueError(f"{name} must be a positive number of seconds, got {text!r}; the default is {TIMEOUT:g}.")
     return seconds
 
 

@@ -4,9 +4,8 @@
     g      = 1 / (n sigma) sum_j (u[2 j] - u[2 j + 1]) e_j,   u = centered ranks of F in [-1/2, 1/2]
     params = params + learning_rate g
 
-A population is a stack of n adapters. Their fitness can be computed in one batch, in which each adapter has its own
-rows. Training needs no backward pass, and only as much memory as inference. The fitness needs no derivative: it may be
-an accuracy, or a reward of generated text.
+A population is a stack of n adapters, whose fitness can be computed in one forward pass (`vmap_adapters`). The fitness
+need not be differentiable: it may be an accuracy, or a reward of generated text.
 """
 
 import hashlib
@@ -29,10 +28,10 @@ class Evolution(NamedTuple):
     """The state of a run of `evolve`.
 
     Attributes:
-        params: The params after the last step.
-        state: State of the optimizer, a pytree of tensors; () without an optimizer.
-        fitness: Fitness of each member at each step, before its update, in float64. Member `2 j` is `params` plus
-            perturbation `j`, and member `2 j + 1` is `params` minus it.
+        params: Params after the last step.
+        state: State of the optimizer, a pytree of tensors; `()` without an optimizer.
+        fitness: Fitness of each member of the population at each step, in float64. Member `2 j` is `params` plus
+            perturbation `j`, and member `2 j + 1` is `params` minus perturbation `j`.
     """
 
     params: dict[str, Tensor]
@@ -55,41 +54,40 @@ def evolve(
     on_step: Callable[[Evolution], object] | None = None,
     resume: Evolution | None = None,
 ) -> Evolution:
-    """Maximize the fitness of an adapter by evolution strategies; only forward passes are run.
+    """Maximize the fitness of an adapter by evolution strategies, with forward passes only.
 
-    Each step evaluates pairs of opposite perturbations. It then adds a weighted sum of the perturbations to the params.
-    For the weights, fitness values are replaced by their ranks in sorted order, so that the step does not depend on
-    their scale; tied values get their average rank. Perturbations are never stored. They are drawn from seeds twice,
-    once for the evaluation and once for the update. The update is computed one perturbation at a time. Everything runs
-    under `torch.no_grad`, so memory is that of inference with `chunk_size` adapters. Quantized layers use their
-    inference kernels, including that of `apply.with_fused_weights()`.
+    Each step evaluates the params plus and minus each perturbation, and adds a weighted sum of the perturbations to the
+    params. The weights depend on the ranks of the fitness values (`centered_ranks`), not on their scale. Perturbations
+    are not stored: each is drawn from its seed twice, for the evaluation and for the update. All computations run under
+    `torch.no_grad`, so memory is that of inference with `chunk_size` adapters. Quantized layers use their inference
+    kernels (see also `apply.with_fused_weights`).
 
-    Inside `process_group()` under torchrun, chunks are sharded across ranks by `map_sharded`. Only fitness values are
-    sent: every rank draws the same perturbations and computes the same update. If the fitness is bitwise the same for
-    any number of processes, so is the result.
+    Inside `process_group()` under torchrun, `map_sharded` shards chunks across ranks. Only fitness values are
+    communicated: every rank draws the same perturbations and computes the same update. The number of processes changes
+    the resulting params only if it changes the fitness values.
 
     Args:
-        fitness: Function `(stacked)`, or `(stacked, batch)` with `batches`, that returns the fitness of each adapter in
-            a stack, (n,); higher is better. Leaves of `stacked` are (n, ...); use `vmap_adapters`.
-        params: Flat dict of trainable tensors, the initial values.
-        batches: Function from the step, counted from 0, to its batch, which all members share. It must depend on the
+        fitness: Function `(stacked)`, or `(stacked, batch)` if `batches` is given, that returns the fitness of each
+            stacked adapter, (n,); higher is better. Leaves of `stacked` are (n, ...); use `vmap_adapters`.
+        params: Initial params, a flat dict of floating-point tensors.
+        batches: Function that maps the step, counted from 0, to a batch for all members. The batch must depend on the
             step only.
         steps: Total number of steps, including those of a resumed run.
         sigma: Standard deviation of the perturbations, the same for all leaves.
-        learning_rate: Factor that multiplies the estimated gradient. With an `optimizer`, it multiplies the updates
-            instead, and defaults to 1.
-        seed: Seed of the perturbations. Perturbation `j` of a step depends on `seed`, the step and `j` only. It is
-            drawn on the CPU, so equal seeds give equal bits.
-        population: Number of members, an even number.
-        chunk_size: Number of members to evaluate at once; None means all. It does not affect the perturbations.
-        optimizer: A pair of pure functions, as for `fit`. The optimizer gets the negative of the estimated gradient,
-            since optimizers minimize. None means gradient ascent.
-        on_step: Called with the state after each step, for example to report or to save it.
-        resume: State of a run to continue; the other arguments should be the same as for that run.
+        learning_rate: Factor of the estimated gradient; required without an `optimizer`. With an `optimizer`, factor of
+            the updates, 1 by default.
+        seed: Seed of the perturbations. Perturbation `j` of a step depends on `seed`, the step and `j` only.
+            Perturbations are drawn on the CPU, so they are the same on every device.
+        population: Number of members, which must be even.
+        chunk_size: Number of members to evaluate at once; None means all.
+        optimizer: An `Optimizer` or another pair of pure functions, see `fit`. The optimizer gets the negative of the
+            estimated gradient, since optimizers minimize. None means gradient ascent.
+        on_step: Function that is called with the `Evolution` after each step, for example to save it.
+        resume: State of the run to continue. Pass the same other arguments; `steps` may be larger.
 
     Raises:
-        ValueError: If a fitness is not finite or does not have shape (n,), if `population` is odd, if `params` can't be
-            trained, if another argument is out of range, or if a transform is active.
+        ValueError: If a fitness is not finite or does not have shape (n,), if `population` is odd, if `params` are not
+            floating-point tensors, if another argument is out of range, or if `evolve` is called inside a transform.
 
     Example:
         >>> target = torch.tensor([1.0, -1.0, 0.5])
@@ -101,7 +99,7 @@ def evolve(
         (tensor(True), torch.Size([100, 16]))
 
     Reference:
-        Algorithm 1 of https://arxiv.org/abs/1703.03864, with its antithetic sampling and rank-shaped fitness.
+        Algorithm 1 of https://arxiv.org/abs/1703.03864, with the paper's antithetic sampling and fitness ranks.
         Deviations: tied values get their average rank; no weight decay.
     """
     _check_options(fitness, batches, steps, sigma, learning_rate, seed, population, chunk_size, optimizer, on_step)
@@ -126,22 +124,22 @@ def evolve(
 
 
 def centered_ranks(fitness: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """The rank of each value among all values, scaled to [-1/2, 1/2], in float64.
+    """Return the ranks of the values, scaled to [-1/2, 1/2], in float64.
 
-    The lowest value gets -1/2 and the highest 1/2. Tied values get their average rank. The mean of all ranks is 0.
+    The lowest value gets -1/2 and the highest 1/2. Tied values get their average rank.
 
     Raises:
-        ValueError: If `fitness` is not (n,) with at least two values.
+        ValueError: If `fitness` does not have shape (n,), or n is less than 2.
 
     Example:
         >>> centered_ranks(torch.tensor([3.0, -1.0, 3.0, 100.0, 0.0]))
         tensor([ 0.1250, -0.5000,  0.1250,  0.5000, -0.2500], dtype=torch.float64)
     """
     if fitness.dim() != 1 or len(fitness) < 2:
-        raise ValueError(f"fitness must be (n,) with at least two values, got {tuple(fitness.shape)}.")
+        raise ValueError(f"fitness must have shape (n,), with n at least 2, got shape {tuple(fitness.shape)}.")
     _, place, count = fitness.unique(return_inverse=True, return_counts=True)
     last = count.cumsum(0)
-    ranks = (last - 1 - (count - 1).double() / 2)[place]  # the mean of first and last place
+    ranks = (last - 1 - (count - 1).double() / 2)[place]  # the mean of the first and the last rank of equal values
     return ranks / (len(fitness) - 1) - 0.5
 
 
@@ -153,7 +151,7 @@ def _evaluate(
     batch: tuple[Any, ...],
     members: range,
 ) -> Tensor:
-    """The fitness of some members, (n,) float64 on the CPU."""
+    """The fitness of some members of the population, (n,) float64 on the CPU."""
     stacked = {key: p.expand(len(members), *p.shape).clone() for key, p in params.items()}
     noise: dict[int, dict[str, Tensor]] = {}
     for i, member in enumerate(members):
@@ -165,12 +163,12 @@ def _evaluate(
     found = fitness(stacked, *batch)
     require_shape("fitness", found, (len(members),))
     if found.is_complex():
-        raise ValueError(f"fitness must return real numbers, got {found.dtype}.")
+        raise ValueError(f"fitness must return real numbers, got {found.dtype}: use their real part or absolute value.")
     return found.detach().double().cpu()
 
 
 def _draw(params: Mapping[str, Tensor], seed: int, step: int, pair: int) -> dict[str, Tensor]:
-    """Perturbation `pair` of a step, in float32 or wider; the leaves are drawn in the order of `params`."""
+    """Draw the perturbation of a pair of members, in float32 or wider, leaf by leaf in the order of `params`."""
     digest = hashlib.sha256(f"{seed} {step} {pair}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big", signed=True))
     options: Any = {"generator": generator, "device": "cpu"}
@@ -180,12 +178,12 @@ def _draw(params: Mapping[str, Tensor], seed: int, step: int, pair: int) -> dict
 def _direction(
     params: Mapping[str, Tensor], fitness: Tensor, draw: Callable[[int], dict[str, Tensor]], scale: float
 ) -> dict[str, Tensor]:
-    """The estimate of the gradient of the fitness, summed in float64."""
+    """Estimate the gradient of the fitness, summed in float64."""
     ranks = centered_ranks(fitness)
     weights = ((ranks[::2] - ranks[1::2]) / scale).tolist()
     total = {key: torch.zeros_like(p, dtype=torch.float64) for key, p in params.items()}
     for pair, weight in enumerate(weights):
-        if weight:  # 0 for members of equal fitness
+        if weight:  # the weight is 0 if both members have the same fitness
             for key, e in draw(pair).items():
                 total[key] += weight * e.double()
     return {key: value.to(_wide(params[key])) for key, value in total.items()}
@@ -212,9 +210,13 @@ def _initial_run(
         raise ValueError(f"resume must be an Evolution returned by evolve, got {type(resume).__name__}.")
     found, expected = ([_signature(part) for part in each[:2]] for each in (resume, run))
     if found != expected or resume.fitness.shape[1:] != (population,):
-        raise ValueError("resume is a run with other params, another optimizer or another population.")
+        raise ValueError(
+            "resume is a run with other params, another optimizer or another population: pass the arguments of that "
+            "run."
+        )
     if len(resume.fitness) > steps:
-        raise ValueError(f"steps={steps} is the total number of steps, but the run already has {len(resume.fitness)}.")
+        done = len(resume.fitness)
+        raise ValueError(f"steps must be at least {done}, the steps that the run already has, got {steps}.")
     return resume
 
 
@@ -226,8 +228,8 @@ def _signature(tree: Any) -> tuple[Any, list[Any]]:
 def _require_finite(found: Tensor, step: int) -> None:
     if len(wrong := (~found.isfinite()).nonzero().flatten().tolist()):
         raise ValueError(
-            f"the fitness of {len(wrong)} of {len(found)} members is not finite at step {step}, first member "
-            f"{wrong[0]}: use a smaller sigma or learning_rate, or return a low finite fitness for such members."
+            f"the fitness of {len(wrong)} of {len(found)} members is not finite at step {step}, including "
+            f"member {wrong[0]}: use a smaller sigma or learning_rate, or return a low finite fitness for such members."
         )
 
 
@@ -248,7 +250,9 @@ def _check_options(
     on_step: Any,
 ) -> None:
     if in_transform():
-        raise ValueError("evolve runs under no_grad, without derivatives: call it outside of torch.func's transforms.")
+        raise ValueError(
+            "evolve was called inside a torch.func transform, but runs under no_grad: call it outside of transforms."
+        )
     if not callable(fitness):
         raise ValueError(f"fitness must be a function of stacked params, got {type(fitness).__name__}.")
     if batches is not None and not callable(batches):
@@ -257,7 +261,8 @@ def _check_options(
         raise ValueError(f"on_step must be a function of the state, got {type(on_step).__name__}.")
     if not isinstance(population, int) or population < 2 or population % 2:
         raise ValueError(
-            f"population must be an even number, since members are pairs of opposite perturbations, got {population!r}."
+            f"population must be an even number, at least 2, got {population!r}: members are pairs of opposite "
+            "perturbations."
         )
     numbers = {"steps": (steps, 0), "chunk_size": (population if chunk_size is None else chunk_size, 1)}
     for name, (value, least) in numbers.items():
@@ -266,6 +271,6 @@ def _check_options(
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ValueError(f"seed must be an integer, got {seed!r}.")
     if learning_rate is None and optimizer is None:
-        raise ValueError("evolve needs a learning_rate, such as learning_rate=1e-2, or an optimizer.")
+        raise ValueError("evolve needs a learning_rate or an optimizer, got neither: pass learning_rate, such as 1e-2.")
     for name, value in (("sigma", sigma), ("learning_rate", 1.0 if learning_rate is None else learning_rate)):
         require_positive(name, value)

@@ -1,12 +1,12 @@
-"""A training loop for one adapter or for many at once; the complete state of a run is one value, a `Fit`.
+"""A training loop for one adapter or for many at once. The complete state of a run is one value, a `Fit`.
 
     losses, grads = value_and_grad(loss)(params, batch)
     updates, state = optimizer.update(clip_by_norm(grads, max_norm), state, params)
     params = apply_updates(params, updates, learning_rate * schedule(step))
 
-Stacked adapters are independent, so the gradient of the sum of their losses contains the gradient of each loss: one
-backward pass trains `n` adapters. The update of one adapter is mapped over the stack with `torch.func.vmap`. Data order
-and schedules are functions of the step, so resuming from a `Fit` is exact.
+The losses of stacked adapters are independent, so one backward pass of their sum computes the gradient of every loss.
+`torch.func.vmap` maps the update of one adapter over the stack. Batches and schedules are functions of the step, so
+training resumes exactly from a `Fit`.
 """
 
 import hashlib
@@ -69,45 +69,45 @@ def fit(
 ) -> Fit:
     """Minimize `loss_fn(params, batches(step))` for one adapter or many at once, with AdamW or another optimizer.
 
-    A step costs one forward and one backward pass of `loss_fn`, and the update of a few vectors. An adapter stops if
-    its loss, gradient or update is not finite: that update is skipped, a warning is issued, and the other adapters are
-    not affected. A stopped adapter is still computed with the others, but its params and optimizer state no longer
-    change. The run ends when all adapters have stopped. On an accelerator the warning may come some steps later, since
-    `fit` does not synchronize at every step.
+    An adapter stops if its loss, gradient or updated params are not finite: its update is skipped with a warning, and
+    other adapters are not affected. The loss of a stopped adapter is still computed, but its params and optimizer state
+    no longer change. The run ends when all adapters have stopped. On an accelerator, warnings may come some steps late,
+    since `fit` does not synchronize at every step.
 
     Args:
-        loss_fn: Function `(params, batch)` that returns one loss, or (n,) losses. Each loss must depend on its adapter
-            only.
-        params: Flat dict of trainable tensors; with `num_adapters`, every leaf is (n, ...).
-        batches: Function from the step, counted from 0, to its batch. It must depend on the step only; see
+        loss_fn: Function `(params, batch)` that returns one loss, or n losses (n,) if params are stacked. Loss `i` must
+            depend on adapter `i` only.
+        params: Initial params, a flat dict of floating-point tensors; leaves of n stacked adapters are (n, ...).
+        batches: Function that maps the step, counted from 0, to a batch. The batch must depend on the step only; see
             `batch_indices`.
         steps: Total number of steps, including those of a resumed run.
-        learning_rate: One value for all adapters or one per adapter, as for `weight_decay` and `max_norm`. With an
-            `optimizer`, it multiplies the updates and defaults to 1; without an `optimizer`, it is required.
-        weight_decay, betas, eps: As in `adamw_update`; not allowed with an `optimizer`, which has its own.
-        optimizer: A pair of pure functions for one adapter: `init(params)` returns a state, any pytree of tensors, and
-            `update(grads, state, params)` returns `(updates, state)`. For example an `Optimizer`, or one of torchopt's.
-            It is mapped over stacked adapters with `torch.func.vmap`. None means AdamW.
-        max_norm: Maximum norm of an adapter's gradient; None means no clipping.
-        schedule: Function from the step to a factor that multiplies `learning_rate`: one factor for all adapters, or
-            one per adapter.
-        num_adapters: `n`, if params are stacked.
-        evaluate, evaluate_every: `evaluate` is a function `(params, number of steps done)` that returns one metric, or
-            (n,) metrics; lower is better. It is called every `evaluate_every` steps.
+        learning_rate: One value, or n values for stacked adapters; required without an `optimizer`. With an
+            `optimizer`, factor of the updates, 1 by default.
+        weight_decay, betas, eps: Options of AdamW, see `adamw_update`; rejected with an `optimizer`. `weight_decay` is
+            one value or n values.
+        optimizer: A pair of pure functions for one adapter, such as an `Optimizer` or an optimizer of torchopt; None
+            means AdamW. `init(params)` returns a state, any pytree of tensors, and `update(grads, state, params)`
+            returns `(updates, state)`. `torch.func.vmap` maps both functions over stacked adapters.
+        max_norm: Maximum norm of an adapter's gradient, one value or n values; None means no clipping.
+        schedule: Function that maps the step to a factor of `learning_rate`, or to n factors.
+        num_adapters: Number n of stacked adapters; None for one adapter.
+        evaluate: Function `(params, steps_done)` that returns one metric, or n metrics (n,); lower is better.
+        evaluate_every: Number of steps between two calls of `evaluate`.
         patience: Number of consecutive evaluations without improvement after which an adapter stops.
-        resume: A run to continue, or its checkpoint. The other arguments should be the same as for that run.
-        checkpoint, checkpoint_every: The run is written atomically to the file `checkpoint`, every `checkpoint_every`
-            steps and at the end.
-        accumulate: Function `(gradient, batch)` that returns the gradients and losses of a step. It may call
-            `gradient(micro_batch)`, which returns those of a micro-batch as plain tensors. None means
-            `gradient(batch)`. See `mean_over_micro_batches`.
-        on_step: Function `(number of steps done, numbers)` that is called after each step, for a logger. `numbers` is a
-            flat dict of floats with the keys `loss` and `learning_rate`, and `metric` after an evaluation; with
-            `num_adapters` the keys are `loss/0`, `loss/1` and so on. On an accelerator, a logger synchronizes with the
-            device at each step.
-        progress: Whether to show a progress bar; requires tqdm.
+        resume: The run to continue, as a `Fit` or as the path of its checkpoint. Pass the same other arguments; `steps`
+            may be larger.
+        checkpoint: Path of the file to which the `Fit` is written atomically, during the run and at the end.
+        checkpoint_every: Number of steps between two writes of `checkpoint`.
+        accumulate: Function `(gradient, batch)` that returns the gradients and losses of a step, such as
+            `mean_over_micro_batches`. `gradient(micro_batch)` computes the gradients and losses of a micro-batch. None
+            means `gradient(batch)`.
+        on_step: Function `(steps_done, numbers)` that is called after each step, for a logger. `numbers` is a flat dict
+            of floats with the keys `loss`, `learning_rate` and, after an evaluation, `metric`. For stacked adapters,
+            keys end in the index of the adapter: `loss/0`, `loss/1` and so on. On an accelerator, `on_step`
+            synchronizes with the device at each step.
+        progress: Whether to show a progress bar, if tqdm is installed.
 
-    Loggers, each with the function for `on_step`:
+    Examples of `on_step` for three loggers:
 
         TensorBoard:  writer = torch.utils.tensorboard.SummaryWriter("runs/first")
                       lambda step, numbers: [writer.add_scalar(name, x, step) for name, x in numbers.items()]
@@ -117,9 +117,9 @@ def fit(
                       lambda step, numbers: mlflow.log_metrics(numbers, step=step)
 
     Raises:
-        ValueError: If the arguments, their shapes and the run to resume do not fit together, or if no leaf of `params`
-            gets a gradient. Also if, in the first step, the loss depends on a leaf that gets no gradient; see
-            `gradient_of`.
+        ValueError: If an argument is out of range or has the wrong shape, if `resume` is a run with other params or
+            another optimizer, if no leaf of `params` gets a gradient, or if the loss of the first step depends on a
+            leaf that gets no gradient (see `gradient_of`).
 
     Example:
         >>> loss_fn = lambda params, batch: (params["p"] - batch).square().sum(1)
@@ -145,7 +145,7 @@ def fit(
     metrics_buffer = _buffer(run.metrics, steps // evaluate_every - done // evaluate_every if evaluate else 0)
     used = ((checkpoint_every, checkpoint), (evaluate_every, evaluate))
     intervals = [every for every, what in used if what is not None]
-    # Steps must not be connected in one graph, even if weights of the model require grad.
+    # No graph may connect several steps, even if weights of the model require grad.
     with torch.no_grad(), _bar(done, steps, progress) as bar:
         monitor = _Monitor(run, bar, intervals)
         for step in range(done, steps):
@@ -173,33 +173,34 @@ def fit(
 
 
 def batch_indices(step: int, *, num_examples: int, batch_size: int, key: int) -> Int[Tensor, " batch"]:
-    """Indices of the examples in the batch of this step; every epoch is a new permutation of all examples.
+    """Return the indices of the examples in the batch of a step. Every epoch is a new permutation of all examples.
 
-    The result depends on the arguments only, so a resumed run gets the same batches as an uninterrupted one. The last
+    The indices depend on the arguments only, so a resumed run gets the same batches as an uninterrupted run. The last
     batch of an epoch is smaller if `batch_size` does not divide `num_examples`; no example is dropped. Different keys
-    give different orders. Costs a permutation of `num_examples` per call.
+    give different orders.
 
     Raises:
-        ValueError: If a size is not positive, if the step is negative, or if an argument is not an integer.
+        ValueError: If `num_examples` or `batch_size` is not positive, if `step` is negative, or if an argument is not
+            an integer.
 
     Example:
         >>> [len(batch_indices(step, num_examples=5, batch_size=2, key=0)) for step in range(4)]
         [2, 2, 1, 2]
     """
     if not all(isinstance(number, int) for number in (step, num_examples, batch_size, key)):
-        raise ValueError(f"must be integers: {step=}, {num_examples=}, {batch_size=}, {key=}.")
+        raise ValueError(f"all arguments must be integers, got {step=}, {num_examples=}, {batch_size=}, {key=}.")
     if step < 0 or num_examples < 1 or batch_size < 1:
-        raise ValueError(f"out of range: {step=}, {num_examples=}, {batch_size=}.")
+        raise ValueError(f"step must be at least 0, sizes at least 1, got {step=}, {num_examples=}, {batch_size=}.")
     epoch, batch = divmod(step, -(-num_examples // batch_size))
     return epoch_order(num_examples, key=key, epoch=epoch)[batch * batch_size : (batch + 1) * batch_size]
 
 
 def epoch_order(num_examples: int, *, key: int | str, epoch: int) -> Int[Tensor, " num_examples"]:
-    """The order of the examples in one epoch: a permutation that depends on the arguments only.
+    """Return the order of the examples in one epoch, a permutation that depends on the arguments only.
 
     Args:
         num_examples: Number of examples.
-        key: Key of the run; different keys give different orders.
+        key: Seed of the run; different keys give different orders.
         epoch: Index of the epoch.
 
     Example:
@@ -212,10 +213,10 @@ def epoch_order(num_examples: int, *, key: int | str, epoch: int) -> Int[Tensor,
 
 
 class _Monitor:
-    """Reports the state of a run: warnings of diverged adapters and the progress bar.
+    """Warns of diverged adapters and updates the progress bar.
 
-    Reading the run synchronizes with the device, which costs time on an accelerator. So the run is read every
-    `SYNC_EVERY` steps, and also around checkpoints and evaluations, which synchronize anyway. `intervals` are the
+    Reading a `Fit` synchronizes with the device, which costs time on an accelerator. So `sync` is called only every
+    `SYNC_EVERY` steps, and before and after checkpoints and evaluations, which synchronize anyway. `intervals` are the
     numbers of steps between two checkpoints and between two evaluations.
     """
 
@@ -225,7 +226,7 @@ class _Monitor:
         self.every = _sync_every(run.stopped.device)
 
     def due(self, step: int) -> bool:
-        """Whether to read the run before this step."""
+        """Whether to call `sync` before this step."""
         synchronized = any(step % interval in (0, interval - 1) for interval in self.intervals)
         return step == self.first or step % self.every == 0 or synchronized
 
@@ -234,9 +235,11 @@ class _Monitor:
         stopped, diverged = run.stopped.cpu(), run.diverged.cpu()
         new, self.known = diverged & ~self.known, diverged
         for step in stopped[new].unique().tolist():
-            which = (new & (stopped == step)).nonzero().flatten().tolist() if new.ndim else "the only one"
+            which = f"adapter {(new & (stopped == step)).nonzero().flatten().tolist()}" if new.ndim else "the adapter"
             warnings.warn(
-                f"step {step} is not finite: adapter {which} stops before this update.", RuntimeWarning, stacklevel=3
+                f"step {step}: loss, gradient or update of {which} is not finite, so training of {which} stops.",
+                RuntimeWarning,
+                stacklevel=3,
             )
         if self.bar is not None and len(run.losses):
             left = f", {(stopped < 0).sum()} training" if stopped.ndim else ""
@@ -251,16 +254,18 @@ def _sync_every(device: torch.device) -> int:
 def _advance_of(
     optimizer: Any, learning_rate: PerAdapter | None, weight_decay: PerAdapter, betas: tuple[float, float], eps: float
 ) -> Callable[..., Any]:
-    """A function `(grads, state, params, *, learning_rate, weight_decay)` that returns new params and state."""
+    """Return a function `(grads, state, params, *, learning_rate, weight_decay) -> (new params, new state)`."""
     if optimizer is None:
         if learning_rate is None:
-            raise ValueError("fit needs a learning_rate, such as learning_rate=1e-2, or an optimizer.")
+            raise ValueError(
+                "fit needs a learning_rate or an optimizer, got neither: pass learning_rate, such as 1e-2."
+            )
         return partial(adamw_update, betas=betas, eps=eps)
     adamw_only = {"weight_decay": (weight_decay, 0.0), "betas": (betas, [0.9, 0.999]), "eps": (eps, 1e-8)}
     for name, (value, default) in adamw_only.items():
         if torch.as_tensor(value, dtype=torch.float64, device="cpu").tolist() != default:
             raise ValueError(
-                f"{name} has no effect with optimizer=...; pass it to the optimizer instead, as in adamw(...)."
+                f"{name}={value} has no effect with an optimizer: pass {name} to the optimizer, as in adamw(...)."
             )
     return partial(_advance, as_optimizer(optimizer))
 
@@ -268,7 +273,7 @@ def _advance_of(
 def _advance(
     optimizer: Optimizer, grads: Tree, state: Any, params: Tree, *, learning_rate: Tensor, weight_decay: Tensor
 ) -> tuple[dict[str, Tensor], Any]:
-    """`adamw_update` for an arbitrary optimizer; `weight_decay` is unused."""
+    """Update params with any optimizer; the signature is that of `adamw_update`, so `weight_decay` is unused."""
     updates, state = optimizer.update(grads, state, params)
     return apply_updates(params, updates, learning_rate), state
 
@@ -280,17 +285,17 @@ def _update(advance, grads, loss, state, params, training, max_norm, hyper):
 
     def chosen(old: Tensor, new: Tensor) -> Tensor:
         if old.shape != new.shape:
-            raise ValueError(f"shape {tuple(new.shape)} is not {tuple(old.shape)}.")
+            raise ValueError(f"expected shape {tuple(old.shape)}, got {tuple(new.shape)}.")
         return torch.where(training & finite, new, old).to(old.dtype)
 
     try:
         return tree_map(chosen, params, new), tree_map(chosen, state, new_state), finite
     except ValueError as error:
-        raise ValueError(f"optimizer.update must return a state with the structure of its input: {error}") from error
+        raise ValueError(f"optimizer.update must keep the structure and shapes of the state: {error}") from error
 
 
 def _initial_run(params: Tree, n: tuple[int, ...], optimizer: Any, resume: Fit | PathLike | None, steps: int) -> Fit:
-    """A new run, or the run to resume."""
+    """The state of a new run, or of the run to resume."""
     run = start_run(params, n, optimizer)
     if isinstance(resume, Fit):
         require_like(resume, run, "resume")
@@ -298,12 +303,12 @@ def _initial_run(params: Tree, n: tuple[int, ...], optimizer: Any, resume: Fit |
     elif resume is not None:
         run = load_fit(resume, params, num_adapters=n[0] if n else None, optimizer=optimizer)
     if len(run.losses) > steps:
-        raise ValueError(f"steps={steps} is the total number of steps, but the run already has {len(run.losses)}.")
+        raise ValueError(f"steps must be at least {len(run.losses)}, the steps that the run already has, got {steps}.")
     return run
 
 
 def _buffer(rows: Tensor, more: int) -> Tensor:
-    """The rows, followed by space for more."""
+    """Append `more` rows of zeros, which later rows replace."""
     return torch.cat([rows, rows.new_zeros(more, *rows.shape[1:])])
 
 
@@ -313,14 +318,14 @@ def _append(buffer: Tensor, i: int, row: Tensor) -> Tensor:
 
 
 def _record(run: Fit, losses: Tensor, params: dict, state: Any, finite: Tensor) -> Fit:
-    """The run after a step; adapters with non-finite values stop."""
+    """The state after a step; adapters with non-finite values stop."""
     failed = (run.stopped < 0) & ~finite
     stopped = run.stopped.masked_fill(failed, len(losses) - 1)
     return Fit(params, state, losses, run.metrics, stopped, run.diverged | failed)
 
 
 def _record_metric(run: Fit, buffer: Tensor, metric: float | Tensor, patience: int | None) -> Fit:
-    """The run after an evaluation; adapters without improvement for `patience` evaluations stop."""
+    """The state after an evaluation; adapters without improvement for `patience` evaluations stop."""
     metric = torch.as_tensor(metric, dtype=torch.float64, device=run.stopped.device)
     require_shape("evaluate", metric, run.stopped.shape)
     run = run._replace(metrics=_append(buffer, len(run.metrics), metric))
@@ -334,10 +339,10 @@ def _record_metric(run: Fit, buffer: Tensor, metric: float | Tensor, patience: i
 
 
 def _trim(run: Fit, done: int) -> Fit:
-    """The run without the steps that were computed after all adapters had stopped. The first `done` steps are kept."""
+    """Remove the losses of steps after all adapters had stopped, but not those of the first `done` steps."""
     if (run.stopped < 0).any():
         return run
-    # A diverged step has a loss but no update.
+    # The step in which an adapter diverges has a loss but no update.
     steps = max((run.stopped + run.diverged).flatten().tolist(), default=0)
     return run._replace(losses=run.losses[: max(steps, done)].clone())
 
@@ -362,7 +367,7 @@ def _check_options(
         raise ValueError("fit computes gradients: call it outside of torch.inference_mode().")
     if not callable(batches):
         raise ValueError(
-            f"batches must be a function of the step, got {type(batches).__name__}. For a list: "
+            f"batches must be a function of the step, got {type(batches).__name__}. For a list, pass "
             "lambda step: batches[step % len(batches)]."
         )
     for name, function in (("evaluate", evaluate), ("on_step", on_step)):
@@ -371,9 +376,9 @@ def _check_options(
     if patience is not None and evaluate is None:
         raise ValueError(f"patience={patience} requires evaluations: pass evaluate.")
     if min(evaluate_every, checkpoint_every, 1 if patience is None else patience) < 1:
-        raise ValueError(f"must be positive: {evaluate_every=}, {checkpoint_every=}, {patience=}.")
+        raise ValueError(f"intervals must be positive, got {evaluate_every=}, {checkpoint_every=}, {patience=}.")
     if checkpoint is not None and not (folder := Path(checkpoint).parent).is_dir():
-        raise ValueError(f"the folder {folder} of checkpoint does not exist.")
+        raise ValueError(f"the folder {folder} of checkpoint does not exist: create it first.")
 
 
 def _bar(done: int, steps: int, progress: bool) -> AbstractContextManager[Any]:
@@ -388,7 +393,7 @@ def _per_adapter(name: str, value: PerAdapter, n: tuple[int, ...], device: torch
     values = torch.as_tensor(value, dtype=torch.float64, device=device)
     if values.shape not in ((), n):
         expected = f"one value or {n[0]} values" if n else "one value, or num_adapters if params are stacked"
-        raise ValueError(f"{name} has shape {tuple(values.shape)}; pass {expected}.")
+        raise ValueError(f"{name} has shape {tuple(values.shape)}: pass {expected}.")
     if not (values >= 0).all():
         raise ValueError(f"{name} must be at least 0, got {value}.")
     return values.expand(n)

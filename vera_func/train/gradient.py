@@ -1,4 +1,4 @@
-"""The gradient of a training step. A detached layer is an error, where autograd would give a wrong gradient of zero."""
+"""The gradient of a training step. A detached layer raises an error; autograd would return a wrong gradient of zero."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,24 +20,23 @@ _ADVICE = (
 
 
 def gradient_of(loss_fn: LossFn, params: dict[str, Tensor], n: tuple[int, ...], first: bool, batch: Any) -> Gradient:
-    """The gradient of each adapter's loss, and the losses.
+    """Return the gradient of each adapter's loss, and the losses.
 
-    The gradient of a leaf that is not in the graph is zero. Zero is correct if the loss does not depend on the leaf,
-    for example in an expert without tokens or an unused pooler. Zero is wrong if a layer runs under `torch.no_grad`, or
-    if its output is detached. To detect this, the first step changes the values of the leaves without a gradient, and
-    evaluates the loss again.
+    A leaf of `params` outside of the autograd graph gets a gradient of zero. Zero is correct if the loss does not
+    depend on the leaf, for example in an expert without tokens or an unused pooler. Zero is wrong if a layer runs under
+    `torch.no_grad`, or if its output is detached. To detect wrong zeros, the first step changes the values of leaves
+    without a gradient, and raises an error if the losses change.
 
     Args:
-        loss_fn: Function `(params, batch)` that returns one loss, or (n,) losses. Each loss must depend on its adapter
-            only.
+        loss_fn: Loss function, as for `fit`.
         params: First argument of `loss_fn`.
         n: Shape of the losses.
-        first: Whether to check the leaves without a gradient.
+        first: Whether to check leaves without a gradient, as in the first step.
         batch: Second argument of `loss_fn`.
 
     Raises:
-        ValueError: If the losses have another shape, if no leaf gets a gradient, or if the losses depend on a leaf that
-            gets no gradient.
+        ValueError: If the losses do not have shape `n`, if no leaf gets a gradient, or if the losses depend on a leaf
+            that gets no gradient.
 
     Example:
         >>> gradient_of(lambda params, batch: (params["p"] * batch).sum(), {"p": torch.ones(2)}, (), True, 3.0)
@@ -59,11 +58,11 @@ def gradient_of(loss_fn: LossFn, params: dict[str, Tensor], n: tuple[int, ...], 
         _, losses, grads = gradients(total, list(params.values()))
     except RuntimeError as error:
         if "use_reentrant" in str(error):
-            raise ValueError(f"loss_fn checkpoints with use_reentrant=True: {error} {_ADVICE}") from error
+            raise ValueError(f"loss_fn calls checkpoint(use_reentrant=True): {error} {_ADVICE}") from error
         raise
     absent = [key for key, grad in zip(params, grads, strict=True) if grad is None]
     if len(absent) == len(params):
-        raise ValueError(f"no leaf of params gets a gradient from loss_fn. {_ADVICE}")
+        raise ValueError(f"no leaf of params gets a gradient from loss_fn: use its argument params. {_ADVICE}")
     if first and absent:
         with torch.random.fork_rng(devices):
             _require_independent(loss_fn, params, batch, losses, absent, partial(_rewind, before, devices))
@@ -79,7 +78,7 @@ def _require_independent(
     absent: list[str],
     rewind: Callable[[], None],
 ) -> None:
-    """Check that the losses do not depend on the leaves without a gradient."""
+    """Raise an error if the losses depend on a leaf without a gradient."""
 
     def changes(modules: Sequence[str]) -> bool:
         rewind()
@@ -111,7 +110,7 @@ def _rewind(states: Sequence[Tensor], devices: Sequence[int]) -> None:
 
 
 def require_shape(name: str, value: Tensor, n: tuple[int, ...]) -> None:
-    """Check that `value` is a tensor of shape `n`; `name` is the function that returned it."""
+    """Check that `value` is a tensor of shape `n`; `name` names the function that returned `value`."""
     expected = f"one value per adapter, {tuple(n)}" if n else "one value, ()"
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must return {expected}, as a tensor, got {type(value).__name__}.")

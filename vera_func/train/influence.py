@@ -1,13 +1,13 @@
 """Influence of training examples on test examples, from per-example gradients.
 
     TracIn                 sum over checkpoints c of lr_c <g_i, t_j>
-    by the inverse Fisher  t_j^T (F + damping I)^-1 g_i,    F = mean_i g_i g_i^T
+    inverse Fisher         t_j^T (F + damping I)^-1 g_i,    F = mean_i g_i g_i^T
 
 `g_i` and `t_j` are the gradients of the losses of training example `i` and test example `j`, from `per_example_grads`.
-A positive influence means that training on example `i` lowers the loss of example `j`. The influence of an example on
+A positive influence means that training on example `i` lowers the loss of test example `j`. An example's influence on
 itself is largest for outliers, such as mislabelled examples.
 
-All functions compute products of gradients in float64. An adapter has few parameters, so the gradients of thousands of
+Inner products of gradients are computed in float64. An adapter has few parameters, so the gradients of thousands of
 examples fit in memory.
 """
 
@@ -28,16 +28,17 @@ def tracin(
     test_grads: Iterable[Mapping[str, Tensor]],
     learning_rates: Sequence[float],
 ) -> Float[Tensor, "train test"]:
-    """The influence of each training example on each test example by TracIn: `sum_c lr_c <g_i, t_j>`.
+    """Compute the influence of each training example on each test example by TracIn: `sum_c lr_c <g_i, t_j>`.
 
     TracIn estimates by how much the steps on a training example lowered the loss of a test example. For SGD, the
-    estimate is exact to first order at these checkpoints.
+    estimate is exact to first order at the given checkpoints.
 
     Args:
-        train_grads: The gradients of the training examples at each checkpoint, leaves (train, ...). May be a generator
-            that computes them.
-        test_grads: The gradients of the test examples at each checkpoint, leaves (test, ...).
-        learning_rates: The learning rate at each checkpoint, times the number of steps that the checkpoint represents.
+        train_grads: For each checkpoint, the gradients of the training examples, leaves (train, ...). May be a
+            generator.
+        test_grads: For each checkpoint, the gradients of the test examples, leaves (test, ...).
+        learning_rates: For each checkpoint, the learning rate times the number of training steps that the checkpoint
+            represents.
 
     Raises:
         ValueError: If the three arguments are empty or differ in length, if the gradients differ in keys or shapes, or
@@ -56,14 +57,14 @@ def tracin(
     sources = {"train_grads": train_grads, "test_grads": test_grads, "learning_rates": learning_rates}
     for name, given in sources.items():
         if not isinstance(given, Iterable):
-            raise ValueError(f"{name} must have an entry for each checkpoint, got {type(given).__name__}.")
+            raise ValueError(f"{name} must be a list with one entry per checkpoint, got {type(given).__name__}.")
     influence = None
     try:
         for train, test, rate in zip(train_grads, test_grads, learning_rates, strict=True):
             term = _rate(rate) * _products(train, test)
             if influence is not None and term.shape != influence.shape:
                 raise ValueError(
-                    "all checkpoints must have the same examples, but (train, test) is "
+                    "all checkpoints must have the same examples, but the numbers of (train, test) examples are "
                     f"{tuple(influence.shape)} and then {tuple(term.shape)}."
                 )
             influence = term if influence is None else influence + term
@@ -71,30 +72,30 @@ def tracin(
         if "zip()" not in str(error):
             raise
         raise ValueError(
-            "train_grads, test_grads and learning_rates must have one entry per checkpoint, but differ in length."
+            "train_grads, test_grads and learning_rates must have one entry per checkpoint, but their lengths differ."
         ) from error
     if influence is None:
-        raise ValueError("there are no checkpoints: pass the gradients of at least one.")
+        raise ValueError("train_grads, test_grads and learning_rates are empty: pass at least one checkpoint.")
     return influence
 
 
 def fisher_influence(
     train_grads: Mapping[str, Tensor], test_grads: Mapping[str, Tensor], *, damping: float
 ) -> Float[Tensor, "train test"]:
-    """The influence by the inverse of the empirical Fisher matrix: `t_j^T (F + damping I)^-1 g_i`.
+    """Compute influences with the inverse of the empirical Fisher matrix: `t_j^T (F + damping I)^-1 g_i`.
 
-    Divided by the number of training examples, the influence estimates by how much test loss `j` increases if the
+    The influence divided by the number of training examples estimates by how much test loss `j` increases if the
     adapter is trained again without example `i`. The estimate is of first order, with the Fisher matrix in place of the
-    Hessian. The inverse of this matrix is exact: by the Woodbury identity only a (train, train) system is solved, and
-    no (parameters, parameters) matrix is formed.
+    Hessian. The inverse is exact: by the Woodbury identity, only a (train, train) system is solved, without a
+    (parameters, parameters) matrix.
 
     Args:
-        train_grads: Gradients of the training examples; each tensor has shape (train, ...). They also define the Fisher
-            matrix.
+        train_grads: Gradients of the training examples; each tensor has shape (train, ...). The Fisher matrix is
+            computed from `train_grads`.
         test_grads: Gradients of the test examples; each tensor has shape (test, ...).
-        damping: Positive number, added to the diagonal. Choose a value at or above the mean eigenvalue of the Fisher
-            matrix, which is the mean of `|g_i|^2` divided by the number of parameters. Smaller values give too
-            much weight to directions in which few examples have a gradient.
+        damping: Positive number, added to the diagonal of the Fisher matrix. Choose at least the mean eigenvalue of the
+            matrix: the mean of `|g_i|^2`, divided by the number of parameters. Smaller values give too much weight to
+            directions in which few examples have a gradient.
 
     Raises:
         ValueError: If the gradients differ in keys or shapes, if a gradient is not finite, if `damping` is not
@@ -112,7 +113,7 @@ def fisher_influence(
     require_positive("damping", damping)
     kernel = _products(train_grads, train_grads)
     if not len(kernel):
-        raise ValueError("there are no training examples: the Fisher matrix is computed from their gradients.")
+        raise ValueError("train_grads has no examples, but the Fisher matrix is computed from them: pass at least one.")
     # (G^T G / n + d I)^-1 G^T = G^T (G G^T / n + d I)^-1
     system = kernel / len(kernel) + damping * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
     products = _products(train_grads, test_grads)
@@ -121,7 +122,8 @@ def fisher_influence(
     except torch.linalg.LinAlgError:
         mean = kernel.diagonal().mean().item()
         raise ValueError(
-            f"the system is singular with damping={damping}: use a larger damping; the mean of |g_i|^2 is {mean:.3g}."
+            f"the Fisher matrix is singular with damping={damping}: pass a larger damping. The mean squared norm of "
+            f"train gradients is {mean:.3g}."
         ) from None
 
 
@@ -138,11 +140,12 @@ def _products(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Float[T
         require_grads(f"{name}_grads", grads)
         require_finite_rows(name, per_example_norms(grads))
     if odd := sorted(one.keys() ^ other.keys()):
-        raise ValueError(f"train and test gradients differ in {len(odd)} keys, first {odd[0]!r}.")
+        raise ValueError(f"train_grads and test_grads must have the same keys, but only one of them has {odd[0]!r}.")
     for key, leaf in one.items():
         if leaf.shape[1:] != other[key].shape[1:]:
             raise ValueError(
-                f"{key!r} is {tuple(leaf.shape)} in train and {tuple(other[key].shape)} in test gradients."
+                f"train_grads[{key!r}] is {tuple(leaf.shape)}, but test_grads[{key!r}] is {tuple(other[key].shape)}: "
+                "only the first axes may differ."
             )
     pairs = ((as_matrix(leaf).double(), as_matrix(other[key]).double()) for key, leaf in one.items())
     return sum((a @ b.T for a, b in pairs), torch.zeros((), dtype=torch.float64, device="cpu"))

@@ -1,30 +1,30 @@
 """Losses of language models as pure functions: next-token loss, log-probabilities of sequences, and DPO.
 
-    total, count = next_token_loss(hidden, head, labels)  # for each row: -sum of log p(label | previous tokens), labels
+    total, count = next_token_loss(hidden, head, labels)  # sum of -log p(label | previous tokens), number of labels
     sequence_logprobs(hidden, head, labels)  ==  -total
     dpo_loss(...).losses  ==  -log sigmoid(beta ((chosen - reference_chosen) - (rejected - reference_rejected)))
 
-The loss of a language model multiplies hidden states (tokens, width) by the output head (vocab, width). The logits are
-usually the largest tensor of a training step. Here the head is applied only to positions with a label, one chunk of
-positions at a time. So neither the forward nor the backward pass holds the logits of all positions. The log-softmax is
-computed in float32. With `model.head.hidden_and_head`, the loss of a model is
+The logits of a language model are the product of hidden states (tokens, width) and the output head (vocab, width),
+usually the largest tensor of a training step. The functions here apply the head only to positions with a label, one
+chunk of positions at a time, so they do not store the logits of all positions. The log-softmax is computed in float32.
+With `model.head.hidden_and_head`, the loss of a model is
 
     hidden, head = hidden_and_head(apply, params, frozen, input_ids=ids, attention_mask=mask)
     total, count = next_token_loss(hidden, head, labels)
     loss = total.sum() / count.sum()
 
-Every row has its own sum and count. Weight micro-batches and ranks by `count.sum()`. In a mixed batch, take means over
-the rows of each adapter. For stacked adapters, apply `vmap_adapters` to a function that returns the losses of rows:
+To average losses over micro-batches or ranks, weight each loss by its `count.sum()`. In a mixed batch, average over the
+rows of each adapter separately. For stacked adapters, apply `vmap_adapters` to a function that returns the losses of
+rows:
 
     def row_losses(params, frozen, input_ids, labels):
         return next_token_loss(*hidden_and_head(apply, params, frozen, input_ids=input_ids), labels)
 
     total, count = vmap_adapters(row_losses, in_dims=None)(stacked, frozen, ids, labels)  # each (n, rows)
 
-DPO needs the log-probabilities of a reference model. The base model can be the reference: `select_adapters` selects it
-with the id -1, so no second model is needed, and training does not change the reference. The log-probabilities of the
-reference do not depend on beta and are computed once. In this example, the first half of the rows of `ids` are the
-better answers. One run trains an adapter for each beta:
+DPO needs the log-probabilities of a reference model. No second model is needed: the id -1 of `select_adapters` selects
+the base model as the reference. The log-probabilities of the reference do not depend on beta and are computed once. In
+this example, the first half of the rows of `ids` are the chosen answers, and one run trains an adapter for each beta:
 
     def logprobs(params, frozen, input_ids, labels):
         return sequence_logprobs(*hidden_and_head(apply, params, frozen, input_ids=input_ids), labels)
@@ -33,14 +33,14 @@ better answers. One run trains an adapter for each beta:
     with torch.no_grad():
         reference = logprobs(base, frozen, ids, labels)  # (2 * pairs,)
 
-    def loss(stacked, batch):  # (n,), for rows `batch` of the pairs
+    def loss(stacked, batch):  # batch: indices of pairs; returns (n,)
         rows = torch.cat([batch, batch + len(ids) // 2])
         policy = vmap_adapters(logprobs, in_dims=None)(stacked, frozen, ids[rows], labels[rows])  # (n, 2 * rows)
         return dpo_loss(*policy.chunk(2, -1), *reference[rows].chunk(2), betas).losses.mean(-1)
 
     run = fit(loss, stacked, batches, steps=100, learning_rate=1e-2, num_adapters=len(betas))
 
-Shapes: `*rows` of a batch, `seq` tokens of a row, `width` of the model, `vocab`.
+Axes: `rows` (of a batch), `seq` (tokens of a row), `width` (of a hidden state), `vocab` (of the tokenizer).
 """
 
 from collections.abc import Callable
@@ -59,15 +59,15 @@ from .chunked import function_losses, weight_losses
 
 
 Head = Tensor | Callable[[Tensor], Tensor]
-IGNORED = -100  # the label of positions without a target, as in transformers
+IGNORED = -100  # label of positions without a target, as in transformers
 
 
 class TokenLoss(NamedTuple):
-    """The loss and the number of labels of each row; `total / count` is the mean loss of a label.
+    """The loss and the number of labels of each row; `total / count` is the mean loss per label.
 
     Attributes:
-        total: Sum of `-log p(label)` over each row, in float32 (float64 if the hidden states are float64). It is 0 for
-            a row without labels.
+        total: Sum of `-log p(label)` over the labels of each row, in float32 (float64 if the hidden states are
+            float64).
         count: Number of labels of each row.
     """
 
@@ -76,12 +76,12 @@ class TokenLoss(NamedTuple):
 
 
 class PreferenceLoss(NamedTuple):
-    """The DPO loss of each pair, and by how much the policy prefers the chosen answer.
+    """The DPO loss and the reward margin of each pair of answers.
 
     Attributes:
         losses: `-log sigmoid(margins)`.
-        margins: Reward of the chosen answer minus reward of the rejected one, where the reward of an answer is
-            `beta * (log p - log p_reference)`. The reward accuracy is `(margins > 0).float().mean()`.
+        margins: Reward of the chosen answer minus reward of the rejected answer. A reward is `beta * (log p - log
+            p_reference)`. The reward accuracy is `(margins > 0).float().mean()`.
     """
 
     losses: Float[Tensor, "*pairs"]
@@ -96,30 +96,31 @@ def next_token_loss(
     bias: Float[Tensor, " vocab"] | None = None,
     chunk_size: int | None = None,
 ) -> TokenLoss:
-    """Sum the negative log-probabilities of each row's labels, from hidden states and the output head.
+    """Sum the negative log-probabilities of the labels of each row, from hidden states and the output head.
 
-    The hidden state at position `t` predicts the label at position `t + 1`, as in transformers: `labels` are the input
-    ids, with -100 at positions that are not to be learned (prompts, padding). The head is applied only to positions
-    with a target, `chunk_size` of them at a time. If `head` is a weight, no logits are stored for the backward pass,
-    only one tensor of the size of `hidden`; this holds under every transform. If `head` is a function, plain autograd
-    and `vera_func.grad` recompute the logits of each chunk in the backward pass; transforms of `torch.func` store them.
+    As in transformers, `labels` are the input ids, with -100 at positions without a target (prompts, padding), and the
+    hidden state at position `t` predicts the label at position `t + 1`. The head is applied only to positions with a
+    target, `chunk_size` positions at a time. If `head` is a weight, no logits are stored for the backward pass, only
+    one tensor of the size of `hidden`, also under transforms. If `head` is a function, plain autograd and
+    `vera_func.grad` recompute the logits of each chunk in the backward pass; transforms of `torch.func` store the
+    logits.
 
     Under `torch.compile`, and under `vmap` over the labels, the values of `labels` are unknown, so the head is applied
-    to every position. If `labels` are on an accelerator, reading them synchronizes with the device. To avoid this,
-    leave `labels` on the CPU.
+    to every position. Reading `labels` from an accelerator synchronizes with the device; leave `labels` on the CPU to
+    avoid it.
 
     Args:
         hidden: Input of the output head, or the logits if `head` is None.
-        head: The head's weight (vocab, width); or a function from (tokens, width) to logits (tokens, vocab), such as a
-            quantized or adapted layer; or a `RowHead`. None if `hidden` are logits.
-        labels: Token ids, and -100 for positions without a target. Labels (rows, seq) are shared by stacked adapters,
-            whose hidden states are (n, rows, seq, width).
-        bias: Bias of the head, if `head` is a weight that has one.
-        chunk_size: Number of positions whose logits are in memory at once. By default at most a quarter of all
-            positions, and at most 32 MB of logits (256 MB on an accelerator).
+        head: Weight of the head (vocab, width); or a function that maps (tokens, width) to logits (tokens, vocab), such
+            as a quantized or adapted layer; or a `RowHead` from `hidden_and_head`. None if `hidden` are logits.
+        labels: Token ids, and -100 for positions without a target. Stacked adapters, with hidden states (n, rows, seq,
+            width), can share labels (rows, seq).
+        bias: Bias of the head, allowed only if `head` is a weight.
+        chunk_size: Number of positions whose logits are in memory at once. Default: a quarter of all positions, but at
+            most 2^23 logits (2^26 on a GPU), or 128 positions (1024 on a GPU) if `head` is a function.
 
     Returns:
-        `(total, count)` for each row. A row without targets has total 0 and count 0.
+        `(total, count)`, see `TokenLoss`.
 
     Raises:
         ValueError: If shapes or dtypes do not match, or if a label is neither a token id nor -100.
@@ -152,17 +153,17 @@ def sequence_logprobs(
     bias: Float[Tensor, " vocab"] | None = None,
     chunk_size: int | None = None,
 ) -> Float[Tensor, "*rows"]:
-    """Sum the log-probabilities of each row's labels. This is the log-probability of an answer, given its prompt.
+    """Sum the log-probabilities of the labels of each row: the log-probability of an answer, given its prompt.
 
     Args:
         hidden: See `next_token_loss`.
         head: See `next_token_loss`.
-        labels: See `next_token_loss`; -100 at the positions of the prompt and of padding.
+        labels: Token ids, and -100 at positions of prompt and padding; see `next_token_loss`.
         bias: See `next_token_loss`.
         chunk_size: See `next_token_loss`.
 
     Returns:
-        One sum for each row; 0 for a row without targets.
+        The log-probability of each row; 0 for a row without targets.
 
     Raises:
         ValueError: See `next_token_loss`.
@@ -182,22 +183,23 @@ def dpo_loss(
     reference_rejected: Float[Tensor, "*pairs"],
     beta: Float[Tensor, "*n"] | float,
 ) -> PreferenceLoss:
-    """Compute the loss of direct preference optimization for each pair of answers, from their log-probabilities.
+    """Compute the loss of direct preference optimization (DPO) for pairs of answers from their log-probabilities.
 
-    The reference is constant. Compute its log-probabilities once, without gradients, from the base model (the id -1 of
-    `select_adapters`) or from another adapter. These log-probabilities do not depend on `beta`, so adapters with
-    different `beta` share them.
+    Compute the log-probabilities of the reference once, under `torch.no_grad`, with the base model (id -1 of
+    `select_adapters`) or with another adapter. Adapters with different `beta` can share the reference.
 
     Args:
-        chosen: Log-probabilities of the better answers, from `sequence_logprobs`; stacked adapters have (n, pairs).
+        chosen: Log-probabilities of the better answers, from `sequence_logprobs`: (pairs,), or (n, pairs) for stacked
+            adapters.
         rejected: Log-probabilities of the worse answers.
-        reference_chosen: Log-probabilities of the better answers by the reference; (pairs,) if adapters share them.
-        reference_rejected: Log-probabilities of the worse answers by the reference.
-        beta: How strongly the policy is kept close to the reference; positive. The axes of a tensor are the first axes
-            of `chosen`: (n,) is one value for each stacked adapter.
+        reference_chosen: Log-probabilities of the better answers under the reference; (pairs,) if stacked adapters
+            share the reference.
+        reference_rejected: Log-probabilities of the worse answers under the reference.
+        beta: Positive coefficient; larger values keep the policy closer to the reference. A tensor has the leading axes
+            of `chosen`, such as (n,) for one value per stacked adapter.
 
     Returns:
-        `(losses, margins)`, each like `chosen`.
+        `(losses, margins)`, each with the shape of `chosen`.
 
     Raises:
         ValueError: If the shapes do not match, or if `beta` is a number that is not positive.
@@ -208,7 +210,7 @@ def dpo_loss(
         >>> margins, (margins > 0).float().mean()
         (tensor([ 0.1000, -0.1000]), tensor(0.5000))
 
-        One run trains an adapter for each beta; an earlier forward pass gave the references:
+        Three stacked adapters with different beta share the reference:
 
         >>> betas = torch.tensor([0.05, 0.1, 0.5])
         >>> policy = torch.randn(3, 4), torch.randn(3, 4)  # from vmap_adapters
@@ -229,15 +231,15 @@ def dpo_loss(
             fits = value.dim() <= chosen.dim() and value.shape == chosen.shape[chosen.dim() - value.dim() :]
         if not fits:
             raise ValueError(
-                f"{name} is {tuple(value.shape)}, but chosen is {tuple(chosen.shape)}: pass one value for each pair."
+                f"{name} is {tuple(value.shape)}, but chosen is {tuple(chosen.shape)}: pass one value per pair."
             )
     if not isinstance(beta, Tensor):
         require_positive("beta", beta)
     elif beta.dim():
         if beta.shape != chosen.shape[: beta.dim()]:
             raise ValueError(
-                f"beta has shape {tuple(beta.shape)}, but chosen is {tuple(chosen.shape)}: pass one value, or one for "
-                "each stacked adapter."
+                f"beta has shape {tuple(beta.shape)}, but chosen is {tuple(chosen.shape)}: pass one value, or one "
+                "value per stacked adapter."
             )
         beta = beta.to(chosen.dtype).reshape(*beta.shape, *[1] * (chosen.dim() - beta.dim()))
     margins = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
@@ -247,7 +249,7 @@ def dpo_loss(
 def _losses(
     x: Tensor, head: Head | None, bias: Tensor | None, targets: Tensor, vocab: int | None, chunk_size: int | None
 ) -> Tensor:
-    """The losses (tokens,). They are 0 at positions without a target, to which the head is not applied."""
+    """The losses (tokens,), which are 0 at positions without a target."""
     counted = targets != IGNORED
     index, largest = None, -1
     if has_values(targets):
@@ -259,7 +261,7 @@ def _losses(
         chosen = x.index_select(0, index)
     else:
         counted, targets = counted.to(x.device), targets.clamp(min=0)
-        chosen = torch.where(counted[:, None], x, 0)  # a product with 0 would keep NaN of padding
+        chosen = torch.where(counted[:, None], x, 0)  # not x * counted, since NaN * 0 is NaN
     targets = targets.to(x.device)
     chunk = chunk_size or _default_chunk(len(chosen), vocab, x)
     if isinstance(head, Tensor):
@@ -272,7 +274,7 @@ def _losses(
 
 
 def _rowwise_losses(x: Tensor, head: RowHead, targets: Tensor, counted: Tensor, chunk_size: int | None) -> Tensor:
-    """The losses (*rows, k) of each row's targets, which are moved to the front of their rows."""
+    """The losses (*rows, k) of the targets; the targets of a row are moved to its front."""
     largest = -1
     if has_values(targets):
         largest = _largest(targets[counted])
@@ -295,14 +297,14 @@ def _logits(head: Callable[[Tensor], Tensor] | None, largest: int, x: Tensor) ->
         found = f"{tuple(logits.shape)} {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
         expected = (*x.shape[:-1], "vocab")
         raise ValueError(
-            f"head must return logits ({', '.join(map(str, expected))}) for {tuple(x.shape)}, got {found}."
+            f"head must return logits ({', '.join(map(str, expected))}) for an input {tuple(x.shape)}, got {found}."
         )
     _check_vocabulary(largest, logits.shape[-1])
     return logits
 
 
 def _default_chunk(tokens: int, vocab: int | None, x: Tensor) -> int:
-    """Positions per chunk: at most a quarter of all positions, and at most 2^23 logits (2^26 on a GPU)."""
+    """The default number of positions per chunk; see `next_token_loss`."""
     most = (1024 if x.is_cuda else 128) if vocab is None else (2**26 if x.is_cuda else 2**23) // vocab
     return max(min(most, tokens // 4 + 1), 1)
 
@@ -310,43 +312,47 @@ def _default_chunk(tokens: int, vocab: int | None, x: Tensor) -> int:
 def _check(
     hidden: Tensor, head: Head | None, labels: Tensor, bias: Tensor | None, chunk_size: int | None
 ) -> int | None:
-    """Check shapes and dtypes; returns the size of the vocabulary, or None if `head` is a function."""
+    """Check shapes and dtypes; returns the vocabulary size, or None if `head` is a function."""
     if not isinstance(hidden, Tensor) or hidden.dim() < 2 or not hidden.is_floating_point():
         found = f"{tuple(hidden.shape)} {hidden.dtype}" if isinstance(hidden, Tensor) else type(hidden).__name__
         raise ValueError(f"hidden must be a floating-point tensor (*rows, seq, width), got {found}.")
     if isinstance(head, Tensor) and not head.is_floating_point() and labels is None:
-        raise ValueError("head is a tensor of integers: for logits, call next_token_loss(logits, None, labels).")
+        raise ValueError(
+            "head is a tensor of integers, and labels is None: call next_token_loss(logits, None, labels)."
+        )
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         found = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"labels must be a tensor of token ids and -100, got {found}.")
+        raise ValueError(f"labels must be an integer tensor of token ids and -100, got {found}.")
     rows = hidden.shape[:-1]
     if not labels.dim() or labels.dim() > len(rows) or labels.shape != rows[len(rows) - labels.dim() :]:
         raise ValueError(
             f"labels {tuple(labels.shape)} do not match hidden {tuple(hidden.shape)}: pass labels of shape "
-            f"{tuple(rows)}, one for each position; do not shift them."
+            f"{tuple(rows)}, one label for each position; do not shift labels."
         )
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
         raise ValueError(f"chunk_size must be a positive number of positions or None, got {chunk_size!r}.")
     if head is None or not isinstance(head, Tensor):
         if bias is not None:
-            raise ValueError("bias requires a weight as head: add the bias in the head function or to the logits.")
+            raise ValueError(
+                "bias was passed, but head is not a weight: add the bias in the head function, or to the logits."
+            )
         if head is not None and not callable(head):
             raise ValueError(f"head must be a weight (vocab, width), a function or None, got {type(head).__name__}.")
         return hidden.shape[-1] if head is None else None
     if head.dim() != 2 or head.shape[1] != hidden.shape[-1] or head.dtype != hidden.dtype:
         raise ValueError(
             f"head {tuple(head.shape)} {head.dtype} does not fit hidden {tuple(hidden.shape)} {hidden.dtype}: pass the "
-            f"head's weight (vocab, {hidden.shape[-1]}) in this dtype, or None if hidden are logits."
+            f"head's weight (vocab, {hidden.shape[-1]}) in the dtype of hidden, or None for logits."
         )
     if bias is not None and (bias.shape != head.shape[:1] or bias.dtype != head.dtype):
         raise ValueError(
-            f"bias must be ({head.shape[0]},) {head.dtype}, like the head's rows, got {tuple(bias.shape)} {bias.dtype}."
+            f"bias must be ({head.shape[0]},) {head.dtype}, to match head, got {tuple(bias.shape)} {bias.dtype}."
         )
     return head.shape[0]
 
 
 def _largest(targets: Tensor) -> int:
-    """The largest target, or -1 if there are none; a negative target is an error."""
+    """The largest target, or -1 if there are no targets. A negative target raises an error."""
     if not targets.numel():
         return -1
     low, high = (int(value) for value in targets.aminmax())

@@ -4,8 +4,8 @@
     p'    = (1 - lr wd) p - lr (mean' / (1 - b1^t)) / (sqrt(var' / (1 - b2^t)) + eps)
 
 Every function handles one adapter and does not modify its inputs; use `torch.func.vmap` for stacked adapters.
-Hyper-parameters are floats or 0-d tensors, and results are differentiable in them. An `Optimizer` is a pair of such
-functions, as in optax and torchopt.
+Hyper-parameters are floats or 0-d tensors. Results are differentiable in hyper-parameters that are tensors. An
+`Optimizer` is a pair of pure functions, as in optax and torchopt.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from ..private import tree_map
 
 
 class AdamWState(NamedTuple):
-    """State of AdamW: the number of updates, and the running moments of the gradient under the keys of `params`."""
+    """State of AdamW: the number of updates, and the running moments of the gradient, with the keys of `params`."""
 
     step: Int[Tensor, ""]
     mean: dict[str, Tensor]
@@ -30,10 +30,10 @@ class AdamWState(NamedTuple):
 
 
 def adamw_init(params: Mapping[str, Tensor]) -> AdamWState:
-    """Initial state of AdamW: `step = 0`, both moments zero, in float32 or wider.
+    """Return the initial state of AdamW: `step = 0`, and moments of zero in float32 or wider.
 
     Args:
-        params: Flat dict of trainable tensors.
+        params: Flat dict of floating-point tensors.
 
     Raises:
         ValueError: If `params` is empty, or a leaf does not have a floating-point dtype.
@@ -58,22 +58,22 @@ def adamw_update(
     eps: float | Tensor = 1e-8,
     weight_decay: float | Tensor = 0.0,
 ) -> tuple[dict[str, Tensor], AdamWState]:
-    """One step of AdamW: `p - lr * (mean_hat / (sqrt(var_hat) + eps) + wd * p)`, as new tensors.
+    """Compute one step of AdamW: `p - lr * (mean_hat / (sqrt(var_hat) + eps) + wd * p)`, as new tensors.
 
-    Costs about 15 operations per entry and a copy of `params` and `state`. Gradients are not clipped.
+    Gradients are not clipped.
 
     Args:
         grads: Gradients with the keys and shapes of `params`.
-        state: From `adamw_init` or the previous update.
+        state: State from `adamw_init` or from the previous update.
         params: Values before the update.
-        learning_rate: `lr`, a float or 0-d tensor, like all arguments below.
+        learning_rate: `lr`. Hyper-parameters are floats or 0-d tensors.
         betas: Decay rates `b1, b2` of the two moments.
-        eps: Added to the denominator, to avoid division by zero.
+        eps: Term of the denominator that avoids division by zero.
         weight_decay: `wd`, decoupled from the gradient.
 
     Raises:
-        ValueError: If keys or shapes differ, or if a hyper-parameter is out of range or not a scalar. The values of
-            tensors are not checked.
+        ValueError: If keys or shapes differ, or if a hyper-parameter is out of range or not a scalar. Ranges of tensors
+            are not checked.
 
     Example:
         >>> # A learning rate per adapter. vmap does not map keyword arguments, hence the lambda.
@@ -86,7 +86,7 @@ def adamw_update(
 
     Reference:
         https://arxiv.org/abs/1711.05101, as implemented in `torch.optim.AdamW`. Deviation: 16-bit leaves are updated in
-        float32 and cast once.
+        float32, and rounded once.
     """
     learning_rate, weight_decay = _number("learning_rate", learning_rate), _number("weight_decay", weight_decay)
     directions, state = _adam(grads, state, params, betas, eps)
@@ -100,12 +100,12 @@ def adamw_update(
 def _adam(
     grads: Mapping[str, Tensor], state: AdamWState, params: Mapping[str, Tensor], betas: Any, eps: float | Tensor
 ) -> tuple[dict[str, Tensor], AdamWState]:
-    """`mean_hat / (sqrt(var_hat) + eps)`, and the next state."""
+    """`mean_hat / (sqrt(var_hat) + eps)` of each leaf, and the next state."""
     _check_like("grads", grads, params)
     _check_like("state.mean", state.mean, params)
     _check_like("state.var", state.var, params)
     if state.step.ndim:
-        raise ValueError("state belongs to stacked adapters: map over them with torch.func.vmap.")
+        raise ValueError(f"state.step has shape {tuple(state.step.shape)}: map stacked adapters with torch.func.vmap.")
     beta1, beta2 = (_number("betas", beta, below=1.0) for beta in betas)
     eps = _number("eps", eps)
     step = state.step + 1
@@ -122,10 +122,10 @@ def _adam(
 
 
 class Optimizer(NamedTuple):
-    """An optimizer for one adapter as two pure functions, which do not modify their inputs.
+    """An optimizer for one adapter: two pure functions, which do not modify their inputs.
 
     Attributes:
-        init: Function `params -> state`, the initial state as a pytree of tensors.
+        init: Function `params -> state` that returns the initial state, a pytree of tensors.
         update: Function `(grads, state, params) -> (updates, state)`; the new params are `params + updates`.
     """
 
@@ -140,7 +140,7 @@ def adamw(
     eps: float | Tensor = 1e-8,
     weight_decay: float | Tensor = 0.0,
 ) -> Optimizer:
-    """AdamW as an `Optimizer`: `adamw_init`, and an update function that returns the change of params.
+    """Return AdamW as an `Optimizer`.
 
     Args:
         learning_rate: As in `adamw_update`.
@@ -149,7 +149,7 @@ def adamw(
         weight_decay: As in `adamw_update`.
 
     Raises:
-        ValueError: As for `adamw_update`, when `update` is called.
+        ValueError: Raised by `update`, for the same reasons as by `adamw_update`.
 
     Example:
         >>> optimizer, params = adamw(0.1), {"p": torch.ones(2)}
@@ -170,11 +170,11 @@ def _adamw_updates(grads, state, params, *, learning_rate, betas, eps, weight_de
 def apply_updates(
     params: Mapping[str, Tensor], updates: Mapping[str, Tensor], scale: float | Tensor = 1.0
 ) -> dict[str, Tensor]:
-    """`params + scale * updates`, computed in float32 or wider and cast once.
+    """Return `params + scale * updates`, computed in float32 or wider and rounded once.
 
     Args:
         params: Values before the update.
-        updates: From an optimizer, with the keys and shapes of `params`.
+        updates: Updates from an optimizer, with the keys and shapes of `params`.
         scale: Factor that multiplies the updates, a float or 0-d tensor.
 
     Raises:
@@ -191,16 +191,15 @@ def apply_updates(
 def as_optimizer(pair: Any) -> Optimizer:
     """Convert a pair of functions, such as a torchopt transformation, to an `Optimizer` whose state has only tensors.
 
-    torchopt's `update` takes `params` as a keyword, and modifies the gradients unless `inplace=False` is passed; the
-    returned `Optimizer` handles both. Python numbers in a state, such as the step count of torchopt's Adamax, become
-    tensors.
+    The `update` of the `Optimizer` takes `params` by position and does not modify the gradients, unlike torchopt's.
+    Python numbers in a state, such as the step count of torchopt's Adamax, become tensors.
 
     Args:
         pair: `(init, update)`, such as an `Optimizer`.
 
     Raises:
-        ValueError: If `pair` is not a pair of functions. Later, `init` and `update` raise this error if a result has
-            another structure.
+        ValueError: If `pair` is not a pair of functions. The `Optimizer` raises ValueError if a state contains anything
+            but tensors and numbers, or if `update` does not return `(updates, state)`.
 
     Example:
         >>> descent = as_optimizer((lambda params: (), lambda grads, state, *, params: (grads, state)))
@@ -238,11 +237,11 @@ def _state_tensor(device: torch.device, leaf: Any) -> Tensor:
         return leaf
     if isinstance(leaf, int | float):
         return torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None, device=device)
-    raise ValueError(f"the state of an optimizer must be a pytree of tensors, got a {type(leaf).__name__} in it.")
+    raise ValueError(f"the state of an optimizer must be a pytree of tensors, but contains a {type(leaf).__name__}.")
 
 
 def require_trainable(params: Mapping[str, Tensor]) -> None:
-    """Check that params is a non-empty dict of floating-point tensors."""
+    """Raise an error if `params` is not a non-empty dict of floating-point tensors."""
     if not isinstance(params, Mapping):
         hint = ": pass its attribute params" if hasattr(params, "params") else ""
         raise ValueError(f"params must be a dict of tensors, got {type(params).__name__}{hint}.")
@@ -256,7 +255,7 @@ def require_trainable(params: Mapping[str, Tensor]) -> None:
 
 
 def global_norm(tree: Mapping[str, Tensor]) -> Float[Tensor, ""]:
-    """`sqrt(sum of squares)` over all leaves, in float32 or wider; its derivative at 0 is 0.
+    """Return `sqrt(sum of squares)` over all leaves, in float32 or wider. The derivative at 0 is 0.
 
     Args:
         tree: Flat dict of tensors.
@@ -269,7 +268,7 @@ def global_norm(tree: Mapping[str, Tensor]) -> Float[Tensor, ""]:
         tensor(5.)
     """
     if not tree:
-        raise ValueError("the norm of an empty dict of tensors is undefined.")
+        raise ValueError("the norm of an empty dict is undefined: pass at least one tensor.")
     norms = [torch.linalg.vector_norm(leaf, dtype=_wide(leaf)) for leaf in tree.values()]
     return torch.linalg.vector_norm(torch.stack(norms))
 
@@ -277,9 +276,8 @@ def global_norm(tree: Mapping[str, Tensor]) -> Float[Tensor, ""]:
 def clip_by_norm(grads: Mapping[str, Tensor], max_norm: float | Tensor) -> dict[str, Tensor]:
     """Clip gradients by their global norm: `g * min(1, max_norm / (norm + 1e-6))`.
 
-    The norm is taken over all leaves of one adapter. For stacked adapters use
-    `torch.func.vmap(clip_by_norm)(grads, max_norms)`. With an infinite `max_norm` nothing is clipped. If the norm is
-    not finite, the result contains NaN, as in torch.
+    The norm is taken over all leaves of one adapter. For stacked adapters use `torch.func.vmap(clip_by_norm)(grads,
+    max_norms)`. If the norm is not finite, the result contains NaN, as in torch.
 
     Args:
         grads: Gradients, a flat dict of tensors.
@@ -304,7 +302,7 @@ def constant(step: int | Tensor, *, value: float = 1.0) -> Float[Tensor, "*n"]:
     """A constant schedule: `value` for every step, with the shape of `step`, in float64.
 
     Args:
-        step: Step or steps, () or (n,).
+        step: One step, (), or n steps, (n,).
         value: The constant.
 
     Example:
@@ -322,11 +320,10 @@ def linear_warmup_cosine(
         step < warmup:  peak (step + 1) / (warmup + 1)
         from then on:   final + (peak - final) (1 + cos(pi (step - warmup) / (total - warmup))) / 2
 
-    Steps count from 0. If `warmup` is positive, step 0 has the value `peak / (warmup + 1)`. The result is float64 with
-    the shape of `step`.
+    Steps count from 0. The result is float64, with the shape of `step`.
 
     Raises:
-        ValueError: If not `0 <= warmup < total`.
+        ValueError: If `warmup` is negative or is not less than `total`.
 
     Example:
         >>> linear_warmup_cosine(torch.tensor([0, 1, 3, 8, 13]), warmup=3, total=13)
@@ -359,7 +356,7 @@ def _wide(leaf: Tensor) -> torch.dtype:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Square root with derivative 0 at 0. The gradient of `lambda_d` is exactly 0 while `lambda_b` is 0."""
+    """Square root with derivative 0 at 0, because the gradient of `lambda_d` is exactly 0 while `lambda_b` is 0."""
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1).sqrt(), 0)
 
@@ -381,10 +378,10 @@ def _number(name: str, value: float | Tensor, below: float | None = None) -> flo
 def _check_like(name: str, tree: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
     missing, unknown = sorted(params.keys() - tree.keys()), sorted(tree.keys() - params.keys())
     if missing or unknown:
-        raise ValueError(f"{name} must have the keys of params: it lacks {missing} and has the unknown {unknown}.")
+        raise ValueError(f"{name} must have the keys of params; missing keys: {missing}, unknown keys: {unknown}.")
     for key, p in params.items():
         if (shape := tree[key].shape) != p.shape:
-            raise ValueError(f"{name}[{key!r}] is {tuple(shape)}, but params[{key!r}] is {tuple(p.shape)}.")
+            raise ValueError(f"{name}[{key!r}] has shape {tuple(shape)}, but params[{key!r}] has {tuple(p.shape)}.")
 
 
-Gradient = tuple[dict[str, Tensor], Tensor]  # gradient of each adapter's loss, and the losses
+Gradient = tuple[dict[str, Tensor], Tensor]  # gradients of the losses, and the losses

@@ -2,9 +2,9 @@
 
     g = (sum_i g_i min(1, C / |g_i|) + sigma C z) / L        z ~ N(0, I),  C = max_norm,  L = batch_size
 
-`private_step` takes the gradients of `per_example_grads` and returns a gradient for any optimizer. An accountant of
-another library computes the privacy guarantee. The guarantee assumes Poisson sampling: each batch contains each example
-independently, with probability `L / num_examples`. `poisson_indices` draws such batches:
+`private_step` takes the gradients of `per_example_grads` and returns a gradient for any optimizer. An accountant, for
+example of opacus, computes the privacy guarantee. The guarantee assumes Poisson sampling: each batch contains each
+example independently, with probability `L / num_examples`. `poisson_indices` draws batches by Poisson sampling:
 
     from opacus.accountants import RDPAccountant                    # pip install "vera-func[privacy]"
     from opacus.accountants.utils import get_noise_multiplier
@@ -23,9 +23,9 @@ independently, with probability `L / num_examples`. `poisson_indices` draws such
     accountant.history = [(sigma, rate, steps)]
     epsilon = accountant.get_epsilon(delta=1e-5)
 
-The guarantee covers the params of every step. It does not cover losses or metrics of training examples, nor
-hyper-parameters that were chosen by such losses or metrics. Noise and batches come from torch's generators, which are
-not cryptographically secure. Their seeds must remain secret.
+The guarantee covers the params after every step. The guarantee does not cover losses and metrics of training examples,
+or hyper-parameters chosen by such metrics. Noise and batches come from torch's generators, which are not
+cryptographically secure. Keep the seeds of noise and batches secret.
 """
 
 import hashlib
@@ -43,9 +43,9 @@ from .per_example import per_example_norms, require_finite_rows
 def clip_per_example(grads: Mapping[str, Tensor], max_norm: float) -> dict[str, Tensor]:
     """Clip the gradient of each example by its norm over all leaves: `g_i * min(1, max_norm / |g_i|)`.
 
-    Unlike `clip_by_norm`, nothing is added to the norm: gradients within the bound keep their bits. 16-bit gradients
-    are returned in float32, because rounding to 16 bits could exceed the bound. If the norm of an example is not
-    finite, its result contains NaN.
+    Unlike in `clip_by_norm`, nothing is added to the norm, so gradients within the bound do not change. 16-bit
+    gradients are returned in float32, because rounding to 16 bits could increase their norm above the bound. If the
+    norm of a gradient is not finite, the clipped gradient contains NaN.
 
     Args:
         grads: From `per_example_grads`, leaves (n, ...).
@@ -80,19 +80,19 @@ def private_step(
     generator: torch.Generator,
     batch_size: float | None = None,
 ) -> dict[str, Tensor]:
-    """The private gradient of a step: the mean of clipped gradients plus noise, for any optimizer.
+    """Return the private gradient of a step: the mean of clipped per-example gradients plus noise.
 
         (sum_i clip(g_i, max_norm) + noise_multiplier * max_norm * z) / batch_size,   z ~ N(0, I)
 
     Args:
-        grads: From `per_example_grads`, leaves (n, ...); n may be 0.
+        grads: Gradients from `per_example_grads`, leaves (n, ...); n may be 0.
         max_norm: `C`, the maximum norm of an example's gradient.
-        noise_multiplier: `sigma`, the standard deviation of the noise relative to `max_norm`; an accountant computes it
-            from ε and δ. With 0 there is no noise, and no privacy.
-        generator: Source of the noise; there is no default. The noise of the leaves is drawn in the order of `grads`,
-            on the generator's device.
-        batch_size: `L`, the expected number of examples in a batch. None means `n`, which is private only if all
-            batches have the same size. With Poisson sampling, pass the expected size.
+        noise_multiplier: `sigma`, the standard deviation of the noise relative to `max_norm`; an accountant computes
+            `sigma` from ε and δ. With 0 there is no noise, and no privacy.
+        generator: Generator of the noise. Noise is drawn on the device of the generator, leaf by leaf in the order of
+            `grads`.
+        batch_size: `L`, the expected number of examples in a batch. Required with Poisson sampling. The default, `n`,
+            is private only if all batches have the same size.
 
     Returns:
         A gradient with the keys and shapes of params, in float32 or wider.
@@ -110,13 +110,13 @@ def private_step(
         Algorithm 1 of https://arxiv.org/abs/1607.00133.
     """
     if not isinstance(generator, torch.Generator):
-        raise ValueError(f"private_step needs a torch.Generator, got {type(generator).__name__}; there is no default.")
+        raise ValueError(f"generator must be a torch.Generator with a secret seed, got {type(generator).__name__}.")
     if not isinstance(noise_multiplier, numbers.Real) or not 0 <= noise_multiplier < float("inf"):
         raise ValueError(f"noise_multiplier must be a finite number, at least 0, got {noise_multiplier!r}.")
     clipped = clip_per_example(grads, max_norm)
     norms = per_example_norms(grads)
     if batch_size is None and len(norms) == 0:
-        raise ValueError("the batch is empty: pass batch_size, its expected size.")
+        raise ValueError("batch_size is None and the batch is empty: pass the expected number of examples.")
     size = float(len(norms)) if batch_size is None else batch_size
     require_positive("batch_size", size)
     require_finite_rows("", norms)
@@ -128,20 +128,20 @@ def private_step(
 
 
 def poisson_indices(step: int, *, num_examples: int, batch_size: float, key: int) -> Int[Tensor, " batch"]:
-    """Indices of the batch of this step, which contains each example with probability `batch_size / num_examples`,
-    independently.
+    """Sample the indices of a batch, each example independently with probability `batch_size / num_examples`.
 
-    The number of indices differs between steps, and may be 0. The result depends on the arguments only, like
-    `batch_indices`; different keys give different batches.
+    The number of indices varies, and may be 0. The indices depend on the arguments only; different keys give different
+    batches.
 
     Args:
         step: Step of training, counted from 0.
         num_examples: Number of examples.
         batch_size: Expected number of indices.
-        key: Key of the run. It must remain secret: the guarantee assumes that nobody knows who is in a batch.
+        key: Secret seed of the run: the guarantee assumes that nobody knows which examples are in a batch.
 
     Raises:
-        ValueError: If not `0 < batch_size <= num_examples`, or if `step`, `num_examples` or `key` is not an integer.
+        ValueError: If `batch_size` is not positive or exceeds `num_examples`, or if `step`, `num_examples` or `key` is
+            not an integer.
 
     Example:
         >>> [len(poisson_indices(step, num_examples=100, batch_size=10, key=0)) for step in range(4)]
@@ -151,7 +151,7 @@ def poisson_indices(step: int, *, num_examples: int, batch_size: float, key: int
         Section 3.1 of https://arxiv.org/abs/1607.00133, which calls such batches "lots".
     """
     if not all(isinstance(n, int) and not isinstance(n, bool) for n in (step, num_examples, key)) or step < 0:
-        raise ValueError(f"must be integers, and step at least 0: {step=}, {num_examples=}, {key=}.")
+        raise ValueError(f"arguments must be integers, and step at least 0, got {step=}, {num_examples=}, {key=}.")
     require_positive("batch_size", batch_size)
     if batch_size > num_examples:
         raise ValueError(f"batch_size must be at most num_examples, got {batch_size=}, {num_examples=}.")

@@ -1,7 +1,7 @@
 """The state of a training run, and its file format.
 
-A run is stored as one safetensors file. It contains the params as `params.KEY`, the leaves of the optimizer's state
-under their paths, such as `state.mean['KEY']`, and the other fields of `Fit` under their names.
+A run is stored as one safetensors file. Params are stored as `params.KEY`, leaves of the optimizer state under their
+paths, such as `state.mean['KEY']`, and other fields of `Fit` under their names.
 """
 
 import os
@@ -24,16 +24,16 @@ PathLike = str | os.PathLike[str]
 
 
 class Fit(NamedTuple):
-    """The state of a run of one adapter (`*n` is empty) or of `n` stacked adapters.
+    """The state of a training run of one adapter (shape `*n` is ()) or of `n` stacked adapters.
 
     Attributes:
-        params: The params after the last step, which are not necessarily the best ones.
+        params: Params after the last step, not necessarily those with the lowest metric.
         state: State of the optimizer, a pytree of tensors. For AdamW, the state is an `AdamWState`, whose `step` is the
             number of updates of each adapter.
-        losses: Losses of each step, before its update; stopped adapters are included.
-        metrics: Results of `evaluate`.
-        stopped: Number of updates after which an adapter stopped, or -1 if it did not stop.
-        diverged: Whether an adapter stopped because a value was not finite.
+        losses: Losses at each step, before the update, including losses of stopped adapters.
+        metrics: Metrics that `evaluate` returned.
+        stopped: Number of updates after which each adapter stopped; -1 for an adapter that has not stopped.
+        diverged: Whether each adapter stopped because a value was not finite.
     """
 
     params: dict[str, Tensor]
@@ -45,15 +45,16 @@ class Fit(NamedTuple):
 
 
 def start_run(params: Tree, n: tuple[int, ...], optimizer: Optimizer | None = None) -> Fit:
-    """The state of a run before its first step.
+    """Return the state of a run before its first step.
 
     Args:
-        params: Flat dict of trainable tensors.
+        params: Initial params, a flat dict of floating-point tensors.
         n: `(number of stacked adapters,)`, or `()` for one adapter.
-        optimizer: As for `fit`; None means AdamW.
+        optimizer: Optimizer, as for `fit`; None means AdamW.
 
     Raises:
-        ValueError: If the leading dimension of params is not `n`, or params can't be trained.
+        ValueError: If `params` is not a non-empty dict of floating-point tensors, or if axis 0 of a stacked leaf is not
+            n.
 
     Example:
         >>> start_run({"p": torch.ones(2, 3)}, (2,)).stopped
@@ -61,7 +62,7 @@ def start_run(params: Tree, n: tuple[int, ...], optimizer: Optimizer | None = No
     """
     for key, p in params.items():
         if n and p.shape[:1] != n:
-            raise ValueError(f"num_adapters={n[0]}, but params[{key!r}] is {tuple(p.shape)}; use stack_adapters.")
+            raise ValueError(f"num_adapters={n[0]}, but params[{key!r}] is {tuple(p.shape)}: use stack_adapters.")
     require_trainable(params)
     params = {k: p.detach() for k, p in params.items()}
     init = adamw_init if optimizer is None else as_optimizer(optimizer).init
@@ -73,7 +74,7 @@ def start_run(params: Tree, n: tuple[int, ...], optimizer: Optimizer | None = No
 
 
 def require_like(run: Fit, other: Fit, source: PathLike) -> None:
-    """Check that params and optimizer state have the keys, shapes and dtypes of `other`; errors name `source`."""
+    """Raise an error that names `source` if keys, shapes or dtypes of params or optimizer state differ from `other`."""
     _check_run(_flatten(run), other, source)
 
 
@@ -82,7 +83,7 @@ def save_fit(path: PathLike, run: Fit) -> None:
 
     Args:
         path: The file.
-        run: From `fit`.
+        run: State of the run, from `fit`.
 
     Raises:
         ValueError: If `run` is not a `Fit`.
@@ -113,12 +114,12 @@ def load_fit(
 
     Args:
         path: The file.
-        params: Params with the keys, shapes and dtypes of the run; their values are not used.
-        num_adapters: `n`, if params are stacked.
-        optimizer: Optimizer of the run, as for `fit`; None means AdamW.
+        params: Params with the keys, shapes and dtypes of the stored params; their values are not used.
+        num_adapters: Number of stacked adapters; None for one adapter.
+        optimizer: Optimizer of the stored run, as for `fit`; None means AdamW.
 
     Raises:
-        ValueError: If the file is damaged, or if it is a run with other params or another optimizer. The message names
+        ValueError: If the file is damaged, or contains a run with other params or another optimizer. The message names
             the file and the key.
 
     Example:
@@ -155,7 +156,10 @@ def _state_leaves(run: Fit) -> dict[str, Tensor]:
 def _check_run(tensors: Tree, like: Fit, source: PathLike) -> None:
     expected = _flatten(like)
     if differing := sorted(expected.keys() ^ tensors.keys()):
-        raise ValueError(f"{source} is a run with other params or another optimizer: the keys {differing} differ.")
+        raise ValueError(
+            f"{source} is a run with other params or another optimizer: the keys {differing} differ. Pass the "
+            "params and the optimizer of that run."
+        )
     for key, right in expected.items():
         found = tensors[key]
         if key in ("losses", "metrics") and found.ndim:  # any number of rows is valid
@@ -168,12 +172,12 @@ def _check_run(tensors: Tree, like: Fit, source: PathLike) -> None:
 
 
 def step_numbers(run: Fit, learning_rate: Tensor, evaluated: bool) -> dict[str, float]:
-    """The results of the last step as a flat dict of floats, for loggers; see `on_step` of `fit`.
+    """Return loss, learning rate and metric of the last step as a flat dict of floats; see `on_step` of `fit`.
 
     Args:
         run: The run after the step.
         learning_rate: Learning rate of the step, () or (n,).
-        evaluated: Whether there was an evaluation after the step.
+        evaluated: Whether an evaluation followed the step.
 
     Example:
         >>> run = start_run({"p": torch.zeros(2, 3)}, (2,), None)._replace(losses=torch.tensor([[0.5, 0.25]]))

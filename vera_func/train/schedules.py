@@ -1,4 +1,4 @@
-"""Learning-rate schedules by name, for adapters that train for different numbers of steps."""
+"""Learning-rate schedules, selected by name, for adapters that train for different numbers of steps."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -20,7 +20,7 @@ def linear_warmup_linear(step: int | Tensor, *, warmup: int, total: int) -> Floa
         from then on:   (total - step) / (total - warmup)
 
     Raises:
-        ValueError: If not `0 <= warmup < total`.
+        ValueError: If `warmup` is negative or is not less than `total`.
 
     Example:
         >>> linear_warmup_linear(torch.tensor([0, 1, 3, 8, 13]), warmup=3, total=13)
@@ -33,15 +33,15 @@ def linear_warmup_linear(step: int | Tensor, *, warmup: int, total: int) -> Floa
 
 
 def schedule_of(name: Schedule, warmup: float, totals: Sequence[int]) -> Callable[[int], Float[Tensor, " n"]]:
-    """A schedule for `fit` with one factor per adapter. The factor is 0 after the last step of its adapter.
+    """Return a schedule for `fit` with one factor per adapter. The factor of an adapter is 0 after its last step.
 
     Args:
-        name: How the learning rate changes after warmup: "cosine", "linear" or "constant".
-        warmup: Number of steps, or a fraction of an adapter's steps if below 1.
+        name: Schedule after warmup: "cosine", "linear" or "constant".
+        warmup: Number of warmup steps. A value below 1 is a fraction of the steps of each adapter.
         totals: Number of steps of each adapter.
 
     Raises:
-        ValueError: If the name is unknown, or if `warmup` is negative or takes all steps of an adapter.
+        ValueError: If `name` is unknown, or if `warmup` is negative or takes all steps of an adapter.
 
     Example:
         >>> factors = schedule_of("constant", 0, [1, 3])
@@ -50,11 +50,13 @@ def schedule_of(name: Schedule, warmup: float, totals: Sequence[int]) -> Callabl
     """
     shapes = {"cosine": linear_warmup_cosine, "linear": linear_warmup_linear, "constant": _linear_warmup}
     if name not in shapes:
-        raise ValueError(f"the schedule must be {', '.join(shapes)}, got {name!r}.")
+        raise ValueError(f"the schedule must be one of {', '.join(shapes)}, got {name!r}.")
     warmups = [int(warmup * total) if warmup < 1 else int(warmup) for total in totals]
     for steps, total in zip(warmups, totals, strict=True):
         if not 0 <= steps < total:
-            raise ValueError(f"warmup must take fewer than the {total} steps of training, got {warmup:g}.")
+            raise ValueError(
+                f"warmup must be at least 0 and less than the {total} steps of an adapter, got {warmup:g}."
+            )
 
     def factors(step: int) -> Tensor:
         rising = [shapes[name](step, warmup=w, total=t) for w, t in zip(warmups, totals, strict=True)]

@@ -13,15 +13,15 @@ from .run import Fit
 
 
 def sweep(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """All combinations of a grid's values, one row per adapter; the last name varies fastest.
+    """Return all combinations of the values of a grid, one row per adapter. The last hyper-parameter varies fastest.
 
     Row `i` belongs to adapter `i`: pass `learning_rate=[row["learning_rate"] for row in rows]` to `fit`.
 
     Args:
-        grid: Lists of values by hyper-parameter.
+        grid: Maps names of hyper-parameters to lists of values.
 
     Raises:
-        ValueError: If the values of a name are empty or a str.
+        ValueError: If the values of a hyper-parameter are not a list or are empty.
 
     Example:
         >>> sweep({"learning_rate": [0.1, 0.01], "seed": [0]})
@@ -29,21 +29,21 @@ def sweep(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """
     for name, values in grid.items():
         if isinstance(values, str) or not isinstance(values, Sized) or len(values) == 0:
-            raise ValueError(f"grid[{name!r}] must be a list of values, got {values!r}.")
+            raise ValueError(f"grid[{name!r}] must be a non-empty list of values, got {values!r}.")
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
 def sweep_table(
     rows: Sequence[Mapping[str, Any]], results: Mapping[str, Tensor | Sequence[Any]]
 ) -> list[dict[str, Any]]:
-    """Join the rows of a sweep with columns of results, as Python numbers, for example for `pandas.DataFrame`.
+    """Add columns of results to the rows of a sweep, as Python numbers, for example for `pandas.DataFrame`.
 
     Args:
         rows: From `sweep`, one per adapter.
-        results: Values by column name, one per row.
+        results: Maps names of columns to values, one value per row.
 
     Raises:
-        ValueError: If a column does not have one value per row, or its name is already a name in the rows.
+        ValueError: If a column does not have one value per row, or if `rows` already contain its name.
 
     Example:
         >>> sweep_table(sweep({"seed": [3, 4]}), {"loss": torch.tensor([0.5, 0.25])})
@@ -51,14 +51,15 @@ def sweep_table(
     """
     columns = {k: v.tolist() if isinstance(v, Tensor) else list(v) for k, v in results.items()}
     for name, column in columns.items():
-        if len(column) != len(rows) or any(name in row for row in rows):
-            expected = f"a new name with {len(rows)} values, got {len(column)}"
-            raise ValueError(f"{name!r} must be {expected}; the rows have {sorted(set().union(*rows))}.")
+        if len(column) != len(rows):
+            raise ValueError(f"results[{name!r}] must have {len(rows)} values, one per row, got {len(column)}.")
+        if any(name in row for row in rows):
+            raise ValueError(f"results[{name!r}] must have a new name, but {name!r} is already a name in the rows.")
     return [{**row, **{k: c[i] for k, c in columns.items()}} for i, row in enumerate(rows)]
 
 
 def fit_row(run: Fit, i: int) -> Fit:
-    """The run of adapter `i` of a stack, as if this adapter had been trained alone.
+    """Return the run of adapter `i` of a stack, as if this adapter had been trained alone.
 
     Example:
         >>> from vera_func import fit
