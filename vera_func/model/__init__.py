@@ -1,13 +1,15 @@
-"""Turn any `nn.Module` into a pure function of one adapter or of many.
+"""Turn any `nn.Module` into a pure function that takes the parameters of one adapter, or of many, as an argument.
 
-One adapter: `config` and `targets` (with `expressions`) say which layers are adapted. `adapt` creates `apply` and the
-params. `apply` runs a copy of the module tree (`tree`, `layers`, `closures`, `base_layers`, `lazy_weight`), which
-`checkout` isolates for each call. `module` makes a module with trainable parameters; `dense_cache` trades memory for
-speed.
+One adapter: `config` and `targets` select the layers to adapt, and `expressions` matches regular expressions. `adapt`
+creates `apply` and the params. `apply` runs a copy of the model's module tree. `tree`, `layers`, `closures`,
+`base_layers` and `lazy_weight` build the copy, and `checkout` isolates calls from each other. `module` converts an
+adapted model to a module with trainable parameters. `dense_cache` stores dense copies of quantized weights, which
+trades memory for speed.
 
-Many adapters: `batch` stacks and selects adapters, `vmap` maps over a stack, and `pool`, `algebra` and `dora` make new
-adapters. `rows`, `rehearse` and `follow` find the axis of the rows in each layer's input.
+Many adapters: `batch` stacks and selects adapters, `vmap` maps a function over stacked adapters, `pool` and `algebra`
+combine adapters, and `dora` folds magnitudes. `rows`, `rehearse` and `follow` find the batch axis of each layer's
+input.
 
-Models: `convert` quantizes and dequantizes, `describe` updates the configuration of transformers, `head` separates
-the hidden states of a language model from its output head.
+Models: `convert` quantizes and dequantizes models, `describe` updates the configuration of a transformers model, and
+`head` computes the hidden states of a language model without its output head.
 """

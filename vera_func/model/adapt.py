@@ -1,4 +1,4 @@
-"""Create a pure function and a fresh adapter from a model and a configuration.
+"""Create a pure function and a new adapter from a model and a configuration.
 
     apply, params, frozen, config = adapt(model, VeraConfig(r=256, target_modules=["q_proj", "v_proj"]))
     apply(params, frozen, input_ids=ids)  ==  model(input_ids=ids)  +  the adapter's update
@@ -32,15 +32,16 @@ from .tree import copy_tree, frozen_alias, no_data_error, parameter_aliases, unw
 
 
 class Adapted(NamedTuple):
-    """A model as a pure function, with the params of one adapter.
+    """An adapted model as a pure function, with the params, projections and configuration of one adapter.
 
     Attributes:
         apply: `apply(params, frozen, *args, **kwargs)` returns the output of the adapted model.
-        params: The trained parameters: `"{module}.lambda_b"` of shape (out,), `"{module}.lambda_d"` of shape (r,), and
-            for DVoRA `"{module}.magnitude"` of shape (out,). Also those of the model's own parameters that the
-            configuration trains.
-        frozen: `{"vera_A": (r, max in), "vera_B": (max out, r)}`, shared by all layers and adapters.
-        config: The configuration, in which names replace default targets and "all-linear".
+        params: The trainable parameters: `"{module}.lambda_b"` of shape (out,), `"{module}.lambda_d"` of shape (r,),
+            and for DVoRA `"{module}.magnitude"` of shape (out,). Biases and heads of the model that the configuration
+            trains are also in `params`, under their own names.
+        frozen: The projections `vera_A` of shape (r, max in) and `vera_B` of shape (max out, r), shared by all layers
+            and adapters.
+        config: The configuration, with module names in place of default targets and "all-linear".
     """
 
     apply: Apply
@@ -58,36 +59,39 @@ def adapt(
     generator: torch.Generator | None = None,
     product_dtype: torch.dtype | None = None,
 ) -> Adapted:
-    """Create a pure function from a model, and a fresh adapter for the model. The model is not modified.
+    """Create a pure function from a model, and a new adapter for the model. The model is not modified.
 
-    The adapter is initialized as in PEFT: `lambda_b` is 0, and each entry of a magnitude is the norm of its row of the
-    weight. The output therefore equals that of the base model. The function runs a copy of the module tree that shares
-    the parameters' memory; buffers are copied. Before calling `adapt`, move the model to its device, and call
-    `model.eval()` or `model.train()`. This mode controls the base's own dropout.
+    The adapter is initialized as in PEFT: `lambda_b` is 0, so that the adapted model initially computes the output of
+    the base model. For DVoRA, `magnitude[i]` is the norm of row i of the weight. The pure function runs a copy of the
+    model, which shares the memory of the parameters and has its own buffers. Before calling `adapt`, move the model to
+    its device, and call `model.eval()` or `model.train()`: the mode of the model at that time controls the model's own
+    dropout.
 
     Args:
-        model: Any module with `nn.Linear`, bitsandbytes' linear layers or transformers' `Conv1D`. Wrappers of
-            `torch.compile`, `DataParallel` and `DistributedDataParallel` are removed; compile `apply` instead. Dense
-            layers that accelerate has offloaded run with accelerate's hooks; offloaded quantized layers raise an error.
-            The adapted layers must be on one device.
+        model: Any module that contains `nn.Linear`, bitsandbytes' linear layers or transformers' `Conv1D`. The adapted
+            layers must be on one device. Wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel` are
+            removed; compile `apply` instead. Dense layers may be offloaded by accelerate, but offloaded quantized
+            layers raise an error.
         config: The layers to adapt, the rank and the initial values.
-        dtype: Dtype of the vectors and of the adapter's arithmetic, independent of the base's dtype.
-        int8_activations: Whether to multiply 8-bit layers as LLM.int8() does; see `quantized_linear`.
-        generator: Source of the random vectors if `config.init_weights` is False; ignored otherwise.
-        product_dtype: Dtype of the products with the projections. `torch.bfloat16` or `torch.float16` is PEFT's
-            arithmetic under autocast; `vera_forward` states the errors. For many rows, a 16-bit dtype is faster on
-            GPUs, and on CPUs that have instructions for this dtype. A single row on a CPU is multiplied in the vectors'
-            dtype if no gradients are recorded, because this is faster there, and more accurate. None means the vectors'
-            dtype, as in PEFT without autocast. The vectors and `frozen` have `dtype` in either case. Each call converts
-            the projections once, or not at all if `frozen` is passed in this dtype.
+        dtype: Dtype of the adapter's vectors and arithmetic. The base model may have another dtype.
+        int8_activations: Whether 8-bit layers also quantize their inputs, as in LLM.int8(); see `quantized_linear`.
+        generator: Source of the random initial vectors, required if `config.init_weights` is False, and ignored
+            otherwise.
+        product_dtype: Dtype of the matrix products with the projections: None for `dtype`, as in PEFT without autocast,
+            or a 16-bit dtype, as in PEFT under autocast. `vera_forward` states the rounding errors of 16-bit products.
+            For many rows, 16-bit products are faster on GPUs, and on CPUs that have instructions for this dtype. For a
+            single row on a CPU without gradients, products in `dtype` are faster and more accurate, and are used
+            instead. Each call casts the projections to `product_dtype` once, unless `frozen` already has this dtype.
 
     Returns:
-        `(apply, params, frozen, config)`. In the configuration, the names of the targets and of the base are filled in.
+        `(apply, params, frozen, config)`. The returned configuration has the names of the targets and of the base
+        model.
 
     Raises:
-        ValueError: If no module matches the configuration, or if a match cannot be adapted. Also if the model is
-            wrapped by PEFT, is quantized by a library other than bitsandbytes, or has adapted layers on several
-            devices. Also if `dtype` is not a floating-point dtype, or if `product_dtype` is not a 16-bit dtype.
+        ValueError: If no module matches the configuration, or if a matching module cannot be adapted.
+        ValueError: If the model is wrapped by PEFT, is quantized by a library other than bitsandbytes, or has adapted
+            layers on several devices.
+        ValueError: If `dtype` is not a floating-point dtype, or if `product_dtype` is not a 16-bit dtype.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -106,7 +110,10 @@ def adapt(
     require_float("dtype", dtype)
     require_product_dtype(product_dtype)
     if not config.init_weights and not isinstance(generator, torch.Generator):
-        raise ValueError("init_weights=False draws random vectors: pass adapt(..., generator=torch.Generator()).")
+        raise ValueError(
+            f"generator must be a torch.Generator if init_weights is False, got {type(generator).__name__}: random "
+            "vectors are drawn from the generator. Pass adapt(..., generator=torch.Generator())."
+        )
     frozen = draw_projections(model, config, targets, dtype=dtype)
     trained = trained_with(model, config, targets)
     apply = make_apply(model, config, targets, trained, int8_activations=int8_activations, product_dtype=product_dtype)
@@ -134,12 +141,12 @@ def adapt(
 
 
 class ParameterCount(NamedTuple):
-    """The numbers of trainable parameters and of all parameters.
+    """The number of trainable parameters and the number of all parameters.
 
     Attributes:
         trainable: Number of values in `params`.
         total: Number of the model's parameters plus the number of values in the adapter vectors. A quantized weight
-            counts with its logical size, `out * in`.
+            counts as `out * in` parameters.
         percent: `100 * trainable / total`.
     """
 
@@ -154,10 +161,10 @@ def num_parameters(adapted: Adapted) -> ParameterCount:
     The frozen projections are not counted, as in PEFT's `print_trainable_parameters`.
 
     Args:
-        adapted: From `adapt` or `load_adapter`, with a single adapter.
+        adapted: The result of `adapt` or `load_adapter`, with the params of a single adapter.
 
     Raises:
-        ValueError: If `adapted` is something else, such as params.
+        ValueError: If `adapted` is not an `Adapted`, for example if only the params are passed.
 
     Example:
         >>> adapted = adapt(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4, target_modules=["0"]))
@@ -181,13 +188,9 @@ def draw_projections(
 ) -> dict[str, Tensor]:
     """Draw the projections that PEFT would draw for these targets, on the device of the first target.
 
-    Over a 16-bit base the values are rounded to 16 bits (see `peft_dtype`) and then cast to `dtype`.
-
-    Args:
-        model: The base model.
-        config: Its `r` and `projection_prng_key` are used.
-        targets: Names of the adapted modules; the widest ones determine the sizes.
-        dtype: Dtype of the result.
+    The largest `in` and the largest `out` of the targets are the sizes of the projections. Only `r` and
+    `projection_prng_key` of the configuration are used. If PEFT would round the projections (see `peft_dtype`), they
+    are rounded before the cast to `dtype`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 20))
@@ -215,15 +218,11 @@ def make_apply(
     int8_activations: bool = False,
     product_dtype: torch.dtype | None = None,
 ) -> Apply:
-    """Create the `Apply` of a model. It runs a copy of the module tree with adapted layers; see also `adapt`.
+    """Create an `Apply`, which runs a copy of a model with adapted layers; see also `adapt`.
 
-    Args:
-        model: The base model.
-        config: Its `r`, `vera_dropout`, `use_dora` and `differentiate_norm` are used.
-        targets: Names of the modules to adapt.
-        trained: Names of the model's own parameters that `params` must contain. Their values may have an axis of rows.
-        int8_activations: See `quantized_linear`.
-        product_dtype: See `vera_forward`.
+    Only `r`, `vera_dropout`, `use_dora` and `differentiate_norm` of `config` are used. `targets` are the names of the
+    modules to adapt. `trained` are the names of the model's own parameters that are trained, and that `params` must
+    therefore contain. The other options are those of `adapt`.
 
     Raises:
         ValueError: If a target cannot be adapted, or if the targets are on several devices.
@@ -289,7 +288,7 @@ def make_apply(
 def _placeholders(
     modules: Mapping[str, nn.Module], r: int, targets: Sequence[str], product_dtype: torch.dtype | None
 ) -> Projections:
-    """Return projections on the meta device, so that running a layer without bound tensors raises an error."""
+    """Return projections on the meta device, so that a layer raises an error if no projections are bound to it."""
     sizes = [linear_sizes(modules[name]) or (0, 0) for name in targets]
     widest_in, widest_out = map(max, zip(*sizes, strict=True))
     options: Any = {"dtype": torch.float32, "device": "meta"}
@@ -298,8 +297,8 @@ def _placeholders(
 
 
 def _vector_slots(name: str, out_features: int, config: VeraConfig) -> dict[str, Slot]:
-    """Return the slots of the vectors of one layer."""
-    sizes: list[tuple[str, str, tuple[int, ...], bool]] = [  # key, name in the layer, shape, whether it is required
+    """Return the `Slot` of each vector of one layer, by key."""
+    sizes: list[tuple[str, str, tuple[int, ...], bool]] = [  # key, name in the layer, shape, required
         ("lambda_b", "lambda_b", (out_features,), True),
         ("lambda_d", "lambda_d", (config.r,), True),
         (MIXTURE, MIXTURE, (), False),
@@ -316,7 +315,7 @@ def _vector_slots(name: str, out_features: int, config: VeraConfig) -> dict[str,
 def _parameter_slots(
     model: nn.Module, tree: nn.Module, trained: Sequence[str]
 ) -> tuple[dict[str, Slot], dict[str, str], frozenset[str]]:
-    """Return the slots of the model's own parameters, and the fields `tied` and `offloaded` of `Apply`."""
+    """Return the `Slot` of each parameter of the model, by key, and the fields `tied` and `offloaded` of `Apply`."""
     places = dict(tree.named_modules())
     slots: dict[str, Slot] = {}
     tied: dict[str, str] = {}
@@ -354,7 +353,7 @@ def _absent(model: nn.Module) -> str | None:
 
 
 def with_origin(config: VeraConfig, model: nn.Module) -> VeraConfig:
-    """Fill in the base model's name if the configuration has none, and the model's class for `AutoPeftModel`."""
+    """Return the configuration with missing values of `base_model_name_or_path` and `auto_mapping` filled in."""
     named = (getattr(owner, "name_or_path", None) for owner in (model, getattr(model, "config", None)))
     # A transformers model that was created from a configuration has the name "".
     name = config.base_model_name_or_path or next((n for n in named if isinstance(n, str) and n), None)
@@ -368,6 +367,6 @@ def _require_called(name: str, modules: Mapping[str, nn.Module]) -> None:
     parent = modules[split_key(name)[0]] if name else None
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(
-            f"target module {name!r} is never called: nn.MultiheadAttention uses its weight directly, so an adapter "
-            "would have no effect. Remove it from target_modules."
+            f"target module {name!r} is never called: nn.MultiheadAttention uses the weight without calling the layer, "
+            f"so an adapter would have no effect. Remove {name!r} from target_modules."
         )

@@ -4,8 +4,7 @@
     add:    Σ c_i diag(b_i) B diag(d_i) A,   a VeRA with the same projections if all d_i, or all b_i, are parallel
 
 In general, a sum of adapters is not a VeRA of rank r. `select_adapters` with ids of shape (rows, k) sums the outputs of
-any adapters at run time. `pool_adapters` combines adapters into a VeRA of larger rank. Merging or LoRA export stores
-the sum.
+any adapters at run time. `pool_adapters` combines adapters into a VeRA of larger rank.
 
 The update of DVoRA is not linear in its vectors, so DVoRA adapters must be folded first (`fold_magnitude`). After
 folding, the change of a layer's output is linear in `lambda_b` and in `output_scale - 1`.
@@ -34,12 +33,13 @@ def scale_adapter(params: Mapping[str, Tensor], factor: float) -> dict[str, Tens
     """Return an adapter whose update is `factor` times the update of `params`. Only `lambda_b` is multiplied.
 
     Args:
-        params: `"{module}.lambda_b"` and `"{module}.lambda_d"`, of one adapter or stacked.
+        params: Vectors of one adapter, or stacked vectors. DVoRA adapters must be folded (`fold_magnitude`).
         factor: Any finite number. 0 gives the base model, and -1 the negated update.
 
     Raises:
-        ValueError: If the factor is not finite. Also if `params` contain magnitudes, in which the update is not linear,
-            or the model's own parameters, whose difference from the base is unknown.
+        ValueError: If the factor is not finite.
+        ValueError: If `params` contain magnitudes, because the update is not linear in a magnitude.
+        ValueError: If `params` contain a bias or head of the model, whose difference from the base is unknown.
 
     Example:
         >>> scale_adapter({"q.lambda_b": torch.ones(3), "q.lambda_d": torch.ones(2)}, 0.5)["q.lambda_b"]
@@ -58,7 +58,7 @@ def scale_adapter(params: Mapping[str, Tensor], factor: float) -> dict[str, Tens
 
 
 def without_update(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return params that have no update, but keep the model's own parameters in `params`, such as heads.
+    """Return params whose update is zero. Trained parameters of the model itself, such as heads, keep their values.
 
     Args:
         params: Params of one adapter.
@@ -80,17 +80,18 @@ def without_update(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
     """Return an adapter with the same projections and rank whose update is `Σ weights[i] ΔW_i`.
 
-    Such an adapter exists if and only if, in every layer, the `lambda_d` of all adapters are parallel, or their
-    `lambda_b` are. `lambda_d` that were not trained are parallel. All adapters must use the same `frozen`; this is not
-    checked.
+    Such an adapter exists if and only if, in every layer, the `lambda_d` of all adapters are parallel, or the
+    `lambda_b` of all adapters are. Untrained `lambda_d` are parallel, because all their entries are `d_initial`. All
+    adapters must use the same `frozen`; this is not checked.
 
     Args:
         adapters: Params of single adapters with the same keys.
-        weights: One weight per adapter. None means 1 for each, as in PEFT with several active adapters.
+        weights: One weight per adapter. By default, all weights are 1, as in PEFT with several active adapters.
 
     Raises:
         ValueError: If the sum in a layer is not a VeRA of this rank, if keys or shapes differ, or if there is not one
-            finite weight per adapter. Also if params contain magnitudes or the model's own parameters.
+            finite weight per adapter.
+        ValueError: If params contain magnitudes or parameters of the model itself; see `scale_adapter`.
 
     Example:
         >>> a = {"q.lambda_b": torch.tensor([1.0, 0.0]), "q.lambda_d": torch.full((3,), 0.1)}
@@ -115,7 +116,7 @@ def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[flo
             odd = sorted(shapes.items() ^ wanted.items())[0][0]
             raise ValueError(
                 f"{odd!r} has shape {shapes.get(odd)} in adapter {i} and {wanted.get(odd)} in adapter 0: a sum needs "
-                "single adapters of the same layers and rank. pool_adapters combines different adapters."
+                "single adapters of the same layers and rank. For other adapters, use pool_adapters."
             )
     total: dict[str, Tensor] = {}
     for module in adapted_modules(first):
@@ -134,8 +135,8 @@ def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[flo
         else:
             raise ValueError(
                 f"the sum is not a VeRA of this rank: in {module!r} neither the lambda_d nor the lambda_b are "
-                "parallel. select_adapters with ids (rows, k) adds outputs, pool_adapters creates a VeRA of larger "
-                "rank, and export_lora exports each adapter as a LoRA, which can be concatenated."
+                "parallel. Add the outputs instead (select_adapters with ids of shape (rows, k)), or create a VeRA of "
+                "larger rank (pool_adapters)."
             )
     for key in (key for key in first if split_key(key)[1] == OUTPUT_SCALE):
         terms = [weight * (params[key] - 1) for weight, params in zip(weights, adapters, strict=True)]
@@ -147,13 +148,13 @@ def _check_vectors(params: Mapping[str, Tensor]) -> None:
     own = [key for key in params if not is_vector(key)]
     if own:
         raise ValueError(
-            f"{own[0]!r} is not an adapter vector. Its difference from the base model would have to be scaled or "
-            "added, but is not in params."
+            f"params has {own[0]!r}, which is not an adapter vector: the difference from the base model is unknown, "
+            "and can't be scaled or added. Pass only the adapter vectors."
         )
     if magnitudes := [key for key in params if split_key(key)[1] == MAGNITUDE]:
         raise ValueError(
             f"params has the magnitude {magnitudes[0]!r}, and the update is not linear in a magnitude: pass "
-            "fold_magnitude(apply, params, frozen)."
+            "fold_magnitude(apply, params, frozen) instead of params."
         )
 
 

@@ -1,12 +1,8 @@
 """`Apply`: an `nn.Module` as a pure function `apply(params, frozen, *inputs)`.
 
-    apply, params, frozen, config = adapt(model, VeraConfig(r=256, target_modules=["q_proj", "v_proj"]))
-    apply(params, frozen, input_ids=ids)  ==  model(input_ids=ids)  +  the adapter's update
-
-The model itself is never called or modified. `apply` runs a copy of its module tree that shares the parameters. In the
-copy, adapted layers replace the targets, and every bitsandbytes module is replaced by a `QuantizedLinear`, because
-bitsandbytes' modules do not support transforms. A call binds the given tensors to the copy, and restores the copy
-afterwards; see `checkout`.
+`apply` runs a copy of the model's module tree that shares the model's parameters. In the copy, adapted layers replace
+the targets, and a `QuantizedLinear` replaces every bitsandbytes layer, because bitsandbytes' layers do not support
+transforms. A call binds the given tensors to the copy, and restores the copy afterwards; see `checkout`.
 """
 
 import dataclasses
@@ -36,12 +32,12 @@ _REFUSED_BY_TRANSFORMS = ("Tensor.requires_grad_()", "saved tensor hooks")
 
 
 class Slot(NamedTuple):
-    """Where a key of `params` is bound in the module tree, and which values are valid.
+    """The names in the module tree to which a key of `params` is bound, and the valid shapes of its value.
 
     Attributes:
-        names: Full names in the module tree; a tied parameter has several.
-        shape: Shape of a value without rows.
-        rows: Whether the value may have leading axes of rows.
+        names: Full names of the tensors in the module tree. A tied parameter has several names.
+        shape: Shape of the value for a single adapter.
+        rows: Whether the value may have additional leading axes, with one value for each row of the batch.
         required: Whether `params` must contain the key.
     """
 
@@ -55,23 +51,23 @@ class Slot(NamedTuple):
 class Apply:
     """A model as a pure function of an adapter: `apply(params, frozen, *args, **kwargs)`.
 
-    A call returns the output of `model(*args, **kwargs)` with the adapter. `apply` composes with the transforms of
-    `torch.func` if the model's own operations do. The result depends on the arguments only, and not on other calls,
-    whether earlier, nested or in other threads. Calls do not modify the model: state that the forward pass updates,
-    such as batch statistics, is restored. The adapter's dropout is applied only by `with_dropout`. The base keeps the
-    training mode that it had in `adapt`, and its own dropout uses torch's global generator.
+    A call returns the output of `model(*args, **kwargs)` with the adapter. `apply` supports the transforms of
+    `torch.func` if the model's own operations support them. The output depends only on the arguments, and never on
+    earlier, nested or concurrent calls. Calls do not modify the model: state that the forward pass updates, such as
+    batch statistics, is restored. The adapter's dropout is applied only by `with_dropout`. The base model keeps the
+    training mode that it had when `adapt` was called, and its own dropout uses torch's global generator.
 
     Notes:
-        - A model's own `autograd.Function` without `setup_context` (Bloom's gelu) raises under `torch.func`
-          transforms. Plain autograd, `fit` and mixed batches (`select_adapters`, `vmap_adapters`) work.
-        - `torch.func.grad` keeps the graph of its backward pass, and therefore needs about twice the memory for
-          activations. `vera_func.grad` does not.
-        - The dtype of the vectors is the dtype of the adapter's arithmetic, independent of the base's dtype.
+        - If the model uses an `autograd.Function` without `setup_context`, as Bloom does, `torch.func` transforms raise
+          an error. Plain autograd, `fit`, `select_adapters` and `vmap_adapters` work with such a model.
+        - `torch.func.grad` keeps its backward graph, and needs about twice the activation memory of `vera_func.grad`.
+        - The adapter's arithmetic has the dtype of the vectors, whatever the dtype of the base model.
         - Under `torch.compile`, the compiler decides what is saved for backward, and may save dequantized weights.
 
     Raises:
         ValueError: If `params` lacks a key or has an unknown key, or if the shapes of `params`, `frozen` and the batch
-            do not match. Also if a gradient is required and the model uses activation checkpointing.
+            do not match.
+        ValueError: If a gradient is required and the model uses activation checkpointing.
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -89,11 +85,11 @@ class Apply:
     generator: torch.Generator | None = None
     row_axes: Axes = 0
     plans: Plans = dataclasses.field(default_factory=Plans)
-    # Maps further names of tied parameters to their first name. If params contain both, the two are untied.
+    # Maps further names of tied parameters to their first name. If params contain both names, the tensors are untied.
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     offloaded: frozenset[str] = frozenset()  # parameters that accelerate's hooks load
-    absent: str | None = None  # name of a parameter on the meta device that no hook loads
-    # Maps the key of each layer's magnitude to that of its output scale; params contain one of the two.
+    absent: str | None = None  # a parameter on the meta device that no hook loads
+    # Maps the key of each magnitude to the key of the output scale of the same layer; params contain one of them.
     magnitudes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __call__(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +98,7 @@ class Apply:
     def generate(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Run `model.generate(*args, **kwargs)` with one adapter, or with one adapter for each row of the batch.
 
-        Where transformers repeats rows (beam search, `num_return_sequences`), the adapters are repeated as well.
+        If transformers repeats rows (beam search, `num_return_sequences`), each copy of a row uses the row's adapter.
         """
         return self.method("generate", params, frozen, *args, **kwargs)
 
@@ -111,9 +107,9 @@ class Apply:
     ) -> Any:
         """Run a method of the model with the adapter: `apply.method("generate", params, frozen, ...)`.
 
-        `name` may also be a function. The function is called as `function(model, *args, **kwargs)`, and must return
-        tensors, not parts of the model. It should have no side effects: to find the axis of the rows, a call with an
-        adapter for each row also runs the function on other inputs (see `rows`).
+        `name` may also be a function, which is called as `function(model, *args, **kwargs)`. The function must return
+        tensors, not modules of the model. The function should have no side effects: if each row has its own adapter,
+        the function also runs on other inputs, to find the batch axis of each layer's input (see `rows`).
         """
         if self.absent is not None:
             self._require_shapes_alone(params, frozen, args, kwargs)
@@ -157,18 +153,18 @@ class Apply:
         return dataclasses.replace(self, generator=generator)
 
     def with_row_axes(self, axes: Axes) -> "Apply":
-        """Return a copy of `apply` for inputs whose rows are not along axis 0, such as (seq, rows, features).
+        """Return a copy of `apply` for inputs whose batch axis is not axis 0, such as (seq, rows, features).
 
-        The axes matter only for calls with one adapter per row. If the size of an input along its axis is not the
-        number of rows, all rows share this input.
+        The batch axes matter only for calls with one adapter per row. If the size of an input along its batch axis is
+        not the number of rows, all rows share this input.
 
         Args:
-            axes: Axis of the rows in the arguments, or None for an argument that all rows share. A single value holds
-                for all arguments. A sequence gives the axes of positional arguments, and a mapping gives those of
-                keyword arguments; the axis of any other argument is 0.
+            axes: Batch axis of each argument, or None for an argument that all rows share. A single value applies to
+                all arguments. A sequence gives the axes of positional arguments, and a mapping gives those of keyword
+                arguments; the batch axis of any other argument is 0.
 
         Raises:
-            ValueError: If `axes` has another type.
+            ValueError: If `axes` is not an axis, None, a sequence or a mapping.
 
         Example:
             >>> from vera_func import VeraConfig, adapt, stack_adapters
@@ -177,24 +173,25 @@ class Apply:
             torch.Size([5, 3, 6])
         """
         if not (axes is None or isinstance(axes, int | Sequence | Mapping)) or isinstance(axes, str):
-            raise ValueError(f"axes must be an axis, None, or a sequence or mapping of these, got {axes!r}.")
+            raise ValueError(f"axes must be an int or None, or a sequence or mapping of such values, got {axes!r}.")
         return dataclasses.replace(self, row_axes=axes, plans=Plans())
 
     def with_fused_weights(self, max_rows: int | None = None) -> "Apply":
-        """Return a copy of `apply` with a second layout of the 4-bit weights, for fast decoding in bfloat16 on a CPU.
+        """Return a copy of `apply` that decodes faster in bfloat16, on CPUs with AVX512-BF16.
 
-        bitsandbytes has a kernel for CPUs with AVX512-BF16 that needs this layout. With gradients disabled, the kernel
-        multiplies a few rows without dequantizing; see `quant.cpu_layout.fused_weight` for the costs. On other
-        machines, no weights are copied.
+        The 4-bit weights are copied into the layout of bitsandbytes' kernel for these CPUs. If gradients are disabled,
+        the kernel multiplies a few rows without dequantizing; see `quant.cpu_layout.fused_weight` for the costs. On
+        other machines, no weights are copied.
 
         Args:
-            max_rows: The kernel multiplies up to this number of rows (tokens of all sequences). With None, this number
-                is measured: the process times both kernels at its first product of each format and shape. Timing takes
-                up to a few tenths of a second. The kernels round differently, so with None, results may differ between
-                processes, but not within a process. A number, such as 32, avoids this.
+            max_rows: Largest number of rows (tokens of all sequences) for which the kernel is used. None measures the
+                limit: the process times the kernel and the dense product at the first product of each format and shape,
+                for up to a few tenths of a second. The kernel and the dense product round differently, so measured
+                limits may make results differ between processes, but not within a process. With a fixed number, such as
+                32, results do not differ.
 
         Raises:
-            ValueError: If `max_rows` is neither None nor a non-negative integer.
+            ValueError: If `max_rows` is negative, or is neither an integer nor None.
         """
         if max_rows is not None and (not isinstance(max_rows, int) or isinstance(max_rows, bool) or max_rows < 0):
             raise ValueError(f"max_rows must be a non-negative integer or None, got {max_rows!r}.")
@@ -205,21 +202,21 @@ class Apply:
         return dataclasses.replace(self, trees=Trees(root))
 
     def with_dense_cache(self, max_bytes: int, *, workload: Callable[["Apply"], Any] | None = None) -> "Apply":
-        """Return a copy of `apply` that stores the most used quantized layers densely, in up to `max_bytes` of memory.
+        """Return a copy of `apply` that stores the most used quantized weights as dense copies, in at most `max_bytes`.
 
-        These layers need not be dequantized for each product of the forward and backward pass. Forward results are the
-        same, bit for bit. A dense weight has `out * in` values of the dtype in which the layer multiplies:
-        `compute_dtype` if a 4-bit layer has one, else the dtype of the model's dense parameters. Calls in another dtype
-        dequantize as before. This call makes the dense weights. Further copies of the result share them, and they are
-        not pickled.
+        A layer with a dense copy does not dequantize its weight in the forward and backward pass. Forward outputs stay
+        the same, bit for bit. A dense copy has `out * in` values, in the `compute_dtype` of a 4-bit layer, if set, and
+        otherwise in the dtype of the model's dense parameters. Products in another dtype do not use the copy. Later
+        copies of the returned `Apply` share the dense copies. Pickling omits dense copies, and unpickling makes them
+        again.
 
         After `with_fused_weights`, the fused kernel is used where it is faster than the dense product. On GPUs, only
-        8-bit layers are stored densely, because bitsandbytes has fast kernels for 4-bit weights there.
+        8-bit layers get dense copies, because bitsandbytes has fast GPU kernels for 4-bit weights.
 
         Args:
-            max_bytes: Memory for the dense weights.
-            workload: A function that calls the given `Apply` as it will be used. It runs once, to count the calls of
-                each layer. The layers with most calls are stored first, and layers without calls are not stored.
+            max_bytes: Memory for the dense copies.
+            workload: A function of an `Apply` that makes representative calls. The function runs once, to count the
+                calls of each layer. Layers with most calls are stored first, and layers without calls are not stored.
                 Without a workload, layers are stored in the order of the model.
 
         Raises:
@@ -251,7 +248,7 @@ class Apply:
 
     @property
     def dense_bytes(self) -> int:
-        """Memory of the dense weights that `with_dense_cache` has stored, in bytes."""
+        """Memory of the dense copies that `with_dense_cache` has stored, in bytes."""
         return dense_bytes(self.trees.root)
 
     def __repr__(self) -> str:
@@ -264,7 +261,7 @@ class Apply:
         self.__dict__.update(state, trees=Trees(part_tensors(state["trees"])))
 
     def missing(self, params: Mapping[str, Tensor]) -> list[str]:
-        """Return the required keys that params lack. A magnitude is required unless its output scale is given.
+        """Return the required keys that params lack. Each DVoRA layer requires a magnitude or an output scale.
 
         Raises:
             ValueError: If params contain both the magnitude and the output scale of a layer.
@@ -282,7 +279,7 @@ class Apply:
     def _bind(
         self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-        """Return the tensors to bind, by full name in the module tree, and the leading axes of each key with rows."""
+        """Return the tensors to bind, by full name in the module tree, and the leading batch axes of values, by key."""
         slots = self.slots
         missing = self.missing(params)
         unknown = [key for key in params if key not in slots]
@@ -330,7 +327,7 @@ class Apply:
     def _add_base(
         self, key: str, params: Mapping[str, Tensor], tensors: dict[str, Tensor], lead: dict[str, tuple[int, ...]]
     ) -> None:
-        """Add the base's value of a parameter, times the factor that `select_adapters` put into params."""
+        """Add to a parameter the base model's value, times the factor that `select_adapters` has stored in params."""
         name = split_key(key)[0]
         places, shape, _, _ = self.slots[name]
         share = params[key][(..., *[None] * len(shape))]
@@ -352,8 +349,8 @@ class Apply:
         args: tuple,
         kwargs: dict[str, Any],
     ) -> Any:
-        # Dynamo can't trace the free list of trees, so the root is called functionally. The compiler itself removes
-        # repeated products.
+        # Dynamo can't trace the free list of trees, so the root is called functionally. Repeated products are not
+        # shared here, because the compiler removes them.
         root: Any = self.trees.root
         shared = root.projections
         outer = shared.generator, shared.rows, shared.traced
@@ -367,7 +364,7 @@ class Apply:
 
 
 class Root(nn.Module):
-    """The root of a module tree, which holds the model and the projections that its layers share."""
+    """The root module of a tree, with two children: the model, and the projections that all adapted layers share."""
 
     def __init__(self, model: nn.Module, projections: Projections) -> None:
         super().__init__()
@@ -382,8 +379,8 @@ def _require_no_gradients(tensors: Mapping[str, Tensor], args: tuple, kwargs: di
     given = (value for value in [*tensors.values(), *tree_leaves((args, kwargs))] if isinstance(value, Tensor))
     if torch.is_grad_enabled() and any(value.requires_grad or unwrap(value) is not value for value in given):
         raise ValueError(
-            "the model uses activation checkpointing: backward would run the layers again after the call of apply "
-            f"has returned, when its params are no longer bound. {WITHOUT_CHECKPOINTING}"
+            "the model uses activation checkpointing: backward would run the layers again after apply has returned, "
+            f"when params are no longer bound to the layers. {WITHOUT_CHECKPOINTING}"
         )
 
 
@@ -395,6 +392,6 @@ def _key_error(missing: list[str], unknown: list[str], slots: Mapping[str, Slot]
     if unknown:
         problems.append(f"has {len(unknown)} unknown keys, first {unknown[0]!r}")
     return (
-        f"params {', and '.join(problems)}. It must have the keys that adapt returned "
-        f"({required[0]!r}, ...), and may also have names of the model's own parameters."
+        f"params {', and '.join(problems)}. It must have the keys of the params that adapt returned "
+        f"({required[0]!r}, ...), and may also have names of parameters of the model, to replace their values."
     )

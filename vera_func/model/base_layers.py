@@ -1,7 +1,7 @@
-"""Base layers of a module tree: quantized layers, and dense layers whose parameters can be replaced by values per row.
+"""Base layers of a module tree: quantized layers, and dense layers whose weight and bias may differ between rows.
 
-A weight or bias from `params` becomes a parameter of the layer itself, while its `base_layer` keeps the parameter of
-the model. Therefore every key of `params` is also a parameter name in the module tree.
+A weight or bias from `params` is set on the layer itself, and the `base_layer` inside it keeps the model's value.
+Therefore every key of `params` is also a parameter name in the module tree.
 """
 
 from collections.abc import Callable
@@ -27,19 +27,18 @@ from .targets import is_conv1d
 
 
 class RowLayout(Protocol):
-    """Calls a layer whose input does not have the rows in axis 0; see `rows`."""
+    """Calls a layer whose input has a batch axis other than axis 0; see `rows.MovedRows`."""
 
     def call(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor: ...
 
 
 def own_or_base(name: str) -> property:
-    """Create a property that returns a parameter of the layer itself, or of its base layer if the layer has none."""
-
+    """Create a property that returns `read_own_or_base(layer, name)`."""
     return property(lambda self: read_own_or_base(self, name))
 
 
 def read_own_or_base(layer: Any, name: str) -> Tensor:
-    """Return a parameter of the layer itself, or of its base layer if the layer has none."""
+    """Return the parameter that is set on the layer itself, if any, and otherwise the parameter of its base layer."""
     own = layer._parameters.get(name)
     return getattr(layer.base_layer, name) if own is None else own
 
@@ -49,7 +48,8 @@ class QuantizedLinear(nn.Module):
 
     Args:
         quantized: The weight.
-        bias: Bias of shape (out,), stored as a frozen parameter, or None. A call may pass one bias per row instead.
+        bias: Bias of shape (out,), stored as a frozen parameter, or None. A call may pass another bias, which may have
+            one value for each row of the batch.
         int8_activations: See `quantized_linear`.
 
     Example:
@@ -70,7 +70,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, for models that read it; see `lazy_weight`."""
+        """The dense weight, for models that read the weight instead of calling the layer; see `lazy_weight`."""
         q = self.quantized
         # transformers' models compare the dtype with int8.
         dtype = q.dtype if isinstance(q, Quantized4bit) else q.codes.dtype
@@ -114,7 +114,7 @@ class QuantizedLinear(nn.Module):
 
 
 class DenseLinear(nn.Linear):
-    """A frozen `nn.Linear` without an adapter. It avoids copies of the weight; see `contiguous_rows`.
+    """A frozen `nn.Linear` without an adapter. Inputs are made contiguous, so that torch does not copy the weight.
 
     Example:
         >>> import torch
@@ -129,11 +129,12 @@ class DenseLinear(nn.Linear):
 class RowwiseAffine(nn.Module):
     """An affine layer whose weight and bias may have leading axes, with one value for each row of the batch.
 
-    It replaces an `nn.Linear`, `Conv1D` or `nn.LayerNorm` that is trained with an adapter, so that each row of a mixed
-    batch can have its own classifier or bias.
+    It replaces an `nn.Linear`, `Conv1D` or `nn.LayerNorm` that is trained together with an adapter, so that each row of
+    a mixed batch can have its own classifier or bias.
 
     Args:
-        base_layer: The layer to replace. It is called unchanged, unless a weight or bias was given.
+        base_layer: The layer to replace. `forward` calls the base layer itself if no weight or bias is set on this
+            layer.
 
     Example:
         >>> import torch
@@ -163,7 +164,7 @@ def register_own(layer: Any) -> None:
 
 
 def base_fn(layer: Any) -> Callable[[Tensor], Tensor]:
-    """Return the base layer as a function, with the parameters that `layer` holds itself."""
+    """Return the base layer as a function of `x`, with the weight and bias that are set on `layer`, if any."""
     own = layer._parameters
     if own.get("weight") is None and own["bias"] is None:
         return layer.base_layer
@@ -171,7 +172,7 @@ def base_fn(layer: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _call_with(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Compute `layer(x)` with a given weight and bias, which may have leading axes of rows."""
+    """Compute `layer(x)` with a given weight and bias, which may have one value for each row of the batch."""
     if isinstance(layer, QuantizedLinear):
         return layer(x, bias)
     if not has_rows(layer) or layer._forward_hooks or layer._forward_pre_hooks:
@@ -205,10 +206,10 @@ def dense_weight(layer: Any, dtype: torch.dtype, own: Tensor | None = None) -> T
     Args:
         layer: A `QuantizedLinear`, `nn.Linear` or `Conv1D`.
         dtype: Dtype of the result.
-        own: A weight to use instead of a dense layer's weight, in the same layout.
+        own: A weight in the layout of `layer`, used instead of the weight of a dense layer.
 
     Raises:
-        ValueError: If the weight is not in memory, or is a scaled float8 weight.
+        ValueError: If the weight is offloaded, or is a scaled float8 weight.
 
     Example:
         >>> dense_weight(nn.Linear(3, 2), torch.float64).shape
@@ -238,13 +239,9 @@ def has_rows(module: nn.Module) -> bool:
 def copy_base_layer(
     module: nn.Module, memo: dict[int, Any], *, rows: bool = False, int8_activations: bool = False
 ) -> nn.Module | None:
-    """Return the layer that stands for one of the model's layers in a module tree, or None to keep the layer's class.
+    """Return the layer that replaces a module of the model in a module tree, or None if the module's class is kept.
 
-    Args:
-        module: A module of the model.
-        memo: The memo of `copy.deepcopy`.
-        rows: Whether a parameter of the module is trained, so that each row of a batch may have another value.
-        int8_activations: See `quantized_linear`.
+    `rows` says that a parameter of the module is trained, and may differ between the rows of a batch.
 
     Example:
         >>> copy_base_layer(nn.Linear(3, 2), {})
@@ -263,16 +260,16 @@ def copy_base_layer(
 
 
 def call_by_rows(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Compute `forward(x)`, where `forward` expects the rows in axis 0 and `x` may have them along another axis."""
+    """Compute `forward(x)`, where `forward` expects batch axis 0, and `x` may have another batch axis."""
     projections = layer.projections
     layout = None if projections is None else projections.rows.get(layer.path)
     if layout is None or layout == x.dim():
         return forward(x)
     if isinstance(layout, int):
         raise ValueError(
-            f"layer {layer.path!r} got an input of shape {tuple(x.shape)}. In an earlier call of the same kind, its "
-            f"input had {layout} axes, with the rows in axis 0: the model's control flow depends on its data, and the "
-            "rows can't be followed."
+            f"layer {layer.path!r} got an input of shape {tuple(x.shape)}. In an earlier call of the same kind, the "
+            f"layer's input had {layout} axes: the model's control flow depends on the data, so the batch axis is not "
+            "known. Run one adapter at a time."
         )
     return layout.call(forward, x)
 
@@ -286,9 +283,9 @@ def init_row_layout(layer: Any) -> None:
 def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor], *, cast: bool = True) -> Tensor:
     """Move a frozen tensor to the device and dtype to which `fn` moves tensors.
 
-    If `fn` moves tensors to the meta device, the tensor is returned unchanged. A caller of
-    `torch.func.stack_module_state` runs a module on the meta device, and passes parameters and buffers to it, but not
-    the module's other tensors.
+    If `fn` moves tensors to the meta device, the tensor is returned unchanged. The reason is
+    `torch.func.stack_module_state`: its users run a module on the meta device, and pass parameters and buffers to the
+    module, but not the module's other tensors.
     """
     like = fn(tensor[:0] if tensor.dim() else tensor)
     return tensor if like.is_meta else tensor.to(like.device, like.dtype if cast else tensor.dtype)

@@ -1,8 +1,9 @@
 """Stack adapters, and select one adapter or a weighted sum for each row of a batch.
 
 All adapters share the projections. A batch of rows with different adapters therefore costs one product with the base
-weight and two with the projections, plus two multiplications by vectors per row. Stacked params are a flat dict with
-the same keys, in which every leaf has a leading axis (n,). The projections are never copied.
+weight and two with the projections, plus two multiplications by vectors per row. Stacked params of n adapters are a
+flat dict with the keys of one adapter, in which every tensor has a leading axis of size n. The projections are never
+copied.
 """
 
 import functools
@@ -29,7 +30,7 @@ Params: TypeAlias = Mapping[str, Tensor]
 
 
 def stack_adapters(adapters: Sequence[Params]) -> dict[str, Tensor]:
-    """Stack adapters into one dict whose leaves have a leading axis (n,). Adapter `i` is at index `i`.
+    """Stack the params of n adapters along a new leading axis of size n. Adapter `i` is at index `i`.
 
     The vectors are copied.
 
@@ -47,19 +48,21 @@ def stack_adapters(adapters: Sequence[Params]) -> dict[str, Tensor]:
     if isinstance(adapters, Mapping):
         raise ValueError("adapters must be a sequence of params, got a single mapping: pass [params, ...].")
     if not adapters:
-        raise ValueError("there is nothing to stack: pass at least one adapter.")
+        raise ValueError("adapters is empty, so there is nothing to stack: pass at least one adapter.")
     first = adapters[0]
     for i, params in enumerate(adapters):
         odd = sorted(params.keys() ^ first.keys())
         if odd:
-            raise ValueError(f"adapters {i} and 0 differ in {len(odd)} keys, first {odd[0]!r}; see pool_adapters.")
+            raise ValueError(
+                f"adapters {i} and 0 differ in {len(odd)} keys, first {odd[0]!r}; use pool_adapters for such adapters."
+            )
         for key, value in params.items():
             if not isinstance(value, Tensor):
                 raise ValueError(f"{key!r} of adapter {i} must be a tensor, got {type(value).__name__}.")
             if (value.dtype, value.device) != (first[key].dtype, first[key].device):
                 raise ValueError(
                     f"{key!r} is {value.dtype} on {value.device} in adapter {i} and {first[key].dtype} on "
-                    f"{first[key].device} in adapter 0; a stack has one dtype and device."
+                    f"{first[key].device} in adapter 0; convert all adapters to one dtype and device."
                 )
             if value.shape != first[key].shape:
                 raise ValueError(
@@ -70,13 +73,13 @@ def stack_adapters(adapters: Sequence[Params]) -> dict[str, Tensor]:
 
 
 def unstack_adapters(stacked: Params) -> list[dict[str, Tensor]]:
-    """Split stacked adapters into single adapters, as views: the inverse of `stack_adapters`.
+    """Split stacked params into the params of single adapters, as views: the inverse of `stack_adapters`.
 
     Args:
-        stacked: Params whose leaves have shape (n, ...).
+        stacked: Params whose tensors have shape (n, ...).
 
     Raises:
-        ValueError: If the leaves have no common leading axis.
+        ValueError: If the tensors do not all have the same size along axis 0.
 
     Example:
         >>> unstack_adapters({"lambda_b": torch.ones(2, 3)})[1]
@@ -89,10 +92,10 @@ def num_adapters(stacked: Params) -> int:
     """Return the number of adapters in stacked params, which is the size of their leading axis.
 
     Args:
-        stacked: Params whose leaves have shape (n, ...).
+        stacked: Params whose tensors have shape (n, ...).
 
     Raises:
-        ValueError: If the leaves have no common leading axis.
+        ValueError: If the tensors do not all have the same size along axis 0.
 
     Example:
         >>> num_adapters({"lambda_b": torch.ones(2, 3), "lambda_d": torch.ones(2, 4)})
@@ -120,19 +123,22 @@ def select_adapters(
 ) -> dict[str, Tensor]:
     """Return params for `apply` with one adapter, or a weighted sum of adapters, for each row of a batch.
 
-    `apply(select_adapters(stacked, ids), frozen, **inputs)` runs row `i` through adapter `ids[i]`, in one forward
-    pass. The id -1 selects exactly the base model, including its own heads and biases. The cost of the selection is a
-    gather of the vectors.
+    `apply(select_adapters(stacked, ids), frozen, **inputs)` runs row `i` through adapter `ids[i]`, in one forward pass.
+    A row with id -1 gets exactly the output of the base model, with the base model's own heads and biases. The
+    selection costs one gather of the vectors.
 
     Args:
-        stacked: Params whose leaves have shape (n, ...).
+        stacked: Params whose tensors have shape (n, ...).
         adapter_ids: Integers from -1 to n - 1, of shape (rows,). With shape (rows, k), each row gets the sum of `k`
-            updates, like several active adapters in PEFT. The weights of a sum are stored under the key
-            `"{module}.mixture"`, by which `apply` recognizes the axis of its terms. For trained heads and biases, the
-            differences from the base are summed: base + Σ weights (head - base). `apply` adds the base's value times a
-            factor, which is stored under the key `"{parameter}.base_share"`. The output scales of DVoRA are summed in
-            the same way, with 1 as the base's value. For sums of DVoRA adapters, fold them first (`fold_magnitude`).
+            updates, like several active adapters in PEFT. Trained heads and biases are summed as differences from the
+            base: base + Σ weights (head - base). Output scales of DVoRA are summed in the same way, with 1 as the
+            base's value. DVoRA adapters must be folded before they are summed (`fold_magnitude`).
         weights: Weights of the updates in a sum, of shape (rows, k); 1 by default.
+
+    Returns:
+        Params with a leading axis (rows,). In a sum, the vectors have the leading axes (rows, k), and
+        `"{module}.mixture"` contains the weights. `"{parameter}.base_share"` is the factor of the base model's value,
+        which `apply` adds to the parameter.
 
     Raises:
         ValueError: If an id is out of range or not an integer, if the weights do not have the shape of the ids, or if
@@ -163,12 +169,15 @@ def select_adapters(
             raise ValueError(f"adapter id {int(wrong[0])} is out of range: there are {n} adapters, and -1 is the base.")
         empty = bool((ids < 0).any())
     if ids.dim() == 1 and weights is not None:
-        raise ValueError("weights are for sums: adapter_ids must have shape (rows, k), like the weights.")
+        raise ValueError(
+            f"weights are for sums, but adapter_ids has shape {tuple(ids.shape)}: pass adapter_ids and weights of "
+            "shape (rows, k), or no weights."
+        )
     # Magnitudes and output scales also have a base value: the base model has an output scale of 1.
     own = own_parameters(stacked) + [key for key in stacked if split_key(key)[1] in SCALES]
     rows = {key: leaf[ids.clamp(min=0)] for key, leaf in stacked.items()}
     if empty:
-        # `where` rather than a product with 0: NaN in adapter 0 would otherwise reach the rows of the base.
+        # `where` rather than a product with 0: NaN in adapter 0 would otherwise reach the rows of the base model.
         rows = {k: torch.where(_expanded(ids < 0, v), 0, v) for k, v in rows.items()}
     if ids.dim() == 1:
         for key in own if empty else ():
@@ -183,13 +192,16 @@ def select_adapters(
         raise ValueError(f"weights must have the shape {tuple(ids.shape)} of adapter_ids, got {tuple(weights.shape)}.")
     weights = torch.where(ids < 0, 0, weights)
     if any(split_key(key)[1] in MARKS for key in stacked):
-        raise ValueError("params are sums already, or contain rows of the base: pass a plain stack (stack_adapters).")
+        raise ValueError(
+            "stacked already contains weighted sums of adapters, or rows of the base model: pass the result of "
+            "stack_adapters, not of select_adapters."
+        )
     if magnitudes := [key for key in stacked if split_key(key)[1] == MAGNITUDE]:
         raise ValueError(
-            f"params has the magnitude {magnitudes[0]!r}. To sum DVoRA adapters, fold them first: "
+            f"stacked has the magnitude {magnitudes[0]!r}. To sum DVoRA adapters, fold them first: "
             "select_adapters(fold_magnitude(apply, stacked, frozen), ids)."
         )
-    # base + Σ weights (value - base); `apply` adds the base's share.
+    # base + Σ weights (value - base); `apply` adds the terms of the base model.
     for key in own:
         of_value = weights.to(rows[key].dtype)
         rows[key] = (_expanded(of_value, rows[key]) * rows[key]).sum(1)

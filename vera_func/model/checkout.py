@@ -1,8 +1,8 @@
-"""Isolate the calls of a module: each call runs on a copy of the module tree that is restored afterwards.
+"""Isolate calls from each other: each call runs on its own copy of the module tree, which is restored afterwards.
 
-A call must bind the given tensors to the module, and the module may modify its state when it runs: buffers (batch
-statistics), attributes (the longest sequence that a rotary embedding has seen), caches and hooks. Therefore each call
-takes a copy of the module tree from a free list, restores the copy, and returns it to the list:
+A call binds tensors to the modules, and the modules may modify their state when they run: buffers (batch statistics),
+attributes (the longest sequence that a rotary embedding has seen), caches and hooks. Therefore each call takes a copy
+of the module tree from a free list, restores the copy, and returns the copy to the list:
 
     tree = trees.acquire()
     try:
@@ -14,8 +14,9 @@ takes a copy of the module tree from a free list, restores the copy, and returns
 Concurrent and nested calls use different copies. The copies share parameters and quantized weights, which are never
 modified.
 
-To restore a tree, its dicts, lists and other containers are compared with saved copies. This is cheap: a model has
-thousands of containers, but nearly all of them are empty, and Python compares identical values by identity first.
+To restore a tree, its dicts, lists and other containers are compared with saved copies. The comparison is cheap: a
+model has thousands of containers, but nearly all of them are empty, and Python compares identical values by identity
+first.
 """
 
 import functools
@@ -34,7 +35,7 @@ from .tree import shared_memo
 
 
 # A tensor's `_version` misses some writes: updates of batch statistics, and writes through `.data` or numpy. Therefore
-# small tensors are cloned for each call. In training mode, the limit is higher, so that nearly all are cloned.
+# small tensors are cloned for each call. In training mode, the limit is higher, so that nearly all tensors are cloned.
 SMALL, SMALL_IN_TRAINING = 2**16, 2**24  # bytes
 _ENDED = -2  # never equal to `graph_task()`
 Method: TypeAlias = str | Callable[..., Any]
@@ -42,7 +43,7 @@ _CONTAINERS = (dict, list, set, deque, bytearray)
 
 
 def bound_method(model: nn.Module, method: Method) -> Callable[..., Any]:
-    """Bind the model to one of its methods, or to a function whose first argument is the model.
+    """Return the model's method of a given name, or a given function with the model as its first argument.
 
     Example:
         >>> bound_method(nn.ReLU(), "__call__")(Tensor([-1.0])), bound_method(nn.ReLU(), repr)()
@@ -55,8 +56,8 @@ class Trees:
     """A free list of copies of one module tree.
 
     Attributes:
-        root: The original tree. It never runs; only the compiler traces it.
-        checkpoints: Whether any module of the tree, in training mode, uses activation checkpointing.
+        root: The original tree, which only the compiler traces; calls run on copies.
+        checkpoints: Whether a module of the tree that is in training mode uses activation checkpointing.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -74,7 +75,7 @@ class Trees:
                     self._buffers[join_key(name, leaf)] = buffer
 
     def acquire(self) -> "Tree":
-        """Return a copy of the tree that no other call uses until it is released."""
+        """Return a copy of the tree, which no other call uses until `release`."""
         while self.free:
             try:
                 tree = self.free.pop()  # atomic, so no lock is needed
@@ -93,21 +94,22 @@ class Trees:
             self.free.append(tree)
 
     def copy(self) -> nn.Module:
-        """Return a copy of the root that is not in the free list. It has its own buffers."""
+        """Return a new copy of the root with its own buffers. The copy does not enter the free list."""
         return copy_module(self.root, shared_memo(self.root))
 
     def values(self, *, inside: bool) -> dict[str, Tensor | None]:
-        """Return the values that a compiled call, which runs on the root itself, binds besides the given tensors.
+        """Return the values that a compiled call binds in addition to the given tensors.
 
-        These are clones of the buffers, because the call might modify buffers. A call inside another compiled call
-        (`inside`) also binds all parameters; otherwise it would see the parameters of the outer call.
+        A compiled call runs on the root itself and might modify buffers, so clones of the buffers are bound. A call
+        inside another compiled call (`inside`) also binds all parameters; otherwise it would see the parameters of the
+        outer call.
         """
         values = dict(self._values) if inside else {}
         return values | {name: buffer.clone() for name, buffer in self._buffers.items()}
 
 
 class Tree:
-    """One copy of a module tree, with the saved state to restore it.
+    """One copy of a module tree, with the saved state that restores it.
 
     Attributes:
         root: The copy.
@@ -139,7 +141,7 @@ class Tree:
         self._bound: list[tuple[Any, Any, Any]] = []
 
     def bind(self, values: Mapping[str, Any]) -> None:
-        """Set parameters, buffers or attributes to the values given under their full names, and clone small buffers."""
+        """Set the named parameters, buffers and attributes to the given values, and clone small buffers."""
         bound, places = self._bound, self._places
         for tensor, owners in self._cloned:
             clone = tensor.clone()
@@ -159,7 +161,7 @@ class Tree:
         return result
 
     def reset(self) -> bool:
-        """Undo the changes of a call; return False if the tree can't be used again."""
+        """Undo the changes of a call. Return False if the result of the call still uses the tree."""
         if self.in_use:
             return False
         while self._bound:
@@ -174,7 +176,7 @@ class Tree:
         return True
 
     def is_unwritten(self) -> bool:
-        """Whether the tensors that were not cloned are unmodified."""
+        """Whether the tensors that calls do not clone are unmodified."""
         return all(tensor._version == version for tensor, version in self._watched)
 
     def _place(self, name: str) -> tuple[dict[str, Any], str]:
@@ -185,17 +187,11 @@ class Tree:
 
 
 def _mutable(root: nn.Module, own: set[int]) -> tuple[list[Any], list[tuple[Any, Any, Tensor, bool]]]:
-    """Find the mutable state of a tree: all containers, including the `__dict__` of objects, and other tensors.
+    """Return the mutable state of a tree: all containers, including the `__dict__` of objects, and all tensors.
 
-    Parameters are not included, because calls do not modify them.
-
-    Args:
-        root: Root of the tree.
-        own: Ids of the objects that were created for this copy. Other objects, such as functions, are shared.
-
-    Returns:
-        The containers, and for each tensor its container, its key there, the tensor, and whether its module is in
-        training mode.
+    Parameters are excluded, because calls do not modify them. `own` are the ids of the objects that were copied for
+    this tree; other objects, such as functions, are shared and skipped. A tensor is returned as a tuple `(container,
+    key, tensor, training)`, where `training` is the mode of the tensor's module.
     """
     containers: list[Any] = []
     tensors = []

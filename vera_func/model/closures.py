@@ -23,8 +23,9 @@ Module = TypeVar("Module", bound=nn.Module)
 def copy_module(root: Module, memo: dict[int, Any]) -> Module:
     """Return `copy.deepcopy(root, memo)`, in which functions refer to the copied modules, not to the original ones.
 
-    Attributes that are weak references also refer to the copies. Modules that `memo` maps to themselves stay as they
-    are. Other objects to which a function refers, such as a list to which a hook appends, are shared with the original.
+    Attributes that are weak references also refer to the copies. A module that `memo` maps to itself is shared, not
+    copied. Other objects to which a function refers, such as a list to which a hook appends, are shared with the
+    original.
 
     Example:
         >>> def doubled():
@@ -80,7 +81,7 @@ def _refers(value: Any, modules: set[int], found: dict[int, FunctionType], seen:
         return id(value) in found
     seen.add(id(value))
     contents = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-    refers = [_refers(content, modules, found, seen) for content in contents]  # all of them are visited
+    refers = [_refers(content, modules, found, seen) for content in contents]  # a list: all contents are visited
     if any(refers):
         found[id(value)] = value
     return id(value) in found

@@ -1,7 +1,7 @@
 """`VeraConfig`: the layers to adapt, the rank and the initial values.
 
 The fields and their meaning are those of PEFT's `VeraConfig`. If two fields contradict each other, PEFT ignores one of
-them; here, an error is raised.
+them; here, a `ValueError` is raised.
 """
 
 import dataclasses
@@ -28,37 +28,37 @@ class VeraConfig:
 
     Attributes:
         r: Rank of the shared projections.
-        target_modules: Modules to adapt. A sequence contains full names, or endings of names that follow a dot. A
-            string is a regular expression for the whole name. "all-linear" selects every linear layer except the output
-            head, and None selects the default targets of the model's type.
+        target_modules: Modules to adapt. A sequence selects modules by full name or by the end of the name after a dot,
+            such as "q_proj". A string is a regular expression that must match the full name. "all-linear" selects every
+            linear layer except the output head, and None selects the default targets of the model's type.
         projection_prng_key: Seed of the shared projections.
-        save_projection: Whether to save the projections with an adapter, as PEFT does by default. Otherwise, only their
-            seed is saved, from which they can be redrawn exactly for a base of the same dtype.
-        vera_dropout: Probability of dropping an input of `A`. Dropout is applied only by `apply.with_dropout`, and is
+        save_projection: Whether to save the projections with an adapter, as PEFT does by default. If False, only the
+            seed is saved, from which the projections can be redrawn exactly for a base model of the same dtype.
+        vera_dropout: Dropout probability for the inputs of `A`. Dropout is applied only by `apply.with_dropout`, and is
             independent of `module.training`.
         d_initial: Initial value of `lambda_d`.
         fan_in_fan_out: PEFT's flag for weights stored as (in, out). This flag is saved but otherwise ignored, because
             the layer's class determines the layout.
-        bias: "none", "vera_only" (also train the biases of adapted layers) or "all" (every bias of the model).
-        modules_to_save: Names or endings of further modules to train in full, such as a new classifier. The heads of
-            `task_type` are added.
+        bias: Biases to train: "none", "vera_only" (those of adapted layers) or "all" (those of the whole model).
+        modules_to_save: Names, or parts of names between dots, of further modules to train in full, such as a new
+            classifier. The names of heads that belong to `task_type` are added.
         use_dora: Whether to decompose the adapted weights into magnitudes and directions (DVoRA, see `core.dora`). Each
-            layer gets a third vector, `magnitude`, of shape (out,). Each call computes the norms of the adapted
-            weights; for inference, `fold_magnitude` computes them once. PEFT can't load such an adapter, but
+            adapted layer has a third vector, `magnitude`, of shape (out,). Each call computes the norms of the adapted
+            weights; for inference, `fold_magnitude` computes them once. PEFT can't load a DVoRA adapter, but
             `export_lora` converts it to a LoRA.
-        differentiate_norm: Whether to differentiate through the norms of DVoRA. False treats the norms as constants, as
-            in the paper.
-        init_weights: Whether `lambda_b` is initialized to 0, so that training starts at the base model. False sets it
-            to 1 and draws `lambda_d` (for tests).
-        layers_to_transform: Indices of the layers to adapt. Modules in other layers are left out, unless
-            `target_modules` has their full name.
-        layers_pattern: Name of the module list that `layers_to_transform` refers to.
+        differentiate_norm: Whether to differentiate through the norms of DVoRA. If False, the norms are treated as
+            constants, as in the DoRA paper.
+        init_weights: If True, `lambda_b` is initialized to 0, so that training starts at the base model. If False,
+            `lambda_b` is initialized to 1 and `lambda_d` at random (for tests).
+        layers_to_transform: Indices of the layers to adapt. A module in another layer is adapted only if
+            `target_modules` has its full name.
+        layers_pattern: Name of the module list that contains the layers of `layers_to_transform`.
         task_type: None or one of "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS",
             "FEATURE_EXTRACTION".
-        base_model_name_or_path: The base's name, for a saved adapter. `adapt` fills in `model.name_or_path`.
-        revision: The base's revision, for a saved adapter.
+        base_model_name_or_path: Name of the base model, saved with the adapter. `adapt` fills in `model.name_or_path`.
+        revision: Revision of the base model, saved with the adapter.
         auto_mapping: The base model's class name, and the Python module that defines this class. PEFT's `AutoPeftModel`
-            needs both to load an adapter without a `task_type`. `adapt` fills in both.
+            needs `auto_mapping` to load an adapter without a `task_type`. `adapt` adds a missing `auto_mapping`.
 
     Raises:
         ValueError: If a value is out of range or contradicts another field.
@@ -100,7 +100,7 @@ class VeraConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if self.differentiate_norm and not self.use_dora:
-            raise ValueError("differentiate_norm=True applies to DVoRA only: pass use_dora=True as well.")
+            raise ValueError("differentiate_norm=True has no effect without DVoRA: pass use_dora=True as well.")
         if not 0 <= _number("vera_dropout", self.vera_dropout) < 1:
             raise ValueError(f"vera_dropout must be at least 0 and below 1, got {self.vera_dropout}.")
         if not abs(_number("d_initial", self.d_initial)) <= torch.finfo(torch.float32).max:
@@ -118,7 +118,7 @@ class VeraConfig:
         self._set("layers_pattern", _names("layers_pattern", self.layers_pattern))
         saved = _names("modules_to_save", self.modules_to_save)
         if isinstance(saved, str):
-            raise ValueError(f"modules_to_save must be a sequence of names, got the string {saved!r}.")
+            raise ValueError(f"modules_to_save must be a sequence of names, got {saved!r}: pass [{saved!r}].")
         heads = tuple(name for name in HEADS.get(self.task_type or "", ()) if name not in (saved or ()))
         self._set("modules_to_save", (*(saved or ()), *heads) or None)
         layers = self.layers_to_transform
@@ -130,12 +130,12 @@ class VeraConfig:
                 _require_integer("layers_to_transform", index)
             self._set("layers_to_transform", tuple(layers) or None)
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern needs layers_to_transform, the indices of the layers to adapt.")
+            raise ValueError("layers_pattern needs layers_to_transform: pass the indices of the layers to adapt.")
         if isinstance(self.target_modules, str):
             if self.layers_to_transform is not None and not is_all_linear(self.target_modules):
                 raise ValueError(
-                    "layers_to_transform does not apply to a regular expression; include the indices in "
-                    f"target_modules={self.target_modules!r}, or pass a list of names."
+                    "layers_to_transform does not apply to a regular expression: include the layer indices in "
+                    f"target_modules={self.target_modules!r}, or pass a list of names as target_modules."
                 )
             require_expression("target_modules", self.target_modules)
         patterns = self.layers_pattern or ()

@@ -28,13 +28,13 @@ Model = TypeVar("Model", bound=nn.Module)
 def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """Return a copy of a model in which dense `nn.Linear` layers replace all bitsandbytes layers.
 
-    Adapt the copy instead of the model to trade memory for speed. The forward and backward passes of the copy do not
-    dequantize weights, but each weight takes 2 bytes in a 16-bit dtype instead of about half a byte. If `dtype` is the
-    dtype of the activations, the results are the same, bit for bit. All other tensors are shared with the model, which
-    is not modified.
+    Adapting the copy instead of the model trades memory for speed: the copy does not dequantize weights in the forward
+    and backward pass, but each weight takes 2 bytes in a 16-bit dtype instead of about half a byte. If `dtype` is the
+    dtype of the activations, the copy computes the same outputs as the model, bit for bit. All other tensors are shared
+    with the model, which is not modified.
 
-    With an existing adapter, keep using its own `frozen`. If the copy's weights have 16 bits, projections drawn for the
-    copy would be rounded to 16 bits, as in PEFT.
+    With the copy, use an existing adapter with its own `frozen`: projections drawn for a copy with 16-bit weights are
+    rounded to 16 bits, as in PEFT.
 
     Args:
         model: Any module.
@@ -74,20 +74,20 @@ def check_format(to: Format | None) -> None:
 def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) -> Model:
     """Return a copy of a model in which bitsandbytes modules replace the `nn.Linear` layers.
 
-    The model is not modified, and all other tensors are shared with it. Layers that are already bitsandbytes modules
+    The model is not modified, and shares all other tensors with the copy. Layers that are already bitsandbytes modules
     are kept. Some layers stay dense: subclasses of `nn.Linear` that do not compute `x Wᵀ + b`, layers whose weight is
     computed (weight_norm), and the output layer of `nn.MultiheadAttention`, which is never called. bitsandbytes can't
     quantize 3-D parameters, such as the fused experts of Mixtral, Qwen-MoE or gpt-oss in transformers 5. A warning
-    reports the share of such parameters. transformers' `save_pretrained` and `from_pretrained` save and load the
-    result.
+    reports the share of 3-D parameters if it exceeds 5 %. transformers' `save_pretrained` and `from_pretrained` save
+    and load the copy.
 
     Args:
         model: Any module.
         quant: "nf4", "fp4" or "int8".
-        skip: Names, or parts of names, of modules that stay dense together with all modules in them. By default, the
-            heads `lm_head`, `classifier`, `score` and `qa_outputs` stay dense. So do the layers that transformers
-            leaves dense: tied weights, output embeddings, a last layer without bias, and layers that the model's class
-            keeps in float32, such as T5's `wo`.
+        skip: Names, or parts of names between dots, of modules that stay dense together with all modules in them. By
+            default, these are the heads `lm_head`, `classifier`, `score` and `qa_outputs`, and the layers that
+            transformers leaves dense: tied weights, output embeddings, a last layer without bias, and layers that the
+            model's class keeps in float32, such as T5's `wo`.
 
     Raises:
         ValueError: If no layer can be quantized, if the format is unknown, or if the model is offloaded or wrapped by
@@ -108,7 +108,10 @@ def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) 
     layers = quantizable_layers(model, skip)
     if not layers:
         skipped = "its heads" if skip is None else f"skip={list(skip)}"
-        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize, apart from {skipped} (kept dense).")
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear to quantize, apart from {skipped} (kept dense). To quantize "
+            "every linear layer, pass skip=[]."
+        )
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if name not in layers:
@@ -134,7 +137,7 @@ def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) 
 
 
 def quantized_format(model: nn.Module) -> str | None:
-    """Return the format of a model's first bitsandbytes layer ("nf4", "fp4" or "int8"), or None if it has none.
+    """Return the format of a model's first bitsandbytes layer ("nf4", "fp4" or "int8"), or None without such layers.
 
     Example:
         >>> quantized_format(quantize_model(nn.Sequential(nn.Linear(64, 64)), "fp4", skip=[]))
@@ -162,7 +165,7 @@ def quantizable_layers(model: nn.Module, skip: Sequence[str] | None = None) -> d
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and not is_bnb_linear(module)  # a subclass
+        and not is_bnb_linear(module)  # a subclass of nn.Linear
         and id(module) not in kept
         and not any(f".{entry}." in f".{name}." for entry in skip)
         and is_plain(module)
@@ -170,7 +173,7 @@ def quantizable_layers(model: nn.Module, skip: Sequence[str] | None = None) -> d
 
 
 class DenseShare(NamedTuple):
-    """The shares of a model's weights that are not quantized.
+    """The shares of a model's weights that `quantize_model` leaves dense.
 
     Attributes:
         total: Share of all weights that stay dense.
@@ -187,7 +190,7 @@ def dense_share(model: nn.Module, layers: Mapping[str, nn.Module]) -> DenseShare
     """Compute the share of a model's weights that stay dense if the given layers are quantized.
 
     Args:
-        model: Any module. Its bitsandbytes layers count as quantized.
+        model: Any module, whose bitsandbytes layers count as quantized.
         layers: Layers by name, as from `quantizable_layers`.
 
     Example:

@@ -16,14 +16,14 @@ from .base_layers import QuantizedLinear
 def keep_dense(root: nn.Module, max_bytes: int, dtype: torch.dtype, calls: Mapping[str, int] | None = None) -> None:
     """Store dense copies of the weights of some layers in a tree, and remove the copies of all other layers.
 
-    A copy saves dequantizing the weight at each call of the layer. Dequantizing takes time proportional to the size of
-    the copy. A byte of memory therefore saves most time in the layer that is called most.
+    A layer with a dense copy does not dequantize its weight at each call. The time of dequantizing is proportional to
+    the size of the copy, so a byte of memory saves most time in the layer that is called most.
 
     Args:
         root: Root of the tree, modified in place.
-        max_bytes: Memory for the copies. Layers whose copy exceeds the rest of the budget are skipped.
-        dtype: Dtype of the inputs of layers without a `compute_dtype`.
-        calls: Number of calls by path, from `counted_calls`. None means one call of each layer.
+        max_bytes: Memory for the copies. A layer is skipped if its copy exceeds what is left of this memory.
+        dtype: Dtype of the copies of layers without a `compute_dtype`.
+        calls: Number of calls by path, from `counted_calls`. None means that all layers are called equally often.
 
     Example:
         >>> from vera_func import quantize_8bit
@@ -48,7 +48,7 @@ def keep_dense(root: nn.Module, max_bytes: int, dtype: torch.dtype, calls: Mappi
 
 
 def counted_calls(root: nn.Module) -> Counter[str]:
-    """Register hooks that count the calls of each quantized layer in this tree and its copies; return the counts.
+    """Register hooks that count the calls of each quantized layer in a tree and its later copies; return the counts.
 
     Example:
         >>> from vera_func import quantize_8bit
@@ -73,7 +73,7 @@ def dense_bytes(root: nn.Module) -> int:
 
 
 def dense_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of a model's first floating-point parameter that is not a packed weight, by default float32.
+    """Return the dtype of a model's first floating-point parameter that is not a packed weight, or else float32.
 
     Example:
         >>> dense_dtype(nn.Linear(3, 2).bfloat16())

@@ -1,6 +1,6 @@
 """Update the configuration of a transformers model after its weights have changed.
 
-`save_pretrained` stores this configuration with the weights, and `from_pretrained` uses it to load the weights.
+`save_pretrained` stores the configuration with the weights, and `from_pretrained` needs it to load the weights.
 """
 
 import re
@@ -25,7 +25,7 @@ _SCALED_IF_TIED = ("t5", "mt5", "umt5", "longt5", "pop2piano", "switch_transform
 def describe_ties(model: nn.Module) -> None:
     """Set `tie_word_embeddings` to False if the model's class ties weights that now differ.
 
-    Parameters that are still tied are replaced by copies: `save_pretrained` omits tied parameters, and
+    If so, parameters that are still tied are replaced by copies, because `save_pretrained` omits tied parameters, and
     `from_pretrained` would not restore them if `tie_word_embeddings` is False. Only transformers models are changed.
 
     Args:
@@ -51,7 +51,7 @@ def describe_ties(model: nn.Module) -> None:
 
 
 def describe_dtype(model: Any, dtype: torch.dtype) -> None:
-    """Update the configuration of a model whose weights are now dense in this dtype."""
+    """Update the configuration of a transformers model whose weights are now dense tensors of this dtype."""
     private.forget_quantization(model)
     model.config.dtype = dtype
 
@@ -60,7 +60,7 @@ def describe_quantization(model: Any) -> None:
     """Set `quantization_config`: the format of the quantized layers, and the names of the layers that are dense.
 
     Args:
-        model: A transformers model, modified in place. If no layer is quantized, it is not modified.
+        model: A transformers model, modified in place. A model without quantized layers is not modified.
     """
     linears = [(name, module) for name, module in model.named_modules() if linear_sizes(module) is not None]
     quantized = [name for name, module in linears if is_bnb_linear(module)]
@@ -84,15 +84,12 @@ def describe_quantization(model: Any) -> None:
 
 
 def skip_list(dense: Sequence[str], quantized: Sequence[str]) -> list[str]:
-    """Return transformers' `llm_int8_skip_modules` for the dense layers of a model.
+    """Return transformers' `llm_int8_skip_modules` for the dense layers of a model, given the names of all linear
+    layers.
 
     transformers skips a layer if its name ends with an entry, or if an entry, as a regular expression, matches the
     beginning of the name. A name that would also match a quantized layer is therefore written as an anchored
     expression. All other names are written unchanged, because other programs that read this list compare names.
-
-    Args:
-        dense: Names of the layers that are not quantized.
-        quantized: Names of the quantized layers.
 
     Example:
         >>> skip_list(["lm_head", "classifier"], ["pre_classifier"])

@@ -1,9 +1,10 @@
 """Fold the magnitudes of a model's DVoRA adapters for inference, and store norm statistics for training.
 
-See `core.dora` for the equations. Without these functions, each call dequantizes all weights and computes the norm
-statistics of each layer from them. This takes about as long as a forward pass of `2 r` more tokens. Each call also
-computes the row norms of each adapter, which takes about as long as a forward pass of `r` more tokens. If each row has
-its own adapter, the row norms are computed for each row.
+See `core.dora` for the equations. Without `fold_magnitude` or `keep_norm_statistics`, each call dequantizes all weights
+and computes the norm statistics of each layer, which takes about as long as a forward pass of `2 r` more tokens.
+Without `fold_magnitude`, each call also computes the row norms of each adapter, which takes about as long as a forward
+pass of `r` more tokens. If each row of a batch has its own adapter, the row norms are computed for each row of the
+batch.
 """
 
 from collections.abc import Mapping
@@ -17,13 +18,12 @@ from .apply import Apply
 
 
 def fold_magnitude(apply: Apply, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return DVoRA params for inference, with row norms computed once: `output_scale` is `m / ‖W + ΔW‖`.
+    """Return DVoRA params for inference, with row norms computed once: `output_scale` is `magnitude / ‖W + ΔW‖`.
 
     Pass the result to `apply` in place of `params`; a call then costs about as much as with VeRA. In each layer,
-    `output_scale` replaces the magnitude, and `lambda_b` is multiplied by `output_scale`. The change of a layer's
-    output is linear in folded params, so they can be summed (`add_adapters`, or `select_adapters` with ids of shape
-    (rows, k)). Training folded params trains `output_scale`, not the magnitude. The model's own parameters, and layers
-    without a magnitude, are returned unchanged.
+    `output_scale` replaces the magnitude, and `lambda_b` is multiplied by `output_scale`. Folded params can be summed
+    (`add_adapters`, or `select_adapters` with ids of shape (rows, k)). Training folded params trains `output_scale`,
+    not the magnitude. The model's own parameters, and layers without a magnitude, are returned unchanged.
 
     Args:
         apply: From `adapt`, `load_adapter` or `pool_adapters`.
@@ -49,7 +49,7 @@ def fold_magnitude(apply: Apply, params: Mapping[str, Tensor], frozen: Mapping[s
         https://arxiv.org/abs/2402.09353
     """
     _check(apply, params=params, frozen=frozen)
-    apply._bind(params, frozen)  # checks both
+    apply._bind(params, frozen)  # checks params and frozen
     names = [name for name in apply.targets if join_key(name, MAGNITUDE) in params]
     if not names:
         raise ValueError(
@@ -73,7 +73,7 @@ def fold_magnitude(apply: Apply, params: Mapping[str, Tensor], frozen: Mapping[s
 def fold_if_dora(apply: Apply, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return `fold_magnitude(apply, params, frozen)` if params contain magnitudes, and otherwise params unchanged.
 
-    Use this function where several calls, or several rows, share the norms of an adapter.
+    Folding saves time if several calls, or several rows of a batch, use the same adapter.
 
     Example:
         >>> import torch
@@ -89,15 +89,16 @@ def fold_if_dora(apply: Apply, params: Mapping[str, Tensor], frozen: Mapping[str
 def keep_norm_statistics(apply: Apply, frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `frozen` with the `norm_statistics` of each DVoRA layer, for faster training.
 
-    Pass the result to `apply` and `fold_magnitude` in place of `frozen`. The statistics have `out (r + 1) + r²` values
-    per layer, 1.3 MB at width 1024 and rank 256. They are valid only for these projections and the model's own weights.
+    Pass the result to `apply` and `fold_magnitude` in place of `frozen`. The statistics are valid only for these
+    projections and the model's own weights. They have `out (r + 1) + r²` values per layer, 1.3 MB at width 1024 and
+    rank 256.
 
     Args:
         apply: From `load_adapter`, `pool_adapters`, or `adapt` with `use_dora=True`.
         frozen: The projections.
 
     Raises:
-        ValueError: If the layers have no magnitudes, or if the projections do not fit.
+        ValueError: If the model has no DVoRA layers, or if a projection is missing or too small for a layer.
 
     Example:
         >>> import torch
@@ -109,9 +110,9 @@ def keep_norm_statistics(apply: Apply, frozen: Mapping[str, Tensor]) -> dict[str
     """
     _check(apply, frozen=frozen)
     if not apply.magnitudes:
-        raise ValueError("the layers have no magnitudes: adapt with VeraConfig(use_dora=True).")
+        raise ValueError("the adapted layers have no magnitudes: adapt with VeraConfig(use_dora=True).")
     if missing := sorted({*PROJECTIONS} - frozen.keys()):
-        raise ValueError(f"frozen lacks {missing}; adapt and load_adapter return both projections.")
+        raise ValueError(f"frozen lacks {missing}: pass the frozen that adapt or load_adapter returned.")
     kept = {name: frozen[name] for name in PROJECTIONS}
     for name in apply.targets:
         statistics = norm_statistics(_layer(apply, name).base_weight(frozen["vera_A"].dtype), frozen)

@@ -1,8 +1,8 @@
 """Match regular expressions from untrusted configurations in bounded time.
 
 Matching with `re` can't be interrupted: matching `(a|a)*b` against forty letters takes hours. The package `regex`
-supports a timeout, but interprets some characters differently. These are escaped here, so that an expression matches
-exactly the same strings as with `re`.
+supports a timeout, but interprets some characters differently. Such characters are escaped here, so that an expression
+matches exactly the same strings as with `re`.
 """
 
 import math
@@ -14,7 +14,7 @@ import regex
 
 
 SECONDS = 5.0  # to match all names of a model; ordinary expressions need milliseconds
-# Limits on the size of an expression, because compiling a large one can't be interrupted either.
+# Limits on the size of an expression, because compiling a large expression can't be interrupted either.
 MOST_CHARACTERS, MOST_REPEATS = 100_000, 100_000
 
 # An escape, a set, a counted repeat, or a literal brace.
@@ -25,7 +25,7 @@ def require_expression(field: str, value: str) -> None:
     """Raise an error if a value is not a regular expression of `re`, or is too large to compile.
 
     Args:
-        field: Name of the configuration field, for the error message.
+        field: Name of the configuration field that contains the expression, for the error message.
         value: The expression.
 
     Raises:
@@ -43,16 +43,14 @@ def require_expression(field: str, value: str) -> None:
         shown = value if len(value) < 100 else f"{value[:100]}..."
         raise ValueError(
             f"{field}={shown!r} is too large a regular expression ({len(value):,} characters and {repeats:,} "
-            "repetitions); pass a list of names."
+            "repetitions): pass a list of names."
         )
 
 
 class Expression:
-    """A compiled expression with a time limit: `SECONDS` for all its matches together.
+    """A compiled regular expression with a time limit: `SECONDS` for all its matches together.
 
-    Args:
-        field: Name of the configuration field, for the error message.
-        value: An expression that passes `require_expression`.
+    The arguments are those of `require_expression`.
 
     Example:
         >>> bool(Expression("target_modules", r".*\\.(q|v)_proj").fullmatch("layers.0.q_proj"))
@@ -87,8 +85,8 @@ class Expression:
             return search(name, timeout=max(self.left, 0.001))
         except (TimeoutError, MemoryError) as error:
             raise ValueError(
-                f"{self.field}={self.value!r} takes more than {SECONDS} seconds to match with {name!r}; pass a list of "
-                "names, or a simpler expression."
+                f"{self.field}={self.value!r} takes more than {SECONDS} seconds to match the names of the model, last "
+                f"{name!r}: pass a list of names, or a simpler expression."
             ) from error
         finally:
             self.left -= time.perf_counter() - start

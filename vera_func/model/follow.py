@@ -1,13 +1,13 @@
-"""Follow the rows of a batch through the operations of a running model.
+"""Track the rows of a batch through the operations of a running model.
 
-Each tensor that depends on the rows is marked with a place. `Place(axis, inner)` means that index `i` of `axis` belongs
-to row `(i // inner) % rows`. For example, a tensor (rows, ...) has `Place(0, 1)`, a tensor (seq, rows, ...) has
-`Place(1, 1)`, and a tensor (rows * seq, ...) has `Place(0, seq)`. Views and permutations are followed exactly. Most
-other operations do not change the order of entries along the axes of their inputs. After such an operation, the axis of
-the rows is identified by its size. Therefore the number of rows is a prime that does not divide any size of the model.
-Sorting rows, or selecting them by an index that depends on data, loses their order. The order is restored if the rows
-are put back by the same index, as in mixtures of experts, or if they are selected by the inverse of the permutation. If
-the rules can't determine the order with certainty, the order counts as lost.
+Each tensor that depends on the rows is marked with a `Place`. `Place(axis, inner)` means that index `i` of `axis`
+belongs to row `(i // inner) % rows`. For example, a tensor (rows, ...) has `Place(0, 1)`, a tensor (seq, rows, ...) has
+`Place(1, 1)`, and a tensor (rows * seq, ...) has `Place(0, seq)`. The `Place` after views and permutations is exact.
+Most other operations do not change the order of entries along an axis, so the batch axis of their output is identified
+by its size. Therefore the number of rows is a prime that does not divide any size of the model. Sorting rows, or
+selecting them by an index that depends on data, loses their order: the tensor is marked as `Lost`. The order is
+restored if the rows are put back by the same index, as in mixtures of experts, or if they are selected by the inverse
+of the permutation. If the rules can't determine the order with certainty, the order counts as lost.
 """
 
 import math
@@ -21,7 +21,7 @@ from ..private import viewed_tensor
 
 
 class Place(NamedTuple):
-    """Index `i` of `axis` belongs to row `(i // inner) % rows`; `inner` is None if the order is not known yet."""
+    """Index `i` of `axis` belongs to row `(i // inner) % rows`; `inner` is None if the order is still unknown."""
 
     axis: int
     inner: int | None
@@ -31,12 +31,12 @@ NOWHERE = Place(-1, 0)  # the tensor depends on the rows but has no axis of rows
 
 
 class Lost(NamedTuple):
-    """The rows of a tensor are in an unknown order.
+    """A mark on a tensor whose rows are in an unknown order.
 
     Attributes:
-        by: The index that selected the rows, if there was one.
-        by_mask: Whether this index was a mask. A mask keeps the order, but may select a different number of entries of
-            each row.
+        by: The index that selected the rows, or None if no index did.
+        by_mask: Whether the index `by` was a mask. A mask keeps the order of the rows, but may select a different
+            number of entries of each row.
     """
 
     by: Tensor | None
@@ -59,10 +59,10 @@ _BROADCAST = {"expand", "repeat", "cat", "stack", "broadcast_to"}
 
 
 class Follower:
-    """Follows the rows through the operations of one run of a model; see `private.watch_operations`.
+    """Tracks the rows of a batch through one run of a model; see `private.watch_operations`.
 
     Args:
-        rows: Number of rows: a prime that does not divide any other size.
+        rows: Number of rows of the batch: a prime that does not divide any other size.
     """
 
     def __init__(self, rows: int) -> None:
@@ -70,7 +70,7 @@ class Follower:
         self.chose = False  # whether an operation selected a number of entries that depends on data
 
     def __call__(self, name: str, operation: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run an operation and mark its results with their places."""
+        """Run an operation, and mark each output with its `Place` or as `Lost`."""
         out = operation(*args, **kwargs)
         given = [*_tensors(args), *(_tensors(kwargs.values()) if kwargs else ())]
         depends = any(place_of(tensor) for tensor in given)
@@ -90,7 +90,7 @@ class Follower:
         return out
 
     def _place(self, name: str, args: tuple, kwargs: dict[str, Any], out: Tensor, given: list[Tensor]) -> Place | Lost:
-        """Return the place of the rows in `out`, one of the results of an operation."""
+        """Return the `Place` of the rows in `out`, one of the outputs of an operation."""
         if name in _DATA:
             return Lost(None)
         if name in _COUNTS:
@@ -123,7 +123,7 @@ class Follower:
         return place
 
     def _moved(self, name: str, args: tuple, kwargs: dict[str, Any], out: Tensor, place: Place) -> Place | Lost | None:
-        """Return the place after an operation that is followed exactly, or None for any other operation."""
+        """Return the `Place` after an operation with an exact rule, or None for any other operation."""
         x, axis = args[0], place.axis
         dims = [_dim(arg, x) for arg in args[1:] if isinstance(arg, int)]
         if name in _VIEWS:
@@ -152,7 +152,7 @@ class Follower:
         return None
 
     def _joined(self, args: tuple, kwargs: dict[str, Any], out: Tensor, given: list[Tensor]) -> Place | Lost | None:
-        """Return the place after joining tensors along the rows' axis; it is known if each tensor has all rows."""
+        """Return the `Place` after concatenation along the batch axis, or `Lost` if a tensor lacks a row."""
         dim = _dim(args[1] if len(args) > 1 else kwargs.get("dim", 0), out)
         places = [place for x in given if isinstance(place := place_of(x), Place) and place.axis == dim]
         if not places:
@@ -162,7 +162,7 @@ class Follower:
         return places[0] if inner and whole else Lost(None)
 
     def _cut(self, name: str, args: tuple, kwargs: dict[str, Any], out: Tensor, place: Place) -> Place | Lost | None:
-        """Return the place in a part of the rows' axis; it is known if all rows have equally many entries."""
+        """Return the `Place` in a slice of the batch axis, or `Lost` if it has more entries of some rows."""
         x = args[0]
         at = args[1:2] if name == "slice" else args[2:3]
         if _dim(at[0] if at else kwargs.get("dim", 0), x) != place.axis or out.shape == x.shape:
@@ -177,7 +177,7 @@ class Follower:
         return place if step == 1 and start % (self.rows * place.inner) == 0 else Lost(None)
 
     def _viewed(self, x: Tensor, place: Place, shape: torch.Size) -> Place | Lost:
-        """Return the place after a view. Entry `f` of the flattened tensor belongs to row `(f // stride) % rows`."""
+        """Return the `Place` after a view. Before and after, flat index `f` belongs to row `(f // stride) % rows`."""
         if place.inner is None or 0 in shape:
             axis = self._axis(shape)
             if axis is None:
@@ -194,13 +194,10 @@ class Follower:
     def _by_size(
         self, out: Tensor, given: Iterable[Tensor], *, broadcast: bool = True, new: bool = False
     ) -> Place | Lost:
-        """Return the place after an operation that does not change the order of entries along an axis.
+        """Return the `Place` in `out` after an operation that does not change the order of entries along an axis.
 
-        Args:
-            out: The result of the operation.
-            given: The tensors among its arguments.
-            broadcast: Whether the operation may broadcast a tensor without rows to all rows.
-            new: Whether the operation creates rows, or reorders them, in an order that is not known yet.
+        `given` are the input tensors. With `broadcast`, the operation may broadcast a tensor without rows to all rows.
+        With `new`, the operation creates or reorders rows, so that their order is still unknown.
         """
         placed = []
         for tensor in given:
@@ -230,7 +227,7 @@ class Follower:
         return Place(axis, inner.pop() if inner else None) if len(inner) < 2 else Lost(None)
 
     def _picked(self, name: str, args: tuple, out: Tensor, place: Place | Lost | None) -> Place | Lost:
-        """Return the place after selecting entries of `args[0]` by an index."""
+        """Return the `Place` after selecting entries of `args[0]` by an index."""
         x, indices = args[0], _indices(name, args)
         if isinstance(place, Lost):
             back = len(indices) == 1 and place.by is not None and _inverse_of(indices[0][1]) is place.by
@@ -250,7 +247,7 @@ class Follower:
         return self._by_constant(index, place, x.shape[axis], out)
 
     def _by_constant(self, index: Tensor, place: Place, size: int, out: Tensor) -> Place | Lost:
-        """Return the place after selecting rows by an index that does not depend on inputs, such as `arange(rows)`."""
+        """Return the `Place` after selecting rows by an index that is independent of inputs, such as `arange(rows)`."""
         if index.numel() % self.rows:
             return NOWHERE if index.numel() == 1 else Lost(None)
         inner = index.numel() // self.rows if size == self.rows else place.inner
@@ -266,7 +263,7 @@ class Follower:
         return Lost(None) if axis is None else Place(axis, inner if out.shape[axis] != self.rows else 1)
 
     def _put(self, name: str, args: tuple, out: Tensor, place: Place | Lost | None) -> Place | Lost:
-        """Return the place in `args[0]` after an operation wrote values into it at the positions of an index."""
+        """Return the `Place` of the rows in `args[0]` after an operation has written values to it at an index."""
         if isinstance(place, Lost):
             return Lost(None)
         into = self._by_size(out, [], new=True) if place is None or place.axis < 0 else place
@@ -287,17 +284,17 @@ class Follower:
 
 
 def place_of(tensor: Tensor) -> Place | Lost | None:
-    """Return the place of the rows in a tensor, or None if the tensor does not depend on the inputs."""
+    """Return the `Place` of the rows in a tensor, or None if the tensor does not depend on the inputs."""
     return getattr(tensor, "_place_of_rows", None)
 
 
 def mark(tensor: Tensor, place: Place | Lost | None) -> None:
-    """Mark a tensor with the place of its rows."""
+    """Mark a tensor with the `Place` of its rows, or as `Lost`."""
     tensor._place_of_rows, tensor._part_of = place, _NO_PART  # type: ignore[attr-defined]
 
 
 def _mark_index(name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-    """Record on a possible index the index that it was made from, and the permutation whose inverse it is."""
+    """Record on a tensor that may serve as an index which index it is derived from, or which permutation it inverts."""
     x = args[0] if args and isinstance(args[0], Tensor) else None
     if x is None:
         return
@@ -318,7 +315,7 @@ def _mark_index(name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> Non
 
 
 def _mark_parts(name: str, args: tuple, kwargs: dict[str, Any], parts: Sequence[Tensor]) -> None:
-    """Mark the parts of a tensor with the tensor's place, so that it is known again when the parts are joined."""
+    """Store the `Place` of a split tensor on its parts, so that concatenating all parts restores it."""
     given = args[1:2] if name == "unbind" else args[2:3]
     dim = _dim(given[0] if given else kwargs.get("dim", 0), args[0])
     place = place_of(args[0])
@@ -330,10 +327,10 @@ def _mark_parts(name: str, args: tuple, kwargs: dict[str, Any], parts: Sequence[
 
 
 def _reassembled(args: tuple, kwargs: dict[str, Any]) -> Place | Lost | None:
-    """Return the place after joining all parts of a tensor in order, as LLaVA does with the features of its images.
+    """Return the `Place` after concatenating all parts of a split tensor in order, as LLaVA does with image features.
 
-    If parts are joined in another order, or with other tensors, the place is lost. The result is None if no part is
-    joined.
+    If the parts are concatenated in another order, or with other tensors, the order of the rows is lost. The result is
+    None if none of the tensors is a part.
     """
     parts = [getattr(tensor, "_part_of", _NO_PART) for tensor in args[0]]
     group, _, count, place = next((part for part in parts if part[0] is not None), _NO_PART)
@@ -383,7 +380,7 @@ def _is_mask(index: Tensor) -> bool:
 
 
 def _indices(name: str, args: tuple) -> list[tuple[int, Tensor]]:
-    """Return the indices of an operation, each with the first axis of `args[0]` to which it applies."""
+    """Return pairs `(axis, index)` of an operation: the index applies to `args[0]` from this axis on."""
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
         found, axis = [], 0
         for index in args[1]:

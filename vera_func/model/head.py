@@ -1,15 +1,15 @@
-"""Compute hidden states of a language model without its output head, and logits for some positions or tokens only.
+"""Compute the hidden states of a language model without its output head, and logits only for some positions or tokens.
 
     hidden = hidden_states(apply, params, frozen, input_ids=ids)  # (b, seq, width), the input of the head
     head_logits(apply, params, frozen, hidden)  ==  apply(params, frozen, input_ids=ids).logits
     hidden, head = hidden_and_head(apply, params, frozen, input_ids=ids)  # for next_token_loss(hidden, head, labels)
 
 With a large vocabulary, the head costs as much as many layers, and its logits are the largest tensor of a training
-step. A loss needs only the logits at labelled positions, and a classifier needs only those of a few tokens.
+step. A loss needs only the logits at labelled positions, and a classifier needs only the logits of a few tokens.
 
-The hidden states are computed by the model's own forward, with the identity in place of the head. This is correct for
-every model that returns the output of its head as logits. Some models transform the logits: Gemma 2 caps them, Granite
-scales them, and BART adds a bias. Such models are detected, and their head is not skipped.
+The hidden states are computed by the model's own forward, with the identity in place of the head. Replacing the head is
+correct for every model that returns the output of its head as logits. Models that transform this output are detected,
+and run with their head: Gemma 2 caps the logits, Granite scales the logits, and BART adds a bias.
 """
 
 import dataclasses
@@ -30,8 +30,7 @@ from .base_layers import DenseLinear, RowwiseAffine
 from .batch import Params
 
 
-# Roots of models that were found to transform their logits, and of models that were found not to, so that each model is
-# examined only once.
+# Module trees of models that transform their logits, and of models that do not, so that each model is tested only once.
 _CHANGED_LOGITS: WeakSet[nn.Module] = WeakSet()
 _OWN_LOGITS: WeakSet[nn.Module] = WeakSet()
 
@@ -39,15 +38,15 @@ _OWN_LOGITS: WeakSet[nn.Module] = WeakSet()
 def hidden_states(
     apply: Apply, params: Params, frozen: Params, *args: Any, **kwargs: Any
 ) -> Float[Tensor, "b seq width"]:
-    """Return the input of a language model's output head: `apply(params, frozen, *args, **kwargs)` without the head.
+    """Return the input of a language model's output head, without running the head.
 
     Args:
         apply: From `adapt`, for a model with `get_output_embeddings`, such as transformers' language models.
         params: Params of one adapter, or of one adapter per row.
         frozen: From `adapt`.
         *args: Positional arguments of the model.
-        **kwargs: Keyword arguments of the model. With `logits_to_keep`, if the model supports it, the result has only
-            these positions.
+        **kwargs: Keyword arguments of the model. If the model supports `logits_to_keep`, hidden states are returned
+            only for the positions that this argument selects.
 
     Raises:
         ValueError: If the model has no output head, or if its logits are not the output of the head.
@@ -81,14 +80,14 @@ def head_logits(
 ) -> Float[Tensor, "b seq tokens"]:
     """Compute the logits of hidden states, for all tokens or for some tokens.
 
-    If the head is a dense layer without an adapter (trained or frozen), only those rows of its weight that belong to
-    `tokens` are multiplied. For any other head, all logits are computed, and those of `tokens` are selected.
+    If the head is a dense layer without an adapter, only the rows of its weight that belong to `tokens` are multiplied.
+    For any other head, all logits are computed, and those of `tokens` are selected.
 
     Args:
         apply: See `hidden_states`.
         params: Params of one adapter, or of one adapter per row.
         frozen: From `adapt`.
-        hidden: The result of `hidden_states`, or this result at some positions.
+        hidden: Hidden states from `hidden_states`, at all positions or at some.
         tokens: Token ids. None means the whole vocabulary.
 
     Raises:
@@ -104,15 +103,9 @@ def head_logits(
 def token_logits(
     apply: Apply, params: Params, frozen: Params, tokens: Sequence[int], *args: Any, **kwargs: Any
 ) -> Float[Tensor, "b seq tokens"]:
-    """Compute `apply(params, frozen, *args, **kwargs).logits[..., tokens]`, and only these logits if possible.
+    """Compute `apply(params, frozen, *args, **kwargs).logits[..., tokens]`, if possible without the other logits.
 
-    Args:
-        apply: From `adapt`; the model's output must have `.logits`.
-        params: Params of one adapter, or of one adapter per row.
-        frozen: From `adapt`.
-        tokens: Token ids.
-        *args: Positional arguments of the model.
-        **kwargs: Keyword arguments of the model.
+    `tokens` are token ids. The other arguments are those of `hidden_states`; the model's output must have `.logits`.
 
     Example:
         >>> from types import SimpleNamespace
@@ -132,7 +125,7 @@ def token_logits(
 class RowHead:
     """The output head of a batch with one adapter per row: row `i` of `head(hidden)` uses the adapter of row `i`.
 
-    Used if the head itself is adapted or trained; any other head is the same for all rows. See `hidden_and_head`.
+    `hidden_and_head` returns a `RowHead` if the head may differ between rows.
 
     Attributes:
         apply: From `adapt`.
@@ -158,8 +151,8 @@ class HiddenAndHead(NamedTuple):
 def hidden_and_head(apply: Apply, params: Params, frozen: Params, *args: Any, **kwargs: Any) -> HiddenAndHead:
     """Return a model's hidden states and output head, the first two arguments of the losses in `train.losses`.
 
-    This works for every language model. If the model transforms the output of its head (Gemma 2, Granite), or has no
-    head that can be found, the result is `(logits, None)`.
+    If the model transforms the output of its head (Gemma 2, Granite), or if no head is found, the result is `(logits,
+    None)`, which the losses also accept.
 
     Args:
         apply: From `adapt`; the model's output must have `.logits`.
@@ -169,13 +162,13 @@ def hidden_and_head(apply: Apply, params: Params, frozen: Params, *args: Any, **
         **kwargs: Keyword arguments of the model.
 
     Returns:
-        `(hidden, head)`. For a dense head without a bias and without an adapter, `head` is its weight (vocab, width),
-        taken from `params` if it is trained. Any other `head` is a function of the hidden states; it is a `RowHead` if
-        the head differs between rows.
+        `(hidden, head)`. If the output head is dense, is the same for all rows, and has neither a bias nor an adapter,
+        `head` is its weight (vocab, width). For any other output head, `head` is a function of the hidden states; with
+        one adapter per row, this function is a `RowHead`.
 
     Raises:
-        ValueError: If the head has an adapter with dropout (`apply.with_dropout`). The losses may compute logits twice,
-            and would draw a different mask each time.
+        ValueError: If the head has an adapter with dropout (`apply.with_dropout`), because a loss may compute logits
+            twice, and would draw a different mask each time.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -196,7 +189,7 @@ def hidden_and_head(apply: Apply, params: Params, frozen: Params, *args: Any, **
     if apply.generator is not None and _is_adapted(apply):
         raise ValueError(
             "the output head has an adapter with dropout, and a loss that computes logits twice would draw two masks: "
-            "pass apply(params, frozen, ...).logits and the head None to the loss, or do not adapt the head."
+            "pass hidden=apply(params, frozen, ...).logits and head=None to the loss, or do not adapt the head."
         )
     if any(value.shape != apply.slots[key].shape for key, value in params.items()):
         return HiddenAndHead(hidden, RowHead(apply, params, frozen))
@@ -230,7 +223,7 @@ class _Tap(nn.Module):
 
 
 def _hidden(model: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-    """Return the input of a model's head, or None if the model's logits are not the output of its head."""
+    """Return the hidden states, or None if the model's logits are not the output of its head."""
     head = model.get_output_embeddings()
     owner, name = _place(model, head)
     if owner is None or _has_hooks(head):
@@ -270,7 +263,7 @@ def _some_logits(model: Any, tokens: tuple[int, ...], *args: Any, **kwargs: Any)
 
 
 def _hidden_and_weights(model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...] | None:
-    """Return the head's input, weight and bias; the last two are None if it is not dense or not shared by all rows."""
+    """Return the hidden states, and the head's weight and bias if the head is dense and the same for all rows."""
     hidden = _hidden(model, *args, **kwargs)
     if hidden is None:
         return None
@@ -285,10 +278,10 @@ def _hidden_and_weights(model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor |
 def _without_head(
     apply: Apply, function: Callable[..., Any], params: Params, frozen: Params, args: tuple, kwargs: dict[str, Any]
 ) -> Any:
-    """Call `function`, which skips the head, on the model; return None if the model transforms the logits.
+    """Call `function`, which skips the head, on the model. Return None if the model transforms the logits.
 
-    For each model, the answer is stored. If forward passes draw random numbers, the first call tries the function with
-    a separate random state, so that the caller's random state is used only once.
+    Whether a model transforms the logits is tested once and stored. If forward passes draw random numbers, the test
+    uses a separate random state, so that the caller's random state advances only once.
     """
     root: Any = apply.trees.root
     if not _has_head(apply.model):
@@ -318,7 +311,7 @@ def _is_adapted(apply: Apply) -> bool:
 
 
 def _place(model: nn.Module, head: nn.Module) -> tuple[nn.Module | None, str]:
-    """Return the module that holds the head (usually the model itself), and the head's name in that module."""
+    """Return the parent module of the head (usually the model itself), and the head's name in the parent."""
     for owner in model.modules():
         for name, child in owner._modules.items():
             if child is head:
@@ -346,6 +339,6 @@ def _has_head(model: Any) -> bool:
 def _require_head(apply: Apply) -> None:
     if not _has_head(apply.model):
         raise ValueError(
-            f"a {type(apply.model).__name__} has no output head: get_output_embeddings() must return it, as in "
-            "transformers' language models."
+            f"a {type(apply.model).__name__} has no output head: get_output_embeddings() must return the head, as "
+            "in transformers' language models."
         )

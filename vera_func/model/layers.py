@@ -1,7 +1,7 @@
 """Adapted linear layers as modules, over a dense, 4-bit or 8-bit base layer.
 
 The modules call `vera_forward` and `quantized_linear`. Their parameters are `lambda_b` and `lambda_d`. The projections
-are shared between layers and are not part of any state dict. `layer_class` returns the class for a base layer.
+are shared between layers and are not part of any state dict. `layer_class` selects the class for a base layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,7 +45,7 @@ _DORA = (MAGNITUDE, OUTPUT_SCALE, "scale_share", *STATISTICS)
 
 
 class Projections(nn.Module):
-    """A module that holds the projections. Many layers share one instance, whose state dict is empty.
+    """A module that contains the projections. Many layers share one instance, whose state dict is empty.
 
     Example:
         >>> import torch
@@ -69,18 +69,18 @@ class Projections(nn.Module):
         self.traced = False  # whether the compiler is tracing a call
 
     def require_call(self) -> None:
-        """Raise an error if a layer runs outside the call that has checked out its module tree (see `checkout`).
+        """Raise an error if a layer runs outside the call of `apply` that uses its module tree (see `checkout`).
 
-        The attribute `call` is the id of the backward pass during which that call was made, or -1 if there was none. In
-        modules that are not part of an `Apply`, it is None, and nothing is checked.
+        The attribute `call` is the id of the backward pass in which that call was made, or -1 for a call outside of a
+        backward pass. For layers that are not part of an `Apply`, `call` is None, and nothing is checked.
 
         Raises:
             ValueError: If the call has returned.
         """
         if self.call is not None and not torch.compiler.is_compiling() and self.call != graph_task():
             raise ValueError(
-                "a layer runs again in backward, after the call of apply has returned and its params are unbound: the "
-                f"model uses activation checkpointing. {WITHOUT_CHECKPOINTING}"
+                "a layer runs again in backward, after apply has returned and its params are unbound: the model uses "
+                f"activation checkpointing. {WITHOUT_CHECKPOINTING}"
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Projections":
@@ -90,9 +90,9 @@ class Projections(nn.Module):
 
 
 def _is_single_row(x: Tensor, params: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> bool:
-    """Whether `x` is one row on a CPU, and nothing is recorded.
+    """Whether `x` is one row on a CPU, and no gradients are recorded.
 
-    torch multiplies a single row by a matrix faster in float32 than in 16 bits. The result is also more accurate.
+    On a CPU, torch multiplies a single row by a matrix faster in float32 than in 16 bits, and more accurately.
     """
     if x.numel() != x.shape[-1] or not x.is_cpu or torch.compiler.is_compiling() or in_transform():
         return False
@@ -143,7 +143,7 @@ class AdaptedLinear(nn.Module):
         right: Any = layer_class(base_layer)
         if type(self) is not right:
             raise ValueError(
-                f"a {type(self).__name__} can't adapt a {type(base_layer).__name__}; use vf.{right.__name__}."
+                f"a vf.{type(self).__name__} can't adapt a {type(base_layer).__name__}: use vf.{right.__name__}."
             )
         if not 0 <= vera_dropout < 1:
             raise ValueError(f"vera_dropout must be at least 0 and below 1, got {vera_dropout}.")
@@ -176,9 +176,9 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The adapted weight, for models that read it; see `lazy_weight`. Without vectors, it is the base weight."""
+        """The adapted weight, for models that read the weight instead of calling the layer; see `lazy_weight`."""
         base = read_own_or_base(self, "weight")
-        if self.lambda_b.is_meta:
+        if self.lambda_b.is_meta:  # no vectors
             return base
         return lazy_weight(self._adapted_weight, base)
 
@@ -186,16 +186,18 @@ class AdaptedLinear(nn.Module):
         return call_by_rows(self, self._adapted, x)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return the dense update of the base layer's weight, in the layout of that weight."""
+        """Return the adapter's update of the weight as a dense tensor, in the layout of the base layer's weight."""
         if adapter != self.adapter_name:
-            raise ValueError(f"this layer has the adapter {self.adapter_name!r}, not {adapter!r}.")
+            raise ValueError(
+                f"this layer has the adapter {self.adapter_name!r}, not {adapter!r}: pass {self.adapter_name!r}."
+            )
         frozen = {"vera_A": self.projections.vera_A, "vera_B": self.projections.vera_B}
         weight = self.base_weight(self.lambda_d.dtype) if self.use_dora else None
         delta = delta_weight(self._params(), frozen, self.in_features, weight)
         return delta.mT if is_conv1d(self.base_layer) else delta
 
     def base_weight(self, dtype: torch.dtype, own: Tensor | None = None) -> Tensor:
-        """Return `own`, or else the base layer's dense weight (out, in), in `dtype` but at least in float32."""
+        """Return `own` or else the base layer's dense weight (out, in), in `dtype` or float32, whichever is wider."""
         own = self._parameters.get("weight") if own is None else own
         return dense_weight(self.base_layer, torch.promote_types(dtype, torch.float32), own)
 
@@ -262,21 +264,21 @@ class Linear(AdaptedLinear):
     """An adapted dense layer: `vera_forward` over `nn.Linear` or transformers' `Conv1D`.
 
     Args:
-        base_layer: The frozen layer. It is called but never modified.
+        base_layer: The frozen layer, which is called but never modified.
         adapter_name: A name for the adapter.
         vera_A: A tensor of shape (r, >= in), or a mapping from adapter names to such tensors.
         vera_B: A tensor of shape (>= out, r), or a mapping from adapter names to such tensors.
         r: Rank.
-        vera_dropout: Probability of dropping an input of `A`. Dropout is applied only if the attribute `generator` is
+        vera_dropout: Dropout probability for the inputs of `A`. Dropout is applied only if the attribute `generator` is
             set to a `torch.Generator`.
         d_initial: Initial value of `lambda_d`.
-        product_dtype: Dtype of the products with the projections; see `vera_forward`.
-        use_dora: Whether the layer has a `magnitude`; see `core.dora`.
-        differentiate_norm: Whether to differentiate through the norm of DVoRA.
+        product_dtype: Dtype of the matrix products with the projections; see `vera_forward`.
+        use_dora: Whether the layer is a DVoRA layer, with a `magnitude`; see `core.dora`.
+        differentiate_norm: Whether to differentiate through the row norms of DVoRA.
 
     Raises:
-        ValueError: If the base layer is of another class, if the projections have another rank or are too narrow, or if
-            a dtype is not supported.
+        ValueError: If `base_layer` requires another class (see `layer_class`), if the projections do not have rank `r`
+            or are smaller than the layer, or if `product_dtype` is not a 16-bit dtype.
 
     Example:
         >>> import torch
@@ -341,7 +343,7 @@ def layer_class(module: nn.Module) -> type["Linear"] | type["Linear4bit"] | type
     if linear_sizes(module) is None:
         raise ValueError(
             f"a {type(module).__name__} cannot be adapted, only nn.Linear, bitsandbytes' linear layers and "
-            "transformers' Conv1D."
+            "transformers' Conv1D can."
         )
     return Linear
 

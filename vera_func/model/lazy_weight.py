@@ -1,10 +1,10 @@
-"""The weight of an adapted or quantized layer, for models that read it instead of calling the layer.
+"""The weight of an adapted or quantized layer, for models that read the weight instead of calling the layer.
 
     time_step = self.dt_proj.weight @ x  # Mamba; WavLM passes the weights of q_proj, k_proj and v_proj to a function
 
-Such a model must get the adapted weight, because it would otherwise ignore the adapter. Computing this weight takes a
-product of the projections, but most models read only its dtype or device. Therefore the values are computed on first
-use.
+Such a model must get the adapted weight, because it would otherwise ignore the adapter. Computing the adapted weight
+takes a product of the projections, but most models read only the dtype or device of the weight. Therefore the values
+are computed only when an operation uses them.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ from ..private import tree_map
 
 _ATTRIBUTES = ("dtype", "device", "shape", "ndim", "layout", "is_cpu", "is_cuda", "is_meta")
 _METHODS = ("size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "get_device")
-# Reading these does not use the values.
+# Reading these attributes does not use the values.
 _METADATA = frozenset(
     [getattr(Tensor, name).__get__ for name in _ATTRIBUTES] + [getattr(Tensor, name) for name in _METHODS]
 )
 
 
 class LazyWeight(Tensor):
-    """A tensor with the shape, dtype and device of `like`. `compute` returns its values when an operation uses them.
+    """A tensor with the shape, dtype and device of `like`, whose values `compute` returns when an operation uses them.
 
     The operation gets the result of `compute` instead of this tensor, so all transforms work as usual.
     """
@@ -44,8 +44,8 @@ class LazyWeight(Tensor):
 def lazy_weight(compute: Callable[[], Tensor], like: Tensor) -> Tensor:
     """Return a tensor whose values are computed when an operation uses them.
 
-    Under the compiler, which removes unused values itself, the values are computed at once. If `like` is a fake tensor,
-    which has no values, it is returned itself.
+    Under the compiler, which removes unused values itself, the values are computed immediately. If `like` is a fake
+    tensor, which has no values, `like` itself is returned.
 
     Args:
         compute: Returns the values.

@@ -10,10 +10,10 @@ from .layers import set_parameter
 
 
 def adapted_module(adapted: Adapted) -> nn.Module:
-    """Return a copy of the module tree of `apply` whose trainable parameters are the params, named by their keys.
+    """Return a copy of the adapted model as a module whose trainable parameters are the params, named by their keys.
 
     Args:
-        adapted: From `adapt` or `load_adapter`, with the params of a single adapter.
+        adapted: The result of `adapt` or `load_adapter`, with the params of a single adapter.
 
     Raises:
         ValueError: If the params do not fit the model, or are stacked.
@@ -28,7 +28,10 @@ def adapted_module(adapted: Adapted) -> nn.Module:
     tensors, _ = apply._bind(params, frozen)
     for key, value in params.items():
         if value.shape != apply.slots[key].shape:
-            raise ValueError(f"{key!r} {tuple(value.shape)} is stacked; a module has one adapter (unstack_adapters).")
+            raise ValueError(
+                f"{key!r} {tuple(value.shape)} is stacked; a module has one adapter: pass one element of "
+                "unstack_adapters(params)."
+            )
     root: Any = apply.trees.copy()
     root.projections.vera_A, root.projections.vera_B = frozen["vera_A"], frozen["vera_B"]
     for key in sorted(params, key=apply.tied.__contains__):  # the first name of a tied parameter comes first

@@ -20,21 +20,21 @@ from .targets import exact_targets, held_parameters
 def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
     """Combine adapters of different ranks, targets, seeds and projections into one VeRA with stacked params (n, ...).
 
-    The result is exact. The projections are concatenated along r, `A = [A1; A2; ...]` and `B = [B1, B2, ...]`, and
-    zero-padded to the largest size. Each adapter's `lambda_d` is zero outside of its own block. Equal projections are
-    stored once. A row costs as much as with one adapter whose rank is the sum of all ranks. `with_dropout` applies
-    dropout only if all adapters have the same dropout probability.
+    Pooling is exact: each adapter computes the same function in the pool as alone. The projections are zero-padded to
+    the largest size and concatenated along r, `A = [A1; A2; ...]` and `B = [B1, B2, ...]`. Each adapter's `lambda_d` is
+    zero outside of its own block. Equal projections are stored once. A row costs as much as with one adapter whose rank
+    is the rank of the pool. `with_dropout` applies dropout only if all adapters have the same dropout probability.
 
-    VeRA and DVoRA adapters can be pooled with each other. In a layer where an adapter has no magnitude, its magnitude
-    in the pool is 0. The pool then has the value 1 under the key `"{module}.magnitude.base_share"`; this value is added
-    to the adapter's output scale. Such an adapter can't be saved from the pool.
+    VeRA and DVoRA adapters can be pooled with each other. If an adapter has no magnitude in a layer, the pool has a
+    magnitude of 0 and a `"{module}.magnitude.base_share"` of 1, which give an output scale of 1 as in the base model.
+    Params with a `base_share` can't be saved.
 
     Args:
         adapters: From `adapt` or `load_adapter`, over the same model object, each with a single adapter.
 
     Returns:
-        An `Adapted` over all targets. Its config is valid for each single adapter of the stack, and can be saved with
-        that adapter.
+        An `Adapted` over all targets. The returned config is valid for each adapter of the stack, and can be saved with
+        it.
 
     Raises:
         ValueError: If `adapters` is empty, if the adapters belong to different models, if params are stacked, or if
@@ -50,23 +50,29 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
         (12, torch.Size([2, 12]))
     """
     if not adapters:
-        raise ValueError("there is nothing to pool: pass at least one Adapted.")
+        raise ValueError("adapters is empty, so there is nothing to pool: pass at least one Adapted.")
     if not all(isinstance(adapted, Adapted) for adapted in adapters):
-        raise ValueError("adapters must be a sequence of Adapted (from adapt or load_adapter).")
+        given = sorted({type(adapted).__name__ for adapted in adapters})
+        raise ValueError(f"adapters must be a sequence of Adapted (from adapt or load_adapter), but has {given}.")
     model = adapters[0].apply.model
     weights = [*map(id, model.parameters())]
     for i, adapted in enumerate(adapters):
         if [*map(id, adapted.apply.model.parameters())] != weights:
             raise ValueError(
-                f"adapters {i} and 0 belong to different model objects; create or load both from the same model object."
+                f"adapters {i} and 0 belong to different model objects: pass the same model object to adapt or "
+                "load_adapter for all adapters."
             )
         for option in ("int8_activations", "product_dtype"):
             if getattr(adapted.apply, option) != getattr(adapters[0].apply, option):
-                raise ValueError(f"adapter {i} and adapter 0 differ in {option}.")
+                raise ValueError(
+                    f"adapter {i} and adapter 0 differ in {option}: pass the same {option} to adapt or load_adapter."
+                )
         adapted.apply._bind(adapted.params, adapted.frozen)
         for key, value in adapted.params.items():
             if value.shape != adapted.apply.slots[key].shape:
-                raise ValueError(f"{key!r} of adapter {i} is stacked; pool single adapters (unstack_adapters).")
+                raise ValueError(
+                    f"{key!r} of adapter {i} is stacked; pool single adapters, with params from unstack_adapters."
+                )
     frozen, offsets = _stack_projections([adapted.frozen for adapted in adapters])
     order = [name for name, _ in model.named_modules()]
     targets = sorted({name for a in adapters for name in a.apply.targets}, key=order.index)
@@ -118,7 +124,7 @@ def _common_origin(adapters: Sequence[Adapted]) -> dict[str, Any]:
 
 
 def _common_scale(adapters: Sequence[Adapted]) -> tuple[str | None, bool]:
-    """Return the leaf name of the DVoRA adapters' scales, or None without DVoRA, and their `differentiate_norm`."""
+    """Return "magnitude" or "output_scale", whichever the adapters have, or None; and their `differentiate_norm`."""
     leaves = {leaf for adapted in adapters for key in adapted.params if (leaf := split_key(key)[1]) in SCALES}
     if len(leaves) > 1:
         raise ValueError(
@@ -131,7 +137,7 @@ def _common_scale(adapters: Sequence[Adapted]) -> tuple[str | None, bool]:
 
 
 def _scales(params: Params, row: Params, targets: Sequence[str], scale: str | None) -> dict[str, Tensor]:
-    """Return the magnitudes or output scales of one adapter of a pool, with a scale of 1 where it has none."""
+    """Return the magnitudes or output scales of one adapter of a pool, for an output scale of 1 in VeRA layers."""
     scales: dict[str, Tensor] = {}
     for name in targets if scale else ():
         key = join_key(name, scale or "")
@@ -146,7 +152,7 @@ def _scales(params: Params, row: Params, targets: Sequence[str], scale: str | No
 
 
 def _stack_projections(pairs: Sequence[Params]) -> tuple[dict[str, Tensor], list[int]]:
-    """Concatenate the distinct pairs of projections along r, and return the offset of each given pair."""
+    """Concatenate the distinct pairs of projections along r. Also return the offset along r of each given pair."""
     unique: list[Params] = []
     places = []
     for pair in pairs:

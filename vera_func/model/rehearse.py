@@ -1,10 +1,10 @@
-"""Rehearse a call: run a copy of the model with another number of rows, to find the rows in each layer's input.
+"""Rehearse a call: run a copy of the model with another number of rows, to find the batch axis of each layer's input.
 
 See `rows` for the purpose. A rehearsal uses the values of the call's inputs, because the control flow of a model may
-depend on them. The rows are repeated cyclically up to the wanted number. Cheap stand-ins replace linear layers, and
-hooks are removed. Inside transforms and under the compiler, no values are available, and tensors filled with 1 are used
-instead. Large inputs are replaced by tensors without data (`fake_tensors`). If the model can't run on such tensors, for
-example because of data-dependent routing, it runs on values regardless of their size.
+depend on them. The rows of the inputs are repeated cyclically up to the wanted number. Cheap stand-ins replace linear
+layers, and hooks are removed. Inside transforms and under the compiler, the inputs have no values, and tensors filled
+with 1 replace them. If the inputs are large, the rehearsal runs on tensors without data (`fake_tensors`). If the model
+can't run on such tensors, for example because of data-dependent routing, the rehearsal always runs on values.
 """
 
 import contextlib
@@ -35,12 +35,12 @@ ALONE = "Run one adapter at a time, or map over adapters and rows with torch.fun
 
 
 class Layout(NamedTuple):
-    """The layout of the rows in a tensor.
+    """The batch axis of a tensor.
 
     Attributes:
-        axis: Axis of the rows.
-        dim: Number of axes of the tensor; 0 if it differs between calls of the layer.
-        blocks: Whether each row has a block of several consecutive entries along the axis, rather than a single entry.
+        axis: The batch axis.
+        dim: Number of axes of the tensor; 0 if this number differs between calls of the layer.
+        blocks: Whether each row has a block of several consecutive entries along the batch axis, rather than one entry.
     """
 
     axis: int
@@ -49,14 +49,14 @@ class Layout(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """The reason why a layer can't have one adapter per row; `called` is False if no rehearsal called the layer."""
+    """The reason why a layer can't have one adapter per row. `called` is False if no rehearsal called the layer."""
 
     reason: str
     called: bool = True
 
 
 class Seen(NamedTuple):
-    """The layouts that a rehearsal found, for each layer's input (by path) and each tensor that the call returns."""
+    """The layouts that a rehearsal found: of each layer's input, by path, and of each tensor that the call returns."""
 
     layers: dict[str, Layout | Refusal]
     outputs: list[Layout | Refusal]
@@ -67,14 +67,10 @@ class _TooLarge(Exception):
 
 
 def rehearse(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], count: int) -> Seen:
-    """Find the layout of the rows in the input of each layer during a call, and in the outputs of the call.
+    """Find the batch axis of the input of each layer during a call of `apply`, and of the outputs of the call.
 
-    Args:
-        apply: The `Apply` that is called.
-        what: The path of a module in the model, the method to call, and an offset that is added to the axes of rows.
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
-        count: Number of rows.
+    `what` is a tuple: the path of a module in the model, the method to call, and an offset that is added to all batch
+    axes. `count` is the number of rows.
 
     Raises:
         ValueError: If the model can't run with other numbers of rows, or if it computes batch statistics.
@@ -103,7 +99,7 @@ def rehearse(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], co
 
 
 def _confirmed(found: list[Layout | Refusal]) -> Layout | Refusal:
-    """Return the layout on which at least two rehearsals agree, or a refusal."""
+    """Return the layout on which at least two rehearsals agree, or a `Refusal` if there is none."""
     layouts = [where for where in found if isinstance(where, Layout) and found.count(where) > 1]
     refusals = [where for where in found if isinstance(where, Refusal)]
     return (layouts or refusals or [Refusal("has its rows along different axes in each run.")])[0]
@@ -112,7 +108,7 @@ def _confirmed(found: list[Layout | Refusal]) -> Layout | Refusal:
 def _first_that_runs(thread: ThreadPoolExecutor, call: "_Call", prime: int) -> Seen:
     """Rehearse with the first interpretation of the inputs for which the model runs.
 
-    If an interpretation is wrong, the model fails, because the sizes of its inputs then do not match.
+    With a wrong interpretation, the sizes of the inputs do not match, and the model raises an error.
     """
     first: Exception | None = None
     for reading in call.readings():
@@ -126,9 +122,9 @@ def _first_that_runs(thread: ThreadPoolExecutor, call: "_Call", prime: int) -> S
                 if not fake:
                     break
     raise ValueError(
-        "to use one adapter per row, the axis of the rows in each layer must be known. To find it, the model is run "
-        f"with other numbers of rows, and this failed: {type(first).__name__}: {first}. {ALONE} If the rows are not "
-        "along axis 0 of the inputs, set their axes with apply.with_row_axes."
+        "one adapter per row requires the batch axis of each layer's input. To find these axes, the model was run with "
+        f"other numbers of rows, which failed: {type(first).__name__}: {first}. {ALONE} If the batch axis of an input "
+        "is not axis 0, set it with apply.with_row_axes."
     ) from first
 
 
@@ -147,11 +143,11 @@ class _Call:
         self.autocasts = [(kind, torch.get_autocast_dtype(kind)) for kind in types if torch.is_autocast_enabled(kind)]
 
     def readings(self) -> list[Callable[[Tensor, int | None], str]]:
-        """Return interpretations of the inputs, as functions of a tensor and the axis that rows would have in it.
+        """Return the possible interpretations of the inputs, as functions of a tensor and its supposed batch axis.
 
-        A tensor may have "rows" along this axis, or be "shared" by all rows. Or the tensor has "parts": several
-        consecutive entries of axis 0 for each row, such as the patches of an image. An axis with as many entries as
-        there are rows need not be the axis of the rows, as in positions (seq,) or a mask (seq, seq).
+        Such a function returns "rows" if the tensor has this batch axis, "shared" if all rows share the tensor, and
+        "parts" if each row has several consecutive entries of axis 0, such as the patches of an image. An axis whose
+        size is the number of rows need not be the batch axis, as in positions (seq,) or a mask (seq, seq).
         """
 
         def plain(tensor: Tensor, axis: int | None) -> str:
@@ -248,7 +244,7 @@ class _Rehearsal:
         return x.new_zeros((*x.shape[:-1], width)) + y
 
     def _where(self, x: Tensor, dims: int) -> Layout | Refusal:
-        """Return the layout of a tensor, whose rows must be among its first `dims` axes."""
+        """Return the layout of a tensor whose batch axis must be one of the first `dims` axes, or a `Refusal`."""
         place, rows, shape = place_of(x), self.rows, tuple(x.shape)
         if place is None:  # a constant, such as learned queries expanded to all rows
             axes = [axis for axis in range(dims) if shape[axis] == rows]
@@ -270,7 +266,7 @@ class _Rehearsal:
         return Refusal(f"has its rows in an unknown order along axis {place.axis} of an input of shape {shape}.")
 
     def _copy(self, value: Any, axis: int | None, memo: dict[int, Any]) -> Any:
-        """Copy an argument, replacing its tensors by tensors with this rehearsal's number of rows."""
+        """Copy an argument, and replace its tensors by tensors with the number of rows of this rehearsal."""
         for tensor in tensors_in(value):
             if id(tensor) not in memo:
                 memo[id(tensor)] = self._resized(tensor, axis)
@@ -358,7 +354,7 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 def has_rows(shape: Sequence[int], count: int, axis: int | None) -> bool:
-    """Whether the size of a shape along the axis of the rows is the number of rows, `count`."""
+    """Whether a tensor of this shape has the size `count`, the number of rows, along `axis`."""
     return axis is not None and -len(shape) <= axis < len(shape) and are_equal(shape[axis], count)
 
 
@@ -370,7 +366,7 @@ def are_equal(a: int, b: int) -> bool:
 
 
 def axis_of(axes: Axes, name: int | str, shift: int = 0) -> int | None:
-    """Return the axis of the rows in an argument, which is given by its position or name."""
+    """Return the batch axis of an argument, given the argument's position or name."""
     if isinstance(axes, Mapping):
         axis = axes.get(name, 0) if isinstance(name, str) else 0
     elif isinstance(axes, Sequence):

@@ -1,25 +1,25 @@
-"""Find the axis of the rows in the input of each layer, for calls with one adapter per row of a batch.
+"""Find the batch axis of the input of each layer, for calls with one adapter per row of a batch.
 
-Row `i` of a call is index `i` of axis 0 of the model's inputs. Inside the model, the rows may be along another axis:
+Row `i` of a batch is index `i` of axis 0 of the model's inputs. Inside the model, another axis may be the batch axis:
 models transpose (rows, seq) to (seq, rows), flatten both into one axis, route tokens to experts, or pass a table of
-positions through a layer. Sizes alone do not identify the axis of the rows, because other axes may have the same size.
+positions through a layer. Sizes alone do not identify the batch axis, because other axes may have the same size.
 Therefore each kind of call is rehearsed once in advance:
 
     A copy of the model runs on the call's inputs with a different number of rows: a prime that does not divide any size
-    of the model. Cheap stand-ins replace the linear layers, and the rows are followed through every operation
+    of the model. Cheap stand-ins replace the linear layers, and the rows are tracked through every operation
     (`follow`). A second run uses another prime. The layouts on which both runs agree are used.
 
-The result is a `Plan`, which maps the path of each layer to the layout of the rows in its input. In most models, the
-rows are in axis 0 of every layer's input, and layers broadcast vectors (rows, out) as usual. For any other layer, the
-rows of the input are moved to axis 0, and the rows of the output are moved back. If the rows in a layer's input can't
-be followed, an error names the layer.
+The result is a `Plan`, which maps the path of each layer to the layout of the layer's input. In most models, axis 0 is
+the batch axis of every layer's input, and layers broadcast vectors (rows, out) as usual. For any other layer, the batch
+axis of the input is moved to axis 0, and the batch axis of the output is moved back. If the rows in a layer's input
+can't be tracked, an error names the layer.
 
 Calls of the same kind use the same plan. Two calls are of the same kind if they have the same arguments, with the same
-numbers of axes and the same dtypes. If an axis of an input has as many entries as there are rows, but is not the axis
-of the rows, all sizes of this input must be the same as well.
+numbers of axes and the same dtypes. If an axis of an input is not the batch axis, but its size is the number of rows,
+the calls must also agree in all sizes of this input.
 
-`generate` calls the model, or modules in it, many times. Each of these calls has its own plan; calls of modules within
-such a call are covered by its plan.
+`generate` calls the model, or modules in it, many times. Each outermost module call in `generate` has its own plan,
+which also covers the module calls inside it.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ MOST_PLANS = 256
 
 @dataclasses.dataclass(frozen=True)
 class MovedRows:
-    """A function that calls a layer with the rows moved to axis 0 of its input, and back in its output."""
+    """Calls a layer with the batch axis of the input moved to axis 0, and moves the batch axis of the output back."""
 
     path: str
     where: Layout | Refusal
@@ -50,7 +50,7 @@ class MovedRows:
     repeats: int = 1
 
     def call(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Compute `forward(x)`, where `forward` expects the rows in axis 0."""
+        """Compute `forward(x)`, where `forward` expects batch axis 0, and `x` has the batch axis `where.axis`."""
         if isinstance(self.where, Refusal):
             raise ValueError(f"layer {self.path!r} {self.where.reason} {ALONE}")
         axis, dim, blocks = self.where
@@ -59,7 +59,7 @@ class MovedRows:
         if size == 0 or size % self.rows or (block % self.repeats if blocks else block != self.repeats):
             raise ValueError(
                 f"layer {self.path!r} got an input of shape {tuple(x.shape)}, but expected {self.rows} rows along axis "
-                f"{axis} of {dim} axes: row i of the inputs goes through adapter i. {ALONE}"
+                f"{axis} of {dim} axes, so that row i uses adapter i. {ALONE}"
             )
         x = x.movedim(axis, 0)
         y = forward(x) if block == 1 else forward(x.unflatten(0, (self.rows, block))).flatten(0, 1)
@@ -67,12 +67,12 @@ class MovedRows:
 
 
 class Plan(NamedTuple):
-    """The layouts of the rows in the inputs of a model's layers, by path, and in the model's outputs.
+    """The layouts of the inputs of a model's layers, by path, and of the model's outputs.
 
     Attributes:
-        layers: Layouts of all layers.
-        front: For each layer whose rows are in axis 0 of its input, the number of axes of this input.
-        odd: Layouts of all other layers.
+        layers: Layouts of the inputs of all layers.
+        front: Number of axes of the input, for each layer whose input has axis 0 as its batch axis.
+        odd: Layouts of the inputs of all other layers.
         outputs: Layouts of the tensors that the call returns.
     """
 
@@ -87,8 +87,8 @@ class Plans:
 
     Attributes:
         found: At most `MOST_PLANS` plans.
-        traced: Number of plans that compiled functions use. These plans are the attributes `traced_0`, `traced_1`, ...,
-            because the compiler does not see later changes of a list or dict.
+        traced: Number of plans that compiled functions use. Compiled functions read plans from the attributes
+            `traced_0`, `traced_1`, ..., because the compiler does not see later changes of a list or dict.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class Plans:
         self.traced = 0
 
     def add(self, kind: Any, seen: Seen, front: int) -> Plan:
-        """Make a plan from the layouts that a rehearsal found. Rows along the axis `front` need not be moved."""
+        """Make a plan from the layouts that a rehearsal found. A batch axis equal to `front` need not be moved."""
         if len(self.found) >= MOST_PLANS:
             self.found.clear()
         plan = Plan(seen.layers, {}, {}, seen.outputs)
@@ -111,22 +111,24 @@ class Plans:
 def arrange(
     apply: Any, root: Any, tensors: dict[str, Tensor], lead: Lead, method: Method, args: tuple, kwargs: dict[str, Any]
 ) -> Mapping[str, MovedRows | int]:
-    """Return `projections.rows` for one call.
+    """Return `projections.rows` for one call, a mapping with an entry for the path of each layer.
 
-    This mapping has an entry for the path of each layer: the number of axes of the layer's input if the rows are in
-    axis 0, and a `MovedRows` otherwise.
+    The entry is the number of axes of the layer's input if the batch axis is axis 0, and a `MovedRows` otherwise. For
+    `generate`, hooks are registered on the modules of the tree `root`.
 
     Args:
         apply: The `Apply` that is called.
-        root: The root of the module tree that runs. For `generate`, hooks are registered on its modules.
-        tensors: The tensors to bind, modified in place: if there is a single row, its axis is removed.
-        lead: The leading axes of each key of params that has rows.
+        root: The root of the module tree that runs.
+        tensors: The tensors to bind, modified in place: if there is a single row, the batch axis of the tensors is
+            removed.
+        lead: The leading batch axes of values in params, by key.
         method: The name of the model's method, or a function of the model.
         args: Positional arguments of the method.
         kwargs: Keyword arguments of the method.
 
     Raises:
-        ValueError: If the rows do not match the inputs, or if the rows in a layer's input can't be followed.
+        ValueError: If the leading axes of params do not match the inputs, or if the rows in a layer's input can't be
+            tracked.
     """
     rows = _common(lead)
     if rows == (1,):
@@ -138,21 +140,23 @@ def arrange(
         return {}  # no rows: all outputs are empty
     if method == "generate":
         if torch.compiler.is_compiling():
-            raise ValueError("generate with an adapter for each row can't be compiled as a whole; compile the model.")
+            raise ValueError(
+                "generate with an adapter for each row can't be compiled: call it outside of torch.compile."
+            )
         return _Calls(apply, root, lead, rows[0], _repeats(apply.model, kwargs)).hooks()
     for shift, count in enumerate(rows):
         plan = _plan(apply, ("", method, shift), args, kwargs, count, None if shift else lead)
         moved = _moved_rows(plan.odd, _layers(apply, root, lead), count) if plan.odd else {}
         if moved and len(rows) > 1:
             raise ValueError(
-                f"params have rows of shape {rows}, but the input of layer {next(iter(moved))!r} does not begin with "
-                "these axes."
+                f"params have the leading axes {rows}, but the input of layer {next(iter(moved))!r} has other leading "
+                "axes: pass params with a single leading axis (rows,)."
             )
     return {**plan.front, **moved} if moved else plan.front
 
 
 def axes_of_outputs(apply: Any, args: tuple, kwargs: dict[str, Any], rows: int) -> list[int | None]:
-    """Return the axis of the rows, or None without rows, for each tensor that `apply` returns, in pytree order."""
+    """Return the batch axis of each tensor that `apply` returns, in pytree order; None for a tensor without one."""
     outputs = _plan(apply, ("", "__call__", 0), args, kwargs, rows).outputs
     return [where.axis if isinstance(where, Layout) else None for where in outputs]
 
@@ -160,7 +164,7 @@ def axes_of_outputs(apply: Any, args: tuple, kwargs: dict[str, Any], rows: int) 
 def _moved_rows(
     plan: Mapping[str, Layout | Refusal], layers: set[str], rows: int, repeats: int = 1
 ) -> dict[str, MovedRows]:
-    """Create the `MovedRows` of all layers whose parameters have rows."""
+    """Create a `MovedRows` for each layer of a plan whose parameters differ between rows."""
     moved = {}
     for path, where in plan.items():
         if path in layers:
@@ -171,7 +175,7 @@ def _moved_rows(
 
 
 def _layers(apply: Any, root: nn.Module, lead: Lead) -> set[str]:
-    """Return the paths of the layers whose parameters have rows."""
+    """Return the paths of the layers whose parameters differ between rows."""
     names = [name for key in lead for name in apply.slots[key].names]
     layers: list[Any] = [root.get_submodule(split_key(name)[0]) for name in names]
     return {layer.path for layer in layers}
@@ -183,7 +187,7 @@ def path_in_model(path: str) -> str:
 
 
 class _Calls:
-    """Hooks that find a plan for each module call that `generate` makes, but not for calls inside such a call."""
+    """Hooks that find a plan for each outermost module call in `generate`."""
 
     def __init__(self, apply: Any, root: Any, lead: Lead, rows: int, repeats: int) -> None:
         self.apply, self.root, self.lead, self.rows, self.repeats = apply, root, lead, rows, repeats
@@ -223,7 +227,7 @@ class _Calls:
 
 
 def _plan(apply: Any, what: tuple, args: tuple, kwargs: dict[str, Any], count: int, lead: Lead | None = None) -> Plan:
-    """Return the plan for a call, and rehearse the call if there is none; see `rehearse` for `what`."""
+    """Return the plan for a call, and rehearse the call if it has no plan yet; see `rehearse` for `what`."""
     kind = _kind_of_call(apply, what, args, kwargs, count)
     if torch.compiler.is_compiling():
         name = _traced(apply, kind)
@@ -280,9 +284,10 @@ def _kind(value: Any, count: int, axis: int | None) -> Any:
 
 
 def _kind_of_shape(shape: torch.Size, count: int, axis: int | None) -> tuple:
-    """Return the number of axes of a shape, whether it has rows, the axes of size 1, and its exact sizes or ().
+    """Return the number of axes of a shape, whether it has rows, the axes of size 1, and the exact sizes or ().
 
-    Exact sizes are included if another axis also has the size of the rows, because the two axes could then be confused.
+    Exact sizes are included if an axis other than the batch axis has the number of rows as its size, because the two
+    axes could be confused.
     """
     rows = has_rows(shape, count, axis)
     if torch.compiler.is_compiling():
@@ -296,7 +301,7 @@ def _kind_of_shape(shape: torch.Size, count: int, axis: int | None) -> tuple:
 
 
 def _shapes(value: Any) -> Any:
-    """Describe arguments by constants, which the compiler can treat as such."""
+    """Describe arguments by their shapes, dtypes and devices, which are constants for the compiler."""
     if isinstance(value, Tensor):
         # `len(range(n))` converts a symbolic size to an integer.
         return "tensor", tuple([len(range(size)) for size in value.shape]), value.dtype, str(value.device)
@@ -317,7 +322,7 @@ def _from_shapes(shapes: tuple) -> Any:
 
 
 def _common(lead: Lead) -> tuple[int, ...]:
-    """Return the longest leading axes of params. The leading axes of all other params must be a prefix of these."""
+    """Return the longest leading axes in `lead`, after a check that all leading axes are a prefix of the longest."""
     key, rows = next(iter(lead.items()))
     if len(set(lead.values())) == 1:
         return rows
@@ -326,12 +331,15 @@ def _common(lead: Lead) -> tuple[int, ...]:
             key, rows = other, shape
     for other, shape in lead.items():
         if shape != rows[: len(shape)]:
-            raise ValueError(f"{key!r} has the leading axes {tuple(rows)}, but {other!r} has {tuple(shape)}.")
+            raise ValueError(
+                f"{key!r} has the leading axes {tuple(rows)}, but {other!r} has {tuple(shape)}: pass the same number "
+                "of rows for all keys."
+            )
     return rows
 
 
 def _require_rows(apply: Any, lead: Lead, rows: int, args: tuple, kwargs: dict[str, Any], single: bool = False) -> None:
-    """Raise an error if no input has this many rows; with `single`, only the first input counts."""
+    """Raise an error if no input has this number of rows. With `single`, only the first input is checked."""
     given = [(axis_of(apply.row_axes, i), value) for i, value in enumerate(args)]
     given += [(axis_of(apply.row_axes, name), value) for name, value in kwargs.items()]
     inputs = [(axis, t) for axis, value in given if axis is not None for t in tensors_in(value) if t.dim()]
@@ -342,9 +350,9 @@ def _require_rows(apply: Any, lead: Lead, rows: int, args: tuple, kwargs: dict[s
     key = next(iter(lead))
     raise ValueError(
         f"{key} {(*lead[key], *apply.slots[key].shape)} has leading axes {(rows,)}, which do not match the leading "
-        f"axes {tuple(x.shape[:-1])} of x {tuple(x.shape)}, the first input: row i of axis {axis} of the inputs goes "
-        "through adapter i. Pass one adapter per row (select_adapters), map over stacked adapters (vmap_adapters, "
-        "torch.func.vmap), or set the axis of the rows (apply.with_row_axes)."
+        f"axes {tuple(x.shape[:-1])} of x {tuple(x.shape)}, the first input: index i of axis {axis} of the inputs uses "
+        "adapter i. Pass one adapter per row (select_adapters), map over stacked adapters (vmap_adapters, "
+        "torch.func.vmap), or set the batch axis (apply.with_row_axes)."
     )
 
 

@@ -84,8 +84,7 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
     Args:
         model: Any module.
         config: The configuration to match.
-        strict: Whether to raise an error if an entry of a list matches no module. Files written by PEFT may have such
-            entries.
+        strict: Whether to raise an error if an entry of a list matches no module, as is possible in files from PEFT.
 
     Raises:
         ValueError: If no module matches, if an entry matches no module, if a match is not a linear layer, or if there
@@ -146,12 +145,8 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
 def exact_targets(model: nn.Module, names: Sequence[str], config: VeraConfig) -> tuple[str, ...] | str:
     """Return `target_modules` that match exactly these modules, here and in PEFT.
 
-    These are the names themselves, or a regular expression if the name of another module ends in one of them.
-
-    Args:
-        model: Any module.
-        names: Full names of modules.
-        config: Its `modules_to_save` are never matched.
+    The result is the names themselves, or a regular expression if the name of another module ends in one of the names.
+    Modules in `config.modules_to_save` are never matched.
 
     Example:
         >>> model = nn.ModuleDict({"proj": nn.Linear(2, 3), "block": nn.ModuleDict({"proj": nn.Conv1d(2, 3, 1)})})
@@ -166,7 +161,7 @@ def exact_targets(model: nn.Module, names: Sequence[str], config: VeraConfig) ->
 
 
 def returns_tensor(module: nn.Module) -> bool:
-    """Whether a layer returns a tensor. A subclass of `nn.Linear` may not: the router of Llama 4 returns a tuple.
+    """Whether a layer returns a tensor. A subclass of `nn.Linear`, the router of Llama 4, returns a tuple.
 
     Example:
         >>> returns_tensor(nn.Linear(2, 3))
@@ -204,13 +199,8 @@ def held_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -> list[str]:
     """Return the names of the model's own parameters that are trained: biases, and parameters of `modules_to_save`.
 
-    Args:
-        model: Any module.
-        config: Its `bias` and `modules_to_save` are used.
-        targets: Names of the adapted modules.
-
     Raises:
-        ValueError: If a module to save is quantized.
+        ValueError: If a module of `modules_to_save` is quantized or has parameters named like adapter vectors.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
@@ -220,13 +210,13 @@ def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -
     own: dict[str, None] = {}
     modules = dict(model.named_modules())
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
-    # If a head is tied to the embeddings, their weight has a second name in the head.
+    # If a head is tied to the embeddings, the embeddings' weight has a second name in the head.
     for name, parameter in held_parameters(model):
         module, leaf = split_key(name)
         whole = module in modules and _is_saved(module, config)
         if whole and leaf in (*VECTORS, *SCALES, *MARKS):
             raise ValueError(
-                f"modules_to_save trains {name!r}, which is named like an adapter's vector; rename this parameter."
+                f"modules_to_save trains {name!r}, which is named like an adapter vector: rename this parameter."
             )
         if whole and (not parameter.is_floating_point() or (leaf == "weight" and is_bnb_linear(modules[module]))):
             skip = [saved for saved in config.modules_to_save or () if _contains(module, saved)]
@@ -310,8 +300,8 @@ def _default_targets(model: nn.Module) -> tuple[str, ...] | str:
 def peft_dtype(module: nn.Module) -> torch.dtype | None:
     """Return the dtype to which PEFT rounds a layer's vectors and projections, or None if PEFT does not round.
 
-    PEFT casts them to the layer's dtype (4-bit layers: the compute dtype; 8-bit layers: no cast) and then to float32.
-    Over a 16-bit base, the projections are therefore rounded to 16 bits.
+    PEFT casts vectors and projections to the layer's dtype (of a 4-bit layer: the compute dtype) and then to float32,
+    which rounds them if the layer has 16 bits. For 8-bit layers, PEFT does not cast.
 
     Example:
         >>> peft_dtype(nn.Linear(2, 3, dtype=torch.bfloat16))
@@ -335,21 +325,16 @@ def layer_device(module: nn.Module) -> torch.device:
 
 
 def require_one_device(model: nn.Module, targets: Sequence[str], trained: Sequence[str]) -> None:
-    """Raise an error if layers that use an adapter are on several devices, as with a `device_map` over several GPUs.
-
-    Args:
-        model: Any module.
-        targets: Names of the adapted modules.
-        trained: Names of the trained parameters of the model itself.
+    """Raise an error if adapted or trained layers are on several devices, as with a `device_map` over several GPUs.
 
     Raises:
-        ValueError: If there is more than one device, not counting the meta device.
+        ValueError: If the layers are on more than one device, not counting the meta device.
 
     Example:
         >>> require_one_device(nn.Sequential(nn.Linear(3, 5)), ["0"], ["0.bias"])
     """
     owners = dict.fromkeys([*targets, *(split_key(name)[0] for name in trained)])
-    # A target without parameters is refused later, by its class.
+    # A target without parameters is refused later, because of its class.
     layers = [(name, model.get_submodule(name)) for name in owners]
     devices = {layer_device(layer): name for name, layer in layers if next(layer.parameters(), None) is not None}
     places = sorted(f"{device} ({name})" for device, name in devices.items() if device.type != "meta")
@@ -363,7 +348,7 @@ def require_one_device(model: nn.Module, targets: Sequence[str], trained: Sequen
 def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Group adapter vectors by module, `{name: {"lambda_b": ..., "lambda_d": ...}}`, and check that they fit the model.
 
-    For DVoRA, the vectors include a magnitude or an output scale.
+    The vectors of a DVoRA layer include a magnitude or an output scale.
 
     Raises:
         ValueError: If a module is missing, can't be adapted or lacks one of its vectors, or if a value is not finite.
@@ -379,13 +364,13 @@ def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, 
         name, leaf = split_key(key)
         if leaf in MARKS:
             raise ValueError(
-                f"params contain {key!r}, so they are a sum of adapters or come from a pool of VeRA and DVoRA "
-                "adapters; merge or export the original adapters one by one."
+                f"params has {key!r}, so it is a sum of adapters or comes from a pool of VeRA and DVoRA adapters: "
+                "merge or export the original adapters one by one."
             )
         if not isinstance(value, Tensor):
             raise ValueError(f"{key!r} must be a tensor, got {type(value).__name__}.")
         if not value.isfinite().all():
-            raise ValueError(f"{key!r} holds NaN or inf: the adapter is broken, and nothing was written.")
+            raise ValueError(f"{key!r} holds NaN or inf: the adapter is invalid, and nothing was written.")
         if is_vector(key):
             if name not in modules or linear_sizes(modules[name]) is None:
                 raise ValueError(f"params has {key!r}, but the model has no linear layer {name!r}.")

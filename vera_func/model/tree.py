@@ -23,11 +23,7 @@ def unwrap(model: Model) -> Model:
     """Return the model without the wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel`.
 
     A wrapper adds a prefix to the names of all modules inside it, and an adapter saved under such names would not load.
-    If parts of the model are wrapped, the modules that contain them are copied. All other modules and all parameters
-    are shared with the model.
-
-    Args:
-        model: Any module; it is not modified.
+    The model is not modified; see `without_wrappers`.
 
     Raises:
         ValueError: If `model` is not a module, if it contains PEFT's modules, or if it contains layers that a library
@@ -59,7 +55,7 @@ def without_wrappers(
 
     Args:
         model: Any module; it is not modified.
-        inside: Takes a module, and returns the module that it wraps, or None if it is not a wrapper.
+        inside: A function of a module that returns the wrapped module, or None if the module is not a wrapper.
 
     Returns:
         The model without wrappers, and a dict from the id of each wrapper to its replacement.
@@ -120,7 +116,7 @@ def copy_tree(
 
     Args:
         model: Any module; it is not modified.
-        replace: Takes the name of a module and the module, and returns its replacement, or None to copy the module.
+        replace: A function of a module's name and the module that returns a replacement, or None to copy the module.
         memo: The memo of `copy.deepcopy`: a dict from the id of an object to the object used in the copy. An object is
             shared if its id maps to the object itself. `copy_tree` adds entries, so that `replace` can copy modules
             with the same memo.
@@ -174,7 +170,7 @@ def _module_with(module: Any, weight: Quantized | Tensor, bias: Tensor | None, m
 
 
 def shared_memo(root: nn.Module) -> dict[int, Any]:
-    """Return a memo for `deepcopy`, with which the copy shares the frozen parameters and quantized weights."""
+    """Return a memo for `deepcopy` that makes copies share the frozen parameters and quantized weights."""
     shared: list[Any] = list(root.parameters())
     for module in root.modules():
         if isinstance(module, QuantizedLinear):
@@ -192,7 +188,7 @@ def frozen_alias(parameter: nn.Parameter) -> nn.Parameter:
 def join_tensors(root: nn.Module, model: nn.Module) -> nn.Module:
     """Copy a tree, replacing aliases of the model's parameters by the parameters themselves.
 
-    Used to pickle a tree together with its model: otherwise, pickle would store the values of each parameter twice.
+    The copy is pickled together with the model: otherwise, pickle would store the values of each parameter twice.
     """
     home = {_memory(parameter): parameter for parameter in model.parameters() if not parameter.is_meta}
     return _with_tensors(root, lambda p: home.get(_memory(p), p), lambda leaf: home.get(_memory(leaf), leaf))
@@ -245,7 +241,7 @@ def _memory(tensor: Tensor) -> tuple:
 
 
 def _memo_of_hooks(model: nn.Module) -> dict[int, Any]:
-    """Return a memo that shares offloaded weights, and detaches weights that hooks computed (these can't be copied)."""
+    """Return a memo that shares offloaded weights, and detaches weights computed by hooks, which can't be copied."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         if (hook := private.offload_hook(module)) is not None:

@@ -27,21 +27,21 @@ def vmap_adapters(
     """Map `apply` over stacked adapters: return a function equal to `torch.func.vmap(apply, (0, None, 0, ...))`.
 
     The returned function of `(stacked, frozen, *batch)` folds the axis of the adapters into the batch axis, and runs
-    one forward pass with an adapter for each row. It is faster than `torch.func.vmap`, and supports features that vmap
-    does not support: 2-D masks under sdpa, caches, and fused attention on GPUs. It is differentiable: the gradient of
+    one forward pass with an adapter for each row. One forward pass is faster than `torch.func.vmap`, and also supports
+    2-D masks under sdpa, caches, and fused attention on GPUs. The returned function is differentiable: the gradient of
     the sum of all losses contains each adapter's own gradient. Use `torch.func.vmap` if the model mixes the entries of
-    a batch, or if it returns a mean over them.
+    a batch, or if it returns a mean over the batch.
 
     Args:
         apply: From `adapt`, or any function of `(params, frozen, *batch)` that takes one adapter per row and returns
             tensors with the rows in axis 0.
         in_dims: Axis of the adapters in the batch arguments, or None for an argument that all adapters share. A single
-            value holds for all arguments, nested ones included. A sequence gives the axes of positional arguments, and
+            value applies to all arguments, nested ones included. A sequence gives the axes of positional arguments, and
             a mapping gives those of keyword arguments; the axis of any other argument is 0. A tuple over `(params,
             frozen, *batch)` is interpreted as by `torch.func.vmap`, so that `vmap_adapters` and `torch.func.vmap` are
             interchangeable. After the axis of the adapters is removed, the first axis of an input is its batch axis. If
             no input has more than one axis, the inputs are single examples.
-        chunk_size: Number of adapters to run at once. None runs all of them at once.
+        chunk_size: Number of adapters per forward pass, by default all.
 
     Raises:
         ValueError: If sizes do not match, or if an output, such as a mean loss, has no axis of rows.
@@ -57,10 +57,10 @@ def vmap_adapters(
     if not callable(apply):
         raise ValueError(f"apply must be a function of (params, frozen, *batch), got {type(apply).__name__}.")
     if not (in_dims is None or isinstance(in_dims, int | Sequence | Mapping)) or isinstance(in_dims, str):
-        raise ValueError(f"in_dims must be an axis, None, or a sequence or mapping of these, got {in_dims!r}.")
+        raise ValueError(f"in_dims must be an int or None, or a sequence or mapping of such values, got {in_dims!r}.")
     if isinstance(apply, Apply) and apply.row_axes != 0:
         raise ValueError(
-            "vmap_adapters folds the adapters into axis 0 of the inputs, but apply has its rows elsewhere "
+            "vmap_adapters folds the adapters into axis 0 of the inputs, but apply has other batch axes "
             f"(row_axes={apply.row_axes!r}): use torch.func.vmap, or the apply without with_row_axes."
         )
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
@@ -117,15 +117,13 @@ def _fold(
     folded = list(leaves)
     for i, shape in shapes.items():
         if i in mapped and not shape:
-            raise ValueError(
-                "an input that is one number for each adapter can't be folded into the batch; use torch.func.vmap."
-            )
+            raise ValueError("an input that is one number for each adapter has no batch axis: use torch.func.vmap.")
         if i not in mapped and (not shape or (shape[0] == 1 and size not in (None, 1))):
             continue
         if size is not None and shape[0] != size:
             raise ValueError(
                 f"the inputs of one adapter have {shape[0]} and {size} rows (shapes {sorted(shapes.values())}); "
-                "their first axis must be the same batch."
+                "the first axis of each input must be the batch axis, of the same size."
             )
         leaf = leaves[i] if i in mapped else leaves[i].expand(n, *shape)
         folded[i] = leaf if size is None else leaf.flatten(0, 1)
@@ -156,7 +154,7 @@ def _unfold(out: Any, x: Tensor, n: int, size: int | None, axis: int | None) -> 
 
 
 def _place(tree: Any, leaf: Any) -> str:
-    """Return the path of a leaf as an expression, such as `['logits']`."""
+    """Return the path of a leaf in an output, such as `['logits']`."""
     try:
         return next(place for place, value in tree_flatten_with_path(tree) if value is leaf)
     except ValueError:  # a class was registered without its field names, as in transformers 5.0
@@ -172,13 +170,15 @@ _SHARED = _Shared()
 
 
 def _as_vmap(in_dims: tuple, stacked: Params, args: tuple) -> tuple[Params, tuple]:
-    """Interpret the `in_dims` of `torch.func.vmap`: return params with adapters in axis 0, and the batch's in_dims."""
+    """Interpret the `in_dims` of `torch.func.vmap`: return params with adapters in axis 0, and in_dims of the batch."""
     of_params, of_frozen, *of_batch = in_dims
     if of_frozen is not None:
         raise ValueError(f"in_dims[1] must be None, since all adapters share frozen, got {of_frozen!r}.")
     axes = dict(of_params) if isinstance(of_params, Mapping) else dict.fromkeys(stacked, of_params)
     if axes.keys() != stacked.keys() or not all(isinstance(axis, int) for axis in axes.values()):
-        raise ValueError(f"in_dims[0] must be the axis of the adapters in params, or of each key, got {of_params!r}.")
+        raise ValueError(
+            f"in_dims[0] must be the axis of the adapters in params, or a dict of axes, got {of_params!r}."
+        )
     return {key: leaf.movedim(axes[key], 0) for key, leaf in stacked.items()}, tuple(of_batch)
 
 
@@ -196,8 +196,8 @@ def _dims(in_dims: InDims, args: tuple, kwargs: dict[str, Any]) -> Any:
         by_position = list(in_dims)
         if len(by_position) != len(args):
             raise ValueError(
-                f"in_dims has {len(by_position)} entries for {len(args)} positional batch arguments: give one for "
-                "each, or a tuple over (params, frozen, *batch)."
+                f"in_dims has {len(by_position)} entries for {len(args)} positional batch arguments: pass one entry "
+                "per argument, or a tuple over (params, frozen, *batch)."
             )
 
     def spread(tree: Any, dim: Any) -> Any:
@@ -216,6 +216,7 @@ def _concatenate(*parts: Any) -> Any:
         return torch.cat(parts)
     if any(part is not parts[0] and part != parts[0] for part in parts):
         raise ValueError(
-            f"outputs of type {type(parts[0]).__name__} can't be joined over chunks of adapters; use chunk_size=None."
+            f"outputs of type {type(parts[0]).__name__} can't be concatenated over chunks of adapters: pass "
+            "chunk_size=None."
         )
     return parts[0]
