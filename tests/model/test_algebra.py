@@ -144,7 +144,7 @@ bad(
     "scale_adapter",
     "a head of its own",
     lambda _: vf.scale_adapter({"head.weight": X}, 2.0),
-    "'head.weight' is not an adapter vector",
+    "'head.weight', which is not an adapter vector",
 )
 bad("add_adapters", "none", lambda _: vf.add_adapters([]), "at least one adapter")
 bad("add_adapters", "stacked", lambda _: vf.add_adapters([STACK, STACK]), "single adapters")

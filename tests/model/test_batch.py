@@ -168,10 +168,10 @@ class TestSelecting:
 
     def test_refuses_sums_of_sums(self):
         stacked = several(small())
-        with pytest.raises(ValueError, match="sums already"):
+        with pytest.raises(ValueError, match="already contains weighted sums"):
             vf.select_adapters(vf.select_adapters(stacked, [[0, 1], [1, 2]]), [[0, 1]])
         stacked = several(small(targets=["0"], modules_to_save=["2"]))
-        with pytest.raises(ValueError, match="rows of the base: pass a plain stack"):
+        with pytest.raises(ValueError, match="rows of the base model: pass the result of stack_adapters"):
             vf.select_adapters(vf.select_adapters(stacked, [0, -1]), [[0, 1]])
 
 

@@ -207,7 +207,7 @@ class TestVmapAdapters:
                 vf.vmap_adapters(adapted.apply, chunk_size=size)
         counter = iter(range(9))
         f = lambda p, frozen, x: (adapted.apply(p, frozen, x), next(counter))
-        with pytest.raises(ValueError, match="type int can't be joined"):
+        with pytest.raises(ValueError, match="type int can't be concatenated"):
             vf.vmap_adapters(f, chunk_size=2)(several(adapted), adapted.frozen, normal(N, 3, 7))
 
     def test_dropout_differs_by_adapter(self):

@@ -118,7 +118,7 @@ class VeraConfig:
         self._set("layers_pattern", _names("layers_pattern", self.layers_pattern))
         saved = _names("modules_to_save", self.modules_to_save)
         if isinstance(saved, str):
-            raise ValueError(f"modules_to_save must be a sequence of names, got {saved!r}: pass [{saved!r}].")
+            raise ValueError(f"modules_to_save must be a sequence of names, got the string {saved!r}.")
         heads = tuple(name for name in HEADS.get(self.task_type or "", ()) if name not in (saved or ()))
         self._set("modules_to_save", (*(saved or ()), *heads) or None)
         layers = self.layers_to_transform

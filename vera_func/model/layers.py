@@ -143,7 +143,7 @@ class AdaptedLinear(nn.Module):
         right: Any = layer_class(base_layer)
         if type(self) is not right:
             raise ValueError(
-                f"a vf.{type(self).__name__} can't adapt a {type(base_layer).__name__}: use vf.{right.__name__}."
+                f"a vf.{type(self).__name__} can't adapt a {type(base_layer).__name__}; use vf.{right.__name__}."
             )
         if not 0 <= vera_dropout < 1:
             raise ValueError(f"vera_dropout must be at least 0 and below 1, got {vera_dropout}.")
