@@ -77,11 +77,12 @@ def adapt(
         int8_activations: Whether 8-bit layers also quantize their inputs, as in LLM.int8(); see `quantized_linear`.
         generator: Source of the random initial vectors, required if `config.init_weights` is False, and ignored
             otherwise.
-        product_dtype: Dtype of the matrix products with the projections: None for `dtype`, as in PEFT without autocast,
-            or a 16-bit dtype, as in PEFT under autocast. `vera_forward` states the rounding errors of 16-bit products.
-            For many rows, 16-bit products are faster on GPUs, and on CPUs that have instructions for this dtype. For a
-            single row on a CPU without gradients, products in `dtype` are faster and more accurate, and are used
-            instead. Each call casts the projections to `product_dtype` once, unless `frozen` already has this dtype.
+        product_dtype: Dtype of the matrix products with the projections, by default `dtype`, as in PEFT without
+            autocast. With a 16-bit `product_dtype`, products are computed as in PEFT under autocast; `vera_forward`
+            states the rounding errors. For many rows, 16-bit products are faster on GPUs, and on CPUs that have
+            instructions for this dtype. For a single row on a CPU without gradients, products are always computed in
+            `dtype`, which is then faster and more accurate. Each call casts the projections to `product_dtype` once,
+            unless `frozen` already has this dtype.
 
     Returns:
         `(apply, params, frozen, config)`. The returned configuration has the names of the targets and of the base

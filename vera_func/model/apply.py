@@ -184,11 +184,11 @@ class Apply:
         other machines, no weights are copied.
 
         Args:
-            max_rows: Largest number of rows (tokens of all sequences) for which the kernel is used. None measures the
-                limit: the process times the kernel and the dense product at the first product of each format and shape,
-                for up to a few tenths of a second. The kernel and the dense product round differently, so measured
-                limits may make results differ between processes, but not within a process. With a fixed number, such as
-                32, results do not differ.
+            max_rows: Largest number of rows (tokens of all sequences) for which the kernel is used. With None, the
+                limit is measured: the process times the kernel and the dense product at the first product of each
+                format and shape, for up to a few tenths of a second. The kernel and the dense product round
+                differently, so measured limits may make results differ between processes, but not within a process.
+                With a fixed `max_rows`, such as 32, all processes compute the same results.
 
         Raises:
             ValueError: If `max_rows` is negative, or is neither an integer nor None.

@@ -203,10 +203,7 @@ def _call_with(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Te
 def dense_weight(layer: Any, dtype: torch.dtype, own: Tensor | None = None) -> Tensor:
     """Return the dense weight (out, in) of a base layer, for the row norms of DVoRA.
 
-    Args:
-        layer: A `QuantizedLinear`, `nn.Linear` or `Conv1D`.
-        dtype: Dtype of the result.
-        own: A weight in the layout of `layer`, used instead of the weight of a dense layer.
+    `own` replaces the weight of a dense layer, in the layout of that weight.
 
     Raises:
         ValueError: If the weight is offloaded, or is a scaled float8 weight.

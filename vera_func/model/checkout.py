@@ -176,7 +176,7 @@ class Tree:
         return True
 
     def is_unwritten(self) -> bool:
-        """Whether the tensors that calls do not clone are unmodified."""
+        """Whether no call has modified the tensors that calls use without cloning."""
         return all(tensor._version == version for tensor, version in self._watched)
 
     def _place(self, name: str) -> tuple[dict[str, Any], str]:
@@ -187,11 +187,10 @@ class Tree:
 
 
 def _mutable(root: nn.Module, own: set[int]) -> tuple[list[Any], list[tuple[Any, Any, Tensor, bool]]]:
-    """Return the mutable state of a tree: all containers, including the `__dict__` of objects, and all tensors.
+    """Return the containers of a tree, and `(container, key, tensor, training)` for each tensor except parameters.
 
-    Parameters are excluded, because calls do not modify them. `own` are the ids of the objects that were copied for
-    this tree; other objects, such as functions, are shared and skipped. A tensor is returned as a tuple `(container,
-    key, tensor, training)`, where `training` is the mode of the tensor's module.
+    Objects are skipped, because they are shared, if their id is not in `own`. `training` is the mode of the tensor's
+    module.
     """
     containers: list[Any] = []
     tensors = []

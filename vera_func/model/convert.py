@@ -84,10 +84,10 @@ def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) 
     Args:
         model: Any module.
         quant: "nf4", "fp4" or "int8".
-        skip: Names, or parts of names between dots, of modules that stay dense together with all modules in them. By
-            default, these are the heads `lm_head`, `classifier`, `score` and `qa_outputs`, and the layers that
-            transformers leaves dense: tied weights, output embeddings, a last layer without bias, and layers that the
-            model's class keeps in float32, such as T5's `wo`.
+        skip: Names, or parts of names between dots, of modules that stay dense together with all modules in them. The
+            default is the heads `lm_head`, `classifier`, `score` and `qa_outputs`, and the layers that transformers
+            leaves dense: tied weights, output embeddings, a last layer without bias, and layers that the model's class
+            keeps in float32, such as T5's `wo`.
 
     Raises:
         ValueError: If no layer can be quantized, if the format is unknown, or if the model is offloaded or wrapped by

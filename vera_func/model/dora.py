@@ -89,9 +89,9 @@ def fold_if_dora(apply: Apply, params: Mapping[str, Tensor], frozen: Mapping[str
 def keep_norm_statistics(apply: Apply, frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `frozen` with the `norm_statistics` of each DVoRA layer, for faster training.
 
-    Pass the result to `apply` and `fold_magnitude` in place of `frozen`. The statistics are valid only for these
-    projections and the model's own weights. They have `out (r + 1) + r²` values per layer, 1.3 MB at width 1024 and
-    rank 256.
+    Pass the result to `apply` and `fold_magnitude` in place of `frozen`. The statistics have `out (r + 1) + r²` values
+    per layer, 1.3 MB at width 1024 and rank 256. Statistics are valid only for the given projections and the model's
+    own weights.
 
     Args:
         apply: From `load_adapter`, `pool_adapters`, or `adapt` with `use_dora=True`.

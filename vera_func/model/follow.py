@@ -162,7 +162,7 @@ class Follower:
         return places[0] if inner and whole else Lost(None)
 
     def _cut(self, name: str, args: tuple, kwargs: dict[str, Any], out: Tensor, place: Place) -> Place | Lost | None:
-        """Return the `Place` in a slice of the batch axis, or `Lost` if it has more entries of some rows."""
+        """Return the `Place` in a slice of the batch axis, or `Lost` if rows have different sizes in the slice."""
         x = args[0]
         at = args[1:2] if name == "slice" else args[2:3]
         if _dim(at[0] if at else kwargs.get("dim", 0), x) != place.axis or out.shape == x.shape:
@@ -315,7 +315,7 @@ def _mark_index(name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> Non
 
 
 def _mark_parts(name: str, args: tuple, kwargs: dict[str, Any], parts: Sequence[Tensor]) -> None:
-    """Store the `Place` of a split tensor on its parts, so that concatenating all parts restores it."""
+    """Store the `Place` of a split tensor on its parts, so that their concatenation gets the same `Place`."""
     given = args[1:2] if name == "unbind" else args[2:3]
     dim = _dim(given[0] if given else kwargs.get("dim", 0), args[0])
     place = place_of(args[0])

@@ -8,8 +8,8 @@ With a large vocabulary, the head costs as much as many layers, and its logits a
 step. A loss needs only the logits at labelled positions, and a classifier needs only the logits of a few tokens.
 
 The hidden states are computed by the model's own forward, with the identity in place of the head. Replacing the head is
-correct for every model that returns the output of its head as logits. Models that transform this output are detected,
-and run with their head: Gemma 2 caps the logits, Granite scales the logits, and BART adds a bias.
+correct for every model that returns the output of its head as logits. Models that transform the logits are detected,
+and run with their head. For example, Gemma 2 caps the logits, Granite scales them, and BART adds a bias.
 """
 
 import dataclasses

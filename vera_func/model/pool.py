@@ -34,7 +34,7 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
 
     Returns:
         An `Adapted` over all targets. The returned config is valid for each adapter of the stack, and can be saved with
-        it.
+        that adapter.
 
     Raises:
         ValueError: If `adapters` is empty, if the adapters belong to different models, if params are stacked, or if
@@ -115,7 +115,7 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
 
 
 def _common_origin(adapters: Sequence[Adapted]) -> dict[str, Any]:
-    """Return the fields of the configuration that name the base, where all adapters agree."""
+    """Return the configuration fields that identify the base model. A field is None if the adapters disagree."""
     origin = {}
     for field in ("base_model_name_or_path", "revision", "auto_mapping"):
         values = [getattr(adapted.config, field) for adapted in adapters]
@@ -137,7 +137,7 @@ def _common_scale(adapters: Sequence[Adapted]) -> tuple[str | None, bool]:
 
 
 def _scales(params: Params, row: Params, targets: Sequence[str], scale: str | None) -> dict[str, Tensor]:
-    """Return the magnitudes or output scales of one adapter of a pool, for an output scale of 1 in VeRA layers."""
+    """Return the magnitudes or output scales of one adapter of a pool. The scale of a VeRA layer is 1."""
     scales: dict[str, Tensor] = {}
     for name in targets if scale else ():
         key = join_key(name, scale or "")

@@ -3,8 +3,8 @@
 See `rows` for the purpose. A rehearsal uses the values of the call's inputs, because the control flow of a model may
 depend on them. The rows of the inputs are repeated cyclically up to the wanted number. Cheap stand-ins replace linear
 layers, and hooks are removed. Inside transforms and under the compiler, the inputs have no values, and tensors filled
-with 1 replace them. If the inputs are large, the rehearsal runs on tensors without data (`fake_tensors`). If the model
-can't run on such tensors, for example because of data-dependent routing, the rehearsal always runs on values.
+with 1 replace them. Rehearsals with large inputs run on tensors without data (`fake_tensors`), unless the model can't
+run on such tensors, for example because of data-dependent routing.
 """
 
 import contextlib

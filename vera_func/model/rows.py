@@ -113,18 +113,10 @@ def arrange(
 ) -> Mapping[str, MovedRows | int]:
     """Return `projections.rows` for one call, a mapping with an entry for the path of each layer.
 
-    The entry is the number of axes of the layer's input if the batch axis is axis 0, and a `MovedRows` otherwise. For
-    `generate`, hooks are registered on the modules of the tree `root`.
-
-    Args:
-        apply: The `Apply` that is called.
-        root: The root of the module tree that runs.
-        tensors: The tensors to bind, modified in place: if there is a single row, the batch axis of the tensors is
-            removed.
-        lead: The leading batch axes of values in params, by key.
-        method: The name of the model's method, or a function of the model.
-        args: Positional arguments of the method.
-        kwargs: Keyword arguments of the method.
+    The entry is the number of axes of the layer's input if the batch axis is axis 0, and a `MovedRows` otherwise.
+    `root` is the root of the module tree that runs; for `generate`, hooks are registered on the modules of this tree.
+    `tensors` are the tensors to bind; if there is a single row, their batch axis is removed in place. `lead` contains
+    the leading batch axes of values in params, by key.
 
     Raises:
         ValueError: If the leading axes of params do not match the inputs, or if the rows in a layer's input can't be
@@ -286,8 +278,7 @@ def _kind(value: Any, count: int, axis: int | None) -> Any:
 def _kind_of_shape(shape: torch.Size, count: int, axis: int | None) -> tuple:
     """Return the number of axes of a shape, whether it has rows, the axes of size 1, and the exact sizes or ().
 
-    Exact sizes are included if an axis other than the batch axis has the number of rows as its size, because the two
-    axes could be confused.
+    Exact sizes are included if an axis other than the batch axis has the same size, because the two could be confused.
     """
     rows = has_rows(shape, count, axis)
     if torch.compiler.is_compiling():

@@ -79,12 +79,8 @@ def is_conv1d(module: nn.Module) -> bool:
 def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tuple[list[str], VeraConfig]:
     """Return the names of the targeted modules, in the model's order, and the resolved configuration.
 
-    In the resolved configuration, a `target_modules` of None or "all-linear" is replaced by names.
-
-    Args:
-        model: Any module.
-        config: The configuration to match.
-        strict: Whether to raise an error if an entry of a list matches no module, as is possible in files from PEFT.
+    In the resolved configuration, a `target_modules` of None or "all-linear" is replaced by names. With `strict=False`,
+    entries of a list may match no module, as is possible in files from PEFT.
 
     Raises:
         ValueError: If no module matches, if an entry matches no module, if a match is not a linear layer, or if there
@@ -161,7 +157,7 @@ def exact_targets(model: nn.Module, names: Sequence[str], config: VeraConfig) ->
 
 
 def returns_tensor(module: nn.Module) -> bool:
-    """Whether a layer returns a tensor. A subclass of `nn.Linear`, the router of Llama 4, returns a tuple.
+    """Whether a layer returns a tensor. The router of Llama 4, a subclass of `nn.Linear`, returns a tuple.
 
     Example:
         >>> returns_tensor(nn.Linear(2, 3))
@@ -300,8 +296,8 @@ def _default_targets(model: nn.Module) -> tuple[str, ...] | str:
 def peft_dtype(module: nn.Module) -> torch.dtype | None:
     """Return the dtype to which PEFT rounds a layer's vectors and projections, or None if PEFT does not round.
 
-    PEFT casts vectors and projections to the layer's dtype (of a 4-bit layer: the compute dtype) and then to float32,
-    which rounds them if the layer has 16 bits. For 8-bit layers, PEFT does not cast.
+    PEFT casts vectors and projections to the layer's dtype and then to float32, which rounds them if the layer has 16
+    bits. The dtype of a 4-bit layer is its compute dtype. For 8-bit layers, PEFT does not cast.
 
     Example:
         >>> peft_dtype(nn.Linear(2, 3, dtype=torch.bfloat16))
