@@ -315,7 +315,7 @@ class TestInputs:
         x = doubles(2, 3, 5, 6)
         assert_close(apply(grid, frozen, x).flatten(0, 1), alone(apply, stacked, frozen, x.flatten(0, 1)))
         apply, _, frozen, _ = model_of(lambda m, x: m.second(m.first(x).transpose(0, 1)))
-        with pytest.raises(ValueError, match=r"rows of shape \(2, 3\), .* layer 'second'"):
+        with pytest.raises(ValueError, match=r"the leading axes \(2, 3\), .* layer 'second'"):
             apply(grid, frozen, x)
 
     def test_rows_of_unequal_params(self):

@@ -54,7 +54,7 @@ def stack_adapters(adapters: Sequence[Params]) -> dict[str, Tensor]:
         odd = sorted(params.keys() ^ first.keys())
         if odd:
             raise ValueError(
-                f"adapters {i} and 0 differ in {len(odd)} keys, first {odd[0]!r}; use pool_adapters for such adapters."
+                f"adapters {i} and 0 differ in {len(odd)} keys, first {odd[0]!r}; to combine them, see pool_adapters."
             )
         for key, value in params.items():
             if not isinstance(value, Tensor):
