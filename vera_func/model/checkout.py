@@ -189,8 +189,8 @@ class Tree:
 def _mutable(root: nn.Module, own: set[int]) -> tuple[list[Any], list[tuple[Any, Any, Tensor, bool]]]:
     """Return the containers of a tree, and `(container, key, tensor, training)` for each tensor except parameters.
 
-    Objects are skipped, because they are shared, if their id is not in `own`. `training` is the mode of the tensor's
-    module.
+    Objects whose id is not in `own` are shared with other trees, and are skipped. `training` is the training mode of
+    the tensor's module.
     """
     containers: list[Any] = []
     tensors = []

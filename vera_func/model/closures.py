@@ -4,8 +4,8 @@
     layer.forward = lambda x: original(x) + 1
 
 `copy.deepcopy` does not copy functions, so the copy of this layer would run the original layer, without the copy's
-adapter or merged weight. Therefore, this module also copies functions that are attributes or hooks of modules, if their
-closures refer to modules.
+adapter or merged weight. Therefore, `copy_module` also copies functions that are attributes or hooks of modules, if
+their closures refer to modules.
 """
 
 import copy

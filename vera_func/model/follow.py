@@ -278,7 +278,7 @@ class Follower:
         return Lost(None) if any(place_of(index) and not _is_mask(index) for index in along) else into
 
     def _axis(self, shape: Sequence[int]) -> int | None:
-        """Return the only axis whose size is a multiple of the number of rows, or None if there is not exactly one."""
+        """Return the axis whose size is a multiple of the number of rows, or None if there are none or several."""
         axes = [axis for axis, size in enumerate(shape) if size and size % self.rows == 0]
         return axes[0] if len(axes) == 1 else None
 

@@ -123,7 +123,7 @@ def _fold(
         if size is not None and shape[0] != size:
             raise ValueError(
                 f"the inputs of one adapter have {shape[0]} and {size} rows (shapes {sorted(shapes.values())}); "
-                "the first axis of each input must be the batch axis, of the same size."
+                "the first axis of each input must be the batch axis and have the same size."
             )
         leaf = leaves[i] if i in mapped else leaves[i].expand(n, *shape)
         folded[i] = leaf if size is None else leaf.flatten(0, 1)
