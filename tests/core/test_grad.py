@@ -344,7 +344,12 @@ total = lambda *args: args[0].sum()
 
 for name in ("grad", "value_and_grad"):
     f = getattr(vf, name)
-    bad(name, "a vector for the value", lambda _, f=f: f(lambda x: x)(X), r"scalar.*got shape \(3,\): take the sum")
+    bad(
+        name,
+        "a vector for the value",
+        lambda _, f=f: f(lambda x: x)(X),
+        r"shape \(\), got shape \(3,\): return the sum",
+    )
     bad(name, "a float for the value", lambda _, f=f: f(lambda x: 1.0)(X), "a tensor of shape .*got float")
     bad(name, "a pair for the value", lambda _, f=f: f(lambda x: (x.sum(), x))(X), "got tuple.*has_aux=True")
     bad(name, "no pair", lambda _, f=f: f(total, has_aux=True)(X), r"must return a pair \(value, aux\), got Tensor")

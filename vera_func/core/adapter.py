@@ -2,13 +2,13 @@
 
     y = base(x) + lambda_b * (B (lambda_d * (A x)))          W' = W + diag(lambda_b) B diag(lambda_d) A
 
-An adapter, `params`, holds the trained vectors: `{"lambda_b": (out,), "lambda_d": (r,)}`. `frozen` holds the
-projections that all adapters share: `{"vera_A": (r, in), "vera_B": (out, r)}`. They may be wider than this layer. The
-base layer is any callable; this module does not depend on quantization or on `nn.Module`.
+An adapter, `params`, has the trained vectors `{"lambda_b": (out,), "lambda_d": (r,)}`. All adapters share `frozen`, the
+projections `{"vera_A": (r, in), "vera_B": (out, r)}`. A layer may use a slice of larger projections. The base layer is
+any callable; this module does not depend on quantization or on `nn.Module`.
 
-Shapes, here and in the whole package: `in` and `out` are the sizes of a layer, `r` is the rank, `*batch` are the
-leading axes of `x`, and `*rows` are leading axes of the vectors. `*rows` are matched with `*batch` from the left: with
-a `lambda_b` of shape (rows, out), row `i` of an `x` of shape (rows, in) or (rows, seq, in) goes through adapter `i`.
+In all shapes of the package, `in` and `out` are the sizes of a layer, `r` is the rank, `*batch` are the leading axes of
+the input `x`, and `*rows` are the leading axes of the adapter vectors. `*batch` starts with `*rows`: if `lambda_b` has
+shape (rows, out), row `i` of an `x` of shape (rows, in) or (rows, seq, in) goes through adapter `i`.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,23 +44,23 @@ def init_params(
     device: torch.device | str = "cpu",
     weight: Float[Tensor, "out in"] | None = None,
 ) -> dict[str, Tensor]:
-    """Return a fresh adapter with `lambda_b = 0` and `lambda_d = d_initial`: the adapted layer equals its base.
+    """Return a new adapter with `lambda_b = 0` and `lambda_d = d_initial`, whose update of the layer is zero.
 
     Args:
         r: Rank of the projections that the adapter will be used with.
         out_features: Output size of the layer.
-        d_initial: Value of every entry of `lambda_d`; the paper recommends at most 0.1 (its table 6c).
-        dtype: Dtype of both vectors, and therefore of the arithmetic of the update.
+        d_initial: Initial value of `lambda_d`; table 6c of the VeRA paper recommends at most 0.1.
+        dtype: Dtype of both vectors, in which the update is computed.
         device: Device of both vectors.
-        weight: The dense base weight, for a DVoRA adapter. Its row norms, in float32 or wider, are the initial
-            magnitude. None for VeRA.
+        weight: The dense base weight, for a DVoRA adapter: the initial magnitude is the norm of each row, in float32 or
+            wider. None for VeRA.
 
     Returns:
         `{"lambda_b": (out,), "lambda_d": (r,)}`; for DVoRA also `"magnitude"` of shape (out,).
 
     Raises:
-        ValueError: If `r` or `out_features` is not a positive integer, if `d_initial` is not finite, if the dtype is
-            not a floating-point dtype, or if the weight does not have shape (out, in).
+        ValueError: If `r` or `out_features` is not a positive integer, if `d_initial` is not finite, if `dtype` is not
+            a floating-point dtype, or if `weight` does not have shape (out, in).
 
     Example:
         >>> init_params(2, 3)
@@ -81,7 +81,7 @@ def init_params(
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] != out_features:
         what = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(
-            f"weight must be a dense tensor of shape ({out_features}, in), got {what}; dequantize(q) returns one."
+            f"weight must be a dense tensor of shape ({out_features}, in), got {what}; pass dequantize(q)."
         )
     magnitude = row_norms(weight.detach().to(torch.promote_types(dtype, weight.dtype)))
     return params | {MAGNITUDE: magnitude.to(device)}
@@ -98,50 +98,49 @@ def vera_forward(
     bias: Float[Tensor, "*rows out"] | None = None,
     differentiate_norm: bool = False,
 ) -> Float[Tensor, "*batch out"]:
-    """Apply an adapted layer: `base_fn(x) + lambda_b * (B (lambda_d * (A x)))`.
+    """Compute the output of an adapted layer, `base_fn(x) + lambda_b * (B (lambda_d * (A x)))`.
 
-    This costs `r (in + out)` multiply-adds per row of `x` in addition to the base. The (out, in) update is never
-    formed. `A x`, r values per row, is saved for backward, and the backward pass multiplies by `B` once more.
-    As in PEFT, the products and the sum are computed in the vectors' dtype. Only the result is cast, to the dtype of
-    the base's output and then to that of `x`.
+    The update costs `r (in + out)` multiply-adds per row of `x`, without forming ΔW. For backward, the update saves `A
+    x`, r values per row; the backward pass computes the product with `B` again. As in PEFT, the update is computed in
+    the dtype of the vectors and added to the base output. The sum is cast to the dtype of the base output, and then to
+    the dtype of `x`.
 
-    With `product_dtype`, the arithmetic is that of PEFT under `torch.autocast`. `A x` and `B h`, with
-    `h = lambda_d * (A x)`, are products of 16-bit factors. They are summed in float32, where a product of two 16-bit
-    numbers is exact, and each sum is rounded to 16 bits. Everything else stays in the vectors' dtype. Let u be 2^-8 in
-    bfloat16 and 2^-11 in float16, and
+    With `product_dtype`, the arithmetic is that of PEFT under `torch.autocast`. The matrix products `A x` and `B h`,
+    with `h = lambda_d * (A x)`, have 16-bit factors, are accumulated in float32, and are rounded to 16 bits. All other
+    operations use the dtype of the vectors. To bound the rounding error, let u be the unit roundoff, 2^-8 in bfloat16
+    and 2^-11 in float16, and
 
         M = |lambda_b| * (|B| (|lambda_d| * (|A| |x|)))    (elementwise absolute values)
 
-    Rounding `A x`, `h` and `B h` changes the update by at most 3 u M, to first order in u. Rounding `A`, `B`
-    and `x`, too, adds u M for each of the three, 6 u M in total. Rounding these changes nothing if the base layer is
-    dense in this dtype, or a 4-bit layer with this compute dtype: PEFT rounds the projections for such layers. It
-    changes them if the base was quantized from float32, if it has 8-bit weights or a float32 `compute_dtype`, or if the
-    adapter's file stores the projections in float32. Summation in float32 adds (in + r) 2^-24 M, with or without
-    `product_dtype`. All these are upper bounds. Because roundings are independent, the relative error of the update, in
-    norm, is only about 0.7 u, or 1 u with rounded factors. Gradients of the vectors have bounds of the same form, where
-    M is the corresponding sum of absolute values.
+    Rounding `A x`, `h` and `B h` changes the update by at most 3 u M, to first order in u. Rounding `A`, `B` and `x`
+    adds at most u M each. For a base layer that is dense in `product_dtype`, or 4-bit with this compute dtype, rounding
+    `A` and `B` usually adds nothing, because PEFT and `adapt` round the projections of such layers. Summation in
+    float32 adds at most (in + r) 2^-24 M, with or without `product_dtype`. Rounding errors partly cancel: in norm, the
+    relative error of the update is about 0.7 u, or 1 u if `A`, `B` and `x` are rounded too. Gradients with respect to
+    the vectors have the same bounds, with M computed from the absolute values of all factors.
 
     Args:
-        params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`. Leading axes are matched with those of `x` from
-            the left, for each vector separately. With a `"mixture"` of shape (*rows, k), the vectors have shape (*rows,
-            k, ...), and each row gets the sum of its `k` updates with these weights. With a `"magnitude"` of shape
-            (*rows, out), or the `"output_scale"` that `dora.fold_layer` puts in its place, the layer is a DVoRA layer.
-        frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`; the first `in` columns and `out` rows are used. If
-            `params` have a magnitude, `frozen` should also have the statistics from `dora.norm_statistics`. Without
-            these, each call computes the base weight as `base_fn(identity)`, a product with `in` rows.
-        x: Input rows.
-        base_fn: The frozen layer, `(*batch, in) -> (*batch, out)`.
-        dropout_mask: Mask by which the input of `A` is multiplied, but not the input of the base. It must broadcast to
-            the shape of `x`; see the function `dropout_mask`. None means no dropout.
-        product_dtype: Dtype of the products with `A` and `B`: `torch.bfloat16`, or `torch.float16`, in which results
-            above 65,504 overflow. None means the vectors' dtype.
-        bias: The bias that `base_fn` adds, if any. DVoRA does not scale it. Ignored for VeRA.
-        differentiate_norm: Whether to differentiate through the norm of DVoRA. False treats the norm as a constant, as
-            in the paper.
+        params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`. The axes `*rows` of a vector, if any, must equal
+            the first axes of `x`. With the key `"mixture"`, weights of shape (*rows, k), the vectors have shapes
+            (*rows, k, out) and (*rows, k, r), and each row gets a weighted sum of `k` updates. With the key
+            `"magnitude"` or `"output_scale"` (see `dora.fold_layer`), of shape (*rows, out), the layer is a DVoRA
+            layer.
+        frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`; the first `in` columns of A and `out` rows of B are
+            used. For an adapter with a magnitude, add the statistics from `dora.norm_statistics`; otherwise, each call
+            computes the base weight as `base_fn(identity)`, a product with `in` rows.
+        x: Input of shape (*batch, in).
+        base_fn: The frozen layer, from (*batch, in) to (*batch, out).
+        dropout_mask: Mask that multiplies the input of `A`, while the base layer gets `x` itself. The mask must
+            broadcast to the shape of `x`; the function `dropout_mask` draws such a mask. None means no dropout.
+        product_dtype: Dtype of the products with `A` and `B`, either bfloat16 or float16. Results above 65,504 overflow
+            float16. None means the dtype of the vectors.
+        bias: The bias that `base_fn` adds, which DVoRA does not scale. None means no bias. Ignored for VeRA.
+        differentiate_norm: Whether to differentiate through the row norms of DVoRA. With False, the norms are
+            constants, as in the DoRA paper.
 
     Raises:
         ValueError: If the shapes of the arguments do not match, if a key is missing, if a tensor has an integer dtype,
-            or if `product_dtype` is any other dtype. The message names the shapes.
+            or if `product_dtype` is neither bfloat16 nor float16 nor None.
 
     Example:
         >>> import torch
@@ -165,21 +164,21 @@ def delta_weight(
     in_features: int,
     weight: Float[Tensor, "out in"] | None = None,
 ) -> Float[Tensor, "*rows out in"]:
-    """Return the dense update `diag(lambda_b) B diag(lambda_d) A`, in the vectors' dtype.
+    """Return the dense update `diag(lambda_b) B diag(lambda_d) A`, in the dtype of the vectors.
 
-    This costs `r out in` multiply-adds and the memory of an (out, in) tensor. Use it for merging and inspection, not in
-    the forward pass.
+    This costs `r out in` multiply-adds and the memory of an (out, in) tensor. Use `delta_weight` for merging and
+    inspection, not in the forward pass.
 
     Args:
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`.
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
-        in_features: Input size of the layer, which `params` does not determine.
-        weight: The dense base weight W. It is needed for DVoRA, whose update is `m (W + ΔW) / ‖W + ΔW‖ - W` with the
-            norm of each row. Ignored for VeRA.
+        in_features: Input size of the layer, which the shapes of `params` do not determine.
+        weight: The dense base weight W, required for DVoRA. With magnitude m, DVoRA's update is `m (W + ΔW) / ‖W + ΔW‖
+            - W`, with the norm of each row. Ignored for VeRA.
 
     Raises:
-        ValueError: If the rank of the projections differs from that of the vectors, if the projections are too narrow,
-            or if a DVoRA adapter is given without a weight.
+        ValueError: If the projections have another rank than the vectors, if the projections are smaller than the
+            layer, or if a DVoRA adapter is given without a weight.
 
     Example:
         >>> import torch
@@ -214,14 +213,14 @@ def dropout_mask(
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draw a dropout mask on the generator's device: entries are 0 with probability `p`, else `1 / (1 - p)`.
+    """Draw a dropout mask whose entries are 0 with probability `p` and `1 / (1 - p)` otherwise.
 
-    Under `torch.func.vmap(..., randomness="different")` each adapter draws its own mask.
+    Under `torch.func.vmap(..., randomness="different")`, each adapter draws its own mask.
 
     Args:
-        p: Probability of a zero, 0 <= p < 1.
-        shape: Shape of the mask: that of the layer's input.
-        generator: Source of randomness; there is no default.
+        p: Probability that an entry is 0, with 0 <= p < 1.
+        shape: Shape of the mask, usually the shape of the layer's input.
+        generator: Random number generator (required). The mask is on the device of the generator.
         dtype: Dtype of the mask.
 
     Raises:
@@ -251,7 +250,7 @@ def forward(
     bias: Tensor | None = None,
     differentiate_norm: bool = False,
 ) -> Float[Tensor, "*batch out"]:
-    """Compute `vera_forward`. Without a dropout mask, `project` (such as a `SharedProduct`) computes `A x`."""
+    """Compute `vera_forward`; without a dropout mask, `project`, such as a `SharedProduct`, computes `A x`."""
     lambda_b, lambda_d, mixture = _vectors(params)
     require_rows_of_floats(x)
     if MAGNITUDE in params:
@@ -259,12 +258,14 @@ def forward(
         lambda_b = params["lambda_b"]
     A, B = _projections(frozen, lambda_b, lambda_d, x.shape[-1], product_dtype)
     if A.is_meta and not x.is_meta:
-        raise ValueError(f"the adapter is on the meta device and has no data, but x is on {x.device}.")
+        raise ValueError(
+            f"the adapter is on the meta device and has no data, but x is on {x.device}: load the adapter's values."
+        )
     base = base_fn(contiguous_rows(x))
-    if base.shape[-1] != lambda_b.shape[-1]:  # if one of these sizes is 1, the sum would broadcast
+    if base.shape[-1] != lambda_b.shape[-1]:  # a size of 1 would broadcast in the sum
         raise ValueError(
             f"lambda_b {tuple(lambda_b.shape)} is for {lambda_b.shape[-1]} outputs, but base_fn(x) has shape "
-            f"{tuple(base.shape)}."
+            f"{tuple(base.shape)}: pass the adapter of this layer."
         )
     dtype = base.dtype
     if OUTPUT_SCALE in params:
@@ -285,7 +286,7 @@ def forward(
 def _with_statistics(
     frozen: Mapping[str, Tensor], x: Tensor, base_fn: BaseFn, bias: Tensor | None
 ) -> Mapping[str, Tensor]:
-    """Return `frozen` with the norm statistics of the layer, and compute these if they are missing."""
+    """Return `frozen` with the norm statistics of the layer, computing missing statistics."""
     if any(name in frozen for name in STATISTICS):
         return frozen
     transposed = base_fn(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
@@ -325,7 +326,7 @@ def _projections(
     in_features: int,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the slices of the projections that this layer uses, in `dtype`, by default the vectors' dtype."""
+    """Return the slices of the projections that this layer uses, in `dtype` or else in the dtype of `lambda_d`."""
     missing = {"vera_A", "vera_B"} - frozen.keys()
     if missing:
         raise ValueError(f"frozen lacks {sorted(missing)}; init_projections draws both.")
@@ -345,13 +346,13 @@ def _projections(
     if A.shape[0] != r or B.shape[1] != r:
         raise ValueError(
             f"lambda_d {tuple(lambda_d.shape)} implies rank {r}, but vera_A {tuple(A.shape)} and vera_B "
-            f"{tuple(B.shape)} have rank {A.shape[0]} and {B.shape[1]}. Projections of another rank are "
-            "a different random draw, not a slice of this one."
+            f"{tuple(B.shape)} have rank {A.shape[0]} and {B.shape[1]}: draw projections of rank {r} with "
+            "init_projections. Projections of another rank can't be sliced."
         )
     if A.shape[1] < in_features or B.shape[0] < out_features:
         raise ValueError(
             f"the layer is {in_features} -> {out_features}, but vera_A {tuple(A.shape)} and vera_B "
-            f"{tuple(B.shape)} were drawn for at most {A.shape[1]} -> {B.shape[0]}."
+            f"{tuple(B.shape)} were drawn for at most {A.shape[1]} -> {B.shape[0]}: draw larger projections."
         )
     if A.shape[1] > in_features:
         A = A[:, :in_features]

@@ -1,6 +1,6 @@
-"""Custom autograd Functions that save less memory than the derivatives torch would generate.
+"""Custom autograd Functions that save fewer tensors for backward than plain autograd.
 
-Every backward and jvp consists of ordinary differentiable operations. Derivatives of all orders exist, and the
+Each backward and jvp rule uses only differentiable operations. Derivatives of all orders therefore exist, and the
 Functions compose with all transforms.
 """
 
@@ -33,14 +33,14 @@ def project(x: Float[Tensor, "*batch in"], A: Float[Tensor, "r in"]) -> Float[Te
 class SharedProduct:
     """Compute `A x` once for consecutive layers with the same input, such as q, k and v, or gate and up.
 
-    An instance serves one forward pass, in which all layers use the same projections. It caches the last `x`, a copy of
-    its bits, and the product. The cached product is returned if the tensor and all of its bits are the same. Comparing
-    version counters would not be enough, because writes through `x.data` or `x.numpy()` do not increment them. Copying
-    and comparing each take one pass over `x`, whereas the product takes r multiply-adds per value of `x`. Small
-    products, which are cheaper than a comparison, are not cached. Each layer differentiates the product separately, so
-    gradients equal those of separate products, bit for bit.
+    Use a new instance for each forward pass; all layers of the pass must use the same projections. The instance caches
+    the last `x`, a copy of the values of `x`, and the product. A call returns the cached product if `x` is the same
+    tensor with bitwise equal values. A comparison of version counters would miss writes through `x.data` or
+    `x.numpy()`. Copying and comparing each take one pass over `x`, whereas the product takes r multiply-adds per value
+    of `x`. Small products, which are cheaper than a comparison, are not cached. Each layer differentiates the product
+    separately, so gradients are bitwise equal to those without a cache.
 
-    Products are cached on the CPU only: on other devices, the CPU would have to wait for the comparison.
+    Products on devices other than the CPU are not cached, because the CPU would have to wait for the comparison.
 
     Example:
         >>> shared, x, A = SharedProduct(), torch.ones(64, 512), torch.ones(2, 512)
@@ -76,7 +76,7 @@ class SharedProduct:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """View a floating-point tensor as integers: 0.0 and -0.0 differ, and a NaN equals itself."""
+    """View a floating-point tensor as integers, so that a comparison is bitwise, also for NaN and -0.0."""
     if x.requires_grad:
         x = x.detach()
     if x.is_contiguous() and x.shape[-1] * x.itemsize % 8 == x.storage_offset() * x.itemsize % 8 == 0:
@@ -86,7 +86,7 @@ def _bits(x: Tensor) -> Tensor:
 
 @keep_signature
 class _Known(torch.autograd.Function):
-    """Return `value`, a cached `project(x, A)`. Backward also computes the gradient of `x`."""
+    """Return `value`, a cached `project(x, A)`, with a new graph node that computes the gradient of `x`."""
 
     generate_vmap_rule = True
 
@@ -113,7 +113,7 @@ class _Known(torch.autograd.Function):
 
 @keep_signature
 class _Expand(torch.autograd.Function):
-    """Compute `lambda_b * (B (lambda_d * z))`, and save the inputs for backward instead of the product with `B`.
+    """Compute `lambda_b * (B (lambda_d * z))`, saving the inputs for backward but not the product with `B`.
 
     Plain autograd would save the product, of shape (*batch, out), for the gradient of `lambda_b`. As under autocast,
     products with `B` are computed in the dtype of `B`, and everything else in the dtype of the vectors.
@@ -177,9 +177,8 @@ def add_update(
 ) -> Float[Tensor, "*batch out"]:
     """Compute `base + lambda_b * (B (lambda_d * z))`, rounded to `dtype`.
 
-    If autograd records nothing, a large sum is computed in parts, so that temporary tensors fit in the CPU's cache.
-    Temporary tensors of the full size would be allocated anew by the operating system, and this takes longer than the
-    arithmetic.
+    If autograd records nothing, a large sum is computed in chunks, so that temporary tensors fit in the CPU's cache.
+    Allocating larger temporary tensors takes longer than the arithmetic.
     """
     if torch.compiler.is_compiling() or is_recorded(base, z, lambda_b, lambda_d, B):
         return (base + expand(z, lambda_b, lambda_d, B)).to(dtype)
@@ -193,7 +192,7 @@ def add_update(
 
 
 def _add_in_parts(total: Tensor, base: Tensor, lambda_b: Tensor, u: Tensor) -> None:
-    """Write `base + lambda_b * u` to `total`. Each axis of `lambda_b` has the size of that axis of `u`, or size 1."""
+    """Write `base + lambda_b * u` to `total`, in chunks; `lambda_b` has as many axes as `u`, and broadcasts to `u`."""
     step = PART * len(u) // u.numel()
     if u.dim() == 1 or step >= len(u):
         total.copy_(base + lambda_b * u)

@@ -2,20 +2,20 @@
 
     y_i = m_i ((W + ΔW) x)_i / ‖W_i + ΔW_i‖ + bias_i          ΔW = diag(lambda_b) B diag(lambda_d) A
 
-`W_i` is row i of the weight. `magnitude`, here m, is a third trained vector of shape (out,). With
-`s_i = m_i / ‖W_i + ΔW_i‖`, DVoRA is VeRA with another `lambda_b` over a base whose outputs are scaled:
+`W_i` is row i of the weight. The magnitude m is a third trained vector, of shape (out,). With the output scale `s_i =
+m_i / ‖W_i + ΔW_i‖`, DVoRA is VeRA with `s * lambda_b` in place of `lambda_b`, over a base with outputs scaled by s:
 
     y = s * (W x) + (s * lambda_b) * (B (lambda_d * (A x))) + bias
 
-`fold_layer` converts params to this form, in which `output_scale`, here s, replaces the magnitude. The row norms are
-computed without forming ΔW. With b for `lambda_b` and d for `lambda_d`,
+`fold_layer` converts params to this form, in which `output_scale` replaces `magnitude`. The row norms are computed
+without forming ΔW. With b for `lambda_b` and d for `lambda_d`,
 
     ‖W_i + ΔW_i‖² = ‖W_i‖² + 2 b_i Σ_k B_ik d_k C_ik + b_i² (B_i * d) G (B_i * d)ᵀ        C = W Aᵀ,  G = A Aᵀ
 
-`C`, `G` and ‖W_i‖² are the same for all adapters of a layer (`norm_statistics`).
+`norm_statistics` computes `C`, `G` and ‖W_i‖², which are the same for all adapters of a layer.
 
 Reference:
-    DoRA, https://arxiv.org/abs/2402.09353: equation 5; section 4.3 for the constant norm; section 5.4 for DVoRA.
+    DoRA, https://arxiv.org/abs/2402.09353: equation 5, section 4.3 (norms as constants), section 5.4 (DVoRA).
 """
 
 import contextlib
@@ -30,12 +30,12 @@ from .keys import BASE_SHARE, MAGNITUDE, OUTPUT_SCALE, STATISTICS, VECTORS, join
 from .shapes import align_rows, match_rows, with_dims
 
 
-# Number of values in the largest temporary tensor that the row norms need.
+# Largest number of values in a temporary tensor of the row norms.
 _CHUNK = 2**24
 
 
 def row_norms(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
-    """Return the norm of each row of a weight, in float32 or wider. These norms are the initial magnitude.
+    """Return the norm of each row of a weight, the initial magnitude of DVoRA, in float32 or wider.
 
     Example:
         >>> row_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
@@ -45,20 +45,21 @@ def row_norms(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
 
 
 def norm_statistics(weight: Float[Tensor, "out in"], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Compute what the row norms of a DVoRA layer depend on: `{"square_norm": ‖W_i‖², "C": W Aᵀ, "G": A Aᵀ}`.
+    """Compute statistics for the row norms of DVoRA: the square norms ‖W_i‖², C = W Aᵀ and G = A Aᵀ.
 
-    This costs `r in (out + r)` multiply-adds, and the result has `out (r + 1) + r²` values. Add the result to the
-    projections, `frozen | norm_statistics(W, frozen)`; otherwise `vera_forward` computes the statistics in each call.
+    The statistics cost `r in (out + r)` multiply-adds, and have `out (r + 1) + r²` values. Pass `frozen |
+    norm_statistics(W, frozen)` to `vera_forward`, which otherwise computes the statistics in each call.
 
     Args:
-        weight: The dense base weight, from `dequantize` if it is quantized.
-        frozen: `{"vera_A": (r, >= in), ...}`. The statistics are valid for these projections only.
+        weight: The dense base weight, for example from `dequantize`.
+        frozen: Projections `{"vera_A": (r, >= in), ...}`. The statistics are valid for these projections only.
 
     Returns:
         `{"square_norm": (out,), "C": (out, r), "G": (r, r)}`, in float32 or wider.
 
     Raises:
-        ValueError: If the weight is not a dense tensor of shape (out, in), or if `vera_A` is missing or too narrow.
+        ValueError: If the weight is not a dense tensor of shape (out, in), or if `vera_A` is missing or has fewer than
+            `in` columns.
 
     Example:
         >>> frozen = {"vera_A": torch.ones(2, 3), "vera_B": torch.ones(4, 2)}
@@ -68,13 +69,13 @@ def norm_statistics(weight: Float[Tensor, "out in"], frozen: Mapping[str, Tensor
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         what = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(
-            f"weight must be a dense floating-point tensor of shape (out, in), got {what}; dequantize(q) returns one."
+            f"weight must be a dense floating-point tensor of shape (out, in), got {what}; pass dequantize(q)."
         )
     A = frozen.get("vera_A")
     if not isinstance(A, Tensor) or not A.is_floating_point() or A.dim() != 2 or A.shape[1] < weight.shape[1]:
         what = f"{tuple(A.shape)} {A.dtype}" if isinstance(A, Tensor) else "nothing" if A is None else type(A).__name__
         raise ValueError(
-            f"vera_A must be floating-point of shape (r, >= {weight.shape[1]}) for a weight of shape "
+            f"vera_A must be a floating-point tensor of shape (r, >= {weight.shape[1]}) for a weight of shape "
             f"{tuple(weight.shape)}, got {what}."
         )
     with _without_autocast(weight.device):
@@ -86,19 +87,20 @@ def norm_statistics(weight: Float[Tensor, "out in"], frozen: Mapping[str, Tensor
 def fold_layer(
     params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *, differentiate_norm: bool = False
 ) -> dict[str, Tensor]:
-    """Convert the params of one layer to `{"lambda_b": s * lambda_b, "lambda_d": lambda_d, "output_scale": s}`.
+    """Convert DVoRA params of a layer to `{"lambda_b": s * lambda_b, "lambda_d": lambda_d, "output_scale": s}`.
 
-    This costs `out r²` multiply-adds for each adapter. If a row of `W + ΔW` is zero, the scale s of this row is m.
+    The scale s is the magnitude divided by the norm of each row of `W + ΔW`; for a row of zeros, s is the magnitude.
+    This costs `out r²` multiply-adds for each adapter.
 
     Args:
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r), "magnitude": (*rows, out)}`. Rows for which
             `select_adapters` selected the base get a scale of 1.
         frozen: The projections and the `norm_statistics` of the layer.
-        differentiate_norm: Whether derivatives take into account that the norm depends on `lambda_b` and `lambda_d`.
-            False treats the norm as a constant, as the paper does.
+        differentiate_norm: Whether to differentiate the norm with respect to `lambda_b` and `lambda_d`. With False, the
+            norm is a constant, as in the DoRA paper.
 
     Raises:
-        ValueError: If params or statistics are missing, or if their shapes do not match.
+        ValueError: If a key of `params` or `frozen` is missing, or if shapes do not match.
 
     Example:
         >>> frozen = {"vera_A": torch.ones(1, 2), "vera_B": torch.ones(1, 1)}
@@ -123,7 +125,7 @@ def fold_layer(
 def scaled_base(
     base: Float[Tensor, "*batch out"], params: Mapping[str, Tensor], bias: Tensor | None, x: Float[Tensor, "*batch in"]
 ) -> Float[Tensor, "*batch out"]:
-    """Compute `s * (base - bias) + bias`, where s is the `output_scale` of folded params.
+    """Compute `s * (base - bias) + bias`, where s is the `output_scale` in `params`.
 
     Example:
         >>> params = {"output_scale": torch.tensor([2.0, 1.0])}
@@ -148,7 +150,7 @@ def rescaled_delta(
 ) -> Float[Tensor, "*rows out in"]:
     """Return DVoRA's update of a weight, `s (W + delta) - W`, where `delta = diag(lambda_b) B diag(lambda_d) A`.
 
-    For each output row, `s` is the magnitude divided by the norm of that row of `W + delta`.
+    The scale `s` is the magnitude divided by the norm of each row of `W + delta`.
 
     Example:
         >>> weight, params = torch.tensor([[3.0, 3.0]]), {"magnitude": torch.tensor([10.0])}
@@ -183,13 +185,13 @@ def _adapted_square_norm(
 
 
 def _checked(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the three vectors after checking the keys and all shapes."""
+    """Return `lambda_b`, `lambda_d` and `magnitude`, after checking all keys and shapes."""
     wanted = {*VECTORS, MAGNITUDE}
     odd = sorted(wanted ^ (params.keys() - {join_key(MAGNITUDE, BASE_SHARE)}))
     if odd:
         raise ValueError(
-            f"params of a DVoRA layer must have the keys {sorted(wanted)}, got {sorted(params)}. For a weighted sum "
-            "of adapters, fold them first (fold_magnitude)."
+            f"params of a DVoRA layer must have the keys {sorted(wanted)}, got {sorted(params)}. To sum DVoRA "
+            "adapters, fold them first with fold_magnitude."
         )
     lambda_b, lambda_d, magnitude = (params[name] for name in (*VECTORS, MAGNITUDE))
     for name, vector in zip((*VECTORS, MAGNITUDE), (lambda_b, lambda_d, magnitude), strict=True):
@@ -217,13 +219,13 @@ def _checked(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> tupl
 
 
 def _with_share(params: Mapping[str, Tensor], name: str, scale: Tensor) -> Tensor:
-    """Add to the scale of each row the base model's share (see `select_adapters`); the base model has a scale of 1."""
+    """Add the weight of the base model in each row (see `select_adapters`) to the scale: the base has scale 1."""
     share = params.get(join_key(name, BASE_SHARE))
     return scale if share is None else scale + with_dims(share[..., None], scale.dim())
 
 
 def _distinct(vector: Tensor) -> Tensor:
-    """Return only the first row if all rows are views of one adapter, so that its norm is computed once."""
+    """Return only the first row if all rows are views of one adapter, so that the norm is computed only once."""
     return vector[:1] if vector.dim() > 1 and vector.stride(0) == 0 else vector
 
 

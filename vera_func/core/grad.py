@@ -2,9 +2,9 @@
 
     value_and_grad(f)(x, ...) = f(x, ...), df/dx
 
-`torch.func.grad` is slower than most calls need: it creates a class for every call of a custom `autograd.Function`, and
-it keeps the graph of the backward pass. The functions here use plain autograd where the result is the same. Inside a
-transform and under `torch.compile`, they call `torch.func`.
+`torch.func.grad` has overhead that most calls do not need: it creates a class for every call of a custom
+`autograd.Function`, and keeps the graph of the backward pass. This module uses plain autograd where the result is the
+same, and `torch.func` inside transforms and under `torch.compile`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,20 +25,20 @@ def grad(function: Function, argnums: int | tuple[int, ...] = 0, has_aux: bool =
     """Return a function that computes the gradient of a scalar function, as `torch.func.grad` does, but faster.
 
     Outside of transforms, `torch.autograd.grad` computes the gradient. The graph of the backward pass is kept only if
-    an argument or a closed-over tensor requires grad, so that plain autograd can differentiate the result again. The
-    graph is never kept under `torch.no_grad()`. Activation checkpointing is supported. Inside `vmap`, `jvp`, `grad` and
-    other transforms, under `torch.compile` and in inference mode, `torch.func.grad` computes the gradient.
+    the caller can differentiate the gradient again: gradients are enabled, and an argument or a closed-over tensor
+    requires grad. Activation checkpointing is supported. Inside `vmap`, `jvp`, `grad` and other transforms, under
+    `torch.compile` and in inference mode, `torch.func.grad` computes the gradient.
 
     Args:
-        function: Maps `(*args, **kwargs)` to a scalar tensor of shape (), or to a pair `(scalar, aux)`.
-        argnums: Position of the argument to differentiate, or a tuple of positions. Each of these arguments is a pytree
-            (dicts, lists, tuples) of floating-point tensors.
+        function: Function that returns a tensor of shape (), or with `has_aux` a pair `(tensor, aux)`.
+        argnums: Position of the argument to differentiate, or a tuple of positions. A differentiated argument is a
+            pytree (dicts, lists, tuples) of floating-point tensors.
         has_aux: Whether `function` returns a pair. `aux` is a pytree of tensors, and is not differentiated.
 
     Returns:
-        A function of the same arguments. It returns the gradient as a pytree like the argument, or a tuple of gradients
-        if `argnums` is a tuple; with `has_aux`, it returns `(gradient, aux)`. Gradients of tensors that the result
-        does not depend on are zeros.
+        A function of the same arguments that returns the gradient, or with `has_aux` the pair `(gradient, aux)`. The
+        gradient is a pytree like the argument, or a tuple of such pytrees if `argnums` is a tuple. Tensors that do not
+        affect the value have a gradient of zeros.
 
     Raises:
         ValueError: If an argument is not a pytree of floating-point tensors, if `argnums` are not positions of
@@ -54,7 +54,7 @@ def grad(function: Function, argnums: int | tuple[int, ...] = 0, has_aux: bool =
 
 
 def value_and_grad(function: Function, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Function:
-    """Return a function that computes `(value, gradient)`, in JAX's order; `torch.func.grad_and_value` reverses it.
+    """Return a function that computes `(value, gradient)`; `torch.func.grad_and_value` returns the opposite order.
 
     Args:
         function: See `grad`.
@@ -81,11 +81,11 @@ def gradients(function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, Any
     Do not call this function inside a transform.
 
     Args:
-        function: Returns a scalar tensor of shape () and a pytree of tensors.
+        function: Function that returns a tensor of shape (), and `aux`, a pytree of tensors.
         inputs: Floating-point tensors.
 
     Returns:
-        The value, `aux`, and for each input its gradient, or None if the value does not depend on that input.
+        The value, `aux`, and a gradient for each input, or None for an input that does not affect the value.
 
     Example:
         >>> gradients(lambda x, y: (x.square(), ()), [torch.tensor(3.0), torch.ones(2)])
@@ -140,7 +140,7 @@ def _differentiate(
 
 
 class _Outer:
-    """The part of the autograd graph outside of a function. `own` holds the ids of the function's own leaves."""
+    """The part of the autograd graph outside of a function, whose own leaves have the ids `own`."""
 
     def __init__(self, own: set[int]) -> None:
         self.own = own
@@ -163,7 +163,7 @@ class _Outer:
 
 
 def _leads_outside(outer: _Outer | None, result: Tensor) -> bool:
-    """Whether the caller can differentiate a result, so that its graph must be kept."""
+    """Whether the caller can differentiate a result, so that the graph must be kept."""
     return outer is not None and result.requires_grad and outer.reached_from(result)
 
 
@@ -184,7 +184,7 @@ def _call(function: Function, has_aux: bool, /, *args: Any, **kwargs: Any) -> tu
     if not isinstance(value, Tensor) or value.dim() != 0:
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         hint = "" if has_aux else ", or pass has_aux=True for a pair (value, aux)"
-        raise ValueError(f"function must return a scalar, a tensor of shape (), got {found}: take the sum{hint}.")
+        raise ValueError(f"function must return a tensor of shape (), got {found}: return the sum{hint}.")
     for leaf in tree_leaves(aux):
         if not isinstance(leaf, Tensor):
             raise ValueError(f"aux must be a pytree of tensors, got a leaf of type {type(leaf).__name__}.")
@@ -197,7 +197,7 @@ def _places(argnums: Any, count: int) -> tuple[int, ...]:
         raise ValueError(f"argnums must be positions among the {count} positional arguments, got {argnums!r}.")
     places = tuple(i % count for i in places)
     if len({*places}) < len(places):
-        raise ValueError(f"argnums must be different positions, got {argnums!r}.")
+        raise ValueError(f"argnums must be different positions, got {argnums!r}, which has a position twice.")
     return places
 
 

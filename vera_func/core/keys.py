@@ -1,10 +1,10 @@
-"""Keys of a flat dict of params: `"{module}.{leaf}"`, as in `named_parameters()`.
+"""Keys of a flat dict of params, which have the form `"{module}.{leaf}"`, as in `named_parameters()`.
 
-The leaves `lambda_b` and `lambda_d` are the adapter vectors of a module. DVoRA has a third, `magnitude`, or
-`output_scale` after folding (see `dora`). `mixture` holds the weights of a weighted sum of adapters. Any other leaf is
-a parameter of the model itself, such as a trained bias or head. A key such as `"classifier.weight.base_share"` holds a
-factor f: the base model's value, times f, is added to `"classifier.weight"`. For an output scale, the base model's
-value is 1.
+The leaf names `lambda_b` and `lambda_d` mark the adapter vectors of a module. DVoRA adds a third vector, `magnitude`,
+which `dora.fold_layer` replaces by `output_scale`. The leaf `mixture` contains the weights of a sum of adapters. Any
+other leaf is a parameter of the base model, such as a trained bias or head. The value of a key such as
+`"classifier.weight.base_share"` is a factor f: the base model's `classifier.weight`, times f, is added to
+`"classifier.weight"`. The output scale of the base model is 1.
 """
 
 from collections.abc import Iterable, Mapping
@@ -32,7 +32,7 @@ def join_key(*parts: str) -> str:
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """Split a key into its module and its leaf.
+    """Split a key into the name of the module and the leaf.
 
     Example:
         >>> split_key("layers.0.q_proj.lambda_b"), split_key("lambda_b")
@@ -43,7 +43,7 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def is_vector(key: str) -> bool:
-    """Whether the leaf of a key is a vector of an adapter: `lambda_b`, `lambda_d`, a magnitude or an output scale.
+    """Whether a key belongs to an adapter vector, `lambda_b`, `lambda_d`, a magnitude or an output scale.
 
     Example:
         >>> is_vector("q_proj.lambda_b"), is_vector("classifier.weight")
@@ -53,7 +53,7 @@ def is_vector(key: str) -> bool:
 
 
 def own_parameters(keys: Iterable[str]) -> list[str]:
-    """Return the keys that are parameters of the model itself and not of an adapter, in the same order.
+    """Return the keys of the base model's own parameters, without the keys of adapters.
 
     Example:
         >>> own_parameters(["q_proj.lambda_b", "q_proj.mixture", "classifier.weight"])
@@ -63,7 +63,7 @@ def own_parameters(keys: Iterable[str]) -> list[str]:
 
 
 def adapted_modules(keys: Iterable[str]) -> list[str]:
-    """Return the names of the modules that have a `lambda_b`, in the same order.
+    """Return the names of the modules that have a `lambda_b`, in the order of the keys.
 
     Example:
         >>> adapted_modules(["q_proj.lambda_b", "q_proj.lambda_d", "classifier.weight"])
@@ -73,7 +73,7 @@ def adapted_modules(keys: Iterable[str]) -> list[str]:
 
 
 def by_module(params: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Group the adapter vectors in params by module: `{module: {"lambda_b": ..., "lambda_d": ...}}`.
+    """Group the adapter vectors by module, as `{module: {"lambda_b": ..., "lambda_d": ...}}`.
 
     Example:
         >>> import torch

@@ -12,19 +12,18 @@ from torch import Tensor
 
 
 def init_projections(r: int, in_features: int, out_features: int, key: int = 0) -> dict[str, Tensor]:
-    """Draw the shared projections: `{"vera_A": (r, in), "vera_B": (out, r)}`, Kaiming-uniform, float32, on the CPU.
+    """Draw the shared projections `{"vera_A": (r, in), "vera_B": (out, r)}`, Kaiming-uniform in float32 on the CPU.
 
-    For the same key and sizes, the draw is PEFT's, bit for bit. A CPU Mersenne twister seeded with `key` draws `A` and
-    then `B`. Both are uniform in ±sqrt(6 / fan_in), where fan_in is `in` for `A` and `r` for `B`. The draw does not
-    depend on the default dtype, the global generator or the number of threads. Values are drawn row by row, so the
-    projections for a wider layer do not extend those for a narrower layer: the same key with other sizes gives other
-    values.
+    For the same key and sizes, the projections are bitwise equal to PEFT's. A CPU generator seeded with `key` draws `A`
+    and then `B`. Values are uniform in ±sqrt(6 / fan_in), where fan_in is `in` for `A` and `r` for `B`. The draw does
+    not depend on the default dtype, the global generator or the number of threads. The same key with other sizes gives
+    other values: projections for a wider layer do not contain those for a narrower layer.
 
     Args:
         r: Rank, the number of rows of `A`.
         in_features: Input size of the widest adapted layer.
         out_features: Output size of the widest adapted layer.
-        key: Seed of the draw. PEFT calls it `projection_prng_key`.
+        key: Seed of the draw, called `projection_prng_key` in PEFT.
 
     Raises:
         ValueError: If a size is not a positive integer, or if the key is not an integer that fits in 64 bits.

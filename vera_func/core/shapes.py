@@ -1,4 +1,4 @@
-"""Checks of shapes, dtypes and numbers, and the broadcasting of one adapter per row to a batch."""
+"""Checks of shapes, dtypes and numbers, and broadcasting of one adapter per row to a batch."""
 
 import numbers
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ def align_rows(name: str, vector: Tensor, x: Tensor, *, inner: int = 1) -> Tenso
 
     Args:
         name: Name of the vector, for the error message.
-        vector: Tensor whose last `inner` axes belong to the vector; the axes before them are rows.
-        x: Input of shape (*batch, in), whose first axes must be `rows`. Under vmap, shapes are logical shapes, without
-            the mapped axis.
-        inner: Number of axes that belong to the vector.
+        vector: Tensor of shape (*rows, ...), where the last `inner` axes are not rows.
+        x: Input of shape (*batch, in), where `*batch` must start with `*rows`. Under vmap, shapes exclude the mapped
+            axis.
+        inner: Number of last axes of `vector` that are not rows.
 
     Raises:
         ValueError: If the rows do not match the leading axes of `x`.
@@ -70,9 +70,9 @@ def with_dims(vector: Tensor, dims: int) -> Tensor:
 def contiguous_rows(x: Tensor) -> Tensor:
     """Return `x` (*batch, in), copied if it is not contiguous.
 
-    torch multiplies a contiguous `x` (b, seq, in) by a frozen weight as one matrix (b * seq, in). Otherwise it copies
-    the weight `b` times and multiplies each entry of the batch separately. For the output head of a language model and
-    the slice `hidden[:, -1:]`, these copies cost more than the rest of the model.
+    torch multiplies a contiguous `x` (b, seq, in) by a frozen weight as one matrix (b * seq, in). If `x` is not
+    contiguous, torch copies the weight `b` times. For the output head of a language model and the slice `hidden[:,
+    -1:]`, these copies of the weight cost more than the rest of the model.
 
     Example:
         >>> contiguous_rows(torch.ones(4, 7, 3)[:, -1:]).stride()
@@ -98,7 +98,7 @@ def require_positive(name: str, value: float) -> None:
     """Raise an error if a value is not a positive, finite number.
 
     Raises:
-        ValueError: If the value is zero, negative, infinite, NaN, a tensor, or not a number.
+        ValueError: If the value is not a number (for example a tensor), or is zero, negative, infinite or NaN.
 
     Example:
         >>> require_positive("damping", 0.5)
@@ -111,7 +111,7 @@ def require_product_dtype(dtype: torch.dtype | None) -> None:
     """Raise an error if a dtype is not a valid `product_dtype`; see `vera_forward`.
 
     Raises:
-        ValueError: If `dtype` is neither None nor bfloat16 nor float16.
+        ValueError: If `dtype` is not None, bfloat16 or float16.
 
     Example:
         >>> require_product_dtype(torch.bfloat16)
