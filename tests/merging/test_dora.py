@@ -95,7 +95,7 @@ bad(
     "merge_quantized",
     "another magnitude",
     lambda _: vf.merge_quantized(Q4, LAYER | WIDE, PAIR),
-    r"a scale must have shape \(32,\), got",
+    r"magnitude must have shape \(32,\), got \(31,\)",
 )
 bad(
     "merge_quantized", "two scales", lambda _: vf.merge_quantized(Q4, LAYER | BOTH, PAIR), "'magnitude', 'output_scale'"

@@ -153,6 +153,6 @@ def test_what_a_model_keeps_in_float32_is_not_quantized():
 def test_what_a_model_keeps_in_float32_is_not_merged_into_4_bits():
     model, config, inputs = make("t5")
     _, params, frozen, _ = vf.adapt(model, config)
-    with pytest.raises(ValueError, match=r"'encoder.*wo' can't be merged to nf4: T5For.* keeps it in float32"):
+    with pytest.raises(ValueError, match=r"'encoder.*wo' can't be merged to nf4: T5For.* keeps this layer in float32"):
         vf.merge(model, params, frozen, "nf4")
     assert torch.equal(exact(vf.merge(model, params, frozen))(**inputs).logits, model(**inputs).logits)

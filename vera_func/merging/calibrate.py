@@ -3,14 +3,14 @@
     minimise  ‖(W + κ ΔW) X - Q X‖²  =  Σ_rows (t - q) H (t - q)ᵀ,  H = X Xᵀ,    over  q = absmax_block · code[codes]
 
 Here t is a row of the target `W + κ ΔW`, and q is a row of the merged weight `Q`. `W` lies on the grid, so rounding `W
-+ ΔW` weight by weight returns `W` wherever `ΔW` is below half a quantization step. Measured by the layer's outputs for
-its inputs `X`, other points of the grid are much closer to `W + ΔW`. The scale of each block can also take any value. A
-least-squares fit shrinks the update. The overshoot `κ`, a factor of at least 1 on the update, compensates for this, so
-that the effect `ΔW X` is retained in full and the remaining error is noise.
++ ΔW` weight by weight returns `W` wherever `ΔW` is below half a quantization step. For the inputs `X` of the layer,
+other points of the grid give outputs much closer to those of `W + ΔW`. The codes and the scale of each block are
+optimized. A least-squares fit shrinks the update. The overshoot `κ`, a factor of at least 1 on the update, compensates
+for the shrinkage, so that the effect `ΔW X` is retained in full and the remaining error is noise.
 
-These functions take and return arrays, and do not depend on packing, modules or VeRA. `code` is the table of levels, in
-any order, with shape (levels,). `codes` are the indices of weights in this table, uint8, with shape (out, in). `absmax`
-are the scales of blocks, float32, with shape (out, in / blocksize).
+The functions of this module do not depend on packing, modules or VeRA. `code` is the table of levels, in any order,
+with shape (levels,). `codes` are indices into `code`, uint8, with shape (out, in). `absmax` are the scales of blocks,
+float32, with shape (out, in / blocksize).
 """
 
 from typing import NamedTuple
@@ -34,8 +34,8 @@ class Calibrated(NamedTuple):
         codes: Indices of the levels, of shape (out, in), uint8.
         absmax: Scales of the blocks, of shape (out, blocks).
         kappa: The overshoot κ: codes and scales were fitted to `W + kappa ΔW`.
-        kept: `output_kept` of the merged weight.
-        error: `output_error` of the merged weight.
+        kept: Result of `output_kept` for the merged weight.
+        error: Result of `output_error` for the merged weight.
     """
 
     codes: Codes
@@ -49,11 +49,11 @@ def gram(inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] 
     """Compute second moments `H = Σ w x xᵀ / Σ w` of a layer's inputs, in float32 and without damping.
 
     This costs `in²` multiply-adds per token. To combine the second moments of several batches, take their mean,
-    weighted by the `Σ w` of each batch. To weight errors by their effect on the model's answer, let a token's weight be
-    the squared norm of the answer's gradient with respect to the layer's output at this token.
+    weighted by the `Σ w` of each batch. To weight errors by their effect on a scalar readout of the model, set the
+    weight of each token to the squared norm of the readout's gradient with respect to the layer's output.
 
     Args:
-        inputs: Inputs of the layer, of shape (*tokens, in). Leave out padding, or give it weight 0.
+        inputs: Inputs of the layer, of shape (*tokens, in). Padding must be left out or have weight 0.
         weights: One nonnegative weight per token. None gives all tokens equal weight.
 
     Raises:
@@ -67,9 +67,9 @@ def gram(inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] 
     w = torch.ones_like(inputs[..., 0], dtype=torch.float32) if weights is None else weights.float()
     shapes = f"inputs {tuple(inputs.shape)} and weights {tuple(w.shape)}"
     if w.shape != inputs.shape[:-1] or (w < 0).any() or not w.any():
-        raise ValueError(f"{shapes}: pass one weight per token, none of them negative and at least one positive.")
+        raise ValueError(f"{shapes}: pass one weight per token, nonnegative and not all zero.")
     if not inputs.isfinite().all() or not w.isfinite().all():
-        raise ValueError(f"{shapes} must be finite for every token: they contain NaN or inf.")
+        raise ValueError(f"{shapes} must be finite for every token, but contain NaN or inf.")
     x, w = inputs.reshape(-1, inputs.shape[-1]).float(), w.reshape(-1, 1) / w.sum()
     return x.T @ (w * x)
 
@@ -95,8 +95,8 @@ def output_error(change: Weight, delta: Weight, gram: Gram) -> float:
 def output_kept(change: Weight, delta: Weight, gram: Gram) -> float:
     """Compute the retained fraction of the update's effect, `⟨(Q - W) X, ΔW X⟩ / ‖ΔW X‖²`, or 1 if `ΔW X` is zero.
 
-    The arguments are those of `output_error`. With the identity as `gram`, the result is the retained fraction of the
-    update itself.
+    The arguments are those of `output_error`. With the identity as `gram`, the result is the retained fraction of `ΔW`
+    itself.
 
     Example:
         >>> output_kept(torch.full((2, 3), 0.5), torch.ones(2, 3), torch.eye(3))
@@ -107,7 +107,7 @@ def output_kept(change: Weight, delta: Weight, gram: Gram) -> float:
 
 
 def stochastic_codes(target: Weight, code: Table, absmax: Absmax, generator: torch.Generator) -> Codes:
-    """Round weights to the grid at random, so that the expectation is `target`: merging without calibration inputs.
+    """Round weights to a neighbouring level at random, with expectation `target`. No calibration inputs are needed.
 
     The rounding is unbiased, except that targets beyond the outermost levels are clipped. Each weight that is not on
     the grid gets noise with a standard deviation of up to half a quantization step, so the error is several times that
@@ -116,8 +116,8 @@ def stochastic_codes(target: Weight, code: Table, absmax: Absmax, generator: tor
     Args:
         target: The weight to round, `W + ΔW`.
         code: The levels.
-        absmax: The scales of the blocks; they are not changed.
-        generator: Source of randomness; there is no default.
+        absmax: The scales of the blocks, which stay the same.
+        generator: Random number generator (required).
 
     Raises:
         ValueError: If blocks straddle rows.
@@ -140,17 +140,17 @@ def stochastic_codes(target: Weight, code: Table, absmax: Absmax, generator: tor
 def calibrate_rows(
     codes: Codes, absmax: Absmax, delta: Weight, *, code: Table, gram: Gram, damping: float = 0.01, max_kappa: float = 4
 ) -> Calibrated:
-    """Find codes and scales with `Q X ≈ (W + ΔW) X`, where `W = absmax_block · code[codes]`.
+    """Find codes and scales of a weight Q with `Q X ≈ (W + ΔW) X`, where `W = absmax_block · code[codes]`.
 
-    For a given overshoot `κ`, each row is optimized from two starting points, and the better result is taken. One is
-    Babai's nearest plane (GPTQ in the order of decreasing `diag H`), the other is the given codes and scales. A step of
-    the optimization changes one code by one level. Of all such changes, it makes the one with the smallest error after
-    all scales of the row are refitted by least squares. There are at most 64 steps. `κ` starts at 1 and is interpolated
-    until `kept` is within 0.02 of 1, in at most five fits.
+    For a given overshoot `κ`, each row is optimized from two starting points, and the better result is taken. The
+    starting points are Babai's nearest plane (GPTQ in the order of decreasing `diag H`), and the given codes and
+    scales. Each of at most 64 steps changes one code by one level, and refits all scales of the row by least squares.
+    The step selects the change with the smallest estimated error after the refit. `κ` starts at 1 and is interpolated
+    until the retained fraction is within 0.02 of 1, in at most five fits.
 
     A fit costs about `8 out in²` multiply-adds, and a step of all rows costs `6 out in² / blocksize`. Temporary tensors
-    take a few times 128 MB. The result is deterministic. The error ‖(W + κ ΔW) X - Q X‖ of a row is never larger than
-    it is for the given codes and scales, `Q = W`.
+    take a few times 128 MB. The result is deterministic. In each row, the error ‖(W + κ ΔW) X - Q X‖ is at most that of
+    the unchanged weight, `Q = W`.
 
     Args:
         codes: The codes of the base weight.
@@ -158,18 +158,19 @@ def calibrate_rows(
         delta: The update to merge, `ΔW`.
         code: The table of levels, in any order. Levels need not be distinct.
         gram: Second moments `H` of the calibration inputs.
-        damping: Fraction of the mean of `gram`'s diagonal that is added to the diagonal. Use 0.1 if there are fewer
-            than about 1,000 tokens.
-        max_kappa: Upper bound of the overshoot. With 1, the output error is minimal, but the update shrinks.
+        damping: Multiple of the mean of `gram`'s diagonal that is added to the diagonal. Use 0.1 for fewer than about
+            1,000 calibration tokens.
+        max_kappa: Upper bound of the overshoot. With `max_kappa=1`, the output error is minimal, but the update
+            shrinks.
 
     Returns:
         Codes, scales, the overshoot, and `kept` and `error` on the calibration inputs. On other inputs, `kept` and
-        `error` are worse: by 0.01 to 0.02 with seven calibration tokens per input feature, and by more with fewer. Rows
-        in which `delta` is zero are returned unchanged.
+        `error` are worse: by 0.01 to 0.02 with seven calibration tokens per input feature, and by more with fewer
+        tokens. Rows in which `delta` is zero are returned unchanged.
 
     Raises:
-        ValueError: If the shapes do not match, if a block straddles rows, or if a value is out of range, NaN or
-            infinite.
+        ValueError: If the shapes do not match, if a block straddles rows, or if a value is NaN, infinite or out of
+            range.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -200,7 +201,7 @@ def calibrate_rows(
     weight, update, kappa = problem.weight(point), delta[rows].float(), 1.0
     tried: list[tuple] = []  # (kappa, kept, error, point)
     while len(tried) < 5:
-        # Each fit starts from the result of the last one, so that it needs few steps.
+        # Each fit starts from the result of the last fit, and therefore needs few steps.
         point = _fit(problem, weight + kappa * update, point)
         change = problem.weight(point) - weight
         kept = output_kept(change, update, gram)
@@ -254,7 +255,7 @@ def _fit(problem: _Problem, target: Tensor, start: _Point) -> _Point:
 
 
 def _nearest_plane(problem: _Problem, target: Tensor, absmax: Tensor) -> _Point:
-    """Round column by column, and let the remaining columns compensate for the error of each (GPTQ)."""
+    """Round column by column, compensating for each error in the remaining columns (GPTQ)."""
     factor, diagonal = problem.factor, problem.factor.diagonal().tolist()
     # Columns come first, so that the loop reads and writes contiguous memory.
     left, scale = target.T[problem.order], absmax.T[problem.order // problem.blocksize]  # (in, rows)
@@ -271,7 +272,7 @@ def _nearest_plane(problem: _Problem, target: Tensor, absmax: Tensor) -> _Point:
 
 
 def _shift(problem: _Problem, level: Tensor, normal: Tensor, gradient: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Newton's step of the absmax, (rows, blocks), and the Cholesky factor of its normal equations."""
+    """Return the Newton step of `absmax`, (rows, blocks), and the Cholesky factor of the normal equations."""
     # The ridge penalizes the step, not the solution: it slows directions of small curvature, and adds no bias.
     ridge = 1e-5 * normal.diagonal(dim1=1, dim2=2) + 1e-6 * problem.blocksize * problem.gram.diagonal().mean()
     factor, _ = torch.linalg.cholesky_ex((normal + torch.diag_embed(ridge)).double())
@@ -325,7 +326,7 @@ def _steps(problem: _Problem, target: Tensor, point: _Point, limit: int = 64) ->
 
 
 def _next_kappa(tried: list[tuple], largest: float) -> float:
-    """Return the next overshoot, by interpolation between two values around full retention, or by extrapolation."""
+    """Return the next overshoot, interpolated between retained fractions below and above 1, or extrapolated."""
     below, above = ([each for each in tried if (each[1] < 1) is side] for side in (True, False))
     if not below or not above:
         return min(max(tried[-1][0] / max(tried[-1][1], 0.1) ** 0.8, 1.0), largest)  # a power that fits real layers
@@ -349,7 +350,9 @@ def _blocksize(weight: Tensor, absmax: Tensor) -> int:
     if weight.ndim != 2 or absmax.ndim != 2 or len(weight) != len(absmax):
         raise ValueError(f"{shapes} must have shapes (out, in) and (out, in / blocksize).")
     if absmax.shape[1] == 0 or weight.shape[1] % absmax.shape[1]:
-        raise ValueError(f"{shapes}: blocks must not straddle rows. Use a blocksize that divides in, or merge densely.")
+        raise ValueError(
+            f"{shapes}: blocks must not straddle rows. Use a blocksize that divides {weight.shape[1]}, or merge_dense."
+        )
     return weight.shape[1] // absmax.shape[1]
 
 
@@ -361,7 +364,7 @@ def _check(codes: Tensor, damping: float, max_kappa: float, **floats: Tensor) ->
             )
     for name, tensor in floats.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"{name} must be finite: it contains NaN or inf.")
+            raise ValueError(f"{name} must be finite, but contains NaN or inf.")
     if codes.max() >= len(floats["code"]):
         raise ValueError(
             f"codes contain the index {codes.max()}, but the table `code` has only {len(floats['code'])} levels."
@@ -369,6 +372,6 @@ def _check(codes: Tensor, damping: float, max_kappa: float, **floats: Tensor) ->
     if not damping > 0 or not max_kappa >= 1:
         raise ValueError(f"damping must be positive and max_kappa at least 1, got {damping} and {max_kappa}.")
     if not torch.allclose(floats["gram"], floats["gram"].T, rtol=1e-3, atol=1e-3 * floats["gram"].abs().max().item()):
-        raise ValueError("gram must be symmetric: it is the mean of x xᵀ over the inputs x.")
+        raise ValueError("gram must be symmetric: pass the mean of x xᵀ over the inputs x.")
     if not floats["gram"].diagonal().sum() > 0:
-        raise ValueError("gram must not be zero: all calibration inputs are zero.")
+        raise ValueError("gram must not be zero: pass calibration inputs that are not all zero.")

@@ -2,10 +2,10 @@
 
     W' = round(W + ΔW)        kept = <W' - W, ΔW> / ‖ΔW‖²        ΔW = diag(lambda_b) B diag(lambda_d) A
 
-For DVoRA, ΔW here means the whole change of the weight, `m (W + ΔW) / ‖W + ΔW‖ - W` (see `core.dora`). A dequantized
-weight lies on the quantization grid. Requantizing `W + ΔW` silently discards updates below half a quantization step.
-`merge_report` measures this loss. A 16-bit merge (`merge_dense`) loses much less, and a LoRA (`export_lora`) is exact.
-A merged weight can't be turned back into the base weight, so keep `q` if you may need it again.
+For DVoRA, this module uses `m (W + ΔW) / ‖W + ΔW‖ - W` in place of ΔW (see `core.dora`). A dequantized weight lies on
+the quantization grid. Requantizing `W + ΔW` silently discards updates below half a quantization step. `merge_report`
+measures this loss. A 16-bit merge (`merge_dense`) loses much less, and a LoRA (`export_lora`) is exact. A merged weight
+can't be converted back to the base weight, so keep `q` for unmerging.
 """
 
 from collections.abc import Mapping
@@ -29,10 +29,10 @@ class MergeReport(NamedTuple):
 
     Attributes:
         kept: Retained fraction of the update, <W' - W, ΔW> / ‖ΔW‖²: 1 if all of it is retained, 0 if none.
-        error: Relative error ‖W' - W - ΔW‖ / ‖ΔW‖. If it is above 1, the rounding noise is larger than the update.
+        error: Relative error ‖W' - W - ΔW‖ / ‖ΔW‖. Above 1, the error is larger than the update.
         size: Relative size of the update, ‖ΔW‖ / ‖W‖.
-        output_kept: `kept` for the layer's outputs on the given inputs, or None without inputs.
-        output_error: `error` for the layer's outputs on the given inputs, or None without inputs.
+        output_kept: Retained fraction of the change of the layer's outputs on the given inputs, or None without inputs.
+        output_error: Relative error of the change of the layer's outputs on the given inputs, or None without inputs.
     """
 
     kept: float
@@ -45,7 +45,7 @@ class MergeReport(NamedTuple):
 def merge_quantized(q: Quantized, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Quantized:
     """Return `W + ΔW`, requantized in the format of `q`. The result is bitwise equal to that of PEFT's merge.
 
-    `q` is not modified; keep it if you may need to undo the merge. If `ΔW` is 0, the result is `q` itself.
+    `q` is not modified; keep `q` for unmerging. If `ΔW` is 0, the result is `q` itself.
 
     Args:
         q: The base weight (out, in).
@@ -53,10 +53,10 @@ def merge_quantized(q: Quantized, params: Mapping[str, Tensor], frozen: Mapping[
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
 
     Returns:
-        A weight of the same type, block size, nesting and storage dtype.
+        A weight with the type, block size, double quantization and storage dtype of `q`.
 
     Raises:
-        ValueError: If the adapter holds NaN or inf, is stacked, or does not fit the weight.
+        ValueError: If the adapter holds NaN or inf, is stacked, or does not fit `q`, or if `q` is dense.
 
     Example:
         >>> import torch
@@ -67,7 +67,7 @@ def merge_quantized(q: Quantized, params: Mapping[str, Tensor], frozen: Mapping[
         True
     """
     if isinstance(q, Tensor):
-        raise ValueError(f"the weight {tuple(q.shape)} {q.dtype} is dense: merge it with merge_dense.")
+        raise ValueError(f"the weight {tuple(q.shape)} {q.dtype} is dense: use merge_dense.")
     delta = checked_delta(q, params, frozen)
     if not delta.any():
         return q
@@ -86,26 +86,27 @@ def merge_calibrated(
 ) -> Quantized4bit:
     """Merge with calibration (GPTQ-style): return a 4-bit weight whose outputs on `inputs` match the adapted layer's.
 
-    `merge_quantized` rounds each weight separately, and discards updates below half a quantization step. Here, codes
-    and block scales are chosen jointly, to preserve the layer's outputs; see `calibrate.calibrate_rows` for the
-    algorithm. A layer takes seconds. Measure the result on other inputs, with `merge_report(..., inputs, merged=...)`.
+    `merge_quantized` rounds each weight separately, and discards updates below half a quantization step.
+    `merge_calibrated` chooses codes and block scales jointly, to preserve the layer's outputs; see
+    `calibrate.calibrate_rows` for the algorithm. A layer takes seconds. Measure the result on other inputs, with
+    `merge_report(..., inputs, merged=...)`.
 
     Args:
-        q: The base weight; `in` must be a multiple of its block size.
+        q: The base weight, where `in` is a multiple of the block size.
         params: `{"lambda_b": (out,), "lambda_d": (r,)}`; for DVoRA also `"magnitude"` of shape (out,).
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
-        inputs: Representative inputs of the layer, without padding; several thousand tokens are enough.
-        gram: Second moments of the inputs, from `second_moments`, to pass instead of the inputs.
-        damping: See `calibrate_rows`. None means 0.01, or 0.1 for fewer than 1,000 tokens.
-        max_kappa: Upper bound of the factor by which the update is overshot (see `calibrate_rows`). With 1, the output
-            error is minimal, but the update shrinks.
+        inputs: Representative inputs of the layer, without padding. Several thousand tokens are enough.
+        gram: Second moments from `second_moments`, in place of `inputs`.
+        damping: See `calibrate_rows`. None means a damping of 0.01, or of 0.1 for fewer than 1,000 tokens.
+        max_kappa: Upper bound of the overshoot (see `calibrate_rows`). With `max_kappa=1`, the output error is minimal,
+            but the update shrinks.
 
     Returns:
         A 4-bit weight of the same type and block size, whose scales are not double-quantized.
 
     Raises:
-        ValueError: If the weight is not a 4-bit weight, if blocks straddle its rows, or if the inputs do not fit. Also
-            as for `merge_quantized`.
+        ValueError: If `q` is not a 4-bit weight, if blocks straddle its rows, if `inputs` or `gram` does not fit, or if
+            the adapter holds NaN or inf, is stacked, or does not fit `q`.
 
     Example:
         >>> import torch
@@ -122,11 +123,12 @@ def merge_calibrated(
     """
     if not isinstance(q, Quantized4bit):
         raise ValueError(
-            "merge_calibrated is for 4-bit weights; an 8-bit grid retains small updates: use merge_quantized."
+            f"merge_calibrated needs a 4-bit weight, got {type(q).__name__}: use merge_quantized or merge_dense."
         )
     out_features, in_features = q.shape
     if (inputs is None) == (gram is None):
-        raise ValueError("pass either inputs or their second moments (gram), and not both.")
+        given = "neither" if inputs is None else "both"
+        raise ValueError(f"pass either inputs or gram (the second moments of the inputs), got {given}.")
     if inputs is not None and inputs.shape[-1:] != (in_features,):
         raise ValueError(f"inputs must have shape (*tokens, {in_features}), got {tuple(inputs.shape)}.")
     delta = checked_delta(q, params, frozen).float()
@@ -156,17 +158,18 @@ def merge_stochastic(
 ) -> Quantized4bit:
     """Merge with stochastic rounding: each weight of `W + ΔW` becomes one of the two nearest levels, without bias.
 
-    Use this function if there are no inputs to calibrate with. The merge retains most of the update, but adds noise
-    that is several times as large as the update.
+    Use this function if no calibration inputs are available. The merge retains most of the update, but adds noise that
+    is several times as large as the update.
 
     Args:
-        q: The base weight; `in` must be a multiple of its block size.
+        q: The base weight, where `in` is a multiple of the block size.
         params: `{"lambda_b": (out,), "lambda_d": (r,)}`; for DVoRA also `"magnitude"` of shape (out,).
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
-        generator: Source of randomness; there is no default.
+        generator: Random number generator (required).
 
     Raises:
-        ValueError: As for `merge_calibrated`.
+        ValueError: If `q` is not a 4-bit weight, if blocks straddle its rows, or if the adapter holds NaN or inf, is
+            stacked, or does not fit `q`.
 
     Example:
         >>> import torch
@@ -178,7 +181,7 @@ def merge_stochastic(
     """
     if not isinstance(q, Quantized4bit):
         raise ValueError(
-            "merge_stochastic is for 4-bit weights; an 8-bit grid retains small updates: use merge_quantized."
+            f"merge_stochastic needs a 4-bit weight, got {type(q).__name__}: use merge_quantized or merge_dense."
         )
     delta = checked_delta(q, params, frozen).float()
     if not delta.any():
@@ -197,9 +200,8 @@ def merge_dense(
 ) -> Float[Tensor, "out in"]:
     """Return `W + ΔW` as a dense weight, computed in float32 (float64 if W is float64) and rounded once.
 
-    W is the dequantized weight, because the adapter was trained on it. Do not add the update to the original 16-bit
-    weight, which differs from W by the quantization error (about a tenth of its norm): the adapter was not trained for
-    that weight.
+    W is the dequantized weight, on which the adapter was trained. Do not add ΔW to the original 16-bit weight, which
+    differs from W by the quantization error, about a tenth of the norm of W.
 
     Args:
         q: The base weight: either quantized, or a dense tensor of shape (out, in).
@@ -208,7 +210,8 @@ def merge_dense(
         dtype: Dtype of the result.
 
     Raises:
-        ValueError: As for `merge_quantized`, or if the result overflows `dtype`.
+        ValueError: If the adapter holds NaN or inf, is stacked, or does not fit `q`, or if the result overflows
+            `dtype`.
 
     Example:
         >>> import torch
@@ -236,7 +239,7 @@ def merge_report(
 ) -> MergeReport:
     """Measure the retained fraction and the relative error of the update in a merged weight.
 
-    This costs one merge, or none if `merged` is given. If `inputs` are given, it also costs two matrix products.
+    This costs one merge unless `merged` is given, and two matrix products if `inputs` are given.
 
     Args:
         q: The base weight.
@@ -246,8 +249,8 @@ def merge_report(
         merged: The merged weight to measure, quantized or dense. None means the result of `merge_quantized`.
 
     Raises:
-        ValueError: As for `merge_quantized`. Also if `ΔW` is zero, or if its product with the inputs is, because the
-            retained fraction is then undefined.
+        ValueError: If the adapter holds NaN or inf, is stacked, or does not fit `q`. If `ΔW` is zero, or has no effect
+            on `inputs`: the retained fraction is then undefined.
 
     Example:
         >>> import torch
@@ -259,11 +262,11 @@ def merge_report(
     """
     delta = checked_delta(q, params, frozen).float()
     if not delta.any():
-        raise ValueError("the update is zero (lambda_b or lambda_d is 0), so its retained fraction is undefined.")
+        raise ValueError("the update is zero (lambda_b or lambda_d is 0), so the retained fraction is undefined.")
     base = q.float() if isinstance(q, Tensor) else dequantize(q, torch.float32)
     if merged is None:
         if isinstance(q, Tensor):
-            raise ValueError("the weight is dense: pass the merged weight to measure, merged=merge_dense(...).")
+            raise ValueError("the weight is dense, so merged is required: pass merged=merge_dense(...).")
         merged = merge_quantized(q, params, frozen)
     if tuple(merged.shape) != tuple(q.shape):
         raise ValueError(f"merged has shape {tuple(merged.shape)}, but the weight has shape {tuple(q.shape)}.")
@@ -308,7 +311,7 @@ def checked_delta(
 ) -> Float[Tensor, "out in"]:
     """Return the `delta_weight` of an adapter, after checking that the adapter can be merged into `q`.
 
-    For DVoRA, the result is the whole change of the weight, including the rescaling.
+    For DVoRA, the result includes the rescaling of the base weight.
 
     Raises:
         ValueError: If the adapter holds NaN or inf, is stacked or does not fit the weight, or if the weight is
@@ -317,8 +320,8 @@ def checked_delta(
     scales = params.keys() & {*SCALES}
     if params.keys() - scales != {*VECTORS} or len(scales) > 1:
         raise ValueError(
-            f"params must have the keys 'lambda_b' and 'lambda_d', got {sorted(params)} (for DVoRA also 'magnitude' or "
-            "'output_scale'). A weighted sum of adapters can't be merged: merge its adapters one by one."
+            f"params must have the keys 'lambda_b' and 'lambda_d' (for DVoRA also 'magnitude' or 'output_scale'), got "
+            f"{sorted(params)}. A weighted sum from select_adapters can't be merged: merge a single adapter."
         )
     for name, tensor in (*params.items(), *frozen.items()):
         if not isinstance(tensor, Tensor):
@@ -335,9 +338,9 @@ def checked_delta(
             f"{tuple(lambda_b.shape)} and {tuple(lambda_d.shape)}; split stacked adapters with unstack_adapters, and "
             "merge each."
         )
-    if any(params[name].shape != lambda_b.shape for name in scales):
-        shapes = {name: tuple(params[name].shape) for name in scales}
-        raise ValueError(f"for a weight {tuple(q.shape)}, a scale must have shape ({out_features},), got {shapes}.")
+    for name in scales:
+        if (shape := tuple(params[name].shape)) != (out_features,):
+            raise ValueError(f"for a weight {tuple(q.shape)}, {name} must have shape ({out_features},), got {shape}.")
     if any(leaf.is_meta for leaf in ((q,) if isinstance(q, Tensor) else flatten(q)[0])):
         raise ValueError(NO_DATA)
     if not scales:
@@ -349,7 +352,7 @@ def checked_delta(
 def _require_whole_blocks(q: Quantized4bit) -> None:
     if q.shape[1] % q.blocksize:
         raise ValueError(
-            f"blocks of {q.blocksize} straddle the rows of a weight {q.shape}; use merge_dense or export_lora."
+            f"blocks of {q.blocksize} values straddle the rows of a weight {q.shape}: use merge_dense or export_lora."
         )
 
 

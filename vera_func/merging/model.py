@@ -36,25 +36,25 @@ def merge(
 ) -> nn.Module:
     """Return a new model with the adapter merged into its weights. `model` is not modified.
 
-    Parameters that are neither merged nor quantized share memory with `model`. transformers' `save_pretrained` and
-    `from_pretrained` save and load the result. If tied weights become different, because one of them is adapted or
-    trained, they are untied in the result and in its configuration. To unmerge, use `model` again. A merge to 16 bits
-    loses almost nothing; `model_merge_report` measures the loss of a merge to 4 or 8 bits.
+    Dense parameters that the merge does not change share memory with `model`. transformers' `save_pretrained` and
+    `from_pretrained` save and load the result. Tied weights that the merge makes different are untied in the result and
+    its configuration. To unmerge, use `model` again. A merge to 16 bits loses almost nothing; `model_merge_report`
+    measures the loss of a merge to 4 or 8 bits.
 
     Args:
         model: The base model.
-        params: Params of a single adapter. Trained biases and `modules_to_save` replace those of the model.
+        params: Params of a single adapter. Trained biases and `modules_to_save` in `params` replace those of the model.
         frozen: The projections.
         to: Format of the adapted layers and of all quantized layers: "nf4", "fp4", "int8", or a dtype for a dense
             model. None keeps the format of each layer.
-        weights: Merged weights by module name, such as those of `calibrate_weights`. `merge` uses these weights
-            unchanged, and merges the other layers itself.
+        weights: Merged weights by module name, for example from `calibrate_weights`. Adapted layers without an entry
+            are merged by `merge_quantized` or `merge_dense`.
 
     Raises:
-        ValueError: If the adapter does not fit the model, or if it holds NaN or inf. Also if the model is offloaded, is
-            wrapped by PEFT, or has adapted layers on several devices. Also if `to` would quantize a layer that the
-            model's class keeps in float32. Also if an adapted layer computes its weight (weight_norm), transforms its
-            product (a subclass of `nn.Linear`), or has a dtype that can't hold the result (float8).
+        ValueError: If the adapter does not fit the model, or holds NaN or inf. If the model is offloaded, is wrapped by
+            PEFT, or has adapted layers on several devices. If `to` would quantize a layer that the model's class keeps
+            in float32. If an adapted layer computes its weight in each forward pass (weight_norm), does not return `x
+            Wᵀ + b`, or has a weight dtype that can't represent the result (float8).
 
     Example:
         >>> from vera_func import VeraConfig, adapt
@@ -69,12 +69,12 @@ def merge(
     layers = adapted_layers(model, params)
     if odd := sorted((weights or {}).keys() - layers.keys()):
         raise ValueError(
-            f"weights has {odd[0]!r}, which is not an adapted layer; adapted layers are {sorted(layers)[:3]}, ..."
+            f"weights has {odd[0]!r}, which is not an adapted layer: use names such as {sorted(layers)[:3]}."
         )
     float32 = tuple(f".{end}" for end in private.float32_modules(model))
     if isinstance(to, str) and (odd := [name for name in layers if f".{name}".endswith(float32)]):
         raise ValueError(
-            f"{odd[0]!r} can't be merged to {to}: {type(model).__name__} keeps it in float32 and reads its dtype. "
+            f"{odd[0]!r} can't be merged to {to}: {type(model).__name__} keeps this layer in float32. "
             "Merge to a dtype, or keep the format of each layer (to=None)."
         )
     parameters = dict(held_parameters(model))
@@ -126,15 +126,16 @@ def model_merge_report(
     Layers whose update is zero are omitted.
 
     Args:
-        adapted: From `adapt` or `load_adapter`, with a single adapter.
+        adapted: Result of `adapt` or `load_adapter`, with a single adapter.
         to: See `merge`.
-        inputs: Inputs of shape (tokens, in) by layer name, to measure the errors of the layers' outputs.
+        inputs: Inputs of each layer, of shape (tokens, in), by layer name. None omits the errors of the layers'
+            outputs.
 
     Returns:
         Reports by layer name.
 
     Raises:
-        ValueError: If the adapter does not fit the model or holds NaN or inf, or if `inputs` has a layer that is not
+        ValueError: If the adapter does not fit the model or holds NaN or inf, or if `inputs` names a layer that is not
             adapted.
 
     Example:
@@ -151,7 +152,7 @@ def model_merge_report(
     require_weights(model, "merge")
     if odd := sorted((inputs or {}).keys() - layers.keys()):
         raise ValueError(
-            f"inputs has {odd[0]!r}, which is not an adapted layer; adapted layers are {sorted(layers)[:3]}, ..."
+            f"inputs has {odd[0]!r}, which is not an adapted layer: use names such as {sorted(layers)[:3]}."
         )
     reports = {}
     for name, vectors in layers.items():
@@ -169,7 +170,7 @@ def _is_rescaled(base: Quantized | Tensor, vectors: Mapping[str, Tensor], frozen
 
 
 def _base_weight(name: str, module: Any, to: Format | None, given: Tensor | None) -> Quantized | Tensor:
-    """Return the base weight (out, in) of a merge: `given`, the trained weight in params, or else the layer's own."""
+    """Return the base weight (out, in) of a merge, which is `given`, a trained weight, or else the layer's weight."""
     if is_bnb_linear(module):
         return from_bnb(module)[0]
     _require_plain_weight(name, module, to)
@@ -184,7 +185,7 @@ def _base_weight(name: str, module: Any, to: Format | None, given: Tensor | None
 
 
 def _require_plain_weight(name: str, module: Any, to: Format | None) -> None:
-    """Raise an error if a layer computes its weight, or if the dtype of its weight can't hold a merged weight."""
+    """Raise an error if a layer computes its weight, or has a weight dtype that can't represent a merged weight."""
     if "weight" not in dict(module.named_parameters(recurse=False)):
         remedy = "torch.nn.utils.remove_weight_norm(layer) or remove_spectral_norm(layer)"
         if is_parametrized(module, "weight"):
@@ -195,11 +196,11 @@ def _require_plain_weight(name: str, module: Any, to: Format | None) -> None:
         return
     if type(module).forward is not nn.Linear.forward:
         raise ValueError(
-            f"{name!r} is a {type(module).__name__} with a scaled {dtype} weight, which can't be merged; dequantize "
+            f"{name!r} is a {type(module).__name__} with a scaled {dtype} weight, which can't be merged: dequantize "
             "the model first."
         )
     if to is None:
-        raise ValueError(f"{name!r} is stored in {dtype}, which can't hold a merged weight; pass to=torch.bfloat16.")
+        raise ValueError(f"{name!r} is stored in {dtype}, which can't hold a merged weight: pass to=torch.bfloat16.")
 
 
 def _merged_weight(
@@ -221,7 +222,7 @@ def _merged_weight(
 
 
 def _checked_parameter(parameters: Mapping[str, nn.Parameter], key: str, value: Tensor) -> Tensor:
-    """Return the new value of a parameter of the model, in the dtype and on the device of this parameter."""
+    """Return the trained value of a parameter of the model, in the parameter's dtype and on its device."""
     if key not in parameters:
         raise ValueError(f"params has {key!r}, which is not a parameter of the model.")
     own = parameters[key]
@@ -238,7 +239,7 @@ def _is_merged(key: str, layers: Collection[str]) -> bool:
 
 
 def _set_parameters(merged: nn.Module, model: nn.Module, own: Mapping[str, Tensor], memo: Mapping[int, Any]) -> None:
-    """Replace parameters of the model by their trained values. Tied parameters stay tied if their values are equal."""
+    """Replace parameters by their trained values. Tied parameters stay tied if the trained values are equal."""
     shared: dict[int, list[nn.Parameter]] = {}
     for key, names in parameter_aliases(model, [*own]).items():
         if key not in own:

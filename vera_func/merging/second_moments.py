@@ -2,10 +2,10 @@
 
     H = Σ_t w_t x_t x_tᵀ / Σ_t w_t,        w_t = 1 or ‖∂ readout / ∂ y_t‖²
 
-With equal weights, a calibrated merge preserves the outputs of each layer equally well at all tokens. But most tokens
-have little influence on the model's answer. With a `readout`, such as the answer's logit, the weight of a token is the
-squared norm of the readout's gradient with respect to the layer's output y. The error then moves to the tokens with
-little influence.
+With equal weights w_t, a calibrated merge preserves the outputs of each layer equally well at all tokens. But most
+tokens have little influence on the model's answer. With a `readout`, such as the answer's logit, the weight of a token
+is the squared norm of the readout's gradient with respect to the layer's output y. This weighting moves the error to
+tokens with little influence.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +23,7 @@ from ..quant.value import Quantized, Quantized4bit
 from .layer import merge_calibrated
 
 
-UNIFORM = 0.1  # share of unweighted second moments in the result; this share keeps the result well conditioned
+UNIFORM = 0.1  # fraction of unweighted second moments in the result, for a well-conditioned matrix
 
 
 def second_moments(
@@ -34,16 +34,16 @@ def second_moments(
 ) -> dict[str, Float[Tensor, "in in"]]:
     """Return the mean of `x xᵀ` over the inputs `x` of each adapted layer, by module name.
 
-    The inputs are those in the adapted model. This costs one forward pass per batch, and the memory of an (in, in)
-    matrix per layer. With `readout`, it also costs one backward pass per batch. Tokens with an `attention_mask` (b,
-    seq) of 0 are excluded.
+    The inputs come from one forward pass of the adapted model per batch. With `readout`, each batch also needs a
+    backward pass. Each layer needs the memory of an (in, in) matrix. Tokens with an `attention_mask` (b, seq) of 0 are
+    excluded.
 
     Args:
         adapted: The model with the adapter to merge.
-        batches: Keyword arguments of the model, such as `{"input_ids": ..., "attention_mask": ...}`. A few thousand
-            tokens in total are enough.
+        batches: Batches of keyword arguments of the model, such as `{"input_ids": ..., "attention_mask": ...}`. A few
+            thousand tokens in total are enough.
         readout: Function of the model's output that returns one scalar per example, with shape (b,). For a classifier
-            that answers with a token, return the difference of two answers' logits. Each token is then weighted by the
+            that answers with a token, return the difference of two answers' logits. The weight of each token is the
             squared norm of the readout's gradient with respect to the layer's output. None weights all tokens equally.
 
     Raises:
@@ -130,10 +130,10 @@ def calibrate_weights(
     Args:
         adapted: A model whose adapted layers are 4-bit, with a single adapter.
         moments: From `second_moments`.
-        progress: Wrapper of the iterable of layer names, such as `tqdm.tqdm`.
+        progress: Function that wraps the iterable of layer names, such as `tqdm.tqdm`.
 
     Raises:
-        ValueError: If an adapted layer is not a 4-bit layer, or if its second moments are missing.
+        ValueError: If an adapted layer is not a 4-bit layer, or has no second moments in `moments`.
 
     Example:
         >>> from vera_func import VeraConfig, adapt, merge, quantize_4bit, to_bnb
@@ -150,9 +150,14 @@ def calibrate_weights(
         module = adapted.apply.model.get_submodule(name)
         q = from_bnb(module)[0] if is_bnb_linear(module) else None
         if not isinstance(q, Quantized4bit):
-            raise ValueError(f"{name!r} is a {type(module).__name__}; only 4-bit layers can be calibrated.")
+            raise ValueError(
+                f"{name!r} is a {type(module).__name__}, but only 4-bit layers can be calibrated: call merge without "
+                "calibrated weights."
+            )
         if name not in moments:
-            raise ValueError(f"moments lacks the layer {name!r}; it has {sorted(moments)[:3]}.")
+            raise ValueError(
+                f"moments lacks the layer {name!r}, got {sorted(moments)[:3]}: pass the moments of all adapted layers."
+            )
         weights[name] = merge_calibrated(q, layers[name], adapted.frozen, gram=moments[name])
     return weights
 
