@@ -3,32 +3,32 @@
     y = W x + lambda_b * (B (lambda_d * (A x)))
 
 `W` is frozen and may be quantized. `A` and `B` are random, frozen, and shared by all layers and all adapters. An
-adapter is a flat dict of tensors, the vectors `lambda_b` (out,) and `lambda_d` (r,) of each layer. For each name below,
-`help(vf.X)` gives the shapes, the errors and an example.
+adapter is a flat dict of tensors, the vectors `lambda_b` (out,) and `lambda_d` (r,) of each layer. `help(vf.NAME)`
+gives the shapes, the errors and an example of each name below.
 
 One layer:
-    init_projections    draw the shared pair `{"vera_A": (r, in), "vera_B": (out, r)}`, PEFT's draw bit for bit
+    init_projections    the shared projections `{"vera_A": (r, in), "vera_B": (out, r)}`, bitwise equal to PEFT's
     init_params         a new adapter, `{"lambda_b": (out,), "lambda_d": (r,)}`
-    vera_forward        the adapted layer over any `base_fn`
-    delta_weight        the dense update of the weight, (out, in)
+    vera_forward        the output of an adapted layer, for any frozen layer `base_fn`
+    delta_weight        the update of the weight as a dense matrix, (out, in)
     dropout_mask        a random mask for the input of `A`
 
 Quantized weights:
-    quantize_4bit, quantize_8bit    a weight as an immutable value, with the same bytes as in bitsandbytes
-    Quantized4bit, Quantized8bit    the types of these values, which are pytrees
-    dequantize          the dense weight of such a value
-    quantized_linear    the linear layer with such a weight, under every transform
-    validate            check a value that was made by hand
-    from_bnb, to_bnb    convert bitsandbytes' modules to values, and back
+    quantize_4bit, quantize_8bit    quantize a weight, bit for bit as bitsandbytes does
+    Quantized4bit, Quantized8bit    quantized weights as immutable values, which are pytrees
+    dequantize          the dense weight of a quantized weight
+    quantized_linear    a linear layer with a quantized weight, under every transform
+    validate            check a quantized weight that another program made
+    from_bnb, to_bnb    convert bitsandbytes' modules to quantized weights, and back
 
 A model:
     VeraConfig          the layers to adapt, and how; the fields are PEFT's
     adapt               make `(apply, params, frozen, config)` from a model and a configuration
-    Adapted, Apply      the type of this tuple, and that of `apply`, which is the model as a pure function
+    Adapted, Apply      the types of the result of `adapt`, and of `apply`, which is the model as a pure function
     to_module           the adapted model as an `nn.Module`, for Trainer and activation checkpointing
     quantize_model      a copy of a model with quantized linear layers
     dequantize_model    a copy of a model with dense linear layers
-    num_parameters      the number of trainable parameters, and the number of all parameters
+    num_parameters      the numbers of trainable parameters and of all parameters
     Linear, Linear4bit, Linear8bitLt    one adapted layer as a module
 
 Many adapters:
@@ -36,19 +36,19 @@ Many adapters:
     select_adapters     select an adapter, or a weighted sum of several, for each row of a batch
     vmap_adapters       run all adapters on one batch, in one forward pass
     pool_adapters       combine adapters of different rank, targets and projections in one stack
-    scale_adapter, add_adapters         arithmetic whose result is an adapter again
-    fold_magnitude      prepare DVoRA adapters for inference: compute their row norms once
+    scale_adapter, add_adapters         the multiple of an adapter, and the sum of adapters, as an adapter
+    fold_magnitude      prepare DVoRA adapters for inference: compute the row norms only once
 
 Training:
     grad, value_and_grad    gradients of pure functions: `torch.func.grad`, but as fast as plain autograd
     next_token_loss     loss of a language model for each row; applies the output head only to positions with labels
     sequence_logprobs   log-probability of each row's labels
     dpo_loss            loss for pairs of a better and a worse answer (direct preference optimization)
-    fit, Fit            a training loop for one adapter or many, and the state of such a loop
-    save_fit, load_fit  write and read this state as a checkpoint
+    fit, Fit            a training loop for one adapter or many, and the state of the loop
+    save_fit, load_fit  write and read the state of `fit` as a checkpoint
     per_example_grads   the gradient of each example, from one backward pass
     clip_per_example, private_step    differentially private training: clip per-example gradients, and add noise
-    evolve              training without gradients, by evolution strategies over a stack
+    evolve              train without gradients, by evolution strategies on a stack of adapters
 
 Merging:
     merge_quantized, merge_dense, merge_calibrated    merge the update of one layer into its weight
@@ -59,9 +59,9 @@ Merging:
 Files:
     save_adapter, load_adapter   write and read PEFT's adapter directories
     from_peft           convert the adapter of a `peft.PeftModel` in memory
-    export_lora         write the update, exactly, as a PEFT LoRA directory
+    export_lora         write an adapter as an equal LoRA, in PEFT's format
     save_bank, open_bank, Bank   write and read many adapters in one file
-    save_quantized, load_quantized    write and read a quantized model, so that it need not be quantized again
+    save_quantized, load_quantized    write and read a quantized model, without quantizing again
 
 In submodules: `vera_func.train.optim` (AdamW and schedules as pure functions), `vera_func.train.sweep` (grids),
 `vera_func.train.privacy` (accounting, Poisson batches), `vera_func.train.influence` (TracIn, inverse Fisher),
@@ -151,7 +151,7 @@ _MODULES = {
     "io.quantized": ("save_quantized", "load_quantized"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-# Names of version 0.1 that were removed, and their replacements.
+# Removed names of version 0.1, and their replacements.
 _RENAMED = {
     "merge_reports": "vf.model_merge_report(adapted)",
     "merge_advice": "vf.model_merge_report(adapted), which returns the figures; vera-func merge also prints advice",
@@ -191,9 +191,9 @@ def __dir__() -> list[str]:
 
 
 def _register_quantized_weights() -> None:
-    """Register quantized weights with `torch.load` and as pytrees.
+    """Register quantized weights with `torch.load` and as pytrees, if torch is imported already.
 
-    If torch is not imported yet, skip this: `vera-func --help` runs without torch.
+    `vera-func --help` runs without importing torch.
     """
     if "torch" in sys.modules:
         import_module(f"{__name__}.quant.value")

@@ -1,4 +1,4 @@
-"""Deprecated: import from `vera_func.quant.bnb`. This module of version 0.1 will be removed in the next version."""
+"""Deprecated: import from `vera_func.quant.bnb`. The module `vera_func.bnb` will be removed in the next version."""
 
 import warnings
 

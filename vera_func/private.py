@@ -1,7 +1,7 @@
 """Private names of other libraries, each with the reason why it is used.
 
-No other module uses private names, and a test fails if a library removes one of them. Imports are inside the functions,
-so that importing this module is cheap and a missing name raises only where it is needed.
+No other module uses private names, and a test fails if a library removes one of them. Each function imports the private
+names that it uses. Importing this module is therefore cheap, and a missing name raises an error only in that function.
 """
 
 import logging
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 def register_pytree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], unflatten: Callable[..., Any]) -> None:
     """Make a class a pytree node of torch.
 
-    torch has no public registration that preserves static fields: `register_dataclass(drop_field_names=...)` resets
-    them.
+    torch's public alternative, `register_dataclass(drop_field_names=...)`, resets static fields.
     """
     from torch.utils._pytree import register_pytree_node
 
@@ -29,7 +28,7 @@ def register_pytree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], 
 def register_optree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], unflatten: Callable[..., Any]) -> None:
     """Make a class a pytree node of optree, if optree is installed. torchopt and other libraries use optree.
 
-    These libraries share only optree's global namespace, and this namespace has no public name.
+    The only namespace that libraries share is optree's global namespace, which has no public name.
     """
     try:
         import optree
@@ -44,7 +43,7 @@ def register_optree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], 
 
 
 def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Apply a function to the leaves of a pytree, as `torch.func` defines pytrees."""
+    """Apply a function to the leaves of a pytree of torch."""
     from torch.utils import _pytree
 
     return _pytree.tree_map(function, tree, *rest)
@@ -83,9 +82,9 @@ def tree_flatten_with_path(tree: Any) -> list[tuple[str, Any]]:
 
 
 def watch_operations(run: Callable[[str, Callable[..., Any], tuple, dict[str, Any]], Any]) -> AbstractContextManager:
-    """Return a context in which `run(name, operation, args, kwargs)` replaces each tensor operation below autograd.
+    """Return a context manager that calls `run(name, operation, args, kwargs)` instead of tensor operations.
 
-    The base class, `TorchDispatchMode`, is documented only in torch's notes.
+    `run` is called below autograd. The base class, `TorchDispatchMode`, is documented only in torch's notes.
     """
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -100,10 +99,10 @@ def watch_operations(run: Callable[[str, Callable[..., Any], tuple, dict[str, An
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Enter a context in which tensors have shapes but no data, so that a model can run without computing values.
+    """Enter a context in which tensors have shapes but no data, and a model runs without computing values.
 
-    torch's compiler uses this mode, which has no public name. If an operation is not supported, torch raises an error
-    and also logs it. The log messages of this thread are suppressed.
+    torch's compiler uses the same mode, whose class has no public name. For an unsupported operation, torch raises an
+    error and logs a message; the context suppresses the messages of this thread.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -122,11 +121,11 @@ def fake_tensors() -> Iterator[None]:
 
 
 def clear_hooks(module: nn.Module) -> None:
-    """Remove the forward hooks and forward pre-hooks of a module, except those by which transformers collects outputs.
+    """Remove the forward hooks and forward pre-hooks of a module, except transformers' output collectors.
 
-    A transformers model installs these hooks in its first call with `output_hidden_states=True`, and only then. Without
-    these hooks, the model would return no hidden states. LLaVA would fail, because it needs the hidden states of its
-    vision model.
+    A transformers model installs the output collectors only once, in its first call with `output_hidden_states=True`.
+    Without output collectors, the model would return no hidden states, and LLaVA, which needs the hidden states of its
+    vision model, would fail.
     """
     module._forward_pre_hooks.clear()
     for key, hook in list(module._forward_hooks.items()):
@@ -142,7 +141,7 @@ def viewed_tensor(x: Tensor) -> Tensor | None:
 def keep_signature(function: type) -> type:
     """Store the signature of an autograd Function's `forward` as an attribute of `forward`.
 
-    torch binds the arguments of every call with `inspect.signature`, which would derive the signature each time.
+    Each call of an autograd Function uses `inspect.signature`, which derives the signature again unless it is stored.
     """
     import inspect
 
@@ -154,9 +153,9 @@ def keep_signature(function: type) -> type:
 def apply_function(function: Any, *args: Any) -> Any:
     """Call `function.apply(*args)` of an autograd Function; all arguments of `forward` are given by position.
 
-    Outside of transforms, `apply` binds the arguments to the signature of `forward`, and then calls the method of its
-    base class. Here, that method is called directly, because binding the arguments takes as long as a small product.
-    In torch 2.14, the method of the base class binds the arguments itself, so nothing is saved.
+    `Function.apply` binds the arguments to the signature of `forward`, which takes as long as a small product. Outside
+    of transforms, this function therefore calls the `apply` of the base class. In torch 2.14, the base class binds the
+    arguments too, so no time is saved.
     """
     if in_transform():
         return function.apply(*args)
@@ -176,7 +175,7 @@ def unwrap(x: Tensor) -> Tensor:
 def has_values(x: Tensor) -> bool:
     """Whether the values of a tensor can be read now.
 
-    They can't be read under `torch.compile`, or if a transform has wrapped the tensor. Meta tensors and fake tensors
+    Values can't be read under `torch.compile`, or if a transform has wrapped the tensor. Meta tensors and fake tensors
     have no values. The class of fake tensors has no public name.
     """
     if torch.compiler.is_compiling() or unwrap(x) is not x or x.is_meta:
@@ -189,14 +188,14 @@ def has_values(x: Tensor) -> bool:
 def graph_task() -> int:
     """Return the id of the backward pass that runs on this thread, or -1 if there is none.
 
-    This id is the only way to detect that activation checkpointing recomputes a layer. torch's own checkpointing also
-    uses this id.
+    The id is the only way to detect that activation checkpointing recomputes a layer. torch's own checkpointing also
+    uses the id.
     """
     return torch._C._current_graph_task_id()
 
 
 def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the compiler run a function while it traces, and treat the result as a constant.
+    """Make `torch.compile` call a function during tracing, and treat the result as a constant.
 
     `torch.compiler.assume_constant_result` sets the same attribute, but imports the compiler, which takes a second.
     """
@@ -207,7 +206,7 @@ def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
 def in_transform() -> bool:
     """Whether a transform of `torch.func`, or a level of forward-mode AD, is active.
 
-    `unwrap` detects only the transforms of the tensor that it gets, but a function may close over other tensors.
+    `unwrap` detects only transforms of its argument, but a function may close over other tensors.
     """
     level = torch.autograd.forward_ad._current_level
     return torch._C._functorch.peek_interpreter_stack() is not None or level >= 0
@@ -235,7 +234,7 @@ def forward_mode() -> AbstractContextManager[Any]:
 def is_observed() -> bool:
     """Whether a compiler, a transform, a dispatch mode or a tracer observes operations on this thread.
 
-    None of these would notice a C function that writes to memory without going through a torch operation.
+    An observer would miss a C function that writes to memory without a torch operation.
     """
     return (
         torch.compiler.is_compiling()
@@ -248,9 +247,9 @@ def is_observed() -> bool:
 def skip_fused_encoder_path(module: nn.Module) -> None:
     """Make an `nn.TransformerEncoderLayer` call its linear layers, and an `nn.TransformerEncoder` avoid nested tensors.
 
-    The encoder layer has a fused inference path. This path reads the weights of the linear layers without calling these
-    layers, so it would ignore adapters. No public switch turns this path off for one module. The encoder makes nested
-    tensors for this path if there is a padding mask.
+    The encoder layer has a fused inference path, which reads the weights of the linear layers without calling the
+    layers, and therefore ignores adapters. No public switch turns the path off for one module. If there is a padding
+    mask, the encoder makes nested tensors for the fused path.
     """
     if isinstance(module, nn.TransformerEncoderLayer):
         module.activation_relu_or_gelu = 0
@@ -262,8 +261,8 @@ def bitsandbytes() -> Any:
     """Import bitsandbytes, suppressing one of its log messages.
 
     When bitsandbytes is imported on a CPU with AVX512-BF16, it logs that the optional package `kernels` is not
-    installed. This package is not needed here, and users mistake the message for an error. Other messages are passed
-    on.
+    installed. vera_func does not need this package, and users mistake the message for an error. Other messages are
+    logged.
     """
     loaded = sys.modules.get("bitsandbytes")
     if loaded is not None:
@@ -286,8 +285,8 @@ def drop_input_grads(root: nn.Module) -> None:
     """Remove the hooks of `enable_input_require_grads` from a module tree.
 
     Transforms do not support these hooks, and gradients of params do not need them. transformers installs these hooks
-    when activation checkpointing is enabled, and does not remove them when it is disabled. PEFT installs similar hooks,
-    and has no way to remove them.
+    when activation checkpointing is enabled, and keeps them when checkpointing is disabled. PEFT installs similar
+    hooks, and offers no way to remove them.
     """
     for module in root.modules():
         for key, hook in list(module._forward_hooks.items()):
@@ -296,9 +295,9 @@ def drop_input_grads(root: nn.Module) -> None:
 
 
 def bnb_ops() -> Any:
-    """bitsandbytes' operators, `torch.ops.bitsandbytes`, on which its modules are built.
+    """Return bitsandbytes' operators, `torch.ops.bitsandbytes`.
 
-    The documented functions call these operators, but do not accept tensors inside transforms.
+    bitsandbytes' documented functions call these operators, but do not accept tensors inside transforms.
     """
     bitsandbytes()  # registers the operations
     return torch.ops.bitsandbytes
@@ -307,10 +306,10 @@ def bnb_ops() -> Any:
 def bnb_function(name: str, arguments: str) -> Callable[..., None] | None:
     """Return a C function of bitsandbytes' library for CPUs, or None if the operators must be called instead.
 
-    The operators have ten times the overhead. If the package `kernels` is installed, they use its kernel instead of the
-    library's own fused product. `arguments` has a letter for each argument: n for a 64-bit integer, p for an address. A
-    C function does not check its arguments. The result is therefore None for releases of bitsandbytes whose calls have
-    not been compared with the calls made here.
+    An operator has ten times the overhead of a C function. `arguments` has a letter for each argument: n for a 64-bit
+    integer, p for an address. C functions do not check arguments, so the result is None for releases of bitsandbytes
+    other than 0.50, for which the calls in this package were not verified. For the fused product, the result is also
+    None if the package `kernels` is installed, because the operator then uses the kernel of that package.
     """
     import ctypes
 
@@ -326,12 +325,12 @@ def bnb_function(name: str, arguments: str) -> Callable[..., None] | None:
 
 
 def bnb_has_avx512bf16() -> bool:
-    """Whether bitsandbytes uses its kernel for CPUs with AVX512-BF16; this kernel needs weights in another layout."""
+    """Whether bitsandbytes uses its AVX512-BF16 kernel, which needs weights in another layout."""
     return bitsandbytes().functional.has_avx512bf16()
 
 
 def float32_modules(model: nn.Module) -> tuple[str, ...]:
-    """Return endings of the names of modules that a transformers model keeps in float32, such as T5's `wo`.
+    """Return name endings of the modules that a transformers model keeps in float32, such as T5's `wo`.
 
     The model's forward reads the dtype of these weights, so the weights can't be quantized.
     """
@@ -341,7 +340,7 @@ def float32_modules(model: nn.Module) -> tuple[str, ...]:
 def forget_quantization(model: Any) -> None:
     """Remove the attributes that mark a transformers model as quantized.
 
-    `save_pretrained`, `.to` and Trainer rely on them; transformers has no public function to remove them.
+    `save_pretrained`, `.to` and Trainer read these attributes. transformers has no public function to remove them.
     """
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
@@ -357,12 +356,12 @@ def wrapped_module(module: nn.Module) -> nn.Module | None:
     """
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return module.module
-    dynamo = sys.modules.get("torch._dynamo")  # not imported if nothing was compiled
+    dynamo = sys.modules.get("torch._dynamo")  # not imported if no module was compiled
     return module._orig_mod if dynamo is not None and isinstance(module, dynamo.OptimizedModule) else None
 
 
 def peft_part(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """Return the first PEFT module of a model, with its name, or None if there is none.
+    """Return the name and the module of the first PEFT module in a model, or None.
 
     The base classes of PEFT's tuners and layers are not exported by `peft`.
     """
@@ -376,7 +375,8 @@ def peft_part(model: nn.Module) -> tuple[str, nn.Module] | None:
 def offload_hook(module: nn.Module) -> Any:
     """Return accelerate's hook that loads the offloaded weights of a module, or None if there is none.
 
-    The hook has the attributes `execution_device` and `weights_map`. accelerate has no public function to find it.
+    The hook has the attributes `execution_device` and `weights_map`. accelerate has no public function that returns the
+    hook.
     """
     hook = getattr(module, "_hf_hook", None)
     return next((each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "offload", False)), None)

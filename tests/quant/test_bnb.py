@@ -338,8 +338,8 @@ class TestFromBnb:
 
 bad = Refused()
 
-bad("to_bnb", "a dense weight", lambda _: vf.to_bnb(X), "expected a Quantized4bit or Quantized8bit")
-bad("from_bnb", "a plain layer", lambda _: vf.from_bnb(nn.Linear(2, 3)), "expected bitsandbytes' .*, got Linear")
+bad("to_bnb", "a dense weight", lambda _: vf.to_bnb(X), "q must be a Quantized4bit or Quantized8bit")
+bad("from_bnb", "a plain layer", lambda _: vf.from_bnb(nn.Linear(2, 3)), "must be bitsandbytes' .*, got Linear")
 bad("from_bnb", "None", lambda _: vf.from_bnb(None), "got NoneType")
 
 

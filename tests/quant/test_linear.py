@@ -301,7 +301,7 @@ def test_threads_share_one_weight(name):
 
 bad = Refused()
 
-bad("quantized_linear", "a dense weight", lambda _: vf.quantized_linear(X, X), "expected a Quantized4bit .* got Tensor")
+bad("quantized_linear", "a dense weight", lambda _: vf.quantized_linear(X, X), "must be a Quantized4bit .* got Tensor")
 bad("quantized_linear", "x of integers", lambda _: vf.quantized_linear(Q4, X.long()), "floating-point .*torch.int64")
 bad("quantized_linear", "x complex", lambda _: vf.quantized_linear(Q4, X + 0j), "floating-point .*torch.complex64")
 bad("quantized_linear", "x of booleans", lambda _: vf.quantized_linear(Q8, X > 0), "floating-point .*torch.bool")

@@ -157,7 +157,7 @@ INVALID = {
     "scale in half precision": (INT8, {"scale": INT8.scale.half()}, "torch.float16"),
     "no rows": (INT8, {"shape": (0, 37)}, "both positive"),
     "no columns": (INT8, {"shape": (13, 0)}, "both positive"),
-    "a byte too few": (NF4, {"packed": NF4.packed[1:]}, r"holds 240 bytes, .* \(13, 37\) packs into 241"),
+    "a byte too few": (NF4, {"packed": NF4.packed[1:]}, r"has 240 bytes, .* \(13, 37\) packs into 241"),
     "bytes in another storage": (NF4, {"packed": NF4.packed.int()}, "bytes"),
     "another shape": (NF4, {"shape": (13, 38)}, "packs into 247"),
     "a block too many": (NF4, {"absmax": torch.ones(9)}, r"absmax must have shape \(8,\)"),
@@ -271,8 +271,8 @@ bad("quantize_8bit", "an infinite threshold", lambda _: vf.quantize_8bit(ones(2,
 for dtype in (torch.int8, torch.bool, torch.complex64, "float32"):
     bad("dequantize", f"to {dtype}", lambda _, d=dtype: vf.dequantize(Q4, d), "dtype must be a floating-point dtype")
 
-bad("dequantize", "a dense weight", lambda _: vf.dequantize(X), "expected a Quantized4bit or Quantized8bit .*Tensor")
-bad("dequantize", "None", lambda _: vf.dequantize(None), "expected a Quantized4bit .* got NoneType")
+bad("dequantize", "a dense weight", lambda _: vf.dequantize(X), "q must be a Quantized4bit or Quantized8bit, .*Tensor")
+bad("dequantize", "None", lambda _: vf.dequantize(None), "q must be a Quantized4bit .* got NoneType")
 
 # A value made by hand: the kernels would read past the end of these.
 LIES = {

@@ -1,7 +1,7 @@
 """Convert bitsandbytes' modules to quantized weights as values, and back, without running a module.
 
-A `Linear4bit` or `Linear8bitLt` rewrites itself when it runs. `from_bnb` reads such a module in every state, and does
-not change it. `to_bnb` makes a new module.
+The forward pass of a `Linear4bit` or `Linear8bitLt` may change how the module stores its weight. `from_bnb` reads a
+module before or after a forward pass, without changing the module. `to_bnb` makes a new module.
 """
 
 import sys
@@ -29,13 +29,12 @@ def is_bnb_linear(module: nn.Module) -> bool:
 
 
 def from_bnb(module: nn.Module) -> tuple[Quantized, Tensor | None]:
-    """Read the weight and bias of a bitsandbytes linear module, in any state, without changing it.
+    """Read the weight and bias of a bitsandbytes linear module, before or after a forward pass.
 
-    A weight that is not quantized yet is quantized here, as bitsandbytes does when the module is moved to a device. The
-    forward pass of an 8-bit module moves the statistics to `module.state`, and they are read from there. In eval mode
-    on a CPU with AVX512-BF16, the forward pass of a 4-bit module repacks the weight in place, and rounds its scales to
-    bfloat16. Such a weight is unpacked into a copy, with the rounded scales. In all other states, the result shares the
-    module's memory.
+    The module is not changed. A weight that is not quantized yet is quantized into a copy, as bitsandbytes does when
+    the module is moved to a device. In eval mode on a CPU with AVX512-BF16, the forward pass of a 4-bit module repacks
+    the weight in place, and rounds the scales to bfloat16. A repacked weight is unpacked into a copy, with the rounded
+    scales. Any other weight shares memory with the module.
 
     Args:
         module: `bitsandbytes.nn.Linear4bit` or `Linear8bitLt`.
@@ -44,7 +43,7 @@ def from_bnb(module: nn.Module) -> tuple[Quantized, Tensor | None]:
         The weight, and the bias (out,) or None.
 
     Raises:
-        ValueError: If `module` is of another class, or if its tensors contradict each other.
+        ValueError: If `module` is of another class, or if shapes or dtypes of its tensors do not match.
 
     Example:
         >>> import bitsandbytes as bnb
@@ -53,7 +52,7 @@ def from_bnb(module: nn.Module) -> tuple[Quantized, Tensor | None]:
         ((32, 64), 'nf4', torch.Size([32]))
     """
     if not is_bnb_linear(module):
-        raise ValueError(f"expected bitsandbytes' Linear4bit or Linear8bitLt, got {type(module).__name__}.")
+        raise ValueError(f"module must be bitsandbytes' Linear4bit or Linear8bitLt, got {type(module).__name__}.")
     is_4bit = isinstance(module, sys.modules["bitsandbytes"].nn.Linear4bit)
     q = _read_4bit(module) if is_4bit else _read_8bit(module)
     validate(q)
@@ -175,17 +174,17 @@ def _to_state(q: Quantized4bit) -> Any:
 
 
 def _from_state(packed: Tensor, state: Any, compute_dtype: torch.dtype | None) -> Quantized4bit:
-    """Make a value from bitsandbytes' packed weight and `QuantState`. The result shares their memory.
+    """Return a quantized weight that shares memory with bitsandbytes' packed weight and `QuantState`.
 
     Raises:
-        ValueError: If the blocks of nested statistics do not have bitsandbytes' size.
+        ValueError: If the block size of double-quantized scales is not 256.
     """
     nested = None
     if state.nested:
         if state.state2.blocksize != NESTED_BLOCKSIZE:
             raise ValueError(
-                f"the blocks of nested statistics must have size {NESTED_BLOCKSIZE}, the only one that bitsandbytes "
-                f"supports, got {state.state2.blocksize}."
+                f"the block size of double-quantized scales must be {NESTED_BLOCKSIZE}, as in bitsandbytes, got "
+                f"{state.state2.blocksize}."
             )
         nested = NestedStatistics(state.state2.absmax, state.state2.code, state.offset.float())
     absmax = state.absmax if state.nested else state.absmax.float()

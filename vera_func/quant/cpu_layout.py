@@ -1,4 +1,4 @@
-"""bitsandbytes' layout of 4-bit weights for its kernel on CPUs with AVX512-BF16, and its inverse."""
+"""Convert 4-bit weights to and from the layout of bitsandbytes' kernel for CPUs with AVX512-BF16."""
 
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ class FusedWeight(NamedTuple):
 
     packed: Tensor  # (out, in / 2)
     absmax: Tensor  # (in / blocksize, out) bfloat16
-    code: Tensor  # the levels of the format, (16,) float32, from which the kernel infers the format
-    max_rows: int | None = None  # the kernel is used for up to this number of rows; None: for a measured number
+    code: Tensor  # the levels, (16,) float32, from which the kernel infers the format
+    max_rows: int | None = None  # largest number of rows for the kernel; None: a measured number
 
 
 # Default of `max_rows`; `python -m tests.benchmarks roofline` times the kernels.
@@ -26,17 +26,17 @@ FUSED_ROWS = 32
 def fused_weight(q: Quantized, max_rows: int | None = FUSED_ROWS) -> FusedWeight | None:
     """Copy a 4-bit weight into the layout of bitsandbytes' fused kernel for CPUs with AVX512-BF16.
 
-    For a few rows of bfloat16, the kernel is faster than dequantizing, because it reads only the packed weight. The
-    copy takes half a byte plus `2 / blocksize` bytes per value of the weight. The scales of the copy are rounded to
-    bfloat16, which changes them by up to 0.4 %. If the weight was bfloat16 and its scales are not nested, rounding does
-    not change them. bitsandbytes' own modules silently replace their weight by such a copy in eval mode. Here `q` is
-    unchanged, and gradients are taken through `q`.
+    For inputs with few rows, in bfloat16, the kernel is faster than dequantizing, because the kernel reads only the
+    packed weight. The copy takes half a byte plus `2 / blocksize` bytes per value of the weight. The scales of the copy
+    are rounded to bfloat16, an error of up to 0.4 %. The rounding is exact if the weight was bfloat16 before
+    quantization and the scales are not double-quantized. In eval mode, bitsandbytes' own modules silently replace their
+    weight by such a copy. `fused_weight` does not change `q`, and gradients are computed with `q`.
 
     Args:
         q: A quantized weight.
-        max_rows: The kernel is used for up to this number of rows. With None, this number is measured: the process
-            times the kernel at its first product of this format and shape. The fused and the dense product round
-            differently; see `quant.crossover`.
+        max_rows: Largest number of rows for which the kernel is used. None means a number measured at the first product
+            of this format and shape in the process. The kernel and the dense product round differently; see
+            `quant.crossover`.
 
     Returns:
         The copy, or None if the kernel can't be used. The kernel requires a CPU with AVX512-BF16, a 4-bit weight, an
@@ -53,7 +53,7 @@ def fused_weight(q: Quantized, max_rows: int | None = FUSED_ROWS) -> FusedWeight
     if out_features % 32 or in_features % q.blocksize:
         return None
     codes, absmax = unpack(q)
-    # Groups of 32 rows, each in order of column pairs; of 64 codes, the first 32 become low halves of bytes.
+    # Groups of 32 rows, with column pairs in order; the first 32 of 64 codes become the low halves of bytes.
     codes = codes.reshape(out_features // 32, 32, in_features // 2, 2).transpose(1, 2).reshape(-1, 2, 32)
     packed = ((codes[:, 1] << 4) | codes[:, 0]).reshape(out_features, in_features // 2)
     absmax = absmax.reshape(out_features, -1).T.to(torch.bfloat16).contiguous()
@@ -63,8 +63,8 @@ def fused_weight(q: Quantized, max_rows: int | None = FUSED_ROWS) -> FusedWeight
 def unpack_cpu_layout(packed: Tensor, state: Any, compute_dtype: torch.dtype | None) -> Quantized4bit:
     """Convert a weight from bitsandbytes' layout for its AVX512-BF16 kernel, without changing `packed` or `state`.
 
-    The layout stores groups of 32 rows, each in order of column pairs. Each 32 bytes hold 64 codes: the first 32 in the
-    low halves of the bytes, and the last 32 in the high halves.
+    The layout stores groups of 32 rows, and in each group the column pairs in order. Every 32 bytes store 64 codes: the
+    first 32 in the low halves of the bytes, and the last 32 in the high halves.
     """
     out_features, in_features = state.shape
     halves = packed.reshape(-1, 32)

@@ -1,12 +1,12 @@
 """Measure the number of rows up to which a kernel on packed weights is faster than a dense product.
 
-The time of a packed kernel starts small, and grows with each row. For few rows, a dense product takes longer, because
-it dequantizes the weight or reads four times as many bytes. But its time grows more slowly with the number of rows.
-Where the two times cross depends on the CPU and on the shape.
+For few rows, a dense product takes longer than a packed kernel, because the dense product dequantizes the weight or
+reads four times as many bytes. But the time of a dense product grows more slowly with the number of rows. The number of
+rows at which both products take the same time depends on the CPU and on the shape.
 
-The two kernels round differently. Within a process, a limit is therefore measured only once, so that equal arguments
-give equal bits. Different processes may measure different limits. A fixed number of rows avoids this (`max_rows` of
-`fused_weight` and `Apply.with_fused_weights`).
+Packed and dense products round differently. Each process therefore measures a limit only once, so that equal inputs
+give bitwise equal outputs. Different processes may measure different limits. A fixed `max_rows` in `fused_weight` or
+`Apply.with_fused_weights` avoids differences between processes.
 """
 
 import threading
@@ -30,12 +30,12 @@ Product = Callable[[Tensor], Tensor]
 
 
 def measured_rows(kind: Hashable, in_features: int, products: Callable[[], tuple[Product, Product]]) -> int:
-    """Return the number of rows up to which the packed product is faster, measured at the first call for this `kind`.
+    """Return the number of rows up to which the packed product is faster, measured at the first call for each `kind`.
 
     Args:
-        kind: Everything that the times depend on: the format, the shape, and the alternative product.
+        kind: Hashable description of the products: the format, the shape, and the alternative product.
         in_features: Input size. The inputs have shape (rows, in), in bfloat16 on the CPU.
-        products: Returns the packed product and its alternative. Called only if the times have to be measured.
+        products: Function that returns the packed product and the alternative product. Called only for a measurement.
 
     Example:
         >>> quick, slow = lambda x: x, lambda x: (time.sleep(0.001), x)[1]
@@ -59,10 +59,10 @@ def crossover(rows: Sequence[int], packed: Sequence[float], other: Sequence[floa
     Between measured numbers of rows, times are interpolated linearly. The result is rounded down to one of `STEPS`.
 
     Args:
-        rows: Increasing numbers of rows, from 1.
-        packed: Seconds that the packed product takes for each of these numbers. The sequence may end after the first
+        rows: Increasing numbers of rows, starting at 1.
+        packed: Seconds that the packed product takes, for each number of rows. The sequence may end after the first
             number for which the packed product is slower.
-        other: Seconds that the alternative product takes, in the same order.
+        other: Seconds that the alternative product takes, for each number of rows.
 
     Example:
         >>> crossover((1, 4, 16), (1.0, 4.0, 16.0), (9.0, 9.0, 9.0)), crossover((1, 4), (2.0,), (1.0,))

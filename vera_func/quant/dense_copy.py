@@ -1,4 +1,4 @@
-"""Dense copies of quantized weights, which take memory but save the time of dequantizing."""
+"""Dense copies of quantized weights, which save the time of dequantizing but take more memory."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from .value import Quantized
 
 
 class DenseCopy:
-    """The stored result of `dequantize(q, dtype)`. Copies of a layer share the weight; pickle stores only its dtype.
+    """A stored `dequantize(q, dtype)`. Deep copies of a layer share the weight; pickle stores only the dtype.
 
-    A product with the stored weight equals that with a newly dequantized weight, bit for bit.
+    Products with the stored weight and with a newly dequantized weight are bitwise equal.
 
     Attributes:
-        weight: (out, in); None after unpickling.
+        weight: The dense weight, (out, in), or None after unpickling.
         dtype: Dtype of the weight.
 
     Example:

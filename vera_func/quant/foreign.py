@@ -1,7 +1,7 @@
-"""Recognize layers that other libraries have quantized, using their class names. Such layers are not supported.
+"""Recognize the quantized layers of other libraries, which are not supported, by class name.
 
-The kernels of these libraries have no derivatives, or derivatives for plain autograd only. This package has no type for
-the weights of these libraries. The libraries need not be installed.
+The kernels of other libraries have no derivatives, or derivatives for plain autograd only, and vera_func has no type
+for the weights of such layers. The libraries need not be installed.
 """
 
 import re
@@ -15,11 +15,10 @@ class Library(NamedTuple):
 
     Attributes:
         name: Name for error messages.
-        packages: Python packages of its layers or tensors.
-        classes: Regular expression for the names of its layers, wherever they are defined.
-        dequantize: How to get a dense weight from a layer, or None if the library has no public way.
-        holds: Name of an attribute that a layer must also have, if the name of its class alone is too common; None if
-            the name of the class is enough.
+        packages: Python packages that define the library's layers or tensors.
+        classes: Regular expression for class names of the library's layers, in any Python package.
+        dequantize: Expression for the dense weight of a layer, or None if the library has no public function.
+        holds: Attribute that a layer must also have if the class name alone is too common, or None.
     """
 
     name: str
@@ -44,7 +43,7 @@ LIBRARIES = (
 
 
 def foreign_layer(model: nn.Module) -> tuple[str, str, Library] | None:
-    """Return the first layer that another library has quantized (its name, its type, and the library), or None.
+    """Return the name, class name and library of the first layer that another library quantized, or None.
 
     Example:
         >>> foreign_layer(nn.Linear(3, 5)) is None
@@ -70,7 +69,7 @@ def foreign_error(name: str, kind: str, library: Library) -> str:
     """Return the error message for a layer of another library."""
     dense = f" Or replace each layer by an nn.Linear with weight {library.dequantize}." if library.dequantize else ""
     return (
-        f"{name!r} is quantized by {library.name} ({kind}); only dense layers and bitsandbytes' layers are supported. "
+        f"{name!r} is quantized by {library.name} ({kind}), but only dense and bitsandbytes layers are supported. "
         "Load the original weights and quantize them: vf.quantize_model(model, 'nf4'), or "
         f"BitsAndBytesConfig(load_in_4bit=True) in transformers.{dense}"
     )

@@ -2,11 +2,11 @@
 
     y = x dequantize(q)ᵀ + bias
 
-bitsandbytes' modules multiply by a quantized weight with operations that `torch.func` refuses or differentiates to
-zero. Here the product is linear in `x` under every transform: `grad`, `jvp`, and `vmap`, nested to any depth. Only the
-packed weight is saved for backward.
+In bitsandbytes' modules, the product with a quantized weight raises an error under `torch.func`, or has zero
+derivatives. The product in this module is differentiable in `x` under `grad`, `jvp` and `vmap`, nested to any depth.
+Only the packed weight is saved for backward.
 
-Shapes are named as in `core.adapter`: a weight has shape (out, in), and its input (*batch, in).
+As in `core.adapter`, a weight has shape (out, in), and an input `x` has shape (*batch, in).
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def quantized_linear(
 ) -> Float[Tensor, "*batch out"]:
     """Compute `x dequantize(q)ᵀ + bias`, differentiable in `x` and `bias` to any order.
 
-    The dense weight is a temporary tensor, and the backward pass dequantizes again. This is the arithmetic of
+    The dense weight is a temporary tensor, and the backward pass dequantizes again. The arithmetic is that of
     bitsandbytes' modules in training. As a `base_fn`, pass `functools.partial(quantized_linear, q)`. On a GPU, if there
     are few rows, bitsandbytes' kernel multiplies by the packed weight directly. Under `torch.compile`, the compiler
     decides what is saved for backward, and may save dense weights.
@@ -45,17 +45,18 @@ def quantized_linear(
     Args:
         q: A quantized weight.
         x: Input. The product is computed in `q.compute_dtype` if that is set, else in the dtype of `x`.
-        bias: Added in the product's dtype, or None.
-        int8_activations: For an 8-bit `q`: also quantize the rows of `x` to 8 bits and multiply integers (LLM.int8()).
-            If `q.threshold` is not 0, features with a value above this threshold are not quantized. This is faster on
-            GPUs, with an error of one or two percent. The derivative is that of the exact product.
-        fused: `fused_weight(q)`, used if gradients are disabled and `x` has few rows, in bfloat16.
-        dense: `dequantize(q, dtype)`, used instead of dequantizing if the product is computed in this dtype. On a GPU,
-            bitsandbytes' kernels for packed 4-bit weights take precedence.
+        bias: Bias to add in the dtype of the product, or None.
+        int8_activations: For an 8-bit `q`, whether to quantize the rows of `x` to 8 bits too and multiply integers
+            (LLM.int8()). If `q.threshold` is not 0, features with a value above `q.threshold` are not quantized. The
+            integer product is faster on GPUs, with an error of one or two percent. The derivative is that of the exact
+            product.
+        fused: `fused_weight(q)`, used if gradients are disabled, for an `x` with few rows in bfloat16.
+        dense: A stored `dequantize(q, dtype)`, used if the product is computed in this dtype. On a GPU, bitsandbytes'
+            kernels for packed 4-bit weights take precedence.
 
     Raises:
         ValueError: If `x`, `bias`, `fused` or `dense` does not fit the weight, or if `int8_activations` is set for a
-            4-bit weight. Also if the weight is offloaded (on the meta device), differentiated or mapped over.
+            4-bit weight. If the weight is offloaded (on the meta device), differentiated or mapped over.
 
     Example:
         >>> import torch
@@ -74,10 +75,10 @@ def quantized_linear(
         raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}.")
     if fused is not None and (isinstance(q, Quantized8bit) or fused.packed.shape != (out_features, in_features // 2)):
         raise ValueError(
-            f"fused {tuple(fused.packed.shape)} is not a copy of the weight {q.shape}; fused_weight(q) makes one."
+            f"fused {tuple(fused.packed.shape)} is not a copy of the weight {q.shape}: pass fused_weight(q)."
         )
     if dense is not None and dense.shape != q.shape:
-        raise ValueError(f"dense {tuple(dense.shape)} is not a copy of the weight {q.shape}; dequantize(q) makes one.")
+        raise ValueError(f"dense {tuple(dense.shape)} is not a copy of the weight {q.shape}: pass dequantize(q).")
     if leaves[0].is_meta and not x.is_meta:
         raise ValueError(NO_DATA)
     dtype = x.dtype
@@ -87,7 +88,7 @@ def quantized_linear(
         bias = bias.to(x.dtype)
     if int8_activations:
         if not isinstance(q, Quantized8bit):
-            raise ValueError("int8_activations needs an 8-bit weight; this weight has 4 bits.")
+            raise ValueError("int8_activations needs an 8-bit weight, got 4 bits: pass int8_activations=False.")
         check_sizes(spec, leaves)
         y = _Int8Product.apply(x, bias, spec, *leaves)
     elif _is_plain(x, bias, leaves):
@@ -113,7 +114,7 @@ def quantized_linear(
 def _product(
     x: Tensor, bias: Tensor | None, spec: Spec, fused: FusedWeight | None, transposed: bool, *leaves: Tensor
 ) -> Tensor:
-    """Call `_Product`, or only its forward where nothing is recorded, as in most backward passes."""
+    """Call `_Product`, or only `_Product.forward` if nothing is recorded, as in most backward passes."""
     if _is_plain(x, bias, leaves):
         return _Product.forward(x, bias, spec, fused, transposed, *leaves)
     return private.apply_function(_Product, x, bias, spec, fused, transposed, *leaves)
@@ -123,8 +124,8 @@ def _product(
 class _Product(torch.autograd.Function):
     """Compute `x Wᵀ + bias`, or `x W` if transposed, with W dequantized temporarily.
 
-    The packed tensors are arguments, not hidden in `spec`, because a transform may have wrapped them. Each derivative
-    rule calls this Function again, so that derivatives of all orders exist, in forward and in reverse mode.
+    The packed tensors are arguments, and not fields of `spec`, because a transform may have wrapped them. Each
+    derivative rule calls `_Product` again, so derivatives of all orders exist, in forward and in reverse mode.
     """
 
     @staticmethod
@@ -176,7 +177,7 @@ class _Product(torch.autograd.Function):
 
 @private.keep_signature
 class _Int8Product(torch.autograd.Function):
-    """LLM.int8(): both factors rounded to 8 bits. Derivatives are those of the exact product (straight-through)."""
+    """The product of LLM.int8(), with both factors rounded to 8 bits, and derivatives of the exact product."""
 
     @staticmethod
     def forward(x, bias, spec, codes, scale):
@@ -242,7 +243,7 @@ def _tangent(ctx: Any, x_t: Tensor | None, bias_t: Tensor | None, transposed: bo
 
 
 def _is_plain(x: Tensor, bias: Tensor | None, leaves: Sequence[Tensor]) -> bool:
-    """Whether nothing is differentiated, transformed or compiled."""
+    """Whether the product is not differentiated, transformed or compiled."""
     if torch.compiler.is_compiling() or private.in_transform():
         return False
     if not torch.is_grad_enabled():
@@ -251,7 +252,7 @@ def _is_plain(x: Tensor, bias: Tensor | None, leaves: Sequence[Tensor]) -> bool:
 
 
 def _may_replace(dense: Tensor, x: Tensor, spec: Spec, leaves: Sequence[Tensor]) -> bool:
-    """Whether the product may use the dense copy: dtypes agree, and no transform has wrapped the quantized weight."""
+    """Whether the product may use the dense copy: dtypes match, and no transform has wrapped the quantized weight."""
     if dense.dtype != x.dtype or (x.is_cuda and isinstance(spec, Spec4bit)):
         return False
     if torch.compiler.is_compiling():
@@ -269,7 +270,7 @@ def _multiply(
 ) -> Tensor:
     """Compute the product with the kernel that suits the number of rows.
 
-    Pass only tensors that no transform has wrapped: bitsandbytes' kernels have no derivatives, and raise no error.
+    Pass only tensors that no transform has wrapped: bitsandbytes' kernels silently drop derivatives.
     """
     rows = x.numel() // x.shape[-1]
     dense = dense if dense is not None and dense.dtype == x.dtype else None

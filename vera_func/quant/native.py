@@ -1,10 +1,9 @@
 """bitsandbytes' kernels for 4-bit weights on CPUs, called with little overhead.
 
-bitsandbytes' operators are Python kernels of torch's dispatcher. They take about 10 microseconds longer than the C
-functions that they call. For one row, this is half the time of a product of width 576, and decoding a token takes
-hundreds of such products. The functions here call the same C functions directly, with the same results. The operators
-are called instead if memory must not be accessed directly: for subclasses of tensors, and under `torch.compile`,
-transforms, dispatch modes and tracers.
+bitsandbytes' operators take about 10 microseconds longer than the C functions that the operators call. For one row,
+this overhead is half the time of a product of width 576, and decoding a token takes hundreds of such products. The
+functions in this module call the same C functions directly, with the same results. For tensor subclasses, and under
+`torch.compile`, transforms, dispatch modes and tracers, the functions call the operators.
 """
 
 from collections.abc import Callable
@@ -23,9 +22,9 @@ _MOST_VALUES = 2048  # per block; bitsandbytes uses other code for larger blocks
 def gemv_4bit(
     x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, shape: tuple[int, int], blocksize: int, quant_type: str
 ) -> Tensor:
-    """Compute `x Wᵀ` with the kernel for CPUs with AVX512-BF16. `x` is contiguous, in bfloat16, and not empty.
+    """Compute `x Wᵀ` with the kernel for CPUs with AVX512-BF16. `x` must be contiguous, in bfloat16, and not empty.
 
-    `packed` and `absmax` are contiguous, in the layout of `cpu_layout.FusedWeight`.
+    `packed` and `absmax` must be contiguous, in the layout of `cpu_layout.FusedWeight`.
     """
     kernel = None if torch.compiler.is_compiling() else _gemv_kernel(quant_type)
     if kernel is None or not _is_memory(x):

@@ -1,4 +1,4 @@
-"""Quantize dense weights, and dequantize them again.
+"""Quantize dense weights, and dequantize quantized weights.
 
 dequantize(q)[i] = levels[codes[i]] * absmax[i // blocksize]          (4 bits, i runs over the flattened weight)
 """
@@ -45,21 +45,21 @@ def quantize_4bit(
     quant_storage: torch.dtype = torch.uint8,
     compute_dtype: torch.dtype | None = None,
 ) -> Quantized4bit:
-    """Quantize a weight to 4 bits: each value is rounded to one of 16 levels times the largest value of its block.
+    """Quantize a weight to 4 bits per value: one of 16 levels, times the largest absolute value of the block.
 
-    The bytes are those of bitsandbytes. A value takes 4 bits. The scales take another 32 / `blocksize` bits per value,
-    or about 8 / `blocksize` bits with `double_quant`.
+    The bytes are those of bitsandbytes. Each value takes 4 bits, plus 32 / `blocksize` bits for the scales, or about 8
+    / `blocksize` bits with `double_quant`.
 
     Args:
         weight: Finite weight of shape (out, in), in float16, bfloat16 or float32.
         quant_type: "nf4" for levels at the quantiles of a normal distribution, or "fp4" for a 4-bit float.
         blocksize: Number of values that share a scale, one of `BLOCKSIZES`.
         double_quant: Whether to quantize the scales to 8 bits as well (QLoRA's double quantization).
-        quant_storage: Dtype as which the packed bytes are viewed. It affects nothing else.
-        compute_dtype: Dtype of the product with `x`; None means the dtype of `x`.
+        quant_storage: Dtype of the packed tensor. The bytes are the same for all dtypes.
+        compute_dtype: Dtype of products with an input `x`. None means the dtype of `x`.
 
     Raises:
-        ValueError: If the weight is not 2-D, is not finite, or has another dtype, or if an option is unknown.
+        ValueError: If the weight is not 2-D, is not finite, or has an unsupported dtype, or if an option is unknown.
 
     Example:
         >>> import torch
@@ -77,7 +77,7 @@ def quantize_4bit(
     if quant_storage != torch.uint8 and weight.numel() % (2 * quant_storage.itemsize):
         raise ValueError(
             f"the packed bytes of a weight {tuple(weight.shape)} do not fill whole elements of "
-            f"quant_storage={quant_storage}; use torch.uint8."
+            f"quant_storage={quant_storage}: use torch.uint8."
         )
     packed, state = private.bitsandbytes().functional.quantize_4bit(
         weight.detach().contiguous(),
@@ -93,18 +93,19 @@ def quantize_4bit(
 
 
 def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) -> Quantized8bit:
-    """Quantize a weight to 8 bits: `codes = round(127 * weight / max|row|)` for each row.
+    """Quantize a weight to 8 bits per value, `codes = round(127 * weight / max|row|)` with the maximum of each row.
 
     The bytes are those of bitsandbytes, which rounds the weight to float16 first.
 
     Args:
-        weight: Weight of shape (out, in), in float16, bfloat16 or float32. It must be finite in float16 (at most
-            65,504).
-        threshold: Stored for `quantized_linear(int8_activations=True)` and `to_bnb`. The codes do not depend on it.
+        weight: Weight of shape (out, in), in float16, bfloat16 or float32. Absolute values must be at most 65,504, the
+            largest float16.
+        threshold: Threshold for `quantized_linear(int8_activations=True)` and `to_bnb`. The codes do not depend on
+            `threshold`.
 
     Raises:
-        ValueError: If the weight is not 2-D, is not finite in float16, or has another dtype, or if the threshold is
-            negative.
+        ValueError: If the weight is not 2-D, is not finite in float16, or has an unsupported dtype, or if the threshold
+            is negative.
 
     Example:
         >>> import torch
@@ -121,7 +122,7 @@ def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) ->
         raise ValueError(f"threshold must be finite and at least 0 (0 means no threshold), got {threshold}.")
     half = weight.detach().to(torch.float16).contiguous()
     if half.device.type != "meta" and not half.isfinite().all():
-        raise ValueError("the weight overflows float16, to which bitsandbytes rounds it before quantizing to 8 bits.")
+        raise ValueError("the weight overflows float16, from which bitsandbytes quantizes to 8 bits: use 4 bits.")
     codes, scale, _ = private.bnb_ops().int8_vectorwise_quant(half, 0.0)
     return Quantized8bit(codes, scale, shape2(codes.shape), float(threshold))
 
@@ -129,7 +130,7 @@ def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) ->
 def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
     """Return a quantized weight as a dense tensor of shape (out, in).
 
-    This costs a pass over the packed weight and the memory of the result. The result is not differentiable in `q`.
+    This costs a pass over the packed weight and the memory of the result. For autograd, the result is a constant.
 
     Args:
         q: A quantized weight.
@@ -137,7 +138,7 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, 
             8-bit weight.
 
     Raises:
-        ValueError: If `dtype` is not a floating-point dtype, or if a 4-bit weight itself is differentiated.
+        ValueError: If `dtype` is not a floating-point dtype, or if a 4-bit `q` is differentiated.
 
     Example:
         >>> import torch
@@ -154,7 +155,7 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, 
 
 
 def levels(q: Quantized4bit) -> Float[Tensor, "16"]:
-    """Return the 16 levels of a 4-bit weight's format, in bitsandbytes' order. Codes are indices into them.
+    """Return the 16 levels of a 4-bit weight's format, in bitsandbytes' order, to be indexed by codes.
 
     Example:
         >>> levels(quantize_4bit(torch.ones(1, 64)))[[0, 7, 15]]
@@ -168,7 +169,7 @@ def levels(q: Quantized4bit) -> Float[Tensor, "16"]:
 
 
 def unpack(q: Quantized4bit) -> tuple[UInt8[Tensor, "out in"], Float[Tensor, " blocks"]]:
-    """Return the codes of a 4-bit weight, as one uint8 for each value, and its block scales in float32.
+    """Return the codes of a 4-bit weight, one uint8 for each value, and the block scales in float32.
 
     Example:
         >>> codes, absmax = unpack(quantize_4bit(torch.ones(1, 64)))
@@ -183,10 +184,10 @@ def unpack(q: Quantized4bit) -> tuple[UInt8[Tensor, "out in"], Float[Tensor, " b
 def pack(q: Quantized4bit, codes: UInt8[Tensor, "out in"], absmax: Float[Tensor, " blocks"]) -> Quantized4bit:
     """Return a weight in the format of `q` with other codes and scales: the inverse of `unpack`.
 
-    The scales are stored in float32, because double quantization would discard small changes of them.
+    The scales are stored in float32, because double quantization would discard small changes of scales.
 
     Raises:
-        ValueError: If the shapes do not fit `q`.
+        ValueError: If the shape of `codes` or `absmax` does not fit `q`.
 
     Example:
         >>> q = quantize_4bit(torch.linspace(-1, 1, 64)[None])
@@ -203,7 +204,7 @@ def pack(q: Quantized4bit, codes: UInt8[Tensor, "out in"], absmax: Float[Tensor,
 
 
 def dequantize_leaves(spec: Spec, leaves: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "out in"]:
-    """Compute `dequantize` from the tensors and the specification that `flatten` returns."""
+    """Compute `dequantize` from the results of `flatten`."""
     check_sizes(spec, leaves)
     if isinstance(spec, Spec8bit):
         codes, scale = leaves
@@ -220,10 +221,10 @@ def dequantize_leaves(spec: Spec, leaves: Sequence[Tensor], dtype: torch.dtype) 
 
 
 def _kernel_shape(shape: tuple[int, int], blocksize: int) -> tuple[int, int]:
-    """Return a shape for bitsandbytes' kernel; the kernel uses the shape only to split the values into rows.
+    """Return the shape for bitsandbytes' kernel, which uses the shape only to split the values into rows.
 
     On CPUs with AVX512, bitsandbytes 0.50 looks up the scales row by row, and uses wrong scales if a block continues in
-    the next row. With rows of one block each, or a single row, no block continues in another row.
+    the next row. In a shape with one block per row, or with a single row, no block continues in the next row.
     """
     out_features, in_features = shape
     if in_features % blocksize == 0:
@@ -247,7 +248,7 @@ def _check_weight(weight: Tensor) -> None:
     if weight.dtype not in FLOATS:
         raise ValueError(f"weight must be float16, bfloat16 or float32, got {weight.dtype}.")
     if weight.device.type != "meta" and not weight.isfinite().all():
-        raise ValueError(f"weight {tuple(weight.shape)} has NaN or inf values, which would spoil whole blocks.")
+        raise ValueError(f"weight {tuple(weight.shape)} must be finite, but contains NaN or inf.")
 
 
 def is_differentiated(leaf: Tensor) -> bool:

@@ -1,9 +1,10 @@
 """4-bit and 8-bit weights as immutable values.
 
-bitsandbytes keeps a quantized weight in a module that rewrites itself when it runs. Here the weight is a value. It is a
-pytree of both torch and optree. The leaves of this pytree are tensors; everything else is static. `torch.save` writes
-such a value. `torch.load(weights_only=True)` reads it once this module has been imported. `import vera_func` imports
-this module if torch was imported before. Shapes are named as in `core.adapter`: a weight has shape (out, in).
+The forward pass of a bitsandbytes module may change how the module stores the weight. In this module, a quantized
+weight is an immutable value, and a pytree of torch and optree. The leaves of the pytree are tensors; all other fields
+are static. `torch.save` writes quantized weights, and `torch.load(weights_only=True)` reads quantized weights after
+this module was imported. `import vera_func` imports this module if torch was imported before. As in `core.adapter`, a
+weight has shape (out, in).
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ NESTED_BLOCKSIZE = 256  # block size of nested statistics; bitsandbytes has no o
 
 
 class NestedStatistics(NamedTuple):
-    """Double-quantized block statistics: `absmax = code[index] * scale[i // 256] + offset`."""
+    """Statistics of double-quantized block scales, `absmax[i] = code[index[i]] * scale[i // 256] + offset`."""
 
     scale: Tensor
     code: Tensor
@@ -53,14 +54,15 @@ def _repr(self: "Quantized") -> str:
 class Quantized4bit:
     """A weight (out, in) as 4-bit indices into a table of 16 levels, with a scale for each block, as in bitsandbytes.
 
-    Invariants, checked by `validate`: `packed` holds `ceil(out * in / 2)` bytes, with two values per byte in the
-    row-major order of the weight, the first of them in the high half. There is one `absmax` for each `blocksize`
-    consecutive values; a block may continue in the next row.
+    Invariants, checked by `validate`: `packed` has `ceil(out * in / 2)` bytes. Each byte contains two consecutive
+    values of the row-major weight, the first in the high half. `absmax` has one scale for each `blocksize` consecutive
+    values; a block may continue in the next row.
 
     Attributes:
         packed: Two values per byte, of shape (bytes / itemsize, 1), in the storage dtype.
-        absmax: Scale of each block, (blocks,) float32. If `nested` is given, uint8 indices instead.
-        nested: Statistics of the double quantization of `absmax`, or None.
+        absmax: Scale of each block, (blocks,) float32. With double quantization, the uint8 index of each scale in
+            `nested.code`.
+        nested: Statistics of double-quantized scales, or None without double quantization.
         shape: The shape of the weight, (out, in).
         dtype: Dtype of the weight before quantization, and default dtype of `dequantize`.
         quant_type: "nf4" or "fp4".
@@ -92,13 +94,14 @@ class Quantized4bit:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Quantized8bit:
-    """A weight (out, in) as 8-bit integers with one scale per row: `codes * scale / 127`.
+    """A weight (out, in) as 8-bit integers with one scale per row, equal to `codes * scale / 127`.
 
     Attributes:
         codes: Integers of shape (out, in), int8.
         scale: Largest absolute value of each row, (out,) float32.
         shape: The shape of the weight, (out, in).
-        threshold: Larger activations are outliers for `int8_activations`; 0 means that there are no outliers.
+        threshold: Value above which activations are outliers for `int8_activations`. 0 means that there are no
+            outliers.
         device: The device of the tensors; `to(device)` moves them and keeps their dtypes.
         nbytes: Memory of the tensors, in bytes.
 
@@ -120,7 +123,7 @@ class Quantized8bit:
 
 
 class Spec4bit(NamedTuple):
-    """The static fields of a `Quantized4bit`: everything but its tensors."""
+    """The static fields of a `Quantized4bit`, which are all fields except tensors."""
 
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -130,7 +133,7 @@ class Spec4bit(NamedTuple):
 
 
 class Spec8bit(NamedTuple):
-    """The static fields of a `Quantized8bit`: everything but its tensors."""
+    """The static fields of a `Quantized8bit`, which are all fields except tensors."""
 
     shape: tuple[int, int]
     threshold: float
@@ -166,8 +169,8 @@ def validate(q: Quantized) -> None:
     size = q.packed.numel() * q.packed.element_size()
     if size != (values + 1) // 2:
         raise ValueError(
-            f"packed {tuple(q.packed.shape)} {q.packed.dtype} holds {size} bytes, but a weight {q.shape} packs "
-            f"into {(values + 1) // 2}."
+            f"packed {tuple(q.packed.shape)} {q.packed.dtype} has {size} bytes, but a weight {q.shape} packs into "
+            f"{(values + 1) // 2} bytes."
         )
     blocks = -(-values // q.blocksize)
     _check_leaf("absmax", q.absmax, (blocks,), torch.float32 if q.nested is None else torch.uint8)
@@ -202,7 +205,7 @@ def check_sizes(spec: Spec, leaves: Sequence[Tensor]) -> None:
 
 
 def flatten(q: Quantized) -> tuple[list[Tensor], Spec]:
-    """Return the tensors of a quantized weight, and everything else as a hashable value.
+    """Return the tensors and the hashable static fields of a quantized weight.
 
     Raises:
         ValueError: If `q` is not a quantized weight.
@@ -211,7 +214,7 @@ def flatten(q: Quantized) -> tuple[list[Tensor], Spec]:
         return [q.codes, q.scale], Spec8bit(q.shape, q.threshold)
     if not isinstance(q, Quantized4bit):
         raise ValueError(
-            f"expected a Quantized4bit or Quantized8bit (from quantize_4bit, ...), got {type(q).__name__}."
+            f"q must be a Quantized4bit or Quantized8bit, from quantize_4bit or quantize_8bit, got {type(q).__name__}."
         )
     return [q.packed, q.absmax, *(q.nested or ())], Spec4bit(
         q.shape, q.dtype, q.quant_type, q.blocksize, q.compute_dtype
@@ -261,5 +264,5 @@ def shape2(shape: Any) -> tuple[int, int]:
 for _class in (Quantized4bit, Quantized8bit):
     private.register_pytree(_class, flatten, unflatten)
     private.register_optree(_class, flatten, unflatten)
-# Unpickling these classes only sets their fields.
+# Unpickling one of these classes only sets fields.
 torch.serialization.add_safe_globals([Quantized4bit, Quantized8bit, NestedStatistics])
