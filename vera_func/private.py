@@ -213,11 +213,10 @@ def in_transform() -> bool:
 
 
 def requires_plain_form() -> bool:
-    """Whether a transform is active in which a computation must consist of plain operations, without custom Functions.
+    """Whether an active transform requires plain operations in place of custom autograd Functions.
 
-    While the `jvp` of an `autograd.Function` runs, torch disables forward-mode AD. The tangents of an outer `jvp` are
-    lost, so that nested forward derivatives are silently wrong (pytorch #197867). `functionalize` does not support
-    Functions.
+    torch disables forward-mode AD inside the `jvp` of a Function. Nested forward derivatives of Functions are therefore
+    silently wrong (pytorch #197867). `functionalize` does not support Functions.
     """
     if torch._C._functorch.peek_interpreter_stack() is None:
         return False
@@ -227,7 +226,7 @@ def requires_plain_form() -> bool:
 
 
 def forward_mode() -> AbstractContextManager[Any]:
-    """Return a context in which forward-mode AD is enabled, for operations on tangents in the `jvp` of a Function."""
+    """Return a context manager that enables forward-mode AD, for operations on tangents in the `jvp` of a Function."""
     return torch.autograd.forward_ad._set_fwd_grad_enabled(True)
 
 

@@ -1,7 +1,7 @@
 """Custom autograd Functions that save fewer tensors for backward than plain autograd.
 
-Each backward and jvp rule uses only differentiable operations. Derivatives of all orders therefore exist, and the
-Functions compose with all transforms.
+Each backward and jvp rule uses only differentiable operations. Derivatives of all orders therefore exist. Plain
+operations replace the Functions under transforms that Functions do not support (see `private.requires_plain_form`).
 """
 
 import torch
