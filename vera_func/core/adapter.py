@@ -177,8 +177,8 @@ def delta_weight(
             - W`, with the norm of each row. Ignored for VeRA.
 
     Raises:
-        ValueError: If the projections have another rank than the vectors, if the projections are smaller than the
-            layer, or if a DVoRA adapter is given without a weight.
+        ValueError: If the rows of the vectors do not match, if the projections have another rank than the vectors or
+            are smaller than the layer, or if a DVoRA adapter is given without a weight.
 
     Example:
         >>> import torch

@@ -185,7 +185,7 @@ def _adapted_square_norm(
 
 
 def _checked(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `lambda_b`, `lambda_d` and `magnitude`, after checking all keys and shapes."""
+    """Return `lambda_b`, `lambda_d` and `magnitude`, after checking keys and shapes."""
     wanted = {*VECTORS, MAGNITUDE}
     odd = sorted(wanted ^ (params.keys() - {join_key(MAGNITUDE, BASE_SHARE)}))
     if odd:

@@ -38,13 +38,13 @@ def align_rows(name: str, vector: Tensor, x: Tensor, *, inner: int = 1) -> Tenso
 
 
 def match_rows(vectors: Mapping[str, Tensor]) -> list[Tensor]:
-    """View vectors (*rows, k) with the same number of axes, so that their rows are matched from the left.
+    """View vectors (*rows, k) with the same number of axes, so that `*rows` broadcast from the left.
 
     Args:
-        vectors: The vectors by name, for the error message. Their rows may be the first axes of another vector's rows.
+        vectors: Vectors by name, for the error message. Shorter `*rows` must be the first axes of the longest `*rows`.
 
     Raises:
-        ValueError: If the rows do not match.
+        ValueError: If the rows of the vectors do not match.
 
     Example:
         >>> [v.shape for v in match_rows({"lambda_b": torch.ones(5, 3), "lambda_d": torch.ones(5, 7, 2)})]
@@ -53,7 +53,7 @@ def match_rows(vectors: Mapping[str, Tensor]) -> list[Tensor]:
     rows = sorted((tuple(vector.shape[:-1]) for vector in vectors.values()), key=len)
     if any(rows[-1][: len(shape)] != shape for shape in rows):
         shapes = ", ".join(f"{name} {tuple(vector.shape)}" for name, vector in vectors.items())
-        raise ValueError(f"the leading axes of {shapes} do not match.")
+        raise ValueError(f"the leading axes of {shapes} do not match: pass vectors for the same rows.")
     return [with_dims(vector, len(rows[-1]) + 1) for vector in vectors.values()]
 
 
