@@ -1,7 +1,7 @@
 """Private names of other libraries, each with the reason why it is used.
 
-No other module uses private names, and a test fails if a library removes one of them. Each function imports the private
-names that it uses. Importing this module is therefore cheap, and a missing name raises an error only in that function.
+No other module uses private names, and a test fails if a library removes one of them. Imports that `import torch`
+has not made already are inside the functions, so that importing this module is cheap.
 """
 
 import logging
@@ -13,6 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
+
+
+# Functions on pytrees, as `torch.func` defines pytrees.
+tree_map, tree_leaves = _pytree.tree_map, _pytree.tree_leaves
+tree_flatten, tree_unflatten = _pytree.tree_flatten, _pytree.tree_unflatten
 
 
 def register_pytree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], unflatten: Callable[..., Any]) -> None:
@@ -20,9 +26,7 @@ def register_pytree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], 
 
     torch's public alternative, `register_dataclass(drop_field_names=...)`, resets static fields.
     """
-    from torch.utils._pytree import register_pytree_node
-
-    register_pytree_node(cls, flatten, unflatten)
+    _pytree.register_pytree_node(cls, flatten, unflatten)
 
 
 def register_optree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], unflatten: Callable[..., Any]) -> None:
@@ -42,42 +46,12 @@ def register_optree(cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], 
     optree.register_pytree_node(cls, flatten, rebuild, namespace=namespace)
 
 
-def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Apply a function to the leaves of a pytree of torch."""
-    from torch.utils import _pytree
-
-    return _pytree.tree_map(function, tree, *rest)
-
-
-def tree_leaves(tree: Any) -> list[Any]:
-    """Return the leaves of a pytree."""
-    from torch.utils import _pytree
-
-    return _pytree.tree_leaves(tree)
-
-
-def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
-    """Return the leaves of a pytree and its structure."""
-    from torch.utils import _pytree
-
-    return _pytree.tree_flatten(tree)
-
-
-def tree_unflatten(leaves: list[Any], spec: Any) -> Any:
-    """Return the pytree with a given structure and leaves."""
-    from torch.utils import _pytree
-
-    return _pytree.tree_unflatten(leaves, spec)
-
-
 def tree_flatten_with_path(tree: Any) -> list[tuple[str, Any]]:
     """Return the leaves of a pytree, each with its path as an expression such as `['logits']`.
 
     Raises:
         ValueError: If a class in the pytree was registered without the names of its fields.
     """
-    from torch.utils import _pytree
-
     return [(_pytree.keystr(path), leaf) for path, leaf in _pytree.tree_flatten_with_path(tree)[0]]
 
 

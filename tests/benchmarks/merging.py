@@ -31,7 +31,7 @@ def run(adapter, texts):
     }
     start = time.perf_counter()
     rows = encode_examples(base, task, train[:CALIBRATION])
-    weights = calibrate_answers(base.model, adapted, task, rows, progress=tqdm)
+    weights = calibrate_answers(adapted, task, rows, progress=tqdm)
     seconds = time.perf_counter() - start
 
     merge = partial(vf.merge, base.model, adapted.params, adapted.frozen)

@@ -36,7 +36,6 @@ def merge_to(
     *,
     calibrate: Sequence[Example] | None = None,
     prompt: str | None = None,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Merge one adapter into the base model, and save the merged model and its tokenizer.
 
@@ -48,7 +47,6 @@ def merge_to(
         calibrate: Labelled examples for a calibrated merge; None means a merge by rounding. A quarter of `calibrate`
             is held out, to measure how many predictions the merge leaves unchanged.
         prompt: Prompt template with `{text}` for the examples of `calibrate`; None means the template used in training.
-        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: If the adapter does not fit the model, if `out` is a file, an adapter or the base model, or if
@@ -74,11 +72,10 @@ def merge_to(
         task = task_of(source, base, {example.label for example in calibrate}, prompt)
         examples, others = split(calibrate, -(-len(calibrate) // 4), seed=0)
         rows = encode_examples(base, task, examples[:CALIBRATION])
-        show = bar("calibrate", progress, "step")
-        weights = calibrate_answers(base.model, adapted, task, rows, progress=show)
+        weights = calibrate_answers(adapted, task, rows, progress=bar("calibrate", True, "step"))
         merged = merge(base.model, adapted.params, adapted.frozen, weights=weights)
         held_out = encode_examples(base, task, others[:CALIBRATION])
-        kept = compare_answers(adapted, merged, task, held_out, progress=bar("compare", progress))
+        kept = compare_answers(adapted, merged, task, held_out, progress=bar("compare", True))
         done |= {"calibrated_on": len(rows), "advice": _calibrated_advice(kept), "answers": kept._asdict()}
     with quiet_transformers(), filling(out) as folder:
         merged.save_pretrained(folder)

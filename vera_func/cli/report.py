@@ -122,15 +122,10 @@ def training_bar(done: int, steps: int, progress: bool) -> Iterator[Callable[[An
         yield show
 
 
-def make_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> Table:
-    """Convert rows to a table for `show`, with numbers right-aligned.
-
-    Args:
-        rows: One mapping per row.
-        columns: Columns to show; None means the keys of the first row.
-    """
+def make_table(rows: Sequence[Row]) -> Table:
+    """Convert rows to a table for `show`, with numbers right-aligned. The columns are the keys of the first row."""
     table = Table(box=None, pad_edge=False)
-    columns = list(rows[0] if rows else ()) if columns is None else columns
+    columns = list(rows[0] if rows else ())
     for column in columns:
         numeric = all(isinstance(row.get(column), int | float | None) for row in rows)
         table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
@@ -139,7 +134,7 @@ def make_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> Tab
     return table
 
 
-def format_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
+def format_table(rows: Sequence[Row]) -> str:
     """Format rows as a plain-text table, with one line per row.
 
     Example:
@@ -148,7 +143,7 @@ def format_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> s
         a     0.25
         bc      12
     """
-    return _plain(make_table(rows, columns))
+    return _plain(make_table(rows))
 
 
 def format_value(value: Any) -> str:

@@ -7,9 +7,7 @@ other leaf is a parameter of the base model, such as a trained bias or head. The
 `"classifier.weight"`. The output scale of the base model is 1.
 """
 
-from collections.abc import Iterable, Mapping
-
-from torch import Tensor
+from collections.abc import Iterable
 
 
 PROJECTIONS = ("vera_A", "vera_B")
@@ -70,19 +68,3 @@ def adapted_modules(keys: Iterable[str]) -> list[str]:
         ['q_proj']
     """
     return [module for module, leaf in map(split_key, keys) if leaf == "lambda_b"]
-
-
-def by_module(params: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Group the adapter vectors by module, as `{module: {"lambda_b": ..., "lambda_d": ...}}`.
-
-    Example:
-        >>> import torch
-        >>> by_module({"q_proj.lambda_b": torch.ones(2), "classifier.bias": torch.ones(3)})
-        {'q_proj': {'lambda_b': tensor([1., 1.])}}
-    """
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, value in params.items():
-        module, leaf = split_key(key)
-        if is_vector(key):
-            layers.setdefault(module, {})[leaf] = value
-    return layers

@@ -36,32 +36,28 @@ class Answers(NamedTuple):
 
 
 def calibrate_answers(
-    model: nn.Module,
     adapted: Adapted,
     task: Task,
     rows: Sequence[Encoded],
     *,
-    batch_size: int = 16,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> dict[str, Quantized]:
     """Return merged 4-bit weights for `merge(..., weights=...)`, calibrated to preserve the classifier's predictions.
 
     Args:
-        model: The base model, whose adapted layers must be 4-bit.
-        adapted: The adapter to merge.
+        adapted: The adapter to merge, over 4-bit layers.
         task: The task of the adapter.
         rows: About 200 examples (several thousand tokens) for calibration, from `encode_examples`.
-        batch_size: Examples per batch.
         progress: Progress bar for the batches and for the layers, such as `tqdm.tqdm`.
 
     Raises:
         ValueError: As for `calibrate_weights`.
     """
     last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in task.accepts else {}
-    device = next(model.parameters()).device
+    device = next(adapted.apply.model.parameters()).device
     batches = [
         {name: batch[name].to(device) for name in batch.keys() & task.accepts} | last
-        for batch in batches_by_length(rows, batch_size, task.pad_id)
+        for batch in batches_by_length(rows, 16, task.pad_id)
     ]
     moments = second_moments(
         adapted, progress(batches), readout=lambda output: answer_gap(output.logits[:, -1, task.answers])

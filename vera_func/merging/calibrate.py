@@ -26,6 +26,8 @@ Weight = Float[Tensor, "out in"]
 Gram = Float[Tensor, "in in"]
 Table = Float[Tensor, " levels"]
 
+_STEPS = 64  # most changes of codes in each row
+
 
 class Calibrated(NamedTuple):
     """A merged weight on the grid, and its quality on the calibration inputs.
@@ -281,7 +283,7 @@ def _shift(problem: _Problem, level: Tensor, normal: Tensor, gradient: Tensor, a
     return shift.masked_fill((absmax + shift < 0).any(1, keepdim=True), 0), factor.float()
 
 
-def _steps(problem: _Problem, target: Tensor, point: _Point, limit: int = 64) -> _Point:
+def _steps(problem: _Problem, target: Tensor, point: _Point) -> _Point:
     """Descend greedily: each step makes the best change of one code in each row, and refits the scales."""
     gram, levels, size = problem.gram, problem.levels, problem.blocksize
     diagonal, last, columns = gram.diagonal(), len(levels) - 1, target.shape[1]
@@ -293,14 +295,14 @@ def _steps(problem: _Problem, target: Tensor, point: _Point, limit: int = 64) ->
     normal = torch.stack([problem.sums(p * level) for p in products.unbind(1)], dim=1)  # (rows, blocks, blocks)
     gradient = (target - problem.weight(point)) @ gram
     error, rows = problem.error(target, point), torch.arange(len(target), device=target.device)
-    for count in range(limit + 1):
+    for count in range(_STEPS + 1):
         shift, factor = _shift(problem, level, normal, gradient, absmax)
         absmax = absmax + shift
         gradient = gradient - (shift[:, None] @ products)[:, 0]
         new = ((target - level * absmax.repeat_interleave(size, dim=1)) * gradient).sum(1)
         on = new < error * (1 - 1e-5 if count else 1 + 1e-5)  # also False for NaN, from a failed factorization
         best.indices[rows[on]], best.absmax[rows[on]] = index[on], absmax[on]
-        if count == limit or not on.any():
+        if count == _STEPS or not on.any():
             break
         if not on.all():  # rows that did not improve are done
             target, index, level, absmax, products, normal, factor, gradient, new, rows = (

@@ -78,7 +78,7 @@ def _mapped(
     **kwargs: Any,
 ) -> Any:
     if isinstance(in_dims, tuple) and len(in_dims) == len(args) + 2:
-        stacked, in_dims = _as_vmap(in_dims, stacked, args)
+        stacked, in_dims = _as_vmap(in_dims, stacked)
     n = num_adapters(stacked)
     leaves, spec = tree_flatten((args, kwargs))
     dims = tree_flatten(_dims(in_dims, args, kwargs))[0]
@@ -169,7 +169,7 @@ class _Shared:
 _SHARED = _Shared()
 
 
-def _as_vmap(in_dims: tuple, stacked: Params, args: tuple) -> tuple[Params, tuple]:
+def _as_vmap(in_dims: tuple, stacked: Params) -> tuple[Params, tuple]:
     """Interpret the `in_dims` of `torch.func.vmap`: return params with adapters in axis 0, and in_dims of the batch."""
     of_params, of_frozen, *of_batch = in_dims
     if of_frozen is not None:

@@ -298,18 +298,17 @@ def clip_by_norm(grads: Mapping[str, Tensor], max_norm: float | Tensor) -> dict[
     return {k: (g * scale).to(g.dtype) for k, g in grads.items()}
 
 
-def constant(step: int | Tensor, *, value: float = 1.0) -> Float[Tensor, "*n"]:
-    """A constant schedule: `value` for every step, with the shape of `step`, in float64.
+def constant(step: int | Tensor) -> Float[Tensor, "*n"]:
+    """The constant schedule: 1 for every step, with the shape of `step`, in float64.
 
     Args:
         step: One step, (), or n steps, (n,).
-        value: The constant.
 
     Example:
         >>> constant(7)
         tensor(1., dtype=torch.float64)
     """
-    return torch.full_like(as_step(step), value)
+    return torch.ones_like(as_step(step))
 
 
 def linear_warmup_cosine(
