@@ -321,7 +321,7 @@ bad("init_params", "a quantized weight", weighted(vf.quantize_8bit(ones(32, 64))
 bad("norm_statistics", "a number", lambda _: norm_statistics(1.0, PAIR), "got float; pass dequantize")
 bad("norm_statistics", "a wider layer", lambda _: norm_statistics(ones(32, 99), PAIR), r"of shape \(r, >= 99\)")
 bad("norm_statistics", "integers", lambda _: norm_statistics(ones(32, 64), {"vera_A": ones(4, 64).int()}), "int32")
-bad("norm_statistics", "no projections", lambda _: norm_statistics(ones(32, 64), {}), "got nothing")
+bad("norm_statistics", "no projections", lambda _: norm_statistics(ones(32, 64), {}), "got NoneType")
 bad("fold_layer", "VeRA", lambda _: fold_layer(LAYER, COMPLETE), "must have the keys .*'magnitude'")
 
 

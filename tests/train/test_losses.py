@@ -544,13 +544,13 @@ bad(
     "next_token_loss",
     "labels in floating point",
     lambda _: next_token_loss(HIDDEN, WEIGHT, LABELS.float()),
-    "labels must be .* got torch.float32",
+    "labels must be .* got .* torch.float32",
 )
 bad(
     "next_token_loss",
     "a mask for labels",
     lambda _: next_token_loss(HIDDEN, WEIGHT, LABELS.bool()),
-    "labels must be .* got torch.bool",
+    "labels must be .* got .* torch.bool",
 )
 bad(
     "next_token_loss",

@@ -24,6 +24,7 @@ from .keys import BASE_SHARE, MAGNITUDE, MIXTURE, OUTPUT_SCALE, SCALES, STATISTI
 from .shapes import (
     align_rows,
     contiguous_rows,
+    described,
     match_rows,
     require_float,
     require_product_dtype,
@@ -79,9 +80,8 @@ def init_params(
     if weight is None:
         return params
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] != out_features:
-        what = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(
-            f"weight must be a dense tensor of shape ({out_features}, in), got {what}; pass dequantize(q)."
+            f"weight must be a dense tensor of shape ({out_features}, in), got {described(weight)}; pass dequantize(q)."
         )
     magnitude = row_norms(weight.detach().to(torch.promote_types(dtype, weight.dtype)))
     return params | {MAGNITUDE: magnitude.to(device)}
@@ -304,8 +304,7 @@ def _vectors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | Non
     lambda_b, lambda_d, mixture = params["lambda_b"], params["lambda_d"], params.get("mixture")
     for name, vector in (("lambda_b", lambda_b), ("lambda_d", lambda_d)):
         if not isinstance(vector, Tensor) or not vector.is_floating_point():
-            what = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
-            raise ValueError(f"{name} must be a floating-point tensor, got {what}.")
+            raise ValueError(f"{name} must be a floating-point tensor, got {described(vector)}.")
     if lambda_b.dim() < 1 or lambda_d.dim() < 1:
         raise ValueError(
             f"lambda_b {tuple(lambda_b.shape)} and lambda_d {tuple(lambda_d.shape)} must have shapes "

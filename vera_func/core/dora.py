@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .keys import BASE_SHARE, MAGNITUDE, OUTPUT_SCALE, STATISTICS, VECTORS, join_key
-from .shapes import align_rows, match_rows, with_dims
+from .shapes import align_rows, described, match_rows, with_dims
 
 
 # Largest number of values in a temporary tensor of the row norms.
@@ -67,16 +67,15 @@ def norm_statistics(weight: Float[Tensor, "out in"], frozen: Mapping[str, Tensor
         {'square_norm': (4,), 'C': (4, 2), 'G': (2, 2)}
     """
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        what = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(
-            f"weight must be a dense floating-point tensor of shape (out, in), got {what}; pass dequantize(q)."
+            f"weight must be a dense floating-point tensor of shape (out, in), got {described(weight)}; pass "
+            "dequantize(q)."
         )
     A = frozen.get("vera_A")
     if not isinstance(A, Tensor) or not A.is_floating_point() or A.dim() != 2 or A.shape[1] < weight.shape[1]:
-        what = f"{tuple(A.shape)} {A.dtype}" if isinstance(A, Tensor) else "nothing" if A is None else type(A).__name__
         raise ValueError(
             f"vera_A must be a floating-point tensor of shape (r, >= {weight.shape[1]}) for a weight of shape "
-            f"{tuple(weight.shape)}, got {what}."
+            f"{tuple(weight.shape)}, got {described(A)}."
         )
     with _without_autocast(weight.device):
         weight = _wide(weight)
@@ -196,8 +195,7 @@ def _checked(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> tupl
     lambda_b, lambda_d, magnitude = (params[name] for name in (*VECTORS, MAGNITUDE))
     for name, vector in zip((*VECTORS, MAGNITUDE), (lambda_b, lambda_d, magnitude), strict=True):
         if not isinstance(vector, Tensor) or not vector.is_floating_point() or vector.dim() < 1:
-            what = f"{tuple(vector.shape)} {vector.dtype}" if isinstance(vector, Tensor) else type(vector).__name__
-            raise ValueError(f"{name} must be a floating-point vector, got {what}.")
+            raise ValueError(f"{name} must be a floating-point vector, got {described(vector)}.")
     out_features, r = lambda_b.shape[-1], lambda_d.shape[-1]
     if magnitude.shape[-1] != out_features:
         raise ValueError(

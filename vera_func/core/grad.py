@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from ..private import in_transform, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from .shapes import described
 
 
 Function = Callable[..., Any]
@@ -182,9 +183,8 @@ def _call(function: Function, has_aux: bool, /, *args: Any, **kwargs: Any) -> tu
         raise ValueError(f"with has_aux, function must return a pair (value, aux), got {type(result).__name__}.")
     value, aux = result if has_aux else (result, ())
     if not isinstance(value, Tensor) or value.dim() != 0:
-        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         hint = "" if has_aux else ", or pass has_aux=True for a pair (value, aux)"
-        raise ValueError(f"function must return a tensor of shape (), got {found}: return the sum{hint}.")
+        raise ValueError(f"function must return a tensor of shape (), got {described(value)}: return the sum{hint}.")
     for leaf in tree_leaves(aux):
         if not isinstance(leaf, Tensor):
             raise ValueError(f"aux must be a pytree of tensors, got a leaf of type {type(leaf).__name__}.")
@@ -204,8 +204,7 @@ def _places(argnums: Any, count: int) -> tuple[int, ...]:
 def _check_leaves(leaves: Sequence[Any]) -> None:
     for leaf in leaves:
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
-            found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise ValueError(
-                f"a differentiated argument must be a pytree of floating-point tensors, got a leaf of type {found}: "
+                f"a differentiated argument must be a pytree of floating-point tensors, got {described(leaf)} in it: "
                 "pass that leaf in another argument, or close over it."
             )

@@ -2,6 +2,7 @@
 
 import numbers
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,16 @@ def contiguous_rows(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def described(value: Any) -> str:
+    """Describe a value in an error message: the shape and dtype of a tensor, or the class of anything else.
+
+    Example:
+        >>> described(torch.ones(2, 3)), described(None)
+        ('(2, 3) torch.float32', 'NoneType')
+    """
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def require_float(name: str, dtype: torch.dtype) -> None:
     """Raise an error if a dtype is not floating-point: other dtypes would silently round an adapter to integers.
 
@@ -132,5 +143,4 @@ def require_rows_of_floats(x: Tensor) -> None:
         >>> require_rows_of_floats(torch.ones(3))
     """
     if not isinstance(x, Tensor) or not x.dim() or not x.is_floating_point():
-        what = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x must be a floating-point tensor of shape (*batch, in), got {what}.")
+        raise ValueError(f"x must be a floating-point tensor of shape (*batch, in), got {described(x)}.")

@@ -52,7 +52,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..core.shapes import require_positive
+from ..core.shapes import described, require_positive
 from ..model.head import RowHead
 from ..private import has_values
 from .chunked import function_losses, weight_losses
@@ -224,8 +224,9 @@ def dpo_loss(
     references = {"reference_chosen": reference_chosen, "reference_rejected": reference_rejected}
     for name, value in {**given, **references}.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            found = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name} must be a tensor of log-probabilities, from sequence_logprobs, got {found}.")
+            raise ValueError(
+                f"{name} must be a tensor of log-probabilities, from sequence_logprobs, got {described(value)}."
+            )
         fits = value.shape == chosen.shape
         if name in references:  # may be shared along leading axes
             fits = value.dim() <= chosen.dim() and value.shape == chosen.shape[chosen.dim() - value.dim() :]
@@ -294,10 +295,10 @@ def _logits(head: Callable[[Tensor], Tensor] | None, largest: int, x: Tensor) ->
     """The logits of a chunk, after checks; `largest` is the largest label."""
     logits = x if head is None else head(x)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != x.shape[:-1] or not logits.is_floating_point():
-        found = f"{tuple(logits.shape)} {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
         expected = (*x.shape[:-1], "vocab")
         raise ValueError(
-            f"head must return logits ({', '.join(map(str, expected))}) for an input {tuple(x.shape)}, got {found}."
+            f"head must return logits ({', '.join(map(str, expected))}) for an input {tuple(x.shape)}, got "
+            f"{described(logits)}."
         )
     _check_vocabulary(largest, logits.shape[-1])
     return logits
@@ -314,15 +315,13 @@ def _check(
 ) -> int | None:
     """Check shapes and dtypes; returns the vocabulary size, or None if `head` is a function."""
     if not isinstance(hidden, Tensor) or hidden.dim() < 2 or not hidden.is_floating_point():
-        found = f"{tuple(hidden.shape)} {hidden.dtype}" if isinstance(hidden, Tensor) else type(hidden).__name__
-        raise ValueError(f"hidden must be a floating-point tensor (*rows, seq, width), got {found}.")
+        raise ValueError(f"hidden must be a floating-point tensor (*rows, seq, width), got {described(hidden)}.")
     if isinstance(head, Tensor) and not head.is_floating_point() and labels is None:
         raise ValueError(
             "head is a tensor of integers, and labels is None: call next_token_loss(logits, None, labels)."
         )
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        found = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"labels must be an integer tensor of token ids and -100, got {found}.")
+        raise ValueError(f"labels must be an integer tensor of token ids and -100, got {described(labels)}.")
     rows = hidden.shape[:-1]
     if not labels.dim() or labels.dim() > len(rows) or labels.shape != rows[len(rows) - labels.dim() :]:
         raise ValueError(

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.grad import grad
+from ..core.shapes import described
 from ..model.batch import num_adapters
 from ..private import has_values, in_transform, tree_leaves
 from .optim import require_trainable
@@ -105,8 +106,9 @@ def require_grads(name: str, grads: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{name} must be a dict of gradients from per_example_grads, got {what}.")
     for key, leaf in grads.items():
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise ValueError(f"{name}[{key!r}] must be a floating-point tensor of shape (n, ...), got {found}.")
+            raise ValueError(
+                f"{name}[{key!r}] must be a floating-point tensor of shape (n, ...), got {described(leaf)}."
+            )
     num_adapters(grads)  # checks the leading axes
 
 
@@ -139,10 +141,9 @@ def as_matrix(leaf: Tensor) -> Float[Tensor, "n size"]:
 def _total(loss_rows: LossRows, n: int, rows: dict[str, Tensor], batch: Any) -> Tensor:
     losses = loss_rows(rows, batch)
     if not isinstance(losses, Tensor) or losses.shape != (n,) or not losses.is_floating_point():
-        found = f"{tuple(losses.shape)} {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
-            f"loss_rows must return one floating-point loss per row, ({n},), got {found}. Do not average "
-            "over the rows: use, for example, cross_entropy(..., reduction='none')."
+            f"loss_rows must return one floating-point loss per row, ({n},), got {described(losses)}. Do not "
+            "average over the rows: use, for example, cross_entropy(..., reduction='none')."
         )
     # Under a transform, `requires_grad` does not show whether the losses depend on the rows.
     if not torch.compiler.is_compiling() and not in_transform() and not losses.requires_grad:
