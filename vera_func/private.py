@@ -310,6 +310,16 @@ def float32_modules(model: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
+# Attributes of a model that transformers loaded quantized.
+QUANTIZED_ATTRIBUTES = (
+    "hf_quantizer",
+    "quantization_method",
+    "is_quantized",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+)
+
+
 def forget_quantization(model: Any) -> None:
     """Remove the attributes that mark a transformers model as quantized.
 
@@ -318,7 +328,7 @@ def forget_quantization(model: Any) -> None:
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
             delattr(model.config, name)
-    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+    for name in QUANTIZED_ATTRIBUTES:
         model.__dict__.pop(name, None)
 
 

@@ -19,7 +19,7 @@ from ..merging.layer import MergeReport
 from ..merging.model import model_merge_report
 from ..model.config import VeraConfig
 from ..model.convert import dense_share, quantizable_layers
-from ..model.targets import linear_sizes, resolve
+from ..model.targets import linear_sizes, resolve, widest_sizes
 from .report import merge_advice
 
 
@@ -149,7 +149,7 @@ def _inspect_model(folder: Path, r: int, targets: Sequence[str] | None) -> dict[
     names, _ = resolve(model, VeraConfig(r=r, target_modules=list(targets) if targets else None))
     modules = dict(model.named_modules())
     sizes = {name: linear_sizes(module) for name, module in modules.items()}
-    widest_in, widest_out = (max(width) for width in zip(*(sizes[name] or (0, 0) for name in names), strict=True))
+    widest_in, widest_out = widest_sizes(model, names)
     linear = [(name, *size) for name, size in sizes.items() if size is not None]
     rows = []
     for kind, group in _by_kind(linear, lambda row: row[0]).items():

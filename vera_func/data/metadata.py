@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..io.config import METADATA
 from ..io.files import parse_json, replacing
 from .kinds import COLUMNS
 
@@ -55,7 +56,7 @@ def metadata_file(path: str | os.PathLike[str]) -> Path:
         'banks/all.json'
     """
     path = Path(path)
-    return path.with_suffix(".json") if path.suffix == ".safetensors" else path / "vera_func.json"
+    return path.with_suffix(".json") if path.suffix == ".safetensors" else path / METADATA
 
 
 def read_metadata(path: str | os.PathLike[str]) -> Metadata:

@@ -21,7 +21,7 @@ from ..core.shapes import require_float, require_product_dtype
 from ..model.adapt import Adapted, draw_projections, make_apply
 from ..model.apply import Apply
 from ..model.config import VeraConfig
-from ..model.targets import layer_device, linear_sizes, resolve, trained_with
+from ..model.targets import layer_device, resolve, trained_with, widest_sizes
 from ..model.tree import unwrap
 from .card import CARD, card_text
 from .check import DTYPES, check_adapter
@@ -239,7 +239,7 @@ def _projections_of(
             f"{file} must contain base_model.vera_A and base_model.vera_B, because save_projection is true in "
             f"{CONFIG}, got {stored}."
         )
-    _check_projections(file, projections, [linear_sizes(model.get_submodule(name)) for name in targets], config.r)
+    _check_projections(file, projections, widest_sizes(model, targets), config.r)
     device = layer_device(model.get_submodule(targets[0]))
     # The order of the keys is fixed here, because their order in the file is arbitrary.
     return {name: projections[name].to(device) for name in ("vera_A", "vera_B")}
@@ -273,11 +273,9 @@ def read_files(folder: Path, *, ignore_unknown: bool = False) -> tuple[VeraConfi
     return config, tensors
 
 
-def _check_projections(
-    file: Path, frozen: Mapping[str, Tensor], sizes: Sequence[tuple[int, int] | None], r: int
-) -> None:
+def _check_projections(file: Path, frozen: Mapping[str, Tensor], widest: tuple[int, int], r: int) -> None:
     A, B = frozen["vera_A"], frozen["vera_B"]
-    widest_in, widest_out = (max(widths) for widths in zip(*filter(None, sizes), strict=True))
+    widest_in, widest_out = widest
     fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] == r
     if not fits or A.shape[1] < widest_in or B.shape[0] < widest_out:
         raise ValueError(

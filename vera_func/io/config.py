@@ -12,6 +12,7 @@ from ..model.config import VeraConfig
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+METADATA = "vera_func.json"  # written by the command line
 _DORA = ("use_dora", "differentiate_norm")
 _PEFT_ONLY = ("inference_mode", "peft_type", "peft_version", "runtime_config")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.keys import MAGNITUDE, join_key, own_parameters, split_key
 from ..model.config import VeraConfig
-from ..model.targets import adapted_layers, exact_targets, is_conv1d, linear_sizes, resolve
+from ..model.targets import adapted_layers, exact_targets, is_conv1d, linear_sizes, resolve, widest_sizes
 from ..model.tree import unwrap
 from .check import check_adapter
 from .config import CONFIG, WEIGHTS
@@ -153,7 +153,7 @@ def lora_factors(
         [(1, 8), (6, 1)]
     """
     layers = adapted_layers(model, params)
-    widest = max((linear_sizes(model.get_submodule(name)) or (0, 0))[0] for name in layers)
+    widest = widest_sizes(model, layers)[0]
     if frozen["vera_A"].shape[1] < widest:
         shape = tuple(frozen["vera_A"].shape)
         raise ValueError(

@@ -29,18 +29,9 @@ from ..model.base_layers import QuantizedLinear
 from ..model.config import VeraConfig
 from ..model.layers import Projections
 from ..model.module import adapted_module
+from ..private import QUANTIZED_ATTRIBUTES
 from .checkpoint import save_adapter
 from .files import replacing
-
-
-# Attributes of a model that transformers loaded quantized. Trainer rejects such a model unless PEFT wraps it.
-_QUANTIZED_ATTRIBUTES = (
-    "hf_quantizer",
-    "is_loaded_in_4bit",
-    "is_loaded_in_8bit",
-    "is_quantized",
-    "quantization_method",
-)
 
 
 def to_module(adapted: Adapted) -> nn.Module:
@@ -67,7 +58,7 @@ def to_module(adapted: Adapted) -> nn.Module:
         ['0.lambda_b', '0.lambda_d']
     """
     module: Any = adapted_module(adapted)
-    for name in _QUANTIZED_ATTRIBUTES:
+    for name in QUANTIZED_ATTRIBUTES:  # Trainer rejects a quantized model unless PEFT wraps it
         vars(module).pop(name, None)
     # Instance attributes rather than a subclass, so that the module keeps the model's class, also after unpickling.
     if hasattr(type(module), "save_pretrained"):

@@ -7,12 +7,9 @@ from tempfile import TemporaryDirectory
 
 from .card import CARD, card_text
 from .checkpoint import read_files
-from .config import CONFIG, WEIGHTS
+from .config import CONFIG, METADATA, WEIGHTS
 from .hub import hub_errors
 from .peft_keys import key_from_peft
-
-
-METADATA = "vera_func.json"  # written by the command line
 
 
 def push_adapter(

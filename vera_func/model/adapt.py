@@ -27,7 +27,7 @@ from .closures import copy_module
 from .config import VeraConfig
 from .layers import Projections, layer_class
 from .rows import path_in_model
-from .targets import layer_device, linear_sizes, peft_dtype, require_one_device, resolve, trained_with
+from .targets import layer_device, peft_dtype, require_one_device, resolve, trained_with, widest_sizes
 from .tree import copy_tree, frozen_alias, no_data_error, parameter_aliases, unwrap
 
 
@@ -199,10 +199,7 @@ def draw_projections(
         {'vera_A': (4, 8), 'vera_B': (20, 4)}
     """
     layers = [model.get_submodule(name) for name in targets]
-    sizes = [linear_sizes(layer) or (0, 0) for layer in layers]
-    frozen = init_projections(
-        config.r, max(size[0] for size in sizes), max(size[1] for size in sizes), config.projection_prng_key
-    )
+    frozen = init_projections(config.r, *widest_sizes(model, targets), config.projection_prng_key)
     for via in dict.fromkeys(peft_dtype(layer) for layer in layers):
         if via is not None:
             frozen = {name: value.to(via) for name, value in frozen.items()}
@@ -236,7 +233,7 @@ def make_apply(
     modules = dict(model.named_modules())
     owners = {split_key(name)[0] for name in trained}
     memo: dict[int, Any] = {id(p): frozen_alias(p) for p in model.parameters()}
-    projections = _placeholders(modules, config.r, targets, product_dtype)
+    projections = _placeholders(model, config.r, targets, product_dtype)
     slots: dict[str, Slot] = {}
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
@@ -286,14 +283,11 @@ def make_apply(
     )
 
 
-def _placeholders(
-    modules: Mapping[str, nn.Module], r: int, targets: Sequence[str], product_dtype: torch.dtype | None
-) -> Projections:
+def _placeholders(model: nn.Module, r: int, targets: Sequence[str], product_dtype: torch.dtype | None) -> Projections:
     """Return projections on the meta device, so that a layer raises an error if no projections are bound to it."""
-    sizes = [linear_sizes(modules[name]) or (0, 0) for name in targets]
-    widest_in, widest_out = map(max, zip(*sizes, strict=True))
-    options: Any = {"dtype": torch.float32, "device": "meta"}
-    A, B = torch.empty(r, widest_in, **options), torch.empty(widest_out, r, **options)
+    widest_in, widest_out = widest_sizes(model, targets)
+    A = torch.empty(r, widest_in, dtype=torch.float32, device="meta")
+    B = torch.empty(widest_out, r, dtype=torch.float32, device="meta")
     return Projections(A, B, product_dtype)
 
 

@@ -23,8 +23,8 @@ from ..private import clear_hooks, fake_tensors, tree_leaves, unwrap, watch_oper
 from .base_layers import DenseLinear, QuantizedLinear, RowwiseAffine
 from .checkout import bound_method
 from .follow import NOWHERE, Follower, Lost, Place, mark, place_of
-from .layers import Linear, Linear4bit, Linear8bitLt
-from .targets import is_conv1d, linear_sizes
+from .layers import Linear, Linear4bit, Linear8bitLt, layer_sizes
+from .targets import is_conv1d
 
 
 Axes: TypeAlias = int | Sequence[int | None] | Mapping[str, int | None] | None
@@ -346,7 +346,7 @@ def _width(module: Any) -> int | None:
         return module.out_features
     if type(module) not in (nn.Linear, DenseLinear) and not is_conv1d(module):
         return None
-    return (linear_sizes(module) or (0, 0))[1]
+    return layer_sizes(module)[1]
 
 
 def _is_ours(module: nn.Module) -> bool:

@@ -65,6 +65,18 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def widest_sizes(model: nn.Module, names: Iterable[str]) -> tuple[int, int]:
+    """Return the largest `in_features` and the largest `out_features` of linear layers, given by their names.
+
+    Example:
+        >>> widest_sizes(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 20)), ["0", "1"])
+        (8, 20)
+    """
+    sizes = [size for name in names if (size := linear_sizes(model.get_submodule(name))) is not None]
+    widest_in, widest_out = map(max, zip(*sizes, strict=True))
+    return widest_in, widest_out
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' `Conv1D`, a linear layer whose weight has shape (in, out).
 

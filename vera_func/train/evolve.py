@@ -21,7 +21,7 @@ from ..core.shapes import require_positive
 from ..private import in_transform, tree_flatten
 from .distributed import map_sharded
 from .gradient import require_shape
-from .optim import Optimizer, apply_updates, as_optimizer, require_trainable
+from .optim import Optimizer, apply_updates, as_optimizer, require_trainable, wide
 
 
 class Evolution(NamedTuple):
@@ -172,7 +172,7 @@ def _draw(params: Mapping[str, Tensor], seed: int, step: int, pair: int) -> dict
     digest = hashlib.sha256(f"{seed} {step} {pair}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big", signed=True))
     options: Any = {"generator": generator, "device": "cpu"}
-    return {key: torch.randn(p.shape, dtype=_wide(p), **options).to(p.device) for key, p in params.items()}
+    return {key: torch.randn(p.shape, dtype=wide(p), **options).to(p.device) for key, p in params.items()}
 
 
 def _direction(
@@ -186,7 +186,7 @@ def _direction(
         if weight:  # the weight is 0 if both members have the same fitness
             for key, e in draw(pair).items():
                 total[key] += weight * e.double()
-    return {key: value.to(_wide(params[key])) for key, value in total.items()}
+    return {key: value.to(wide(params[key])) for key, value in total.items()}
 
 
 def _update(
@@ -231,10 +231,6 @@ def _require_finite(found: Tensor, step: int) -> None:
             f"the fitness of {len(wrong)} of {len(found)} members is not finite at step {step}, including "
             f"member {wrong[0]}: use a smaller sigma or learning_rate, or return a low finite fitness for such members."
         )
-
-
-def _wide(leaf: Tensor) -> torch.dtype:
-    return torch.promote_types(leaf.dtype, torch.float32)
 
 
 def _check_options(

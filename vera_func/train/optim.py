@@ -43,7 +43,7 @@ def adamw_init(params: Mapping[str, Tensor]) -> AdamWState:
         AdamWState(step=tensor(0), mean={'p': tensor([0., 0.])}, var={'p': tensor([0., 0.])})
     """
     require_trainable(params)
-    moments = {k: torch.zeros_like(p, dtype=_wide(p)) for k, p in params.items()}
+    moments = {k: torch.zeros_like(p, dtype=wide(p)) for k, p in params.items()}
     step = torch.zeros((), dtype=torch.int64, device=next(iter(params.values())).device)
     return AdamWState(step, moments, {k: m.clone() for k, m in moments.items()})
 
@@ -113,7 +113,7 @@ def _adam(
     correction1, correction2 = 1 - beta1 ** step.double(), 1 - beta2 ** step.double()
     directions, mean, var = {}, {}, {}
     for key, p in params.items():
-        m, v, g = state.mean[key], state.var[key], grads[key].to(_wide(p))
+        m, v, g = state.mean[key], state.var[key], grads[key].to(wide(p))
         # A 0-d float64 hyper-parameter would promote 0-d leaves, hence the casts.
         mean[key] = m = (m + (1 - beta1) * (g - m)).to(m.dtype)
         var[key] = v = (beta2 * v + (1 - beta2) * g * g).to(v.dtype)
@@ -164,7 +164,7 @@ def adamw(
 def _adamw_updates(grads, state, params, *, learning_rate, betas, eps, weight_decay):
     learning_rate, weight_decay = _number("learning_rate", learning_rate), _number("weight_decay", weight_decay)
     directions, state = _adam(grads, state, params, betas, eps)
-    return {k: (-learning_rate * (directions[k] + weight_decay * p)).to(_wide(p)) for k, p in params.items()}, state
+    return {k: (-learning_rate * (directions[k] + weight_decay * p)).to(wide(p)) for k, p in params.items()}, state
 
 
 def apply_updates(
@@ -185,7 +185,7 @@ def apply_updates(
         {'p': tensor([1.5000, 0.5000])}
     """
     _check_like("updates", updates, params)
-    return {k: (p + scale * updates[k].to(_wide(p))).to(p.dtype) for k, p in params.items()}
+    return {k: (p + scale * updates[k].to(wide(p))).to(p.dtype) for k, p in params.items()}
 
 
 def as_optimizer(pair: Any) -> Optimizer:
@@ -269,7 +269,7 @@ def global_norm(tree: Mapping[str, Tensor]) -> Float[Tensor, ""]:
     """
     if not tree:
         raise ValueError("the norm of an empty dict is undefined: pass at least one tensor.")
-    norms = [torch.linalg.vector_norm(leaf, dtype=_wide(leaf)) for leaf in tree.values()]
+    norms = [torch.linalg.vector_norm(leaf, dtype=wide(leaf)) for leaf in tree.values()]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
@@ -350,7 +350,13 @@ def as_step(step: int | Tensor) -> Float[Tensor, "*n"]:
     return step.double() if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.float64, device="cpu")
 
 
-def _wide(leaf: Tensor) -> torch.dtype:
+def wide(leaf: Tensor) -> torch.dtype:
+    """Return the dtype of a tensor, but at least float32.
+
+    Example:
+        >>> wide(torch.ones(2, dtype=torch.bfloat16)), wide(torch.ones(2, dtype=torch.float64))
+        (torch.float32, torch.float64)
+    """
     return torch.promote_types(leaf.dtype, torch.float32)
 
 
