@@ -358,7 +358,7 @@ for name in ("grad", "value_and_grad"):
         name,
         "integers",
         lambda _, f=f: f(total)(X.long()),
-        "must be a pytree of floating-point tensors.*type torch.int64",
+        "must be a pytree of floating-point tensors, got .* torch.int64",
     )
     bad(name, "a number", lambda _, f=f: f(total)({"a": 1.0}), "floating-point tensors, got float in it")
     bad(

@@ -456,6 +456,42 @@ class TestDirectories:
         dropped = [a.with_dropout(torch.Generator().manual_seed(0))(stacked, frozen, x) for a in (apply, adapted.apply)]
         assert torch.equal(*dropped)
 
+    @pytest.mark.parametrize("options", [{"int8_activations": True}, {"product_dtype": torch.bfloat16}], ids=str)
+    def test_multiplies_as_adapt_does(self, options, tmp_path):
+        model = quantized(llama(), "int8")
+        adapted = vf.adapt(model, vf.VeraConfig(r=R, target_modules=TARGETS["llama"]), **options)
+        stacked = several(adapted, 2)
+        opened = vf.open_bank(vf.save_bank(tmp_path / "bank", stacked, adapted.frozen, adapted.config, ["a", "b"]))
+        expected = adapted.apply(row(stacked, 1), adapted.frozen, input_ids=tokens()).logits
+        for given, same in ((options, True), ({}, False)):
+            apply, params, frozen, _ = opened.adapted(model, **given)
+            assert torch.equal(apply(row(params, 1), frozen, input_ids=tokens()).logits, expected) is same
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_converts_dtypes_as_load_adapter_does(self, dtype, tmp_path):
+        adapted = small(target_modules=["0"], modules_to_save=["2"], use_dora=True)
+        model, frozen, config = adapted.apply.model, adapted.frozen, adapted.config
+        stacked = several(adapted)
+        bank = vf.open_bank(vf.save_bank(tmp_path / "bank", stacked, frozen, config, NAMES)).adapted(model, dtype=dtype)
+        vf.save_adapter(tmp_path / "one", row(stacked, 1), frozen, config)
+        one = vf.load_adapter(tmp_path / "one", model, dtype=dtype)
+        assert_same(row(bank.params, 1), one.params)
+        assert_same(bank.frozen, one.frozen)
+        assert {value.dtype for value in one.params.values()} == {dtype, torch.promote_types(dtype, torch.float32)} | {
+            torch.float32
+        }
+
+    @pytest.mark.parametrize(
+        ("dtype", "message"),
+        [(torch.int8, "dtype must be a floating-point dtype"), (torch.float16, "'0.lambda_b' overflows torch.float16")],
+    )
+    def test_a_dtype_that_cannot_hold_the_values_raises(self, dtype, message, tmp_path):
+        adapted = small()
+        stacked = {key: leaf + 1e5 for key, leaf in several(adapted).items()}
+        opened = vf.open_bank(vf.save_bank(tmp_path / "bank", stacked, adapted.frozen, adapted.config, NAMES))
+        with pytest.raises(ValueError, match=message):
+            opened.adapted(adapted.apply.model, dtype=dtype)
+
     def test_a_bank_of_another_model_raises(self, bank):
         path, *_ = bank
         opened = vf.open_bank(path)

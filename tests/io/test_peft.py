@@ -100,6 +100,17 @@ def test_every_base(name, base, tmp_path):
     assert relative_error(adapted.apply(*adapted[1:3], input_ids=IDS).logits, theirs) < 1e-5
 
 
+@pytest.mark.parametrize("options", [{"int8_activations": True}, {"product_dtype": torch.bfloat16}], ids=str)
+def test_multiplies_as_adapt_does(options):
+    model = quantized(llama(), "int8")
+    before = copy.deepcopy(model)
+    peft_model = wrapped(model, target_modules=["q_proj", "v_proj"])
+    adapted = vf.from_peft(peft_model, **options)
+    expected = vf.adapt(before, adapted.config, **options).apply(*adapted[1:3], input_ids=IDS).logits
+    assert torch.equal(adapted.apply(*adapted[1:3], input_ids=IDS).logits, expected)
+    assert not torch.equal(vf.from_peft(peft_model).apply(*adapted[1:3], input_ids=IDS).logits, expected)
+
+
 def test_heads_of_a_task(tmp_path):
     model = MODELS["bert"]()
     before = copy.deepcopy(model)

@@ -1,6 +1,7 @@
 """VeraConfig: each field's values, and PEFT's names and defaults."""
 
 import dataclasses
+from pathlib import Path
 
 import peft
 import pytest
@@ -120,6 +121,7 @@ for field, value, message in (
     ("d_initial", 1e308, "d_initial must be finite in float32"),
     ("vera_dropout", 10**400, "vera_dropout must be at least 0 and below 1"),
     ("bias", ["x_only"], "bias must be"),
+    ("bias", Path("x_only"), "bias must be"),
     ("task_type", 5, "task_type must be None or one of"),
 ):
     bad("VeraConfig", f"{field}={str(value)[:12]}", lambda _, f=field, v=value: vf.VeraConfig(**{f: v}), message)

@@ -129,7 +129,7 @@ class TestDequantize:
         weight = normal(64, 96, dtype=torch.bfloat16)
         q = FORMATS[name](weight)
         default = torch.float32 if name == "int8" else torch.bfloat16
-        assert vf.dequantize(q).dtype == default
+        assert vf.dequantize(q).dtype == q.dtype == default
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             dense = vf.dequantize(q, dtype)
             assert dense.dtype == dtype

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.keys import MARKS, PROJECTIONS, adapted_modules, own_parameters, split_key
+from ..core.keys import MARKS, PROJECTIONS, adapted_modules, is_vector, own_parameters, split_key
+from ..core.shapes import require_float
 from ..model.adapt import Adapted, make_apply
 from ..model.batch import num_adapters, stack_adapters
 from ..model.config import VeraConfig
@@ -25,7 +26,7 @@ from ..model.targets import layer_device
 from ..model.tree import unwrap
 from .bank_header import FORMAT, read_header
 from .check import check_adapter, require_projections
-from .checkpoint import load_adapter, save_adapter
+from .checkpoint import load_adapter, require_no_overflow, save_adapter, vector_dtype
 from .config import config_to_json
 from .files import replacing, sort_metadata
 
@@ -81,6 +82,8 @@ class Bank:
         model: nn.Module,
         names: Sequence[str | int] | None = None,
         *,
+        dtype: torch.dtype | None = None,
+        int8_activations: bool = False,
         product_dtype: torch.dtype | None = None,
     ) -> Adapted:
         """Load the given adapters onto a model: return `(apply, stacked params, frozen, config)`.
@@ -88,11 +91,15 @@ class Bank:
         Args:
             model: The base model, which is not modified.
             names: Names or row indices of the adapters. None means all adapters.
+            dtype: Dtype of vectors and projections; None keeps the dtypes of the file, and memory-mapped tensors.
+            int8_activations: See `adapt`.
             product_dtype: See `adapt`.
 
         Raises:
-            ValueError: If the bank does not fit the model.
+            ValueError: If the bank does not fit the model, or if a value overflows `dtype`.
         """
+        if dtype is not None:
+            require_float("dtype", dtype)
         params, frozen = self.read(names), self.frozen()
         targets = adapted_modules(params)
         model = unwrap(model)
@@ -105,7 +112,9 @@ class Bank:
             )
         targets.sort(key=list(modules).index)
         trained = own_parameters(params)
-        apply = make_apply(model, self.config, targets, trained, product_dtype=product_dtype)
+        apply = make_apply(
+            model, self.config, targets, trained, int8_activations=int8_activations, product_dtype=product_dtype
+        )
         for key, value in params.items():
             if key not in apply.slots:
                 raise ValueError(f"{self.path} has {key!r}, but the adapted model has no such parameter.")
@@ -119,7 +128,12 @@ class Bank:
         device = layer_device(modules[targets[0]])
         order = {key: i for i, key in enumerate(apply.slots)}
         params = {key: params[key].to(device) for key in sorted(params, key=order.__getitem__)}
-        return Adapted(apply, params, {name: value.to(device) for name, value in frozen.items()}, self.config)
+        frozen = {name: value.to(device) for name, value in frozen.items()}
+        if dtype is not None:
+            params |= {key: value.to(vector_dtype(key, dtype)) for key, value in params.items() if is_vector(key)}
+            frozen = {name: value.to(dtype) for name, value in frozen.items()}
+            require_no_overflow(self.path, params | frozen)
+        return Adapted(apply, params, frozen, self.config)
 
     def row(self, name: str | int) -> int:
         """Return the row index of the adapter `name`. A row index is returned unchanged.

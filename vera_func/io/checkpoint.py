@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..core.keys import MAGNITUDE, adapted_modules, is_vector, split_key
+from ..core.keys import MAGNITUDE, PROJECTIONS, adapted_modules, is_vector, split_key
 from ..core.shapes import require_float, require_product_dtype
 from ..model.adapt import Adapted, draw_projections, make_apply
 from ..model.apply import Apply
@@ -170,13 +170,13 @@ def load_adapter(
     params, projections = _split_tensors(file, tensors, apply, ignore_unknown)
     frozen = _projections_of(file, projections, config, model, targets)
     device = frozen["vera_A"].device
-    vectors = {key: value.to(device, _vector_dtype(key, value, model, dtype)) for key, value in params.items()}
+    vectors = {}
+    for key, value in params.items():
+        to = vector_dtype(key, dtype or value.dtype) if is_vector(key) else model.get_parameter(key).dtype
+        vectors[key] = value.to(device, to)
     if dtype is not None:
         frozen = {name: tensor.to(dtype) for name, tensor in frozen.items()}
-    for key, value in (*vectors.items(), *frozen.items()):
-        if not value.isfinite().all():
-            cast = "pass a wider dtype" if key in frozen or is_vector(key) else "convert the model to a wider dtype"
-            raise ValueError(f"{file}: {key!r} overflows {value.dtype}: {cast}.")
+    require_no_overflow(file, vectors | frozen)
     order = {key: i for i, key in enumerate(apply.slots)}
     return Adapted(apply, dict(sorted(vectors.items(), key=lambda item: order[item[0]])), frozen, config)
 
@@ -284,11 +284,30 @@ def _check_projections(file: Path, frozen: Mapping[str, Tensor], widest: tuple[i
         )
 
 
-def _vector_dtype(key: str, value: Tensor, model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
-    if is_vector(key):
-        dtype = dtype or value.dtype
-        return torch.promote_types(dtype, torch.float32) if split_key(key)[1] == MAGNITUDE else dtype
-    return model.get_parameter(key).dtype
+def vector_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a vector in an adapter of a given dtype: at least float32 for a magnitude.
+
+    Example:
+        >>> vector_dtype("0.lambda_b", torch.bfloat16), vector_dtype("0.magnitude", torch.bfloat16)
+        (torch.bfloat16, torch.float32)
+    """
+    return torch.promote_types(dtype, torch.float32) if split_key(key)[1] == MAGNITUDE else dtype
+
+
+def require_no_overflow(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise an error if a finite value of a file has become infinite in another dtype.
+
+    Raises:
+        ValueError: If a value is not finite.
+
+    Example:
+        >>> require_no_overflow(Path("adapter"), {"0.lambda_b": torch.ones(2)})
+    """
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            own = not is_vector(key) and key not in PROJECTIONS
+            cast = "convert the model to a wider dtype" if own else "pass a wider dtype"
+            raise ValueError(f"{file}: {key!r} overflows {value.dtype}: {cast}.")
 
 
 def _tensor_fields(config: VeraConfig) -> tuple[Any, ...]:

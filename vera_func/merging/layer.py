@@ -221,9 +221,8 @@ def merge_dense(
     """
     require_float("dtype", dtype)
     delta = checked_delta(q, params, frozen)
-    exact = torch.promote_types(q.dtype, torch.float32) if isinstance(q, Tensor) else torch.float32
-    base = q.to(exact) if isinstance(q, Tensor) else dequantize(q, exact)
-    merged = (base + delta.to(exact)).to(dtype)
+    base = _dense(q, torch.promote_types(q.dtype, torch.float32))
+    merged = (base + delta.to(base.dtype)).to(dtype)
     if merged.device.type != "meta" and not merged.isfinite().all():
         raise ValueError(f"the merged weight {tuple(merged.shape)} overflows {dtype}, or the base holds NaN or inf.")
     return merged
@@ -263,14 +262,14 @@ def merge_report(
     delta = checked_delta(q, params, frozen).float()
     if not delta.any():
         raise ValueError("the update is zero (lambda_b or lambda_d is 0), so the retained fraction is undefined.")
-    base = q.float() if isinstance(q, Tensor) else dequantize(q, torch.float32)
+    base = _dense(q, torch.float32)
     if merged is None:
         if isinstance(q, Tensor):
             raise ValueError("the weight is dense, so merged is required: pass merged=merge_dense(...).")
         merged = merge_quantized(q, params, frozen)
     if tuple(merged.shape) != tuple(q.shape):
         raise ValueError(f"merged has shape {tuple(merged.shape)}, but the weight has shape {tuple(q.shape)}.")
-    change = (merged.float() if isinstance(merged, Tensor) else dequantize(merged, torch.float32)) - base
+    change = _dense(merged, torch.float32) - base
     report = MergeReport(_kept(change, delta), _error(change, delta), (delta.norm() / base.norm()).item())
     if inputs is None:
         return report
@@ -346,7 +345,11 @@ def checked_delta(
     if not scales:
         return delta_weight(params, frozen, in_features)
     dtype = torch.promote_types(lambda_d.dtype, torch.float32)
-    return delta_weight(params, frozen, in_features, q.to(dtype) if isinstance(q, Tensor) else dequantize(q, dtype))
+    return delta_weight(params, frozen, in_features, _dense(q, dtype))
+
+
+def _dense(weight: Quantized | Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if isinstance(weight, Tensor) else dequantize(weight, dtype)
 
 
 def _require_whole_blocks(q: Quantized4bit) -> None:

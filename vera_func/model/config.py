@@ -40,6 +40,7 @@ class VeraConfig:
         fan_in_fan_out: PEFT's flag for weights stored as (in, out). This flag is saved but otherwise ignored, because
             the layer's class determines the layout.
         bias: Biases to train: "none", "vera_only" (those of adapted layers) or "all" (those of the whole model).
+            As in PEFT, any other string that ends in "_only", such as "lora_only", means the same as "vera_only".
         modules_to_save: Names, or parts of names between dots, of further modules to train in full, such as a new
             classifier. The names of heads that belong to `task_type` are added.
         use_dora: Whether to decompose the adapted weights into magnitudes and directions (DVoRA, see `core.dora`). Each
@@ -105,7 +106,7 @@ class VeraConfig:
             raise ValueError(f"vera_dropout must be at least 0 and below 1, got {self.vera_dropout}.")
         if not abs(_number("d_initial", self.d_initial)) <= torch.finfo(torch.float32).max:
             raise ValueError(f"d_initial must be finite in float32, got {self.d_initial}.")
-        if self.bias not in ("none", "all") and not str(self.bias).endswith("_only"):
+        if self.bias not in ("none", "all") and not (isinstance(self.bias, str) and self.bias.endswith("_only")):
             raise ValueError(f"bias must be 'none', 'vera_only' or 'all', got {self.bias!r}.")
         if self.task_type is not None and self.task_type not in _TASKS:
             raise ValueError(f"task_type must be None or one of {_TASKS}, got {self.task_type!r}.")

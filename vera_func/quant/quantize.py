@@ -146,8 +146,7 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, 
         tensor([[ 1.0000, -0.5039]])
     """
     leaves, spec = flatten(q)
-    if dtype is None:
-        dtype = q.dtype if isinstance(q, Quantized4bit) else torch.float32
+    dtype = q.dtype if dtype is None else dtype
     require_float("dtype", dtype)
     if isinstance(q, Quantized4bit):
         refuse_weight_derivative(any(map(is_differentiated, leaves)))

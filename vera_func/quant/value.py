@@ -100,6 +100,7 @@ class Quantized8bit:
         codes: Integers of shape (out, in), int8.
         scale: Largest absolute value of each row, (out,) float32.
         shape: The shape of the weight, (out, in).
+        dtype: float32, the default dtype of `dequantize`.
         threshold: Value above which activations are outliers for `int8_activations`. 0 means that there are no
             outliers.
         device: The device of the tensors; `to(device)` moves them and keeps their dtypes.
@@ -115,6 +116,10 @@ class Quantized8bit:
     scale: Tensor
     shape: tuple[int, int]
     threshold: float = 0.0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
 
     device = property(_device)
     nbytes = property(_nbytes)
