@@ -12,7 +12,6 @@ shape (rows, out), row `i` of an `x` of shape (rows, in) or (rows, seq, in) goes
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -154,8 +153,8 @@ def vera_forward(
         Equation 2 of https://arxiv.org/abs/2310.11454; equation 5 of https://arxiv.org/abs/2402.09353.
     """
     require_product_dtype(product_dtype)
-    options: Any = {"bias": bias, "differentiate_norm": differentiate_norm}
-    return forward(params, frozen, x, base_fn, dropout_mask, project, product_dtype, **options)
+    branch = dropout_mask, project, product_dtype
+    return forward(params, frozen, x, base_fn, *branch, bias=bias, differentiate_norm=differentiate_norm)
 
 
 def delta_weight(

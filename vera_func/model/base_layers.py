@@ -88,11 +88,12 @@ class QuantizedLinear(nn.Module):
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         bias = self.bias if bias is None else bias
         dense = None if self.dense is None else self.dense.weight
-        options: Any = {"int8_activations": self.int8_activations, "fused": self.fused, "dense": dense}
-        if bias is None or bias.dim() == 1:
-            return quantized_linear(self.quantized, x, bias, **options)
-        y = quantized_linear(self.quantized, x, **options)
-        return y + align_rows("bias", bias, x).to(y.dtype)
+        by_row = bias if bias is not None and bias.dim() > 1 else None
+        shared = bias if by_row is None else None
+        y = quantized_linear(
+            self.quantized, x, shared, int8_activations=self.int8_activations, fused=self.fused, dense=dense
+        )
+        return y if by_row is None else y + align_rows("bias", by_row, x).to(y.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
         super()._apply(fn, recurse)

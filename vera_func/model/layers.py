@@ -245,8 +245,8 @@ class AdaptedLinear(nn.Module):
             if given["C"] is None or self._parameters.get("weight") is not None:
                 given = norm_statistics(self.base_weight(self.lambda_d.dtype), frozen)
             frozen = {**frozen, **given}
-        options: Any = {"bias": self.bias, "differentiate_norm": self.differentiate_norm}
-        return forward(params, frozen, x, base_fn(self), *branch, **options)
+        norm = self.differentiate_norm
+        return forward(params, frozen, x, base_fn(self), *branch, bias=self.bias, differentiate_norm=norm)
 
     def _params(self) -> dict[str, Tensor]:
         params: dict[str, Tensor] = {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d}

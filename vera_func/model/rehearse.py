@@ -12,7 +12,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,14 @@ from torch.overrides import TorchFunctionMode
 from ..core.keys import join_key
 from ..private import clear_hooks, fake_tensors, tree_leaves, unwrap, watch_operations
 from .base_layers import DenseLinear, QuantizedLinear, RowwiseAffine
-from .checkout import bound_method
+from .checkout import Method, bound_method
 from .follow import NOWHERE, Follower, Lost, Place, mark, place_of
 from .layers import Linear, Linear4bit, Linear8bitLt, layer_sizes
 from .targets import is_conv1d
+
+
+if TYPE_CHECKING:
+    from .apply import Apply
 
 
 Axes: TypeAlias = int | Sequence[int | None] | Mapping[str, int | None] | None
@@ -32,6 +36,20 @@ Axes: TypeAlias = int | Sequence[int | None] | Mapping[str, int | None] | None
 LARGE = 2**26
 _STATISTICS = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 ALONE = "Run one adapter at a time, or map over adapters and rows with torch.func.vmap."
+
+
+class Callee(NamedTuple):
+    """What is called in a model.
+
+    Attributes:
+        path: Path of a module in the model.
+        method: Name of the module's method, or a function of the module.
+        shift: Offset that is added to all batch axes.
+    """
+
+    path: str
+    method: Method
+    shift: int = 0
 
 
 class Layout(NamedTuple):
@@ -66,11 +84,10 @@ class _TooLarge(Exception):
     pass
 
 
-def rehearse(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], count: int) -> Seen:
+def rehearse(apply: "Apply", callee: Callee, args: tuple, kwargs: Mapping[str, Any], count: int) -> Seen:
     """Find the batch axis of the input of each layer during a call of `apply`, and of the outputs of the call.
 
-    `what` is a tuple: the path of a module in the model, the method to call, and an offset that is added to all batch
-    axes. `count` is the number of rows.
+    `count` is the number of rows.
 
     Raises:
         ValueError: If the model can't run with other numbers of rows, or if it computes batch statistics.
@@ -83,7 +100,7 @@ def rehearse(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], co
                 "affect each other. Run one adapter at a time, or adapt the model in eval mode."
             )
     inputs = [tensor for value in (*args, *kwargs.values()) for tensor in tensors_in(value)]
-    call = _Call(apply, what, args, kwargs, count, inputs)
+    call = _Call(apply, callee, args, kwargs, count, inputs)
     sizes = {size for tensor in (*inputs, *root.parameters()) for size in tensor.shape if size}
     primes = [p for p in (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43) if all(size % p for size in sizes)]
     runs: list[Seen] = []
@@ -132,10 +149,16 @@ class _Call:
     """The call to rehearse, with the relevant state of the caller's thread."""
 
     def __init__(
-        self, apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], count: int, inputs: list[Tensor]
+        self,
+        apply: "Apply",
+        callee: Callee,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        count: int,
+        inputs: list[Tensor],
     ) -> None:
         self.apply, self.args, self.kwargs, self.count, self.inputs = apply, args, kwargs, count, inputs
-        self.path, self.method, self.shift = what
+        self.callee = callee
         self.device = torch.get_default_device()
         devices = {tensor.device for tensor in (*inputs, *apply.model.parameters())}
         self.cuda = [device.index for device in devices if device.type == "cuda"]
@@ -197,7 +220,7 @@ class _Rehearsal:
         try:
             tree.bind({})
             self._prepare(tree.root)
-            method = bound_method(tree.root.get_submodule(join_key("model", call.path)), call.method)
+            method = bound_method(tree.root.get_submodule(join_key("model", call.callee.path)), call.callee.method)
             with contextlib.ExitStack() as contexts:
                 contexts.enter_context(torch.random.fork_rng(call.cuda))
                 contexts.enter_context(torch.no_grad())
@@ -207,7 +230,7 @@ class _Rehearsal:
                     contexts.enter_context(torch.autocast(device_type, dtype))
                 if self.fake:
                     contexts.enter_context(fake_tensors())
-                axes = functools.partial(axis_of, call.apply.row_axes, shift=call.shift)
+                axes = functools.partial(axis_of, call.apply.row_axes, shift=call.callee.shift)
                 memo: dict[int, Any] = {}
                 args = tuple(self._copy(value, axes(i), memo) for i, value in enumerate(call.args))
                 kwargs = {name: self._copy(value, axes(name), memo) for name, value in call.kwargs.items()}

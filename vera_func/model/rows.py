@@ -24,8 +24,8 @@ which also covers the module calls inside it.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,11 @@ from torch import Tensor, nn
 from ..core.keys import join_key, split_key
 from ..private import constant_when_traced
 from .checkout import Method
-from .rehearse import ALONE, Layout, Refusal, Seen, are_equal, axis_of, has_rows, rehearse, tensors_in
+from .rehearse import ALONE, Callee, Layout, Refusal, Seen, are_equal, axis_of, has_rows, rehearse, tensors_in
+
+
+if TYPE_CHECKING:
+    from .apply import Apply, Root
 
 
 Lead: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -92,10 +96,10 @@ class Plans:
     """
 
     def __init__(self) -> None:
-        self.found: dict[Any, Plan] = {}
+        self.found: dict[Hashable, Plan] = {}
         self.traced = 0
 
-    def add(self, kind: Any, seen: Seen, front: int) -> Plan:
+    def add(self, kind: Hashable, seen: Seen, front: int) -> Plan:
         """Make a plan from the layouts that a rehearsal found. A batch axis equal to `front` need not be moved."""
         if len(self.found) >= MOST_PLANS:
             self.found.clear()
@@ -109,7 +113,13 @@ class Plans:
 
 
 def arrange(
-    apply: Any, root: Any, tensors: dict[str, Tensor], lead: Lead, method: Method, args: tuple, kwargs: dict[str, Any]
+    apply: "Apply",
+    root: "Root",
+    tensors: dict[str, Tensor],
+    lead: Lead,
+    method: Method,
+    args: tuple,
+    kwargs: dict[str, Any],
 ) -> Mapping[str, MovedRows | int]:
     """Return `projections.rows` for one call, a mapping with an entry for the path of each layer.
 
@@ -137,7 +147,7 @@ def arrange(
             )
         return _Calls(apply, root, lead, rows[0], _repeats(apply.model, kwargs)).hooks()
     for shift, count in enumerate(rows):
-        plan = _plan(apply, ("", method, shift), args, kwargs, count, None if shift else lead)
+        plan = _plan(apply, Callee("", method, shift), args, kwargs, count, None if shift else lead)
         moved = _moved_rows(plan.odd, _layers(apply, root, lead), count) if plan.odd else {}
         if moved and len(rows) > 1:
             raise ValueError(
@@ -147,9 +157,9 @@ def arrange(
     return {**plan.front, **moved} if moved else plan.front
 
 
-def axes_of_outputs(apply: Any, args: tuple, kwargs: dict[str, Any], rows: int) -> list[int | None]:
+def axes_of_outputs(apply: "Apply", args: tuple, kwargs: dict[str, Any], rows: int) -> list[int | None]:
     """Return the batch axis of each tensor that `apply` returns, in pytree order; None for a tensor without one."""
-    outputs = _plan(apply, ("", "__call__", 0), args, kwargs, rows).outputs
+    outputs = _plan(apply, Callee("", "__call__"), args, kwargs, rows).outputs
     return [where.axis if isinstance(where, Layout) else None for where in outputs]
 
 
@@ -166,7 +176,7 @@ def _moved_rows(
     return moved
 
 
-def _layers(apply: Any, root: nn.Module, lead: Lead) -> set[str]:
+def _layers(apply: "Apply", root: nn.Module, lead: Lead) -> set[str]:
     """Return the paths of the layers whose parameters differ between rows."""
     names = [name for key in lead for name in apply.slots[key].names]
     layers: list[Any] = [root.get_submodule(split_key(name)[0]) for name in names]
@@ -181,7 +191,7 @@ def path_in_model(path: str) -> str:
 class _Calls:
     """Hooks that find a plan for each outermost module call in `generate`."""
 
-    def __init__(self, apply: Any, root: Any, lead: Lead, rows: int, repeats: int) -> None:
+    def __init__(self, apply: "Apply", root: "Root", lead: Lead, rows: int, repeats: int) -> None:
         self.apply, self.root, self.lead, self.rows, self.repeats = apply, root, lead, rows, repeats
         self.layers = _layers(apply, root, lead)
         self.depth = 0
@@ -207,7 +217,7 @@ class _Calls:
             given = [t for value in (*args, *kwargs.values()) for t in tensors_in(value) if t.dim() > 1]
             repeats = self.repeats if any(tensor.shape[0] == expanded for tensor in given) else 1
             count = self.rows * repeats
-            plan = _plan(self.apply, (path, "__call__", 0), args, kwargs, count, self.lead)
+            plan = _plan(self.apply, Callee(path, "__call__"), args, kwargs, count, self.lead)
             moved = _moved_rows(plan.odd if repeats == 1 else plan.layers, self.layers, self.rows, repeats)
             self.root.projections.rows = {**plan.front, **moved} if moved else plan.front
         self.depth += 1
@@ -218,27 +228,29 @@ class _Calls:
             self.root.projections.rows = self.outside
 
 
-def _plan(apply: Any, what: tuple, args: tuple, kwargs: dict[str, Any], count: int, lead: Lead | None = None) -> Plan:
-    """Return the plan for a call, and rehearse the call if it has no plan yet; see `rehearse` for `what`."""
-    kind = _kind_of_call(apply, what, args, kwargs, count)
+def _plan(
+    apply: "Apply", callee: Callee, args: tuple, kwargs: dict[str, Any], count: int, lead: Lead | None = None
+) -> Plan:
+    """Return the plan for a call, and rehearse the call if it has no plan yet."""
+    kind = _kind_of_call(apply, callee, args, kwargs, count)
     if torch.compiler.is_compiling():
         name = _traced(apply, kind)
         if not name:
             if lead:
                 _require_rows(apply, lead, count, args, kwargs)
-            name = _traced_shapes(apply, what, kind, _shapes(args), _shapes(kwargs), len(range(count)))
+            name = _traced_shapes(apply, tuple(callee), kind, _shapes(args), _shapes(kwargs), len(range(count)))
         return getattr(apply.plans, name)
     plan = apply.plans.found.get(kind)
     if plan is None:
         if lead:
             _require_rows(apply, lead, count, args, kwargs)
-        plan = apply.plans.add(kind, rehearse(apply, what, args, kwargs, count), what[2])
+        plan = apply.plans.add(kind, rehearse(apply, callee, args, kwargs, count), callee.shift)
     return plan
 
 
 # The compiler runs these two functions while it traces, and treats the returned name as a constant.
 @constant_when_traced
-def _traced(apply: Any, kind: tuple) -> str:
+def _traced(apply: "Apply", kind: tuple) -> str:
     plan = apply.plans.found.get(kind)
     if plan is None:
         return ""
@@ -249,14 +261,18 @@ def _traced(apply: Any, kind: tuple) -> str:
 
 
 @constant_when_traced
-def _traced_shapes(apply: Any, what: tuple, kind: tuple, args: tuple, kwargs: tuple, count: int) -> str:
-    apply.plans.add(kind, rehearse(apply, what, _from_shapes(args), _from_shapes(kwargs), count), what[2])
+def _traced_shapes(
+    apply: "Apply", callee: tuple[str, Method, int], kind: tuple, args: tuple, kwargs: tuple, count: int
+) -> str:
+    # The compiler passes a NamedTuple in another form.
+    seen = rehearse(apply, Callee(*callee), _from_shapes(args), _from_shapes(kwargs), count)
+    apply.plans.add(kind, seen, Callee(*callee).shift)
     return _traced(apply, kind)
 
 
-def _kind_of_call(apply: Any, what: tuple, args: tuple, kwargs: Mapping[str, Any], count: int) -> tuple:
+def _kind_of_call(apply: "Apply", callee: Callee, args: tuple, kwargs: Mapping[str, Any], count: int) -> tuple:
     """Return a hashable key that is equal for calls that use the same plan."""
-    path, method, shift = what
+    path, method, shift = callee
     positional = [_kind(value, count, axis_of(apply.row_axes, i, shift)) for i, value in enumerate(args)]
     named = [(name, _kind(value, count, axis_of(apply.row_axes, name, shift))) for name, value in kwargs.items()]
     # Functions are compared by their code, because a lambda is a new object in each call.
@@ -329,7 +345,9 @@ def _common(lead: Lead) -> tuple[int, ...]:
     return rows
 
 
-def _require_rows(apply: Any, lead: Lead, rows: int, args: tuple, kwargs: dict[str, Any], single: bool = False) -> None:
+def _require_rows(
+    apply: "Apply", lead: Lead, rows: int, args: tuple, kwargs: dict[str, Any], single: bool = False
+) -> None:
     """Raise an error if no input has this number of rows. With `single`, only the first input is checked."""
     given = [(axis_of(apply.row_axes, i), value) for i, value in enumerate(args)]
     given += [(axis_of(apply.row_axes, name), value) for name, value in kwargs.items()]
