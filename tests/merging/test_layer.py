@@ -196,6 +196,24 @@ def test_inputs_stand_for_their_gram():
     assert same_bytes(unnamed, named)
 
 
+def test_autocast_does_not_round_a_merge():
+    weight, x = make_weight(32), correlated(100, 6)
+    q = vf.quantize_4bit(weight)
+    params, frozen = make_adapter(0.1, weight)
+    calls = {
+        "delta": lambda: vf.delta_weight(params, frozen, IN),
+        "rounded": lambda: vf.merge_quantized(q, params, frozen),
+        "dense": lambda: vf.merge_dense(q, params, frozen, torch.float32),
+        "calibrated": lambda: vf.merge_calibrated(q, params, frozen, x),
+        "report": lambda: torch.tensor(vf.merge_report(q, params, frozen, x)),
+        "gram": lambda: gram(x),
+    }
+    for name, call in calls.items():
+        right = call()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert same_bytes(call(), right), name
+
+
 def test_stochastic_is_right_on_average():
     weight = make_weight()
     q = vf.quantize_4bit(weight)

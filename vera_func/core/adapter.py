@@ -28,6 +28,7 @@ from .shapes import (
     require_float,
     require_product_dtype,
     require_rows_of_floats,
+    without_autocast,
 )
 
 
@@ -190,10 +191,12 @@ def delta_weight(
     A, B = _projections(frozen, lambda_b, lambda_d, in_features)
     if mixture is None:
         lambda_b, lambda_d = match_rows({"lambda_b": lambda_b, "lambda_d": lambda_d})
-        delta = (lambda_b[..., None] * B) @ (lambda_d[..., None] * A)
     else:
-        weighted = mixture[..., None] * lambda_b
-        delta = ((weighted[..., None] * B) @ (lambda_d[..., None] * A)).sum(-3)
+        lambda_b = mixture[..., None] * lambda_b
+    with without_autocast(lambda_b.device):
+        delta = (lambda_b[..., None] * B) @ (lambda_d[..., None] * A)
+    if mixture is not None:
+        delta = delta.sum(-3)
     if not any(name in params for name in SCALES):
         return delta
     if weight is None or tuple(weight.shape) != tuple(delta.shape[-2:]):
@@ -288,7 +291,8 @@ def _with_statistics(
     """Return `frozen` with the norm statistics of the layer, computing missing statistics."""
     if any(name in frozen for name in STATISTICS):
         return frozen
-    transposed = base_fn(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
+    with without_autocast(x.device):
+        transposed = base_fn(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
     if bias is not None:
         transposed = transposed - bias
     return {**frozen, **norm_statistics(transposed.mT, frozen)}

@@ -18,7 +18,6 @@ Reference:
     DoRA, https://arxiv.org/abs/2402.09353: equation 5, section 4.3 (norms as constants), section 5.4 (DVoRA).
 """
 
-import contextlib
 from collections.abc import Mapping
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .keys import BASE_SHARE, MAGNITUDE, OUTPUT_SCALE, STATISTICS, VECTORS, join_key
-from .shapes import align_rows, described, match_rows, with_dims
+from .shapes import align_rows, described, match_rows, with_dims, without_autocast
 
 
 # Largest number of values in a temporary tensor of the row norms.
@@ -77,7 +76,7 @@ def norm_statistics(weight: Float[Tensor, "out in"], frozen: Mapping[str, Tensor
             f"vera_A must be a floating-point tensor of shape (r, >= {weight.shape[1]}) for a weight of shape "
             f"{tuple(weight.shape)}, got {described(A)}."
         )
-    with _without_autocast(weight.device):
+    with without_autocast(weight.device):
         weight = _wide(weight)
         A = A[:, : weight.shape[1]].to(weight.dtype)
         return {"square_norm": _square_norm(weight), "C": linear(weight, A), "G": linear(A, A)}
@@ -112,7 +111,7 @@ def fold_layer(
     statistics = [frozen[name] for name in STATISTICS]
     B = frozen["vera_B"][: b.shape[-1]]
     inputs = (b, d, B, *statistics)
-    with _without_autocast(b.device):
+    with without_autocast(b.device):
         inputs = inputs if differentiate_norm else tuple(_distinct(tensor.detach()) for tensor in inputs)
         square = _adapted_square_norm(*inputs)
         some = square > 0
@@ -233,9 +232,3 @@ def _square_norm(weight: Tensor) -> Tensor:
 
 def _wide(weight: Tensor) -> Tensor:
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
-
-
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)

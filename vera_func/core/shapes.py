@@ -1,5 +1,6 @@
 """Checks of shapes, dtypes and numbers, and broadcasting of one adapter per row to a batch."""
 
+import contextlib
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -144,3 +145,16 @@ def require_rows_of_floats(x: Tensor) -> None:
     """
     if not isinstance(x, Tensor) or not x.dim() or not x.is_floating_point():
         raise ValueError(f"x must be a floating-point tensor of shape (*batch, in), got {described(x)}.")
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which autocast does not round the factors of products, for weights and statistics.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16), without_autocast(torch.device("cpu")):
+        ...     (torch.ones(2, 3) @ torch.ones(3, 2)).dtype
+        torch.float32
+    """
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from ..core.shapes import without_autocast
+
 
 Codes = UInt8[Tensor, "out in"]
 Absmax = Float[Tensor, "out blocks"]
@@ -73,7 +75,8 @@ def gram(inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] 
     if not inputs.isfinite().all() or not w.isfinite().all():
         raise ValueError(f"{shapes} must be finite for every token, but contain NaN or inf.")
     x, w = inputs.reshape(-1, inputs.shape[-1]).float(), w.reshape(-1, 1) / w.sum()
-    return x.T @ (w * x)
+    with without_autocast(x.device):
+        return x.T @ (w * x)
 
 
 def output_error(change: Weight, delta: Weight, gram: Gram) -> float:
@@ -344,7 +347,8 @@ def _levels(code: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inner(left: Tensor, right: Tensor, gram: Tensor) -> float:
-    return (left.float() @ gram.float() * right.float()).sum(dtype=torch.float64).item()
+    with without_autocast(left.device):
+        return (left.float() @ gram.float() * right.float()).sum(dtype=torch.float64).item()
 
 
 def _blocksize(weight: Tensor, absmax: Tensor) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import private
 from ..core.adapter import delta_weight
 from ..core.keys import SCALES, VECTORS
-from ..core.shapes import require_float
+from ..core.shapes import require_float, without_autocast
 from ..quant.quantize import dequantize, levels, pack, quantize_4bit, quantize_8bit, unpack
 from ..quant.value import NO_DATA, Quantized, Quantized4bit, Quantized8bit, flatten
 from .calibrate import calibrate_rows, gram as gram_of, stochastic_codes
@@ -141,15 +141,16 @@ def merge_calibrated(
     if gram is None:
         assert inputs is not None
         gram = gram_of(inputs)
-    merged = calibrate_rows(
-        codes,
-        absmax.reshape(out_features, -1),
-        delta,
-        code=levels(q),
-        gram=gram,
-        damping=damping,
-        max_kappa=max_kappa,
-    )
+    with without_autocast(delta.device):
+        merged = calibrate_rows(
+            codes,
+            absmax.reshape(out_features, -1),
+            delta,
+            code=levels(q),
+            gram=gram,
+            damping=damping,
+            max_kappa=max_kappa,
+        )
     return pack(q, merged.codes, merged.absmax)
 
 
@@ -276,7 +277,8 @@ def merge_report(
     if inputs.dim() != 2 or inputs.shape[1] != delta.shape[1]:
         raise ValueError(f"inputs must have shape (tokens, {delta.shape[1]}), got {tuple(inputs.shape)}.")
     x = inputs.float()
-    actual, exact = x @ change.T, x @ delta.T
+    with without_autocast(x.device):
+        actual, exact = x @ change.T, x @ delta.T
     if not 0 < exact.norm() < float("inf"):
         raise ValueError(
             f"the update has no finite, nonzero effect on these inputs {tuple(inputs.shape)}: pass finite inputs, of "

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..core.shapes import without_autocast
 from ..model.adapt import Adapted
 from ..model.module import adapted_module
 from ..model.targets import adapted_layers
@@ -94,12 +95,13 @@ def second_moments(
             included = _token_mask(x, batch.get("attention_mask"))
             rows = x[included].float()
             total = sums[name]
-            total[0] = total[0] + rows.T @ rows
             total[1] += len(rows)
-            if y.grad is not None:
-                weights = y.grad[included].float().square().sum(-1)
-                total[2] = total[2] + (rows.T * weights) @ rows
-                total[3] = total[3] + weights.sum()
+            with without_autocast(rows.device):
+                total[0] = total[0] + rows.T @ rows
+                if y.grad is not None:
+                    weights = y.grad[included].float().square().sum(-1)
+                    total[2] = total[2] + (rows.T * weights) @ rows
+                    total[3] = total[3] + weights.sum()
         captured.clear()
     moments = {}
     for name, (plain, count, weighted, mass) in sums.items():
