@@ -1,7 +1,7 @@
 """Private names of other libraries, each with the reason why it is used.
 
-No other module uses private names, and a test fails if a library removes one of them. Imports that `import torch`
-has not made already are inside the functions, so that importing this module is cheap.
+No other module uses private names. A test fails if a library removes a name that this module uses. Modules that `import
+torch` does not import are imported inside the functions, so that importing this module is cheap.
 """
 
 import logging
@@ -255,11 +255,10 @@ def _is_not_about_kernels(record: logging.LogRecord) -> bool:
 
 
 def drop_input_grads(root: nn.Module) -> None:
-    """Remove the hooks of `enable_input_require_grads` from a module tree.
+    """Remove the hooks of `enable_input_require_grads`, which transforms do not support, from a module tree.
 
-    Transforms do not support these hooks, and gradients of params do not need them. transformers installs these hooks
-    when activation checkpointing is enabled, and keeps them when checkpointing is disabled. PEFT installs similar
-    hooks, and offers no way to remove them.
+    Gradients of params do not need the hooks. transformers installs the hooks when activation checkpointing is enabled,
+    and keeps the hooks when checkpointing is disabled. PEFT installs similar hooks, and offers no way to remove them.
     """
     for module in root.modules():
         for key, hook in list(module._forward_hooks.items()):
@@ -305,7 +304,7 @@ def bnb_has_avx512bf16() -> bool:
 def float32_modules(model: nn.Module) -> tuple[str, ...]:
     """Return name endings of the modules that a transformers model keeps in float32, such as T5's `wo`.
 
-    The model's forward reads the dtype of these weights, so the weights can't be quantized.
+    The model's forward reads the dtype of the float32 weights, which therefore can't be quantized.
     """
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
@@ -323,7 +322,7 @@ QUANTIZED_ATTRIBUTES = (
 def forget_quantization(model: Any) -> None:
     """Remove the attributes that mark a transformers model as quantized.
 
-    `save_pretrained`, `.to` and Trainer read these attributes. transformers has no public function to remove them.
+    `save_pretrained`, `.to` and Trainer read the attributes. transformers has no public function to remove them.
     """
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):

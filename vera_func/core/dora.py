@@ -51,7 +51,7 @@ def norm_statistics(weight: Float[Tensor, "out in"], frozen: Mapping[str, Tensor
 
     Args:
         weight: The dense base weight, for example from `dequantize`.
-        frozen: Projections `{"vera_A": (r, >= in), ...}`. The statistics are valid for these projections only.
+        frozen: Projections `{"vera_A": (r, >= in), ...}`. The statistics are not valid for other projections.
 
     Returns:
         `{"square_norm": (out,), "C": (out, r), "G": (r, r)}`, in float32 or wider.

@@ -32,7 +32,7 @@ _STEPS = 64  # most changes of codes in each row
 
 
 class Calibrated(NamedTuple):
-    """A merged weight on the grid, and its quality on the calibration inputs.
+    """A merged weight on the grid, with the retained fraction and the error on the calibration inputs.
 
     Attributes:
         codes: Indices of the levels, of shape (out, in), uint8.
@@ -188,7 +188,8 @@ def calibrate_rows(
 
     Reference:
         GPTQ, https://arxiv.org/abs/2210.17323, as a nearest plane, https://arxiv.org/abs/2507.18553; CDQuant, greedy
-        descent on codes, https://arxiv.org/abs/2406.17542. The refit of the scales in each step and `κ` are new here.
+        descent on codes, https://arxiv.org/abs/2406.17542. The refit of the scales in each step and `κ` are not from
+        these papers.
     """
     blocksize = _blocksize(codes, absmax)
     _check(codes, damping, max_kappa, absmax=absmax, delta=delta, code=code, gram=gram)

@@ -28,7 +28,7 @@ class MergeReport(NamedTuple):
     """Quality of the merge of one layer.
 
     Attributes:
-        kept: Retained fraction of the update, <W' - W, ΔW> / ‖ΔW‖²: 1 if all of it is retained, 0 if none.
+        kept: Retained fraction of the update, <W' - W, ΔW> / ‖ΔW‖²: 1 for the full update, 0 for no update.
         error: Relative error ‖W' - W - ΔW‖ / ‖ΔW‖. Above 1, the error is larger than the update.
         size: Relative size of the update, ‖ΔW‖ / ‖W‖.
         output_kept: Retained fraction of the change of the layer's outputs on the given inputs, or None without inputs.

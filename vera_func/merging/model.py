@@ -176,8 +176,8 @@ def _base_weight(name: str, module: Any, to: Format | None, given: Tensor | None
     _require_plain_weight(name, module, to)
     if not is_conv1d(module) and not is_plain(module):
         raise ValueError(
-            f"{name!r} is a {type(module).__name__}, whose output is not x Wᵀ + b, so its update can't be merged "
-            "into its weight. Use apply or to_module, or leave the layer out of target_modules."
+            f"{name!r} is a {type(module).__name__}, whose output is not x Wᵀ + b, so the update can't be merged "
+            "into the weight. Use apply or to_module, or leave the layer out of target_modules."
         )
     weight = module.weight.detach() if given is None else given.detach().to(module.weight)
     weight = weight if weight.dtype in _FLOATS else weight.float()  # torch has few operations on float8

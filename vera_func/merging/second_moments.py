@@ -89,7 +89,9 @@ def second_moments(
             if readout is not None:
                 value = readout(output)
                 if not (isinstance(value, Tensor) and value.requires_grad):
-                    raise ValueError("the readout does not depend on any adapted layer; check that it is not detached.")
+                    raise ValueError(
+                        "the readout does not depend on any adapted layer: check that no output is detached."
+                    )
                 value.sum().backward()
         for name, (x, y) in captured.items():
             included = _token_mask(x, batch.get("attention_mask"))
@@ -110,7 +112,7 @@ def second_moments(
         moments[name] = plain / count
         if readout is not None:
             if not mass > 0:
-                raise ValueError(f"the readout does not depend on {name!r}; check that it is not detached.")
+                raise ValueError(f"the readout does not depend on {name!r}: check that no output is detached.")
             moments[name] = UNIFORM * moments[name] + (1 - UNIFORM) * weighted / mass
         if not moments[name].isfinite().all():
             raise ValueError(

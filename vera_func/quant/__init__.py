@@ -1,4 +1,4 @@
-"""4-bit and 8-bit weights as values, the linear layer over them, and conversion from and to bitsandbytes' modules.
+"""4-bit and 8-bit weights as values, linear layers with such weights, and conversion of bitsandbytes' modules.
 
 Start with `value` (types of quantized weights), `quantize` (conversion from and to dense weights), `linear` (the
 product, under every transform) and `bnb` (conversion of bitsandbytes' modules). `cpu_layout`, `native`, `dense_copy`

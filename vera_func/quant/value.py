@@ -68,7 +68,7 @@ class Quantized4bit:
         quant_type: "nf4" or "fp4".
         blocksize: Values per block, one of `BLOCKSIZES`.
         compute_dtype: Dtype in which `quantized_linear` multiplies; None means the dtype of `x`.
-        device: The device of the tensors; `to(device)` moves them and keeps their dtypes.
+        device: The device of the tensors; `to(device)` moves the tensors and keeps all dtypes.
         nbytes: Memory of the tensors, in bytes.
 
     Example:
@@ -103,7 +103,7 @@ class Quantized8bit:
         dtype: float32, the default dtype of `dequantize`.
         threshold: Value above which activations are outliers for `int8_activations`. 0 means that there are no
             outliers.
-        device: The device of the tensors; `to(device)` moves them and keeps their dtypes.
+        device: The device of the tensors; `to(device)` moves the tensors and keeps all dtypes.
         nbytes: Memory of the tensors, in bytes.
 
     Example:
