@@ -148,7 +148,7 @@ def require_rows_of_floats(x: Tensor) -> None:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Return a context in which autocast does not round the factors of products, for weights and statistics.
+    """Return a context manager that disables autocast, which would round the factors of products.
 
     Example:
         >>> with torch.autocast("cpu", torch.bfloat16), without_autocast(torch.device("cpu")):
