@@ -97,6 +97,20 @@ class TestSavedForBackward:
         assert not [t for t in saved if tuple(t.shape) in shapes]
 
 
+@pytest.mark.parametrize("rows", [(), (3,), (2, 0), (2, 3)], ids=str)
+@pytest.mark.parametrize("name", [*FORMATS, "int8 activations"])
+def test_gradient_of_the_bias(name, rows):
+    weight, bias, x = normal(8, 64), normal(8), normal(*rows, 64, seed=1)
+    f = partial(vf.quantized_linear, FORMATS.get(name, vf.quantize_8bit)(weight), int8_activations=name not in FORMATS)
+    loss = lambda bias, x: (f(x, bias) * torch.arange(8.0)).sum()
+    expected = torch.arange(8.0) * x[..., 0].numel()
+    assert_close(grad(loss)(bias, x), expected)
+    leaf = bias.clone().requires_grad_()
+    assert_close(torch.autograd.grad(loss(leaf, x), leaf)[0], expected)
+    if rows:
+        assert_close(vmap(grad(loss), (None, 0))(bias, x).sum(0), expected)
+
+
 class TestInt8Activations:
     @pytest.mark.parametrize("threshold", [0.0, 3.0])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -152,7 +152,7 @@ class _Product(torch.autograd.Function):
         if grad is not None and ctx.needs_input_grad[0]:
             grad_x = _product(grad, None, ctx.spec, None, not ctx.transposed, *leaves)
         if grad is not None and ctx.needs_input_grad[1]:
-            grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
+            grad_bias = grad.sum_to_size(grad.shape[-1:])
         return grad_x, grad_bias, None, None, None, *[None] * len(leaves)
 
     @staticmethod
@@ -206,7 +206,7 @@ class _Int8Product(torch.autograd.Function):
         if grad is not None and ctx.needs_input_grad[0]:
             grad_x = _product(grad, None, ctx.spec, None, True, *ctx.saved_tensors)
         if grad is not None and ctx.needs_input_grad[1]:
-            grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
+            grad_bias = grad.sum_to_size(grad.shape[-1:])
         return grad_x, grad_bias, None, None, None
 
     @staticmethod
