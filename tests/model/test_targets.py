@@ -21,7 +21,8 @@ from transformers import (
 
 import vera_func as vf
 from vera_func import private
-from vera_func.model.targets import DEFAULT_TARGETS, linear_sizes, resolve, trained_with
+from vera_func.model.linears import linear_sizes
+from vera_func.model.targets import DEFAULT_TARGETS, resolve, trained_with
 
 from helpers import bert, gpt2, llama, quantized, randomized, tokens
 

@@ -19,7 +19,8 @@ from ..merging.layer import MergeReport
 from ..merging.model import model_merge_report
 from ..model.config import VeraConfig
 from ..model.convert import dense_share, quantizable_layers
-from ..model.targets import linear_sizes, resolve, widest_sizes
+from ..model.linears import linear_sizes, widest_sizes
+from ..model.targets import resolve
 from .report import merge_advice
 
 

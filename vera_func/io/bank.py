@@ -22,7 +22,7 @@ from ..core.shapes import require_float
 from ..model.adapt import Adapted, make_apply
 from ..model.batch import num_adapters, stack_adapters
 from ..model.config import VeraConfig
-from ..model.targets import layer_device
+from ..model.linears import layer_device
 from ..model.tree import unwrap
 from .bank_header import FORMAT, read_header
 from .check import check_adapter, require_projections

@@ -21,7 +21,8 @@ from ..core.shapes import require_float, require_product_dtype
 from ..model.adapt import Adapted, draw_projections, make_apply
 from ..model.apply import Apply
 from ..model.config import VeraConfig
-from ..model.targets import layer_device, resolve, trained_with, widest_sizes
+from ..model.linears import layer_device, widest_sizes
+from ..model.targets import resolve, trained_with
 from ..model.tree import unwrap
 from .card import CARD, card_text
 from .check import DTYPES, check_adapter

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..core.keys import MAGNITUDE, join_key, own_parameters, split_key
 from ..model.config import VeraConfig
-from ..model.targets import adapted_layers, exact_targets, is_conv1d, linear_sizes, resolve, widest_sizes
+from ..model.linears import is_conv1d, linear_sizes, widest_sizes
+from ..model.targets import adapted_layers, exact_targets, resolve
 from ..model.tree import unwrap
 from .check import check_adapter
 from .config import CONFIG, WEIGHTS

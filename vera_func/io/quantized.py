@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .. import private
 from ..core.keys import join_key
 from ..model.describe import describe_quantization, describe_ties
-from ..model.targets import linear_sizes
+from ..model.linears import linear_sizes
 from ..model.tree import copy_tree, require_weights, unwrap
 from ..quant.bnb import from_bnb, is_bnb_linear, to_bnb
 from ..quant.value import Quantized, Spec4bit, Spec8bit, flatten, shape2, unflatten, validate

@@ -15,8 +15,9 @@ from ..core.keys import VECTORS, join_key, own_parameters, split_key
 from ..model.adapt import Adapted
 from ..model.convert import Format, check_format, is_plain
 from ..model.describe import describe_dtype, describe_quantization, describe_ties
-from ..model.targets import adapted_layers, held_parameters, is_conv1d, linear_sizes, require_one_device
-from ..model.tree import copy_with_weights, parameter_aliases, require_weights, unwrap
+from ..model.linears import is_conv1d, linear_sizes, require_one_device
+from ..model.targets import adapted_layers
+from ..model.tree import copy_with_weights, held_parameters, parameter_aliases, require_weights, unwrap
 from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.quantize import QUANTIZERS, dequantize
 from ..quant.value import FLOATS, Quantized, format_of

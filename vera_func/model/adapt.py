@@ -26,8 +26,9 @@ from .checkout import Trees
 from .closures import copy_module
 from .config import VeraConfig
 from .layers import Projections, layer_class
+from .linears import layer_device, peft_dtype, require_one_device, widest_sizes
 from .rows import path_in_model
-from .targets import layer_device, peft_dtype, require_one_device, resolve, trained_with, widest_sizes
+from .targets import resolve, trained_with
 from .tree import copy_tree, frozen_alias, no_data_error, parameter_aliases, unwrap
 
 

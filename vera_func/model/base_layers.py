@@ -23,7 +23,7 @@ from ..quant.quantize import dequantize
 from ..quant.value import FLOATS, Quantized, Quantized4bit, Quantized8bit, format_of
 from .closures import copy_module
 from .lazy_weight import lazy_weight
-from .targets import is_conv1d
+from .linears import is_conv1d
 
 
 class RowLayout(Protocol):

@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from ..core.keys import join_key, split_key
 from ..private import drop_input_grads
 from .closures import copy_module
-from .targets import held_parameters
-from .tree import shared_memo
+from .tree import held_parameters, shared_memo
 
 
 # A tensor's `_version` misses some writes: updates of batch statistics, and writes through `.data` or numpy. Therefore

@@ -17,7 +17,7 @@ from ..quant.quantize import QUANTIZERS, dequantize
 from ..quant.value import format_of
 from .config import HEADS
 from .describe import describe_quantization, describe_ties
-from .targets import linear_sizes
+from .linears import linear_sizes
 from .tree import copy_tree, copy_with_weights, require_weights, unwrap
 
 

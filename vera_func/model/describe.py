@@ -14,7 +14,7 @@ from .. import private
 from ..core.keys import split_key
 from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.value import Quantized4bit
-from .targets import linear_sizes
+from .linears import linear_sizes
 
 
 # Models of T5's family also scale their outputs if `tie_word_embeddings` is True, so this flag has to stay True.

@@ -31,7 +31,7 @@ from .base_layers import (
     register_own,
 )
 from .lazy_weight import lazy_weight
-from .targets import is_conv1d, linear_sizes
+from .linears import is_conv1d, linear_sizes
 
 
 WITHOUT_CHECKPOINTING = (

@@ -14,7 +14,8 @@ from ..core.keys import BASE_SHARE, MAGNITUDE, OUTPUT_SCALE, SCALES, VECTORS, jo
 from .adapt import Adapted, make_apply
 from .batch import Params, stack_adapters
 from .config import VeraConfig
-from .targets import exact_targets, held_parameters
+from .targets import exact_targets
+from .tree import held_parameters
 
 
 def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:

@@ -24,7 +24,7 @@ from .base_layers import DenseLinear, QuantizedLinear, RowwiseAffine
 from .checkout import Method, bound_method
 from .follow import NOWHERE, Follower, Lost, Place, mark, place_of
 from .layers import Linear, Linear4bit, Linear8bitLt, layer_sizes
-from .targets import is_conv1d
+from .linears import is_conv1d
 
 
 if TYPE_CHECKING:

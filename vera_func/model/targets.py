@@ -1,24 +1,21 @@
-"""Find the modules that a configuration targets, and their sizes, dtypes and trained parameters.
+"""Find the modules that a configuration targets, and the parameters that it trains.
 
 The matching rules are those of PEFT.
 """
 
-import copy
 import dataclasses
 import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .. import private
 from ..core.keys import MARKS, SCALES, VECTORS, is_vector, split_key
 from ..quant.bnb import is_bnb_linear
 from .config import HEADS, VeraConfig, is_all_linear
 from .expressions import Expression
+from .linears import linear_sizes, returns_tensor
+from .tree import held_parameters
 
 
 # Default targets of a configuration without `target_modules`, by `model.config.model_type`.
@@ -45,47 +42,6 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...] | str] = {
     "rwkv": ("key", "value", "receptance", "output"),
     "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
 }
-
-
-def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """Return `(in_features, out_features)` of a layer that can be adapted, and None for any other module.
-
-    The layers that can be adapted are `nn.Linear`, bitsandbytes' linear layers and transformers' `Conv1D`.
-
-    Example:
-        >>> linear_sizes(nn.Linear(3, 5)), linear_sizes(nn.ReLU())
-        ((3, 5), None)
-    """
-    if isinstance(module, nn.Linear):  # includes bitsandbytes' layers
-        return module.in_features, module.out_features
-    if is_conv1d(module):
-        weight: Any = module.weight
-        in_features, out_features = weight.shape
-        return in_features, out_features
-    return None
-
-
-def widest_sizes(model: nn.Module, names: Iterable[str]) -> tuple[int, int]:
-    """Return the largest `in_features` and the largest `out_features` of linear layers, given by their names.
-
-    Example:
-        >>> widest_sizes(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 20)), ["0", "1"])
-        (8, 20)
-    """
-    sizes = [size for name in names if (size := linear_sizes(model.get_submodule(name))) is not None]
-    widest_in, widest_out = map(max, zip(*sizes, strict=True))
-    return widest_in, widest_out
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' `Conv1D`, a linear layer whose weight has shape (in, out).
-
-    Example:
-        >>> is_conv1d(nn.Linear(3, 5))
-        False
-    """
-    transformers = sys.modules.get("transformers.pytorch_utils")
-    return transformers is not None and isinstance(module, transformers.Conv1D)
 
 
 def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tuple[list[str], VeraConfig]:
@@ -166,42 +122,6 @@ def exact_targets(model: nn.Module, names: Sequence[str], config: VeraConfig) ->
     modules = [name for name, _ in model.named_modules()]
     found = _matching(modules, names, dataclasses.replace(config, layers_to_transform=None, layers_pattern=None))
     return tuple(names) if {*found} == {*names} else f"({'|'.join(map(re.escape, names))})"
-
-
-def returns_tensor(module: nn.Module) -> bool:
-    """Whether a layer returns a tensor. The router of Llama 4, a subclass of `nn.Linear`, returns a tuple.
-
-    Example:
-        >>> returns_tensor(nn.Linear(2, 3))
-        True
-    """
-    if type(module).forward is nn.Linear.forward or is_bnb_linear(module) or is_conv1d(module):
-        return True
-    weight: Any = module.weight
-    if private.offload_hook(module) is not None:
-        return True
-    x = torch.zeros(1, weight.shape[-1], dtype=weight.dtype, device=weight.device)
-    try:
-        with torch.no_grad():
-            return isinstance(copy.deepcopy(module, {id(p): p for p in module.parameters()}).eval()(x), Tensor)
-    except Exception:  # a custom forward may need another input
-        return True
-
-
-def held_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the names and parameters of all modules. A tied parameter is yielded once for each of its modules.
-
-    Each module is visited once, under its first name. In contrast, `named_parameters(remove_duplicate=False)` visits a
-    module once for each of its names, and does not terminate if a module contains itself.
-
-    Example:
-        >>> model = nn.ModuleDict({"first": nn.Linear(3, 5, bias=False), "tied": nn.Linear(3, 5, bias=False)})
-        >>> model["tied"].weight, model["again"] = model["first"].weight, model["first"]
-        >>> [name for name, _ in held_parameters(model)]
-        ['first.weight', 'tied.weight']
-    """
-    for prefix, module in model.named_modules():
-        yield from module.named_parameters(prefix, recurse=False, remove_duplicate=False)
 
 
 def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -> list[str]:
@@ -305,54 +225,6 @@ def _default_targets(model: nn.Module) -> tuple[str, ...] | str:
     return DEFAULT_TARGETS[model_type]
 
 
-def peft_dtype(module: nn.Module) -> torch.dtype | None:
-    """Return the dtype to which PEFT rounds a layer's vectors and projections, or None if PEFT does not round.
-
-    PEFT casts vectors and projections to the layer's dtype and then to float32, which rounds them if the layer has 16
-    bits. The dtype of a 4-bit layer is its compute dtype. For 8-bit layers, PEFT does not cast.
-
-    Example:
-        >>> peft_dtype(nn.Linear(2, 3, dtype=torch.bfloat16))
-        torch.bfloat16
-    """
-    layer: Any = module
-    dtype = getattr(layer, "compute_dtype", None) if is_bnb_linear(layer) else layer.weight.dtype
-    return dtype if dtype is not None and dtype.is_floating_point else None
-
-
-def layer_device(module: nn.Module) -> torch.device:
-    """Return the device on which a layer computes: that of its weight, or the execution device of an offloaded layer.
-
-    Example:
-        >>> layer_device(nn.Linear(2, 3))
-        device(type='cpu')
-    """
-    device = next(module.parameters()).device
-    hook = private.offload_hook(module) if device.type == "meta" else None
-    return device if hook is None else torch.device(hook.execution_device)
-
-
-def require_one_device(model: nn.Module, targets: Sequence[str], trained: Sequence[str]) -> None:
-    """Raise an error if adapted or trained layers are on several devices, as with a `device_map` over several GPUs.
-
-    Raises:
-        ValueError: If the layers are on more than one device, not counting the meta device.
-
-    Example:
-        >>> require_one_device(nn.Sequential(nn.Linear(3, 5)), ["0"], ["0.bias"])
-    """
-    owners = dict.fromkeys([*targets, *(split_key(name)[0] for name in trained)])
-    # A target without parameters is refused later, because of its class.
-    layers = [(name, model.get_submodule(name)) for name in owners]
-    devices = {layer_device(layer): name for name, layer in layers if next(layer.parameters(), None) is not None}
-    places = sorted(f"{device} ({name})" for device, name in devices.items() if device.type != "meta")
-    if len(places) > 1:
-        raise ValueError(
-            f"the layers of an adapter must be on one device, but are on {', '.join(places)}. Load the model onto one "
-            "device, with device_map={'': 0} instead of 'auto'; quantize the model if it is too large."
-        )
-
-
 def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Group adapter vectors by module, `{name: {"lambda_b": ..., "lambda_d": ...}}`, and check that they fit the model.
 
@@ -362,6 +234,7 @@ def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, 
         ValueError: If a module is missing, can't be adapted or lacks one of its vectors, or if a value is not finite.
 
     Example:
+        >>> import torch
         >>> params = {"0.lambda_b": torch.ones(6), "0.lambda_d": torch.ones(4)}
         >>> list(adapted_layers(nn.Sequential(nn.Linear(8, 6)), params))
         ['0']

@@ -1,7 +1,7 @@
 """Module trees: remove wrappers, check that weights are in memory, and copy a tree while replacing some modules."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ..quant.foreign import foreign_error, foreign_layer
 from ..quant.value import Quantized
 from .base_layers import QuantizedLinear
 from .closures import copy_module
-from .targets import held_parameters, is_conv1d
+from .linears import is_conv1d
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -261,3 +261,19 @@ def _peft_error(name: str, part: nn.Module) -> str:
             "call from_peft(model), or load_adapter if PEFT has saved it."
         )
     return f"{what}: an adapter for this model would have keys that can't be loaded. Load the base model without PEFT."
+
+
+def held_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the names and parameters of all modules. A tied parameter is yielded once for each of its modules.
+
+    Each module is visited once, under its first name. In contrast, `named_parameters(remove_duplicate=False)` visits a
+    module once for each of its names, and does not terminate if a module contains itself.
+
+    Example:
+        >>> model = nn.ModuleDict({"first": nn.Linear(3, 5, bias=False), "tied": nn.Linear(3, 5, bias=False)})
+        >>> model["tied"].weight, model["again"] = model["first"].weight, model["first"]
+        >>> [name for name, _ in held_parameters(model)]
+        ['first.weight', 'tied.weight']
+    """
+    for prefix, module in model.named_modules():
+        yield from module.named_parameters(prefix, recurse=False, remove_duplicate=False)
