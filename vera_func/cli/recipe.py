@@ -62,7 +62,7 @@ class Recipe(NamedTuple):
 
 def for_training(adapted: Adapted) -> Adapted:
     """Add norm statistics to the `frozen` of a DVoRA adapter, so that training steps need not compute them."""
-    if not adapted.apply.magnitudes:
+    if not adapted.apply.schema.magnitudes:
         return adapted
     return adapted._replace(frozen=keep_norm_statistics(adapted.apply, adapted.frozen))
 

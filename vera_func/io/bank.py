@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ..core.keys import MARKS, PROJECTIONS, adapted_modules, is_vector, own_parameters, split_key
 from ..core.shapes import require_float
-from ..model.adapt import Adapted, make_apply
+from ..model.adapt import Adapted
 from ..model.batch import num_adapters, stack_adapters
+from ..model.build import make_apply
 from ..model.config import VeraConfig
 from ..model.linears import layer_device
 from ..model.tree import unwrap
@@ -123,7 +124,7 @@ class Bank:
                     f"{self.path} has {key!r} of shape {tuple(value.shape[1:])} per adapter, but the model needs "
                     f"{tuple(shape)}."
                 )
-        if missing := apply.missing(params):
+        if missing := apply.schema.missing(params):
             raise ValueError(f"{self.path} lacks {missing[0]!r}, which the model needs.")
         device = layer_device(modules[targets[0]])
         order = {key: i for i, key in enumerate(apply.slots)}

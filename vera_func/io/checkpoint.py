@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..core.keys import MAGNITUDE, PROJECTIONS, adapted_modules, is_vector, split_key
 from ..core.shapes import require_float, require_product_dtype
-from ..model.adapt import Adapted, draw_projections, make_apply
+from ..model.adapt import Adapted, draw_projections
 from ..model.apply import Apply
+from ..model.build import make_apply
 from ..model.config import VeraConfig
 from ..model.linears import layer_device, widest_sizes
 from ..model.targets import resolve, trained_with
@@ -200,14 +201,14 @@ def _split_tensors(
         elif not is_copy(name):
             params[key or name] = tensor
     # PEFT writes resized embeddings. If a head is tied to them, PEFT writes the values under both names.
-    for alias, key in apply.tied.items():
+    for alias, key in apply.schema.tied.items():
         if alias in params:
             params.setdefault(key, params[alias])
-    params |= {alias: params[key] for alias, key in apply.tied.items() if key in params and alias not in params}
+    params |= {alias: params[key] for alias, key in apply.schema.tied.items() if key in params and alias not in params}
     if ignore_unknown and (odd := sorted(params.keys() - apply.slots.keys())):
         warnings.warn(f"{file} has {len(odd)} unknown tensors, which are ignored, first {odd[0]!r}.", stacklevel=3)
         params = {key: value for key, value in params.items() if key in apply.slots}
-    problems = [f"lacks {key!r}" for key in apply.missing(params)]
+    problems = [f"lacks {key!r}" for key in apply.schema.missing(params)]
     problems += [
         f"has {key!r}, but the adapted model has no such parameter" for key in params if key not in apply.slots
     ]

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from .. import private
 from ..core.keys import VECTORS, split_key
 from ..core.shapes import require_product_dtype
-from ..model.adapt import Adapted, make_apply, with_origin
+from ..model.adapt import Adapted, with_origin
 from ..model.apply import Apply
+from ..model.build import make_apply
 from ..model.config import VeraConfig
 from ..model.targets import exact_targets, resolve, trained_with
 from ..model.tree import unwrap, without_wrappers

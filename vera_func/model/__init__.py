@@ -1,10 +1,10 @@
 """Turn any `nn.Module` into a pure function that takes the parameters of one adapter, or of many, as an argument.
 
 One adapter: `config` and `targets` select the layers to adapt, `linears` tells which layers can be adapted, and
-`expressions` matches regular expressions. `adapt` creates `apply` and the params. `apply` runs a copy of the model's
-module tree. `tree`, `layers`, `closures`, `base_layers` and `lazy_weight` build the copy, and `checkout` isolates calls
-from each other. `module` converts an adapted model to a module with trainable parameters. `dense_cache` stores dense
-copies of quantized weights, which trades memory for speed.
+`expressions` matches regular expressions. `adapt` creates the params, and `build` creates `apply`, which runs a copy of
+the model's module tree. `tree`, `layers`, `closures`, `base_layers` and `lazy_weight` make the copy, `binding` binds
+params to it, and `checkout` isolates calls from each other. `module` converts an adapted model to a module with
+trainable parameters. `dense_cache` stores dense copies of quantized weights, which trades memory for speed.
 
 Many adapters: `batch` stacks and selects adapters, `vmap` maps a function over stacked adapters, `pool` and `algebra`
 combine adapters, and `dora` folds magnitudes. `rows`, `rehearse` and `follow` find the batch axis of each layer's

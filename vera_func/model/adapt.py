@@ -8,28 +8,23 @@ The model itself is never called or modified.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import private
 from ..core.dora import row_norms
-from ..core.keys import BASE_SHARE, MAGNITUDE, MIXTURE, OUTPUT_SCALE, SCALES, is_vector, join_key, split_key
+from ..core.keys import MAGNITUDE, is_vector, join_key
 from ..core.projection import init_projections
 from ..core.shapes import require_float, require_product_dtype
 from ..quant.bnb import from_bnb, is_bnb_linear
-from .apply import Apply, Root, Slot
-from .base_layers import copy_base_layer, has_rows
-from .checkout import Trees
-from .closures import copy_module
+from .apply import Apply
+from .build import make_apply
 from .config import VeraConfig
-from .layers import Projections, layer_class
-from .linears import layer_device, peft_dtype, require_one_device, widest_sizes
-from .rows import path_in_model
+from .linears import layer_device, peft_dtype, widest_sizes
 from .targets import resolve, trained_with
-from .tree import copy_tree, frozen_alias, no_data_error, parameter_aliases, unwrap
+from .tree import unwrap
 
 
 class Adapted(NamedTuple):
@@ -119,27 +114,29 @@ def adapt(
     frozen = draw_projections(model, config, targets, dtype=dtype)
     trained = trained_with(model, config, targets)
     apply = make_apply(model, config, targets, trained, int8_activations=int8_activations, product_dtype=product_dtype)
+    device = frozen["vera_A"].device
     params = {}
-    drawn: Any = {"dtype": torch.float32, "device": "cpu" if generator is None else generator.device}
     for name in targets:
-        layer = model.get_submodule(name)
-        device = frozen["vera_A"].device
-        via = peft_dtype(layer) or torch.float32
-        out_features = apply.slots[join_key(name, "lambda_b")].shape[0]
-        if config.init_weights:
-            lambda_b = torch.zeros(out_features, **drawn)
-            lambda_d = torch.full((config.r,), config.d_initial, **drawn)
-        else:
-            lambda_b = torch.ones(out_features, **drawn)
-            lambda_d = torch.randn(config.r, generator=generator, **drawn)
-        params[join_key(name, "lambda_b")] = lambda_b.to(device, via).to(dtype)
-        params[join_key(name, "lambda_d")] = lambda_d.to(device, via).to(dtype)
+        layer: Any = apply.trees.root.get_submodule(join_key("model", name))
+        via = peft_dtype(model.get_submodule(name)) or torch.float32
+        for key, vector in _initial_vectors(layer.out_features, config, generator).items():
+            params[join_key(name, key)] = vector.to(device, via).to(dtype)
         if config.use_dora:
-            adapted: Any = apply.trees.root.get_submodule(join_key("model", name))
-            params[join_key(name, MAGNITUDE)] = row_norms(adapted.base_weight(dtype)).detach().to(device)
+            params[join_key(name, MAGNITUDE)] = row_norms(layer.base_weight(dtype)).detach().to(device)
     for name in trained:
         params[name] = model.get_parameter(name).detach().clone()
     return Adapted(apply, params, frozen, with_origin(config, model))
+
+
+def _initial_vectors(out_features: int, config: VeraConfig, generator: torch.Generator | None) -> dict[str, Tensor]:
+    options: Any = {"dtype": torch.float32, "device": "cpu" if generator is None else generator.device}
+    if config.init_weights:
+        lambda_b = torch.zeros(out_features, **options)
+        lambda_d = torch.full((config.r,), config.d_initial, **options)
+    else:
+        lambda_b = torch.ones(out_features, **options)
+        lambda_d = torch.randn(config.r, generator=generator, **options)
+    return {"lambda_b": lambda_b, "lambda_d": lambda_d}
 
 
 class ParameterCount(NamedTuple):
@@ -208,146 +205,6 @@ def draw_projections(
     return {name: value.to(device, dtype) for name, value in frozen.items()}
 
 
-def make_apply(
-    model: nn.Module,
-    config: VeraConfig,
-    targets: Sequence[str],
-    trained: Sequence[str] = (),
-    *,
-    int8_activations: bool = False,
-    product_dtype: torch.dtype | None = None,
-) -> Apply:
-    """Create an `Apply`, which runs a copy of a model with adapted layers; see also `adapt`.
-
-    Only `r`, `vera_dropout`, `use_dora` and `differentiate_norm` of `config` are used. `targets` are the names of the
-    modules to adapt. `trained` are the names of the model's own parameters that are trained, and that `params` must
-    therefore contain. The other options are those of `adapt`.
-
-    Raises:
-        ValueError: If a target cannot be adapted, or if the targets are on several devices.
-
-    Example:
-        >>> make_apply(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4), ["0"])
-        Apply(Sequential, 1 adapted layers)
-    """
-    require_one_device(model, targets, trained)
-    modules = dict(model.named_modules())
-    owners = {split_key(name)[0] for name in trained}
-    memo: dict[int, Any] = {id(p): frozen_alias(p) for p in model.parameters()}
-    projections = _placeholders(model, config.r, targets, product_dtype)
-    slots: dict[str, Slot] = {}
-
-    def replace(name: str, module: nn.Module) -> nn.Module | None:
-        if name not in targets:
-            return copy_base_layer(module, memo, rows=name in owners, int8_activations=int8_activations)
-        _require_called(name, modules)
-        if is_bnb_linear(module):
-            layer: Any = copy_base_layer(module, memo, int8_activations=int8_activations)
-        else:
-            layer = copy_module(module, memo)
-        if config.use_dora and private.offload_hook(module) is not None and layer.weight.is_meta:
-            raise ValueError(no_data_error(name, "adapt with use_dora=True"))
-        layer = layer_class(layer)(
-            layer,
-            "default",
-            projections.vera_A,
-            projections.vera_B,
-            config.r,
-            config.vera_dropout,
-            use_dora=config.use_dora,
-            differentiate_norm=config.differentiate_norm,
-        )
-        layer.projections = projections
-        slots.update(_vector_slots(name, layer.out_features, config))
-        return layer
-
-    tree = copy_tree(model, replace, memo)
-    for module in tree.modules():
-        private.skip_fused_encoder_path(module)
-    own, tied, offloaded = _parameter_slots(model, tree, trained)
-    paths = {id(module): path for path, module in tree.named_modules()}
-    for slot in (*slots.values(), *own.values()):
-        for name in slot.names if slot.rows else ():
-            layer: Any = tree.get_submodule(path_in_model(split_key(name)[0]))
-            layer.path, layer.projections = paths[id(layer)], projections
-    return Apply(
-        model,
-        tuple(targets),
-        slots | own,
-        Trees(Root(tree, projections)),
-        int8_activations,
-        product_dtype,
-        tied=tied,
-        offloaded=offloaded,
-        absent=_absent(model),
-        magnitudes={key: join_key(split_key(key)[0], OUTPUT_SCALE) for key in slots if split_key(key)[1] == MAGNITUDE},
-    )
-
-
-def _placeholders(model: nn.Module, r: int, targets: Sequence[str], product_dtype: torch.dtype | None) -> Projections:
-    """Return projections on the meta device, so that a layer raises an error if no projections are bound to it."""
-    widest_in, widest_out = widest_sizes(model, targets)
-    A = torch.empty(r, widest_in, dtype=torch.float32, device="meta")
-    B = torch.empty(widest_out, r, dtype=torch.float32, device="meta")
-    return Projections(A, B, product_dtype)
-
-
-def _vector_slots(name: str, out_features: int, config: VeraConfig) -> dict[str, Slot]:
-    """Return the `Slot` of each vector of one layer, by key."""
-    sizes: list[tuple[str, str, tuple[int, ...], bool]] = [  # key, name in the layer, shape, required
-        ("lambda_b", "lambda_b", (out_features,), True),
-        ("lambda_d", "lambda_d", (config.r,), True),
-        (MIXTURE, MIXTURE, (), False),
-    ]
-    for scale in SCALES if config.use_dora else ():
-        sizes.append((scale, scale, (out_features,), False))
-        sizes.append((join_key(scale, BASE_SHARE), "scale_share", (), False))
-    return {
-        join_key(name, key): Slot((join_key("model", name, leaf),), shape, True, required)
-        for key, leaf, shape, required in sizes
-    }
-
-
-def _parameter_slots(
-    model: nn.Module, tree: nn.Module, trained: Sequence[str]
-) -> tuple[dict[str, Slot], dict[str, str], frozenset[str]]:
-    """Return the `Slot` of each parameter of the model, by key, and the fields `tied` and `offloaded` of `Apply`."""
-    places = dict(tree.named_modules())
-    slots: dict[str, Slot] = {}
-    tied: dict[str, str] = {}
-    offloaded = set()
-    for key, aliases in parameter_aliases(model, trained).items():
-        owner, leaf = split_key(key)
-        module, parameter = model.get_submodule(owner), model.get_parameter(key)
-        if (is_bnb_linear(module) and leaf == "weight") or owner not in places:
-            continue  # a packed weight, or a parameter of an adapted layer's parametrization
-        if parameter.is_meta and private.offload_hook(module) is not None:
-            if key in trained:
-                raise ValueError(no_data_error(key, "train"))
-            offloaded.add(key)  # the hook would overwrite a value from params
-            continue
-        first, *others = aliases
-        shape = tuple(parameter.shape)
-        rows = has_rows(module) or is_bnb_linear(module)
-        where = tuple(join_key("model", name) for name in aliases)
-        slots[key] = Slot(where, shape, rows and key in trained, key in trained)
-        if slots[key].rows:
-            slots[join_key(key, BASE_SHARE)] = Slot((), (), True, False)
-        if key not in trained:
-            tied |= dict.fromkeys(others, first)
-            slots |= {name: Slot((join_key("model", name),), shape, False, False) for name in others}
-    return slots, tied, frozenset(offloaded)
-
-
-def _absent(model: nn.Module) -> str | None:
-    for name, module in model.named_modules():
-        if private.offload_hook(module) is None:
-            for leaf, parameter in module.named_parameters(recurse=False):
-                if parameter.is_meta:
-                    return join_key(name, leaf)
-    return None
-
-
 def with_origin(config: VeraConfig, model: nn.Module) -> VeraConfig:
     """Return the configuration with missing values of `base_model_name_or_path` and `auto_mapping` filled in."""
     named = (getattr(owner, "name_or_path", None) for owner in (model, getattr(model, "config", None)))
@@ -357,12 +214,3 @@ def with_origin(config: VeraConfig, model: nn.Module) -> VeraConfig:
     if name is not None and mapping is None and config.task_type is None:
         mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     return dataclasses.replace(config, base_model_name_or_path=name, auto_mapping=mapping)
-
-
-def _require_called(name: str, modules: Mapping[str, nn.Module]) -> None:
-    parent = modules[split_key(name)[0]] if name else None
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(
-            f"target module {name!r} is never called: nn.MultiheadAttention uses the weight without calling the layer, "
-            f"so an adapter would have no effect. Remove {name!r} from target_modules."
-        )

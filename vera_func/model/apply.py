@@ -7,7 +7,7 @@ transforms. A call binds the given tensors to the copy, and restores the copy af
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,10 @@ from torch.func import functional_call
 
 from .. import private
 from ..core.autograd import SharedProduct
-from ..core.keys import MIXTURE, STATISTICS, VECTORS, join_key, split_key
 from ..private import graph_task, tree_leaves, unwrap
 from ..quant.cpu_layout import fused_weight
 from .base_layers import QuantizedLinear
+from .binding import Schema, Slot
 from .checkout import Method, Trees, bound_method
 from .dense_cache import counted_calls, dense_bytes, dense_dtype, keep_dense
 from .layers import WITHOUT_CHECKPOINTING, Projections
@@ -29,22 +29,6 @@ from .tree import join_tensors, no_data_error, part_tensors
 
 # Operations that transforms do not support, as named in torch's error messages.
 _REFUSED_BY_TRANSFORMS = ("Tensor.requires_grad_()", "saved tensor hooks")
-
-
-class Slot(NamedTuple):
-    """The names in the module tree to which a key of `params` is bound, and the valid shapes of its value.
-
-    Attributes:
-        names: Full names of the tensors in the module tree. A tied parameter has several names.
-        shape: Shape of the value for a single adapter.
-        rows: Whether the value may have additional leading axes, with one value for each row of the batch.
-        required: Whether `params` must contain the key.
-    """
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    rows: bool
-    required: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -78,19 +62,14 @@ class Apply:
 
     model: nn.Module
     targets: tuple[str, ...]
-    slots: Mapping[str, Slot]
+    schema: Schema
     trees: Trees
     int8_activations: bool = False
     product_dtype: torch.dtype | None = None
     generator: torch.Generator | None = None
     row_axes: Axes = 0
     plans: Plans = dataclasses.field(default_factory=Plans)
-    # Maps further names of tied parameters to their first name. If params contain both names, the tensors are untied.
-    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    offloaded: frozenset[str] = frozenset()  # parameters that accelerate's hooks load
     absent: str | None = None  # a parameter on the meta device that no hook loads
-    # Maps the key of each magnitude to the key of the output scale of the same layer; params contain one of them.
-    magnitudes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __call__(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         return self.method("__call__", params, frozen, *args, **kwargs)
@@ -113,7 +92,7 @@ class Apply:
         """
         if self.absent is not None:
             self._require_shapes_alone(params, frozen, args, kwargs)
-        tensors, lead = self._bind(params, frozen)
+        tensors, lead = self.bind(params, frozen)
         if torch.compiler.is_compiling():
             return self._traced(tensors, lead, name, args, kwargs)
         if self.trees.checkpoints:
@@ -260,82 +239,16 @@ class Apply:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, trees=Trees(part_tensors(state["trees"])))
 
-    def missing(self, params: Mapping[str, Tensor]) -> list[str]:
-        """Return the required keys that params lack. Each DVoRA layer requires a magnitude or an output scale.
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        """The keys that params may have; see `binding`."""
+        return self.schema.slots
 
-        Raises:
-            ValueError: If params contain both the magnitude and the output scale of a layer.
-        """
-        for magnitude, scale in self.magnitudes.items():
-            if magnitude in params and scale in params:
-                raise ValueError(f"params has both {magnitude!r} and {scale!r}, its folded form: pass only one.")
-        keys = [key for key, slot in self.slots.items() if slot.required and key not in params]
-        return keys + [key for key, scale in self.magnitudes.items() if key not in params and scale not in params]
-
-    def _statistics(self) -> list[str]:
-        """Return the keys of the norm statistics that `frozen` may contain."""
-        return [join_key(split_key(key)[0], name) for key in self.magnitudes for name in STATISTICS]
-
-    def _bind(
+    def bind(
         self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-        """Return the tensors to bind, by full name in the module tree, and the leading batch axes of values, by key."""
-        slots = self.slots
-        missing = self.missing(params)
-        unknown = [key for key in params if key not in slots]
-        unknown += [key for key, first in self.tied.items() if key in params and first not in params]
-        if missing or unknown:
-            if unknown and unknown[0] in self.offloaded:
-                raise ValueError(no_data_error(unknown[0], "override a parameter of"))
-            raise ValueError(_key_error(missing, unknown, slots))
-        if frozen.keys() != {"vera_A", "vera_B"} and frozen.keys() - {*self._statistics()} != {"vera_A", "vera_B"}:
-            raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
-        tensors: dict[str, Tensor] = {}
-        lead: dict[str, tuple[int, ...]] = {}
-        shares = []
-        for key, value in params.items():
-            names, shape, rows, _ = slots[key]
-            if not isinstance(value, Tensor):
-                raise ValueError(f"{key!r} must be a tensor, got {type(value).__name__}.")
-            if value.shape != shape:
-                if not (rows and value.shape[value.dim() - len(shape) :] == shape):
-                    expected = f"(*rows, {', '.join(map(str, shape))})" if rows else str(shape)
-                    raise ValueError(f"{key!r} must have shape {expected}, got {tuple(value.shape)}.")
-                module, leaf = split_key(key)
-                # In a weighted sum of adapters, the last leading axis is that of the terms.
-                terms = leaf in (*VECTORS, MIXTURE) and join_key(module, MIXTURE) in params
-                if batch := tuple(value.shape[: value.dim() - len(shape) - terms]):
-                    lead[key] = batch
-            tensors.update(dict.fromkeys(names, value))
-            if not names:
-                shares.append(key)
-        for key in shares:
-            self._add_base(key, params, tensors, lead)
-        for key in self.tied:
-            if key in params:
-                tensors[slots[key].names[0]] = params[key]
-        for key, value in frozen.items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"{key!r} must be a tensor, got {type(value).__name__}.")
-            if not key.startswith("vera_"):
-                tensors[join_key("model", key)] = value
-                continue
-            # Converted here, once for all layers.
-            tensors[f"projections.{key}"] = value if self.product_dtype is None else value.to(self.product_dtype)
-        return tensors, lead
-
-    def _add_base(
-        self, key: str, params: Mapping[str, Tensor], tensors: dict[str, Tensor], lead: dict[str, tuple[int, ...]]
-    ) -> None:
-        """Add to a parameter the base model's value, times the factor that `select_adapters` has stored in params."""
-        name = split_key(key)[0]
-        places, shape, _, _ = self.slots[name]
-        share = params[key][(..., *[None] * len(shape))]
-        base = self.trees.root.get_parameter(places[0])
-        value = params[name] + share.to(params[name].dtype) * base.to(params[name].dtype)
-        tensors.update(dict.fromkeys(places, value))
-        if key in lead:
-            lead.setdefault(name, lead[key])
+        """Check params and projections, and return `Schema.bind` of them."""
+        return self.schema.bind(params, frozen, self.trees.root, self.product_dtype)
 
     def _require_shapes_alone(self, *inputs: Any) -> None:
         if not all(leaf.is_meta for leaf in private.tree_leaves(inputs) if isinstance(leaf, Tensor)):
@@ -382,16 +295,3 @@ def _require_no_gradients(tensors: Mapping[str, Tensor], args: tuple, kwargs: di
             "the model uses activation checkpointing: backward would run the layers again after apply has returned, "
             f"when params are no longer bound to the layers. {WITHOUT_CHECKPOINTING}"
         )
-
-
-def _key_error(missing: list[str], unknown: list[str], slots: Mapping[str, Slot]) -> str:
-    required = [key for key, slot in slots.items() if slot.required]
-    problems = []
-    if missing:
-        problems.append(f"lacks {len(missing)} of its {len(required)} keys, first {missing[0]!r}")
-    if unknown:
-        problems.append(f"has {len(unknown)} unknown keys, first {unknown[0]!r}")
-    return (
-        f"params {', and '.join(problems)}. It must have the keys of the params that adapt returned "
-        f"({required[0]!r}, ...), and may also have names of parameters of the model, to replace their values."
-    )

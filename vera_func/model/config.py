@@ -92,6 +92,18 @@ class VeraConfig:
     auto_mapping: Mapping[str, str] | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        self._check_values()
+        self._set("target_modules", _names("target_modules", self.target_modules))
+        self._set("layers_pattern", _names("layers_pattern", self.layers_pattern))
+        self._set("modules_to_save", _saved(self.modules_to_save, self.task_type))
+        self._set("layers_to_transform", _indices(self.layers_to_transform))
+        self._check_layers()
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_values(self) -> None:
+        """Check each field that does not name modules."""
         _require_integer("r", self.r)
         _require_integer("projection_prng_key", self.projection_prng_key)
         if not 0 < self.r < 2**31:
@@ -115,21 +127,9 @@ class VeraConfig:
                 raise ValueError(f"{name} must be a string or None, got {getattr(self, name)!r}.")
         if not isinstance(self.auto_mapping, Mapping | None):
             raise ValueError(f"auto_mapping must be a dict or None, got {self.auto_mapping!r}.")
-        self._set("target_modules", _names("target_modules", self.target_modules))
-        self._set("layers_pattern", _names("layers_pattern", self.layers_pattern))
-        saved = _names("modules_to_save", self.modules_to_save)
-        if isinstance(saved, str):
-            raise ValueError(f"modules_to_save must be a sequence of names, got the string {saved!r}.")
-        heads = tuple(name for name in HEADS.get(self.task_type or "", ()) if name not in (saved or ()))
-        self._set("modules_to_save", (*(saved or ()), *heads) or None)
-        layers = self.layers_to_transform
-        if layers is not None:
-            if not isinstance(layers, int | Sequence):
-                raise ValueError(f"layers_to_transform must be an index or a sequence of indices, got {layers!r}.")
-            layers = [layers] if isinstance(layers, int) else list(layers)
-            for index in layers:
-                _require_integer("layers_to_transform", index)
-            self._set("layers_to_transform", tuple(layers) or None)
+
+    def _check_layers(self) -> None:
+        """Check that the fields that name modules fit each other, and that patterns are regular expressions."""
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform: pass the indices of the layers to adapt.")
         if isinstance(self.target_modules, str):
@@ -142,9 +142,6 @@ class VeraConfig:
         patterns = self.layers_pattern or ()
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             require_expression("layers_pattern", pattern)
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
 
 
 def is_all_linear(targets: str) -> bool:
@@ -161,6 +158,26 @@ def _names(field: str, value: _Names) -> str | tuple[str, ...] | None:
     if not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"{field} must contain names only, got {value!r}.")
     return names or None
+
+
+def _saved(value: _Names, task_type: str | None) -> tuple[str, ...] | None:
+    """Return `modules_to_save` as a tuple, with the heads of the task."""
+    saved = _names("modules_to_save", value)
+    if isinstance(saved, str):
+        raise ValueError(f"modules_to_save must be a sequence of names, got the string {saved!r}.")
+    names = saved or ()
+    return (*names, *(head for head in HEADS.get(task_type or "", ()) if head not in names)) or None
+
+
+def _indices(layers: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    if not isinstance(layers, int | Sequence):
+        raise ValueError(f"layers_to_transform must be an index or a sequence of indices, got {layers!r}.")
+    indices = (layers,) if isinstance(layers, int) else tuple(layers)
+    for index in indices:
+        _require_integer("layers_to_transform", index)
+    return indices or None
 
 
 def _require_integer(field: str, value: object) -> None:

@@ -49,7 +49,7 @@ def fold_magnitude(apply: Apply, params: Mapping[str, Tensor], frozen: Mapping[s
         https://arxiv.org/abs/2402.09353
     """
     _check(apply, params=params, frozen=frozen)
-    apply._bind(params, frozen)  # checks params and frozen
+    apply.bind(params, frozen)  # checks params and frozen
     names = [name for name in apply.targets if join_key(name, MAGNITUDE) in params]
     if not names:
         raise ValueError(
@@ -83,7 +83,7 @@ def fold_if_dora(apply: Apply, params: Mapping[str, Tensor], frozen: Mapping[str
         >>> fold_if_dora(apply, params, frozen) is params
         True
     """
-    return fold_magnitude(apply, params, frozen) if any(key in params for key in apply.magnitudes) else params
+    return fold_magnitude(apply, params, frozen) if any(key in params for key in apply.schema.magnitudes) else params
 
 
 def keep_norm_statistics(apply: Apply, frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ def keep_norm_statistics(apply: Apply, frozen: Mapping[str, Tensor]) -> dict[str
         ['0.C', '0.G', '0.square_norm', 'vera_A', 'vera_B']
     """
     _check(apply, frozen=frozen)
-    if not apply.magnitudes:
+    if not apply.schema.magnitudes:
         raise ValueError("the adapted layers have no magnitudes: adapt with VeraConfig(use_dora=True).")
     if missing := sorted({*PROJECTIONS} - frozen.keys()):
         raise ValueError(f"frozen lacks {missing}: pass the frozen that adapt or load_adapter returned.")

@@ -25,7 +25,7 @@ def adapted_module(adapted: Adapted) -> nn.Module:
         ['0.bias', '0.lambda_b', '0.lambda_d']
     """
     apply, params, frozen, _ = adapted
-    tensors, _ = apply._bind(params, frozen)
+    tensors, _ = apply.bind(params, frozen)
     for key, value in params.items():
         if value.shape != apply.slots[key].shape:
             raise ValueError(
@@ -34,7 +34,7 @@ def adapted_module(adapted: Adapted) -> nn.Module:
             )
     root: Any = apply.trees.copy()
     root.projections.vera_A, root.projections.vera_B = frozen["vera_A"], frozen["vera_B"]
-    for key in sorted(params, key=apply.tied.__contains__):  # the first name of a tied parameter comes first
+    for key in sorted(params, key=apply.schema.tied.__contains__):  # the first name of a tied parameter comes first
         names = apply.slots[key].names
         parameter = nn.Parameter(tensors[names[0]].detach().clone())
         for name in names:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core.keys import BASE_SHARE, MAGNITUDE, OUTPUT_SCALE, SCALES, VECTORS, join_key, own_parameters, split_key
-from .adapt import Adapted, make_apply
+from ..core.keys import BASE_SHARE, MAGNITUDE, OUTPUT_SCALE, SCALES, join_key, own_parameters, split_key
+from .adapt import Adapted
 from .batch import Params, stack_adapters
+from .build import make_apply
 from .config import VeraConfig
 from .targets import exact_targets
 from .tree import held_parameters
@@ -50,30 +51,8 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
         >>> pool.config.r, pool.params["1.lambda_d"].shape
         (12, torch.Size([2, 12]))
     """
-    if not adapters:
-        raise ValueError("adapters is empty, so there is nothing to pool: pass at least one Adapted.")
-    if not all(isinstance(adapted, Adapted) for adapted in adapters):
-        given = sorted({type(adapted).__name__ for adapted in adapters})
-        raise ValueError(f"adapters must be a sequence of Adapted (from adapt or load_adapter), but has {given}.")
+    _require_poolable(adapters)
     model = adapters[0].apply.model
-    weights = [*map(id, model.parameters())]
-    for i, adapted in enumerate(adapters):
-        if [*map(id, adapted.apply.model.parameters())] != weights:
-            raise ValueError(
-                f"adapters {i} and 0 belong to different model objects: pass the same model object to adapt or "
-                "load_adapter for all adapters."
-            )
-        for option in ("int8_activations", "product_dtype"):
-            if getattr(adapted.apply, option) != getattr(adapters[0].apply, option):
-                raise ValueError(
-                    f"adapter {i} and adapter 0 differ in {option}: pass the same {option} to adapt or load_adapter."
-                )
-        adapted.apply._bind(adapted.params, adapted.frozen)
-        for key, value in adapted.params.items():
-            if value.shape != adapted.apply.slots[key].shape:
-                raise ValueError(
-                    f"{key!r} of adapter {i} is stacked; pool single adapters, with params from unstack_adapters."
-                )
     frozen, offsets = _stack_projections([adapted.frozen for adapted in adapters])
     order = [name for name, _ in model.named_modules()]
     targets = sorted({name for a in adapters for name in a.apply.targets}, key=order.index)
@@ -99,13 +78,11 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
     )
     rows = []
     for adapted, offset in zip(adapters, offsets, strict=True):
-        row = {}
-        for key in (join_key(name, leaf) for name in targets for leaf in VECTORS):
-            row[key] = frozen["vera_A"].new_zeros(apply.slots[key].shape)
-            if key in adapted.params:
-                value = adapted.params[key].to(row[key])
-                before = offset if split_key(key)[1] == "lambda_d" else 0
-                row[key] = pad(value, (before, row[key].shape[0] - before - value.shape[0]))
+        row = {
+            key: _padded(adapted.params.get(key), frozen["vera_A"].new_zeros(apply.slots[key].shape), before)
+            for name in targets
+            for key, before in ((join_key(name, "lambda_b"), 0), (join_key(name, "lambda_d"), offset))
+        }
         row |= _scales(adapted.params, row, targets, scale)
         for name in trained:
             row[name] = adapted.params.get(name, model.get_parameter(name).detach())
@@ -113,6 +90,38 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
     stacked = stack_adapters(rows)
     idle = {key for key, leaf in stacked.items() if split_key(key)[1] == BASE_SHARE and not leaf.any()}
     return Adapted(apply, {key: leaf for key, leaf in stacked.items() if key not in idle}, frozen, config)
+
+
+def _require_poolable(adapters: Sequence[Adapted]) -> None:
+    if not adapters:
+        raise ValueError("adapters is empty, so there is nothing to pool: pass at least one Adapted.")
+    if not all(isinstance(adapted, Adapted) for adapted in adapters):
+        given = sorted({type(adapted).__name__ for adapted in adapters})
+        raise ValueError(f"adapters must be a sequence of Adapted (from adapt or load_adapter), but has {given}.")
+    first = adapters[0].apply
+    weights = [*map(id, first.model.parameters())]
+    for i, (apply, params, frozen, _) in enumerate(adapters):
+        if [*map(id, apply.model.parameters())] != weights:
+            raise ValueError(
+                f"adapters {i} and 0 belong to different model objects: pass the same model object to adapt or "
+                "load_adapter for all adapters."
+            )
+        for option in ("int8_activations", "product_dtype"):
+            if getattr(apply, option) != getattr(first, option):
+                raise ValueError(
+                    f"adapter {i} and adapter 0 differ in {option}: pass the same {option} to adapt or load_adapter."
+                )
+        apply.bind(params, frozen)  # checks both
+        for key, value in params.items():
+            if value.shape != apply.slots[key].shape:
+                raise ValueError(
+                    f"{key!r} of adapter {i} is stacked; pool single adapters, with params from unstack_adapters."
+                )
+
+
+def _padded(vector: Tensor | None, zeros: Tensor, before: int) -> Tensor:
+    """Return `zeros` with the values of a vector, if there is one, from index `before` on."""
+    return zeros if vector is None else pad(vector.to(zeros), (before, len(zeros) - before - len(vector)))
 
 
 def _common_origin(adapters: Sequence[Adapted]) -> dict[str, Any]:

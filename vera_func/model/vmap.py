@@ -129,7 +129,7 @@ def _fold(
         folded[i] = leaf if size is None else leaf.flatten(0, 1)
     rows = dict(stacked)
     if size not in (None, 1):
-        if isinstance(apply, Apply) and any(key in stacked for key in apply.magnitudes):
+        if isinstance(apply, Apply) and any(key in stacked for key in apply.schema.magnitudes):
             stacked = fold_magnitude(apply, stacked, frozen)  # one norm for each adapter, not for each row
         rows = {key: leaf.repeat_interleave(size, 0) for key, leaf in stacked.items()}
     args, kwargs = tree_unflatten(folded, spec)
