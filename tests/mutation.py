@@ -36,7 +36,9 @@ from cosmic_ray.plugins import get_operator
 ROOT = Path(__file__).parents[1]
 FOLDERS = ["core", "quant", "model", "merging", "train"]
 MODULES = sorted(
-    f"{path.parent.name}/{path.stem}" for f in FOLDERS for path in (ROOT / "vera_func" / f).glob("[a-z]*.py")
+    path.relative_to(ROOT / "vera_func").with_suffix("").as_posix()
+    for folder in FOLDERS
+    for path in (ROOT / "vera_func" / folder).rglob("[a-z]*.py")
 )
 # What runs beside a module's own doctests and the test file of its name.
 MORE_TESTS = {
@@ -49,6 +51,11 @@ MORE_TESTS = {
     "quant/cpu_layout": ["quant/test_kernels", "quant/test_bnb"],
     "model/config": ["model/test_targets"],
     "model/targets": ["model/test_adapt"],
+    "model/linears": ["model/test_targets"],
+    "model/binding": ["model/test_adapt", "model/test_apply"],
+    "model/build": ["model/test_adapt"],
+    "model/rows/axes": ["model/rows/test_plans"],
+    "model/rows/rehearse": ["model/rows/test_plans"],
     "model/base_layers": ["model/test_adapt", "io/test_module"],
     "model/layers": ["model/test_adapt"],
     "model/tree": ["model/test_adapt", "model/test_convert", "merging/test_model"],
@@ -160,7 +167,7 @@ class Mutated(SourceFileLoader):
 
 
 def test_files(module: str) -> list[str]:
-    folder, name = module.split("/")
+    folder, _, name = module.rpartition("/")
     own = f"tests/{folder}/test_{name}.py"
     found = [own] if (ROOT / own).exists() else []
     return [f"vera_func/{module}.py", *found, *(f"tests/{name}.py" for name in MORE_TESTS.get(module, []))]

@@ -45,10 +45,10 @@ def test_every_file_has_its_room():
     assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", "private", *OLD}
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", [*ROOMS, "model.rows"])
 def test_a_room_says_what_each_of_its_files_is_for(room):
     said = re.findall(r"`(\w+)`", importlib.import_module(f"vera_func.{room}").__doc__)
-    files = {path.stem for path in (PACKAGE / room).glob("*.py")} - {"__init__"}
+    files = {path.stem for path in PACKAGE.joinpath(*room.split(".")).iterdir()} - {"__init__", "__pycache__"}
     assert files <= set(said)
     assert {name for name in said if name.islower()} - {"apply"} <= files
 
@@ -132,8 +132,8 @@ NO_ROWS = {"MergeReport", "Fit", "Apply", "Quantized4bit", "Quantized8bit"}
 
 
 def test_every_public_function_refuses_something():
-    for path in Path(__file__).parent.glob("*/test_*.py"):
-        importlib.import_module(f"tests.{path.parent.name}.{path.stem}")
+    for path in Path(__file__).parent.glob("*/**/test_*.py"):
+        importlib.import_module(".".join(path.relative_to(Path(__file__).parents[1]).with_suffix("").parts))
     tried = {name.partition(":")[0] for name in Refused.all}
     assert {*vf.__all__} - tried == NO_ROWS
     assert not NO_ROWS & tried
@@ -144,7 +144,7 @@ def test_every_public_function_refuses_something():
 def test_tensors_do_not_depend_on_the_default_device_and_dtype(room):
     floats = {"zeros", "ones", "empty", "full", "rand", "randn", "eye", "linspace"}  # of the default dtype
     numbers = {"tensor", "as_tensor", "arange", "randperm", "randint"}
-    for path in (PACKAGE / room).glob("*.py"):
+    for path in (PACKAGE / room).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue

@@ -7,8 +7,7 @@ params to it, and `checkout` isolates calls from each other. `module` converts a
 trainable parameters. `dense_cache` stores dense copies of quantized weights, which trades memory for speed.
 
 Many adapters: `batch` stacks and selects adapters, `vmap` maps a function over stacked adapters, `pool` and `algebra`
-combine adapters, and `dora` folds magnitudes. `rows`, `rehearse` and `follow` find the batch axis of each layer's
-input.
+combine adapters, and `dora` folds magnitudes. The folder `rows` finds the batch axis of each layer's input.
 
 Models: `convert` quantizes and dequantizes models, `describe` updates the configuration of a transformers model, and
 `head` computes the hidden states of a language model without its output head.

@@ -22,8 +22,8 @@ from .binding import Schema, Slot
 from .checkout import Method, Trees, bound_method
 from .dense_cache import counted_calls, dense_bytes, dense_dtype, keep_dense
 from .layers import WITHOUT_CHECKPOINTING, Projections
-from .rehearse import Axes
-from .rows import Plans, arrange
+from .rows.axes import Axes
+from .rows.plans import Plans, arrange
 from .tree import join_tensors, no_data_error, part_tensors
 
 

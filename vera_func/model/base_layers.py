@@ -176,7 +176,7 @@ def _call_with(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Te
     """Compute `layer(x)` with a given weight and bias, which may have one value for each row of the batch."""
     if isinstance(layer, QuantizedLinear):
         return layer(x, bias)
-    if not has_rows(layer) or layer._forward_hooks or layer._forward_pre_hooks:
+    if not may_have_rows(layer) or layer._forward_hooks or layer._forward_pre_hooks:
         given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         return functional_call(layer, given, (x,), tie_weights=False)
     if isinstance(layer, nn.LayerNorm):
@@ -224,11 +224,11 @@ def dense_weight(layer: Any, dtype: torch.dtype, own: Tensor | None = None) -> T
     return (weight.mT if is_conv1d(layer) else weight).to(dtype)
 
 
-def has_rows(module: nn.Module) -> bool:
+def may_have_rows(module: nn.Module) -> bool:
     """Whether the parameters of a layer of this class may have one value for each row of the batch.
 
     Example:
-        >>> has_rows(nn.Linear(3, 2)), has_rows(nn.Embedding(3, 2))
+        >>> may_have_rows(nn.Linear(3, 2)), may_have_rows(nn.Embedding(3, 2))
         (True, False)
     """
     return type(module) in (nn.Linear, nn.LayerNorm) or is_conv1d(module)
@@ -248,7 +248,7 @@ def copy_base_layer(
     if is_bnb_linear(module):
         q, bias = from_bnb(module)
         return QuantizedLinear(q, bias, int8_activations=int8_activations and isinstance(q, Quantized8bit))
-    if rows and has_rows(module):
+    if rows and may_have_rows(module):
         return RowwiseAffine(copy_module(module, memo))
     if type(module) is not nn.Linear:
         return None

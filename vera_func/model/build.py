@@ -10,14 +10,14 @@ from .. import private
 from ..core.keys import BASE_SHARE, MAGNITUDE, MIXTURE, OUTPUT_SCALE, SCALES, join_key, split_key
 from ..quant.bnb import is_bnb_linear
 from .apply import Apply, Root
-from .base_layers import copy_base_layer, has_rows
+from .base_layers import copy_base_layer, may_have_rows
 from .binding import Schema, Slot
 from .checkout import Trees
 from .closures import copy_module
 from .config import VeraConfig
 from .layers import AdaptedLinear, Projections, layer_class
 from .linears import require_one_device, widest_sizes
-from .rows import path_in_model
+from .rows.plans import path_in_model
 from .tree import copy_tree, frozen_alias, no_data_error, parameter_aliases
 
 
@@ -154,7 +154,7 @@ def _parameter_slots(
             continue
         first, *others = aliases
         shape = tuple(parameter.shape)
-        rows = has_rows(module) or is_bnb_linear(module)
+        rows = may_have_rows(module) or is_bnb_linear(module)
         where = tuple(join_key("model", name) for name in aliases)
         slots[key] = Slot(where, shape, rows and key in trained, key in trained)
         if slots[key].rows:

@@ -15,7 +15,7 @@ from ..private import tree_flatten, tree_flatten_with_path, tree_map, tree_unfla
 from .apply import Apply
 from .batch import Params, num_adapters
 from .dora import fold_magnitude
-from .rows import axes_of_outputs
+from .rows.plans import axes_of_outputs
 
 
 InDims: TypeAlias = int | Sequence[int | None] | Mapping[str, int | None] | None

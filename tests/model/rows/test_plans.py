@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.testing import assert_close
 
 import vera_func as vf
-from vera_func.model import rehearse, rows
+from vera_func.model.rows import plans, rehearse
 
 from helpers import assert_near, build, normal, randomized, relative_error, row, several, tokens
 
@@ -335,8 +335,8 @@ class TestRehearsal:
     @pytest.fixture
     def count(self, monkeypatch):
         calls = []
-        real = rows.rehearse
-        monkeypatch.setattr(rows, "rehearse", lambda *args: calls.append(args[1]) or real(*args))
+        real = plans.rehearse
+        monkeypatch.setattr(plans, "rehearse", lambda *args: calls.append(args[1]) or real(*args))
         return calls
 
     def test_is_once_for_each_kind_of_call(self, count):
@@ -368,7 +368,7 @@ class TestRehearsal:
         assert torch.equal(again(stacked, adapted.frozen, x), expected)
 
     def test_many_kinds_do_not_fill_the_memory(self, count, monkeypatch):
-        monkeypatch.setattr(rows, "MOST_PLANS", 3)
+        monkeypatch.setattr(plans, "MOST_PLANS", 3)
         apply, _, frozen, _ = adapted = model_of(lambda m, x, step: m.second(m.first(x)))
         for step in range(8):
             apply(several(adapted, 4), frozen, doubles(4, 3, 6), step=step)
@@ -451,7 +451,7 @@ class TestRehearsal:
 
     def test_of_a_model_that_takes_no_other_number_of_rows(self):
         apply, params, frozen, _ = adapted = model_of(lambda m, x: m.second(m.first(x.view(4, 3, 6))))
-        with pytest.raises(ValueError, match=r"other numbers of rows, and this failed: RuntimeError: .*with_row_axes"):
+        with pytest.raises(ValueError, match=r"other numbers of rows, which failed: RuntimeError: .*with_row_axes"):
             apply(several(adapted, 4), frozen, doubles(4, 3, 6))
         assert apply(params, frozen, doubles(4, 3, 6)).shape == (4, 3, 6)
 
@@ -717,8 +717,8 @@ class TestGenerate:
 
     def test_few_rehearsals(self, monkeypatch):
         calls = []
-        real = rows.rehearse
-        monkeypatch.setattr(rows, "rehearse", lambda *args: calls.append(args[1][0]) or real(*args))
+        real = plans.rehearse
+        monkeypatch.setattr(plans, "rehearse", lambda *args: calls.append(args[1][0]) or real(*args))
         adapted, stacked, ids = self.make("t5")
         for length in (6, 5):
             adapted.apply.generate(stacked, adapted.frozen, ids[:, :length], **self.OPTIONS, max_length=None)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import embedding, pad, softmax
 
-from vera_func.model.follow import NOWHERE, Follower, Lost, Place, mark, place_of
+from vera_func.model.rows.follow import NOWHERE, Follower, Lost, Place, mark, place_of
 from vera_func.private import fake_tensors, watch_operations
 
 

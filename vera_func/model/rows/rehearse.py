@@ -1,6 +1,6 @@
 """Rehearse a call: run a copy of the model with another number of rows, to find the batch axis of each layer's input.
 
-See `rows` for the purpose. A rehearsal uses the values of the call's inputs, because the control flow of a model may
+A rehearsal uses the values of the call's inputs, because the control flow of a model may
 depend on them. The rows of the inputs are repeated cyclically up to the wanted number. Cheap stand-ins replace linear
 layers, and hooks are removed. Inside transforms and under the compiler, the inputs have no values, and tensors filled
 with 1 replace them. Rehearsals with large inputs run on tensors without data (`fake_tensors`), unless the model can't
@@ -10,74 +10,31 @@ run on such tensors, for example because of data-dependent routing.
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..core.keys import join_key
-from ..private import clear_hooks, fake_tensors, tree_leaves, unwrap, watch_operations
-from .base_layers import DenseLinear, QuantizedLinear, RowwiseAffine
-from .checkout import Method, bound_method
+from ...core.keys import join_key
+from ...private import clear_hooks, fake_tensors, tree_leaves, unwrap, watch_operations
+from ..base_layers import DenseLinear, QuantizedLinear, RowwiseAffine
+from ..checkout import bound_method
+from ..layers import Linear, Linear4bit, Linear8bitLt, layer_sizes
+from ..linears import is_conv1d
+from .axes import ALONE, Callee, Layout, Refusal, Seen, axis_of, has_rows, tensors_in
 from .follow import NOWHERE, Follower, Lost, Place, mark, place_of
-from .layers import Linear, Linear4bit, Linear8bitLt, layer_sizes
-from .linears import is_conv1d
 
 
 if TYPE_CHECKING:
-    from .apply import Apply
+    from ..apply import Apply
 
 
-Axes: TypeAlias = int | Sequence[int | None] | Mapping[str, int | None] | None
 # A rehearsal with more values than this runs on tensors without data. With fewer values, this would be slower.
 LARGE = 2**26
 _STATISTICS = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
-ALONE = "Run one adapter at a time, or map over adapters and rows with torch.func.vmap."
-
-
-class Callee(NamedTuple):
-    """What is called in a model.
-
-    Attributes:
-        path: Path of a module in the model.
-        method: Name of the module's method, or a function of the module.
-        shift: Offset that is added to all batch axes.
-    """
-
-    path: str
-    method: Method
-    shift: int = 0
-
-
-class Layout(NamedTuple):
-    """The batch axis of a tensor.
-
-    Attributes:
-        axis: The batch axis.
-        dim: Number of axes of the tensor; 0 if this number differs between calls of the layer.
-        blocks: Whether each row has a block of several consecutive entries along the batch axis, rather than one entry.
-    """
-
-    axis: int
-    dim: int
-    blocks: bool
-
-
-class Refusal(NamedTuple):
-    """The reason why a layer can't have one adapter per row. `called` is False if no rehearsal called the layer."""
-
-    reason: str
-    called: bool = True
-
-
-class Seen(NamedTuple):
-    """The layouts that a rehearsal found: of each layer's input, by path, and of each tensor that the call returns."""
-
-    layers: dict[str, Layout | Refusal]
-    outputs: list[Layout | Refusal]
 
 
 class _TooLarge(Exception):
@@ -374,35 +331,3 @@ def _width(module: Any) -> int | None:
 
 def _is_ours(module: nn.Module) -> bool:
     return isinstance(module, QuantizedLinear | RowwiseAffine | Linear | Linear4bit | Linear8bitLt)
-
-
-def has_rows(shape: Sequence[int], count: int, axis: int | None) -> bool:
-    """Whether a tensor of this shape has the size `count`, the number of rows, along `axis`."""
-    return axis is not None and -len(shape) <= axis < len(shape) and are_equal(shape[axis], count)
-
-
-def are_equal(a: int, b: int) -> bool:
-    """Compute `a == b` as a constant, even if sizes are symbolic under the compiler."""
-    if a == b:  # noqa: SIM103  (the branch specializes the symbol)
-        return True
-    return False
-
-
-def axis_of(axes: Axes, name: int | str, shift: int = 0) -> int | None:
-    """Return the batch axis of an argument, given the argument's position or name."""
-    if isinstance(axes, Mapping):
-        axis = axes.get(name, 0) if isinstance(name, str) else 0
-    elif isinstance(axes, Sequence):
-        axis = axes[name] if isinstance(name, int) and name < len(axes) else 0
-    else:
-        axis = axes
-    return None if axis is None else axis + shift
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested containers."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple | Mapping):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(item)

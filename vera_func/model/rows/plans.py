@@ -1,18 +1,9 @@
-"""Find the batch axis of the input of each layer, for calls with one adapter per row of a batch.
+"""The layouts of the inputs of all layers, for each kind of call with one adapter per row of a batch.
 
-Row `i` of a batch is index `i` of axis 0 of the model's inputs. Inside the model, another axis may be the batch axis:
-models transpose (rows, seq) to (seq, rows), flatten both into one axis, route tokens to experts, or pass a table of
-positions through a layer. Sizes alone do not identify the batch axis, because other axes may have the same size.
-Therefore each kind of call is rehearsed once in advance:
-
-    A copy of the model runs on the call's inputs with a different number of rows: a prime that does not divide any size
-    of the model. Cheap stand-ins replace the linear layers, and the rows are tracked through every operation
-    (`follow`). A second run uses another prime. The layouts on which both runs agree are used.
-
-The result is a `Plan`, which maps the path of each layer to the layout of the layer's input. In most models, axis 0 is
-the batch axis of every layer's input, and layers broadcast vectors (rows, out) as usual. For any other layer, the batch
-axis of the input is moved to axis 0, and the batch axis of the output is moved back. If the rows in a layer's input
-can't be tracked, an error names the layer.
+A rehearsal gives a `Plan`, which maps the path of each layer to the layout of the layer's input. In most models, axis 0
+is the batch axis of every layer's input, and layers broadcast vectors (rows, out) as usual. For any other layer, the
+batch axis of the input is moved to axis 0, and the batch axis of the output is moved back. If the rows in a layer's
+input can't be tracked, an error names the layer.
 
 Calls of the same kind use the same plan. Two calls are of the same kind if they have the same arguments, with the same
 numbers of axes and the same dtypes. If an axis of an input is not the batch axis, but its size is the number of rows,
@@ -30,14 +21,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..core.keys import join_key, split_key
-from ..private import constant_when_traced
-from .checkout import Method
-from .rehearse import ALONE, Callee, Layout, Refusal, Seen, are_equal, axis_of, has_rows, rehearse, tensors_in
+from ...core.keys import join_key, split_key
+from ...private import constant_when_traced
+from ..checkout import Method
+from .axes import ALONE, Callee, Layout, Refusal, Seen, are_equal, axis_of, has_rows, tensors_in
+from .rehearse import rehearse
 
 
 if TYPE_CHECKING:
-    from .apply import Apply, Root
+    from ..apply import Apply, Root
 
 
 Lead: TypeAlias = Mapping[str, tuple[int, ...]]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..private import viewed_tensor
+from ...private import viewed_tensor
 
 
 class Place(NamedTuple):
