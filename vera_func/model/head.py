@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -30,9 +30,8 @@ from .base_layers import DenseLinear, RowwiseAffine
 from .batch import Params
 
 
-# Module trees of models that transform their logits, and of models that do not, so that each model is tested only once.
-_CHANGED_LOGITS: WeakSet[nn.Module] = WeakSet()
-_OWN_LOGITS: WeakSet[nn.Module] = WeakSet()
+# Whether a model returns the logits of its head unchanged, by its module tree, so that each model is tested only once.
+_UNCHANGED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def hidden_states(
@@ -288,9 +287,10 @@ def _without_head(
         return None
     if torch.compiler.is_compiling():
         return apply.method(function, params, frozen, *args, **kwargs)
-    if root in _CHANGED_LOGITS:
+    unchanged = _UNCHANGED.get(root)
+    if unchanged is False:
         return None
-    if root not in _OWN_LOGITS and (root.model.training or apply.generator is not None):
+    if unchanged is None and (root.model.training or apply.generator is not None):
         devices = sorted({value.device.index for value in params.values() if value.is_cuda})
         generator = None if apply.generator is None else torch.Generator(apply.generator.device)
         trial = dataclasses.replace(apply, generator=generator)
@@ -300,7 +300,7 @@ def _without_head(
         found = apply.method(function, params, frozen, *args, **kwargs)
         if found is not None:
             return found
-    (_CHANGED_LOGITS if found is None else _OWN_LOGITS).add(root)
+    _UNCHANGED[root] = found is not None
     return None if found is None else apply.method(function, params, frozen, *args, **kwargs)
 
 
