@@ -188,6 +188,17 @@ def test_resolved_targets_are_spelled_out(fields):
     assert set(names) == set(peft.get_peft_model(llama(), theirs).base_model.targeted_module_names)
 
 
+@pytest.mark.parametrize("fields", [{}, {"layers_pattern": "layers"}], ids=str)
+def test_layers_at_the_root_mean_the_same_to_peft(fields):
+    model = llama().model  # names such as "layers.1.self_attn.q_proj"
+    config = vf.VeraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], **fields)
+    names, config = resolve(model, config)
+    assert names == ["layers.1.self_attn.q_proj"]
+    fields = {name: getattr(config, name) for name in ("layers_to_transform", "layers_pattern")}
+    theirs = peft.VeraConfig(r=2, target_modules=list(config.target_modules), **fields)
+    assert peft.get_peft_model(llama().model, theirs).base_model.targeted_module_names == names
+
+
 def test_all_linear_obeys_the_layers():
     # PEFT adapts all layers, and says nothing.
     fields = {"target_modules": "all-linear", "layers_to_transform": [1]}

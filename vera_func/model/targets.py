@@ -47,7 +47,8 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...] | str] = {
 def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tuple[list[str], VeraConfig]:
     """Return the names of the targeted modules, in the model's order, and the resolved configuration.
 
-    In the resolved configuration, a `target_modules` of None or "all-linear" is replaced by names. With `strict=False`,
+    In the resolved configuration, a `target_modules` of None or "all-linear" is replaced by names. So is a list with
+    `layers_to_transform` that PEFT would match differently. With `strict=False`,
     entries of a list may match no module, as is possible in files from PEFT.
 
     Raises:
@@ -70,11 +71,15 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
         config = dataclasses.replace(config, target_modules=targets)
     modules = dict(model.named_modules())
     if isinstance(targets, str) and is_all_linear(targets):
-        names = _in_layers(_all_linear(model, config), config)
-        spelled = exact_targets(model, names, config)
-        config = dataclasses.replace(config, target_modules=spelled, layers_to_transform=None, layers_pattern=None)
+        names, spell_out = _in_layers(_all_linear(model, config), config), True
     else:
         names = _matching(modules, targets, config)
+        # Without a pattern, PEFT does not find the index of a layer whose list is at the root of the model.
+        by_index = config.layers_to_transform is not None and not config.layers_pattern
+        spell_out = by_index and any(re.match(r"[^.]+\.\d+\.", name) for name in names)
+    if names and spell_out:
+        spelled = exact_targets(model, names, config)
+        config = dataclasses.replace(config, target_modules=spelled, layers_to_transform=None, layers_pattern=None)
     if not names:
         raise ValueError(f"no module matches target_modules={targets!r}. {_linear_ends(model)}")
     if strict and not is_default and not isinstance(targets, str):
