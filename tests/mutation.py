@@ -51,7 +51,7 @@ MORE_TESTS = {
     "quant/cpu_layout": ["quant/test_kernels", "quant/test_bnb"],
     "model/config": ["model/test_targets"],
     "model/targets": ["model/test_adapt"],
-    "model/linears": ["model/test_targets"],
+    "model/linears": ["model/test_targets", "model/test_adapt"],
     "model/binding": ["model/test_adapt", "model/test_apply"],
     "model/build": ["model/test_adapt"],
     "model/rows/axes": ["model/rows/test_plans"],

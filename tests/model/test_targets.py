@@ -21,7 +21,6 @@ from transformers import (
 
 import vera_func as vf
 from vera_func import private
-from vera_func.model.linears import linear_sizes
 from vera_func.model.targets import DEFAULT_TARGETS, resolve, trained_with
 
 from helpers import bert, gpt2, llama, quantized, randomized, tokens
@@ -270,28 +269,6 @@ def test_a_name_to_save_begins_at_a_dot():
     model = distilbert()
     names, config = resolve(model, vf.VeraConfig(target_modules=["q_lin"], task_type="SEQ_CLS"))
     assert trained_with(model, config, names) == ["classifier.weight", "classifier.bias"]
-
-
-@pytest.mark.parametrize("model", [llama, lambda: quantized(llama(), "nf4"), gpt2, bert])
-def test_sizes_are_those_of_the_layer(model):
-    model = model()
-    seen = 0
-    for module in model.modules():
-        sizes = linear_sizes(module)
-        if sizes is not None:
-            seen += 1
-            # The length of a row goes in, and the output has the other length.
-            if isinstance(module, nn.Linear):
-                assert sizes == (module.in_features, module.out_features)
-            else:
-                assert module(torch.ones(1, sizes[0])).shape == (1, sizes[1])
-    assert seen > 2
-    assert (
-        linear_sizes(nn.Embedding(3, 5))
-        is linear_sizes(nn.Conv1d(3, 5, 1))
-        is linear_sizes(nn.Bilinear(3, 5, 2))
-        is None
-    )
 
 
 def test_a_bare_linear_layer_is_a_model():

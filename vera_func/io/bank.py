@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..core.keys import MARKS, PROJECTIONS, adapted_modules, is_vector, own_parameters, split_key
 from ..core.shapes import require_float
 from ..model.adapt import Adapted
+from ..model.apply import Apply
 from ..model.batch import num_adapters, stack_adapters
 from ..model.build import make_apply
 from ..model.config import VeraConfig
@@ -116,16 +117,7 @@ class Bank:
         apply = make_apply(
             model, self.config, targets, trained, int8_activations=int8_activations, product_dtype=product_dtype
         )
-        for key, value in params.items():
-            if key not in apply.slots:
-                raise ValueError(f"{self.path} has {key!r}, but the adapted model has no such parameter.")
-            if value.shape[1:] != (shape := apply.slots[key].shape):
-                raise ValueError(
-                    f"{self.path} has {key!r} of shape {tuple(value.shape[1:])} per adapter, but the model needs "
-                    f"{tuple(shape)}."
-                )
-        if missing := apply.schema.missing(params):
-            raise ValueError(f"{self.path} lacks {missing[0]!r}, which the model needs.")
+        _require_fit(self.path, params, apply)
         device = layer_device(modules[targets[0]])
         order = {key: i for i, key in enumerate(apply.slots)}
         params = {key: params[key].to(device) for key in sorted(params, key=order.__getitem__)}
@@ -365,6 +357,18 @@ def _require_names(names: Any, n: int) -> None:
             f"names must be {n} distinct names, one for each adapter, got {len(names)}, of which {len(valid)} are "
             "distinct, non-empty strings."
         )
+
+
+def _require_fit(path: Path, params: Mapping[str, Tensor], apply: Apply) -> None:
+    for key, value in params.items():
+        if key not in apply.slots:
+            raise ValueError(f"{path} has {key!r}, but the adapted model has no such parameter.")
+        if value.shape[1:] != (shape := apply.slots[key].shape):
+            raise ValueError(
+                f"{path} has {key!r} of shape {tuple(value.shape[1:])} per adapter, but the model needs {tuple(shape)}."
+            )
+    if missing := apply.schema.missing(params):
+        raise ValueError(f"{path} lacks {missing[0]!r}, which the model needs.")
 
 
 def _open(path: Path) -> Any:

@@ -47,35 +47,8 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
         if not tensor.isfinite().all():
             raise ValueError(f"{name!r} holds NaN or inf; nothing was written.")
     layers = {*adapted_modules(params)}
-    for key, value in params.items():
-        module, leaf = split_key(key)
-        name = key_to_peft(key, layers)
-        if key_from_peft(name) != key or is_copy(name):
-            raise ValueError(
-                f"{key!r} contains the name of a PEFT wrapper, so PEFT would ignore this tensor or load it as another "
-                "parameter. Rename the key to the parameter's name in the base model without PEFT."
-            )
-        if leaf in MARKS:
-            raise ValueError(
-                f"{key!r} belongs to a sum of adapters, which PEFT's format can't store: save each adapter."
-            )
-        if leaf == OUTPUT_SCALE:
-            raise ValueError(
-                f"{key!r} was made by fold_magnitude, whose result can't be saved: save the params from before folding."
-            )
-        if leaf == "lambda_d" and value.shape != (config.r,):
-            raise ValueError(
-                f"{key!r} must have shape ({config.r},), got {tuple(value.shape)}. To split stacked params, use "
-                "unstack_adapters."
-            )
-        if leaf == "lambda_b" and (value.dim() != 1 or value.shape[0] > frozen["vera_B"].shape[0]):
-            raise ValueError(
-                f"{key!r} must have shape (out,) with out <= {frozen['vera_B'].shape[0]}, got {tuple(value.shape)}. "
-                "To split stacked params, use unstack_adapters."
-            )
-        other = join_key(module, {"lambda_b": "lambda_d", "lambda_d": "lambda_b"}.get(leaf, leaf))
-        if other not in params:
-            raise ValueError(f"params has {key!r}, but lacks {other!r}.")
+    for key in params:
+        _check_key(key, layers, params, frozen, config)
     _check_magnitudes(params, config)
     if frozen["vera_A"].shape[0] != config.r or frozen["vera_B"].shape[1] != config.r:
         raise ValueError(
@@ -97,6 +70,39 @@ def require_projections(frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if {key for key in frozen if split_key(key)[1] not in STATISTICS} != {*PROJECTIONS}:
         raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
     return {name: frozen[name] for name in PROJECTIONS}
+
+
+def _check_key(
+    key: str, layers: set[str], params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], config: VeraConfig
+) -> None:
+    """Check that a key of params can be stored, and that the shape of its value fits."""
+    module, leaf = split_key(key)
+    value = params[key]
+    name = key_to_peft(key, layers)
+    if key_from_peft(name) != key or is_copy(name):
+        raise ValueError(
+            f"{key!r} contains the name of a PEFT wrapper, so PEFT would ignore this tensor or load it as another "
+            "parameter. Rename the key to the parameter's name in the base model without PEFT."
+        )
+    if leaf in MARKS:
+        raise ValueError(f"{key!r} belongs to a sum of adapters, which PEFT's format can't store: save each adapter.")
+    if leaf == OUTPUT_SCALE:
+        raise ValueError(
+            f"{key!r} was made by fold_magnitude, whose result can't be saved: save the params from before folding."
+        )
+    if leaf == "lambda_d" and value.shape != (config.r,):
+        raise ValueError(
+            f"{key!r} must have shape ({config.r},), got {tuple(value.shape)}. To split stacked params, use "
+            "unstack_adapters."
+        )
+    if leaf == "lambda_b" and (value.dim() != 1 or value.shape[0] > frozen["vera_B"].shape[0]):
+        raise ValueError(
+            f"{key!r} must have shape (out,) with out <= {frozen['vera_B'].shape[0]}, got {tuple(value.shape)}. "
+            "To split stacked params, use unstack_adapters."
+        )
+    other = join_key(module, {"lambda_b": "lambda_d", "lambda_d": "lambda_b"}.get(leaf, leaf))
+    if other not in params:
+        raise ValueError(f"params has {key!r}, but lacks {other!r}.")
 
 
 def _check_magnitudes(params: Mapping[str, Tensor], config: VeraConfig) -> None:

@@ -153,21 +153,7 @@ def select_adapters(
     """
     n = num_adapters(stacked)
     device = next(iter(stacked.values())).device
-    ids = torch.as_tensor(adapter_ids, device=device)
-    if not isinstance(adapter_ids, Tensor) and not ids.numel():
-        ids = ids.long()  # an empty list has the default dtype
-    if ids.is_floating_point() or ids.dtype == torch.bool or ids.is_complex():
-        raise ValueError(f"adapter_ids must be integers, got {ids.dtype}.")
-    if ids.dim() not in (1, 2):
-        raise ValueError(f"adapter_ids must have shape (rows,), or (rows, k) for sums, got {tuple(ids.shape)}.")
-    ids = ids.long()
-    # A compiled function can't check values. There, an id that is out of range fails in the gather.
-    empty = True
-    if not torch.compiler.is_compiling():
-        wrong = ids[(ids < -1) | (ids >= n)]
-        if wrong.numel():
-            raise ValueError(f"adapter id {int(wrong[0])} is out of range: there are {n} adapters, and -1 is the base.")
-        empty = bool((ids < 0).any())
+    ids, empty = _checked_ids(adapter_ids, n, device)
     if ids.dim() == 1 and weights is not None:
         raise ValueError(
             f"weights are for sums, but adapter_ids has shape {tuple(ids.shape)}: pass adapter_ids and weights of "
@@ -184,10 +170,36 @@ def select_adapters(
             share = join_key(key, BASE_SHARE)
             rows[share] = torch.where(ids < 0, 1, rows.get(share, rows[key].new_zeros(())))
         return rows
+    return _summed(stacked, rows, own, ids, weights)
+
+
+def _checked_ids(adapter_ids: Tensor | Sequence[Any], n: int, device: torch.device) -> tuple[Tensor, bool]:
+    """Return the ids as a tensor, and whether some of them may be -1."""
+    ids = torch.as_tensor(adapter_ids, device=device)
+    if not isinstance(adapter_ids, Tensor) and not ids.numel():
+        ids = ids.long()  # an empty list has the default dtype
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.is_complex():
+        raise ValueError(f"adapter_ids must be integers, got {ids.dtype}.")
+    if ids.dim() not in (1, 2):
+        raise ValueError(f"adapter_ids must have shape (rows,), or (rows, k) for sums, got {tuple(ids.shape)}.")
+    ids = ids.long()
+    # A compiled function can't check values. There, an id that is out of range fails in the gather.
+    if torch.compiler.is_compiling():
+        return ids, True
+    wrong = ids[(ids < -1) | (ids >= n)]
+    if wrong.numel():
+        raise ValueError(f"adapter id {int(wrong[0])} is out of range: there are {n} adapters, and -1 is the base.")
+    return ids, bool((ids < 0).any())
+
+
+def _summed(
+    stacked: Params, rows: dict[str, Tensor], own: Sequence[str], ids: Tensor, weights: Tensor | Sequence[Any] | None
+) -> dict[str, Tensor]:
+    """Return params for weighted sums of adapters, from the params of the terms, with leading axes (rows, k)."""
     # Converted to the dtype of each leaf below.
     wide = functools.reduce(torch.promote_types, [leaf.dtype for leaf in stacked.values()])
     given = torch.ones_like(ids) if weights is None else weights
-    weights = torch.as_tensor(given, dtype=wide, device=device)
+    weights = torch.as_tensor(given, dtype=wide, device=ids.device)
     if weights.shape != ids.shape:
         raise ValueError(f"weights must have the shape {tuple(ids.shape)} of adapter_ids, got {tuple(weights.shape)}.")
     weights = torch.where(ids < 0, 0, weights)

@@ -91,23 +91,7 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
     if strict and idle:
         raise ValueError(f"modules_to_save has {idle}, but no module of this model has such a name.")
     for name in names:
-        if linear_sizes(modules[name]) is None:
-            if type(modules[name]).__module__.startswith("vera_func."):
-                raise ValueError(
-                    f"target module {name!r} is a layer of a model from to_module, not of its base model: pass the "
-                    "base model."
-                )
-            raise ValueError(
-                f"target module {name!r} is a {type(modules[name]).__name__}; only nn.Linear, bitsandbytes' linear "
-                "layers and transformers' Conv1D can be adapted."
-            )
-        if any(map(is_lazy, modules[name].parameters())):
-            raise ValueError(f"target module {name!r} has no weight yet: run the model once, then adapt it.")
-        if not returns_tensor(modules[name]):
-            raise ValueError(
-                f"target module {name!r} is a {type(modules[name]).__name__}, which does not return a tensor, so no "
-                "update can be added to its output. Remove it from target_modules."
-            )
+        _require_adaptable(name, modules[name])
     return names, config
 
 
@@ -164,6 +148,26 @@ def trained_with(model: nn.Module, config: VeraConfig, targets: Sequence[str]) -
         elif is_bias:  # a tied bias is trained under its first name, even if the layer of this name is not adapted
             own[first_names[id(parameter)]] = None
     return list(own)
+
+
+def _require_adaptable(name: str, module: nn.Module) -> None:
+    if linear_sizes(module) is None:
+        if type(module).__module__.startswith("vera_func."):
+            raise ValueError(
+                f"target module {name!r} is a layer of a model from to_module, not of its base model: pass the "
+                "base model."
+            )
+        raise ValueError(
+            f"target module {name!r} is a {type(module).__name__}; only nn.Linear, bitsandbytes' linear "
+            "layers and transformers' Conv1D can be adapted."
+        )
+    if any(map(is_lazy, module.parameters())):
+        raise ValueError(f"target module {name!r} has no weight yet: run the model once, then adapt it.")
+    if not returns_tensor(module):
+        raise ValueError(
+            f"target module {name!r} is a {type(module).__name__}, which does not return a tensor, so no "
+            "update can be added to its output. Remove it from target_modules."
+        )
 
 
 def _matching(names: Iterable[str], targets: str | Sequence[str], config: VeraConfig) -> list[str]:
