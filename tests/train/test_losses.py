@@ -618,6 +618,20 @@ bad(
     lambda _: dpo_loss(ones(2, 3), ones(2, 3), ones(3), ones(3), ones(3)),
     r"beta has shape \(3,\), but chosen is \(2, 3\): pass one value",
 )
+
+
+@pytest.mark.parametrize("transform", ["vmap", "compile"])
+def test_a_negative_label_whose_value_is_unknown_gives_nan(transform):
+    hidden, weight, _ = inputs()
+    labels = labels_of()
+    labels[1, 2] = -1
+    f = lambda hidden, labels: next_token_loss(hidden, weight, labels).total
+    got = vmap(f)(hidden, labels) if transform == "vmap" else torch.compile(f, backend="aot_eager")(hidden, labels)
+    assert got[1].isnan()
+    right = next_token_loss(hidden[[0]], weight, labels[[0]]).total
+    assert_close(got[[0]], right)
+
+
 bad("dpo_loss", "beta of 0", lambda _: dpo_loss(ones(2), ones(2), ones(2), ones(2), 0.0), "beta must be a positive")
 bad(
     "dpo_loss",

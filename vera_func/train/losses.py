@@ -106,8 +106,8 @@ def next_token_loss(
     logits.
 
     Under `torch.compile`, and under `vmap` over the labels, the values of `labels` are unknown, so the head is applied
-    to every position. Reading `labels` from an accelerator synchronizes with the device; leave `labels` on the CPU to
-    avoid it.
+    to every position, and the total of a row with a negative label other than -100 is NaN. Reading `labels` from an
+    accelerator synchronizes with the device; leave `labels` on the CPU to avoid it.
 
     Args:
         hidden: Input of the output head, or the logits if `head` is None.
@@ -261,6 +261,7 @@ def _losses(
         index = index.to(x.device)
         chosen = x.index_select(0, index)
     else:
+        wrong = (counted & (targets < 0)).to(x.device)
         counted, targets = counted.to(x.device), targets.clamp(min=0)
         chosen = torch.where(counted[:, None], x, 0)  # not x * counted, since NaN * 0 is NaN
     targets = targets.to(x.device)
@@ -270,7 +271,7 @@ def _losses(
     else:
         nll = function_losses(chosen, partial(_logits, head, largest), targets, chunk)
     if index is None:
-        return torch.where(counted, nll, 0)
+        return torch.where(counted, nll.masked_fill(wrong, float("nan")), 0)
     return nll.new_zeros(len(x)).index_copy(0, index, nll)
 
 
@@ -284,11 +285,13 @@ def _rowwise_losses(x: Tensor, head: RowHead, targets: Tensor, counted: Tensor, 
         targets, counted = targets.gather(-1, order), counted.gather(-1, order)
         order = order.to(x.device)
         x = x.gather(-2, order[..., None].expand(*order.shape, x.shape[-1]))
+    wrong = (counted & (targets < 0)).to(x.device)
     counted, targets = counted.to(x.device), targets.clamp(min=0).to(x.device)
     x = torch.where(counted[..., None], x, 0)
     rows = max(counted[..., :1].numel(), 1)
     chunk = max((chunk_size or _default_chunk(counted.numel(), None, x)) // rows, 1)
-    return torch.where(counted, function_losses(x, partial(_logits, head, largest), targets, chunk), 0)
+    nll = function_losses(x, partial(_logits, head, largest), targets, chunk)
+    return torch.where(counted, nll.masked_fill(wrong, float("nan")), 0)
 
 
 def _logits(head: Callable[[Tensor], Tensor] | None, largest: int, x: Tensor) -> Tensor:
