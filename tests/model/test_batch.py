@@ -537,7 +537,7 @@ class TestGenerate:
         stacked, ids = several(adapted, scale=2.0), tokens(2, 5)
         mask = torch.ones_like(ids)
         options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        # They need not be (see `test_rows`), but may be in a model without an encoder.
+        # They need not be (see `test_plans`), but may be in a model without an encoder.
         for rows in ([3, 3, 1, 1], [3, 1]):
             selected = vf.select_adapters(stacked, rows)
             together = apply.generate(selected, frozen, ids, attention_mask=mask, **options)

@@ -6,7 +6,7 @@ Therefore every key of `params` is also a parameter name in the module tree.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,14 @@ from .lazy_weight import lazy_weight
 from .linears import is_conv1d
 
 
+if TYPE_CHECKING:
+    from .layers import AdaptedLinear, Projections
+
+
+# Layers that hold a base layer, and perhaps a weight and bias of their own.
+WithBase: TypeAlias = "RowwiseAffine | AdaptedLinear"
+
+
 class RowLayout(Protocol):
     """Calls a layer whose input has a batch axis other than axis 0; see `rows.MovedRows`."""
 
@@ -37,7 +45,7 @@ def own_or_base(name: str) -> property:
     return property(lambda self: read_own_or_base(self, name))
 
 
-def read_own_or_base(layer: Any, name: str) -> Tensor:
+def read_own_or_base(layer: WithBase, name: str) -> Tensor:
     """Return the parameter that is set on the layer itself, if any, and otherwise the parameter of its base layer."""
     own = layer._parameters.get(name)
     return getattr(layer.base_layer, name) if own is None else own
@@ -58,6 +66,9 @@ class QuantizedLinear(nn.Module):
         >>> QuantizedLinear(quantize_8bit(torch.ones(2, 3)), None)(torch.ones(3))
         tensor([3., 3.])
     """
+
+    path: str
+    projections: "Projections | None"
 
     def __init__(self, quantized: Quantized, bias: Tensor | None, *, int8_activations: bool = False) -> None:
         super().__init__()
@@ -145,6 +156,9 @@ class RowwiseAffine(nn.Module):
         torch.Size([5, 7, 2])
     """
 
+    path: str
+    projections: "Projections | None"
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -157,14 +171,14 @@ class RowwiseAffine(nn.Module):
         return call_by_rows(self, base_fn(self), contiguous_rows(x))
 
 
-def register_own(layer: Any) -> None:
+def register_own(layer: WithBase) -> None:
     """Register the layer's own weight and bias as None."""
     # `register_parameter` does not accept these names, because the class has properties with them.
     names = ["bias"] if isinstance(layer.base_layer, QuantizedLinear) else ["weight", "bias"]
     layer._parameters.update(dict.fromkeys(names))
 
 
-def base_fn(layer: Any) -> Callable[[Tensor], Tensor]:
+def base_fn(layer: WithBase) -> Callable[[Tensor], Tensor]:
     """Return the base layer as a function of `x`, with the weight and bias that are set on `layer`, if any."""
     own = layer._parameters
     if own.get("weight") is None and own["bias"] is None:
@@ -257,7 +271,7 @@ def copy_base_layer(
     return layer
 
 
-def call_by_rows(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def call_by_rows(layer: "QuantizedLinear | WithBase", forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Compute `forward(x)`, where `forward` expects batch axis 0, and `x` may have another batch axis."""
     projections = layer.projections
     layout = None if projections is None else projections.rows.get(layer.path)
@@ -272,7 +286,7 @@ def call_by_rows(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> 
     return layout.call(forward, x)
 
 
-def init_row_layout(layer: Any) -> None:
+def init_row_layout(layer: "QuantizedLinear | RowwiseAffine") -> None:
     """Initialize the attributes that `make_apply` sets on layers whose parameters may have rows."""
     layer.path = ""
     layer.projections = None
