@@ -22,7 +22,7 @@ from ...core.keys import join_key
 from ...private import clear_hooks, fake_tensors, tree_leaves, unwrap, watch_operations
 from ..base_layers import DenseLinear, QuantizedLinear, RowwiseAffine
 from ..checkout import bound_method
-from ..layers import Linear, Linear4bit, Linear8bitLt, layer_sizes
+from ..layers import AdaptedLinear, layer_sizes
 from ..linears import is_conv1d
 from .axes import ALONE, Callee, Layout, Refusal, Seen, axis_of, has_rows, tensors_in
 from .follow import NOWHERE, Follower, Lost, Place, mark, place_of
@@ -205,7 +205,8 @@ class _Rehearsal:
         for module in tree.modules():
             clear_hooks(module)  # hooks must not observe the rehearsal
             module.training = False  # disables dropout
-            path = module.path if _is_ours(module) and module.projections is not None else None
+            ours = isinstance(module, QuantizedLinear | RowwiseAffine | AdaptedLinear)
+            path = module.path if ours and module.projections is not None else None
             width = _width(module)
             if path is not None:
                 self.paths.append(path)
@@ -316,18 +317,12 @@ def _agreed(found: list[Layout | Refusal]) -> Layout | Refusal:
     return Refusal("has its rows along different axes in different calls.")
 
 
-def _width(module: Any) -> int | None:
+def _width(module: nn.Module) -> int | None:
     """Return the output size of a linear layer of the tree, or None for any other module."""
-    if isinstance(module, QuantizedLinear):
-        return module.quantized.shape[0]
     if isinstance(module, RowwiseAffine):
         return _width(module.base_layer)
-    if _is_ours(module):
+    if isinstance(module, AdaptedLinear):
         return module.out_features
-    if type(module) not in (nn.Linear, DenseLinear) and not is_conv1d(module):
-        return None
-    return layer_sizes(module)[1]
-
-
-def _is_ours(module: nn.Module) -> bool:
-    return isinstance(module, QuantizedLinear | RowwiseAffine | Linear | Linear4bit | Linear8bitLt)
+    if isinstance(module, QuantizedLinear) or type(module) in (nn.Linear, DenseLinear) or is_conv1d(module):
+        return layer_sizes(module)[1]
+    return None
