@@ -121,6 +121,13 @@ class TestSharedProduct:
         plain = transform(lambda x: difference(lambda x, A: x @ A.mT, x))(self.x)
         assert_close(step, plain)
 
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+    def test_an_input_whose_bits_cannot_be_viewed(self):
+        negated = torch._neg_view(self.x)  # such as the imaginary part of a conjugated tensor
+        assert_close(self.thrice(negated, self.A), self.plain(-self.x, self.A))
+        traced = torch.jit.trace(lambda x: self.thrice(x, self.A), (self.x,), check_trace=False)
+        assert_close(traced(2 * self.x), self.plain(2 * self.x, self.A))
+
     def test_a_product_without_gradients_is_another_one(self):
         shared, x, A = SharedProduct(), self.x.clone().requires_grad_(), self.A.clone().requires_grad_()
         with torch.no_grad():

@@ -177,6 +177,16 @@ class TestPools:
             vf.pool_adapters([adapted, adapted._replace(params=several(adapted))])
 
 
+def test_vectors_are_not_rounded_to_the_dtype_of_the_projections():
+    adapted = small()
+    half = adapted._replace(
+        params=randomized(adapted.params), frozen={name: leaf.bfloat16() for name, leaf in adapted.frozen.items()}
+    )
+    pool = vf.pool_adapters([half, adapted])
+    assert pool.params["0.lambda_b"].dtype == torch.float32
+    assert_same(row(pool.params, 0)["0.lambda_b"], half.params["0.lambda_b"])
+
+
 def test_gpt2_pools_conv1d():
     model = gpt2()
     adapters = [

@@ -56,6 +56,16 @@ def test_the_fused_product_gives_the_operators_bits(operators, quant_type, shape
     assert torch.equal(own, private.bnb_ops().gemv_4bit(x, fused.packed, q.shape, fused.absmax, fused.code, 64))
 
 
+@needs_kernel
+def test_a_negated_view_is_negated():
+    q = vf.quantize_4bit(normal(64, 128))
+    x = normal(2, 128, seed=1, dtype=torch.bfloat16)
+    negated = torch._neg_view(x)  # such as the imaginary part of a conjugated tensor
+    fused = fused_weight(q)
+    with torch.no_grad():
+        assert torch.equal(vf.quantized_linear(q, negated, fused=fused), vf.quantized_linear(q, -x, fused=fused))
+
+
 class Passing(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))

@@ -58,8 +58,8 @@ class SharedProduct:
         memory = unwrap(x)
         if memory.numel() * A.shape[0] < WORTH_SHARING:
             return project(x, A)
-        if type(memory) not in (Tensor, Parameter) or not memory.is_cpu:
-            return project(x, A)
+        if type(memory) not in (Tensor, Parameter) or not memory.is_cpu or memory.is_neg() or torch.jit.is_tracing():
+            return project(x, A)  # their bits can't be viewed as integers
         # An in-place operation can change the graph of `x` but not its bits; the version counter reveals this.
         # A product computed with gradients disabled has no graph, so it can't be reused with gradients enabled.
         state = None if memory.is_inference() else memory._version, torch.is_grad_enabled()

@@ -4,13 +4,14 @@ A = [A1; A2; ...]        B = [B1, B2, ...]        lambda_d of each adapter is ze
 """
 
 from collections.abc import Sequence
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core.keys import BASE_SHARE, MAGNITUDE, OUTPUT_SCALE, SCALES, join_key, own_parameters, split_key
+from ..core.keys import BASE_SHARE, MAGNITUDE, OUTPUT_SCALE, SCALES, VECTORS, join_key, own_parameters, split_key
 from .adapt import Adapted
 from .batch import Params, stack_adapters
 from .build import make_apply
@@ -76,10 +77,13 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
         int8_activations=adapters[0].apply.int8_activations,
         product_dtype=adapters[0].apply.product_dtype,
     )
+    # The projections may have fewer bits than the vectors (`product_dtype`).
+    dtypes = {value.dtype for a in adapters for key, value in a.params.items() if split_key(key)[1] in VECTORS}
+    zeros = partial(frozen["vera_A"].new_zeros, dtype=reduce(torch.promote_types, dtypes))
     rows = []
     for adapted, offset in zip(adapters, offsets, strict=True):
         row = {
-            key: _padded(adapted.params.get(key), frozen["vera_A"].new_zeros(apply.slots[key].shape), before)
+            key: _padded(adapted.params.get(key), zeros(apply.slots[key].shape), before)
             for name in targets
             for key, before in ((join_key(name, "lambda_b"), 0), (join_key(name, "lambda_d"), offset))
         }
@@ -152,7 +156,8 @@ def _scales(params: Params, row: Params, targets: Sequence[str], scale: str | No
     for name in targets if scale else ():
         key = join_key(name, scale or "")
         given = params.get(key)
-        like = torch.zeros_like(row[join_key(name, "lambda_b")])
+        vector = row[join_key(name, "lambda_b")]
+        like = torch.zeros_like(vector, dtype=torch.promote_types(vector.dtype, torch.float32))
         if scale == OUTPUT_SCALE:
             scales[key] = like + 1 if given is None else given.to(like.device)
         else:

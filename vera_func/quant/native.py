@@ -65,4 +65,7 @@ def _is_memory(*tensors: Tensor) -> bool:
     """Whether the tensors are plain, contiguous CPU tensors, and no transform or mode observes operations on them."""
     if private.is_observed():
         return False
-    return all(type(t) is Tensor and t.is_cpu and t.is_contiguous() and private.unwrap(t) is t for t in tensors)
+    return all(
+        type(t) is Tensor and t.is_cpu and t.is_contiguous() and not t.is_neg() and private.unwrap(t) is t
+        for t in tensors
+    )
