@@ -27,6 +27,7 @@ Some of these give a warning, when it is too late. Here each is right, or raises
 | 8-bit layers give different numbers in training and eval mode | the same; `int8_activations` is explicit | `test_eight_bits_in_training_and_not` |
 | warnings for each layer and import, which hide the others | none | `test_nothing_is_logged` |
 | `jvp` through a 4-bit layer returns zeros | right | `test_forward_derivatives` |
+| `jvp` of `jvp` through an `autograd.Function` loses tangents (pytorch #197867) | right | `test_forward_derivatives_of_forward_derivatives` |
 | a kernel reads on where the scales end | raises | `test_scales_that_end_too_early` |
 | a product with a tensor on the meta device gives uninitialised memory | raises | `test_a_tensor_without_data` |
 """
@@ -348,6 +349,18 @@ def test_forward_derivatives(name):
     if name != "int8":  # bitsandbytes' own: zeros
         module = bnb.nn.Linear4bit(128, 96, quant_type="nf4").to("cpu").train()
         assert not jvp(module, (WIDE,), (torch.ones_like(WIDE),))[1].any()
+
+
+def test_forward_derivatives_of_forward_derivatives():
+    apply, params, frozen, _ = adapted(quantized_layer("nf4")[0], "0")
+    along = {key: torch.full_like(leaf, 0.1) for key, leaf in params.items()}
+
+    def loss(params):
+        return apply(params, frozen, WIDE).square().sum()
+
+    slope = lambda params: jvp(loss, (params,), (along,))[1]
+    forward, reverse = jvp(slope, (params,), (along,))[1], grad(slope)(params)
+    assert_close(forward, sum((reverse[key] * along[key]).sum() for key in params), rtol=1e-4, atol=1e-4)
 
 
 def test_scales_that_end_too_early():
