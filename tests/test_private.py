@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import optree
 import pytest
@@ -65,6 +66,16 @@ def test_fake_tensors_have_shapes_alone():
     with private.fake_tensors():
         x = torch.empty(1 << 20, 1 << 20) @ torch.empty(1 << 20, 3)  # 4 TB
     assert x.shape == (1 << 20, 3)
+
+
+def test_fake_tensors_in_one_thread_after_another():
+    def shape():
+        with private.fake_tensors():
+            return (torch.ones(3, 5) + 1).shape
+
+    for _ in range(20):
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(shape).result() == (3, 5)
 
 
 def test_values_are_there_or_not():

@@ -80,6 +80,11 @@ def fake_tensors() -> Iterator[None]:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    class Fake(FakeTensorMode):
+        # If no GPU is found, torch 2.11 would install a stand-in for CUDA that belongs to this thread, and would crash
+        # in the next thread. Only fake tensors on a GPU need the stand-in.
+        avoid_device_init = False
+
     thread = threading.get_ident()
     logger = logging.getLogger("torch._subclasses.fake_tensor")
 
@@ -88,7 +93,7 @@ def fake_tensors() -> Iterator[None]:
 
     logger.addFilter(others)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with Fake(allow_non_fake_inputs=True):
             yield
     finally:
         logger.removeFilter(others)

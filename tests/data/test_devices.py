@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+import transformers
 
 import vera_func as vf
 from vera_func.cli import main as cli
@@ -56,6 +57,8 @@ def packed_rows():
 @pytest.fixture
 def elsewhere():
     """An adapted model on another device, and the name of the device."""
+    if transformers.__version__.startswith("5.0."):
+        pytest.skip("transformers 5.0 calls autocast, which knows no meta device")
     return vf.adapt(llama(attention="eager").to("meta"), vf.VeraConfig(r=8)), "meta"
 
 

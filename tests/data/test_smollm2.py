@@ -40,7 +40,8 @@ def test_a_cached_form_is_what_quantizing_gives(cache, monkeypatch, quant, dtype
     assert_same_bits(model, right)
     assert not model.training
     assert model.dtype == dtype
-    assert model.config.to_dict() == right.config.to_dict()
+    # transformers 5.0 leaves the file's dtype in the configuration of a model that is loaded with another dtype.
+    assert model.config.to_dict() | {"dtype": None} == right.config.to_dict() | {"dtype": None}
     assert model.name_or_path == right.name_or_path
     assert model.generation_config.to_dict() == right.generation_config.to_dict()
     assert model.lm_head.weight is not None

@@ -52,6 +52,8 @@ CASES = {
 
 def make(name):
     """`(quantized model, config, inputs)`: four rows, one of them padded on the left."""
+    if name == "mixtral" and transformers.__version__.startswith("5.0."):
+        pytest.skip("transformers 5.0 sorts tokens by expert in a way that rows can't be followed through")
     class_name, options, targets = CASES[name]
     model_class = getattr(transformers, class_name)
     torch.manual_seed(0)

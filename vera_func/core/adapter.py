@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .autograd import add_update, product, project
 from .dora import fold_layer, norm_statistics, rescaled_delta, row_norms, scaled_base
-from .keys import BASE_SHARE, MAGNITUDE, MIXTURE, OUTPUT_SCALE, SCALES, STATISTICS, VECTORS, join_key
+from .keys import BASE_SHARE, MAGNITUDE, MIXTURE, OUTPUT_SCALE, PROJECTIONS, SCALES, STATISTICS, VECTORS, join_key
 from .shapes import (
     align_rows,
     contiguous_rows,
@@ -299,7 +299,9 @@ def _with_statistics(
 
 
 def _vectors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    if params.keys() != {*VECTORS} and (params.keys() - _OPTIONAL != {*VECTORS} or {*SCALES} <= params.keys()):
+    if params.keys() != {*VECTORS} and (
+        params.keys() - _OPTIONAL != {*VECTORS} or all(name in params for name in SCALES)
+    ):
         raise ValueError(
             "params of one layer must have the keys 'lambda_b' and 'lambda_d' (for a weighted sum of adapters also "
             f"'mixture', for DVoRA also 'magnitude' or 'output_scale'), got {sorted(params)}."
@@ -329,9 +331,8 @@ def _projections(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the slices of the projections that this layer uses, in `dtype` or else in the dtype of `lambda_d`."""
-    missing = {"vera_A", "vera_B"} - frozen.keys()
-    if missing:
-        raise ValueError(f"frozen lacks {sorted(missing)}; init_projections draws both.")
+    if missing := [name for name in PROJECTIONS if name not in frozen]:
+        raise ValueError(f"frozen lacks {missing}; init_projections draws both.")
     A, B = frozen["vera_A"], frozen["vera_B"]
     out_features, r = lambda_b.shape[-1], lambda_d.shape[-1]
     if in_features < 1 or A.dim() != 2 or B.dim() != 2:

@@ -17,6 +17,7 @@ import torch
 
 from ..io.quantized import FORMAT, load_quantized, save_quantized
 from ..model.convert import quantizable_layers, quantize_model
+from ..private import forget_quantization
 from ..quant.bnb import is_bnb_linear
 from .assets import SMOLLM2, cache_folder, fetch_model, is_complete, new_folder, quiet_transformers
 
@@ -105,7 +106,7 @@ def _convert(source: Path, target: Path) -> None:
     # The GGUF reader shows a progress bar that transformers has no option to disable.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         read = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.bfloat16)
-        del read.config.quantization_config
+        forget_quantization(read)
         plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.bfloat16)
         plain.load_state_dict(read.state_dict())
         plain.save_pretrained(target)

@@ -23,7 +23,7 @@ from .checkout import Method, Trees, bound_method
 from .dense_cache import counted_calls, dense_bytes, dense_dtype, keep_dense
 from .layers import WITHOUT_CHECKPOINTING, Projections
 from .rows.axes import Axes
-from .rows.plans import Plans, arrange
+from .rows.plans import Plans, arrange, traced_plan, traced_rehearsal
 from .tree import join_tensors, no_data_error, part_tensors
 
 
@@ -70,6 +70,8 @@ class Apply:
     row_axes: Axes = 0
     plans: Plans = dataclasses.field(default_factory=Plans)
     absent: str | None = None  # a parameter on the meta device that no hook loads
+
+    traced_plan, traced_rehearsal = traced_plan, traced_rehearsal
 
     def __call__(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         return self.method("__call__", params, frozen, *args, **kwargs)

@@ -360,6 +360,13 @@ class TestRehearsal:
             apply.method(lambda m, x: m(x), several(adapted, 4), frozen, doubles(4, 3, 6))
         assert len(count) == 6
 
+    def test_as_many_positions_as_rows_before_the_first_rows(self):
+        apply, _, frozen, _ = adapted = model_of(lambda m, positions, x: m.second(m.first(x + positions[:, None])))
+        stacked, x, positions = several(adapted, 4), doubles(4, 4, 6), doubles(4)
+        together = apply(stacked, frozen, positions, x)
+        for i in range(4):
+            assert_close(together[i], apply(row(stacked, i), frozen, positions, x[i]), rtol=1e-9, atol=1e-9)
+
     def test_plans_are_no_part_of_a_pickle(self):
         adapted = vf.adapt(nn.Sequential(nn.Linear(6, 6)), vf.VeraConfig(r=R, target_modules=["0"]))
         stacked, x = several(adapted, 4), normal(4, 6)

@@ -226,11 +226,11 @@ def _plan(
     """Return the plan for a call, and rehearse the call if it has no plan yet."""
     kind = _kind_of_call(apply, callee, args, kwargs, count)
     if torch.compiler.is_compiling():
-        name = _traced(apply, kind)
+        name = apply.traced_plan(kind)
         if not name:
             if lead:
                 _require_rows(apply, lead, count, args, kwargs)
-            name = _traced_shapes(apply, tuple(callee), kind, _shapes(args), _shapes(kwargs), len(range(count)))
+            name = apply.traced_rehearsal(tuple(callee), kind, _shapes(args), _shapes(kwargs), len(range(count)))
         return getattr(apply.plans, name)
     plan = apply.plans.found.get(kind)
     if plan is None:
@@ -240,9 +240,11 @@ def _plan(
     return plan
 
 
-# The compiler runs these two functions while it traces, and treats the returned name as a constant.
+# The compiler runs these two functions while it traces, and treats the returned name as a constant. They are methods of
+# `Apply`, because the compiler of torch 2.11 can't pass an `Apply` as an argument to such a function.
 @constant_when_traced
-def _traced(apply: "Apply", kind: tuple) -> str:
+def traced_plan(apply: "Apply", kind: tuple) -> str:
+    """Return the name of the plan's attribute, or "" if there is no plan for this kind of call."""
     plan = apply.plans.found.get(kind)
     if plan is None:
         return ""
@@ -253,13 +255,14 @@ def _traced(apply: "Apply", kind: tuple) -> str:
 
 
 @constant_when_traced
-def _traced_shapes(
+def traced_rehearsal(
     apply: "Apply", callee: tuple[str, Method, int], kind: tuple, args: tuple, kwargs: tuple, count: int
 ) -> str:
+    """Rehearse a call with arguments of these shapes, and return the name of the plan's attribute."""
     # The compiler passes a NamedTuple in another form.
     seen = rehearse(apply, Callee(*callee), _from_shapes(args), _from_shapes(kwargs), count)
     apply.plans.add(kind, seen, Callee(*callee).shift)
-    return _traced(apply, kind)
+    return traced_plan(apply, kind)
 
 
 def _kind_of_call(apply: "Apply", callee: Callee, args: tuple, kwargs: Mapping[str, Any], count: int) -> tuple:

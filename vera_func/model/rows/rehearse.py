@@ -127,18 +127,20 @@ class _Call:
 
         Such a function returns "rows" if the tensor has this batch axis, "shared" if all rows share the tensor, and
         "parts" if each row has several consecutive entries of axis 0, such as the patches of an image. An axis whose
-        size is the number of rows need not be the batch axis, as in positions (seq,) or a mask (seq, seq).
+        size is the number of rows need not be the batch axis, as in positions (seq,) or a mask (seq, seq). No
+        interpretation doubts the first input with several axes.
         """
+        main = next((tensor for tensor in self.inputs if tensor.dim() > 1), None)
 
         def plain(tensor: Tensor, axis: int | None) -> str:
             return "rows" if has_rows(tensor.shape, self.count, axis) else "shared"
 
         def without_vectors(tensor: Tensor, axis: int | None) -> str:
-            doubtful = tensor is not self.inputs[0] and tensor.shape == (self.count,)
+            doubtful = main is not None and tensor.shape == (self.count,)
             return "shared" if doubtful else plain(tensor, axis)
 
         def without_squares(tensor: Tensor, axis: int | None) -> str:
-            doubtful = tensor is not self.inputs[0] and list(tensor.shape).count(self.count) > 1
+            doubtful = tensor is not main and list(tensor.shape).count(self.count) > 1
             return "shared" if doubtful else without_vectors(tensor, axis)
 
         def in_parts(tensor: Tensor, axis: int | None) -> str:
