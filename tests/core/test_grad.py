@@ -85,7 +85,6 @@ TRANSFORMS = {
     "hessian": hessian,
     "vmap": lambda f: lambda p: vmap(lambda c: f({k: c * v for k, v in p.items()}))(torch.arange(3.0).double()),
     "no_grad": lambda f: torch.no_grad()(f),
-    "inference_mode": lambda f: torch.inference_mode()(f),
     "compile": lambda f: torch.compile(f, fullgraph=True, backend="aot_eager"),
 }
 
@@ -332,6 +331,7 @@ def test_in_inference_mode():
         inside = x.clone()
         for argument in (x, inside):
             assert_close(vf.grad(lambda x: x.square().sum())(argument), 2 * x)
+            assert_close(vmap(vf.grad(torch.square))(argument), 2 * x)
     assert_close(vf.grad(lambda x: x.square().sum())(inside), 2 * x)
 
 

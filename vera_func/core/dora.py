@@ -201,7 +201,7 @@ def _checked(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> tupl
             f"magnitude {tuple(magnitude.shape)} must have shape (*rows, {out_features}), because lambda_b has shape "
             f"{tuple(lambda_b.shape)}."
         )
-    if missing := [name for name in ("vera_B", *STATISTICS) if name not in frozen]:
+    if missing := sorted(name for name in ("vera_B", *STATISTICS) if name not in frozen):
         raise ValueError(f"frozen lacks {missing}; pass frozen | norm_statistics(weight, frozen).")
     shapes = {name: tuple(frozen[name].shape) for name in STATISTICS}
     expected = {"square_norm": (out_features,), "C": (out_features, r), "G": (r, r)}

@@ -122,6 +122,9 @@ def _differentiate(
     function: Function, argnums: Any, has_aux: bool, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, Any, Any]:
     """Return `(value, aux, gradient)`; without `has_aux`, aux is ()."""
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # in torch 2.11, the gradient would otherwise be zeros
+            return _differentiate(function, argnums, has_aux, args, kwargs)
     places = _places(argnums, len(args))
     leaves, structure = tree_flatten(tuple(args[i] for i in places))
     _check_leaves(leaves)
