@@ -471,6 +471,18 @@ bad("vera_forward", "a mask for others", lambda _: forward(mask=ones(5)), r"drop
 for size in (0, -1):
     bad("delta_weight", f"in={size}", lambda _, n=size: vf.delta_weight(LAYER, PAIR, n), f"got in = {size}")
 
+bad(
+    "vera_forward",
+    "a base of one row",
+    lambda _: vf.vera_forward(LAYER, PAIR, ones(3, 64), lambda x: ones(1, 32)),
+    r"base_fn\(x\) must have shape \(3, 32\) for an x of shape \(3, 64\), got \(1, 32\)",
+)
+bad(
+    "vera_forward",
+    "integer projections",
+    lambda _: forward(frozen=PAIR | {"vera_A": PAIR["vera_A"].int()}),
+    "must be floating-point tensors, got torch.int32 and torch.float32",
+)
 bad("delta_weight", "in of 65", lambda _: vf.delta_weight(LAYER, PAIR, 65), "were drawn for at most 64 -> 32")
 bad(
     "delta_weight",

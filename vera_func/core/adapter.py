@@ -269,6 +269,11 @@ def forward(
             f"lambda_b {tuple(lambda_b.shape)} is for {lambda_b.shape[-1]} outputs, but base_fn(x) has shape "
             f"{tuple(base.shape)}: pass the adapter of this layer."
         )
+    if base.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"base_fn(x) must have shape {(*x.shape[:-1], lambda_b.shape[-1])} for an x of shape {tuple(x.shape)}, got "
+            f"{tuple(base.shape)}."
+        )
     dtype = base.dtype
     if OUTPUT_SCALE in params:
         base = scaled_base(base, params, bias, x)
@@ -362,7 +367,11 @@ def _projections(
     if B.shape[0] > out_features:
         B = B[:out_features]
     dtype = dtype or lambda_d.dtype
-    return (A, B) if A.dtype == B.dtype == dtype else (A.to(dtype), B.to(dtype))
+    if A.dtype == B.dtype == dtype:
+        return A, B
+    if not (A.is_floating_point() and B.is_floating_point()):
+        raise ValueError(f"vera_A and vera_B must be floating-point tensors, got {A.dtype} and {B.dtype}.")
+    return A.to(dtype), B.to(dtype)
 
 
 def _checked_mask(mask: Tensor, x: Tensor) -> Tensor:
