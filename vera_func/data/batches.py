@@ -3,14 +3,15 @@
 A batch is a list of micro-batches. A micro-batch is a dict of tensors:
 
     `input_ids` and `labels` (sequences, seq) are padded on the right, so causal models need no attention mask.
-    `attention_mask` and `position_ids` are for packed rows only.
+    `attention_mask` and `position_ids` are present only if rows are packed.
     `adapter` (rows,) is the index of each row's adapter.
     `weight` (rows,) multiplies each row's sum of losses.
-    `beta` (rows,) is for preferences only.
-    `reference` (rows, 2) are the log-probabilities of chosen and rejected answers under the DPO reference.
+    `beta` (rows,) is the beta of each pair's DPO loss; present only for preferences.
+    `reference` (rows, 2) contains the log-probabilities of chosen and rejected answers under the DPO reference.
 
-The mean of an adapter's losses over the micro-batches is the adapter's mean loss per target (or per pair). The mean
-loss depends neither on the number of micro-batches nor on the other adapters.
+The weights are such that the average of an adapter's losses over the micro-batches is the adapter's mean loss per
+target (for preferences, per pair). The mean loss depends neither on the number of micro-batches nor on the other
+adapters.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,17 +56,17 @@ class Item(NamedTuple):
 
 
 def batch_order(lengths: Sequence[int], batch_size: int, *, seed: int, window: int = 16) -> Callable[[int], list[int]]:
-    """Return a function `step -> row indices`, which shuffles each epoch and batches rows of similar length.
+    """Return a function `step -> row indices` that shuffles each epoch and batches rows of similar length.
 
     `epoch_order` shuffles the rows of an epoch. The shuffled rows are split into windows of `window` batches, and
     sorted by length within each window. After sorting, the batches of the epoch are shuffled. Without sorting, about a
-    third of the tokens would be padding. The last incomplete batch of an epoch is dropped.
+    third of the tokens would be padding. Rows that do not fill a batch at the end of an epoch are dropped.
 
     Args:
         lengths: Length of each row.
         batch_size: Rows per batch.
         seed: Seed of the order.
-        window: Batches per window; with 1, the rows of a batch differ in length.
+        window: Batches per window; with `window=1`, rows are not grouped by length.
 
     Raises:
         ValueError: If there are fewer rows than `batch_size`.
@@ -109,7 +110,7 @@ def training_batches(
         parts: The rows of each adapter. An adapter with fewer rows than `batch_size` uses all its rows in each step.
         steps: Number of steps of each adapter.
         batch_size: Rows per adapter and step.
-        seed: Seed of the order of the rows, shared by all adapters.
+        seed: Seed of the row order; the same for all adapters.
         micro_batches: Number of micro-batches per step.
         collate: Function `(items, scale) -> micro-batch`, such as `partial(collate_items, parts)`.
     """
@@ -133,7 +134,7 @@ def training_batches(
 
 
 def evaluation_batches(items: Sequence[Item], parts: Sequence[Part], tokens: int) -> list[list[Item]]:
-    """Batch items of similar length; a batch has one item, or at most `tokens` tokens including padding."""
+    """Group items of similar length into batches of at most `tokens` tokens with padding, or of one longer item."""
     length = {id(part.rows): part.rows.lengths() * part.rows.width for part in parts}
 
     def size(item: Item) -> int:
@@ -165,7 +166,7 @@ def collate_items(
         scale: Factor that multiplies the weights of the items.
         pad_id: Token to pad with.
         device: Device of all tensors except `labels`, which stay on the CPU.
-        dtype: Dtype of the attention mask of packed rows: the dtype of the model's activations.
+        dtype: Dtype of the attention mask of packed rows; must be the dtype of the model's activations.
     """
     rows = [parts[item.adapter].rows.row(item.row) for item in items]
     packed = parts[items[0].adapter].rows.packed is not None

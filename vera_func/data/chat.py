@@ -45,8 +45,9 @@ def chat_tokens(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **opti
 
     Raises:
         ValueError: If the tokenizer has no chat template or is not a fast tokenizer. If there are no messages, or the
-            template rejects the messages. If the template has `{% generation %}` marks, but marks no token. If a
-            template without marks renders a prefix of the chat differently from the beginning of the whole chat.
+            template rejects the messages. If the template has `{% generation %}` marks, but no token of the
+            assistant's turns is marked. If a template without marks renders the first messages of the chat differently
+            when other messages follow.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -100,8 +101,8 @@ def _turns(tokenizer: Any, messages: Messages, text: str, options: dict[str, Any
         ends = [end for end in _ends(until, len(prompt), special) if text.startswith(until[:end])]
         if not until.startswith(prompt) or not ends:
             raise ValueError(
-                f"the assistant's turn in message {i + 1} can't be located: the rendering of the first {i} or {i + 1} "
-                f"messages is not the beginning of the whole rendered chat. {_ADVICE}"
+                f"the assistant's turn in message {i + 1} can't be located: the chat template renders the first "
+                f"messages of a chat differently when other messages follow. {_ADVICE}"
             )
         yield len(prompt), ends[min(1, len(ends) - 1)]
 

@@ -49,7 +49,7 @@ class DataSet(NamedTuple):
 def open_dataset(source: str | Path) -> DataSet:
     """Read a data set, and check all rows, in bounded memory.
 
-    The temporary file of a large data set is in `$TMPDIR`, and is deleted together with `DataSet.rows`.
+    The temporary file of a large data set is in `$TMPDIR`, and is deleted when `DataSet.rows` is garbage-collected.
 
     Args:
         source: A CSV, JSON Lines or Parquet file, a folder or glob pattern of such files, or a data set of the Hugging
@@ -89,7 +89,7 @@ def peek_kind(source: str | Path) -> Kind:
 def checked_rows(source: str | Path) -> Iterator[tuple[Kind, Row]]:
     """Yield `(kind, row)` for each row of a data set; `kind` is the same for all rows.
 
-    `row.values` contains the columns of the kind, and the hash `group`, an int.
+    `row.values` contains the columns of the kind, and `group`, an integer hash of the row's group.
 
     Raises:
         ValueError, OSError: As for `open_dataset`.

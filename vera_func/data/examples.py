@@ -91,7 +91,8 @@ def read_texts(path: str | Path) -> list[str]:
 def polar_examples(snippets: Iterable[Snippet], threshold: float = 1.0) -> list[Example]:
     """Convert rated snippets to examples with the labels "positive" and "negative".
 
-    Snippets whose rating is at most `threshold` in absolute value are omitted, and also snippets with a repeated text.
+    A snippet is omitted if its rating is at most `threshold` in absolute value, or if an earlier snippet has the same
+    text.
 
     Example:
         >>> from vera_func.data.assets import Snippet

@@ -1,7 +1,7 @@
 """Read rows and their line numbers from CSV, JSON Lines and Parquet files, and from the Hugging Face hub.
 
-Files are read row by row in bounded memory. Strings in CSV and JSON Lines, such as `NA`, `None`, `01` and dates, are
-not converted.
+Files are read row by row in bounded memory. In CSV and JSON Lines, strings such as `NA`, `None`, `01` and dates remain
+strings.
 """
 
 import codecs

@@ -57,7 +57,7 @@ class AdapterLM:
         raise NotImplementedError(_ONE_BY_ONE)
 
     def set_cache_hook(self, hook: Any) -> None:
-        """Ignored: `SharedScores` keeps the results."""
+        """Ignored: `SharedScores` caches the scores."""
 
 
 _ONE_BY_ONE = (
@@ -154,7 +154,7 @@ class SharedScores:
 
 
 def _score(logprobs: Tensor, continuation: list[int]) -> Score:
-    """The score of a continuation, which the last positions of `logprobs` (n, width, vocab) predict."""
+    """Compute the score of a continuation from the last positions of `logprobs` (n, width, vocab)."""
     own = logprobs[:, logprobs.shape[1] - len(continuation) :]
     tokens = torch.tensor(continuation, device=own.device).expand(len(own), -1)
     chosen = own.gather(2, tokens[:, :, None])[:, :, 0]

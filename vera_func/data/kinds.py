@@ -171,7 +171,7 @@ def _messages(column: str, value: Any, *, answered: bool) -> list[dict[str, str]
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     if answered and not any(message["role"] == "assistant" for message in found):
-        raise ValueError(f"{column!r} has no message of the assistant: add one to train on, or remove the row.")
+        raise ValueError(f"{column!r} has no message of the assistant: add such a message, or remove the row.")
     return found
 
 

@@ -1,8 +1,8 @@
 """Read and write the metadata of adapters: a JSON file in an adapter directory, or next to a bank.
 
-An adapter fits only the base on which it was trained, in the same quantization format. PEFT's files name the model,
-but not the format. The metadata file therefore stores the format, and also the labels and the prompt. PEFT ignores the
-metadata file.
+An adapter fits only the base on which it was trained, in the same quantization format. PEFT's files name the base
+model, but not its quantization format. The metadata file therefore stores the quantization format, the labels and the
+prompt. PEFT ignores the metadata file.
 """
 
 import json

@@ -34,7 +34,7 @@ class Base(NamedTuple):
 
     @property
     def product_dtype(self) -> torch.dtype | None:
-        """The argument `product_dtype` of `adapt` for batches: bfloat16 if `dtype` is bfloat16, else None.
+        """The `product_dtype` to pass to `adapt` for batches: bfloat16 if `dtype` is bfloat16, else None.
 
         For several rows, 16-bit products with A and B are faster, without a measurable loss of accuracy. For a single
         row, 16-bit products are slower, so `vera-func generate` uses the default.
@@ -104,7 +104,7 @@ def describe_base(base: Base) -> str:
 def find_device(name: str = "auto") -> torch.device:
     """Return a device by name: "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one, else the CPU.
 
-    The names "auto" and "cuda" mean the current GPU, which `process_group` sets to the local rank.
+    On a machine with GPUs, "auto" and "cuda" mean the current GPU; `process_group` selects the GPU of the local rank.
 
     Raises:
         ValueError: If the name is invalid, or if torch does not find the device.

@@ -52,7 +52,7 @@ def sequence_losses(
     """The sum of -log p over the targets of each sequence.
 
     Args:
-        adapted: The adapted model, whose own params are not used.
+        adapted: The adapted model; `adapted.params` are ignored.
         params: Params of one adapter, or stacked params.
         batch: From `collate_items`.
         stacked: Whether params are stacked.
@@ -68,7 +68,7 @@ def sequence_losses(
 def loss_of_rows(
     adapted: Adapted, num_adapters: int | None = None, *, dropout_seed: int | None = None
 ) -> Callable[[Params, Batch], Float[Tensor, "*n"]]:
-    """Return the loss function `(params, micro-batch) -> losses` for `fit`; stacked adapters have (n,) losses.
+    """Return the loss function `(params, micro-batch) -> loss` for `fit`; the loss of stacked adapters has shape (n,).
 
     Args:
         adapted: The model.

@@ -2,7 +2,7 @@
 
     `split` cuts a long document into pieces of at most `max_length` tokens.
     `pack` groups documents into rows of at most `max_length` tokens, with little padding.
-    `packed_batch` makes a batch in which each document attends only to itself, and has positions that begin at 0.
+    `packed_batch` makes a batch in which each document attends only to itself, and positions restart at each document.
     `is_packable` tests whether a model supports packed documents.
 
 A document in a packed row has the same logits and losses as in a row without other documents.
@@ -90,7 +90,7 @@ def packed_batch(
         rows: The documents of each row. A document is a pair of token ids and labels, with the label -100 where there
             is no target. For language modelling, the labels are the token ids.
         pad_id: Token to pad with.
-        dtype: Dtype of the attention mask: the dtype of the model's activations.
+        dtype: Dtype of the attention mask; must be the dtype of the model's activations.
 
     Returns:
         `input_ids`, `position_ids` and `labels` (b, seq), and `attention_mask` (b, 1, seq, seq). The mask is added to
@@ -116,7 +116,7 @@ def packed_batch(
     """
     if not rows or not all(rows) or not all(len(ids) for row in rows for ids, _ in row):
         raise ValueError(
-            "there are no rows, or a row or a document is empty: pass rows of documents with at least one token."
+            "there are no rows, or a row has no documents, or a document has no tokens: pass at least one of each."
         )
     for tokens, targets in (document for row in rows for document in row):
         if len(tokens) != len(targets):
@@ -158,8 +158,8 @@ def is_packable(
     RWKV, Jamba, Qwen3-Next, LFM2). Some models do not accept a mask of 4 dimensions (BLOOM).
 
     Args:
-        logits: Function that returns logits (b, seq, vocab). The keyword arguments are `input_ids`, with token ids
-            from 1 to 6, and for packed rows also `position_ids` and `attention_mask`.
+        logits: Function that returns logits (b, seq, vocab). The function is called with the keyword
+            arguments `input_ids` (token ids from 1 to 6) and, for packed rows, `position_ids` and `attention_mask`.
         max_length: Maximum number of tokens of a document.
         window: Size of the model's sliding attention window; None means no window. The mask of packed rows replaces the
             window, so the result is False if `max_length` is larger than `window`.

@@ -1,8 +1,8 @@
 """Text classification by a causal language model: prompts, batches, loss and accuracy.
 
-The logit of a label is the logit of the first token of " label", predicted at the last position of the prompt. The
-softmax over the label logits gives the probabilities of the labels. Prompts are padded on the left, so that the last
-position is position -1 in every row.
+The logit of a label is the logit of the label's first token (tokenized with a preceding space) as the next token after
+the prompt. The softmax over the label logits gives the probabilities of the labels. Prompts are padded on the left, so
+that the last position is position -1 in every row.
 """
 
 import inspect
@@ -135,7 +135,7 @@ def batches_by_length(rows: Sequence[Encoded], batch_size: int, pad_id: int = 0)
 def train_batches(
     rows: Sequence[Encoded], batch_size: int, *, seed: int, pad_id: int = 0, window: int = 16
 ) -> Callable[[int], Batch]:
-    """Return a function `step -> batch`, which shuffles each epoch and batches examples of similar length.
+    """Return a function `step -> batch` that shuffles each epoch and batches examples of similar length.
 
     See `batch_order`.
 
@@ -144,7 +144,7 @@ def train_batches(
         batch_size: Examples per batch.
         seed: Seed of the order.
         pad_id: Token to pad with.
-        window: Batches per window; with 1, the examples of a batch differ in length.
+        window: Batches per window; with `window=1`, rows are not grouped by length.
 
     Raises:
         ValueError: If there are fewer examples than `batch_size`.

@@ -1,4 +1,4 @@
-"""Load the adapters of a command, and their base model.
+"""Load the adapters that a command uses, and their base model.
 
 Defaults of command-line options come from the adapter's files. PEFT's configuration names the base model. The metadata
 file stores the quantization format of the base model, the labels and the prompt.
@@ -27,14 +27,15 @@ from .task import Task, make_task
 
 
 class Source(NamedTuple):
-    """The adapters of a command: a PEFT directory, adapters of a bank, or no adapter (the base model alone).
+    """The adapters that a command uses: a PEFT directory, adapters of a bank, or no adapter (the base model alone).
 
     Attributes:
         path: The PEFT directory or the bank; None for the base model alone.
         names: Names of the adapters.
         config: Configuration of the adapters; None for the base model alone.
-        model: Folder or hub id of the base model; None if unknown. Without adapters, None means the default model.
-        metadata: Metadata of the adapters. Without adapters, the metadata in the folder of a merged model.
+        model: Folder or hub id of the base model; None if unknown. If there are no adapters, None means the
+            default model of `load_base`.
+        metadata: Metadata of the adapters. If there are no adapters: the metadata in the merged model's folder.
     """
 
     path: Path | None
@@ -63,7 +64,7 @@ def open_source(
 
     Raises:
         ValueError: If both `adapter` and `bank` are given, or if `names` are given without `bank`. If a name is
-            unknown. If `one` is true, but none or several adapters are given. If a file is damaged or of the wrong
+            unknown. If `one` is true, but not exactly one adapter is given. If a file is damaged or of the wrong
             type.
         FileNotFoundError: If the PEFT directory or the bank does not exist.
     """

@@ -59,8 +59,8 @@ def join_tasks(tasks: Sequence[Task]) -> tuple[Task, Int[Tensor, "n labels"]]:
         tasks: Tasks with the same prompt and model, but different labels.
 
     Returns:
-        The joint task, and the positions of each task's answers in the `answers` of the joint task. Positions are
-        padded with -1; see `own_logits`. The other fields of the joint task are those of the first task.
+        The joint task, and the indices of each task's answers in the `answers` of the joint task. The indices are
+        padded with -1; see `own_logits`. All fields of the joint task except `answers` are those of the first task.
 
     Example:
         >>> tasks = [Task([*labels], "{text}:", torch.tensor(ids), 0, frozenset()) for labels, ids in
@@ -165,7 +165,7 @@ def score_of(adapted: Adapted, task: Task, params: Params, rows: Sequence[Encode
     """Accuracy and mean loss of an adapter, or of each adapter in a stack.
 
     Args:
-        adapted: The adapted model, whose own params are not used.
+        adapted: The adapted model; `adapted.params` are ignored.
         task: From `make_task`.
         params: Params of one adapter, or stacked params.
         rows: From `encode_examples`.

@@ -5,7 +5,7 @@
     `chat`: a chat is rendered by the tokenizer's chat template; the assistant's turns are targets.
     `preference`: a row has two sequences, prompt + chosen and prompt + rejected, each tokenized as a completion.
 
-A row of any other kind has one sequence.
+A row of `text`, `completion` or `chat` has one sequence.
 """
 
 import os
@@ -120,14 +120,14 @@ def tokenize(data: DataSet, tokenizer: "PreTrainedTokenizerBase", *, max_length:
                 offsets.append(offsets[-1] + len(tokens.ids))
     if not groups:
         raise ValueError(
-            f"{data.source}: no row has a target within {max_length} tokens: increase --max-length, or pass "
-            "--truncate-side start."
+            f"{data.source}: no row has a target token after truncation to {max_length} tokens: increase --max-length, "
+            "or pass --truncate-side start."
         )
     return TokenRows(ids.tensor(), labels.tensor(), torch.tensor(offsets), width, torch.tensor(groups), omitted)
 
 
 def prompt_tokens(full: Sequence[int], prompt: Sequence[int]) -> Tokens:
-    """Label the tokens of a prompt with its answer; only the tokens after the prompt are targets.
+    """Label the tokens `full` of a prompt followed by its answer; only the tokens after the prompt are targets.
 
     The targets begin where `full` first differs from `prompt`, so a token that straddles the end of the prompt is a
     target.
@@ -241,7 +241,7 @@ class _Column:
             self._flush()
 
     def tensor(self) -> Int[Tensor, " size"]:
-        """All values as int32; a temporary file is memory-mapped, and deleted together with the column."""
+        """All values as int32; values in a temporary file are memory-mapped."""
         if self.path is None:
             return torch.frombuffer(self.values, dtype=torch.int32).clone()
         self._flush()
