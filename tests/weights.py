@@ -1,4 +1,4 @@
-"""Quantized weights: their shapes and formats, and the formula as the oracle of their values."""
+"""Weights to quantize and to merge: shapes, formats, adapters, and the formula as the oracle of quantized values."""
 
 from itertools import product
 
@@ -12,6 +12,7 @@ from vera_func.quant.value import BLOCKSIZES
 
 # A single value; one row; primes; no whole byte; rows that are no whole blocks; more than 256 blocks.
 SHAPES = [(1, 1), (1, 64), (5, 1), (13, 37), (32, 64), (33, 96), (97, 101)]
+OUT, IN, R = 96, 128, 16  # of a merge
 OPTIONS = list(product(["nf4", "fp4"], BLOCKSIZES[:2] + BLOCKSIZES[-1:], [False, True]))
 
 
@@ -38,3 +39,19 @@ def assert_same(actual, expected):
     for leaf, other in zip(leaves, expected_leaves, strict=True):
         assert leaf.dtype == other.dtype
         assert torch.equal(leaf, other)
+
+
+def make_adapter(size, weight, r=R, lambda_d=None, seed=0):
+    """An adapter with ‖ΔW‖ = `size` ‖W‖ for a weight (out, in), and its projections; `lambda_d` random if None."""
+    out, in_ = weight.shape
+    generator = torch.Generator().manual_seed(seed)
+    frozen = vf.init_projections(r, in_, out, key=seed)
+    params = {"lambda_b": torch.randn(out, generator=generator), "lambda_d": torch.randn(r, generator=generator)}
+    if lambda_d is not None:
+        params["lambda_d"] = torch.full((r,), lambda_d)
+    params["lambda_b"] *= size * weight.float().norm() / vf.delta_weight(params, frozen, in_).norm()
+    return params, frozen
+
+
+def make_weight(out=OUT, in_=IN, dtype=torch.float32):
+    return (0.02 * torch.randn(out, in_, generator=torch.Generator().manual_seed(1))).to(dtype)

@@ -86,14 +86,9 @@ if TYPE_CHECKING:
     from .io.module import to_module
     from .io.peft import from_peft
     from .io.quantized import load_quantized, save_quantized
-    from .merging.layer import (
-        MergeReport,
-        merge_calibrated,
-        merge_dense,
-        merge_quantized,
-        merge_report,
-    )
+    from .merging.layer import merge_calibrated, merge_dense, merge_quantized
     from .merging.model import merge, model_merge_report
+    from .merging.report import MergeReport, merge_report
     from .model.adapt import Adapted, adapt, num_parameters
     from .model.algebra import add_adapters, scale_adapter
     from .model.apply import Apply
@@ -142,7 +137,8 @@ _MODULES = {
     "train.per_example": ("per_example_grads",),
     "train.privacy": ("clip_per_example", "private_step"),
     "train.evolve": ("evolve",),
-    "merging.layer": (*("merge_quantized", "merge_dense", "merge_calibrated", "merge_report", "MergeReport"),),
+    "merging.layer": ("merge_quantized", "merge_dense", "merge_calibrated"),
+    "merging.report": ("merge_report", "MergeReport"),
     "merging.model": ("merge", "model_merge_report"),
     "io.checkpoint": ("save_adapter", "load_adapter"),
     "io.peft": ("from_peft",),

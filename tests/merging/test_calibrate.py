@@ -11,6 +11,7 @@ from vera_func.merging.calibrate import (
     _nearest_plane,
     _next_kappa,
     _Problem,
+    _Trial,
     calibrate_rows,
     gram,
     output_error,
@@ -175,15 +176,17 @@ def test_overshoot_keeps_the_effect(code):
 
 
 def test_the_next_overshoot():
-    # (kappa, kept); the others are not read.
-    assert _next_kappa([(1.0, 0.5)], 4.0) == pytest.approx(0.5**-0.8)
-    assert _next_kappa([(1.0, 0.5), (2.0, 0.8)], 4.0) == pytest.approx(2 * 0.8**-0.8)
-    assert _next_kappa([(1.0, 0.5)], 1.5) == 1.5
-    assert _next_kappa([(1.0, 0.0)], 99.0) == pytest.approx(0.1**-0.8)
-    assert _next_kappa([(1.0, 1.3)], 4.0) == 1
+    def next_kappa(largest, *tried):  # pairs (kappa, kept)
+        return _next_kappa([_Trial(*pair, error=0.0, point=None) for pair in tried], largest)
+
+    assert next_kappa(4.0, (1.0, 0.5)) == pytest.approx(0.5**-0.8)
+    assert next_kappa(4.0, (1.0, 0.5), (2.0, 0.8)) == pytest.approx(2 * 0.8**-0.8)
+    assert next_kappa(1.5, (1.0, 0.5)) == 1.5
+    assert next_kappa(99.0, (1.0, 0.0)) == pytest.approx(0.1**-0.8)
+    assert next_kappa(4.0, (1.0, 1.3)) == 1
     # Of those below and above the nearest ones, whatever their overshoot.
-    assert _next_kappa([(1.0, 0.9), (1.2, 0.8), (3.0, 1.1), (2.0, 1.4)], 4.0) == pytest.approx(2.0)
-    assert _next_kappa([(1.0, 0.8), (2.0, 1.0)], 4.0) == 2
+    assert next_kappa(4.0, (1.0, 0.9), (1.2, 0.8), (3.0, 1.1), (2.0, 1.4)) == pytest.approx(2.0)
+    assert next_kappa(4.0, (1.0, 0.8), (2.0, 1.0)) == 2
 
 
 def test_what_is_kept_well_is_left_as_it_is():

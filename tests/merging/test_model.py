@@ -279,7 +279,7 @@ bad(
     "model_merge_report",
     "inputs of others",
     lambda _: vf.model_merge_report(ADAPTED._replace(params=PARAMS), "nf4", {"0": X}),
-    r"\(tokens, 7\)",
+    r"\(\*tokens, 7\)",
 )
 
 

@@ -55,6 +55,13 @@ def test_saves_views_of_one_tensor(tmp_path):
     assert same(load_fit(tmp_path / "run", params, num_adapters=2), run)
 
 
+def test_the_path_of_the_file_is_returned(tmp_path):
+    run = fit(loss_of_one, start(), shared, steps=1, learning_rate=0.1)
+    path = save_fit(str(tmp_path / "run"), run)
+    assert path == tmp_path / "run"
+    assert same(load_fit(path, start()), run)
+
+
 @pytest.mark.parametrize("crash", ["fsync", "replace"])
 def test_a_crash_while_saving_leaves_the_old_file(crash, tmp_path, monkeypatch):
     path = tmp_path / "run"

@@ -15,8 +15,8 @@ from ..io.bank import open_bank
 from ..io.checkpoint import read_files
 from ..io.config import CONFIG, WEIGHTS
 from ..io.peft_keys import key_from_peft
-from ..merging.layer import MergeReport
 from ..merging.model import model_merge_report
+from ..merging.report import MergeReport
 from ..model.config import VeraConfig
 from ..model.convert import dense_share, quantizable_layers
 from ..model.linears import linear_sizes, widest_sizes

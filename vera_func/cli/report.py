@@ -21,7 +21,7 @@ from rich.text import Text
 
 
 if TYPE_CHECKING:
-    from ..merging.layer import MergeReport
+    from ..merging.report import MergeReport
 
 Row = Mapping[str, Any]
 WIDE = 1_000_000  # console width that disables wrapping

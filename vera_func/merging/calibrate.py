@@ -205,17 +205,17 @@ def calibrate_rows(
     problem = _Problem(damped, order, factor, levels, (levels[1:] + levels[:-1]) / 2, blocksize)
     point = _Point(torch.searchsorted(levels, code.float())[codes[rows].long()], absmax[rows].float())
     weight, update, kappa = problem.weight(point), delta[rows].float(), 1.0
-    tried: list[tuple] = []  # (kappa, kept, error, point)
+    tried: list[_Trial] = []
     while len(tried) < 5:
         # Each fit starts from the result of the last fit, and therefore needs few steps.
         point = _fit(problem, weight + kappa * update, point)
         change = problem.weight(point) - weight
         kept = output_kept(change, update, gram)
-        tried.append((kappa, kept, output_error(change, update, gram), point))
+        tried.append(_Trial(kappa, kept, output_error(change, update, gram), point))
         previous, kappa = kappa, _next_kappa(tried, max_kappa)
         if abs(kept - 1) <= 0.02 or abs(kappa - previous) < 1e-3:
             break
-    kappa, kept, error, point = min(tried, key=lambda each: abs(each[1] - 1))
+    kappa, kept, error, point = min(tried, key=lambda trial: abs(trial.kept - 1))
     codes = codes.index_copy(0, rows, numbers[point.indices].to(codes.dtype))
     return Calibrated(codes, absmax.index_copy(0, rows, point.absmax.to(absmax.dtype)), kappa, kept, error)
 
@@ -223,6 +223,13 @@ def calibrate_rows(
 class _Point(NamedTuple):
     indices: Tensor  # (rows, in), int64; indices of the levels in ascending order
     absmax: Tensor  # (rows, blocks)
+
+
+class _Trial(NamedTuple):  # the fit of one overshoot
+    kappa: float
+    kept: float
+    error: float
+    point: _Point
 
 
 class _Problem(NamedTuple):  # what all rows share
@@ -331,13 +338,14 @@ def _steps(problem: _Problem, target: Tensor, point: _Point) -> _Point:
     return best
 
 
-def _next_kappa(tried: list[tuple], largest: float) -> float:
+def _next_kappa(tried: list[_Trial], largest: float) -> float:
     """Return the next overshoot, interpolated between retained fractions below and above 1, or extrapolated."""
-    below, above = ([each for each in tried if (each[1] < 1) is side] for side in (True, False))
+    below, above = ([trial for trial in tried if (trial.kept < 1) is side] for side in (True, False))
     if not below or not above:
-        return min(max(tried[-1][0] / max(tried[-1][1], 0.1) ** 0.8, 1.0), largest)  # a power that fits real layers
-    (low, less, *_), (high, more, *_) = max(below, key=lambda each: each[1]), min(above, key=lambda each: each[1])
-    return low + (high - low) * (1 - less) / (more - less)
+        last = tried[-1]
+        return min(max(last.kappa / max(last.kept, 0.1) ** 0.8, 1.0), largest)  # a power that fits real layers
+    low, high = max(below, key=lambda trial: trial.kept), min(above, key=lambda trial: trial.kept)
+    return low.kappa + (high.kappa - low.kappa) * (1 - low.kept) / (high.kept - low.kept)
 
 
 def _levels(code: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""Merge an adapter into the weight of one layer, and measure how much of the update the merge retains.
+"""Merge an adapter into the weight of one layer.
 
-    W' = round(W + ΔW)        kept = <W' - W, ΔW> / ‖ΔW‖²        ΔW = diag(lambda_b) B diag(lambda_d) A
+    W' = round(W + ΔW)        ΔW = diag(lambda_b) B diag(lambda_d) A
 
 For DVoRA, this module uses `m (W + ΔW) / ‖W + ΔW‖ - W` in place of ΔW (see `core.dora`). A dequantized weight lies on
 the quantization grid. Requantizing `W + ΔW` silently discards updates below half a quantization step. `merge_report`
@@ -9,7 +9,6 @@ can't be converted back to the base weight, so keep `q` for unmerging.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,24 +21,6 @@ from ..core.shapes import require_float, without_autocast
 from ..quant.quantize import dequantize, levels, pack, quantize_4bit, quantize_8bit, unpack
 from ..quant.value import NO_DATA, Quantized, Quantized4bit, Quantized8bit, flatten
 from .calibrate import calibrate_rows, gram as gram_of, stochastic_codes
-
-
-class MergeReport(NamedTuple):
-    """Quality of the merge of one layer.
-
-    Attributes:
-        kept: Retained fraction of the update, <W' - W, ΔW> / ‖ΔW‖²: 1 for the full update, 0 for no update.
-        error: Relative error ‖W' - W - ΔW‖ / ‖ΔW‖. Above 1, the error is larger than the update.
-        size: Relative size of the update, ‖ΔW‖ / ‖W‖.
-        output_kept: Retained fraction of the change of the layer's outputs on the given inputs, or None without inputs.
-        output_error: Relative error of the change of the layer's outputs on the given inputs, or None without inputs.
-    """
-
-    kept: float
-    error: float
-    size: float
-    output_kept: float | None = None
-    output_error: float | None = None
 
 
 def merge_quantized(q: Quantized, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Quantized:
@@ -110,7 +91,7 @@ def merge_calibrated(
 
     Example:
         >>> import torch
-        >>> from vera_func import init_projections, quantize_4bit
+        >>> from vera_func import init_projections, merge_report, quantize_4bit
         >>> generator = torch.Generator().manual_seed(0)
         >>> q = quantize_4bit(0.02 * torch.randn(32, 64, generator=generator))
         >>> frozen = init_projections(8, 64, 32)
@@ -222,69 +203,11 @@ def merge_dense(
     """
     require_float("dtype", dtype)
     delta = checked_delta(q, params, frozen)
-    base = _dense(q, torch.promote_types(q.dtype, torch.float32))
+    base = dense(q, torch.promote_types(q.dtype, torch.float32))
     merged = (base + delta.to(base.dtype)).to(dtype)
     if merged.device.type != "meta" and not merged.isfinite().all():
         raise ValueError(f"the merged weight {tuple(merged.shape)} overflows {dtype}, or the base holds NaN or inf.")
     return merged
-
-
-def merge_report(
-    q: Quantized | Tensor,
-    params: Mapping[str, Tensor],
-    frozen: Mapping[str, Tensor],
-    inputs: Float[Tensor, "tokens in"] | None = None,
-    *,
-    merged: Quantized | Tensor | None = None,
-) -> MergeReport:
-    """Measure the retained fraction and the relative error of the update in a merged weight.
-
-    This costs one merge unless `merged` is given, and two matrix products if `inputs` are given.
-
-    Args:
-        q: The base weight.
-        params: `{"lambda_b": (out,), "lambda_d": (r,)}`; for DVoRA also `"magnitude"` of shape (out,).
-        frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
-        inputs: Representative inputs of the layer, of shape (tokens, in), to measure the error in the layer's outputs.
-        merged: The merged weight to measure, quantized or dense. None means the result of `merge_quantized`.
-
-    Raises:
-        ValueError: If the adapter holds NaN or inf, is stacked, or does not fit `q`. If `ΔW` is zero, or has no effect
-            on `inputs`: the retained fraction is then undefined.
-
-    Example:
-        >>> import torch
-        >>> from vera_func import init_projections, quantize_4bit
-        >>> q = quantize_4bit(0.02 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
-        >>> params = {"lambda_b": torch.full((64,), 1e-4), "lambda_d": torch.ones(8)}
-        >>> merge_report(q, params, init_projections(8, 64, 64)).kept < 0.2
-        True
-    """
-    delta = checked_delta(q, params, frozen).float()
-    if not delta.any():
-        raise ValueError("the update is zero (lambda_b or lambda_d is 0), so the retained fraction is undefined.")
-    base = _dense(q, torch.float32)
-    if merged is None:
-        if isinstance(q, Tensor):
-            raise ValueError("the weight is dense, so merged is required: pass merged=merge_dense(...).")
-        merged = merge_quantized(q, params, frozen)
-    if tuple(merged.shape) != tuple(q.shape):
-        raise ValueError(f"merged has shape {tuple(merged.shape)}, but the weight has shape {tuple(q.shape)}.")
-    change = _dense(merged, torch.float32) - base
-    report = MergeReport(_kept(change, delta), _error(change, delta), (delta.norm() / base.norm()).item())
-    if inputs is None:
-        return report
-    if inputs.dim() != 2 or inputs.shape[1] != delta.shape[1]:
-        raise ValueError(f"inputs must have shape (tokens, {delta.shape[1]}), got {tuple(inputs.shape)}.")
-    x = inputs.float()
-    with without_autocast(x.device):
-        actual, exact = x @ change.T, x @ delta.T
-    if not 0 < exact.norm() < float("inf"):
-        raise ValueError(
-            f"the update has no finite, nonzero effect on these inputs {tuple(inputs.shape)}: pass finite inputs, of "
-            "which at least one row is not zero."
-        )
-    return report._replace(output_kept=_kept(actual, exact), output_error=_error(actual, exact))
 
 
 def quantize_like(q: Quantized, weight: Tensor) -> Quantized:
@@ -347,10 +270,16 @@ def checked_delta(
     if not scales:
         return delta_weight(params, frozen, in_features)
     dtype = torch.promote_types(lambda_d.dtype, torch.float32)
-    return delta_weight(params, frozen, in_features, _dense(q, dtype))
+    return delta_weight(params, frozen, in_features, dense(q, dtype))
 
 
-def _dense(weight: Quantized | Tensor, dtype: torch.dtype) -> Tensor:
+def dense(weight: Quantized | Tensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+    """Return a weight, quantized or not, as a dense tensor.
+
+    Example:
+        >>> dense(quantize_8bit(torch.ones(2, 3)), torch.bfloat16).dtype
+        torch.bfloat16
+    """
     return weight.to(dtype) if isinstance(weight, Tensor) else dequantize(weight, dtype)
 
 
@@ -366,11 +295,3 @@ def _dequantize_as_peft(q: Quantized) -> Tensor:
         return dequantize(q)
     # bitsandbytes dequantizes int8 weights with two different orders of operations; PEFT's merge uses this order.
     return private.bnb_ops().int8_vectorwise_dequant(q.codes, q.scale)
-
-
-def _kept(change: Tensor, delta: Tensor) -> float:
-    return ((change * delta).sum() / delta.square().sum()).item()
-
-
-def _error(change: Tensor, delta: Tensor) -> float:
-    return ((change - delta).norm() / delta.norm()).item()

@@ -21,7 +21,8 @@ from ..model.tree import copy_with_weights, held_parameters, parameter_aliases, 
 from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.quantize import QUANTIZERS, dequantize
 from ..quant.value import FLOATS, Quantized, format_of
-from .layer import MergeReport, checked_delta, merge_dense, merge_quantized, merge_report
+from .layer import checked_delta, merge_dense, merge_quantized
+from .report import MergeReport, merge_report
 
 
 _FLOATS = (*FLOATS, torch.float64)
@@ -68,24 +69,11 @@ def merge(
     check_format(to)
     model = unwrap(model)
     layers = adapted_layers(model, params)
-    if odd := sorted((weights or {}).keys() - layers.keys()):
-        raise ValueError(
-            f"weights has {odd[0]!r}, which is not an adapted layer: use names such as {sorted(layers)[:3]}."
-        )
-    float32 = tuple(f".{end}" for end in private.float32_modules(model))
-    if isinstance(to, str) and (odd := [name for name in layers if f".{name}".endswith(float32)]):
-        raise ValueError(
-            f"{odd[0]!r} can't be merged to {to}: {type(model).__name__} keeps this layer in float32. "
-            "Merge to a dtype, or keep the format of each layer (to=None)."
-        )
+    _require_layers("weights", weights or {}, layers)
     parameters = dict(held_parameters(model))
     own = {key: _checked_parameter(parameters, key, params[key]) for key in own_parameters(params)}
-    require_weights(model, "merge")
+    _require_mergeable(model, layers, to)
     require_one_device(model, list(layers), list(own))
-    if isinstance(to, torch.dtype):
-        for name, module in model.named_modules():
-            if linear_sizes(module) is not None and not is_bnb_linear(module):
-                _require_plain_weight(name, module, to)
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = parameter
@@ -109,13 +97,7 @@ def merge(
             if parameter.is_floating_point() and type(parameter) is nn.Parameter:
                 parameter.data = parameter.data.to(to)  # not shared with `model`
     if hasattr(merged, "save_pretrained"):
-        if isinstance(to, torch.dtype):
-            describe_dtype(merged, to)
-        else:
-            describe_quantization(merged)
-        describe_ties(merged)
-        # An adapter trained on the merged weights must not name the original model as its base.
-        merged.name_or_path = merged.config.name_or_path = ""
+        _describe(merged, to)
     return merged
 
 
@@ -129,7 +111,7 @@ def model_merge_report(
     Args:
         adapted: Result of `adapt` or `load_adapter`, with a single adapter.
         to: See `merge`.
-        inputs: Inputs of each layer, of shape (tokens, in), by layer name. None omits the errors of the layers'
+        inputs: Inputs of each layer, of shape (*tokens, in), by layer name. None omits the errors of the layers'
             outputs.
 
     Returns:
@@ -151,10 +133,7 @@ def model_merge_report(
     model, frozen = adapted.apply.model, adapted.frozen
     layers = adapted_layers(model, adapted.params)
     require_weights(model, "merge")
-    if odd := sorted((inputs or {}).keys() - layers.keys()):
-        raise ValueError(
-            f"inputs has {odd[0]!r}, which is not an adapted layer: use names such as {sorted(layers)[:3]}."
-        )
+    _require_layers("inputs", inputs or {}, layers)
     reports = {}
     for name, vectors in layers.items():
         base = _base_weight(name, model.get_submodule(name), to, adapted.params.get(join_key(name, "weight")))
@@ -163,6 +142,29 @@ def model_merge_report(
             continue
         reports[name] = merge_report(base, vectors, frozen, (inputs or {}).get(name), merged=merged)
     return reports
+
+
+def _require_layers(argument: str, given: Mapping[str, Any], layers: Mapping[str, Any]) -> None:
+    """Raise an error if `given`, a mapping by module name, names a layer that is not adapted."""
+    if odd := sorted(given.keys() - layers.keys()):
+        raise ValueError(
+            f"{argument} has {odd[0]!r}, which is not an adapted layer: use names such as {sorted(layers)[:3]}."
+        )
+
+
+def _require_mergeable(model: nn.Module, layers: Mapping[str, Any], to: Format | None) -> None:
+    """Raise an error if the weights of a model are absent, or if its layers can't be converted to `to`."""
+    float32 = tuple(f".{end}" for end in private.float32_modules(model))
+    if isinstance(to, str) and (odd := [name for name in layers if f".{name}".endswith(float32)]):
+        raise ValueError(
+            f"{odd[0]!r} can't be merged to {to}: {type(model).__name__} keeps this layer in float32. "
+            "Merge to a dtype, or keep the format of each layer (to=None)."
+        )
+    require_weights(model, "merge")
+    if isinstance(to, torch.dtype):
+        for name, module in model.named_modules():
+            if linear_sizes(module) is not None and not is_bnb_linear(module):
+                _require_plain_weight(name, module, to)
 
 
 def _is_rescaled(base: Quantized | Tensor, vectors: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> bool:
@@ -232,6 +234,17 @@ def _checked_parameter(parameters: Mapping[str, nn.Parameter], key: str, value: 
     if own.shape != value.shape:
         raise ValueError(f"{key!r} must have shape {tuple(own.shape)}, got {tuple(value.shape)}.")
     return value.detach().to(own)
+
+
+def _describe(merged: Any, to: Format | None) -> None:
+    """Describe the weights of a merged transformers model in its configuration."""
+    if isinstance(to, torch.dtype):
+        describe_dtype(merged, to)
+    else:
+        describe_quantization(merged)
+    describe_ties(merged)
+    # An adapter trained on the merged weights must not name the original model as its base.
+    merged.name_or_path = merged.config.name_or_path = ""
 
 
 def _is_merged(key: str, layers: Collection[str]) -> bool:

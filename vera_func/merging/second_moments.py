@@ -9,6 +9,7 @@ tokens with little influence.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,22 +66,10 @@ def second_moments(
     module = adapted_module(adapted)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    names = adapted.apply.targets
-    sums: dict[str, list[Any]] = {name: [0.0, 0.0, 0.0, 0.0] for name in names}
+    sums = {name: _Sums() for name in adapted.apply.targets}
     captured: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def capture(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple, output: Tensor) -> None:
-            if readout is not None:
-                if not output.requires_grad:
-                    output.requires_grad_(True)
-                output.retain_grad()
-            captured[name] = args[0].detach(), output
-
-        return hook
-
-    for name in names:
-        module.get_submodule(name).register_forward_hook(capture(name))
+    for name in sums:
+        module.get_submodule(name).register_forward_hook(partial(_capture, captured, name, readout is not None))
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise ValueError(f"a batch must be a mapping of the model's keyword arguments, got {type(batch).__name__}.")
@@ -95,26 +84,11 @@ def second_moments(
                 value.sum().backward()
         for name, (x, y) in captured.items():
             included = _token_mask(x, batch.get("attention_mask"))
-            rows = x[included].float()
-            total = sums[name]
-            total[1] += len(rows)
-            with without_autocast(rows.device):
-                total[0] = total[0] + rows.T @ rows
-                if y.grad is not None:
-                    weights = y.grad[included].float().square().sum(-1)
-                    total[2] = total[2] + (rows.T * weights) @ rows
-                    total[3] = total[3] + weights.sum()
+            sums[name].add(x[included].float(), None if y.grad is None else y.grad[included].float())
         captured.clear()
-    moments = {}
-    for name, (plain, count, weighted, mass) in sums.items():
-        if not count:
-            raise ValueError("batches must contain at least one token to calibrate with, got none.")
-        moments[name] = plain / count
-        if readout is not None:
-            if not mass > 0:
-                raise ValueError(f"the readout does not depend on {name!r}: check that no output is detached.")
-            moments[name] = UNIFORM * moments[name] + (1 - UNIFORM) * weighted / mass
-        if not moments[name].isfinite().all():
+    moments = {name: total.mean(name, weighted=readout is not None) for name, total in sums.items()}
+    for name, mean in moments.items():
+        if not mean.isfinite().all():
             raise ValueError(
                 f"the inputs of {name!r} are not finite: a batch, the model or the adapter holds NaN or inf."
             )
@@ -164,6 +138,52 @@ def calibrate_weights(
             )
         weights[name] = merge_calibrated(q, layers[name], adapted.frozen, gram=moments[name])
     return weights
+
+
+class _Sums:
+    """The sums over tokens of which the second moments of one layer are the mean."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.plain: Any = 0.0  # Σ x xᵀ, (in, in)
+        self.weighted: Any = 0.0  # Σ w x xᵀ, (in, in)
+        self.mass: Any = 0.0  # Σ w
+
+    def add(self, x: Float[Tensor, "tokens in"], gradient: Float[Tensor, "tokens out"] | None) -> None:
+        """Add the inputs of a batch. Weights are the squared norms of `gradient`, that of the readout, if given."""
+        self.count += len(x)
+        with without_autocast(x.device):
+            self.plain = self.plain + x.T @ x
+            if gradient is not None:
+                weights = gradient.square().sum(-1)
+                self.weighted = self.weighted + (x.T * weights) @ x
+                self.mass = self.mass + weights.sum()
+
+    def mean(self, name: str, weighted: bool) -> Float[Tensor, "in in"]:
+        if not self.count:
+            raise ValueError("batches must contain at least one token to calibrate with, got none.")
+        plain = self.plain / self.count
+        if not weighted:
+            return plain
+        if not self.mass > 0:
+            raise ValueError(f"the readout does not depend on {name!r}: check that no output is detached.")
+        return UNIFORM * plain + (1 - UNIFORM) * self.weighted / self.mass
+
+
+def _capture(
+    captured: dict[str, tuple[Tensor, Tensor]],
+    name: str,
+    with_grad: bool,
+    layer: nn.Module,
+    args: tuple,
+    output: Tensor,
+) -> None:
+    """Forward hook that stores the input and the output of a layer under its name, and the output's gradient."""
+    if with_grad:
+        if not output.requires_grad:
+            output.requires_grad_(True)
+        output.retain_grad()
+    captured[name] = args[0].detach(), output
 
 
 def _token_mask(x: Tensor, mask: Tensor | None) -> Tensor:

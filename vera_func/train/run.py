@@ -78,8 +78,8 @@ def require_like(run: Fit, other: Fit, source: PathLike) -> None:
     _check_run(_flatten(run), other, source)
 
 
-def save_fit(path: PathLike, run: Fit) -> None:
-    """Write a run as one safetensors file, atomically.
+def save_fit(path: PathLike, run: Fit) -> Path:
+    """Write a run as one safetensors file, atomically, and return its path.
 
     Args:
         path: The file.
@@ -95,16 +95,18 @@ def save_fit(path: PathLike, run: Fit) -> None:
         >>> params, loss_fn = {"p": torch.ones(3)}, lambda params, batch: params["p"].sum()
         >>> run = fit(loss_fn, params, int, steps=2, learning_rate=0.1, progress=False)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_fit(f"{folder}/run.safetensors", run)
-        ...     load_fit(f"{folder}/run.safetensors", params).losses
+        ...     path = save_fit(f"{folder}/run.safetensors", run)
+        ...     load_fit(path, params).losses
         tensor([3.0000, 2.7000], dtype=torch.float64)
     """
     if not isinstance(run, Fit):
         raise ValueError(f"run must be a Fit returned by fit, got {type(run).__name__}.")
     # Cloned, since safetensors rejects tensors that share memory.
     tensors = {k: t.contiguous().cpu().clone() for k, t in _flatten(run).items()}
-    with replacing(Path(path)) as file:
+    path = Path(path)
+    with replacing(path) as file:
         file.write_bytes(save(tensors))
+    return path
 
 
 def load_fit(
@@ -128,8 +130,8 @@ def load_fit(
         >>> params, loss_fn = {"p": torch.ones(3)}, lambda params, batch: params["p"].sum()
         >>> run = fit(loss_fn, params, int, steps=2, learning_rate=0.1, progress=False)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_fit(f"{folder}/run.safetensors", run)
-        ...     load_fit(f"{folder}/run.safetensors", params).params["p"]
+        ...     path = save_fit(f"{folder}/run.safetensors", run)
+        ...     load_fit(path, params).params["p"]
         tensor([0.8000, 0.8000, 0.8000])
     """
     _, tensors = read_safetensors(Path(path))
