@@ -103,6 +103,10 @@ def test_predict_takes_texts_from_everywhere(run, run_json, trained, folder, tmp
         (["--adapter", "TRAINED", "a text", "--data", "new.csv"], "texts or --data, not both"),
         (["--model", "FOLDER", "a text"], "has no labels in its metadata: pass --labels a,b"),
         (["--model", "FOLDER", "a text", "--labels", "good"], "pass --labels a,b"),
+        (
+            ["--adapter", "TRAINED", "a text", "--labels", "x,y"],
+            "--labels has no effect on an adapter that was trained on the labels ['bad', 'good']: leave out --labels.",
+        ),
         (["--adapter", "TRAINED", " "], "text 1 of 1 is empty"),
         (["--adapter", "TRAINED", "a", "--out", "labels.txt"], "must be .csv or .json"),
     ],

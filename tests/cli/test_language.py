@@ -145,6 +145,9 @@ def test_the_base_is_evaluated_on_the_rows_of_the_adapter(train, run, run_json, 
     assert lengths[8]["loss"] == pytest.approx(after["loss"], rel=1e-4)
     line = ("--model", model, "--max-length", "4096")
     assert "has 2048 positions" in run("evaluate", "--data", source, *line)[2]
+    refused = run("evaluate", "--adapter", out, "--data", source, "--batch-size", "32")
+    said = "vera-func: --batch-size has no effect on data without labels: leave out --batch-size.\n"
+    assert refused == (2, "", said)
 
 
 def test_documents_are_not_packed_where_a_model_would_mix_them(run_json, data, model, tmp_path):
@@ -312,7 +315,7 @@ def test_hostile_data_is_refused_before_a_model_is_loaded(run, tmp_path, monkeyp
         ("--data {data}/text.jsonl --steps 5 --epochs 2", "--steps or --epochs, not both"),
         ("--data {data}/text.jsonl --steps 5,6", "--steps got 2 values for 1 adapter: pass a single value"),
         ("--data {data}/text.jsonl --patience 2", "pass --eval-every as well"),
-        ("--data {data}/text.jsonl --warmup 7 --steps 7", "fewer than the 7 steps"),
+        ("--data {data}/text.jsonl --warmup 7 --steps 7", "less than the 7 steps"),
         ("--data {data}/text.jsonl --data {data}/gone.jsonl", "there is no file"),
         ("--data {data}/chat.jsonl --model {folder}", "row 1: the tokenizer has no chat template"),
         ("--data {data}/preference.jsonl --reference {data}", "adapter_config.json"),
@@ -330,6 +333,13 @@ def test_hostile_data_is_refused_before_a_model_is_loaded(run, tmp_path, monkeyp
         ("--data {data}/text.jsonl --out {data}/text.jsonl", "is a file"),
         ("--data {data}/text.jsonl --log {data}/text.jsonl", "is a file, but must be a folder or not exist"),
         ("--data {reviews} --beta 0.1", "--beta has no effect on data with labels: leave out --beta"),
+        ("--data {reviews} --truncate-side end", "--truncate-side has no effect on data with labels: leave out"),
+        (
+            "--data {reviews} --data {reviews} --truncate-side start",
+            "--truncate-side has no effect on data with labels",
+        ),
+        ("--data {reviews} --packing", "--packing has no effect on data with labels: leave out --packing."),
+        ("--data {reviews} --no-packing", "--no-packing has no effect on data with labels: leave out --no-packing."),
         ("--data {reviews} --steps 4,5", "--steps got 2 values for 1 adapter: pass a single value"),
         ("--data {reviews} --data {data}/text.jsonl", "'label' must be a non-empty string, got None"),
         ("--data {data}/single.jsonl", "single.jsonl has one row"),

@@ -1,5 +1,7 @@
 """Base models: their names, attention and errors."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -8,7 +10,8 @@ from transformers import AutoConfig
 import vera_func as vf
 from vera_func.data import models
 from vera_func.data.assets import SMOLLM2_NAME
-from vera_func.data.models import load_base
+from vera_func.data.models import Base, load_base
+from vera_func.data.task import make_task
 
 from helpers import left_padded, llama, tokens
 from refused import Refused
@@ -41,6 +44,29 @@ def test_attention_is_eager_where_that_is_faster(folder, dtype):
         batch = {"input_ids": tokens(), "attention_mask": left_padded(3, 7)}
         logits.append(apply(params, frozen, **batch).logits[:, -1].detach().float())
     assert_close(*logits, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_padding_is_the_end_token_if_there_is_no_padding_token():
+    """As in transformers, which fills the rows that have ended with the end token."""
+    model, prompts = llama(), tokens(3, 5)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    model.generation_config.pad_token_id = model.generation_config.eos_token_id = None
+    whole = model.generate(input_ids=prompts, **options, pad_token_id=0)[:, 5:]
+    end = whole[0, 0].item()  # so that the first row ends at once, and another one does not
+    assert (whole != end).all(1).any()
+    filled = model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **options, eos_token_id=end)[
+        0, 5:
+    ]
+    for pad, eos, expected in ((None, end, filled[-1].item()), (7, end, 7), (0, end, 0), (None, None, 0)):
+        tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
+        assert Base(model, tokenizer, "tiny", "none", torch.float32).pad_id == expected
+    assert filled.tolist() == [end] * 6
+
+
+def test_every_kind_of_data_pads_with_the_same_token(folder):
+    base = load_base(str(folder), "none", torch.float32)
+    base.tokenizer.pad_token = None
+    assert make_task(base, ["bad", "good"]).pad_id == base.pad_id == base.tokenizer.eos_token_id
 
 
 # What is refused

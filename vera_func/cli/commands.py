@@ -15,7 +15,7 @@ from ..data.task import encode_examples, logits_of, score_of
 from ..data.tokens import chat_prompt
 from ..model.batch import select_adapters
 from ..train.distributed import map_sharded, rank, world_size
-from .report import bar
+from .report import adapters_title, bar
 
 
 def evaluate(
@@ -46,8 +46,11 @@ def evaluate(
         ValueError: If the adapters do not fit the model, or if an example has a label that the adapters were not
             trained on.
     """
-    options: dict[str, Any] = {"prompt": prompt, "chunk": chunk, "batch_size": batch_size, "progress": progress}
-    return [row for part in by_labels(source) for row in _evaluate(part, base, examples, **options)]
+    return [
+        row
+        for part in by_labels(source)
+        for row in _evaluate(part, base, examples, prompt=prompt, chunk=chunk, batch_size=batch_size, progress=progress)
+    ]
 
 
 def _evaluate(
@@ -73,9 +76,10 @@ def _evaluate(
     def evaluate_chunk(start: int) -> Score:
         names = source.names[start : start + chunk]
         params = read(names) if len(names) > 1 else {k: v[0] for k, v in read(names).items()}
-        title = f"adapters {start + 1}-{start + len(names)} of {len(source.names)}"
-        options: dict[str, Any] = {"batch_size": batch_size, "progress": bar(title, progress)}
-        return score_of(adapted, task, params, rows, map=map if by_chunk else map_sharded, **options)
+        return score_of(
+            adapted, task, params, rows, batch_size=batch_size, map=map if by_chunk else map_sharded,
+            progress=bar(adapters_title(start, names, source.names), progress),
+        )  # fmt: skip
 
     scores = map_sharded(evaluate_chunk, starts) if by_chunk else [evaluate_chunk(start) for start in starts]
     accuracy, loss = (torch.cat([value.reshape(-1) for value in column]) for column in zip(*scores, strict=True))
@@ -110,8 +114,13 @@ def predict(
             two labels, or if the adapters do not fit the model.
     """
     _check_texts("text", texts)
-    options: dict[str, Any] = {"labels": labels, "prompt": prompt, "chunk": chunk, "batch_size": batch_size}
-    return [row for part in by_labels(source) for row in _predict(part, base, texts, progress=progress, **options)]
+    return [
+        row
+        for part in by_labels(source)
+        for row in _predict(
+            part, base, texts, labels=labels, prompt=prompt, chunk=chunk, batch_size=batch_size, progress=progress
+        )
+    ]
 
 
 def _predict(
@@ -135,9 +144,9 @@ def _predict(
     for start in range(0, len(source.names), chunk):
         names = source.names[start : start + chunk]
         logits = partial(logits_of(adapted, task, stacked=True), read(names))
-        title = f"adapters {start + 1}-{start + len(names)} of {len(source.names)}"
+        show = bar(adapters_title(start, names, source.names), progress)
         with torch.no_grad():
-            outputs = [logits(batch) for batch in bar(title, progress)(batches)]
+            outputs = [logits(batch) for batch in show(batches)]
         best, label = torch.cat(outputs, dim=1)[:, position].double().softmax(-1).max(-1)  # (adapters, texts)
         found += [
             {"text": text, "adapter": name, "label": task.labels[label[i, j]], "probability": best[i, j].item()}
@@ -145,6 +154,19 @@ def _predict(
             for j, text in enumerate(texts)
         ]
     return found
+
+
+def check_labels_option(source: Source, labels: Sequence[str] | None) -> None:
+    """Check that `--labels` is given only if the metadata contains no labels.
+
+    Raises:
+        ValueError: If labels are given, but the metadata of an adapter contains labels.
+    """
+    known = [part.metadata.labels for part in by_labels(source) if part.metadata.labels]
+    if labels and known:
+        raise ValueError(
+            f"--labels has no effect on an adapter that was trained on the labels {known[0]}: leave out --labels."
+        )
 
 
 def generate(
@@ -184,15 +206,11 @@ def generate(
             f"pass a single --name, such as --name {names[0]}, or one --name per prompt in the order of the prompts."
         )
     adapted, read = load_adapters(source, base.model)
-    pad_id, eos_id = base.tokenizer.pad_token_id, base.tokenizer.eos_token_id
-    pad_id = next((token for token in (pad_id, eos_id) if token is not None), 0)
     ids = (
         [chat_prompt(base.tokenizer, prompt) for prompt in prompts] if chat else base.tokenizer(list(prompts)).input_ids
     )
     encoded = [Encoded(one, 0) for one in ids]
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id, "do_sample": temperature > 0}
-    if temperature > 0:
-        options["temperature"] = temperature
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     texts: list[str] = []
     with quiet_transformers(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -200,9 +218,11 @@ def generate(
             rows = slice(start, start + batch_size)
             unique = list(dict.fromkeys(names[rows]))
             params = select_adapters(read(unique), [unique.index(name) for name in names[rows]])
-            batch = collate(encoded[rows], pad_id)
+            batch = collate(encoded[rows], base.pad_id)
             inputs = {name: batch[name].to(base.model.device) for name in ("input_ids", "attention_mask")}
-            out = adapted.apply.generate(params, adapted.frozen, **inputs, **options)
+            out = adapted.apply.generate(
+                params, adapted.frozen, **inputs, **sampling, max_new_tokens=max_new_tokens, pad_token_id=base.pad_id
+            )
             new = out[:, inputs["input_ids"].shape[1] :]
             texts += base.tokenizer.batch_decode(new, skip_special_tokens=True)
     return [

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.examples import HELD_OUT, Example, demo_examples, read_examples, split_examples
+from ..data.examples import Example, demo_examples, read_examples, split_examples
 from ..data.metadata import Metadata, write_metadata
 from ..data.models import describe_base, load_base
-from ..data.prompts import PROMPT, Batch, Encoded, collate
+from ..data.prompts import MAX_TOKENS, PROMPT, Batch, Encoded, collate
 from ..data.task import Task, check_prompt, encode_examples, logits_of, make_task, score_of
 from ..io.bank import save_bank
 from ..io.checkpoint import load_adapter, save_adapter
@@ -26,7 +26,7 @@ from ..model.config import VeraConfig
 from ..train.distributed import map_sharded, rank, world_size
 from .checkpoints import checkpoint_path, delete_checkpoints
 from .jobs import num_steps
-from .outputs import BANK, new_adapter, output_folder
+from .outputs import BANK, classifier_metadata, new_adapter, output_folder
 from .recipe import Recipe, micro_batches
 from .report import bar, format_table, percent
 from .training import Sweep, small_batch, sweep_grid, train_one, train_sweep
@@ -88,7 +88,7 @@ def demo(
     device: str = "auto",
     epochs: float | None = None,
     recipe: Recipe | None = None,
-    max_length: int = 256,
+    max_length: int = MAX_TOKENS,
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> DemoResult:
@@ -153,7 +153,7 @@ def demo(
     say(f"Trained {values:,} parameters ({size / 1024:,.0f} KiB) in {steps} steps and {seconds:.0f} s.")
     after = measure(trained.params, progress=bar("after", progress)).accuracy.item()
     say(f"After: accuracy {percent(after, 1)} on the same examples.")
-    metadata = Metadata(base.quant, task.labels, task.prompt, max_length=None if max_length == 256 else max_length)
+    metadata = classifier_metadata(base, task.prompt, max_length)._replace(labels=task.labels)
     save = partial(_save_and_reload, out, adapted, trained, task, collate(rows[:batch_size], task.pad_id))
     (difference,) = map_sharded(save, [metadata])  # on rank 0
     delete_checkpoints(checkpoint)
@@ -176,7 +176,7 @@ def _split(
     examples: Sequence[Example], adapters: int, batch_size: int, seed: int, source: str | Path | None
 ) -> list[list[Example]]:
     """Split examples into training examples, validation examples (none without a sweep) and held-out examples."""
-    train, test = split_examples(examples, HELD_OUT, seed=seed, source=source)
+    train, test = split_examples(examples, seed=seed, source=source)
     train, validation = (train, []) if adapters == 1 else split_examples(train, VALIDATION, seed=seed)
     if len(train) < batch_size:
         where = "" if source is None else f"{source}: "

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..data.answers import Answers, calibrate_answers, compare_answers
 from ..data.assets import quiet_transformers
 from ..data.examples import Example, split
@@ -21,6 +19,7 @@ from ..io.files import filling
 from ..io.lora import export_lora
 from ..io.servers import check_lora, warning_text
 from ..merging.model import merge, model_merge_report
+from .groups import format_of
 from .inspect import describe_reports
 from .report import bar, merge_advice, percent
 
@@ -56,7 +55,7 @@ def merge_to(
     out = Path(out)
     if out.is_file() or (out / CONFIG).is_file() or (out.is_dir() and out.resolve() == Path(base.name).resolve()):
         raise ValueError(f"--out {out} would overwrite a file, an adapter or the base model: choose another folder.")
-    form = getattr(torch, to) if to in ("float32", "bfloat16", "float16") else to
+    form = format_of(to)
     done: dict[str, Any] = {"out": str(out), "to": to, "model": base.name, "quant": base.quant}
     if calibrate is None:
         merged: Any = merge(base.model, adapted.params, adapted.frozen, form)

@@ -34,7 +34,7 @@ def merge(
     """
     from rich.text import Text
 
-    from ..data.examples import HELD_OUT, demo_examples, read_examples, split_examples
+    from ..data.examples import demo_examples, read_examples, split_examples
     from .exports import merge_to
     from .inspect import summarize_reports
     from .report import COLUMNS, make_table, show_result
@@ -44,7 +44,7 @@ def merge(
     source = adapters.open(base.model, one=True)
     examples = None
     if calibrate:
-        examples = read_examples(data) if data else split_examples(demo_examples(), HELD_OUT, seed=0)[0]
+        examples = read_examples(data) if data else split_examples(demo_examples(), seed=0)[0]
     done = merge_to(source, base.load(source), to, out, calibrate=examples, prompt=prompt)
     following = f"vera-func evaluate --model {out}{' --data FILE' if source.metadata.kind else ''}"
     shown: list[Any] = [Text(done["advice"]), f"The merged model is in {out}. Next: {following}"]

@@ -53,8 +53,8 @@ class TrainOptions(NamedTuple):
     each: o.Each = False
     prompt: o.Prompt = None
     max_length: o.MaxLength = None
-    truncate_side: o.TruncateSide = "end"
-    packing: o.Packing = True
+    truncate_side: o.TruncateSide = None
+    packing: o.Packing = None
     r: o.Rank = 256
     targets: o.Targets = None
     steps: o.TrainSteps = None
@@ -84,6 +84,13 @@ def dtype_of(name: str | None) -> "torch.dtype | None":
     import torch
 
     return getattr(torch, name) if name else None
+
+
+def format_of(to: str) -> "str | torch.dtype":
+    """The format of merged weights for a value of `--to`: a dtype for the name of a dtype, else the name itself."""
+    import torch
+
+    return to if to in ("nf4", "fp4", "int8") else getattr(torch, to)
 
 
 def flatten(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:

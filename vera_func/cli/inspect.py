@@ -21,6 +21,7 @@ from ..model.config import VeraConfig
 from ..model.convert import dense_share, quantizable_layers
 from ..model.linears import linear_sizes, widest_sizes
 from ..model.targets import resolve
+from .groups import format_of
 from .report import merge_advice
 
 
@@ -125,8 +126,7 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def _inspect_merge(source: Source, base: Base, to: str | None) -> dict[str, Any]:
     """Report how much of the first adapter's update a merge retains."""
     adapted, _ = load_adapters(source, base.model)
-    form = getattr(torch, to) if to in ("float32", "bfloat16", "float16") else to
-    reports = model_merge_report(adapted, form)
+    reports = model_merge_report(adapted, None if to is None else format_of(to))
     return {
         "name": source.names[0],
         "base": describe_base(base),

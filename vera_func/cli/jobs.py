@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..data.batches import Part
 from ..data.dataset import DataSet, split_rows
+from ..data.examples import num_held_out
 from ..data.files import find_files, is_hub_id
 from ..data.tokens import TokenRows
 from .recipe import Run
 
 
-HELD_OUT = 1000  # rows, or a fifth of them if that is less
 MIN_STEPS, MAX_STEPS = 50, 100  # limits of the default number of steps, which is one epoch
 
 
@@ -106,7 +106,7 @@ def make_jobs(
 
 def _split(groups: Tensor, seed: int, source: str) -> tuple[Tensor, Tensor]:
     """Split rows into training and held-out rows. If all rows are from one document, the last rows are held out."""
-    held_out = min(HELD_OUT, -(-len(groups) // 5))
+    held_out = num_held_out(len(groups))
     if len(groups) > 1 and bool((groups == groups[0]).all()):
         first, last = torch.arange(len(groups)).split([len(groups) - held_out, held_out])
         return first, last

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..data.batches import batch_order
-from ..data.examples import HELD_OUT, read_examples, split_examples
-from ..data.metadata import Metadata, with_labels
+from ..data.examples import read_examples, split_examples
+from ..data.metadata import with_labels
 from ..data.models import load_base
 from ..data.objective import with_dropout
-from ..data.prompts import PROMPT, Batch, Encoded, Score, collate
+from ..data.prompts import MAX_TOKENS, PROMPT, Batch, Encoded, Score, collate
 from ..data.task import (
     Task,
     check_prompt,
@@ -36,7 +36,7 @@ from ..model.dora import fold_if_dora
 from ..train.distributed import map_sharded
 from .checkpoints import checkpoint_path, delete_checkpoints
 from .jobs import adapter_names, num_steps, value_of
-from .outputs import BANK, new_adapter, output_folder, save_adapters
+from .outputs import BANK, classifier_metadata, new_adapter, output_folder, save_adapters
 from .recipe import Recipe, Run, Trained, for_training, train_chunks, train_together
 from .report import bar
 
@@ -54,15 +54,14 @@ def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) 
         OSError: If a file or the model is not found, or if the machine is offline (ConnectionError).
     """
     check_prompt(prompt)
-    recipe, max_length = run.recipe, run.max_length or 256
+    recipe, max_length = run.recipe, run.max_length or MAX_TOKENS
     if recipe.checkpointing:
         raise ValueError("--checkpointing supports one data set: to save memory, raise --accumulate instead.")
     out = output_folder(run.out)
     examples = [read_examples(source) for source in sources]
     labels = [sorted({example.label for example in some}) for some in examples]
     splits = [
-        split_examples(some, HELD_OUT, seed=recipe.seed, source=source)
-        for source, some in zip(sources, examples, strict=True)
+        split_examples(some, seed=recipe.seed, source=source) for source, some in zip(sources, examples, strict=True)
     ]
     n, names = len(sources), adapter_names(sources, [(i, None) for i in range(len(sources))])
     counts = [
@@ -92,9 +91,7 @@ def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) 
     trained = train_chunks(n, run.chunk, checkpoint, group, base.model.device)
     seconds = time.perf_counter() - start
     after = scores(tasks, held_out, _unstacked(trained.params, n), map=map_sharded, progress=bar("after", True))
-    metadata = Metadata(
-        base.quant, prompt=prompt, data=list(sources), max_length=None if max_length == 256 else max_length
-    )
+    metadata = classifier_metadata(base, prompt, max_length)._replace(data=list(sources))
     metadata = with_labels(metadata, labels)
     map_sharded(partial(save_adapters, out, adapted, trained.params, names), [metadata])  # on rank 0
     delete_checkpoints(checkpoint)

@@ -32,7 +32,7 @@ from .jobs import Job, make_jobs
 from .outputs import BANK, new_adapter, output_folder, save_adapters
 from .recipe import Recipe, Run, Trained, for_training, train_chunks, train_together
 from .report import bar
-from .scoring import BETA, MAX_LENGTH, length_of, pad_id
+from .scoring import BETA, MAX_LENGTH, length_of
 
 
 def train_language(
@@ -169,33 +169,36 @@ def _references(base: Base, adapted: Adapted, rows: Sequence[TokenRows]) -> list
     """For preferences, the log-probabilities of all rows under the reference, from which training starts."""
     if rows[0].width == 1:
         return [None] * len(rows)
-    options: dict[str, Any] = {"pad_id": pad_id(base), "device": base.model.device, "map": map_sharded}
-    options["progress"] = bar("reference", True)
     return [
-        reference_logprobs(adapted, adapted.params, Part(one, torch.arange(len(one.groups))), **options) for one in rows
-    ]
+        reference_logprobs(
+            adapted, adapted.params, Part(one, torch.arange(len(one.groups))), pad_id=base.pad_id,
+            device=base.model.device, map=map_sharded, progress=bar("reference", True),
+        )
+        for one in rows
+    ]  # fmt: skip
 
 
 def _score(base: Base, adapted: Adapted, params: Params, jobs: Sequence[Job], title: str, *, stacked: bool) -> Scores:
-    place: dict[str, Any] = {"pad_id": pad_id(base), "device": base.model.device, "map": map_sharded}
-    parts = [job.held_out for job in jobs]
-    return score_rows(adapted, params, parts, stacked=stacked, progress=bar(title, True), **place)
+    return score_rows(
+        adapted, params, [job.held_out for job in jobs], stacked=stacked, pad_id=base.pad_id,
+        device=base.model.device, map=map_sharded, progress=bar(title, True),
+    )  # fmt: skip
 
 
 def _train_group(
     base: Base, adapted: Adapted, jobs: Sequence[Job], recipe: Recipe, file: Path, *, shared: bool
 ) -> Trained:
     n, kept = len(jobs), for_training(adapted)
-    place: dict[str, Any] = {"pad_id": pad_id(base), "device": base.model.device}
+    pad_id, device = base.pad_id, base.model.device
     parts, held_out = [job.train for job in jobs], [job.held_out for job in jobs]
     batches = training_batches(
         parts, [job.steps for job in jobs], recipe.batch_size, seed=recipe.seed, micro_batches=recipe.micro_batches,
-        collate=partial(collate_items, parts, dtype=base.dtype, **place),
+        collate=partial(collate_items, parts, dtype=base.dtype, pad_id=pad_id, device=device),
     )  # fmt: skip
     mapping: Callable[..., Any] = map_sharded if shared else map
 
     def metric(params: Params) -> Tensor:
-        return score_rows(kept, params, held_out, stacked=n > 1, map=mapping, **place).loss
+        return score_rows(kept, params, held_out, stacked=n > 1, pad_id=pad_id, device=device, map=mapping).loss
 
     if recipe.checkpointing:
         loss = checkpointed_rows(adapted)

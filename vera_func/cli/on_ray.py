@@ -43,7 +43,7 @@ def evaluate_on_ray(
     prompt: str | None = None,
     limit: int | None = None,
     chunk: int = 8,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Evaluate adapters on a Ray cluster; return the same rows as `vera-func evaluate`.

@@ -105,10 +105,10 @@ Device = Annotated[
 ]
 
 Packing = Annotated[
-    bool,
+    bool | None,
     typer.Option(
         "--packing/--no-packing",
-        help="Pack several texts into each training row, without attention between different texts.",
+        help="Pack several texts into each training row, without attention between different texts (default: packing).",
         rich_help_panel=DATA,
     ),
 ]
@@ -144,10 +144,10 @@ MaxLengthOfRows = Annotated[
     ),
 ]
 TruncateSide = Annotated[
-    Literal["end", "start"],
+    Literal["end", "start"] | None,
     option(
         "--truncate-side",
-        help="Side on which completions, chats and preferences that exceed --max-length are truncated.",
+        help="Side on which completions, chats and preferences that exceed --max-length are truncated (default: end).",
         panel=DATA,
     ),
 ]
@@ -345,8 +345,14 @@ Together = Annotated[int, number("--together", help="Maximum number of adapters 
 
 # Evaluation.
 Chunk = Annotated[int, number("--chunk", help="Number of adapters per forward pass.")]
-BatchSize = Annotated[
-    int, number("--batch-size", help="Number of labelled examples or texts per adapter and forward pass.")
+BatchSize = Annotated[int, number("--batch-size", help="Number of texts per adapter and forward pass.")]
+ExamplesPerPass = Annotated[
+    int | None,
+    number(
+        "--batch-size",
+        help="Number of labelled examples per adapter and forward pass (default: 32); data without labels is batched "
+        "by its number of tokens.",
+    ),
 ]
 Ray = Annotated[
     str | None,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..data.metadata import Metadata, write_metadata
 from ..data.models import Base
+from ..data.prompts import MAX_TOKENS
 from ..io.bank import save_bank
 from ..io.checkpoint import save_adapter
 from ..model.adapt import Adapted, adapt
@@ -48,6 +49,11 @@ def new_adapter(base: Base, r: int, targets: Any, recipe: Recipe) -> Adapted:
         use_dora=recipe.dora,
     )
     return adapt(base.model, config, product_dtype=base.product_dtype)
+
+
+def classifier_metadata(base: Base, prompt: str, max_length: int) -> Metadata:
+    """The metadata of adapters that classify texts, without labels; the default maximum length is not stored."""
+    return Metadata(base.quant, prompt=prompt, max_length=None if max_length == MAX_TOKENS else max_length)
 
 
 def save_adapters(

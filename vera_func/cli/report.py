@@ -87,6 +87,16 @@ def _track(title: str, unit: str, items: Iterable[Any]) -> Iterator[Any]:
         yield from shown.track(items, description=Text(title).markup)
 
 
+def adapters_title(start: int, names: Sequence[str], of: Sequence[str]) -> str:
+    """The title of the progress bar of some adapters, the first of which has the index `start`.
+
+    Example:
+        >>> adapters_title(2, ["c", "d"], "abcde")
+        'adapters 3-4 of 5'
+    """
+    return f"adapters {start + 1}-{start + len(names)} of {len(of)}"
+
+
 @contextmanager
 def training_bar(done: int, steps: int, progress: bool) -> Iterator[Callable[[Any, Any], None]]:
     """Show a progress bar of training on stderr, with the loss, tokens per second and the remaining time.

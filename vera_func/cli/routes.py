@@ -10,7 +10,7 @@ from ..data.dataset import open_dataset, peek_kind
 from ..data.examples import read_examples
 from ..data.files import find_files, is_hub_id
 from ..data.models import Base
-from ..data.prompts import PROMPT
+from ..data.prompts import MAX_TOKENS, PROMPT
 from ..data.sources import Source, check_labels
 from .groups import BaseOptions, TrainOptions, dtype_of
 from .jobs import expand_sources, value_of
@@ -48,7 +48,9 @@ def train(data: Sequence[str], out: str, base: BaseOptions, options: TrainOption
         _ = is_hub_id(source) or find_files(source)  # raises if the file does not exist
     labelled = _kind(sources[0]) == "label"
     if labelled:
+        packing = "--no-packing" if options.packing is False else "--packing"
         _refuse({"--beta": options.beta, "--reference": options.reference}, "with labels")
+        _refuse({"--truncate-side": options.truncate_side, packing: options.packing}, "with labels")
     else:
         _refuse({"--prompt": options.prompt}, "without labels")
     if labelled and len(sources) == 1:
@@ -66,8 +68,8 @@ def train(data: Sequence[str], out: str, base: BaseOptions, options: TrainOption
         from .language import train_language
 
         result = train_language(
-            sources, run, betas=options.beta, reference=options.reference, truncate_side=options.truncate_side,
-            packing=options.packing,
+            sources, run, betas=options.beta, reference=options.reference, truncate_side=options.truncate_side or "end",
+            packing=options.packing is not False,
         )  # fmt: skip
     what = f"--bank {result['bank']}" if "bank" in result else f"--adapter {out}"
     command = f"predict {what} 'A new text.'" if labelled else f"generate {what} 'A prompt'"
@@ -83,7 +85,7 @@ def evaluate(
     prompt: str | None,
     limit: int | None,
     chunk: int,
-    batch_size: int,
+    batch_size: int | None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Run the command `evaluate`, on data of any kind. All rows are checked before the model is loaded."""
@@ -93,18 +95,19 @@ def evaluate(
             "reviews as in the demo: pass data of this kind with --data."
         )
     if data is not None and _kind(data) != "label":
-        _refuse({"--prompt": prompt}, "without labels")
+        _refuse({"--prompt": prompt, "--batch-size": batch_size}, "without labels")
         from .scoring import evaluate_language
 
         rows = open_dataset(data)
         return evaluate_language(source, load(), rows, limit=limit, chunk=chunk, progress=progress)
-    from ..data.examples import HELD_OUT, demo_examples, split_examples
+    from ..data.examples import demo_examples, split_examples
     from .commands import evaluate
 
-    examples = read_examples(data) if data else split_examples(demo_examples(), HELD_OUT, seed=0)[1]
+    examples = read_examples(data) if data else split_examples(demo_examples(), seed=0)[1]
     check_labels(source, {example.label for example in examples})
-    options: dict[str, Any] = {"chunk": chunk, "batch_size": batch_size, "progress": progress}
-    return evaluate(source, load(), examples[:limit], prompt=prompt, **options)
+    return evaluate(
+        source, load(), examples[:limit], prompt=prompt, chunk=chunk, batch_size=batch_size or 32, progress=progress
+    )
 
 
 def _train_classifier(source: str, out: str, base: BaseOptions, options: TrainOptions, json: bool) -> None:
@@ -114,7 +117,7 @@ def _train_classifier(source: str, out: str, base: BaseOptions, options: TrainOp
         base, narrated=False, json=json, data=source, out=out, recipe=_recipe_of(options),
         steps=value_of("--steps", options.steps, 0, 1) if options.steps else None,
         learning_rate=value_of("--learning-rate", options.learning_rate, 0, 1),
-        max_length=options.max_length or 256, **{name: getattr(options, name) for name in same},
+        max_length=options.max_length or MAX_TOKENS, **{name: getattr(options, name) for name in same},
     )  # fmt: skip
 
 

@@ -8,14 +8,12 @@ from ..data.batches import Part
 from ..data.dataset import DataSet
 from ..data.models import Base
 from ..data.objective import reference_logprobs, score_rows
-from ..data.sources import Source, load_adapters
+from ..data.sources import Source, load_adapters, unadapted
 from ..data.tokens import tokenize
 from ..io.bank import open_bank
 from ..io.checkpoint import load_adapter
-from ..model.adapt import Adapted, adapt
-from ..model.config import VeraConfig
 from ..train.distributed import map_sharded
-from .report import bar
+from .report import adapters_title, bar
 
 
 MAX_LENGTH = 512  # the default
@@ -51,30 +49,26 @@ def evaluate_language(
     rows = tokenize(data, base.tokenizer, max_length=length_of(base, source.metadata.max_length), side=side)
     use = torch.arange(len(rows.groups))[:limit]
     adapted, read = load_adapters(source, base.model, base.product_dtype)
-    place: dict[str, Any] = {"pad_id": pad_id(base), "device": base.model.device}
-    reference = None
+    device, reference = base.model.device, None
     if rows.width == 2:
         if source.metadata.reference:
             initial = load_adapter(source.metadata.reference, base.model, product_dtype=base.product_dtype)
         else:
-            initial = _plain(base)
-        show = bar("reference", progress)
+            initial = unadapted(base.model)
         reference = reference_logprobs(
-            initial, initial.params, Part(rows, use), progress=show, map=map_sharded, **place
-        )
+            initial, initial.params, Part(rows, use), pad_id=base.pad_id, device=device, map=map_sharded,
+            progress=bar("reference", progress),
+        )  # fmt: skip
     found = []
     for start in range(0, len(source.names), chunk):
         names = source.names[start : start + chunk]
         parts = [Part(rows, use, _beta(source, name), reference) for name in names]
-        show = bar(f"adapters {start + 1}-{start + len(names)} of {len(source.names)}", progress)
-        scores = score_rows(adapted, read(names), parts, stacked=True, progress=show, map=map_sharded, **place)
+        scores = score_rows(
+            adapted, read(names), parts, stacked=True, pad_id=base.pad_id, device=device, map=map_sharded,
+            progress=bar(adapters_title(start, names, source.names), progress),
+        )  # fmt: skip
         found += [{"name": name, **scores.row(i), "rows": len(use)} for i, name in enumerate(names)]
     return found
-
-
-def _plain(base: Base) -> Adapted:
-    """The base model with a new adapter, whose update is 0."""
-    return adapt(base.model, VeraConfig(r=1, target_modules="all-linear"))
 
 
 def length_of(base: Base, given: int | None) -> int:
@@ -89,12 +83,6 @@ def length_of(base: Base, given: int | None) -> int:
             f"got --max-length {given}, but {base.name} has {most} positions: pass --max-length {most} or less."
         )
     return min(given or MAX_LENGTH, most)
-
-
-def pad_id(base: Base) -> int:
-    """The id of the tokenizer's padding token; without a padding token, the id of the end token, or 0."""
-    ids = (base.tokenizer.pad_token_id, base.tokenizer.eos_token_id)
-    return next((token for token in ids if token is not None), 0)
 
 
 def _beta(source: Source, name: str) -> float:

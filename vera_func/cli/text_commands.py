@@ -2,7 +2,7 @@
 
 import sys
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -86,7 +86,7 @@ def evaluate(
     max_length: o.MaxLengthOfRows = None,
     limit: Annotated[int | None, o.number("--limit", help="Evaluate on the first N rows only.", panel=o.DATA)] = None,
     chunk: o.Chunk = 8,
-    batch_size: o.BatchSize = 32,
+    batch_size: o.ExamplesPerPass = None,
     ray: o.Ray = None,
     out: o.Table = None,
     json: o.Json = False,
@@ -118,13 +118,14 @@ def evaluate(
         check_table_path(out)  # fails before the work, not after it
 
     load = partial(base.load, source)
-    options: dict[str, Any] = {"prompt": prompt, "limit": limit, "chunk": chunk, "batch_size": batch_size}
     if ray:
         from .on_ray import evaluate_on_ray
 
-        rows = evaluate_on_ray(source, load, data, address=ray, **options)
+        rows = evaluate_on_ray(
+            source, load, data, address=ray, prompt=prompt, limit=limit, chunk=chunk, batch_size=batch_size
+        )
     else:
-        rows = evaluate(source, load, data, **options)
+        rows = evaluate(source, load, data, prompt=prompt, limit=limit, chunk=chunk, batch_size=batch_size)
     show_rows(rows, out, json)
 
 
@@ -155,17 +156,19 @@ def predict(
       vera-func predict --adapter vera-demo --data new.csv --out labelled.csv
     """
     from ..data.examples import read_texts
-    from .commands import predict
+    from .commands import check_labels_option, predict
     from .report import check_table_path, show_rows
 
     if texts and data:
         raise ValueError("got texts and --data: pass texts or --data, not both.")
     source = adapters.open(base.model)
+    check_labels_option(source, labels)
     if out:
         check_table_path(out)  # fails before the work, not after it
     texts = texts or (read_texts(data) if data else _lines())
-    options: dict[str, Any] = {"labels": labels or (), "prompt": prompt, "chunk": chunk, "batch_size": batch_size}
-    rows = predict(source, base.load(source), texts, **options)
+    rows = predict(
+        source, base.load(source), texts, labels=labels or (), prompt=prompt, chunk=chunk, batch_size=batch_size
+    )
     show_rows(rows, out, json)
 
 

@@ -53,10 +53,9 @@ def calibrate_answers(
     Raises:
         ValueError: As for `calibrate_weights`.
     """
-    last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in task.accepts else {}
     device = next(adapted.apply.model.parameters()).device
     batches = [
-        {name: batch[name].to(device) for name in batch.keys() & task.accepts} | last
+        {name: batch[name].to(device) for name in batch.keys() & task.accepts} | task.last_position
         for batch in batches_by_length(rows, 16, task.pad_id)
     ]
     moments = second_moments(

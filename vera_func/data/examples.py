@@ -10,7 +10,7 @@ from .files import Row, source_rows
 from .kinds import check_row, text
 
 
-HELD_OUT = 1000  # examples that the demo and `vera-func train` hold out to measure the accuracy
+HELD_OUT = 1000  # examples or rows that the demo and `vera-func train` hold out at most
 
 
 class Example(NamedTuple):
@@ -145,16 +145,26 @@ def demo_examples() -> list[Example]:
     return polar_examples(load_snippets("movie"))
 
 
+def num_held_out(count: int, most: int = HELD_OUT) -> int:
+    """The number of examples to hold out of `count` examples: a fifth, at most `most`.
+
+    Example:
+        >>> num_held_out(12), num_held_out(9000)
+        (3, 1000)
+    """
+    return min(most, -(-count // 5))
+
+
 def split_examples(
-    examples: Sequence[Example], most: int, *, seed: int, source: str | Path | None = None
+    examples: Sequence[Example], most: int = HELD_OUT, *, seed: int, source: str | Path | None = None
 ) -> tuple[list[Example], list[Example]]:
-    """Split examples with `split`, and hold out `most` examples or a fifth of all examples, whichever is less.
+    """Split examples with `split`, and hold out `num_held_out` examples.
 
     Raises:
         ValueError: As for `split`; the message begins with `source`.
     """
     try:
-        return split(examples, min(most, -(-len(examples) // 5)), seed=seed)
+        return split(examples, num_held_out(len(examples), most), seed=seed)
     except ValueError as error:
         raise ValueError(f"{source}: {error}" if source else str(error)) from None
 

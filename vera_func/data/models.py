@@ -8,6 +8,7 @@ import torch
 from ..model.convert import quantize_model, quantized_format
 from ..quant.quantize import QUANTIZERS
 from .assets import SMOLLM2_NAME, quiet_transformers
+from .prompts import MAX_TOKENS
 from .smollm2 import load_smollm2
 
 
@@ -41,13 +42,19 @@ class Base(NamedTuple):
         """
         return torch.bfloat16 if self.dtype == torch.bfloat16 else None
 
+    @property
+    def pad_id(self) -> int:
+        """The token to pad with: the tokenizer's padding token, else its EOS token as in transformers, else 0."""
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in ids if token is not None), 0)
+
 
 def load_base(
     name: str | None = None,
     quant: str | None = None,
     dtype: torch.dtype | None = None,
     *,
-    max_tokens: int = 256,
+    max_tokens: int = MAX_TOKENS,
     device: str = "cpu",
 ) -> Base:
     """Load a causal language model, and quantize its linear layers except for the output head.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .examples import Example
 
 PROMPT = "Review: {text}\nSentiment:"
+MAX_TOKENS = 256  # default maximum length of a prompt
 Batch = dict[str, Tensor]
 
 
@@ -75,7 +76,7 @@ def encode(
     examples: "Sequence[Example]",
     labels: Sequence[str],
     *,
-    max_tokens: int = 256,
+    max_tokens: int = MAX_TOKENS,
     prompt: str = PROMPT,
 ) -> list[Encoded]:
     """Tokenize examples as prompts. In a prompt of more than `max_tokens` tokens, the end of the text is cut off.

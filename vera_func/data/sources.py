@@ -22,7 +22,7 @@ from ..model.config import VeraConfig
 from ..model.dora import fold_if_dora
 from .metadata import Metadata, metadata_file, read_metadata, with_labels_of
 from .models import Base, load_base
-from .prompts import PROMPT
+from .prompts import MAX_TOKENS, PROMPT
 from .task import Task, make_task
 
 
@@ -109,7 +109,7 @@ def base_of(
     """
     if source.path is not None and not source.model:
         raise ValueError(f"{source.path} does not name its base model: pass --model.")
-    max_tokens = max_tokens or source.metadata.max_length or 256
+    max_tokens = max_tokens or source.metadata.max_length or MAX_TOKENS
     return load_base(source.model, quant or source.metadata.quant, dtype, max_tokens=max_tokens, device=device)
 
 
@@ -129,8 +129,7 @@ def load_adapters(
         ValueError: If the adapters do not fit the model.
     """
     if source.path is None:
-        # A new adapter, whose update is 0, is equivalent to the base.
-        adapted = adapt(model, VeraConfig(r=1, target_modules="all-linear"))
+        adapted = unadapted(model)
         return adapted, lambda names: stack_adapters([adapted.params] * len(names))
     if source.path.is_dir():
         adapted = load_adapter(source.path, model, product_dtype=product_dtype)
@@ -146,6 +145,11 @@ def load_adapters(
         return dict(fold_if_dora(adapted.apply, stacked, adapted.frozen))
 
     return adapted, read
+
+
+def unadapted(model: nn.Module) -> Adapted:
+    """The base model alone, as a model with a new adapter, whose update is 0."""
+    return adapt(model, VeraConfig(r=1, target_modules="all-linear"))
 
 
 def task_of(source: Source, base: Base, labels: Iterable[str], prompt: str | None) -> Task:

@@ -19,7 +19,18 @@ from ..model.head import token_logits
 from ..model.vmap import vmap_adapters
 from .examples import Example
 from .models import Base
-from .prompts import PROMPT, Batch, Encoded, Score, accepted_arguments, answer_ids, answer_loss, encode, score
+from .prompts import (
+    MAX_TOKENS,
+    PROMPT,
+    Batch,
+    Encoded,
+    Score,
+    accepted_arguments,
+    answer_ids,
+    answer_loss,
+    encode,
+    score,
+)
 
 
 class Task(NamedTuple):
@@ -39,7 +50,12 @@ class Task(NamedTuple):
     answers: Tensor
     pad_id: int
     accepts: frozenset[str]
-    max_tokens: int = 256
+    max_tokens: int = MAX_TOKENS
+
+    @property
+    def last_position(self) -> dict[str, Any]:
+        """The argument of the model with which only the last position has logits; empty if the model has none."""
+        return {"logits_to_keep": 1} if "logits_to_keep" in self.accepts else {}
 
 
 def make_task(base: Base, labels: Sequence[str], prompt: str = PROMPT) -> Task:
@@ -49,7 +65,7 @@ def make_task(base: Base, labels: Sequence[str], prompt: str = PROMPT) -> Task:
         ValueError: If `check_prompt` rejects the prompt, or if two labels begin with the same token.
     """
     answers = answer_ids(base.tokenizer, labels, check_prompt(prompt))
-    return Task(list(labels), prompt, answers, base.tokenizer.pad_token_id or 0, accepted_arguments(base.model))
+    return Task(list(labels), prompt, answers, base.pad_id, accepted_arguments(base.model))
 
 
 def join_tasks(tasks: Sequence[Task]) -> tuple[Task, Int[Tensor, "n labels"]]:
@@ -133,10 +149,9 @@ def logits_of(
     `logits_to_keep`, the head is applied only at the last position.
     """
     answers = task.answers.tolist()
-    last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in task.accepts else {}
 
     def logits(params: Params, frozen: Params, **inputs: Tensor) -> Tensor:
-        return token_logits(adapted.apply, params, frozen, answers, **inputs, **last)[:, -1]
+        return token_logits(adapted.apply, params, frozen, answers, **inputs, **task.last_position)[:, -1]
 
     many = vmap_adapters(logits, in_dims=None) if stacked else logits
 

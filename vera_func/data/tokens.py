@@ -136,9 +136,7 @@ def prompt_tokens(full: Sequence[int], prompt: Sequence[int]) -> Tokens:
         >>> prompt_tokens([5, 6, 7, 2], [5, 6, 2])
         Tokens(ids=[5, 6, 7, 2], labels=[-100, -100, 7, 2])
     """
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(full, prompt, strict=False)) if a != b), min(len(full), len(prompt))
-    )
+    shared = _common(full, prompt)
     return Tokens(list(full), [IGNORED] * shared + list(full[shared:]))
 
 
