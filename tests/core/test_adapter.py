@@ -455,7 +455,7 @@ bad("vera_forward", "lambda_b too short", lambda _: forward({"lambda_b": ones(31
 bad("vera_forward", "a base of one output", lambda _: forward(base=lambda x: x[..., :1]), r"has shape \(3, 1\)")
 bad("vera_forward", "half a mixture", lambda _: forward({"mixture": ones(2)}), r"mixture \(2,\), .* must have")
 bad("vera_forward", "half the pair", lambda _: forward(frozen={"vera_A": ones(4, 64)}), r"frozen lacks \['vera_B'\]")
-bad("vera_forward", "a flat A", lambda _: forward(frozen=PAIR | {"vera_A": ones(4)}), r"vera_A \(4,\) .*must have")
+bad("vera_forward", "a flat A", lambda _: forward(frozen=PAIR | {"vera_A": ones(4)}), r"vera_A must have .*got \(4,\)")
 bad("vera_forward", "a stack of A", lambda _: forward(frozen=PAIR | {"vera_A": ones(4, 64, 1)}), r"\(4, 64, 1\)")
 bad("vera_forward", "a narrow A", lambda _: forward(frozen=vf.init_projections(4, 63, 32)), "layer is 64 -> 32, but")
 bad(
@@ -465,7 +465,7 @@ bad(
 bad("vera_forward", "a scalar x", lambda _: forward(x=ones(())), r"x must be a floating-point tensor .*got \(\)")
 bad("vera_forward", "x of integers", lambda _: forward(x=X.long()), r"got \(3, 64\) torch.int64")
 bad("vera_forward", "x as a list", lambda _: forward(x=[1.0] * 64), "got list")
-bad("vera_forward", "x without features", lambda _: forward(x=ones(3, 0)), "positive in, got in = 0")
+bad("vera_forward", "x without features", lambda _: forward(x=ones(3, 0)), "got in = 0")
 bad("vera_forward", "a mask for others", lambda _: forward(mask=ones(5)), r"dropout_mask \(5,\) does not broadcast")
 
 for size in (0, -1):

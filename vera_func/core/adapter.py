@@ -45,13 +45,13 @@ def init_params(
     device: torch.device | str = "cpu",
     weight: Float[Tensor, "out in"] | None = None,
 ) -> dict[str, Tensor]:
-    """Return a new adapter with `lambda_b = 0` and `lambda_d = d_initial`, whose update of the layer is zero.
+    """Return a new adapter of one layer, with `lambda_b = 0` and `lambda_d = d_initial`: the update is zero.
 
     Args:
         r: Rank of the projections that the adapter will be used with.
         out_features: Output size of the layer.
         d_initial: Initial value of `lambda_d`; table 6c of the VeRA paper recommends at most 0.1.
-        dtype: Dtype of both vectors, in which the update is computed.
+        dtype: Dtype of both vectors. `vera_forward` computes the update in the dtype of the vectors.
         device: Device of both vectors.
         weight: The dense base weight, for a DVoRA adapter: the initial magnitude is the norm of each row, in float32 or
             wider. None for VeRA.
@@ -100,8 +100,8 @@ def vera_forward(
 ) -> Float[Tensor, "*batch out"]:
     """Compute the output of an adapted layer, `base_fn(x) + lambda_b * (B (lambda_d * (A x)))`.
 
-    The update costs `r (in + out)` multiply-adds per row of `x`, without forming ΔW. For backward, the update saves `A
-    x`, r values per row; the backward pass computes the product with `B` again. As in PEFT, the update is computed in
+    The update costs `r (in + out)` multiply-adds per row of `x`, without forming ΔW. Autograd saves `A x` (r values per
+    row), but not the product with `B`, which the backward pass computes again. As in PEFT, the update is computed in
     the dtype of the vectors and added to the base output. The sum is cast to the dtype of the base output, and then to
     the dtype of `x`.
 
@@ -113,27 +113,27 @@ def vera_forward(
         M = |lambda_b| * (|B| (|lambda_d| * (|A| |x|)))    (elementwise absolute values)
 
     Rounding `A x`, `h` and `B h` changes the update by at most 3 u M, to first order in u. Rounding `A`, `B` and `x`
-    adds at most u M each. For a base layer that is dense in `product_dtype`, or 4-bit with this compute dtype, rounding
-    `A` and `B` usually adds nothing, because PEFT and `adapt` round the projections of such layers. Summation in
-    float32 adds at most (in + r) 2^-24 M, with or without `product_dtype`. Rounding errors partly cancel: in norm, the
-    relative error of the update is about 0.7 u, or 1 u if `A`, `B` and `x` are rounded too. Gradients with respect to
-    the vectors have the same bounds, with M computed from the absolute values of all factors.
+    adds at most u M each. If the base layer is dense in `product_dtype`, or 4-bit with `product_dtype` as compute
+    dtype, rounding `A` and `B` usually adds nothing, because PEFT and `adapt` have already rounded the projections.
+    Summation in float32 adds at most (in + r) 2^-24 M, with or without `product_dtype`. Rounding errors partly cancel:
+    in norm, the relative error of the update is about 0.7 u, or 1 u if `A`, `B` and `x` are rounded too. Gradients with
+    respect to the vectors have the same bounds, with M computed from the absolute values of all factors.
 
     Args:
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`. The axes `*rows` of a vector, if any, must equal
-            the first axes of `x`. With the key `"mixture"`, weights of shape (*rows, k), the vectors have shapes
-            (*rows, k, out) and (*rows, k, r), and each row gets a weighted sum of `k` updates. With the key
-            `"magnitude"` or `"output_scale"` (see `dora.fold_layer`), of shape (*rows, out), the layer is a DVoRA
-            layer.
+            the first axes of `x`. If `params` has the key `"mixture"`, with weights of shape (*rows, k), each row gets
+            a weighted sum of `k` updates, and the vectors have shapes (*rows, k, out) and (*rows, k, r). If `params`
+            has the key `"magnitude"` or `"output_scale"` (see `dora.fold_layer`), of shape (*rows, out), the layer is a
+            DVoRA layer.
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`; the first `in` columns of A and `out` rows of B are
-            used. For an adapter with a magnitude, add the statistics from `dora.norm_statistics`; otherwise, each call
-            computes the base weight as `base_fn(identity)`, a product with `in` rows.
+            used. For an adapter with a magnitude, add the statistics from `dora.norm_statistics`. Without these
+            statistics, each call computes the base weight as `base_fn(identity)`, a product with `in` rows.
         x: Input of shape (*batch, in).
-        base_fn: The frozen layer, from (*batch, in) to (*batch, out).
+        base_fn: Function that computes the frozen layer, from (*batch, in) to (*batch, out).
         dropout_mask: Mask that multiplies the input of `A`, while the base layer gets `x` itself. The mask must
             broadcast to the shape of `x`; the function `dropout_mask` draws such a mask. None means no dropout.
-        product_dtype: Dtype of the products with `A` and `B`, either bfloat16 or float16. Results above 65,504 overflow
-            float16. None means the dtype of the vectors.
+        product_dtype: Dtype of the products with `A` and `B`: bfloat16, float16 (products above 65,504 overflow), or
+            None for the dtype of the vectors.
         bias: The bias that `base_fn` adds, which DVoRA does not scale. None means no bias. Ignored for VeRA.
         differentiate_norm: Whether to differentiate through the row norms of DVoRA. With False, the norms are
             constants, as in the DoRA paper.
@@ -166,19 +166,19 @@ def delta_weight(
 ) -> Float[Tensor, "*rows out in"]:
     """Return the dense update `diag(lambda_b) B diag(lambda_d) A`, in the dtype of the vectors.
 
-    This costs `r out in` multiply-adds and the memory of an (out, in) tensor. Use `delta_weight` for merging and
-    inspection, not in the forward pass.
+    The computation costs `r out in` multiply-adds and the memory of an (out, in) tensor. Use `delta_weight` for merging
+    and inspection, not in the forward pass.
 
     Args:
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`.
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         in_features: Input size of the layer, which the shapes of `params` do not determine.
         weight: The dense base weight W, required for DVoRA. With magnitude m, DVoRA's update is `m (W + ΔW) / ‖W + ΔW‖
-            - W`, with the norm of each row. Ignored for VeRA.
+            - W`, where ‖·‖ is the norm of each row. Ignored for VeRA.
 
     Raises:
-        ValueError: If the rows of the vectors do not match, if the projections have another rank than the vectors or
-            are smaller than the layer, or if a DVoRA adapter is given without a weight.
+        ValueError: If the leading axes of the vectors do not match, if the projections have another rank than the
+            vectors or are smaller than the layer, or if a DVoRA adapter is given without a weight.
 
     Example:
         >>> import torch
@@ -252,7 +252,7 @@ def forward(
     bias: Tensor | None = None,
     differentiate_norm: bool = False,
 ) -> Float[Tensor, "*batch out"]:
-    """Compute `vera_forward`; without a dropout mask, `project`, such as a `SharedProduct`, computes `A x`."""
+    """Compute `vera_forward`. Without a dropout mask, `project` (for example a `SharedProduct`) computes `A x`."""
     lambda_b, lambda_d, mixture = _vectors(params)
     require_rows_of_floats(x)
     if MAGNITUDE in params:
@@ -293,7 +293,7 @@ def forward(
 def _with_statistics(
     frozen: Mapping[str, Tensor], x: Tensor, base_fn: BaseFn, bias: Tensor | None
 ) -> Mapping[str, Tensor]:
-    """Return `frozen` with the norm statistics of the layer, computing missing statistics."""
+    """Return `frozen` with the norm statistics of the layer, which are computed if they are missing."""
     if any(name in frozen for name in STATISTICS):
         return frozen
     with without_autocast(x.device):
@@ -335,15 +335,17 @@ def _projections(
     in_features: int,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the slices of the projections that this layer uses, in `dtype` or else in the dtype of `lambda_d`."""
+    """Return the slices of the projections that this layer uses, in `dtype` (by default that of `lambda_d`)."""
     if missing := [name for name in PROJECTIONS if name not in frozen]:
         raise ValueError(f"frozen lacks {missing}; init_projections draws both.")
     A, B = frozen["vera_A"], frozen["vera_B"]
     out_features, r = lambda_b.shape[-1], lambda_d.shape[-1]
-    if in_features < 1 or A.dim() != 2 or B.dim() != 2:
+    if in_features < 1:
+        raise ValueError(f"the layer must have at least one input feature, got in = {in_features}.")
+    if A.dim() != 2 or B.dim() != 2:
         raise ValueError(
-            f"vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} must have shapes (r, >= in) and (>= out, r), "
-            f"with a positive in, got in = {in_features}."
+            f"vera_A must have shape (r, >= {in_features}) and vera_B (>= {out_features}, r), got {tuple(A.shape)} and "
+            f"{tuple(B.shape)}."
         )
     # torch 2.13 accepts a product of a CPU tensor with a meta tensor, and returns uninitialised memory.
     if not A.device == B.device == lambda_d.device == lambda_b.device:

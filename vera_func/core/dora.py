@@ -51,7 +51,7 @@ def norm_statistics(weight: Float[Tensor, "out in"], frozen: Mapping[str, Tensor
 
     Args:
         weight: The dense base weight, for example from `dequantize`.
-        frozen: Projections `{"vera_A": (r, >= in), ...}`. The statistics are not valid for other projections.
+        frozen: Projections `{"vera_A": (r, >= in), ...}`. The statistics are valid only for this `vera_A`.
 
     Returns:
         `{"square_norm": (out,), "C": (out, r), "G": (r, r)}`, in float32 or wider.
@@ -88,7 +88,7 @@ def fold_layer(
     """Convert DVoRA params of a layer to `{"lambda_b": s * lambda_b, "lambda_d": lambda_d, "output_scale": s}`.
 
     The scale s is the magnitude divided by the norm of each row of `W + ΔW`; for a row of zeros, s is the magnitude.
-    This costs `out r²` multiply-adds for each adapter.
+    The conversion costs `out r²` multiply-adds for each adapter.
 
     Args:
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r), "magnitude": (*rows, out)}`. Rows for which
@@ -215,7 +215,7 @@ def _checked(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> tupl
 
 
 def _with_share(params: Mapping[str, Tensor], name: str, scale: Tensor) -> Tensor:
-    """Add the weight of the base model in each row (see `select_adapters`) to the scale: the base has scale 1."""
+    """Add each row's share of the base model (see `select_adapters`) to the scale, because the base has scale 1."""
     share = params.get(join_key(name, BASE_SHARE))
     return scale if share is None else scale + with_dims(share[..., None], scale.dim())
 

@@ -144,7 +144,7 @@ def _differentiate(
 
 
 class _Outer:
-    """The part of the autograd graph outside of a function, whose own leaves have the ids `own`."""
+    """The autograd graph outside of a function. `own` contains the ids of the function's own leaves."""
 
     def __init__(self, own: set[int]) -> None:
         self.own = own

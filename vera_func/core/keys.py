@@ -4,7 +4,7 @@ The leaf names `lambda_b` and `lambda_d` mark the adapter vectors of a module. D
 which `dora.fold_layer` replaces by `output_scale`. The leaf `mixture` contains the weights of a sum of adapters. Any
 other leaf is a parameter of the base model, such as a trained bias or head. The value of a key such as
 `"classifier.weight.base_share"` is a factor f: the base model's `classifier.weight`, times f, is added to
-`"classifier.weight"`. The output scale of the base model is 1.
+`"classifier.weight"`. For DVoRA, the base model counts as an adapter with output scale 1.
 """
 
 from collections.abc import Iterable
@@ -41,7 +41,7 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def is_vector(key: str) -> bool:
-    """Whether a key belongs to an adapter vector, `lambda_b`, `lambda_d`, a magnitude or an output scale.
+    """Whether a key belongs to an adapter vector: `lambda_b`, `lambda_d`, `magnitude` or `output_scale`.
 
     Example:
         >>> is_vector("q_proj.lambda_b"), is_vector("classifier.weight")
