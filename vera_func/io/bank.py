@@ -55,8 +55,8 @@ class Bank:
     def read(self, names: Sequence[str | int] | None = None) -> dict[str, Tensor]:
         """Return the stacked params of the given adapters, in the given order. No other adapters are read.
 
-        Consecutive rows are memory-mapped, not copied. Do not overwrite the file in place while the params are in use.
-        Replacing the file, as this library does, is safe.
+        Consecutive rows are memory-mapped, so do not overwrite the file in place while the params are in use. Renaming
+        a new file to the path, as `save_bank` does, is safe.
 
         Args:
             names: Names or row indices of the adapters. None means all adapters.
@@ -93,7 +93,7 @@ class Bank:
         Args:
             model: The base model, which is not modified.
             names: Names or row indices of the adapters. None means all adapters.
-            dtype: Dtype of vectors and projections; None keeps the dtypes of the file, and memory-mapped tensors.
+            dtype: Dtype of vectors and projections. None keeps the tensors of the file, which are memory-mapped.
             int8_activations: See `adapt`.
             product_dtype: See `adapt`.
 

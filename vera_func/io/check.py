@@ -26,7 +26,7 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
     """Check that params, projections and configuration form one valid adapter.
 
     Raises:
-        ValueError: If `config.target_modules` is None or "all-linear". Also if a vector or projection is missing or
+        ValueError: If `config.target_modules` is None or "all-linear", or if a vector or projection is missing or
             stacked, does not have the rank `config.r`, is not a floating-point tensor, or holds NaN or inf.
     """
     if not isinstance(config, VeraConfig):

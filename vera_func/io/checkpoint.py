@@ -53,7 +53,8 @@ def save_adapter(
         params: Params of a single adapter, with the keys that `adapt` returned.
         frozen: The projections, written only if `config.save_projection` is True.
         config: The configuration that `adapt` returned, with explicit target modules.
-        adapter_name: Name of the adapter. Any name but "default" is also the name of its sub-folder.
+        adapter_name: Name of the adapter. An adapter with a name other than "default" is written to a sub-folder of
+            that name.
         card: Whether to write a model card, `README.md`, which describes the adapter and how to load it. An existing
             card is replaced.
         metrics: Evaluation results for the card, by name.
@@ -62,9 +63,9 @@ def save_adapter(
         The directory that was written.
 
     Raises:
-        ValueError: If params are stacked, hold NaN or inf, or do not fit the projections. Also if the target modules
-            are not explicit, if a metric is not a number, or if metrics are given without `card=True`. All arguments
-            are checked before a file is written.
+        ValueError: If params are stacked, hold NaN or inf, or do not fit the projections; if the target modules are not
+            explicit; if a metric is not a number; or if metrics are given without `card=True`. All arguments are
+            checked before a file is written.
 
     Example:
         >>> import tempfile
@@ -121,11 +122,12 @@ def load_adapter(
         path: A directory, or a repository of the hub such as `"user/repo"`. An existing local path takes precedence
             over a repository of the same name. The package huggingface_hub caches repositories, also for offline use.
         model: The base model, which is not modified.
-        adapter_name: Name of the adapter. Any name but "default" is also the name of its sub-folder.
+        adapter_name: Name of the adapter. An adapter with a name other than "default" is read from the sub-folder of
+            that name.
         revision: Branch, tag or commit of the repository. None means the main branch.
         subfolder: Folder of the adapter in the directory or repository.
         dtype: Dtype of the vectors and projections, and therefore of the adapter's arithmetic. The default, float32, is
-            also the default in PEFT. None keeps the dtype of the file.
+            also the default in PEFT. If `dtype` is None, tensors keep the dtypes of the file.
         int8_activations: See `adapt`.
         product_dtype: See `adapt`. The product dtype is not stored in adapter files.
         ignore_unknown: Whether to ignore unknown tensors and configuration fields, for example those of a newer version

@@ -19,7 +19,7 @@ from torch import Tensor
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder, and rename it to `file` if the block succeeds.
+    """Yield a temporary path in the folder of `file`, and rename it to `file` if the block succeeds.
 
     The write is atomic: after a crash, `file` has either its old or its new content. A killed process may leave the
     temporary file `.{name of the file}.{random}` behind.

@@ -83,7 +83,7 @@ def permute_rows(weight: Tensor, heads: int) -> Tensor:
 
 
 def _names(factors: Mapping[str, tuple[Tensor, Tensor]], architecture: str, config: Any) -> dict[str, str]:
-    """Return the name that each layer's weight has in GGUF, by module name."""
+    """Return the GGUF name of each layer's weight, by module name."""
     import gguf
 
     kind = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)

@@ -1,6 +1,7 @@
 """Find the files of an adapter, in a local directory or in a repository of the Hugging Face hub.
 
-A repository has the same files as a local adapter directory. The package `huggingface_hub` downloads and caches them.
+A repository has the same files as a local adapter directory. The package `huggingface_hub` downloads and caches
+repositories.
 """
 
 import os
@@ -37,7 +38,8 @@ def find_adapter(
     """Return the local folder with an adapter's files. A repository is downloaded into huggingface_hub's cache.
 
     Args:
-        path: A directory, or a repository such as `"user/repo"`. An existing local path takes precedence.
+        path: A directory, or a repository such as `"user/repo"`. An existing local path takes precedence over a
+            repository of the same name.
         adapter_name: See `load_adapter`.
         revision: Branch, tag or commit of the repository.
         subfolder: Folder of the adapter in the directory or repository.

@@ -72,7 +72,7 @@ def export_lora(
         frozen: The projections.
         config: The configuration that `adapt` returned.
         model: The base model, which determines the layer sizes.
-        rank: Rank of the LoRA. None means `config.r`.
+        rank: Rank of the LoRA; None means `config.r`.
         format: "peft", or "gguf" for llama.cpp (`--lora`). GGUF needs the package gguf, a model of the type llama,
             mistral or qwen2, and an adapter without trained heads, trained biases or DVoRA.
 
@@ -80,8 +80,8 @@ def export_lora(
         The path that was written, and the relative truncation error of each layer.
 
     Raises:
-        ValueError: If the adapter holds NaN or inf, or does not fit the model. Also if `rank` or `format` is invalid,
-            or if llama.cpp can't load the adapter.
+        ValueError: If the adapter holds NaN or inf, or does not fit the model; if `rank` or `format` is invalid; or if
+            llama.cpp can't load the adapter.
         FileExistsError: If the directory already contains a VeRA adapter.
 
     Example:
@@ -193,7 +193,7 @@ def _write_peft(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, T
 
 
 def _short_targets(layers: list[str], model: nn.Module) -> list[str] | str:
-    """Return `target_modules`: short names such as "q_proj", or exact names if the short names match other modules."""
+    """Return `target_modules`: short names such as "q_proj" if they match only `layers`, else the exact names."""
     ends = sorted({split_key(name)[1] for name in layers})
     if not all(ends):  # the model itself is the layer
         return layers

@@ -1,7 +1,8 @@
 """Convert an adapted model to an `nn.Module` that transformers' Trainer can train and save as an adapter.
 
 The script below fine-tunes a 4-bit model. Each checkpoint is an adapter directory, which `load_adapter` and PEFT read.
-If the script was interrupted, it resumes from the last checkpoint. At the end, Trainer loads the best checkpoint.
+After an interruption, a new run of the script resumes from the last checkpoint. At the end, Trainer loads the best
+checkpoint.
 
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization)
@@ -35,7 +36,7 @@ from .files import replacing
 
 
 def to_module(adapted: Adapted) -> nn.Module:
-    """Return the adapted model as an `nn.Module` of the model's class, whose trainable parameters are the params.
+    """Return the adapted model as an `nn.Module` of the model's class, with the params as trainable parameters.
 
     Use the module with APIs that require an `nn.Module`: transformers' Trainer, `torch.optim` optimizers, or activation
     checkpointing, which `torch.func` does not support. The frozen weights share memory with the base model. The
@@ -98,7 +99,7 @@ class SavePretrained:
             is_main_process: If False, nothing is written.
             state_dict: Values to write instead of the module's current parameters, by name.
             push_to_hub: Not supported; call `module.push_to_hub(name)`.
-            ignored: Options that apply only to full models, such as `max_shard_size`.
+            ignored: Options for saving full models, such as `max_shard_size`, which do not apply to adapters.
         """
         if push_to_hub:
             raise ValueError("save_pretrained does not support push_to_hub=True: call module.push_to_hub(repository).")

@@ -52,9 +52,9 @@ def from_peft(
         `(apply, params, frozen, config)`, as from `adapt`, with the dtypes and devices of the PEFT model.
 
     Raises:
-        ValueError: If `peft_model` is not a `PeftModel`, or has no VeRA adapter of the given name. Also if an adapter
-            is merged into the base, or if several adapters are active and `adapter_name` is None. Also if the adapter
-            holds NaN or inf, or uses PEFT features that `params` can't represent.
+        ValueError: If `peft_model` is not a `PeftModel`, or has no VeRA adapter of the given name; if an adapter is
+            merged into the base; if several adapters are active and `adapter_name` is None; or if the adapter holds NaN
+            or inf, or uses PEFT features that `params` can't represent.
 
     Example:
         >>> import peft
@@ -75,7 +75,7 @@ def from_peft(
     if merged:
         raise ValueError(
             f"the PeftModel has merged the adapters {sorted(merged)} into its base. Call peft_model.unmerge_adapter() "
-            "first. If the base is quantized or 16-bit, load the base again instead, because unmerging does not "
+            "first. If the base is quantized or 16-bit, load the base again instead of unmerging, which does not "
             "restore the weights exactly."
         )
     layers = {path: layer for path, layer in layers.items() if name in layer.vera_lambda_d}

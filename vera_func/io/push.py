@@ -24,8 +24,8 @@ def push_adapter(
     """Push an adapter directory to a repository of the Hugging Face hub, in one commit.
 
     `load_adapter(repository, model)` loads the pushed adapter. The repository is created if it does not exist. Only
-    `adapter_config.json`, `adapter_model.safetensors`, the model card `README.md`, and `vera_func.json` from the
-    command line are pushed. If the directory has no model card, a card is generated.
+    `adapter_config.json`, `adapter_model.safetensors`, the model card `README.md`, and the command line's
+    `vera_func.json` are pushed. If the directory has no model card, a card is generated.
 
     Args:
         path: A directory as written by `save_adapter` or PEFT. The directory is not modified.
