@@ -17,14 +17,14 @@ Quantized weights:
     quantize_4bit, quantize_8bit    quantize a weight, bit for bit as bitsandbytes does
     Quantized4bit, Quantized8bit    quantized weights as immutable values, which are pytrees
     dequantize          the dense weight of a quantized weight
-    quantized_linear    a linear layer with a quantized weight, under every transform
+    quantized_linear    a linear layer with a quantized weight, which works under every transform
     validate            check a quantized weight that another program made
     from_bnb, to_bnb    convert bitsandbytes' modules to quantized weights, and back
 
 A model:
     VeraConfig          the layers to adapt, and how; the fields are PEFT's
     adapt               make `(apply, params, frozen, config)` from a model and a configuration
-    Adapted, Apply      the types of the result of `adapt`, and of `apply`, which is the model as a pure function
+    Adapted, Apply      the tuple that `adapt` returns, and the type of `apply` (the model as a pure function)
     to_module           the adapted model as an `nn.Module`, for Trainer and activation checkpointing
     quantize_model      a copy of a model with quantized linear layers
     dequantize_model    a copy of a model with dense linear layers
@@ -59,7 +59,7 @@ Merging:
 Files:
     save_adapter, load_adapter   write and read PEFT's adapter directories
     from_peft           convert the adapter of a `peft.PeftModel` in memory
-    export_lora         write an adapter as an equal LoRA, in PEFT's format
+    export_lora         write an adapter as a LoRA with the same update, for PEFT or llama.cpp
     save_bank, open_bank, Bank   write and read many adapters in one file
     save_quantized, load_quantized    write and read a quantized model, without quantizing again
 

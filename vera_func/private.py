@@ -56,7 +56,7 @@ def tree_flatten_with_path(tree: Any) -> list[tuple[str, Any]]:
 
 
 def watch_operations(run: Callable[[str, Callable[..., Any], tuple, dict[str, Any]], Any]) -> AbstractContextManager:
-    """Return a context manager that calls `run(name, operation, args, kwargs)` instead of tensor operations.
+    """Return a context manager that calls `run(name, operation, args, kwargs)` in place of each tensor operation.
 
     `run` is called below autograd. The base class, `TorchDispatchMode`, is documented only in torch's notes.
     """
@@ -130,7 +130,7 @@ def keep_signature(function: type) -> type:
 
 
 def apply_function(function: Any, *args: Any) -> Any:
-    """Call `function.apply(*args)` of an autograd Function; all arguments of `forward` are given by position.
+    """Call `function.apply(*args)` of an autograd Function. `args` must contain every argument of `forward`.
 
     `Function.apply` binds the arguments to the signature of `forward`, which takes as long as a small product. Outside
     of transforms, this function therefore calls the `apply` of the base class. In torch 2.14, the base class binds the
@@ -284,9 +284,9 @@ def bnb_function(name: str, arguments: str) -> Callable[..., None] | None:
     """Return a C function of bitsandbytes' library for CPUs, or None if the operators must be called instead.
 
     An operator has ten times the overhead of a C function. `arguments` has a letter for each argument: n for a 64-bit
-    integer, p for an address. C functions do not check arguments, so the result is None for releases of bitsandbytes
-    other than 0.50, for which the calls in this package were not verified. For the fused product, the result is also
-    None if the package `kernels` is installed, because the operator then uses the kernel of that package.
+    integer, p for an address. C functions do not check arguments, and the calls in this package were verified only for
+    bitsandbytes 0.50, so the result is None for other releases. For the fused product, the result is also None if the
+    package `kernels` is installed, because the operator then uses the kernel of that package.
     """
     import ctypes
 

@@ -34,7 +34,7 @@ def from_bnb(module: nn.Module) -> tuple[Quantized, Tensor | None]:
     The module is not changed. A weight that is not quantized yet is quantized into a copy, as bitsandbytes does when
     the module is moved to a device. In eval mode on a CPU with AVX512-BF16, the forward pass of a 4-bit module repacks
     the weight in place, and rounds the scales to bfloat16. A repacked weight is unpacked into a copy, with the rounded
-    scales. Any other weight shares memory with the module.
+    scales. A quantized weight that is not repacked shares memory with the module.
 
     Args:
         module: `bitsandbytes.nn.Linear4bit` or `Linear8bitLt`.

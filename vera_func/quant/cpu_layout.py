@@ -26,16 +26,16 @@ FUSED_ROWS = 32
 def fused_weight(q: Quantized, max_rows: int | None = FUSED_ROWS) -> FusedWeight | None:
     """Copy a 4-bit weight into the layout of bitsandbytes' fused kernel for CPUs with AVX512-BF16.
 
-    For inputs with few rows, in bfloat16, the kernel is faster than dequantizing, because the kernel reads only the
-    packed weight. The copy takes half a byte plus `2 / blocksize` bytes per value of the weight. The scales of the copy
-    are rounded to bfloat16, an error of up to 0.4 %. The rounding is exact if the weight was bfloat16 before
+    For bfloat16 inputs with few rows, the kernel is faster than dequantizing, because the kernel reads only the packed
+    weight. The copy takes half a byte plus `2 / blocksize` bytes per value of the weight. The scales of the copy are
+    rounded to bfloat16, an error of up to 0.4 %. The rounding changes nothing if the weight was bfloat16 before
     quantization and the scales are not double-quantized. In eval mode, bitsandbytes' own modules silently replace their
     weight by such a copy. `fused_weight` does not change `q`, and gradients are computed with `q`.
 
     Args:
         q: A quantized weight.
-        max_rows: Largest number of rows for which the kernel is used. None means a number measured at the first product
-            of this format and shape in the process. The kernel and the dense product round differently; see
+        max_rows: Largest number of rows for which the kernel is used. None means a number that each process measures,
+            at the first product of this format and shape. The kernel and the dense product round differently; see
             `quant.crossover`.
 
     Returns:
@@ -63,8 +63,8 @@ def fused_weight(q: Quantized, max_rows: int | None = FUSED_ROWS) -> FusedWeight
 def unpack_cpu_layout(packed: Tensor, state: Any, compute_dtype: torch.dtype | None) -> Quantized4bit:
     """Convert a weight from bitsandbytes' layout for its AVX512-BF16 kernel, without changing `packed` or `state`.
 
-    The layout stores groups of 32 rows, and in each group the column pairs in order. Every 32 bytes store 64 codes: the
-    first 32 in the low halves of the bytes, and the last 32 in the high halves.
+    The layout divides the rows into groups of 32, and the columns of each group into pairs. Each pair is stored in 32
+    bytes, two of its 64 codes per byte: the first 32 codes in the low halves, and the last 32 in the high halves.
     """
     out_features, in_features = state.shape
     halves = packed.reshape(-1, 32)

@@ -4,9 +4,9 @@ For few rows, a dense product takes longer than a packed kernel, because the den
 reads four times as many bytes. But the time of a dense product grows more slowly with the number of rows. The number of
 rows at which both products take the same time depends on the CPU and on the shape.
 
-Packed and dense products round differently. Each process therefore measures a limit only once, so that equal inputs
-give bitwise equal outputs. Different processes may measure different limits. A fixed `max_rows` in `fused_weight` or
-`Apply.with_fused_weights` avoids differences between processes.
+Packed and dense products round differently. Each process therefore measures the limit for a format and shape only once,
+so that equal inputs give bitwise equal outputs. Different processes may measure different limits. A fixed `max_rows` in
+`fused_weight` or `Apply.with_fused_weights` avoids differences between processes.
 """
 
 import threading
@@ -54,14 +54,14 @@ def measured_rows(kind: Hashable, in_features: int, products: Callable[[], tuple
 
 
 def crossover(rows: Sequence[int], packed: Sequence[float], other: Sequence[float]) -> int:
-    """Return the largest number of rows for which the packed product is faster, given the times of both.
+    """Return the largest number of rows for which the packed product is faster than the alternative product.
 
     Between measured numbers of rows, times are interpolated linearly. The result is rounded down to one of `STEPS`.
 
     Args:
         rows: Increasing numbers of rows, starting at 1.
         packed: Seconds that the packed product takes, for each number of rows. The sequence may end after the first
-            number for which the packed product is slower.
+            number of rows for which the packed product is slower.
         other: Seconds that the alternative product takes, for each number of rows.
 
     Example:

@@ -18,7 +18,7 @@ class Library(NamedTuple):
         packages: Python packages that define the library's layers or tensors.
         classes: Regular expression for class names of the library's layers, in any Python package.
         dequantize: Expression for the dense weight of a layer, or None if the library has no public function.
-        holds: Attribute that a layer must also have if the class name alone is too common, or None.
+        holds: Attribute that a layer must have in addition to a matching class name, or None.
     """
 
     name: str

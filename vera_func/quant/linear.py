@@ -50,13 +50,13 @@ def quantized_linear(
             (LLM.int8()). If `q.threshold` is not 0, features with a value above `q.threshold` are not quantized. The
             integer product is faster on GPUs, with an error of one or two percent. The derivative is that of the exact
             product.
-        fused: `fused_weight(q)`, used if gradients are disabled, for an `x` with few rows in bfloat16.
-        dense: A stored `dequantize(q, dtype)`, used if the product is computed in this dtype. On a GPU, bitsandbytes'
+        fused: `fused_weight(q)`, used for a bfloat16 `x` with few rows if gradients are disabled.
+        dense: A stored `dequantize(q, dtype)`, used if the product is computed in `dtype`. On a GPU, bitsandbytes'
             kernels for packed 4-bit weights take precedence.
 
     Raises:
-        ValueError: If `x`, `bias`, `fused` or `dense` does not fit the weight, or if `int8_activations` is set for a
-            4-bit weight. If the weight is offloaded (on the meta device), differentiated or mapped over.
+        ValueError: If `x`, `bias`, `fused` or `dense` does not fit the weight; if `int8_activations` is set for a 4-bit
+            weight; or if the weight is offloaded (on the meta device), differentiated, or mapped over by vmap.
 
     Example:
         >>> import torch

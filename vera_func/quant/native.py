@@ -1,7 +1,7 @@
 """bitsandbytes' kernels for 4-bit weights on CPUs, called with little overhead.
 
-bitsandbytes' operators take about 10 microseconds longer than the C functions that the operators call. For one row,
-this overhead is half the time of a product of width 576, and decoding a token takes hundreds of such products. The
+bitsandbytes' operators take about 10 microseconds longer than the C functions that the operators call. For one row, 10
+microseconds are half the time of a product of width 576, and decoding a token takes hundreds of such products. The
 functions in this module call the same C functions directly, with the same results. For tensor subclasses, and under
 `torch.compile`, transforms, dispatch modes and tracers, the functions call the operators.
 """

@@ -95,7 +95,7 @@ def quantize_4bit(
 def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) -> Quantized8bit:
     """Quantize a weight to 8 bits per value, `codes = round(127 * weight / max|row|)` with the maximum of each row.
 
-    The bytes are those of bitsandbytes, which rounds the weight to float16 first.
+    The codes and scales are bitwise equal to those of bitsandbytes, which rounds the weight to float16 first.
 
     Args:
         weight: Weight of shape (out, in), in float16, bfloat16 or float32. Absolute values must be at most 65,504, the
@@ -130,7 +130,8 @@ def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) ->
 def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
     """Return a quantized weight as a dense tensor of shape (out, in).
 
-    This costs a pass over the packed weight and the memory of the result. For autograd, the result is a constant.
+    Dequantizing costs a pass over the packed weight and the memory of the dense weight. For autograd, the result is a
+    constant.
 
     Args:
         q: A quantized weight.

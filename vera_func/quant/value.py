@@ -60,7 +60,7 @@ class Quantized4bit:
 
     Attributes:
         packed: Two values per byte, of shape (bytes / itemsize, 1), in the storage dtype.
-        absmax: Scale of each block, (blocks,) float32. With double quantization, the uint8 index of each scale in
+        absmax: Scale of each block, (blocks,) float32. With double quantization, `absmax` contains uint8 indices into
             `nested.code`.
         nested: Statistics of double-quantized scales, or None without double quantization.
         shape: The shape of the weight, (out, in).
