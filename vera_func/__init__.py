@@ -105,8 +105,9 @@ if TYPE_CHECKING:
     from .quant.value import Quantized4bit, Quantized8bit, validate
     from .train.evolve import evolve
     from .train.fit import fit
-    from .train.losses import dpo_loss, next_token_loss, sequence_logprobs
+    from .train.losses import next_token_loss, sequence_logprobs
     from .train.per_example import per_example_grads
+    from .train.preferences import dpo_loss
     from .train.privacy import clip_per_example, private_step
     from .train.run import Fit, load_fit, save_fit
 
@@ -132,7 +133,8 @@ _MODULES = {
     "model.algebra": ("scale_adapter", "add_adapters"),
     "model.dora": ("fold_magnitude",),
     "train.fit": ("fit",),
-    "train.losses": ("next_token_loss", "sequence_logprobs", "dpo_loss"),
+    "train.losses": ("next_token_loss", "sequence_logprobs"),
+    "train.preferences": ("dpo_loss",),
     "train.run": ("Fit", "save_fit", "load_fit"),
     "train.per_example": ("per_example_grads",),
     "train.privacy": ("clip_per_example", "private_step"),

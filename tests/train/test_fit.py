@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 from torch import ones
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +14,6 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import vera_func as vf
 from vera_func.train import fit as loop
-from vera_func.train.fit import batch_indices
 from vera_func.train.optim import adamw, adamw_init, adamw_update, clip_by_norm, linear_warmup_cosine
 from vera_func.train.run import load_fit
 
@@ -226,30 +224,6 @@ def test_many_rates_need_num_adapters():
         fit(loss_of_many(None), start(2), shared, steps=1, learning_rate=0.1)
 
 
-@settings(max_examples=40, deadline=None)
-@given(num=st.integers(1, 40), size=st.integers(1, 17), key=st.integers(0, 99))
-def test_every_epoch_holds_each_example_once(num, size, key):
-    batches = -(-num // size)
-    draw = partial(batch_indices, num_examples=num, batch_size=size, key=key)
-    for epoch in (0, 3):
-        rows = [draw(epoch * batches + i) for i in range(batches)]
-        assert torch.cat(rows).sort().values.tolist() == list(range(num))
-        assert all(len(r) == size for r in rows[:-1])
-        assert rows[0].dtype == torch.int64
-
-
-def test_orders_are_independent_and_global_randomness_untouched():
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    draw = lambda key, epoch: batch_indices(epoch, num_examples=99, batch_size=99, key=key)
-    orders = [tuple(draw(key, epoch).tolist()) for key in range(5) for epoch in range(5)]
-    assert len(set(orders)) == 25
-    assert tuple(draw(0, 0).tolist()) == orders[0]
-    assert torch.equal(torch.get_rng_state(), before)
-    with pytest.raises(ValueError, match="batch_size=0"):
-        batch_indices(0, num_examples=3, batch_size=0, key=0)
-
-
 class Counted(TorchDispatchMode):
     """Counts the operations that wait for a device, and those that copy a history."""
 
@@ -396,17 +370,6 @@ for what, change, message in (
     bad("fit", what, lambda _, change=change: train(**change), message)
 
 bad("fit", "no run to resume", lambda t: train(resume=t / "run"), "run", FileNotFoundError)
-
-for what, change in (
-    ("key=None", {"key": None}),
-    ("2.5 rows", {"batch_size": 2.5}),
-    ("2.5 examples", {"num_examples": 2.5}),
-):
-    options = {"num_examples": 5, "batch_size": 2, "key": 0} | change
-    bad("batch_indices", what, lambda _, o=options: batch_indices(0, **o), "must be integers")
-
-bad("batch_indices", "step -1", lambda _: batch_indices(-1, num_examples=5, batch_size=2, key=0), "step=-1")
-bad("batch_indices", "no rows", lambda _: batch_indices(0, num_examples=5, batch_size=0, key=0), "batch_size=0")
 
 
 @pytest.mark.parametrize("case", bad.rows)

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn, ones
+from torch import nn
 from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vera_func as vf
 from vera_func.model.head import RowHead, hidden_and_head
 from vera_func.train.distributed import mean_over_micro_batches
-from vera_func.train.losses import IGNORED, dpo_loss, next_token_loss, sequence_logprobs
+from vera_func.train.losses import IGNORED, next_token_loss, sequence_logprobs
 
 from helpers import (
     LargestTensor,
@@ -477,37 +477,6 @@ def test_dropout_is_drawn_once(make):
     assert_close(first, right)
 
 
-def test_dpo_is_its_formula():
-    chosen, rejected, reference_chosen, reference_rejected = (normal(5, seed=seed).double() for seed in range(4))
-    losses, margins = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, 0.3)
-    for i in range(5):
-        reward = 0.3 * (chosen[i] - reference_chosen[i]), 0.3 * (rejected[i] - reference_rejected[i])
-        assert_close(margins[i], reward[0] - reward[1])
-        assert_close(losses[i], torch.log1p(torch.exp(reward[1] - reward[0])))
-
-
-def test_dpo_with_a_beta_for_each_adapter():
-    policy = normal(3, 5), normal(3, 5, seed=1)
-    reference = normal(5, seed=2), normal(5, seed=3)
-    betas = torch.tensor([0.05, 0.1, 0.5])
-    together = dpo_loss(*policy, *reference, betas)
-    mapped = vmap(dpo_loss, (0, 0, None, None, 0))(*policy, *reference, betas)
-    for i, beta in enumerate(betas.tolist()):
-        alone = dpo_loss(policy[0][i], policy[1][i], *reference, beta)
-        for k in range(2):
-            assert_close(together[k][i], alone[k])
-            assert_close(mapped[k][i], alone[k])
-    slope = grad(lambda beta: dpo_loss(*policy, *reference, beta).losses.sum())(betas)
-    _, margins = together
-    assert_close(slope, -(torch.sigmoid(-margins) * margins / betas[:, None]).sum(1))
-
-
-def test_dpo_stays_finite():
-    far = torch.tensor([1e4, -1e4])
-    losses, _ = dpo_loss(far, -far, 0 * far, 0 * far, 1.0)
-    assert_close(losses, torch.tensor([0.0, 2e4]))
-
-
 bad = Refused()
 HIDDEN, WEIGHT, LABELS = torch.ones(2, 5, 3), torch.ones(7, 3), torch.ones(2, 5, dtype=torch.long)
 bad(
@@ -600,24 +569,6 @@ bad(
     lambda _: sequence_logprobs(HIDDEN, WEIGHT, None),
     "labels must be .* got NoneType",
 )
-bad(
-    "dpo_loss",
-    "pairs without partners",
-    lambda _: dpo_loss(ones(3), ones(4), ones(3), ones(3), 0.1),
-    r"rejected is \(4,\), but chosen is \(3,\)",
-)
-bad(
-    "dpo_loss",
-    "a reference of other adapters",
-    lambda _: dpo_loss(ones(2, 3), ones(2, 3), ones(3, 3), ones(3), 0.1),
-    r"reference_chosen is \(3, 3\), but chosen is \(2, 3\)",
-)
-bad(
-    "dpo_loss",
-    "a beta for each of other adapters",
-    lambda _: dpo_loss(ones(2, 3), ones(2, 3), ones(3), ones(3), ones(3)),
-    r"beta has shape \(3,\), but chosen is \(2, 3\): pass one value",
-)
 
 
 @pytest.mark.parametrize("transform", ["vmap", "compile"])
@@ -630,15 +581,6 @@ def test_a_negative_label_whose_value_is_unknown_gives_nan(transform):
     assert got[1].isnan()
     right = next_token_loss(hidden[[0]], weight, labels[[0]]).total
     assert_close(got[[0]], right)
-
-
-bad("dpo_loss", "beta of 0", lambda _: dpo_loss(ones(2), ones(2), ones(2), ones(2), 0.0), "beta must be a positive")
-bad(
-    "dpo_loss",
-    "a loss instead of its sum",
-    lambda _: dpo_loss(next_token_loss(HIDDEN, WEIGHT, LABELS), ones(2), ones(2), ones(2), 0.1),
-    "chosen must be a tensor of log-probabilities.* got TokenLoss",
-)
 
 
 @pytest.mark.parametrize("case", bad.rows)

@@ -1,4 +1,4 @@
-"""AdamW, clipping and schedules as pure functions: equal to torch, for one adapter or many."""
+"""AdamW and clipping as pure functions: equal to torch, for one adapter or many."""
 
 import math
 from functools import partial
@@ -19,20 +19,13 @@ from vera_func.train.optim import (
     apply_updates,
     as_optimizer,
     clip_by_norm,
-    constant,
     global_norm,
-    linear_warmup_cosine,
 )
 
 from refused import NAN, Refused
 
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
-SCHEDULES = {
-    "constant": constant,
-    "cosine": partial(linear_warmup_cosine, warmup=3, total=11, peak=2.0, final=0.5),
-    "no-warmup": partial(linear_warmup_cosine, warmup=0, total=7),
-}
 
 
 def make(*n, seed=0, dtype=torch.float64):
@@ -276,28 +269,6 @@ def test_clip_does_not_overflow_or_hide():
     assert clip_by_norm({"g": torch.tensor([1.0, math.nan])}, 1.0)["g"].isnan().all()
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_schedule_takes_ints_tensors_and_transforms(name):
-    schedule, steps = SCHEDULES[name], torch.arange(15)
-    values = torch.stack([schedule(int(step)) for step in steps])
-    assert values.dtype == torch.float64
-    assert_close(schedule(steps), values, **EXACT)
-    assert_close(vmap(schedule)(steps), values, **EXACT)
-    compiled = torch.compile(schedule, fullgraph=True, backend="eager")
-    assert_close(compiled(steps), values, **EXACT)
-
-
-def test_warmup_cosine_values():
-    schedule = SCHEDULES["cosine"]
-    expected = [0.5, 1.0, 1.5, 2.0]
-    assert_close(schedule(torch.arange(4)), torch.tensor(expected, dtype=torch.float64))
-    middle = 0.5 + 1.5 * (1 + math.cos(math.pi * 4 / 8)) / 2
-    assert_close(float(schedule(7)), middle)
-    assert float(schedule(11)) == float(schedule(1000)) == 0.5
-    with pytest.raises(ValueError, match="warmup=5, total=5"):
-        linear_warmup_cosine(0, warmup=5, total=5)
-
-
 def test_inputs_are_not_modified():
     params, grads, state = make(), make(seed=1), adamw_init(make())
     inputs = [*params.values(), *grads.values(), state.step, *state.mean.values()]
@@ -371,10 +342,6 @@ bad("clip_by_norm", "a negative norm", lambda _: clip_by_norm({"p": ones(2)}, -1
 bad("clip_by_norm", "a norm of NaN", lambda _: clip_by_norm({"p": ones(2)}, NAN), "max_norm must be at least 0")
 bad("clip_by_norm", "nothing", lambda _: clip_by_norm({}, 1.0), "the norm of an empty dict")
 bad("global_norm", "nothing", lambda _: global_norm({}), "the norm of an empty dict")
-bad("constant", "no step", lambda _: constant("a"), "data type 'str'", TypeError)
-bad("linear_warmup_cosine", "no steps", lambda _: linear_warmup_cosine(0, warmup=0, total=0), "warmup=0, total=0")
-bad("linear_warmup_cosine", "warmup=-1", lambda _: linear_warmup_cosine(0, warmup=-1, total=3), "warmup=-1")
-bad("linear_warmup_cosine", "warmup of NaN", lambda _: linear_warmup_cosine(0, warmup=NAN, total=3), "warmup=nan")
 
 
 PARAMS = {"p": ones(2)}

@@ -1,15 +1,20 @@
-"""The recipe of `train.losses`: one run trains an adapter for each beta, against a reference that can't move."""
+"""DPO is its formula; one run trains an adapter for each beta, against a reference that can't move."""
 
 import functools
 
 import pytest
 import torch
+from torch import ones
+from torch.func import grad, vmap
 from torch.testing import assert_close
 
 import vera_func as vf
 from vera_func.model.head import hidden_and_head
+from vera_func.train.losses import next_token_loss
+from vera_func.train.preferences import dpo_loss
 
-from helpers import llama, quantized, randomized, snapshot, tokens
+from helpers import llama, normal, quantized, randomized, snapshot, tokens
+from refused import Refused
 
 
 PAIRS, BETAS = 6, torch.tensor([0.05, 0.5, 2.0])
@@ -92,3 +97,71 @@ def test_another_adapter_is_the_reference():
     run = fit(task.loss(reference, BETAS[:2]), stacked, batches, num_adapters=2)
     assert (run.losses[-1] < run.losses[0]).all()
     assert torch.equal(task.reference(first, id=0), reference)
+
+
+def test_dpo_is_its_formula():
+    chosen, rejected, reference_chosen, reference_rejected = (normal(5, seed=seed).double() for seed in range(4))
+    losses, margins = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, 0.3)
+    for i in range(5):
+        reward = 0.3 * (chosen[i] - reference_chosen[i]), 0.3 * (rejected[i] - reference_rejected[i])
+        assert_close(margins[i], reward[0] - reward[1])
+        assert_close(losses[i], torch.log1p(torch.exp(reward[1] - reward[0])))
+
+
+def test_dpo_with_a_beta_for_each_adapter():
+    policy = normal(3, 5), normal(3, 5, seed=1)
+    reference = normal(5, seed=2), normal(5, seed=3)
+    betas = torch.tensor([0.05, 0.1, 0.5])
+    together = dpo_loss(*policy, *reference, betas)
+    mapped = vmap(dpo_loss, (0, 0, None, None, 0))(*policy, *reference, betas)
+    for i, beta in enumerate(betas.tolist()):
+        alone = dpo_loss(policy[0][i], policy[1][i], *reference, beta)
+        for k in range(2):
+            assert_close(together[k][i], alone[k])
+            assert_close(mapped[k][i], alone[k])
+    slope = grad(lambda beta: dpo_loss(*policy, *reference, beta).losses.sum())(betas)
+    _, margins = together
+    assert_close(slope, -(torch.sigmoid(-margins) * margins / betas[:, None]).sum(1))
+
+
+def test_dpo_stays_finite():
+    far = torch.tensor([1e4, -1e4])
+    losses, _ = dpo_loss(far, -far, 0 * far, 0 * far, 1.0)
+    assert_close(losses, torch.tensor([0.0, 2e4]))
+
+
+# What is refused
+
+bad = Refused()
+bad(
+    "dpo_loss",
+    "pairs without partners",
+    lambda _: dpo_loss(ones(3), ones(4), ones(3), ones(3), 0.1),
+    r"rejected is \(4,\), but chosen is \(3,\)",
+)
+bad(
+    "dpo_loss",
+    "a reference of other adapters",
+    lambda _: dpo_loss(ones(2, 3), ones(2, 3), ones(3, 3), ones(3), 0.1),
+    r"reference_chosen is \(3, 3\), but chosen is \(2, 3\)",
+)
+bad(
+    "dpo_loss",
+    "a beta for each of other adapters",
+    lambda _: dpo_loss(ones(2, 3), ones(2, 3), ones(3), ones(3), ones(3)),
+    r"beta has shape \(3,\), but chosen is \(2, 3\): pass one value",
+)
+
+
+bad("dpo_loss", "beta of 0", lambda _: dpo_loss(ones(2), ones(2), ones(2), ones(2), 0.0), "beta must be a positive")
+bad(
+    "dpo_loss",
+    "a loss instead of its sum",
+    lambda _: dpo_loss(next_token_loss(ones(2, 5, 3), None, ones(2, 5).long()), ones(2), ones(2), ones(2), 0.1),
+    "chosen must be a tensor of log-probabilities.* got TokenLoss",
+)
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -1,11 +1,46 @@
-"""Schedules by name, for adapters with steps of their own."""
+"""Schedules as pure functions, and by name, for adapters with steps of their own."""
+
+import math
+from functools import partial
 
 import pytest
 import torch
+from torch.func import vmap
 from torch.testing import assert_close
 
-from vera_func.train.optim import linear_warmup_cosine
-from vera_func.train.schedules import linear_warmup_linear, schedule_of
+from vera_func.train.schedules import constant, linear_warmup_cosine, linear_warmup_linear, schedule_of
+
+from refused import NAN, Refused
+
+
+EXACT = {"rtol": 1e-12, "atol": 1e-14}
+SCHEDULES = {
+    "constant": constant,
+    "cosine": partial(linear_warmup_cosine, warmup=3, total=11, peak=2.0, final=0.5),
+    "no-warmup": partial(linear_warmup_cosine, warmup=0, total=7),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_takes_ints_tensors_and_transforms(name):
+    schedule, steps = SCHEDULES[name], torch.arange(15)
+    values = torch.stack([schedule(int(step)) for step in steps])
+    assert values.dtype == torch.float64
+    assert_close(schedule(steps), values, **EXACT)
+    assert_close(vmap(schedule)(steps), values, **EXACT)
+    compiled = torch.compile(schedule, fullgraph=True, backend="eager")
+    assert_close(compiled(steps), values, **EXACT)
+
+
+def test_warmup_cosine_values():
+    schedule = SCHEDULES["cosine"]
+    expected = [0.5, 1.0, 1.5, 2.0]
+    assert_close(schedule(torch.arange(4)), torch.tensor(expected, dtype=torch.float64))
+    middle = 0.5 + 1.5 * (1 + math.cos(math.pi * 4 / 8)) / 2
+    assert_close(float(schedule(7)), middle)
+    assert float(schedule(11)) == float(schedule(1000)) == 0.5
+    with pytest.raises(ValueError, match="warmup=5, total=5"):
+        linear_warmup_cosine(0, warmup=5, total=5)
 
 
 def test_each_adapter_has_the_schedule_of_its_own_steps():
@@ -32,3 +67,17 @@ def test_what_is_refused():
         schedule_of("cosine", 5, [9, 5])
     with pytest.raises(ValueError, match="0 <= warmup < total"):
         linear_warmup_linear(0, warmup=3, total=3)
+
+
+# What is refused
+
+bad = Refused()
+bad("constant", "no step", lambda _: constant("a"), "data type 'str'", TypeError)
+bad("linear_warmup_cosine", "no steps", lambda _: linear_warmup_cosine(0, warmup=0, total=0), "warmup=0, total=0")
+bad("linear_warmup_cosine", "warmup=-1", lambda _: linear_warmup_cosine(0, warmup=-1, total=3), "warmup=-1")
+bad("linear_warmup_cosine", "warmup of NaN", lambda _: linear_warmup_cosine(0, warmup=NAN, total=3), "warmup=nan")
+
+
+@pytest.mark.parametrize("case", bad.rows)
+def test_is_refused(case, tmp_path):
+    bad.check(case, tmp_path)

@@ -28,7 +28,7 @@ from ..model.batch import num_adapters, stack_adapters
 from ..train.checkpointing import checkpointed_loss
 from ..train.distributed import furthest, map_sharded, mean_over_micro_batches, rank
 from ..train.fit import Fit, fit, load_fit
-from ..train.optim import linear_warmup_cosine
+from ..train.schedules import linear_warmup_cosine
 from ..train.sweep import fit_row, join_fits, sweep, sweep_table
 from .recipe import CHECKPOINT_EVERY, Recipe, for_training, to_device, train_together
 from .report import bar

@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..train.fit import epoch_order
 from ..train.losses import IGNORED
+from ..train.order import epoch_order
 from .packing import packed_batch
 from .tokens import TokenRows
 

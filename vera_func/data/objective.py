@@ -18,7 +18,8 @@ from ..model.batch import Params, select_adapters
 from ..model.dora import fold_if_dora
 from ..model.head import hidden_and_head
 from ..train.checkpointing import checkpointed_loss
-from ..train.losses import dpo_loss, next_token_loss
+from ..train.losses import next_token_loss
+from ..train.preferences import dpo_loss
 from .batches import Batch, Item, Part, collate_items, evaluation_batches
 
 

@@ -9,7 +9,6 @@ The losses of stacked adapters are independent, so one backward pass of their su
 training resumes exactly from a `Fit`.
 """
 
-import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from ..private import tree_map
@@ -31,10 +29,11 @@ from .optim import (
     apply_updates,
     as_optimizer,
     clip_by_norm,
-    constant,
     global_norm,
 )
+from .order import batch_indices as batch_indices  # part of this module's API
 from .run import Fit, PathLike, Tree, load_fit, require_like, save_fit, start_run, step_numbers
+from .schedules import constant
 
 
 PerAdapter = float | Sequence[float] | Tensor  # one value for all adapters, or one per adapter
@@ -138,9 +137,7 @@ def fit(
     run = _initial_run(params, n, optimizer, resume, steps)
     done, device = len(run.losses), run.stopped.device
     rates = _per_adapter("learning_rate", 1.0 if learning_rate is None else learning_rate, n, device)
-    decays = _per_adapter("weight_decay", weight_decay, n, device)
-    norms = _per_adapter("max_norm", float("inf") if max_norm is None else max_norm, n, device)
-    update = torch.func.vmap(partial(_update, advance)) if n else partial(_update, advance)
+    update = _update_of(advance, weight_decay, max_norm, n, device)
     losses_buffer = _buffer(run.losses, steps - done)
     metrics_buffer = _buffer(run.metrics, steps // evaluate_every - done // evaluate_every if evaluate else 0)
     used = ((checkpoint_every, checkpoint), (evaluate_every, evaluate))
@@ -153,8 +150,8 @@ def fit(
                 break
             gradient = partial(gradient_of, loss_fn, run.params, n, step == 0)
             grads, losses = gradient(batches(step)) if accumulate is None else accumulate(gradient, batches(step))
-            hyper = {"learning_rate": rates * _factor(schedule, step, device), "weight_decay": decays}
-            updated = update(grads, losses, run.state, run.params, run.stopped < 0, norms, hyper)
+            rate = rates * _factor(schedule, step, device)
+            updated = update(rate, grads, losses, run.state, run.params, run.stopped < 0)
             run = _record(run, _append(losses_buffer, step, losses), *updated)
             evaluated = evaluate is not None and (step + 1) % evaluate_every == 0
             if evaluate is not None and evaluated:
@@ -162,7 +159,7 @@ def fit(
             if checkpoint is not None and (step + 1) % checkpoint_every == 0:
                 save_fit(checkpoint, run)
             if on_step is not None:
-                on_step(step + 1, step_numbers(run, hyper["learning_rate"], evaluated))
+                on_step(step + 1, step_numbers(run, rate, evaluated))
             if bar is not None:
                 bar.update()
         monitor.sync(run)
@@ -170,46 +167,6 @@ def fit(
     if checkpoint is not None:
         save_fit(checkpoint, run)
     return run
-
-
-def batch_indices(step: int, *, num_examples: int, batch_size: int, key: int) -> Int[Tensor, " batch"]:
-    """Return the indices of the examples in the batch of a step. Every epoch is a new permutation of all examples.
-
-    The indices depend on the arguments only, so a resumed run gets the same batches as an uninterrupted run. The last
-    batch of an epoch is smaller if `batch_size` does not divide `num_examples`; no example is dropped. Different keys
-    give different orders.
-
-    Raises:
-        ValueError: If `num_examples` or `batch_size` is not positive, if `step` is negative, or if an argument is not
-            an integer.
-
-    Example:
-        >>> [len(batch_indices(step, num_examples=5, batch_size=2, key=0)) for step in range(4)]
-        [2, 2, 1, 2]
-    """
-    if not all(isinstance(number, int) for number in (step, num_examples, batch_size, key)):
-        raise ValueError(f"all arguments must be integers, got {step=}, {num_examples=}, {batch_size=}, {key=}.")
-    if step < 0 or num_examples < 1 or batch_size < 1:
-        raise ValueError(f"step must be at least 0, sizes at least 1, got {step=}, {num_examples=}, {batch_size=}.")
-    epoch, batch = divmod(step, -(-num_examples // batch_size))
-    return epoch_order(num_examples, key=key, epoch=epoch)[batch * batch_size : (batch + 1) * batch_size]
-
-
-def epoch_order(num_examples: int, *, key: int | str, epoch: int) -> Int[Tensor, " num_examples"]:
-    """Return the order of the examples in one epoch, a permutation that depends on the arguments only.
-
-    Args:
-        num_examples: Number of examples.
-        key: Seed of the run; different keys give different orders.
-        epoch: Index of the epoch.
-
-    Example:
-        >>> sorted(epoch_order(4, key=0, epoch=7).tolist())
-        [0, 1, 2, 3]
-    """
-    # Hashed, because key + epoch would give (key 0, epoch 1) and (key 1, epoch 0) the same order.
-    seed = int.from_bytes(hashlib.sha256(f"{key} {epoch}".encode()).digest()[:4], "big")
-    return torch.randperm(num_examples, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
 
 
 class _Monitor:
@@ -278,9 +235,24 @@ def _advance(
     return apply_updates(params, updates, learning_rate), state
 
 
-def _update(advance, grads, loss, state, params, training, max_norm, hyper):
+def _update_of(
+    advance: Callable[..., Any],
+    weight_decay: PerAdapter,
+    max_norm: PerAdapter | None,
+    n: tuple[int, ...],
+    device: torch.device,
+) -> Callable[..., Any]:
+    """Return `_update` of all adapters, as a function of `(learning_rate, grads, loss, state, params, training)`."""
+    decays = _per_adapter("weight_decay", weight_decay, n, device)
+    norms = _per_adapter("max_norm", float("inf") if max_norm is None else max_norm, n, device)
+    update = partial(_update, advance)
+    return partial(torch.func.vmap(update) if n else update, decays, norms)
+
+
+def _update(advance, weight_decay, max_norm, learning_rate, grads, loss, state, params, training):
     """Update one adapter, unless it has stopped or a value is not finite; returns params, state and `finite`."""
-    new, new_state = advance(clip_by_norm(grads, max_norm), state, params, **hyper)
+    clipped = clip_by_norm(grads, max_norm)
+    new, new_state = advance(clipped, state, params, learning_rate=learning_rate, weight_decay=weight_decay)
     finite = loss.isfinite() & global_norm(grads).isfinite() & global_norm(new).isfinite()
 
     def chosen(old: Tensor, new: Tensor) -> Tensor:

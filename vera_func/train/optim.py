@@ -1,4 +1,4 @@
-"""Optimizers, clipping and schedules as pure functions of dicts of tensors.
+"""Optimizers and clipping as pure functions of dicts of tensors.
 
     mean' = b1 mean + (1 - b1) g          var' = b2 var + (1 - b2) g^2
     p'    = (1 - lr wd) p - lr (mean' / (1 - b1^t)) / (sqrt(var' / (1 - b2^t)) + eps)
@@ -9,7 +9,6 @@ Hyper-parameters are floats or 0-d tensors. Results are differentiable in hyper-
 """
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..private import tree_map
+from .schedules import constant as constant, linear_warmup_cosine as linear_warmup_cosine  # part of this module's API
 
 
 class AdamWState(NamedTuple):
@@ -296,58 +296,6 @@ def clip_by_norm(grads: Mapping[str, Tensor], max_norm: float | Tensor) -> dict[
     max_norm = _number("max_norm", max_norm)
     scale = (max_norm / (global_norm(grads) + 1e-6)).clamp(max=1)
     return {k: (g * scale).to(g.dtype) for k, g in grads.items()}
-
-
-def constant(step: int | Tensor) -> Float[Tensor, "*n"]:
-    """The constant schedule: 1 for every step, with the shape of `step`, in float64.
-
-    Args:
-        step: One step, (), or n steps, (n,).
-
-    Example:
-        >>> constant(7)
-        tensor(1., dtype=torch.float64)
-    """
-    return torch.ones_like(as_step(step))
-
-
-def linear_warmup_cosine(
-    step: int | Tensor, *, warmup: int, total: int, peak: float = 1.0, final: float = 0.0
-) -> Float[Tensor, "*n"]:
-    """Linear warmup to `peak` in `warmup` steps, then cosine decay to `final` at step `total`.
-
-        step < warmup:  peak (step + 1) / (warmup + 1)
-        from then on:   final + (peak - final) (1 + cos(pi (step - warmup) / (total - warmup))) / 2
-
-    Steps count from 0. The result is float64, with the shape of `step`.
-
-    Raises:
-        ValueError: If `warmup` is negative or is not less than `total`.
-
-    Example:
-        >>> linear_warmup_cosine(torch.tensor([0, 1, 3, 8, 13]), warmup=3, total=13)
-        tensor([0.2500, 0.5000, 1.0000, 0.5000, 0.0000], dtype=torch.float64)
-
-    Reference:
-        https://arxiv.org/abs/1608.03983, without restarts.
-    """
-    if not 0 <= warmup < total:
-        raise ValueError(f"linear_warmup_cosine needs 0 <= warmup < total, got warmup={warmup}, total={total}.")
-    step = as_step(step)
-    rising = peak * (step + 1) / (warmup + 1)
-    progress = ((step - warmup) / (total - warmup)).clamp(0, 1)
-    falling = final + (peak - final) * (1 + torch.cos(math.pi * progress)) / 2
-    return torch.where(step < warmup, rising, falling)
-
-
-def as_step(step: int | Tensor) -> Float[Tensor, "*n"]:
-    """Convert a step to float64, a number on the CPU and not on the default device.
-
-    Example:
-        >>> as_step(3)
-        tensor(3., dtype=torch.float64)
-    """
-    return step.double() if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.float64, device="cpu")
 
 
 def wide(leaf: Tensor) -> torch.dtype:

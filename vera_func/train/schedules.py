@@ -1,5 +1,9 @@
-"""Learning-rate schedules, selected by name, for adapters that train for different numbers of steps."""
+"""Learning-rate schedules: functions that map a step, counted from 0, to a factor of the learning rate.
 
+`schedule_of` selects a schedule by name, for adapters that train for different numbers of steps.
+"""
+
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -7,10 +11,50 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .optim import as_step, linear_warmup_cosine
-
 
 Schedule = Literal["cosine", "linear", "constant"]
+
+
+def constant(step: int | Tensor) -> Float[Tensor, "*n"]:
+    """The constant schedule: 1 for every step, with the shape of `step`, in float64.
+
+    Args:
+        step: One step, (), or n steps, (n,).
+
+    Example:
+        >>> constant(7)
+        tensor(1., dtype=torch.float64)
+    """
+    return torch.ones_like(as_step(step))
+
+
+def linear_warmup_cosine(
+    step: int | Tensor, *, warmup: int, total: int, peak: float = 1.0, final: float = 0.0
+) -> Float[Tensor, "*n"]:
+    """Linear warmup to `peak` in `warmup` steps, then cosine decay to `final` at step `total`.
+
+        step < warmup:  peak (step + 1) / (warmup + 1)
+        from then on:   final + (peak - final) (1 + cos(pi (step - warmup) / (total - warmup))) / 2
+
+    Steps count from 0. The result is float64, with the shape of `step`.
+
+    Raises:
+        ValueError: If `warmup` is negative or is not less than `total`.
+
+    Example:
+        >>> linear_warmup_cosine(torch.tensor([0, 1, 3, 8, 13]), warmup=3, total=13)
+        tensor([0.2500, 0.5000, 1.0000, 0.5000, 0.0000], dtype=torch.float64)
+
+    Reference:
+        https://arxiv.org/abs/1608.03983, without restarts.
+    """
+    if not 0 <= warmup < total:
+        raise ValueError(f"linear_warmup_cosine needs 0 <= warmup < total, got warmup={warmup}, total={total}.")
+    step = as_step(step)
+    rising = peak * (step + 1) / (warmup + 1)
+    progress = ((step - warmup) / (total - warmup)).clamp(0, 1)
+    falling = final + (peak - final) * (1 + torch.cos(math.pi * progress)) / 2
+    return torch.where(step < warmup, rising, falling)
 
 
 def linear_warmup_linear(step: int | Tensor, *, warmup: int, total: int) -> Float[Tensor, "*n"]:
@@ -63,6 +107,16 @@ def schedule_of(name: Schedule, warmup: float, totals: Sequence[int]) -> Callabl
         return torch.stack(rising) * (step < torch.tensor(totals, device="cpu"))
 
     return factors
+
+
+def as_step(step: int | Tensor) -> Float[Tensor, "*n"]:
+    """Convert a step to float64, a number on the CPU and not on the default device.
+
+    Example:
+        >>> as_step(3)
+        tensor(3., dtype=torch.float64)
+    """
+    return step.double() if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.float64, device="cpu")
 
 
 def _linear_warmup(step: int | Tensor, *, warmup: int, total: int) -> Float[Tensor, "*n"]:
