@@ -32,7 +32,7 @@ def test_report_measures_what_is_kept(size):
 )
 def test_inputs_without_an_effect_that_could_be_kept_are_refused(x):
     params, frozen = make_adapter(0.01, make_weight())
-    with pytest.raises(ValueError, match="no finite, nonzero effect on these inputs"):
+    with pytest.raises(ValueError, match="effect on the inputs is zero or not finite"):
         vf.merge_report(vf.quantize_4bit(make_weight()), params, frozen, x)
 
 
@@ -75,7 +75,7 @@ for what, inputs in (("no inputs", ones(0, 64)), ("inputs of NaN", X * NAN), ("i
         "merge_report",
         what,
         lambda _, x=inputs: vf.merge_report(Q4, LAYER, PAIR, x),
-        "no finite, nonzero effect on these inputs",
+        "effect on the inputs is zero or not finite",
     )
 
 bad(

@@ -4,13 +4,13 @@
 
 Here t is a row of the target `W + κ ΔW`, and q is a row of the merged weight `Q`. `W` lies on the grid, so rounding `W
 + ΔW` weight by weight returns `W` wherever `ΔW` is below half a quantization step. For the inputs `X` of the layer,
-other points of the grid give outputs much closer to those of `W + ΔW`. The codes and the scale of each block are
-optimized. A least-squares fit shrinks the update. The overshoot `κ`, a factor of at least 1 on the update, compensates
-for the shrinkage, so that the effect `ΔW X` is retained in full and the remaining error is noise.
+other points of the grid give outputs much closer to those of `W + ΔW`. Calibration optimizes the codes and the scale of
+each block. A least-squares fit shrinks the update, so the update is first multiplied by the overshoot `κ`, a factor of
+at least 1. The effect `ΔW X` is then retained in full, and the remaining error is noise.
 
-The functions of this module do not depend on packing, modules or VeRA. `code` is the table of levels, in any order,
-with shape (levels,). `codes` are indices into `code`, uint8, with shape (out, in). `absmax` are the scales of blocks,
-float32, with shape (out, in / blocksize).
+The functions of this module do not depend on the packing of 4-bit codes, on `nn.Module` or on VeRA. `code` is the table
+of levels, in any order, with shape (levels,). `codes` are indices into `code`, uint8, with shape (out, in). `absmax`
+are the scales of blocks, float32, with shape (out, in / blocksize).
 """
 
 from typing import NamedTuple
@@ -52,9 +52,9 @@ class Calibrated(NamedTuple):
 def gram(inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] | None = None) -> Gram:
     """Compute second moments `H = Σ w x xᵀ / Σ w` of a layer's inputs, in float32 and without damping.
 
-    This costs `in²` multiply-adds per token. To combine the second moments of several batches, take their mean,
-    weighted by the `Σ w` of each batch. To weight errors by their effect on a scalar readout of the model, set the
-    weight of each token to the squared norm of the readout's gradient with respect to the layer's output.
+    This costs `in²` multiply-adds per token. To combine several batches, average their second moments, each weighted by
+    the batch's `Σ w`. To weight errors by their effect on a scalar readout of the model, set the weight of each token
+    to the squared norm of the readout's gradient with respect to the layer's output.
 
     Args:
         inputs: Inputs of the layer, of shape (*tokens, in). Padding must be left out or have weight 0.
@@ -112,11 +112,11 @@ def output_kept(change: Weight, delta: Weight, gram: Gram) -> float:
 
 
 def stochastic_codes(target: Weight, code: Table, absmax: Absmax, generator: torch.Generator) -> Codes:
-    """Round weights to a neighbouring level at random, with expectation `target`. No calibration inputs are needed.
+    """Round each weight to one of its two neighbouring levels at random, without calibration inputs.
 
-    The rounding is unbiased, except that targets beyond the outermost levels are clipped. Each weight that is not on
-    the grid gets noise with a standard deviation of up to half a quantization step, so the error is several times that
-    of `calibrate_rows`.
+    The expected value is `target`, except that targets beyond the outermost levels are clipped. Each weight that is
+    not on the grid gets noise with a standard deviation of up to half a quantization step, so the error is several
+    times that of `calibrate_rows`.
 
     Args:
         target: The weight to round, `W + ΔW`.
@@ -148,14 +148,14 @@ def calibrate_rows(
     """Find codes and scales of a weight Q with `Q X ≈ (W + ΔW) X`, where `W = absmax_block · code[codes]`.
 
     For a given overshoot `κ`, each row is optimized from two starting points, and the better result is taken. The
-    starting points are Babai's nearest plane (GPTQ in the order of decreasing `diag H`), and the given codes and
-    scales. Each of at most 64 steps changes one code by one level, and refits all scales of the row by least squares.
-    The step selects the change with the smallest estimated error after the refit. `κ` starts at 1 and is interpolated
-    until the retained fraction is within 0.02 of 1, in at most five fits.
+    starting points are Babai's nearest plane (GPTQ in the order of decreasing `diag H`), and the result of the previous
+    fit (for the first fit, the base weight). Each of at most 64 steps changes one code by one level, and refits all
+    scales of the row by least squares. The step selects the change with the smallest estimated error after the refit.
+    `κ` starts at 1 and is interpolated until the retained fraction is within 0.02 of 1, in at most five fits.
 
     A fit costs about `8 out in²` multiply-adds, and a step of all rows costs `6 out in² / blocksize`. Temporary tensors
-    take a few times 128 MB. The result is deterministic. In each row, the error ‖(W + κ ΔW) X - Q X‖ is at most that of
-    the unchanged weight, `Q = W`.
+    take a few times 128 MB. The result is deterministic. With `max_kappa=1`, the error ‖(W + ΔW) X - Q X‖ of each row,
+    with damping, is at most that of the unchanged weight, `Q = W`.
 
     Args:
         codes: The codes of the base weight.
@@ -163,8 +163,8 @@ def calibrate_rows(
         delta: The update to merge, `ΔW`.
         code: The table of levels, in any order. Levels need not be distinct.
         gram: Second moments `H` of the calibration inputs.
-        damping: Multiple of the mean of `gram`'s diagonal that is added to the diagonal. Use 0.1 for fewer than about
-            1,000 calibration tokens.
+        damping: `damping` times the mean of the diagonal of `gram` is added to the diagonal. Use 0.1 for fewer than
+            about 1,000 calibration tokens.
         max_kappa: Upper bound of the overshoot. With `max_kappa=1`, the output error is minimal, but the update
             shrinks.
 
@@ -187,9 +187,9 @@ def calibrate_rows(
         True
 
     Reference:
-        GPTQ, https://arxiv.org/abs/2210.17323, as a nearest plane, https://arxiv.org/abs/2507.18553; CDQuant, greedy
-        descent on codes, https://arxiv.org/abs/2406.17542. The refit of the scales in each step and `κ` are not from
-        these papers.
+        GPTQ: https://arxiv.org/abs/2210.17323. GPTQ as Babai's nearest plane: https://arxiv.org/abs/2507.18553.
+        Greedy descent on codes (CDQuant): https://arxiv.org/abs/2406.17542. The refit of the scales in each
+        step and `κ` are not from these papers.
     """
     blocksize = _blocksize(codes, absmax)
     _check(codes, damping, max_kappa, absmax=absmax, delta=delta, code=code, gram=gram)
@@ -268,7 +268,7 @@ def _fit(problem: _Problem, target: Tensor, start: _Point) -> _Point:
 
 
 def _nearest_plane(problem: _Problem, target: Tensor, absmax: Tensor) -> _Point:
-    """Round column by column, compensating for each error in the remaining columns (GPTQ)."""
+    """Round column by column; later columns compensate for the rounding errors of earlier columns (GPTQ)."""
     factor, diagonal = problem.factor, problem.factor.diagonal().tolist()
     # Columns come first, so that the loop reads and writes contiguous memory.
     left, scale = target.T[problem.order], absmax.T[problem.order // problem.blocksize]  # (in, rows)
@@ -349,7 +349,7 @@ def _next_kappa(tried: list[_Trial], largest: float) -> float:
 
 
 def _levels(code: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distinct levels in ascending order, and the index of each in `code` (fp4 has two zeros)."""
+    """Return the distinct levels in ascending order, and the index of each level in `code` (fp4 has two zeros)."""
     levels, numbers = code.sort(stable=True)
     first = torch.diff(levels, prepend=levels[:1] - 1) > 0
     return levels[first], numbers[first]

@@ -65,7 +65,7 @@ def merge_calibrated(
     damping: float | None = None,
     max_kappa: float = 4.0,
 ) -> Quantized4bit:
-    """Merge with calibration (GPTQ-style): return a 4-bit weight whose outputs on `inputs` match the adapted layer's.
+    """Return a 4-bit weight, merged with calibration (GPTQ-style) to match the adapted layer's outputs on `inputs`.
 
     `merge_quantized` rounds each weight separately, and discards updates below half a quantization step.
     `merge_calibrated` chooses codes and block scales jointly, to preserve the layer's outputs; see
@@ -73,7 +73,7 @@ def merge_calibrated(
     `merge_report(..., inputs, merged=...)`.
 
     Args:
-        q: The base weight, where `in` is a multiple of the block size.
+        q: The base weight (out, in); `in` must be a multiple of the block size.
         params: `{"lambda_b": (out,), "lambda_d": (r,)}`; for DVoRA also `"magnitude"` of shape (out,).
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         inputs: Representative inputs of the layer, without padding. Several thousand tokens are enough.
@@ -83,10 +83,10 @@ def merge_calibrated(
             but the update shrinks.
 
     Returns:
-        A 4-bit weight of the same type and block size, whose scales are not double-quantized.
+        A 4-bit weight of the type and block size of `q`. The scales are not double-quantized.
 
     Raises:
-        ValueError: If `q` is not a 4-bit weight, if blocks straddle its rows, if `inputs` or `gram` does not fit, or if
+        ValueError: If `q` is not a 4-bit weight, if blocks straddle its rows, if `inputs` or `gram` is invalid, or if
             the adapter holds NaN or inf, is stacked, or does not fit `q`.
 
     Example:
@@ -144,7 +144,7 @@ def merge_stochastic(
     is several times as large as the update.
 
     Args:
-        q: The base weight, where `in` is a multiple of the block size.
+        q: The base weight (out, in); `in` must be a multiple of the block size.
         params: `{"lambda_b": (out,), "lambda_d": (r,)}`; for DVoRA also `"magnitude"` of shape (out,).
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`.
         generator: Random number generator (required).
@@ -206,7 +206,10 @@ def merge_dense(
     base = dense(q, torch.promote_types(q.dtype, torch.float32))
     merged = (base + delta.to(base.dtype)).to(dtype)
     if merged.device.type != "meta" and not merged.isfinite().all():
-        raise ValueError(f"the merged weight {tuple(merged.shape)} overflows {dtype}, or the base holds NaN or inf.")
+        raise ValueError(
+            f"the merged weight {tuple(merged.shape)} overflows {dtype}, or the base holds NaN or inf: pass a wider "
+            "dtype, or a finite base."
+        )
     return merged
 
 

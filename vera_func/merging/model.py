@@ -39,8 +39,8 @@ def merge(
     """Return a new model with the adapter merged into its weights. `model` is not modified.
 
     Dense parameters that the merge does not change share memory with `model`. transformers' `save_pretrained` and
-    `from_pretrained` save and load the result. Tied weights that the merge makes different are untied in the result and
-    its configuration. To unmerge, use `model` again. A merge to 16 bits loses almost nothing; `model_merge_report`
+    `from_pretrained` save and load the result. Tied weights that differ after the merge are untied in the result and
+    in its configuration. To unmerge, use `model` again. A merge to 16 bits loses almost nothing; `model_merge_report`
     measures the loss of a merge to 4 or 8 bits.
 
     Args:
@@ -111,8 +111,8 @@ def model_merge_report(
     Args:
         adapted: Result of `adapt` or `load_adapter`, with a single adapter.
         to: See `merge`.
-        inputs: Inputs of each layer, of shape (*tokens, in), by layer name. None omits the errors of the layers'
-            outputs.
+        inputs: Inputs of each layer, of shape (*tokens, in), by layer name. If None, the reports have no
+            `output_kept` and `output_error`.
 
     Returns:
         Reports by layer name.
@@ -173,7 +173,7 @@ def _is_rescaled(base: Quantized | Tensor, vectors: Mapping[str, Tensor], frozen
 
 
 def _base_weight(name: str, module: Any, to: Format | None, given: Tensor | None) -> Quantized | Tensor:
-    """Return the base weight (out, in) of a merge, which is `given`, a trained weight, or else the layer's weight."""
+    """Return the base weight (out, in) of a merge: the trained weight `given`, or else the layer's own weight."""
     if is_bnb_linear(module):
         return from_bnb(module)[0]
     _require_plain_weight(name, module, to)

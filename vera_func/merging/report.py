@@ -89,8 +89,8 @@ def merge_report(
         actual, exact = x @ change.T, x @ delta.T
     if not 0 < exact.norm() < float("inf"):
         raise ValueError(
-            f"the update has no finite, nonzero effect on these inputs {tuple(inputs.shape)}: pass finite inputs, of "
-            "which at least one row is not zero."
+            f"the update's effect on the inputs is zero or not finite (inputs of shape {tuple(inputs.shape)}): pass "
+            "finite inputs with at least one nonzero row."
         )
     return report._replace(output_kept=_kept(actual, exact), output_error=_error(actual, exact))
 

@@ -44,9 +44,10 @@ def second_moments(
         adapted: The model with the adapter to merge.
         batches: Batches of keyword arguments of the model, such as `{"input_ids": ..., "attention_mask": ...}`. A few
             thousand tokens in total are enough.
-        readout: Function of the model's output that returns one scalar per example, with shape (b,). For a classifier
-            that answers with a token, return the difference of two answers' logits. The weight of each token is the
-            squared norm of the readout's gradient with respect to the layer's output. None weights all tokens equally.
+        readout: Function that takes the model's output and returns one scalar per example, with shape (b,). For a
+            classifier that answers with a token, return the difference between the logits of two answers. The weight of
+            each token is the squared norm of the readout's gradient with respect to the layer's output. None weights
+            all tokens equally.
 
     Raises:
         ValueError: If there are no batches, if a batch is not a mapping, if the readout does not depend on an adapted
@@ -141,7 +142,7 @@ def calibrate_weights(
 
 
 class _Sums:
-    """The sums over tokens of which the second moments of one layer are the mean."""
+    """Sums over the tokens of all batches, for the second moments of one layer."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -150,7 +151,7 @@ class _Sums:
         self.mass: Any = 0.0  # Σ w
 
     def add(self, x: Float[Tensor, "tokens in"], gradient: Float[Tensor, "tokens out"] | None) -> None:
-        """Add the inputs of a batch. Weights are the squared norms of `gradient`, that of the readout, if given."""
+        """Add the inputs of a batch. A token's weight is the squared norm of `gradient`, the readout's gradient."""
         self.count += len(x)
         with without_autocast(x.device):
             self.plain = self.plain + x.T @ x
@@ -178,7 +179,7 @@ def _capture(
     args: tuple,
     output: Tensor,
 ) -> None:
-    """Forward hook that stores the input and the output of a layer under its name, and the output's gradient."""
+    """Forward hook: store a layer's input and output under `name`, and retain the output's gradient if `with_grad`."""
     if with_grad:
         if not output.requires_grad:
             output.requires_grad_(True)
