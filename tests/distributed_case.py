@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 import vera_func as vf
-from vera_func.cli import main as cli, recipe, training
+from vera_func.cli import main as cli
+from vera_func.cli.training import loop, selection
 from vera_func.model.batch import num_adapters
 from vera_func.train.distributed import furthest, map_sharded, mean_over_micro_batches, process_group, rank
 from vera_func.train.fit import batch_indices
@@ -83,7 +84,7 @@ def results():
 
 def killed_at(step, who):
     """Batches that kill process `who` of the first attempt when it asks for this step."""
-    whole = training.train_batches
+    whole = selection.train_batches
 
     def train_batches(*args, **options):
         batches = whole(*args, **options)
@@ -125,8 +126,8 @@ if __name__ == "__main__":
     if what in ("hang", "fail"):
         missing(what, int(where))
     if what == "kill":
-        recipe.CHECKPOINT_EVERY = training.CHECKPOINT_EVERY = 4
-        training.train_batches = killed_at(*map(int, where.split(",")))
+        loop.CHECKPOINT_EVERY = selection.CHECKPOINT_EVERY = 4
+        selection.train_batches = killed_at(*map(int, where.split(",")))
         sys.exit(cli.main(line))
     torch.set_num_threads(1)
     status = cli.main(line)

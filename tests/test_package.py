@@ -45,7 +45,7 @@ def test_every_file_has_its_room():
     assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", "private", *OLD}
 
 
-@pytest.mark.parametrize("room", [*ROOMS, "model.rows"])
+@pytest.mark.parametrize("room", [*ROOMS, "model.rows", "cli.training"])
 def test_a_room_says_what_each_of_its_files_is_for(room):
     said = re.findall(r"`(\w+)`", importlib.import_module(f"vera_func.{room}").__doc__)
     files = {path.stem for path in PACKAGE.joinpath(*room.split(".")).iterdir()} - {"__init__", "__pycache__"}

@@ -6,7 +6,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 from vera_func.cli.groups import AdapterOptions, BaseOptions, TrainOptions, flatten
-from vera_func.cli.recipe import Recipe
+from vera_func.cli.training.settings import Recipe
 
 
 class Size(NamedTuple):

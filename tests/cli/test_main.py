@@ -29,8 +29,8 @@ class Result(NamedTuple):
 
 @pytest.fixture
 def demo(monkeypatch):
-    """A stand-in for `vera_func.cli.demo`: it records the call, and raises what it is told."""
-    stub = ModuleType("vera_func.cli.demo")
+    """A stand-in for `vera_func.cli.training.classifier`: it records the call, and raises what it is told."""
+    stub = ModuleType("vera_func.cli.training.classifier")
     stub.calls, stub.error, stub.result = [], None, None
 
     def run(**options):
@@ -40,7 +40,7 @@ def demo(monkeypatch):
         return stub.result
 
     stub.demo = run
-    monkeypatch.setitem(sys.modules, "vera_func.cli.demo", stub)
+    monkeypatch.setitem(sys.modules, "vera_func.cli.training.classifier", stub)
     return stub
 
 

@@ -153,9 +153,9 @@ def test_several_give_what_one_gives(processes, bank, reviews, tmp_path):
 
 def test_each_process_reads_its_own_rows(bank, reviews, monkeypatch):
     names, read = open_bank(bank).names, []
-    monkeypatch.setattr("vera_func.cli.commands.rank", lambda: 1)
-    monkeypatch.setattr("vera_func.cli.commands.world_size", lambda: 2)
-    monkeypatch.setattr("vera_func.cli.commands.map_sharded", lambda f, items: [f(i) for i in list(items)[1::2]] * 2)
+    monkeypatch.setattr("vera_func.cli.evaluation.rank", lambda: 1)
+    monkeypatch.setattr("vera_func.cli.evaluation.world_size", lambda: 2)
+    monkeypatch.setattr("vera_func.cli.evaluation.map_sharded", lambda f, items: [f(i) for i in list(items)[1::2]] * 2)
     whole = vf.Bank.read
     monkeypatch.setattr(vf.Bank, "read", lambda self, names=None: read.extend(names) or whole(self, names))
     line = f"evaluate --bank {bank} --data {reviews} --chunk 1 --dtype float32 --json"

@@ -20,7 +20,7 @@ from ..io.lora import export_lora
 from ..io.servers import check_lora, warning_text
 from ..merging.model import merge, model_merge_report
 from .groups import format_of
-from .inspect import describe_reports
+from .inspection import describe_reports
 from .report import bar, merge_advice, percent
 
 

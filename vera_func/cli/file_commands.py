@@ -36,7 +36,7 @@ def merge(
 
     from ..data.examples import demo_examples, read_examples, split_examples
     from .exports import merge_to
-    from .inspect import summarize_reports
+    from .inspection import summarize_reports
     from .report import COLUMNS, make_table, show_result
 
     if (data or prompt) and not calibrate:
@@ -108,7 +108,7 @@ def inspect(
       vera-func inspect vera-demo
       vera-func inspect vera-demo --model ./my-model --to nf4
     """
-    from .inspect import inspect_path
+    from .inspection import inspect_path
     from .report import describe, show_result
 
     found = inspect_path(

@@ -26,8 +26,8 @@ from typing import Any
 from ..data.models import Base
 from ..data.sources import Source
 from ..train.distributed import world_size
+from .evaluation import evaluate
 from .report import bar
-from .routes import evaluate
 
 
 RETRIES = 3  # how many times a group is computed again after its actor has died

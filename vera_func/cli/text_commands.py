@@ -37,7 +37,7 @@ def demo(
       vera-func demo --adapters 8 --steps 100 --out my-sweep
     """
     options = locals()
-    from .routes import classify
+    from .training.start import classify
 
     classify(**options, narrated=not json)
 
@@ -72,7 +72,7 @@ def train(
       vera-func train --data messages.csv --out my-adapter \\
         --prompt 'Message: {text}\\nTopic:'
     """
-    from .routes import train
+    from .training.start import train
 
     train(data, out, base, options, json=json)
 
@@ -108,8 +108,8 @@ def evaluate(
       vera-func evaluate --adapter my-chat --data chats.jsonl
       vera-func evaluate --data chats.jsonl --max-length 512
     """
+    from .evaluation import evaluate
     from .report import check_table_path, show_rows
-    from .routes import evaluate
 
     source = adapters.open(base.model)
     if max_length:
@@ -156,7 +156,7 @@ def predict(
       vera-func predict --adapter vera-demo --data new.csv --out labelled.csv
     """
     from ..data.examples import read_texts
-    from .commands import check_labels_option, predict
+    from .prediction import check_labels_option, predict
     from .report import check_table_path, show_rows
 
     if texts and data:
@@ -201,7 +201,7 @@ def generate(
       vera-func generate --bank all.safetensors 'One day' 'One night' \\
         --name a --name b
     """
-    from .commands import generate
+    from .generation import generate
     from .report import show_result
 
     source = adapters.open(base.model)

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..train.fit import OnStep
+from ...train.fit import OnStep
 
 
 @contextmanager

@@ -1,27 +1,23 @@
-"""Call the training or evaluation function for the kind of the data."""
+"""Run the commands `train` and `demo`: choose the training function for the data."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from rich.text import Text
 
-from ..data.dataset import open_dataset, peek_kind
-from ..data.examples import read_examples
-from ..data.files import find_files, is_hub_id
-from ..data.models import Base
-from ..data.prompts import MAX_TOKENS, PROMPT
-from ..data.sources import Source, check_labels
-from .groups import BaseOptions, TrainOptions, dtype_of
+from ...data.files import find_files, is_hub_id
+from ...data.prompts import MAX_TOKENS, PROMPT
+from ..data_kinds import kind_of, refuse_options
+from ..groups import BaseOptions, TrainOptions, dtype_of
+from ..report import describe, show, show_result
 from .jobs import expand_sources, value_of
 from .outputs import output_folder
-from .recipe import Recipe, Run, micro_batches
-from .report import describe, show, show_result
+from .settings import Recipe, Run, micro_batches
 
 
 def classify(base: BaseOptions, *, narrated: bool, prompt: str | None, json: bool, **options: Any) -> None:
     """Run the command `demo`, or the command `train` on one data set with labels."""
-    from .demo import demo
+    from .classifier import demo
 
     def narrate(line: str) -> None:
         if narrated:
@@ -46,13 +42,13 @@ def train(data: Sequence[str], out: str, base: BaseOptions, options: TrainOption
     sources = expand_sources(data, options.each)
     for source in sources if len(sources) > 1 or options.beta or options.reference else ():
         _ = is_hub_id(source) or find_files(source)  # raises if the file does not exist
-    labelled = _kind(sources[0]) == "label"
+    labelled = kind_of(sources[0]) == "label"
     if labelled:
         packing = "--no-packing" if options.packing is False else "--packing"
-        _refuse({"--beta": options.beta, "--reference": options.reference}, "with labels")
-        _refuse({"--truncate-side": options.truncate_side, packing: options.packing}, "with labels")
+        refuse_options({"--beta": options.beta, "--reference": options.reference}, "with labels")
+        refuse_options({"--truncate-side": options.truncate_side, packing: options.packing}, "with labels")
     else:
-        _refuse({"--prompt": options.prompt}, "without labels")
+        refuse_options({"--prompt": options.prompt}, "without labels")
     if labelled and len(sources) == 1:
         _train_classifier(sources[0], out, base, options, json)
         return
@@ -65,7 +61,7 @@ def train(data: Sequence[str], out: str, base: BaseOptions, options: TrainOption
 
         result = train_label_sets(sources, run, prompt=options.prompt or PROMPT)
     else:
-        from .language import train_language
+        from .unlabelled import train_language
 
         result = train_language(
             sources, run, betas=options.beta, reference=options.reference, truncate_side=options.truncate_side or "end",
@@ -75,39 +71,6 @@ def train(data: Sequence[str], out: str, base: BaseOptions, options: TrainOption
     command = f"predict {what} 'A new text.'" if labelled else f"generate {what} 'A prompt'"
     following = f"Next: vera-func {command}; vera-func evaluate {what} --data FILE"
     show_result(result, json, *describe(result, "adapters"), following)
-
-
-def evaluate(
-    source: Source,
-    load: Callable[[], Base],
-    data: str | None,
-    *,
-    prompt: str | None,
-    limit: int | None,
-    chunk: int,
-    batch_size: int | None,
-    progress: bool = True,
-) -> list[dict[str, Any]]:
-    """Run the command `evaluate`, on data of any kind. All rows are checked before the model is loaded."""
-    if data is None and source.metadata.kind is not None:
-        raise ValueError(
-            f"got no --data, but the adapter was trained on data of the kind {source.metadata.kind!r}, not on labelled "
-            "reviews as in the demo: pass data of this kind with --data."
-        )
-    if data is not None and _kind(data) != "label":
-        _refuse({"--prompt": prompt, "--batch-size": batch_size}, "without labels")
-        from .scoring import evaluate_language
-
-        rows = open_dataset(data)
-        return evaluate_language(source, load(), rows, limit=limit, chunk=chunk, progress=progress)
-    from ..data.examples import demo_examples, split_examples
-    from .commands import evaluate
-
-    examples = read_examples(data) if data else split_examples(demo_examples(), seed=0)[1]
-    check_labels(source, {example.label for example in examples})
-    return evaluate(
-        source, load(), examples[:limit], prompt=prompt, chunk=chunk, batch_size=batch_size or 32, progress=progress
-    )
 
 
 def _train_classifier(source: str, out: str, base: BaseOptions, options: TrainOptions, json: bool) -> None:
@@ -131,15 +94,3 @@ def _run_of(out: str, base: BaseOptions, options: TrainOptions) -> Run:
         out, _recipe_of(options), base.model, base.quant, dtype_of(base.dtype), base.device or "auto", options.r,
         options.targets, options.steps, options.epochs, options.learning_rate, options.max_length, options.together,
     )  # fmt: skip
-
-
-def _kind(source: str) -> str:
-    """The kind of a data set; "label" if the file does not exist, so that reading the file raises the error."""
-    there = is_hub_id(source) or Path(source).exists() or any(sign in source for sign in "*?[")
-    return peek_kind(source) if there else "label"
-
-
-def _refuse(options: dict[str, Any], what: str) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(f"{name} has no effect on data {what}: leave out {name}.")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import vera_func as vf
-from vera_func.cli import demo, inspect as inspection
+from vera_func.cli import inspection
+from vera_func.cli.training import classifier
 from vera_func.data.assets import load_snippets
 from vera_func.data.examples import polar_examples
 from vera_func.data.metadata import Metadata, read_metadata
@@ -44,7 +45,7 @@ def test_demo_with_a_sweep(trained):
 
 def test_a_sweep_learns_and_chooses_the_least_loss(folder, reviews, tmp_path):
     said = []
-    result = demo.demo(
+    result = classifier.demo(
         model=str(folder), data=reviews, quant="none", r=32, steps=60, batch_size=8, adapters=4, out=tmp_path,
         dtype=torch.float32, learning_rate=0.1, targets=["q_proj", "v_proj", "up_proj", "down_proj"], progress=False,
         say=said.append,
@@ -65,7 +66,7 @@ def test_every_adapter_diverging_is_said(folder, reviews, tmp_path):
         pytest.warns(RuntimeWarning, match="not finite"),
         pytest.raises(RuntimeError, match="use a learning rate below"),
     ):
-        demo.demo(
+        classifier.demo(
             model=str(folder), data=reviews, quant="none", r=8, steps=8, batch_size=4, adapters=2, out=tmp_path / "no",
             dtype=torch.float32, learning_rate=1e38, progress=False, say=lambda line: None,
         )  # fmt: skip
@@ -101,7 +102,7 @@ def test_the_real_model_learns_at_ci_size(tmp_path):
         writer = csv.writer(file)
         writer.writerow(["text", "label", "group"])
         writer.writerows(texts)
-    result = demo.demo(
+    result = classifier.demo(
         data=path, r=64, steps=20, batch_size=8, out=tmp_path / "out", dtype=torch.float32, progress=False,
         say=lambda line: None,
     )  # fmt: skip

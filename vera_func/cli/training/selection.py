@@ -19,19 +19,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.keys import split_key
-from ..data.objective import with_dropout
-from ..data.prompts import Batch, Encoded, answer_loss, num_rows, split_batch, train_batches
-from ..data.task import Task, loss_of, score_of
-from ..model.adapt import Adapted
-from ..model.batch import num_adapters, stack_adapters
-from ..train.checkpointing import checkpointed_loss
-from ..train.distributed import furthest, map_sharded, mean_over_micro_batches, rank
-from ..train.fit import Fit, fit, load_fit
-from ..train.schedules import linear_warmup_cosine
-from ..train.sweep import fit_row, join_fits, sweep, sweep_table
-from .recipe import CHECKPOINT_EVERY, Recipe, for_training, to_device, train_together
-from .report import bar
+from ...core.keys import split_key
+from ...data.objective import with_dropout
+from ...data.prompts import Batch, Encoded, answer_loss, num_rows, split_batch, train_batches
+from ...data.task import Task, loss_of, score_of
+from ...model.adapt import Adapted
+from ...model.batch import num_adapters, stack_adapters
+from ...train.checkpointing import checkpointed_loss
+from ...train.distributed import furthest, map_sharded, mean_over_micro_batches, rank
+from ...train.fit import Fit, fit, load_fit
+from ...train.schedules import linear_warmup_cosine
+from ...train.sweep import fit_row, join_fits, sweep, sweep_table
+from ..report import bar
+from .loop import CHECKPOINT_EVERY, for_training, to_device, train_together
+from .settings import Recipe
 
 
 class Sweep(NamedTuple):

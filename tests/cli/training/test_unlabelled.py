@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import MistralConfig, MistralForCausalLM
 
 import vera_func as vf
-from vera_func.cli import language, recipe
+from vera_func.cli.training import loop, unlabelled
 from vera_func.data.dataset import open_dataset, split_rows
 from vera_func.data.metadata import Metadata, read_metadata
 from vera_func.data.models import load_base
@@ -238,7 +238,7 @@ def test_a_killed_run_resumes_to_the_same_bits(train, run, data, model, tmp_path
     options = ["--data", data / f"{kind}.jsonl", *several, "--steps", "17", "--learning-rate", "0.2"]
     options += ["--eval-every", "3", "--dropout", "0.1", "--accumulate", "2"]
     right, out = train(*options)
-    mean, calls = recipe.mean_over_micro_batches, []
+    mean, calls = loop.mean_over_micro_batches, []
 
     def dies(*args, **kwargs):
         calls.append(0)
@@ -247,12 +247,12 @@ def test_a_killed_run_resumes_to_the_same_bits(train, run, data, model, tmp_path
         return mean(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "mean_over_micro_batches", dies)
+        patch.setattr(loop, "mean_over_micro_batches", dies)
         line = ("--model", model, "--r", "8", "--batch-size", "4", "--dtype", "float32", "--out", tmp_path / "killed")
         assert run("train", *options, *line)[0] == 130
     assert len(list(tmp_path.glob("killed.training*"))) == 2  # the run and its best
     calls.clear()
-    monkeypatch.setattr(recipe, "mean_over_micro_batches", lambda *a, **k: (calls.append(0), mean(*a, **k))[1])
+    monkeypatch.setattr(loop, "mean_over_micro_batches", lambda *a, **k: (calls.append(0), mean(*a, **k))[1])
     found, killed = train(*options, out="killed")
     assert len(calls) == 7
     one, two = (vf.open_bank(path / "bank.safetensors").read() for path in (out, killed))
@@ -288,8 +288,8 @@ def test_hostile_data_is_refused_before_a_model_is_loaded(run, tmp_path, monkeyp
     def load_base(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(language, "load_base", load_base)
-    monkeypatch.setattr("vera_func.cli.demo.load_base", load_base)
+    monkeypatch.setattr(unlabelled, "load_base", load_base)
+    monkeypatch.setattr("vera_func.cli.training.classifier.load_base", load_base)
     files = hostile(tmp_path)
     assert len(files) >= 120
     for name, (path, place, said) in files.items():
@@ -450,7 +450,7 @@ def test_the_device_of_every_command(run, data, reviews, tmp_path, monkeypatch, 
     def load_base(*args, device, **kwargs):
         raise ValueError(f"on {device}")
 
-    for module in ("cli.demo", "cli.language", "cli.label_sets", "data.sources"):
+    for module in ("cli.training.classifier", "cli.training.unlabelled", "cli.training.label_sets", "data.sources"):
         monkeypatch.setattr(f"vera_func.{module}.load_base", load_base)
     adapted = vf.adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), vf.VeraConfig(r=2, target_modules=["0"]))
     config = dataclasses.replace(adapted.config, base_model_name_or_path="somewhere")

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.batches import Part
-from ..data.dataset import DataSet, split_rows
-from ..data.examples import num_held_out
-from ..data.files import find_files, is_hub_id
-from ..data.tokens import TokenRows
-from .recipe import Run
+from ...data.batches import Part
+from ...data.dataset import DataSet, split_rows
+from ...data.examples import num_held_out
+from ...data.files import find_files, is_hub_id
+from ...data.tokens import TokenRows
+from .settings import Run
 
 
 MIN_STEPS, MAX_STEPS = 50, 100  # limits of the default number of steps, which is one epoch

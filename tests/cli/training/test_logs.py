@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vera_func.cli import logs
-from vera_func.cli.logs import step_logger
+from vera_func.cli.training import logs
+from vera_func.cli.training.logs import step_logger
 
 from hostile import jsonl
 

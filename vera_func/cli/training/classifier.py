@@ -14,22 +14,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.examples import Example, demo_examples, read_examples, split_examples
-from ..data.metadata import Metadata, write_metadata
-from ..data.models import describe_base, load_base
-from ..data.prompts import MAX_TOKENS, PROMPT, Batch, Encoded, collate
-from ..data.task import Task, check_prompt, encode_examples, logits_of, make_task, score_of
-from ..io.bank import save_bank
-from ..io.checkpoint import load_adapter, save_adapter
-from ..model.adapt import Adapted
-from ..model.config import VeraConfig
-from ..train.distributed import map_sharded, rank, world_size
-from .checkpoints import checkpoint_path, delete_checkpoints
+from ...data.examples import Example, demo_examples, read_examples, split_examples
+from ...data.metadata import Metadata, write_metadata
+from ...data.models import describe_base, load_base
+from ...data.prompts import MAX_TOKENS, PROMPT, Batch, Encoded, collate
+from ...data.task import Task, check_prompt, encode_examples, logits_of, make_task, score_of
+from ...io.bank import save_bank
+from ...io.checkpoint import load_adapter, save_adapter
+from ...model.adapt import Adapted
+from ...model.config import VeraConfig
+from ...train.distributed import map_sharded, rank, world_size
+from ..report import bar, format_table, percent
 from .jobs import num_steps
-from .outputs import BANK, classifier_metadata, new_adapter, output_folder
-from .recipe import Recipe, micro_batches
-from .report import bar, format_table, percent
-from .training import Sweep, small_batch, sweep_grid, train_one, train_sweep
+from .outputs import BANK, checkpoint_path, classifier_metadata, delete_checkpoints, new_adapter, output_folder
+from .selection import Sweep, small_batch, sweep_grid, train_one, train_sweep
+from .settings import Recipe, micro_batches
 
 
 VALIDATION = 200

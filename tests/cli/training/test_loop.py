@@ -8,8 +8,8 @@ vectors of an adapter by about 1e-5 of their norm.
 import pytest
 import torch
 
-from vera_func.cli import demo, label_sets, language, outputs
-from vera_func.cli.recipe import Recipe, Run
+from vera_func.cli.training import classifier, label_sets, outputs, unlabelled
+from vera_func.cli.training.settings import Recipe, Run
 from vera_func.data.metadata import read_metadata
 
 from hostile import jsonl
@@ -56,19 +56,19 @@ def train(request, folder, tmp_path, monkeypatch):
             new = new._replace(params=params, frozen=frozen)
         return new
 
-    for module in (language, label_sets, demo):
+    for module in (unlabelled, label_sets, classifier):
         monkeypatch.setattr(module, "new_adapter", new_adapter)
     monkeypatch.setattr(
-        demo, "_save_and_reload", lambda out, adapted, found, *more: trained.append(found.params) or 0.0
+        classifier, "_save_and_reload", lambda out, adapted, found, *more: trained.append(found.params) or 0.0
     )
-    for module in (language, label_sets):
+    for module in (unlabelled, label_sets):
         monkeypatch.setattr(
             module, "save_adapters", lambda out, adapted, params, names, metadata: trained.append(params)
         )
 
     def call(function, *args, **options):
         options |= {"model": str(folder), "quant": quant, "dtype": dtype, "r": 8, "out": tmp_path / "out"}
-        if function is not demo.demo:
+        if function is not classifier.demo:
             run = {name: options.pop(name) for name in Run._fields if name in options}
             args = (*args, Run(**run))
         return function(*args, **options), trained.pop()
@@ -92,17 +92,17 @@ def check(dtype, together, alone, losses):
 def test_data_sets_of_texts(train, data):
     options = {"recipe": Recipe(4), "steps": [STEPS], "learning_rates": [0.1], "max_length": 24}
     sources = [data / f"{name}.text.jsonl" for name in "ab"]
-    found, params = train(language.train_language, sources, **options)
-    alone, own = zip(*(train(language.train_language, [source], **options) for source in sources), strict=True)
+    found, params = train(unlabelled.train_language, sources, **options)
+    alone, own = zip(*(train(unlabelled.train_language, [source], **options) for source in sources), strict=True)
     check(train.dtype, params, own, ([row["loss"] for row in found["adapters"]], [row["loss"] for row in alone]))
 
 
 def test_data_sets_and_betas_of_preferences(train, data):
     options = {"recipe": Recipe(4), "steps": [STEPS], "learning_rates": [0.1]}
     sources, betas = [data / f"{name}.pairs.jsonl" for name in "ab"], [0.05, 0.5]
-    found, params = train(language.train_language, sources, betas=betas, **options)
+    found, params = train(unlabelled.train_language, sources, betas=betas, **options)
     pairs = [(source, beta) for source in sources for beta in betas]
-    runs = (train(language.train_language, [source], betas=[beta], **options) for source, beta in pairs)
+    runs = (train(unlabelled.train_language, [source], betas=[beta], **options) for source, beta in pairs)
     alone, own = zip(*runs, strict=True)
     check(train.dtype, params, own, ([row["loss"] for row in found["adapters"]], [row["loss"] for row in alone]))
 
@@ -112,7 +112,7 @@ def test_data_sets_with_labels(train, data):
     sources, options = [str(data / f"{name}.csv") for name in "abc"], {"recipe": Recipe(4), "learning_rates": [0.1]}
     found, params = train(label_sets.train_label_sets, sources, steps=[STEPS], **options)
     loop = {"batch_size": 4, "steps": STEPS, "learning_rate": 0.1, "device": "cpu", "say": lambda line: None}
-    own = [train(demo.demo, data=source, **loop)[1] for source in sources]
+    own = [train(classifier.demo, data=source, **loop)[1] for source in sources]
     alone = [train(label_sets.train_label_sets, [source], steps=[STEPS], **options)[0] for source in sources]
     losses = [[row["loss"] for row in result["adapters"]] for result in (found, *alone)]
     check(train.dtype, params, own, (losses[0], [own[0] for own in losses[1:]]))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import vera_func as vf
-from vera_func.cli.outputs import new_adapter, output_folder
-from vera_func.cli.recipe import Recipe
+from vera_func.cli.training.outputs import new_adapter, output_folder
+from vera_func.cli.training.settings import Recipe
 from vera_func.data.models import load_base
 from vera_func.data.sources import load_adapters, open_source
 

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 import vera_func as vf
-from vera_func.cli import training
+from vera_func.cli.training import selection
 from vera_func.data.examples import read_examples
 from vera_func.data.models import load_base
 from vera_func.data.task import encode_examples, loss_of, make_task
@@ -14,17 +14,17 @@ from vera_func.train.optim import linear_warmup_cosine
 
 def test_the_sweep_grid():
     for adapters in range(2, 17):
-        grid = training.sweep_grid(adapters, 0.02)
+        grid = selection.sweep_grid(adapters, 0.02)
         assert len(grid) == len({tuple(row.values()) for row in grid}) == adapters
         rates = [row["learning_rate"] for row in grid]
         if adapters > 3:
             assert min(rates) == pytest.approx(0.005)
             assert max(rates) == pytest.approx(0.04)
-        assert adapters * training.small_batch(16, adapters) <= 32
-    assert [row["learning_rate"] for row in training.sweep_grid(8, 0.02)[::2]] == pytest.approx(
+        assert adapters * selection.small_batch(16, adapters) <= 32
+    assert [row["learning_rate"] for row in selection.sweep_grid(8, 0.02)[::2]] == pytest.approx(
         [0.005, 0.01, 0.02, 0.04]
     )
-    assert training.sweep_grid(2, 0.02)[0]["learning_rate"] == 0.02
+    assert selection.sweep_grid(2, 0.02)[0]["learning_rate"] == 0.02
 
 
 @pytest.fixture
@@ -39,15 +39,15 @@ def sweeping(folder, reviews):
         adapted,
         task,
         rows[:40],
-        lambda grid: training.train_sweep(adapted, task, grid, rows[:40], rows[40:], **options),
+        lambda grid: selection.train_sweep(adapted, task, grid, rows[:40], rows[40:], **options),
     )
 
 
 def test_the_best_of_a_sweep_is_what_it_would_be_alone(sweeping):
     adapted, task, rows, call = sweeping
-    found = call(training.sweep_grid(4, 0.02))
+    found = call(selection.sweep_grid(4, 0.02))
     grid = found.table[found.row]
-    small, full = (training.train_batches(rows, size, seed=0) for size in (2, 4))
+    small, full = (selection.train_batches(rows, size, seed=0) for size in (2, 4))
     start = {k: torch.full_like(v, grid["d_initial"]) if "lambda_d" in k else v for k, v in adapted.params.items()}
     alone = vf.fit(
         loss_of(adapted, task), start, lambda step: (small if step < 3 else full)(step), steps=9, progress=False,

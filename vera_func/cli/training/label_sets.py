@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..data.batches import batch_order
-from ..data.examples import read_examples, split_examples
-from ..data.metadata import with_labels
-from ..data.models import load_base
-from ..data.objective import with_dropout
-from ..data.prompts import MAX_TOKENS, PROMPT, Batch, Encoded, Score, collate
-from ..data.task import (
+from ...data.batches import batch_order
+from ...data.examples import read_examples, split_examples
+from ...data.metadata import with_labels
+from ...data.models import load_base
+from ...data.objective import with_dropout
+from ...data.prompts import MAX_TOKENS, PROMPT, Batch, Encoded, Score, collate
+from ...data.task import (
     Task,
     check_prompt,
     encode_examples,
@@ -30,15 +30,23 @@ from ..data.task import (
     own_logits,
     score_of,
 )
-from ..model.adapt import Adapted
-from ..model.batch import Params, select_adapters, stack_adapters, unstack_adapters
-from ..model.dora import fold_if_dora
-from ..train.distributed import map_sharded
-from .checkpoints import checkpoint_path, delete_checkpoints
+from ...model.adapt import Adapted
+from ...model.batch import Params, select_adapters, stack_adapters, unstack_adapters
+from ...model.dora import fold_if_dora
+from ...train.distributed import map_sharded
+from ..report import bar
 from .jobs import adapter_names, num_steps, value_of
-from .outputs import BANK, classifier_metadata, new_adapter, output_folder, save_adapters
-from .recipe import Recipe, Run, Trained, for_training, train_chunks, train_together
-from .report import bar
+from .loop import Trained, for_training, train_chunks, train_together
+from .outputs import (
+    BANK,
+    checkpoint_path,
+    classifier_metadata,
+    delete_checkpoints,
+    new_adapter,
+    output_folder,
+    save_adapters,
+)
+from .settings import Recipe, Run
 
 
 def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) -> dict[str, Any]:

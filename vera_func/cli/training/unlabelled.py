@@ -15,24 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batches import Part, collate_items, training_batches
-from ..data.dataset import DataSet, open_dataset
-from ..data.metadata import Metadata
-from ..data.models import Base, load_base
-from ..data.objective import Scores, checkpointed_rows, loss_of_rows, reference_logprobs, score_rows
-from ..data.packing import is_packable
-from ..data.sources import base_of, open_source
-from ..data.tokens import Side, TokenRows, tokenize
-from ..io.checkpoint import load_adapter
-from ..model.adapt import Adapted
-from ..model.batch import Params, stack_adapters
-from ..train.distributed import map_sharded
-from .checkpoints import checkpoint_path, delete_checkpoints
+from ...data.batches import Part, collate_items, training_batches
+from ...data.dataset import DataSet, open_dataset
+from ...data.metadata import Metadata
+from ...data.models import Base, load_base
+from ...data.objective import Scores, checkpointed_rows, loss_of_rows, reference_logprobs, score_rows
+from ...data.packing import is_packable
+from ...data.sources import base_of, open_source
+from ...data.tokens import Side, TokenRows, tokenize
+from ...io.checkpoint import load_adapter
+from ...model.adapt import Adapted
+from ...model.batch import Params, stack_adapters
+from ...train.distributed import map_sharded
+from ..evaluation import BETA, MAX_LENGTH, length_of
+from ..report import bar
 from .jobs import Job, make_jobs
-from .outputs import BANK, new_adapter, output_folder, save_adapters
-from .recipe import Recipe, Run, Trained, for_training, train_chunks, train_together
-from .report import bar
-from .scoring import BETA, MAX_LENGTH, length_of
+from .loop import Trained, for_training, train_chunks, train_together
+from .outputs import BANK, checkpoint_path, delete_checkpoints, new_adapter, output_folder, save_adapters
+from .settings import Recipe, Run
 
 
 def train_language(

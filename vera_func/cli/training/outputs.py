@@ -1,19 +1,21 @@
-"""Create new adapters, and save trained adapters."""
+"""The files of a run: its output folder, its checkpoints, and new and trained adapters."""
 
+import glob
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..data.metadata import Metadata, write_metadata
-from ..data.models import Base
-from ..data.prompts import MAX_TOKENS
-from ..io.bank import save_bank
-from ..io.checkpoint import save_adapter
-from ..model.adapt import Adapted, adapt
-from ..model.config import VeraConfig
-from .recipe import Recipe
+from ...data.metadata import Metadata, write_metadata
+from ...data.models import Base
+from ...data.prompts import MAX_TOKENS
+from ...io.bank import save_bank
+from ...io.checkpoint import save_adapter
+from ...model.adapt import Adapted, adapt
+from ...model.config import VeraConfig
+from .settings import Recipe
 
 
 BANK = "bank.safetensors"
@@ -66,3 +68,22 @@ def save_adapters(
         return
     out.mkdir(parents=True, exist_ok=True)
     write_metadata(save_bank(out / BANK, params, adapted.frozen, adapted.config, names), metadata)
+
+
+def checkpoint_path(out: Path, *run: object) -> Path:
+    """The path of a run's checkpoint, `OUT.training-<hash>`, with a hash of the options and the data.
+
+    Args:
+        out: Output folder of the run.
+        *run: Options and data, whose `repr` must be the same in every process.
+    """
+    name = hashlib.sha256(repr(run).encode()).hexdigest()[:16]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return Path(f"{out}.training-{name}")
+
+
+def delete_checkpoints(checkpoint: Path) -> None:
+    """Delete all checkpoint files of a run, including the temporary files of killed processes."""
+    name = glob.escape(checkpoint.name)
+    for file in (*checkpoint.parent.glob(f"{name}*"), *checkpoint.parent.glob(f".{name}*")):
+        file.unlink(missing_ok=True)
