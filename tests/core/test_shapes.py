@@ -6,6 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import vera_func as vf
+from vera_func.core.shapes import require_finite, require_single
 
 from helpers import BASES, LargestTensor, dense_forward, make_base, make_layer
 
@@ -60,3 +61,18 @@ def test_a_strided_input_of_a_layer_that_is_not_adapted(bias):
     assert largest.numel < 2 * 64 * 96
     assert_close(y, model(x))
     assert isinstance(vf.to_module(vf.Adapted(apply, params, frozen, None))[1], nn.Linear)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_is_found(value):
+    require_finite("x", torch.ones(2, 3), "give up")
+    x = torch.ones(2, 3)
+    x[1, 2] = value
+    with pytest.raises(ValueError, match=r"^x holds NaN or inf: give up\.$"):
+        require_finite("x", x, "give up")
+
+
+def test_stacked_tensors_are_found():
+    require_single("x", torch.ones(()), ())
+    with pytest.raises(ValueError, match=r"^x must have shape \(3,\), got \(2, 3\)\. To split .* use unstack_adapters"):
+        require_single("x", torch.ones(2, 3), (3,))

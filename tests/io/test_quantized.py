@@ -245,7 +245,7 @@ for what, change, message in (
 for what, tensors, drop, message in (
     ("a missing tensor", {}, ["1.bias"], "lacks '1.bias'"),
     ("no scales", {}, ["0.absmax"], "layer '0' is damaged"),
-    ("NaN for a scale", {"0.absmax": torch.full((32,), float("nan"))}, [], "layer '0' is damaged: its scales hold NaN"),
+    ("NaN for a scale", {"0.absmax": torch.full((32,), float("nan"))}, [], "layer '0' is damaged: a scale holds NaN"),
     ("scales in 16 bits", {"0.absmax": torch.ones(32).half()}, [], "layer '0' is damaged: absmax must have"),
     ("an unknown tensor", {"colour": torch.ones(1)}, [], "has 'colour', but the Sequential has no such"),
 ):

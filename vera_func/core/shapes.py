@@ -93,6 +93,40 @@ def described(value: Any) -> str:
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
+def require_finite(name: str, tensor: Tensor, remark: str) -> None:
+    """Raise an error if a tensor is not finite.
+
+    Args:
+        name: Name of the tensor, for the error message.
+        tensor: Tensor to check. Its values must be known, so this check is not for transforms.
+        remark: The end of the error message.
+
+    Raises:
+        ValueError: If a value is infinite or NaN.
+
+    Example:
+        >>> require_finite("lambda_b", torch.ones(3), "the adapter is invalid")
+    """
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} holds NaN or inf: {remark}.")
+
+
+def require_single(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise an error if a tensor of params does not have the shape that it has in a single adapter.
+
+    Raises:
+        ValueError: If the shape differs, for example because the params are stacked.
+
+    Example:
+        >>> require_single("lambda_d", torch.ones(3), (3,))
+    """
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}. To split stacked params, use "
+            "unstack_adapters."
+        )
+
+
 def require_float(name: str, dtype: torch.dtype) -> None:
     """Raise an error if a dtype is not floating-point: other dtypes would silently round an adapter to integers.
 

@@ -15,6 +15,7 @@ from ..core.keys import (
     join_key,
     split_key,
 )
+from ..core.shapes import require_finite, require_single
 from ..model.config import VeraConfig
 from .peft_keys import is_copy, key_from_peft, key_to_peft
 
@@ -44,8 +45,7 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
             raise ValueError(f"{name!r} must be a tensor, got {type(tensor).__name__}.")
         if tensor.dtype not in DTYPES:
             raise ValueError(f"the dtype of {name!r} must be one of {DTYPES}, got {tensor.dtype}.")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name!r} holds NaN or inf; nothing was written.")
+        require_finite(repr(name), tensor, "nothing was written")
     layers = {*adapted_modules(params)}
     for key in params:
         _check_key(key, layers, params, frozen, config)
@@ -90,11 +90,8 @@ def _check_key(
         raise ValueError(
             f"{key!r} was made by fold_magnitude, whose result can't be saved: save the params from before folding."
         )
-    if leaf == "lambda_d" and value.shape != (config.r,):
-        raise ValueError(
-            f"{key!r} must have shape ({config.r},), got {tuple(value.shape)}. To split stacked params, use "
-            "unstack_adapters."
-        )
+    if leaf == "lambda_d":
+        require_single(repr(key), value, (config.r,))
     if leaf == "lambda_b" and (value.dim() != 1 or value.shape[0] > frozen["vera_B"].shape[0]):
         raise ValueError(
             f"{key!r} must have shape (out,) with out <= {frozen['vera_B'].shape[0]}, got {tuple(value.shape)}. "

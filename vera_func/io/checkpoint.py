@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..core.keys import MAGNITUDE, PROJECTIONS, adapted_modules, is_vector, split_key
-from ..core.shapes import require_float, require_product_dtype
+from ..core.shapes import require_finite, require_float, require_product_dtype
 from ..model.adapt import Adapted, draw_projections
 from ..model.apply import Apply
 from ..model.build import make_apply
@@ -272,8 +272,7 @@ def read_files(folder: Path, *, ignore_unknown: bool = False) -> tuple[VeraConfi
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{weights_file}: the dtype of {name!r} must be one of {DTYPES}, got {tensor.dtype}.")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{weights_file}: {name!r} holds NaN or inf; the adapter is invalid.")
+        require_finite(f"{weights_file}: {name!r}", tensor, "the adapter is invalid")
     return config, tensors
 
 

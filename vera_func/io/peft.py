@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import private
 from ..core.keys import VECTORS, split_key
-from ..core.shapes import require_product_dtype
+from ..core.shapes import require_finite, require_product_dtype
 from ..model.adapt import Adapted, with_origin
 from ..model.apply import Apply
 from ..model.build import make_apply
@@ -215,6 +215,5 @@ def _params(
 def _copy(key: str, value: Tensor) -> Tensor:
     if value.is_meta:
         raise ValueError(f"{key!r} of the PeftModel is on the meta device and has no data: load the adapter first.")
-    if not value.isfinite().all():
-        raise ValueError(f"{key!r} of the PeftModel holds NaN or inf; the adapter is invalid.")
+    require_finite(f"{key!r} of the PeftModel", value, "the adapter is invalid")
     return value.detach().clone()

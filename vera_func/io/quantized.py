@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .. import private
 from ..core.keys import join_key
+from ..core.shapes import require_finite
 from ..model.describe import describe_quantization, describe_ties
 from ..model.linears import linear_sizes
 from ..model.tree import copy_tree, require_weights, unwrap
@@ -177,11 +178,10 @@ def _read_values(path: Path, metadata: Mapping[str, str], tensors: dict[str, Ten
             present = [field for field in fields if join_key(name, field) in tensors]
             q = unflatten([tensors.pop(join_key(name, field)) for field in present], spec)
             validate(q)
+            for leaf in flatten(q)[0][1:]:
+                require_finite("a scale", leaf, "quantize the model again")
         except (ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
             raise ValueError(f"{path}: the layer {name!r} is damaged: {error}") from error
-        statistics = flatten(q)[0][1:]
-        if not all(leaf.isfinite().all() for leaf in statistics):
-            raise ValueError(f"{path}: the layer {name!r} is damaged: its scales hold NaN or inf.")
         values[name] = q
     return values
 

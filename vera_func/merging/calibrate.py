@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ..core.shapes import without_autocast
+from ..core.shapes import require_finite, without_autocast
 
 
 Codes = UInt8[Tensor, "out in"]
@@ -72,8 +72,8 @@ def gram(inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] 
     shapes = f"inputs {tuple(inputs.shape)} and weights {tuple(w.shape)}"
     if w.shape != inputs.shape[:-1] or (w < 0).any() or not w.any():
         raise ValueError(f"{shapes}: pass one weight per token, nonnegative and not all zero.")
-    if not inputs.isfinite().all() or not w.isfinite().all():
-        raise ValueError(f"{shapes} must be finite for every token, but contain NaN or inf.")
+    for name, tensor in (("inputs", inputs), ("weights", w)):
+        require_finite(f"{name} {tuple(tensor.shape)}", tensor, "pass finite values for every token")
     x, w = inputs.reshape(-1, inputs.shape[-1]).float(), w.reshape(-1, 1) / w.sum()
     with without_autocast(x.device):
         return x.T @ (w * x)
@@ -378,8 +378,7 @@ def _check(codes: Tensor, damping: float, max_kappa: float, **floats: Tensor) ->
                 f"for codes {tuple(codes.shape)}, {name} must have shape {shape}, got {tuple(floats[name].shape)}."
             )
     for name, tensor in floats.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} must be finite, but contains NaN or inf.")
+        require_finite(name, tensor, "pass finite values")
     if codes.max() >= len(floats["code"]):
         raise ValueError(
             f"codes contain the index {codes.max()}, but the table `code` has only {len(floats['code'])} levels."

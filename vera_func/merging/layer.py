@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import private
 from ..core.adapter import delta_weight
 from ..core.keys import SCALES, VECTORS
-from ..core.shapes import require_float, without_autocast
+from ..core.shapes import require_finite, require_float, require_single, without_autocast
 from ..quant.quantize import dequantize, levels, pack, quantize_4bit, quantize_8bit, unpack
 from ..quant.value import NO_DATA, Quantized, Quantized4bit, Quantized8bit, flatten
 from .calibrate import calibrate_rows, gram as gram_of, stochastic_codes
@@ -253,21 +253,12 @@ def checked_delta(
     for name, tensor in (*params.items(), *frozen.items()):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}.")
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"{name} {tuple(tensor.shape)} holds NaN or inf: the adapter is invalid, and nothing was merged."
-            )
+        require_finite(f"{name} {tuple(tensor.shape)}", tensor, "the adapter is invalid, and nothing was merged")
     out_features, in_features = q.shape
-    lambda_b, lambda_d = params["lambda_b"], params["lambda_d"]
-    if lambda_b.shape != (out_features,) or lambda_d.dim() != 1:
-        raise ValueError(
-            f"for a weight {tuple(q.shape)}, lambda_b and lambda_d must have shapes ({out_features},) and (r,), got "
-            f"{tuple(lambda_b.shape)} and {tuple(lambda_d.shape)}; split stacked adapters with unstack_adapters, and "
-            "merge each."
-        )
-    for name in scales:
-        if (shape := tuple(params[name].shape)) != (out_features,):
-            raise ValueError(f"for a weight {tuple(q.shape)}, {name} must have shape ({out_features},), got {shape}.")
+    lambda_d = params["lambda_d"]
+    for name, vector in params.items():
+        shape = lambda_d.shape[-1:] if name == "lambda_d" else (out_features,)
+        require_single(f"for a weight {tuple(q.shape)}, {name}", vector, shape)
     if any(leaf.is_meta for leaf in ((q,) if isinstance(q, Tensor) else flatten(q)[0])):
         raise ValueError(NO_DATA)
     if not scales:

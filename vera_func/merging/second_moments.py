@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..core.shapes import without_autocast
+from ..core.shapes import require_finite, without_autocast
 from ..model.adapt import Adapted
 from ..model.module import adapted_module
 from ..model.targets import adapted_layers
@@ -89,10 +89,7 @@ def second_moments(
         captured.clear()
     moments = {name: total.mean(name, weighted=readout is not None) for name, total in sums.items()}
     for name, mean in moments.items():
-        if not mean.isfinite().all():
-            raise ValueError(
-                f"the inputs of {name!r} are not finite: a batch, the model or the adapter holds NaN or inf."
-            )
+        require_finite(f"the second moments of {name!r}", mean, "check the batches, the model and the adapter")
     return moments
 
 
