@@ -1,14 +1,13 @@
 """Find the batch axis of the input of each layer, for calls with one adapter per row of a batch.
 
 Row i of a batch is index i of axis 0 of the model's inputs. Inside the model, another axis may be the batch axis:
-models transpose (rows, seq) to (seq, rows), flatten both into one axis, route tokens to experts, or pass a table of
-positions through a layer. Sizes alone do not identify the batch axis, because other axes may have the same size.
-Therefore each kind of call is rehearsed once in advance:
+models transpose (rows, seq) to (seq, rows), flatten rows and seq into one axis, route tokens to experts, or pass a
+table of positions through a layer. Sizes alone do not identify the batch axis, because other axes may have the same
+size. Therefore, before the first call of each kind, the call is rehearsed:
 
     A copy of the model runs on the call's inputs with a different number of rows: a prime that does not divide any size
-    of the model. Cheap stand-ins replace the linear layers, and the rows are tracked through every operation
-    (`follow`). A second run uses another prime. The layouts on which both runs agree are used.
+    of the model. A second run uses another prime, and the layouts on which the two runs agree are used.
 
 `follow` tracks the rows through the operations of a run, `rehearse` runs a copy of the model, and `plans` stores the
-results for calls of the same kind. `axes` has the types that these files share.
+results for calls of the same kind. `axes` defines the types that the other files share.
 """

@@ -1,4 +1,4 @@
-"""Types and functions that the files of this folder share: what is called, and the batch axes of its tensors."""
+"""Types and functions that the files of this folder share: for calls, and for the batch axes of tensors."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -13,12 +13,12 @@ ALONE = "Run one adapter at a time, or map over adapters and rows with torch.fun
 
 
 class Callee(NamedTuple):
-    """What is called in a model.
+    """The module and method that a call runs.
 
     Attributes:
         path: Path of a module in the model.
-        method: Name of the module's method, or a function of the module.
-        shift: Offset that is added to all batch axes.
+        method: Name of a method of the module, or a function that takes the module as its first argument.
+        shift: Number added to the batch axis of each argument, to track the second or a later leading axis of params.
     """
 
     path: str
@@ -55,7 +55,7 @@ class Seen(NamedTuple):
 
 
 def has_rows(shape: Sequence[int], count: int, axis: int | None) -> bool:
-    """Whether a tensor of this shape has the size `count`, the number of rows, along `axis`."""
+    """Whether a tensor of this shape has size `count` along `axis`."""
     return axis is not None and -len(shape) <= axis < len(shape) and are_equal(shape[axis], count)
 
 

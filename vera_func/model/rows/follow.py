@@ -27,7 +27,7 @@ class Place(NamedTuple):
     inner: int | None
 
 
-NOWHERE = Place(-1, 0)  # the tensor depends on the rows but has no axis of rows, as a mean over the batch
+NOWHERE = Place(-1, 0)  # the tensor depends on the rows but has no axis of rows, such as a mean
 
 
 class Lost(NamedTuple):
@@ -177,7 +177,7 @@ class Follower:
         return place if step == 1 and start % (self.rows * place.inner) == 0 else Lost(None)
 
     def _viewed(self, x: Tensor, place: Place, shape: torch.Size) -> Place | Lost:
-        """Return the `Place` after a view. Before and after, flat index `f` belongs to row `(f // stride) % rows`."""
+        """Return the `Place` after a view, which does not change the row `(f // stride) % rows` of a flat index `f`."""
         if place.inner is None or 0 in shape:
             axis = self._axis(shape)
             if axis is None:
@@ -294,7 +294,7 @@ def mark(tensor: Tensor, place: Place | Lost | None) -> None:
 
 
 def _mark_index(name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-    """Record on a tensor that may serve as an index which index it is derived from, or which permutation it inverts."""
+    """For a tensor that may serve as an index, record the index it is derived from, or the permutation it inverts."""
     x = args[0] if args and isinstance(args[0], Tensor) else None
     if x is None:
         return
@@ -329,8 +329,8 @@ def _mark_parts(name: str, args: tuple, kwargs: dict[str, Any], parts: Sequence[
 def _reassembled(args: tuple, kwargs: dict[str, Any]) -> Place | Lost | None:
     """Return the `Place` after concatenating all parts of a split tensor in order, as LLaVA does with image features.
 
-    If the parts are concatenated in another order, or with other tensors, the order of the rows is lost. The result is
-    None if none of the tensors is a part.
+    If the parts are concatenated in another order, or with other tensors, the order of the rows is lost. Return None if
+    no tensor is a part of a split tensor.
     """
     parts = [getattr(tensor, "_part_of", _NO_PART) for tensor in args[0]]
     group, _, count, place = next((part for part in parts if part[0] is not None), _NO_PART)
@@ -380,7 +380,7 @@ def _is_mask(index: Tensor) -> bool:
 
 
 def _indices(name: str, args: tuple) -> list[tuple[int, Tensor]]:
-    """Return pairs `(axis, index)` of an operation: the index applies to `args[0]` from this axis on."""
+    """Return pairs `(axis, index)` of an operation: `axis` is the first axis of `args[0]` that `index` indexes."""
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
         found, axis = [], 0
         for index in args[1]:

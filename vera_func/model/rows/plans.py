@@ -68,7 +68,7 @@ class Plan(NamedTuple):
     Attributes:
         layers: Layouts of the inputs of all layers.
         front: Number of axes of the input, for each layer whose input has axis 0 as its batch axis.
-        odd: Layouts of the inputs of all other layers.
+        odd: Layouts of the inputs of the layers that are not in `front`.
         outputs: Layouts of the tensors that the call returns.
     """
 
@@ -150,7 +150,7 @@ def arrange(
 
 
 def axes_of_outputs(apply: "Apply", args: tuple, kwargs: dict[str, Any], rows: int) -> list[int | None]:
-    """Return the batch axis of each tensor that `apply` returns, in pytree order; None for a tensor without one."""
+    """Return the batch axis, or None if there is none, of each tensor that `apply` returns, in pytree order."""
     outputs = _plan(apply, Callee("", "__call__"), args, kwargs, rows).outputs
     return [where.axis if isinstance(where, Layout) else None for where in outputs]
 
@@ -191,7 +191,7 @@ class _Calls:
         self.outside = {path: MovedRows(path, outside, rows) for path in self.layers}
 
     def hooks(self) -> dict[str, MovedRows]:
-        """Register the hooks, and return `MovedRows` that raise an error, for layers that `generate` calls directly."""
+        """Register the hooks. Return `MovedRows` that raise an error if `generate` calls a layer directly."""
         untraced = torch.compiler.disable  # imports the compiler, which takes a second
         paths = {path for layer in self.layers for path in _ancestors(layer)}
         for path in sorted(paths):
@@ -244,7 +244,7 @@ def _plan(
 # `Apply`, because the compiler of torch 2.11 can't pass an `Apply` as an argument to such a function.
 @constant_when_traced
 def traced_plan(apply: "Apply", kind: tuple) -> str:
-    """Return the name of the plan's attribute, or "" if there is no plan for this kind of call."""
+    """Return the name of the attribute that stores the plan, or "" if there is no plan for this kind of call."""
     plan = apply.plans.found.get(kind)
     if plan is None:
         return ""
@@ -258,7 +258,7 @@ def traced_plan(apply: "Apply", kind: tuple) -> str:
 def traced_rehearsal(
     apply: "Apply", callee: tuple[str, Method, int], kind: tuple, args: tuple, kwargs: tuple, count: int
 ) -> str:
-    """Rehearse a call with arguments of these shapes, and return the name of the plan's attribute."""
+    """Rehearse a call with arguments of these shapes, and return the name of the attribute that stores the plan."""
     # The compiler passes a NamedTuple in another form.
     seen = rehearse(apply, Callee(*callee), _from_shapes(args), _from_shapes(kwargs), count)
     apply.plans.add(kind, seen, Callee(*callee).shift)
@@ -287,9 +287,10 @@ def _kind(value: Any, count: int, axis: int | None) -> Any:
 
 
 def _kind_of_shape(shape: torch.Size, count: int, axis: int | None) -> tuple:
-    """Return the number of axes of a shape, whether it has rows, the axes of size 1, and the exact sizes or ().
+    """Return the number of axes of a shape, whether `axis` has size `count`, the axes of size 1, and the sizes or ().
 
-    Exact sizes are included if an axis other than the batch axis has the same size, because the two could be confused.
+    The sizes are included if an axis other than the batch axis has size `count`, because the two axes could be
+    confused.
     """
     rows = has_rows(shape, count, axis)
     if torch.compiler.is_compiling():

@@ -1,10 +1,10 @@
 """Rehearse a call: run a copy of the model with another number of rows, to find the batch axis of each layer's input.
 
-A rehearsal uses the values of the call's inputs, because the control flow of a model may
-depend on them. The rows of the inputs are repeated cyclically up to the wanted number. Cheap stand-ins replace linear
-layers, and hooks are removed. Inside transforms and under the compiler, the inputs have no values, and tensors filled
-with 1 replace them. Rehearsals with large inputs run on tensors without data (`fake_tensors`), unless the model can't
-run on such tensors, for example because of data-dependent routing.
+A rehearsal uses the values of the call's inputs, because the control flow of a model may depend on the values. The rows
+of the inputs are repeated cyclically up to the wanted number. Cheap stand-ins replace linear layers, and hooks are
+removed. Inside transforms and under the compiler, the inputs have no values, and tensors filled with 1 replace them.
+Rehearsals with large inputs run on tensors without data (`fake_tensors`), unless the model can't run on such tensors,
+for example because of data-dependent routing.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..apply import Apply
 
 
-# A rehearsal with more values than this runs on tensors without data. With fewer values, this would be slower.
+# A rehearsal with more values than this runs on tensors without data. For fewer values, that would be slower.
 LARGE = 2**26
 _STATISTICS = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
@@ -127,8 +127,9 @@ class _Call:
 
         Such a function returns "rows" if the tensor has this batch axis, "shared" if all rows share the tensor, and
         "parts" if each row has several consecutive entries of axis 0, such as the patches of an image. An axis whose
-        size is the number of rows need not be the batch axis, as in positions (seq,) or a mask (seq, seq). No
-        interpretation doubts the first input with several axes.
+        size is the number of rows need not be the batch axis: positions (seq,) or a mask (seq, seq) may have this size
+        by chance. In the first input with several axes, a supposed batch axis whose size is the number of rows is
+        always taken as the batch axis.
         """
         main = next((tensor for tensor in self.inputs if tensor.dim() > 1), None)
 
