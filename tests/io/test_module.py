@@ -520,7 +520,7 @@ def test_the_users_model_keeps_its_marks(base_folder):
 
 bad = Refused()
 
-bad("to_module", "a stack", lambda _: vf.to_module(ADAPTED._replace(params=STACK)), "is stacked; a module has one")
+bad("to_module", "a stack", lambda _: vf.to_module(ADAPTED._replace(params=STACK)), "is stacked, but a module has one")
 bad("to_module", "no vectors", lambda _: vf.to_module(ADAPTED._replace(params={})), "lacks 4 of its 4 keys")
 bad("to_module", "no projections", lambda _: vf.to_module(ADAPTED._replace(frozen={})), r"'vera_B', got \[\]")
 bad(

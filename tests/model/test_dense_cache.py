@@ -177,7 +177,7 @@ def test_a_budget_is_an_integer(value):
 
 def test_other_mistakes():
     apply = build().apply
-    with pytest.raises(ValueError, match="workload must be a function of an Apply, got dict"):
+    with pytest.raises(ValueError, match="workload must be a function that takes an Apply, got dict"):
         apply.with_dense_cache(max_bytes=1, workload={})
     for value in (-1, 2.0, True, "32"):
         with pytest.raises(ValueError, match="max_rows must be a non-negative integer or None"):

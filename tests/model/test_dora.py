@@ -393,7 +393,10 @@ bad("keep_norm_statistics", "no projections", lambda _: keep_norm_statistics(DOR
 bad("keep_norm_statistics", "VeRA", lambda _: keep_norm_statistics(ADAPTED.apply, FROZEN), "have no magnitudes: adapt")
 bad("adapt", "neither a magnitude nor a scale", call(DORA, WITHOUT), "lacks 1 .*'2.magnitude'")
 bad(
-    "adapt", "both a magnitude and a scale", call(DORA, DORA.params | FOLDED), "both '0.magnitude' and '0.output_scale'"
+    "adapt",
+    "both a magnitude and a scale",
+    call(DORA, DORA.params | FOLDED),
+    "'0.magnitude' and its folded form '0.output_scale'",
 )
 bad(
     "adapt",

@@ -266,7 +266,7 @@ def test_the_wrong_shell(shell, name, needed):
 
 @pytest.mark.parametrize("layer", [nn.Embedding(3, 5), nn.Conv1d(3, 5, 1), nn.LayerNorm(3), nn.Bilinear(3, 3, 5)])
 def test_a_layer_that_has_no_shell(layer):
-    with pytest.raises(ValueError, match=f"a {type(layer).__name__} cannot be adapted, only nn.Linear"):
+    with pytest.raises(ValueError, match=f"a {type(layer).__name__} cannot be adapted: pass an nn.Linear"):
         vf.Linear(layer, "default", **projections(), r=R)
 
 

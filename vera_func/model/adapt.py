@@ -1,9 +1,7 @@
 """Create a pure function and a new adapter from a model and a configuration.
 
-    apply, params, frozen, config = adapt(model, VeraConfig(r=256, target_modules=["q_proj", "v_proj"]))
-    apply(params, frozen, input_ids=ids)  ==  model(input_ids=ids)  +  the adapter's update
-
-The model itself is never called or modified.
+apply, params, frozen, config = adapt(model, VeraConfig(r=256, target_modules=["q_proj", "v_proj"]))
+apply(params, frozen, input_ids=ids)  ==  model(input_ids=ids)  +  the adapter's update
 """
 
 import dataclasses
@@ -33,8 +31,8 @@ class Adapted(NamedTuple):
     Attributes:
         apply: `apply(params, frozen, *args, **kwargs)` returns the output of the adapted model.
         params: The trainable parameters: `"{module}.lambda_b"` of shape (out,), `"{module}.lambda_d"` of shape (r,),
-            and for DVoRA `"{module}.magnitude"` of shape (out,). Biases and heads of the model that the configuration
-            trains are also in `params`, under their own names.
+            and for DVoRA `"{module}.magnitude"` of shape (out,). Trained biases and heads of the model (`config.bias`,
+            `config.modules_to_save`) are also in `params`, under their own names.
         frozen: The projections `vera_A` of shape (r, max in) and `vera_B` of shape (max out, r), shared by all layers
             and adapters.
         config: The configuration, with module names in place of default targets and "all-linear".
@@ -59,9 +57,9 @@ def adapt(
 
     The adapter is initialized as in PEFT: `lambda_b` is 0, so that the adapted model initially computes the output of
     the base model. For DVoRA, `magnitude[i]` is the norm of row i of the weight. The pure function runs a copy of the
-    model, which shares the memory of the parameters and has its own buffers. Before calling `adapt`, move the model to
-    its device, and call `model.eval()` or `model.train()`: the mode of the model at that time controls the model's own
-    dropout.
+    model; the copy shares the memory of the model's parameters and has its own buffers. Before calling `adapt`, move
+    the model to its device, and call `model.eval()` or `model.train()`: the mode of the model at that time controls the
+    model's own dropout.
 
     Args:
         model: Any module that contains `nn.Linear`, bitsandbytes' linear layers or transformers' `Conv1D`. The adapted
@@ -74,11 +72,11 @@ def adapt(
         generator: Source of the random initial vectors, required if `config.init_weights` is False, and ignored
             otherwise.
         product_dtype: Dtype of the matrix products with the projections, by default `dtype`, as in PEFT without
-            autocast. With a 16-bit `product_dtype`, products are computed as in PEFT under autocast; `vera_forward`
-            states the rounding errors. For many rows, 16-bit products are faster on GPUs, and on CPUs that have
-            instructions for this dtype. For a single row on a CPU without gradients, products are always computed in
-            `dtype`, which is then faster and more accurate. Each call casts the projections to `product_dtype` once,
-            unless `frozen` already has this dtype.
+            autocast. With a 16-bit `product_dtype`, products are computed as in PEFT under autocast; for the rounding
+            errors, see `vera_forward`. For many rows, 16-bit products are faster on GPUs, and on CPUs that have
+            instructions for this dtype. If no gradients are recorded, products of a single row on a CPU are always
+            computed in `dtype`, because 16-bit products are slower there and less accurate. Each call casts the
+            projections to `product_dtype` once, unless `frozen` already has this dtype.
 
     Returns:
         `(apply, params, frozen, config)`. The returned configuration has the names of the targets and of the base

@@ -3,8 +3,8 @@
     scale:  c ΔW = diag(c lambda_b) B diag(lambda_d) A
     add:    Σ c_i diag(b_i) B diag(d_i) A,   a VeRA with the same projections if all d_i, or all b_i, are parallel
 
-In general, a sum of adapters is not a VeRA of rank r. `select_adapters` with ids of shape (rows, k) sums the outputs of
-any adapters at run time. `pool_adapters` combines adapters into a VeRA of larger rank.
+In general, a sum of adapters is not a VeRA of rank r. `select_adapters` with ids of shape (rows, k) sums, for each row,
+the outputs of k adapters chosen at run time. `pool_adapters` combines adapters into a VeRA of larger rank.
 
 The update of DVoRA is not linear in its vectors, so DVoRA adapters must be folded first (`fold_magnitude`). After
 folding, the change of a layer's output is linear in `lambda_b` and in `output_scale - 1`.
@@ -39,7 +39,8 @@ def scale_adapter(params: Mapping[str, Tensor], factor: float) -> dict[str, Tens
     Raises:
         ValueError: If the factor is not finite.
         ValueError: If `params` contain magnitudes, because the update is not linear in a magnitude.
-        ValueError: If `params` contain a bias or head of the model, whose difference from the base is unknown.
+        ValueError: If `params` contain a bias or head of the model, because its difference from the base model's value
+            is unknown.
 
     Example:
         >>> scale_adapter({"q.lambda_b": torch.ones(3), "q.lambda_d": torch.ones(2)}, 0.5)["q.lambda_b"]
@@ -89,8 +90,8 @@ def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[flo
         weights: One weight per adapter. By default, all weights are 1, as in PEFT with several active adapters.
 
     Raises:
-        ValueError: If the sum in a layer is not a VeRA of this rank, if keys or shapes differ, or if there is not one
-            finite weight per adapter.
+        ValueError: If the sum in a layer is not a VeRA of this rank, if keys or shapes differ, or if `weights` does not
+            contain exactly one finite number per adapter.
         ValueError: If params contain magnitudes or parameters of the model itself; see `scale_adapter`.
 
     Example:
@@ -148,8 +149,8 @@ def _check_vectors(params: Mapping[str, Tensor]) -> None:
     own = [key for key in params if not is_vector(key)]
     if own:
         raise ValueError(
-            f"params has {own[0]!r}, which is not an adapter vector: the difference from the base model is unknown, "
-            "and can't be scaled or added. Pass only the adapter vectors."
+            f"params has {own[0]!r}, which is not an adapter vector: only adapter vectors can be scaled or added, "
+            "because the base model's values of other parameters are unknown. Pass only the adapter vectors."
         )
     if magnitudes := [key for key in params if split_key(key)[1] == MAGNITUDE]:
         raise ValueError(

@@ -114,8 +114,8 @@ class Apply:
         except RuntimeError as error:
             if any(sign in str(error) for sign in _REFUSED_BY_TRANSFORMS):
                 raise ValueError(
-                    "the model uses an operation that torch.func's transforms do not support, as activation "
-                    f"checkpointing does: {error} {WITHOUT_CHECKPOINTING}"
+                    "the model uses an operation that torch.func's transforms do not support, such as "
+                    f"activation checkpointing: {error} {WITHOUT_CHECKPOINTING}"
                 ) from error
             raise
         finally:
@@ -161,15 +161,15 @@ class Apply:
         """Return a copy of `apply` that decodes faster in bfloat16, on CPUs with AVX512-BF16.
 
         The 4-bit weights are copied into the layout of bitsandbytes' kernel for these CPUs. If gradients are disabled,
-        the kernel multiplies a few rows without dequantizing; see `quant.cpu_layout.fused_weight` for the costs. On
-        other machines, no weights are copied.
+        the kernel multiplies inputs with few rows, without dequantizing the weight; see `quant.cpu_layout.fused_weight`
+        for the costs. On other CPUs and on GPUs, no weights are copied.
 
         Args:
-            max_rows: Largest number of rows (tokens of all sequences) for which the kernel is used. With None, the
-                limit is measured: the process times the kernel and the dense product at the first product of each
-                format and shape, for up to a few tenths of a second. The kernel and the dense product round
-                differently, so measured limits may make results differ between processes, but not within a process.
-                With a fixed `max_rows`, such as 32, all processes compute the same results.
+            max_rows: Largest number of rows (tokens of all sequences) for which the kernel is used. If None, the limit
+                is measured: each process times the kernel and the dense product once for each format and shape of
+                weights, for up to a few tenths of a second. The kernel and the dense product round differently, so
+                measured limits may make results differ between processes, but not within a process. With a fixed
+                `max_rows`, such as 32, all processes compute the same results.
 
         Raises:
             ValueError: If `max_rows` is negative, or is neither an integer nor None.
@@ -186,19 +186,19 @@ class Apply:
         """Return a copy of `apply` that stores the most used quantized weights as dense copies, in at most `max_bytes`.
 
         A layer with a dense copy does not dequantize its weight in the forward and backward pass. Forward outputs stay
-        the same, bit for bit. A dense copy has `out * in` values, in the `compute_dtype` of a 4-bit layer, if set, and
-        otherwise in the dtype of the model's dense parameters. Products in another dtype do not use the copy. Later
-        copies of the returned `Apply` share the dense copies. Pickling omits dense copies, and unpickling makes them
-        again.
+        the same, bit for bit. A dense copy has `out * in` values. The copy's dtype is the `compute_dtype` of a 4-bit
+        layer if that is set, and otherwise the dtype of the model's dense parameters. Products in any other dtype do
+        not use the copy. Copies of the returned `Apply`, such as those from `with_dropout`, share the dense copies.
+        Pickling omits dense copies, and unpickling makes them again.
 
         After `with_fused_weights`, the fused kernel is used where it is faster than the dense product. On GPUs, only
         8-bit layers get dense copies, because bitsandbytes has fast GPU kernels for 4-bit weights.
 
         Args:
             max_bytes: Memory for the dense copies.
-            workload: A function of an `Apply` that makes representative calls. The function runs once, to count the
-                calls of each layer. Layers with most calls are stored first, and layers without calls are not stored.
-                Without a workload, layers are stored in the order of the model.
+            workload: A function that takes an `Apply` and makes representative calls. The function runs once, to count
+                the calls of each layer. Layers with the most calls get dense copies first, and layers without calls get
+                none. Without a workload, layers get dense copies in the order of the model.
 
         Raises:
             ValueError: If `max_bytes` is not a non-negative integer, or if `workload` is not a function.
@@ -217,7 +217,7 @@ class Apply:
         if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 0:
             raise ValueError(f"max_bytes must be a non-negative number of bytes, got {max_bytes!r}.")
         if workload is not None and not callable(workload):
-            raise ValueError(f"workload must be a function of an Apply, got {type(workload).__name__}.")
+            raise ValueError(f"workload must be a function that takes an Apply, got {type(workload).__name__}.")
         calls = None
         if workload is not None:
             root = self.trees.copy()
@@ -249,7 +249,7 @@ class Apply:
     def bind(
         self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-        """Check params and projections, and return `Schema.bind` of them."""
+        """Check params and projections, and return the result of `Schema.bind`."""
         return self.schema.bind(params, frozen, self.trees.root, self.product_dtype)
 
     def _require_shapes_alone(self, *inputs: Any) -> None:

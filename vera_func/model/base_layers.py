@@ -1,6 +1,6 @@
 """Base layers of a module tree: quantized layers, and dense layers whose weight and bias may differ between rows.
 
-A weight or bias from `params` is set on the layer itself, and the `base_layer` inside it keeps the model's value.
+A weight or bias from `params` is set on the layer itself, and the layer's `base_layer` keeps the model's value.
 Therefore every key of `params` is also a parameter name in the module tree.
 """
 
@@ -141,8 +141,8 @@ class DenseLinear(nn.Linear):
 class RowwiseAffine(nn.Module):
     """An affine layer whose weight and bias may have leading axes, with one value for each row of the batch.
 
-    It replaces an `nn.Linear`, `Conv1D` or `nn.LayerNorm` that is trained together with an adapter, so that each row of
-    a mixed batch can have its own classifier or bias.
+    A `RowwiseAffine` replaces an `nn.Linear`, `Conv1D` or `nn.LayerNorm` that is trained together with an adapter, so
+    that each row of a mixed batch can have its own classifier or bias.
 
     Args:
         base_layer: The layer to replace. `forward` calls the base layer itself if no weight or bias is set on this
@@ -218,7 +218,7 @@ def _call_with(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Te
 def dense_weight(layer: Any, dtype: torch.dtype, own: Tensor | None = None) -> Tensor:
     """Return the dense weight (out, in) of a base layer, for the row norms of DVoRA.
 
-    `own` replaces the weight of a dense layer, in the layout of that weight.
+    For a dense layer, `own` is a weight to use instead of `layer.weight`, in the same layout.
 
     Raises:
         ValueError: If the weight is offloaded, or is a scaled float8 weight.
@@ -251,9 +251,9 @@ def may_have_rows(module: nn.Module) -> bool:
 def copy_base_layer(
     module: nn.Module, memo: dict[int, Any], *, rows: bool = False, int8_activations: bool = False
 ) -> nn.Module | None:
-    """Return the layer that replaces a module of the model in a module tree, or None if the module's class is kept.
+    """Return the layer that replaces a module of the model in a module tree, or None if the module is not replaced.
 
-    `rows` says that a parameter of the module is trained, and may differ between the rows of a batch.
+    Set `rows` if a parameter of the module is trained, and may therefore differ between the rows of a batch.
 
     Example:
         >>> copy_base_layer(nn.Linear(3, 2), {})
@@ -295,9 +295,8 @@ def init_row_layout(layer: "QuantizedLinear | RowwiseAffine") -> None:
 def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor], *, cast: bool = True) -> Tensor:
     """Move a frozen tensor to the device and dtype to which `fn` moves tensors.
 
-    If `fn` moves tensors to the meta device, the tensor is returned unchanged. The reason is
-    `torch.func.stack_module_state`: its users run a module on the meta device, and pass parameters and buffers to the
-    module, but not the module's other tensors.
+    If `fn` moves tensors to the meta device, the tensor is returned unchanged: users of `torch.func.stack_module_state`
+    run a module on the meta device by `functional_call`, which replaces only its parameters and buffers.
     """
     like = fn(tensor[:0] if tensor.dim() else tensor)
     return tensor if like.is_meta else tensor.to(like.device, like.dtype if cast else tensor.dtype)

@@ -1,9 +1,8 @@
 """Stack adapters, and select one adapter or a weighted sum for each row of a batch.
 
-All adapters share the projections. A batch of rows with different adapters therefore costs one product with the base
-weight and two with the projections, plus two multiplications by vectors per row. Stacked params of n adapters are a
-flat dict with the keys of one adapter, in which every tensor has a leading axis of size n. The projections are never
-copied.
+All adapters share the projections. A batch of rows with different adapters costs one product with the base weight and
+two with the projections, plus two multiplications by vectors per row. Stacked params of n adapters are a flat dict with
+the keys of one adapter, in which every tensor has a leading axis of size n.
 """
 
 import functools
@@ -136,9 +135,9 @@ def select_adapters(
         weights: Weights of the updates in a sum, of shape (rows, k); 1 by default.
 
     Returns:
-        Params with a leading axis (rows,). In a sum, the vectors have the leading axes (rows, k), and
-        `"{module}.mixture"` contains the weights. `"{parameter}.base_share"` is the factor of the base model's value,
-        which `apply` adds to the parameter.
+        Params with a leading axis (rows,). For weighted sums, the vectors have leading axes (rows, k), and
+        `"{module}.mixture"` contains the weights. If `"{parameter}.base_share"` is present, `apply` adds the base
+        model's value times this factor to the parameter.
 
     Raises:
         ValueError: If an id is out of range or not an integer, if the weights do not have the shape of the ids, or if
@@ -195,7 +194,7 @@ def _checked_ids(adapter_ids: Tensor | Sequence[Any], n: int, device: torch.devi
 def _summed(
     stacked: Params, rows: dict[str, Tensor], own: Sequence[str], ids: Tensor, weights: Tensor | Sequence[Any] | None
 ) -> dict[str, Tensor]:
-    """Return params for weighted sums of adapters, from the params of the terms, with leading axes (rows, k)."""
+    """Return params for weighted sums of adapters. `rows` contains the adapters to sum, with leading axes (rows, k)."""
     # Converted to the dtype of each leaf below.
     wide = functools.reduce(torch.promote_types, [leaf.dtype for leaf in stacked.values()])
     given = torch.ones_like(ids) if weights is None else weights

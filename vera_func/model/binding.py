@@ -1,4 +1,4 @@
-"""The keys that `params` may have: the names in the module tree to which they are bound, and their valid values."""
+"""The keys that `params` may have: where each key is bound in the module tree, and which values are valid."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -33,11 +33,11 @@ class Schema:
 
     Attributes:
         slots: The slot of each key.
-        tied: Maps further names of tied parameters to their first name. If params contain both names, the tensors are
-            untied.
+        tied: Maps each further name of a tied parameter to the parameter's first name. If params contain both names,
+            the tensors are untied.
         offloaded: Names of parameters that accelerate's hooks load.
-        magnitudes: Maps the key of each magnitude to the key of the output scale of the same layer; params contain one
-            of them.
+        magnitudes: Maps the key of each magnitude to the key of the same layer's output scale; params contain exactly
+            one of the two.
     """
 
     slots: Mapping[str, Slot]
@@ -53,7 +53,7 @@ class Schema:
         """
         for magnitude, scale in self.magnitudes.items():
             if magnitude in params and scale in params:
-                raise ValueError(f"params has both {magnitude!r} and {scale!r}, its folded form: pass only one.")
+                raise ValueError(f"params has {magnitude!r} and its folded form {scale!r}: pass only one of the two.")
         keys = [key for key, slot in self.slots.items() if slot.required and key not in params]
         return keys + [key for key, scale in self.magnitudes.items() if key not in params and scale not in params]
 
@@ -69,7 +69,7 @@ class Schema:
         Args:
             params: The params of one adapter, or of one adapter for each row.
             frozen: The projections, and perhaps norm statistics.
-            root: The root of the module tree, which has the base's values.
+            root: The root of the module tree, from which the base model's values are read.
             product_dtype: Dtype to which the projections are converted, once for all layers; None keeps their dtype.
 
         Raises:
@@ -124,7 +124,7 @@ class Schema:
         tensors: dict[str, Tensor],
         lead: dict[str, tuple[int, ...]],
     ) -> None:
-        """Add to a parameter the base model's value, times the factor that `select_adapters` has stored in params."""
+        """Add the base model's value times the base share (see `select_adapters`) to a parameter in `tensors`."""
         name = split_key(key)[0]
         places, shape, _, _ = self.slots[name]
         share = params[key][(..., *[None] * len(shape))]
@@ -143,7 +143,7 @@ def _leading_axes(key: str, value: Tensor, slot: Slot, params: Mapping[str, Tens
         expected = f"(*rows, {', '.join(map(str, shape))})" if slot.rows else str(shape)
         raise ValueError(f"{key!r} must have shape {expected}, got {tuple(value.shape)}.")
     module, leaf = split_key(key)
-    # In a weighted sum of adapters, the last leading axis is that of the terms.
+    # In a weighted sum of adapters, the last leading axis indexes the summed adapters.
     terms = leaf in (*VECTORS, MIXTURE) and join_key(module, MIXTURE) in params
     return tuple(value.shape[: axes - terms])
 

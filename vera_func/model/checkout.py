@@ -14,9 +14,8 @@ of the module tree from a free list, restores the copy, and returns the copy to 
 Concurrent and nested calls use different copies. The copies share parameters and quantized weights, which are never
 modified.
 
-To restore a tree, its dicts, lists and other containers are compared with saved copies. The comparison is cheap: a
-model has thousands of containers, but nearly all of them are empty, and Python compares identical values by identity
-first.
+To restore a tree, its dicts, lists and other containers are compared with saved copies. The comparison is cheap,
+because nearly all containers are empty or contain the same objects as the saved copy.
 """
 
 import functools
@@ -55,7 +54,7 @@ class Trees:
     """A free list of copies of one module tree.
 
     Attributes:
-        root: The original tree, which only the compiler traces; calls run on copies.
+        root: The original tree, on which compiled calls run. Calls that are not compiled run on copies.
         checkpoints: Whether a module of the tree that is in training mode uses activation checkpointing.
     """
 
@@ -83,7 +82,7 @@ class Trees:
             if tree.is_unwritten():
                 return tree
         # The copy is made in a new thread, which does not inherit the caller's transforms, autocast and inference mode.
-        # These would change the copied tensors.
+        # Those contexts would change the copied tensors.
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(Tree, self.root).result()
 
@@ -99,9 +98,9 @@ class Trees:
     def values(self, *, inside: bool) -> dict[str, Tensor | None]:
         """Return the values that a compiled call binds in addition to the given tensors.
 
-        A compiled call runs on the root itself and might modify buffers, so clones of the buffers are bound. A call
-        inside another compiled call (`inside`) also binds all parameters; otherwise it would see the parameters of the
-        outer call.
+        A compiled call runs on the root itself and might modify buffers, so clones of the buffers are bound. Inside
+        another compiled call (`inside`), all parameters are bound as well: otherwise the inner call would use the
+        parameters that the outer call has bound.
         """
         values = dict(self._values) if inside else {}
         return values | {name: buffer.clone() for name, buffer in self._buffers.items()}
@@ -175,7 +174,7 @@ class Tree:
         return True
 
     def is_unwritten(self) -> bool:
-        """Whether no call has modified the tensors that calls use without cloning."""
+        """Whether all tensors that are not cloned for each call are unmodified."""
         return all(tensor._version == version for tensor, version in self._watched)
 
     def _place(self, name: str) -> tuple[dict[str, Any], str]:

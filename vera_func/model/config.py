@@ -1,7 +1,6 @@
 """`VeraConfig`: the layers to adapt, the rank and the initial values.
 
-The fields and their meaning are those of PEFT's `VeraConfig`. If two fields contradict each other, PEFT ignores one of
-them; here, a `ValueError` is raised.
+If two fields contradict each other, PEFT ignores one of them; here, a `ValueError` is raised.
 """
 
 import dataclasses
@@ -51,8 +50,8 @@ class VeraConfig:
             constants, as in the DoRA paper.
         init_weights: If True, `lambda_b` is initialized to 0, so that training starts at the base model. If False,
             `lambda_b` is initialized to 1 and `lambda_d` at random (for tests).
-        layers_to_transform: Indices of the layers to adapt. A module in another layer is adapted only if
-            `target_modules` has its full name.
+        layers_to_transform: Indices of the layers to adapt. A module in a layer that is not listed is adapted only if
+            `target_modules` contains the module's full name.
         layers_pattern: Name of the module list that contains the layers of `layers_to_transform`.
         task_type: None or one of "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS",
             "FEATURE_EXTRACTION".

@@ -30,11 +30,11 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> n
 
     Adapting the copy instead of the model trades memory for speed: the copy does not dequantize weights in the forward
     and backward pass, but each weight takes 2 bytes in a 16-bit dtype instead of about half a byte. If `dtype` is the
-    dtype of the activations, the copy computes the same outputs as the model, bit for bit. All other tensors are shared
-    with the model, which is not modified.
+    dtype of the activations, the copy computes the same outputs as the model, bit for bit. All tensors outside the
+    replaced layers are shared with the model, which is not modified.
 
-    With the copy, use an existing adapter with its own `frozen`: projections drawn for a copy with 16-bit weights are
-    rounded to 16 bits, as in PEFT.
+    To use an existing adapter with the copy, pass the adapter's own `frozen`: projections drawn for a copy with 16-bit
+    weights differ, because they are rounded to 16 bits, as in PEFT.
 
     Args:
         model: Any module.
@@ -74,17 +74,17 @@ def check_format(to: Format | None) -> None:
 def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) -> Model:
     """Return a copy of a model in which bitsandbytes modules replace the `nn.Linear` layers.
 
-    The model is not modified, and shares all other tensors with the copy. Layers that are already bitsandbytes modules
-    are kept. Some layers stay dense: subclasses of `nn.Linear` that do not compute `x Wᵀ + b`, layers whose weight is
-    computed (weight_norm), and the output layer of `nn.MultiheadAttention`, which is never called. bitsandbytes can't
-    quantize 3-D parameters, such as the fused experts of Mixtral, Qwen-MoE or gpt-oss in transformers 5. A warning
-    reports the share of 3-D parameters if it exceeds 5 %. transformers' `save_pretrained` and `from_pretrained` save
-    and load the copy.
+    The model is not modified, and shares all tensors outside the replaced layers with the copy. Layers that are already
+    bitsandbytes modules are kept. Some layers stay dense: subclasses of `nn.Linear` that do not compute `x Wᵀ + b`,
+    layers whose weight is computed (weight_norm), and the output layer of `nn.MultiheadAttention`, which is never
+    called. bitsandbytes can't quantize 3-D parameters, such as the fused experts of Mixtral, Qwen-MoE or gpt-oss in
+    transformers 5. If 3-D parameters exceed 5 % of the weights, a warning reports their share. transformers'
+    `save_pretrained` and `from_pretrained` save and load the copy.
 
     Args:
         model: Any module.
         quant: "nf4", "fp4" or "int8".
-        skip: Names, or parts of names between dots, of modules that stay dense together with all modules in them. The
+        skip: Names, or parts of names between dots, of modules that stay dense, including all modules inside them. The
             default is the heads `lm_head`, `classifier`, `score` and `qa_outputs`, and the layers that transformers
             leaves dense: tied weights, output embeddings, a last layer without bias, and layers that the model's class
             keeps in float32, such as T5's `wo`.
@@ -137,7 +137,7 @@ def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) 
 
 
 def quantized_format(model: nn.Module) -> str | None:
-    """Return the format of a model's first bitsandbytes layer ("nf4", "fp4" or "int8"), or None without such layers.
+    """Return the format of a model's first bitsandbytes layer ("nf4", "fp4" or "int8"), or None if none exists.
 
     Example:
         >>> quantized_format(quantize_model(nn.Sequential(nn.Linear(64, 64)), "fp4", skip=[]))
@@ -176,8 +176,8 @@ class DenseShare(NamedTuple):
     """The shares of a model's weights that `quantize_model` leaves dense.
 
     Attributes:
-        total: Share of all weights that stay dense.
-        fused: Share of all weights that are in 3-D parameters, such as fused experts.
+        total: Dense weights, as a share of all weights.
+        fused: Weights in 3-D parameters, such as fused experts, as a share of all weights.
         names: Names of the 3-D parameters.
     """
 
@@ -190,7 +190,7 @@ def dense_share(model: nn.Module, layers: Mapping[str, nn.Module]) -> DenseShare
     """Compute the share of a model's weights that stay dense if the given layers are quantized.
 
     Args:
-        model: Any module, whose bitsandbytes layers count as quantized.
+        model: Any module. Its bitsandbytes layers count as quantized.
         layers: Layers by name, as from `quantizable_layers`.
 
     Example:
@@ -220,7 +220,7 @@ def dense_share(model: nn.Module, layers: Mapping[str, nn.Module]) -> DenseShare
 
 
 def is_plain(layer: nn.Linear) -> bool:
-    """Whether a layer computes `x Wᵀ + b` with its own weight. A subclass may, for example, scale the output.
+    """Whether a layer computes `x Wᵀ + b` with its own weight. Some subclasses, for example, scale the output.
 
     Example:
         >>> is_plain(nn.Linear(3, 2)), is_plain(torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))

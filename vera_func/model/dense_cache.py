@@ -16,8 +16,8 @@ from .base_layers import QuantizedLinear
 def keep_dense(root: nn.Module, max_bytes: int, dtype: torch.dtype, calls: Mapping[str, int] | None = None) -> None:
     """Store dense copies of the weights of some layers in a tree, and remove the copies of all other layers.
 
-    A layer with a dense copy does not dequantize its weight at each call. The time of dequantizing is proportional to
-    the size of the copy, so a byte of memory saves most time in the layer that is called most.
+    The time of dequantizing a weight is proportional to the size of the dense copy, so a byte of memory saves most time
+    in the layer that is called most.
 
     Args:
         root: Root of the tree, modified in place.
@@ -48,7 +48,7 @@ def keep_dense(root: nn.Module, max_bytes: int, dtype: torch.dtype, calls: Mappi
 
 
 def counted_calls(root: nn.Module) -> Counter[str]:
-    """Register hooks that count the calls of each quantized layer in a tree and its later copies; return the counts.
+    """Register hooks that count calls of each quantized layer in a tree and in its later copies. Return the counts.
 
     Example:
         >>> from vera_func import quantize_8bit

@@ -94,7 +94,7 @@ def keep_norm_statistics(apply: Apply, frozen: Mapping[str, Tensor]) -> dict[str
     own weights.
 
     Args:
-        apply: From `load_adapter`, `pool_adapters`, or `adapt` with `use_dora=True`.
+        apply: An `Apply` from `load_adapter`, `pool_adapters`, or `adapt` with `use_dora=True`.
         frozen: The projections.
 
     Raises:

@@ -85,8 +85,8 @@ class Expression:
             return search(name, timeout=max(self.left, 0.001))
         except (TimeoutError, MemoryError) as error:
             raise ValueError(
-                f"{self.field}={self.value!r} takes more than {SECONDS} seconds to match the names of the model, last "
-                f"{name!r}: pass a list of names, or a simpler expression."
+                f"{self.field}={self.value!r} takes more than {SECONDS} seconds to match against the model's module "
+                f"names (the last was {name!r}): pass a list of names, or a simpler expression."
             ) from error
         finally:
             self.left -= time.perf_counter() - start

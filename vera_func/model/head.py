@@ -30,7 +30,7 @@ from .base_layers import DenseLinear, RowwiseAffine
 from .batch import Params
 
 
-# Whether a model returns the logits of its head unchanged, by its module tree, so that each model is tested only once.
+# Maps a module tree to whether its model returns the head's logits unchanged, so that each model is tested only once.
 _UNCHANGED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -40,7 +40,7 @@ def hidden_states(
     """Return the input of a language model's output head, without running the head.
 
     Args:
-        apply: From `adapt`, for a model with `get_output_embeddings`, such as transformers' language models.
+        apply: An `Apply` from `adapt`, for a model with `get_output_embeddings`, such as transformers' language models.
         params: Params of one adapter, or of one adapter per row.
         frozen: From `adapt`.
         *args: Positional arguments of the model.
@@ -102,7 +102,7 @@ def head_logits(
 def token_logits(
     apply: Apply, params: Params, frozen: Params, tokens: Sequence[int], *args: Any, **kwargs: Any
 ) -> Float[Tensor, "b seq tokens"]:
-    """Compute `apply(params, frozen, *args, **kwargs).logits[..., tokens]`, if possible without the other logits.
+    """Compute `apply(params, frozen, *args, **kwargs).logits[..., tokens]`, if possible without computing other logits.
 
     `tokens` are token ids. The other arguments are those of `hidden_states`; the model's output must have `.logits`.
 
@@ -141,7 +141,7 @@ class RowHead:
 
 
 class HiddenAndHead(NamedTuple):
-    """The result of `hidden_and_head`: the first two arguments of `next_token_loss`."""
+    """The result of `hidden_and_head`."""
 
     hidden: Float[Tensor, "b seq width"]
     head: Tensor | Callable[[Tensor], Tensor] | None
@@ -154,7 +154,7 @@ def hidden_and_head(apply: Apply, params: Params, frozen: Params, *args: Any, **
     None)`, which the losses also accept.
 
     Args:
-        apply: From `adapt`; the model's output must have `.logits`.
+        apply: An `Apply` from `adapt`; the model's output must have `.logits`.
         params: Params of one adapter, or of one adapter per row.
         frozen: From `adapt`.
         *args: Positional arguments of the model.
@@ -214,7 +214,7 @@ class _Tap(nn.Module):
         return hidden
 
     def is_unchanged(self) -> bool:
-        """Whether no operation has written to the recorded input since it was recorded."""
+        """Whether the recorded input still has the values that it had when it was recorded."""
         assert self.seen is not None
         if self.values is None:
             return self.version == _version(self.seen)

@@ -1,8 +1,4 @@
-"""Adapted linear layers as modules, over a dense, 4-bit or 8-bit base layer.
-
-The modules call `vera_forward` and `quantized_linear`. Their parameters are `lambda_b` and `lambda_d`. The projections
-are shared between layers and are not part of any state dict. `layer_class` selects the class for a base layer.
-"""
+"""Adapted linear layers as modules, over a dense, 4-bit or 8-bit base layer."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -71,8 +67,8 @@ class Projections(nn.Module):
     def require_call(self) -> None:
         """Raise an error if a layer runs outside the call of `apply` that uses its module tree (see `checkout`).
 
-        The attribute `call` is the id of the backward pass in which that call was made, or -1 for a call outside of a
-        backward pass. For layers that are not part of an `Apply`, `call` is None, and nothing is checked.
+        The attribute `call` is the id of the backward pass in which `apply` was called, or -1 if `apply` was called
+        outside of a backward pass. For layers that are not part of an `Apply`, `call` is None, and nothing is checked.
 
         Raises:
             ValueError: If the call has returned.
@@ -342,8 +338,8 @@ def layer_class(module: nn.Module) -> type["Linear"] | type["Linear4bit"] | type
         return Linear4bit if hasattr(module.weight, "quant_state") else Linear8bitLt
     if linear_sizes(module) is None:
         raise ValueError(
-            f"a {type(module).__name__} cannot be adapted, only nn.Linear, bitsandbytes' linear layers and "
-            "transformers' Conv1D can."
+            f"a {type(module).__name__} cannot be adapted: pass an nn.Linear, a linear layer of bitsandbytes, or "
+            "transformers' Conv1D."
         )
     return Linear
 

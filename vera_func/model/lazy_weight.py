@@ -49,7 +49,7 @@ def lazy_weight(compute: Callable[[], Tensor], like: Tensor) -> Tensor:
 
     Args:
         compute: Returns the values.
-        like: A tensor with the shape, dtype and device of the result.
+        like: A tensor with the shape, dtype and device of the values.
 
     Example:
         >>> weight = lazy_weight(lambda: torch.ones(2, 3), torch.zeros(2, 3))

@@ -1,4 +1,4 @@
-"""What a linear layer is: which modules are one, and their sizes, dtypes and devices."""
+"""Which modules are linear layers, and the sizes, dtypes and devices of linear layers."""
 
 import copy
 import sys
@@ -77,8 +77,8 @@ def returns_tensor(module: nn.Module) -> bool:
 def peft_dtype(module: nn.Module) -> torch.dtype | None:
     """Return the dtype to which PEFT rounds a layer's vectors and projections, or None if PEFT does not round.
 
-    PEFT casts vectors and projections to the layer's dtype and then to float32, which rounds them if the layer has 16
-    bits. The dtype of a 4-bit layer is its compute dtype. For 8-bit layers, PEFT does not cast.
+    PEFT casts vectors and projections to the layer's dtype and then to float32. A cast to a 16-bit dtype rounds the
+    values. The dtype of a 4-bit layer is its compute dtype. For 8-bit layers, PEFT does not cast.
 
     Example:
         >>> peft_dtype(nn.Linear(2, 3, dtype=torch.bfloat16))

@@ -29,7 +29,7 @@ def adapted_module(adapted: Adapted) -> nn.Module:
     for key, value in params.items():
         if value.shape != apply.slots[key].shape:
             raise ValueError(
-                f"{key!r} {tuple(value.shape)} is stacked; a module has one adapter: pass one element of "
+                f"{key!r} of shape {tuple(value.shape)} is stacked, but a module has one adapter: pass one element of "
                 "unstack_adapters(params)."
             )
     root: Any = apply.trees.copy()

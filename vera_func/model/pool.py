@@ -1,7 +1,4 @@
-"""Combine adapters of different ranks, targets and projections into one stack.
-
-A = [A1; A2; ...]        B = [B1, B2, ...]        lambda_d of each adapter is zero outside its own block
-"""
+"""Combine adapters of different ranks, targets and projections into one stack."""
 
 from collections.abc import Sequence
 from functools import partial, reduce
@@ -25,15 +22,15 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
 
     Pooling is exact: each adapter computes the same function in the pool as alone. The projections are zero-padded to
     the largest size and concatenated along r, `A = [A1; A2; ...]` and `B = [B1, B2, ...]`. Each adapter's `lambda_d` is
-    zero outside of its own block. Equal projections are stored once. A row costs as much as with one adapter whose rank
-    is the rank of the pool. `with_dropout` applies dropout only if all adapters have the same dropout probability.
+    zero outside of its own block. Equal projections are stored once. A row costs as much as with a single adapter of
+    the pool's rank. `with_dropout` applies dropout only if all adapters have the same dropout probability.
 
-    VeRA and DVoRA adapters can be pooled with each other. If an adapter has no magnitude in a layer, the pool has a
-    magnitude of 0 and a `"{module}.magnitude.base_share"` of 1, which give an output scale of 1 as in the base model.
-    Params with a `base_share` can't be saved.
+    VeRA and DVoRA adapters can be pooled with each other. If an adapter has no magnitude in a layer, its magnitude in
+    the pool is 0, and its `"{module}.magnitude.base_share"` is 1. Magnitude 0 and base share 1 give the base model's
+    output scale of 1. Params with a `base_share` can't be saved.
 
     Args:
-        adapters: From `adapt` or `load_adapter`, over the same model object, each with a single adapter.
+        adapters: Results of `adapt` or `load_adapter` for the same model object, each with a single adapter.
 
     Returns:
         An `Adapted` over all targets. The returned config is valid for each adapter of the stack, and can be saved with
@@ -124,7 +121,7 @@ def _require_poolable(adapters: Sequence[Adapted]) -> None:
 
 
 def _padded(vector: Tensor | None, zeros: Tensor, before: int) -> Tensor:
-    """Return `zeros` with the values of a vector, if there is one, from index `before` on."""
+    """Return `zeros` with the vector, if given, written at index `before`."""
     return zeros if vector is None else pad(vector.to(zeros), (before, len(zeros) - before - len(vector)))
 
 
@@ -138,7 +135,7 @@ def _common_origin(adapters: Sequence[Adapted]) -> dict[str, Any]:
 
 
 def _common_scale(adapters: Sequence[Adapted]) -> tuple[str | None, bool]:
-    """Return "magnitude" or "output_scale", whichever the adapters have, or None; and their `differentiate_norm`."""
+    """Return the name of the adapters' scales ("magnitude", "output_scale" or None), and their `differentiate_norm`."""
     leaves = {leaf for adapted in adapters for key in adapted.params if (leaf := split_key(key)[1]) in SCALES}
     if len(leaves) > 1:
         raise ValueError(

@@ -47,9 +47,9 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...] | str] = {
 def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tuple[list[str], VeraConfig]:
     """Return the names of the targeted modules, in the model's order, and the resolved configuration.
 
-    In the resolved configuration, a `target_modules` of None or "all-linear" is replaced by names. So is a list with
-    `layers_to_transform` that PEFT would match differently. With `strict=False`,
-    entries of a list may match no module, as is possible in files from PEFT.
+    In the resolved configuration, a `target_modules` of None or "all-linear" is replaced by names. A list with
+    `layers_to_transform` that PEFT would match differently is also replaced by names. With `strict=False`, entries of a
+    list may match no module, as is possible in files from PEFT.
 
     Raises:
         ValueError: If no module matches, if an entry matches no module, if a match is not a linear layer, or if there
@@ -185,7 +185,7 @@ def _in_layers(names: Sequence[str], config: VeraConfig) -> list[str]:
     if layers is None:
         return list(names)
     patterns = config.layers_pattern or (r"[^.]*",)
-    # The first number in a name is the layer index; a later one may be the index of an expert.
+    # The first number in a name is the layer index; a later number may be the index of an expert.
     expressions = [
         Expression("layers_pattern", rf"(?:^|.*?\.){pattern}\.(?P<_index>\d+)\.")
         for pattern in ([patterns] if isinstance(patterns, str) else patterns)

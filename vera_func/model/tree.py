@@ -55,7 +55,7 @@ def without_wrappers(
 
     Args:
         model: Any module; it is not modified.
-        inside: A function of a module that returns the wrapped module, or None if the module is not a wrapper.
+        inside: A function that takes a module and returns the wrapped module, or None if the module is not a wrapper.
 
     Returns:
         The model without wrappers, and a dict from the id of each wrapper to its replacement.
@@ -116,10 +116,11 @@ def copy_tree(
 
     Args:
         model: Any module; it is not modified.
-        replace: A function of a module's name and the module that returns a replacement, or None to copy the module.
+        replace: A function that takes a module's name and the module, and returns a replacement, or None to copy the
+            module.
         memo: The memo of `copy.deepcopy`: a dict from the id of an object to the object used in the copy. An object is
-            shared if its id maps to the object itself. `copy_tree` adds entries, so that `replace` can copy modules
-            with the same memo.
+            shared instead of copied if `memo` maps its id to the object itself. `copy_tree` adds entries to `memo`, so
+            that `replace` can copy modules with the same memo.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
@@ -241,7 +242,7 @@ def _memory(tensor: Tensor) -> tuple:
 
 
 def _memo_of_hooks(model: nn.Module) -> dict[int, Any]:
-    """Return a memo that shares offloaded weights, and detaches weights computed by hooks, which can't be copied."""
+    """Return a memo that shares offloaded weights, and detaches non-leaf tensors, which `deepcopy` can't copy."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         if (hook := private.offload_hook(module)) is not None:

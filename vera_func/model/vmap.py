@@ -33,14 +33,14 @@ def vmap_adapters(
     a batch, or if it returns a mean over the batch.
 
     Args:
-        apply: From `adapt`, or any function of `(params, frozen, *batch)` that takes one adapter per row and returns
-            tensors with the rows in axis 0.
+        apply: An `Apply` from `adapt`, or any function of `(params, frozen, *batch)` that takes one adapter per row and
+            returns tensors with the rows in axis 0.
         in_dims: Axis of the adapters in the batch arguments, or None for an argument that all adapters share. A single
             value applies to all arguments, nested ones included. A sequence gives the axes of positional arguments, and
             a mapping gives those of keyword arguments; the axis of any other argument is 0. A tuple over `(params,
-            frozen, *batch)` is interpreted as by `torch.func.vmap`, so that `vmap_adapters` and `torch.func.vmap` are
-            interchangeable. After the axis of the adapters is removed, the first axis of an input is its batch axis. If
-            no input has more than one axis, the inputs are single examples.
+            frozen, *batch)` is interpreted as by `torch.func.vmap`. After the axis of the adapters is removed, the
+            first axis of an input is its batch axis. If no input has more than one axis, the inputs are single
+            examples.
         chunk_size: Number of adapters per forward pass, by default all.
 
     Raises:
@@ -88,7 +88,7 @@ def _mapped(
             continue
         if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != n:
             raise ValueError(
-                f"an input of shape {tuple(leaf.shape)} must have size {n}, the number of adapters, along axis {dim}; "
+                f"an input of shape {tuple(leaf.shape)} must have size {n} (the number of adapters) along axis {dim}; "
                 "set in_dims to None for inputs that all adapters share."
             )
         leaves[i] = leaf.movedim(dim, 0)
