@@ -377,7 +377,7 @@ bad(
     "Adapted",
     "flat projections",
     lambda _: call(frozen={k: v.flatten() for k, v in FROZEN.items()}),
-    "have shapes .r, >=",
+    "must have shape .r, >=",
 )
 bad("Adapted", "another rank", lambda _: call(frozen=vf.init_projections(5, 7, 5)), r"vera_A \(5, 7\)")
 bad("Adapted", "more than the pair", lambda _: call(frozen=FROZEN | {"C": ones(2)}), "keys 'vera_A' and 'vera_B', got")
