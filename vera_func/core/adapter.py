@@ -53,8 +53,8 @@ def init_params(
         d_initial: Initial value of `lambda_d`; table 6c of the VeRA paper recommends at most 0.1.
         dtype: Dtype of both vectors. `vera_forward` computes the update in the dtype of the vectors.
         device: Device of both vectors.
-        weight: The dense base weight, for a DVoRA adapter: the initial magnitude is the norm of each row, in float32 or
-            wider. None for VeRA.
+        weight: The dense base weight for a DVoRA adapter, or None for VeRA. The initial magnitude is the norm of each
+            row of the weight, in float32 or wider.
 
     Returns:
         `{"lambda_b": (out,), "lambda_d": (r,)}`; for DVoRA also `"magnitude"` of shape (out,).

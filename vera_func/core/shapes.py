@@ -73,8 +73,8 @@ def contiguous_rows(x: Tensor) -> Tensor:
     """Return `x` (*batch, in), copied if it is not contiguous.
 
     torch multiplies a contiguous `x` (b, seq, in) by a frozen weight as one matrix (b * seq, in). If `x` is not
-    contiguous, torch copies the weight `b` times. For the output head of a language model and the slice `hidden[:,
-    -1:]`, these copies of the weight cost more than the rest of the model.
+    contiguous, torch copies the weight for each of the `b` sequences. For the output head of a language model and the
+    slice `hidden[:, -1:]`, these copies of the weight cost more than the rest of the model.
 
     Example:
         >>> contiguous_rows(torch.ones(4, 7, 3)[:, -1:]).stride()

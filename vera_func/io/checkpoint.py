@@ -298,7 +298,7 @@ def vector_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def require_no_overflow(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise an error if a finite value of a file has become infinite in another dtype.
+    """Raise an error if a finite value of a file became infinite when cast to another dtype.
 
     Raises:
         ValueError: If a value is not finite.

@@ -87,7 +87,7 @@ def hub_errors(repository: str, revision: str | None = None, tried: str = "") ->
     Args:
         repository: Name of the repository, for error messages.
         revision: Revision of the repository, for error messages.
-        tried: Prefix of the error messages, for example that there is no such local directory.
+        tried: Prefix of the error messages, such as "there is no local directory NAME, and ".
 
     Raises:
         ModuleNotFoundError: If the package is not installed.
