@@ -53,7 +53,7 @@ def adapt(
     generator: torch.Generator | None = None,
     product_dtype: torch.dtype | None = None,
 ) -> Adapted:
-    """Create a pure function from a model, and a new adapter for the model. The model is not modified.
+    """Create a pure function and a new adapter for a model. The model is not modified.
 
     The adapter is initialized as in PEFT: `lambda_b` is 0, so that the adapted model initially computes the output of
     the base model. For DVoRA, `magnitude[i]` is the norm of row i of the weight. The pure function runs a copy of the
@@ -73,9 +73,9 @@ def adapt(
             otherwise.
         product_dtype: Dtype of the matrix products with the projections, by default `dtype`, as in PEFT without
             autocast. With a 16-bit `product_dtype`, products are computed as in PEFT under autocast; for the rounding
-            errors, see `vera_forward`. For many rows, 16-bit products are faster on GPUs, and on CPUs that have
-            instructions for this dtype. If no gradients are recorded, products of a single row on a CPU are always
-            computed in `dtype`, because 16-bit products are slower there and less accurate. Each call casts the
+            errors, see `vera_forward`. For many rows, 16-bit products are faster on GPUs, and on CPUs with instructions
+            for `product_dtype`. If no gradients are recorded, products of a single row on a CPU are always computed in
+            `dtype`, because 16-bit products of a single row are slower and less accurate. Each call casts the
             projections to `product_dtype` once, unless `frozen` already has this dtype.
 
     Returns:

@@ -86,12 +86,12 @@ def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[flo
     adapters must use the same `frozen`; this is not checked.
 
     Args:
-        adapters: Params of single adapters with the same keys.
+        adapters: Params with the same keys, each of a single adapter.
         weights: One weight per adapter. By default, all weights are 1, as in PEFT with several active adapters.
 
     Raises:
-        ValueError: If the sum in a layer is not a VeRA of this rank, if keys or shapes differ, or if `weights` does not
-            contain exactly one finite number per adapter.
+        ValueError: If the sum in a layer is not a VeRA of the same rank, if keys or shapes differ, or if `weights` does
+            not contain exactly one finite number per adapter.
         ValueError: If params contain magnitudes or parameters of the model itself; see `scale_adapter`.
 
     Example:

@@ -160,9 +160,9 @@ class Apply:
     def with_fused_weights(self, max_rows: int | None = None) -> "Apply":
         """Return a copy of `apply` that decodes faster in bfloat16, on CPUs with AVX512-BF16.
 
-        The 4-bit weights are copied into the layout of bitsandbytes' kernel for these CPUs. If gradients are disabled,
-        the kernel multiplies inputs with few rows, without dequantizing the weight; see `quant.cpu_layout.fused_weight`
-        for the costs. On other CPUs and on GPUs, no weights are copied.
+        The 4-bit weights are copied into the layout of bitsandbytes' kernel. If gradients are disabled, the kernel
+        multiplies inputs with few rows, without dequantizing the weight; see `quant.cpu_layout.fused_weight` for the
+        costs. On CPUs without AVX512-BF16, and on GPUs, no weights are copied.
 
         Args:
             max_rows: Largest number of rows (tokens of all sequences) for which the kernel is used. If None, the limit
@@ -187,9 +187,9 @@ class Apply:
 
         A layer with a dense copy does not dequantize its weight in the forward and backward pass. Forward outputs stay
         the same, bit for bit. A dense copy has `out * in` values. The copy's dtype is the `compute_dtype` of a 4-bit
-        layer if that is set, and otherwise the dtype of the model's dense parameters. Products in any other dtype do
-        not use the copy. Copies of the returned `Apply`, such as those from `with_dropout`, share the dense copies.
-        Pickling omits dense copies, and unpickling makes them again.
+        layer if that is set, and otherwise the dtype of the model's dense parameters. Products in a dtype other than
+        the copy's do not use the copy. Copies of the returned `Apply`, such as those from `with_dropout`, share the
+        dense copies. Pickling omits dense copies, and unpickling makes them again.
 
         After `with_fused_weights`, the fused kernel is used where it is faster than the dense product. On GPUs, only
         8-bit layers get dense copies, because bitsandbytes has fast GPU kernels for 4-bit weights.

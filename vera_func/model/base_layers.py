@@ -145,8 +145,8 @@ class RowwiseAffine(nn.Module):
     that each row of a mixed batch can have its own classifier or bias.
 
     Args:
-        base_layer: The layer to replace. `forward` calls the base layer itself if no weight or bias is set on this
-            layer.
+        base_layer: The layer to replace. `forward` calls the base layer itself if no weight or bias is set on the
+            `RowwiseAffine`.
 
     Example:
         >>> import torch

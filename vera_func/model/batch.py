@@ -130,8 +130,8 @@ def select_adapters(
         stacked: Params whose tensors have shape (n, ...).
         adapter_ids: Integers from -1 to n - 1, of shape (rows,). With shape (rows, k), each row gets the sum of `k`
             updates, like several active adapters in PEFT. Trained heads and biases are summed as differences from the
-            base: base + Σ weights (head - base). Output scales of DVoRA are summed in the same way, with 1 as the
-            base's value. DVoRA adapters must be folded before they are summed (`fold_magnitude`).
+            base: base + Σ weights (head - base). Output scales of DVoRA are summed as differences from the base's
+            value, which is 1. DVoRA adapters must be folded before they are summed (`fold_magnitude`).
         weights: Weights of the updates in a sum, of shape (rows, k); 1 by default.
 
     Returns:

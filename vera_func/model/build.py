@@ -34,7 +34,7 @@ def make_apply(
 
     Only `r`, `vera_dropout`, `use_dora` and `differentiate_norm` of `config` are used. `targets` are the names of the
     modules to adapt. `trained` are the names of the model's own parameters that are trained, and that `params` must
-    therefore contain. The other options are those of `adapt`.
+    therefore contain. `int8_activations` and `product_dtype` are those of `adapt`.
 
     Raises:
         ValueError: If a target cannot be adapted, or if the targets are on several devices.

@@ -41,7 +41,7 @@ _CONTAINERS = (dict, list, set, deque, bytearray)
 
 
 def bound_method(model: nn.Module, method: Method) -> Callable[..., Any]:
-    """Return the model's method of a given name, or a given function with the model as its first argument.
+    """Return the model's method with a given name, or a given function bound to the model as its first argument.
 
     Example:
         >>> bound_method(nn.ReLU(), "__call__")(Tensor([-1.0])), bound_method(nn.ReLU(), repr)()
@@ -55,7 +55,7 @@ class Trees:
 
     Attributes:
         root: The original tree, on which compiled calls run. Calls that are not compiled run on copies.
-        checkpoints: Whether a module of the tree that is in training mode uses activation checkpointing.
+        checkpoints: Whether any module in training mode uses activation checkpointing.
     """
 
     def __init__(self, root: nn.Module) -> None:

@@ -21,7 +21,7 @@ def keep_dense(root: nn.Module, max_bytes: int, dtype: torch.dtype, calls: Mappi
 
     Args:
         root: Root of the tree, modified in place.
-        max_bytes: Memory for the copies. A layer is skipped if its copy exceeds what is left of this memory.
+        max_bytes: Memory for the copies. A layer is skipped if its copy exceeds the remaining memory.
         dtype: Dtype of the copies of layers without a `compute_dtype`.
         calls: Number of calls by path, from `counted_calls`. None means that all layers are called equally often.
 

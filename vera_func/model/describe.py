@@ -90,7 +90,8 @@ def skip_list(dense: Sequence[str], quantized: Sequence[str]) -> list[str]:
 
     transformers skips a layer if its name ends with an entry, or if an entry, as a regular expression, matches the
     beginning of the name. A name that would also match a quantized layer is therefore written as an anchored
-    expression. All other names are written unchanged, because other programs that read this list compare names.
+    expression. Names that match no quantized layer are written unchanged, because other programs that read the list
+    compare names.
 
     Example:
         >>> skip_list(["lm_head", "classifier"], ["pre_classifier"])

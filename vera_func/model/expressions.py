@@ -1,8 +1,8 @@
 """Match regular expressions from untrusted configurations in bounded time.
 
 Matching with `re` can't be interrupted: matching `(a|a)*b` against forty letters takes hours. The package `regex`
-supports a timeout, but interprets some characters differently. Such characters are escaped here, so that an expression
-matches exactly the same strings as with `re`.
+supports a timeout, but interprets some characters differently. Characters that `regex` interprets differently are
+escaped here, so that an expression matches exactly the same strings as with `re`.
 """
 
 import math

@@ -104,7 +104,8 @@ def token_logits(
 ) -> Float[Tensor, "b seq tokens"]:
     """Compute `apply(params, frozen, *args, **kwargs).logits[..., tokens]`, if possible without computing other logits.
 
-    `tokens` are token ids. The other arguments are those of `hidden_states`; the model's output must have `.logits`.
+    `tokens` are token ids. All arguments except `tokens` are those of `hidden_states`; the model's output must have
+    `.logits`.
 
     Example:
         >>> from types import SimpleNamespace
@@ -150,8 +151,8 @@ class HiddenAndHead(NamedTuple):
 def hidden_and_head(apply: Apply, params: Params, frozen: Params, *args: Any, **kwargs: Any) -> HiddenAndHead:
     """Return a model's hidden states and output head, the first two arguments of the losses in `train.losses`.
 
-    If the model transforms the output of its head (Gemma 2, Granite), or if no head is found, the result is `(logits,
-    None)`, which the losses also accept.
+    If the model has no output head, or transforms the head's output (Gemma 2, Granite), the result is `(logits, None)`,
+    which the losses also accept.
 
     Args:
         apply: An `Apply` from `adapt`; the model's output must have `.logits`.

@@ -65,7 +65,7 @@ class Projections(nn.Module):
         self.traced = False  # whether the compiler is tracing a call
 
     def require_call(self) -> None:
-        """Raise an error if a layer runs outside the call of `apply` that uses its module tree (see `checkout`).
+        """Raise an error if a layer runs outside of the call of `apply` that uses the layer's tree (see `checkout`).
 
         The attribute `call` is the id of the backward pass in which `apply` was called, or -1 if `apply` was called
         outside of a backward pass. For layers that are not part of an `Apply`, `call` is None, and nothing is checked.

@@ -27,7 +27,7 @@ _METADATA = frozenset(
 class LazyWeight(Tensor):
     """A tensor with the shape, dtype and device of `like`, whose values `compute` returns when an operation uses them.
 
-    The operation gets the result of `compute` instead of this tensor, so all transforms work as usual.
+    The operation gets the result of `compute` instead of the `LazyWeight`, so all transforms work as usual.
     """
 
     compute: Callable[[], Tensor]

@@ -1,4 +1,4 @@
-"""Find the modules that a configuration targets, and the parameters that it trains.
+"""Find the modules that a configuration targets, and the model's own parameters to train.
 
 The matching rules are those of PEFT.
 """
@@ -96,7 +96,7 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
 
 
 def exact_targets(model: nn.Module, names: Sequence[str], config: VeraConfig) -> tuple[str, ...] | str:
-    """Return `target_modules` that match exactly these modules, here and in PEFT.
+    """Return `target_modules` that match exactly the given modules, here and in PEFT.
 
     The result is the names themselves, or a regular expression if the name of another module ends in one of the names.
     Modules in `config.modules_to_save` are never matched.

@@ -51,7 +51,8 @@ def without_wrappers(
 ) -> tuple[nn.Module, dict[int, nn.Module]]:
     """Return the model with each wrapper replaced by the module inside it.
 
-    The modules that contain a wrapper are copied. All other modules and all parameters are shared with the model.
+    The modules that contain a wrapper are copied. Modules that contain no wrapper, and all parameters, are shared with
+    the model.
 
     Args:
         model: Any module; it is not modified.
@@ -207,8 +208,8 @@ def parameter_aliases(model: nn.Module, trained: Sequence[str]) -> dict[str, lis
 
     Args:
         model: Any module.
-        trained: Names of the parameters that are trained. The key of a trained parameter is its name in this sequence.
-            The key of any other parameter is its first name.
+        trained: Names of the parameters that are trained. The key of a trained parameter is its name in `trained`. The
+            key of any other parameter is its first name.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3, bias=False))

@@ -1,13 +1,13 @@
 """The layouts of the inputs of all layers, for each kind of call with one adapter per row of a batch.
 
 A rehearsal gives a `Plan`, which maps the path of each layer to the layout of the layer's input. In most models, axis 0
-is the batch axis of every layer's input, and layers broadcast vectors (rows, out) as usual. For any other layer, the
-batch axis of the input is moved to axis 0, and the batch axis of the output is moved back. If the rows in a layer's
-input can't be tracked, an error names the layer.
+is the batch axis of every layer's input, and layers broadcast vectors (rows, out) as usual. For a layer with another
+batch axis, the batch axis of the input is moved to axis 0, and that of the output is moved back. If the rows in a
+layer's input can't be tracked, an error names the layer.
 
 Calls of the same kind use the same plan. Two calls are of the same kind if they have the same arguments, with the same
 numbers of axes and the same dtypes. If an axis of an input is not the batch axis, but its size is the number of rows,
-the calls must also agree in all sizes of this input.
+calls of the same kind also agree in all sizes of this input.
 
 `generate` calls the model, or modules in it, many times. Each outermost module call in `generate` has its own plan,
 which also covers the module calls inside it.
@@ -344,7 +344,7 @@ def _common(lead: Lead) -> tuple[int, ...]:
 def _require_rows(
     apply: "Apply", lead: Lead, rows: int, args: tuple, kwargs: dict[str, Any], single: bool = False
 ) -> None:
-    """Raise an error if no input has this number of rows. With `single`, only the first input is checked."""
+    """Raise an error if no input has size `rows` along its batch axis. With `single`, check only the first input."""
     given = [(axis_of(apply.row_axes, i), value) for i, value in enumerate(args)]
     given += [(axis_of(apply.row_axes, name), value) for name, value in kwargs.items()]
     inputs = [(axis, t) for axis, value in given if axis is not None for t in tensors_in(value) if t.dim()]

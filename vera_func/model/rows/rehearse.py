@@ -47,7 +47,8 @@ def rehearse(apply: "Apply", callee: Callee, args: tuple, kwargs: Mapping[str, A
     `count` is the number of rows.
 
     Raises:
-        ValueError: If the model can't run with other numbers of rows, or if it computes batch statistics.
+        ValueError: If the model can't run with a number of rows other than `count`, or if the model computes batch
+            statistics.
     """
     root = apply.trees.root
     for module in root.modules():
@@ -154,7 +155,7 @@ class _Call:
 
 
 class _Rehearsal:
-    """One run of a copy of the model with another number of rows."""
+    """One run of a copy of the model with a changed number of rows."""
 
     def __init__(
         self,
