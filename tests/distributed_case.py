@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import vera_func as vf
 from vera_func.cli import main as cli
-from vera_func.cli.training import loop, selection
+from vera_func.cli.training import labels, loop, selection
 from vera_func.model.batch import num_adapters
 from vera_func.train.distributed import furthest, map_sharded, mean_over_micro_batches, process_group, rank
 from vera_func.train.fit import batch_indices
@@ -82,11 +82,10 @@ def results():
     return found, train(loss, params, batch) if rank() == 0 else None
 
 
-def killed_at(step, who):
-    """Batches that kill process `who` of the first attempt when it asks for this step."""
-    whole = selection.train_batches
+def killed_at(whole, step, who):
+    """Batches, or their rows, that kill process `who` of the first attempt when it asks for this step."""
 
-    def train_batches(*args, **options):
+    def ordered(*args, **options):
         batches = whole(*args, **options)
 
         def batch(i):
@@ -98,7 +97,7 @@ def killed_at(step, who):
 
         return batch
 
-    return train_batches
+    return ordered
 
 
 def missing(what, who):
@@ -127,7 +126,9 @@ if __name__ == "__main__":
         missing(what, int(where))
     if what == "kill":
         loop.CHECKPOINT_EVERY = selection.CHECKPOINT_EVERY = 4
-        selection.train_batches = killed_at(*map(int, where.split(",")))
+        when = [int(number) for number in where.split(",")]
+        labels.batch_order = killed_at(labels.batch_order, *when)
+        selection.train_batches = killed_at(selection.train_batches, *when)
         sys.exit(cli.main(line))
     torch.set_num_threads(1)
     status = cli.main(line)

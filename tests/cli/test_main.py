@@ -17,6 +17,7 @@ from torch.distributed.run import get_args_parser
 
 from vera_func.cli import main as cli
 from vera_func.cli.app import app
+from vera_func.cli.training.settings import Recipe, Run
 from vera_func.data.prompts import PROMPT
 
 
@@ -33,63 +34,58 @@ def demo(monkeypatch):
     stub = ModuleType("vera_func.cli.training.classifier")
     stub.calls, stub.error, stub.result = [], None, None
 
-    def run(**options):
-        stub.calls.append(options)
+    def run(settings, **options):
+        stub.calls.append((settings, options))
         if stub.error is not None:
             raise stub.error
         return stub.result
 
-    stub.demo = run
+    stub.train_classifier = run
     monkeypatch.setitem(sys.modules, "vera_func.cli.training.classifier", stub)
     return stub
 
 
 def test_defaults(demo):
     assert cli.main(["demo"]) == 0
-    (options,) = demo.calls
+    ((settings, options),) = demo.calls
+    assert settings == Run(
+        "vera-demo", Recipe(batch_size=16, micro_batches=1, seed=0), device="auto", r=256, learning_rates=[2e-2]
+    )
     assert options.pop("say") is not None
-    assert options == {
-        "model": None,
-        "data": None,
-        "quant": None,
-        "r": 256,
-        "targets": None,
-        "steps": None,
-        "adapters": 1,
-        "out": "vera-demo",
-        "seed": 0,
-        "learning_rate": 2e-2,
-        "batch_size": 16,
-        "parts": None,
-        "dtype": None,
-    }
+    assert options == {"data": None, "prompt": PROMPT, "adapters": 1}
 
 
 def test_every_option_arrives(demo):
     line = (
         "demo --model dir --data x.csv --quant int8 --r 64 --targets q_proj,k_proj --steps 7 "
         "--out there --seed 3 --learning-rate 1e-3 --batch-size 4 --dtype float32 --adapters 8 --parts 2 "
-        "--prompt {text}\\n:"
+        "--prompt {text}\\n: --device cuda"
     )
     assert cli.main(line.split()) == 0
-    (options,) = demo.calls
+    ((settings, options),) = demo.calls
+    assert settings == Run(
+        "there", Recipe(batch_size=4, micro_batches=2, seed=3), "dir", "int8", torch.float32, "cuda", r=64,
+        targets=["q_proj", "k_proj"], steps=[7], learning_rates=[1e-3],
+    )  # fmt: skip
     del options["say"]
-    assert options == {
-        "model": "dir",
-        "data": "x.csv",
-        "quant": "int8",
-        "r": 64,
-        "targets": ["q_proj", "k_proj"],
-        "steps": 7,
-        "adapters": 8,
-        "prompt": "{text}\n:",
-        "out": "there",
-        "seed": 3,
-        "learning_rate": 1e-3,
-        "batch_size": 4,
-        "parts": 2,
-        "dtype": torch.float32,
-    }
+    assert options == {"data": "x.csv", "prompt": "{text}\n:", "adapters": 8}
+
+
+def test_every_option_of_training_arrives(demo):
+    line = (
+        "train --data x.csv --out there --model dir --quant fp4 --dtype bfloat16 --device cpu --r 64 "
+        "--targets all-linear --epochs 2.5 --learning-rate 1e-3 --batch-size 4 --accumulate 2 --max-length 99 "
+        "--schedule linear --warmup 0.1 --weight-decay 0.01 --clip 0.5 --dropout 0.2 --dora --checkpointing "
+        "--eval-every 3 --patience 4 --seed 5 --log there --together 6 --adapters 7 --prompt {text}:"
+    )
+    demo.result = Result(after=0.75, loss=0.5, out=Path("there"), bank=None)
+    assert cli.main(line.split()) == 0
+    ((settings, options),) = demo.calls
+    recipe = Recipe(4, 2, "linear", 0.1, 0.01, 0.5, 0.2, True, True, 3, 4, 5, "there")
+    targets, rates = ["all-linear"], [1e-3]
+    assert settings == Run("there", recipe, "dir", "fp4", torch.bfloat16, "cpu", 64, targets, None, 2.5, rates, 99, 6)
+    del options["say"]
+    assert options == {"data": "x.csv", "prompt": "{text}:", "adapters": 7}
 
 
 @pytest.mark.parametrize(
@@ -171,8 +167,8 @@ def test_train_is_the_same_without_the_talk(demo, capsys):
     one, other = capsys.readouterr().out.split("}\n{")
     assert json.loads(one + "}") == json.loads("{" + other)
     assert json.loads(one + "}") == {"after": 0.75, "loss": None, "out": "there", "bank": None}
-    options = demo.calls[0]
-    assert (options["data"], options["out"], options["adapters"]) == ("x.csv", "there", 2)
+    settings, options = demo.calls[0]
+    assert (options["data"], settings.out, options["adapters"]) == ("x.csv", "there", 2)
     assert options["say"]("a line") is None
     assert capsys.readouterr().out == ""
 

@@ -36,10 +36,19 @@ def demo(
       vera-func demo
       vera-func demo --adapters 8 --steps 100 --out my-sweep
     """
-    options = locals()
-    from .training.start import classify
+    from .training.start import run_of, train_one_set
 
-    classify(**options, narrated=not json)
+    options = TrainOptions(
+        r=r,
+        targets=targets,
+        steps=None if steps is None else [steps],
+        batch_size=batch_size,
+        parts=parts,
+        learning_rate=[learning_rate],
+        seed=seed,
+    )
+    run = run_of(out, base, options)
+    train_one_set(run, data=data, prompt=prompt, adapters=adapters, narrated=not json, json=json)
 
 
 def train(

@@ -154,27 +154,6 @@ def train_batches(
     return lambda step: collate([rows[i] for i in order(step)], pad_id)
 
 
-def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """Split a batch into `parts` micro-batches of nearly equal size; with fewer examples than `parts`, some are empty.
-
-    Example:
-        >>> [part["label"].tolist() for part in split_batch({"label": torch.arange(5)}, 2)]
-        [[0, 1, 2], [3, 4]]
-    """
-    columns = [leaf.tensor_split(parts) for leaf in batch.values()]
-    return [dict(zip(batch, leaves, strict=True)) for leaves in zip(*columns, strict=True)]
-
-
-def num_rows(batch: Batch) -> int:
-    """The number of examples in a batch, for the argument `weight` of `mean_over_micro_batches`.
-
-    Example:
-        >>> num_rows({"label": torch.zeros(3)})
-        3
-    """
-    return len(batch["label"])
-
-
 def accepted_arguments(model: torch.nn.Module) -> frozenset[str]:
     """Names of the arguments of a model's forward; some models lack `position_ids` or `logits_to_keep`."""
     return frozenset(inspect.signature(model.forward).parameters)

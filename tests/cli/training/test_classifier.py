@@ -7,7 +7,8 @@ import torch
 
 import vera_func as vf
 from vera_func.cli import inspection
-from vera_func.cli.training import classifier
+from vera_func.cli.training.classifier import train_classifier
+from vera_func.cli.training.settings import Recipe, Run
 from vera_func.data.assets import load_snippets
 from vera_func.data.examples import polar_examples
 from vera_func.data.metadata import Metadata, read_metadata
@@ -45,11 +46,11 @@ def test_demo_with_a_sweep(trained):
 
 def test_a_sweep_learns_and_chooses_the_least_loss(folder, reviews, tmp_path):
     said = []
-    result = classifier.demo(
-        model=str(folder), data=reviews, quant="none", r=32, steps=60, batch_size=8, adapters=4, out=tmp_path,
-        dtype=torch.float32, learning_rate=0.1, targets=["q_proj", "v_proj", "up_proj", "down_proj"], progress=False,
-        say=said.append,
+    settings = Run(
+        tmp_path, Recipe(8), str(folder), "none", torch.float32, r=32, steps=[60], learning_rates=[0.1],
+        targets=["q_proj", "v_proj", "up_proj", "down_proj"],
     )  # fmt: skip
+    result = train_classifier(settings, data=reviews, adapters=4, progress=False, say=said.append)
     assert [row["name"] for row in result.sweep] == list(vf.open_bank(result.bank).names)
     best = min(result.sweep, key=lambda row: row["loss"])
     assert any(f"Best: {best['name']}" in line for line in said)
@@ -62,15 +63,14 @@ def test_a_sweep_learns_and_chooses_the_least_loss(folder, reviews, tmp_path):
 
 
 def test_every_adapter_diverging_is_said(folder, reviews, tmp_path):
+    out = tmp_path / "no"
+    settings = Run(out, Recipe(4), str(folder), "none", torch.float32, r=8, steps=[8], learning_rates=[1e38])
     with (
         pytest.warns(RuntimeWarning, match="not finite"),
         pytest.raises(RuntimeError, match="use a learning rate below"),
     ):
-        classifier.demo(
-            model=str(folder), data=reviews, quant="none", r=8, steps=8, batch_size=4, adapters=2, out=tmp_path / "no",
-            dtype=torch.float32, learning_rate=1e38, progress=False, say=lambda line: None,
-        )  # fmt: skip
-    assert not (tmp_path / "no").exists()
+        train_classifier(settings, data=reviews, adapters=2, progress=False, say=lambda line: None)
+    assert not out.exists()
 
 
 def test_train_says_numbers_only(run, run_json, folder, reviews, tmp_path):
@@ -102,10 +102,8 @@ def test_the_real_model_learns_at_ci_size(tmp_path):
         writer = csv.writer(file)
         writer.writerow(["text", "label", "group"])
         writer.writerows(texts)
-    result = classifier.demo(
-        data=path, r=64, steps=20, batch_size=8, out=tmp_path / "out", dtype=torch.float32, progress=False,
-        say=lambda line: None,
-    )  # fmt: skip
+    settings = Run(tmp_path / "out", Recipe(8), dtype=torch.float32, r=64, steps=[20])
+    result = train_classifier(settings, data=path, progress=False, say=lambda line: None)
     assert result.held_out == 100
     assert result.trained == 30 * (576 + 192 + 2 * 64)
     assert result.after > result.before + 0.05

@@ -67,10 +67,9 @@ def train(request, folder, tmp_path, monkeypatch):
         )
 
     def call(function, *args, **options):
-        options |= {"model": str(folder), "quant": quant, "dtype": dtype, "r": 8, "out": tmp_path / "out"}
-        if function is not classifier.demo:
-            run = {name: options.pop(name) for name in Run._fields if name in options}
-            args = (*args, Run(**run))
+        run = {name: options.pop(name) for name in Run._fields if name in options}
+        run |= {"model": str(folder), "quant": quant, "dtype": dtype, "r": 8, "out": tmp_path / "out"}
+        args = (Run(**run),) if function is classifier.train_classifier else (*args, Run(**run))
         return function(*args, **options), trained.pop()
 
     call.dtype = dtype
@@ -108,11 +107,11 @@ def test_data_sets_and_betas_of_preferences(train, data):
 
 
 def test_data_sets_with_labels(train, data):
-    """`vera-func train` on one data set with labels is another loop, that of `demo`. The third set has other labels."""
+    """Also as `vera-func train` and `demo` train on one data set with labels. The third set has other labels."""
     sources, options = [str(data / f"{name}.csv") for name in "abc"], {"recipe": Recipe(4), "learning_rates": [0.1]}
     found, params = train(label_sets.train_label_sets, sources, steps=[STEPS], **options)
-    loop = {"batch_size": 4, "steps": STEPS, "learning_rate": 0.1, "device": "cpu", "say": lambda line: None}
-    own = [train(classifier.demo, data=source, **loop)[1] for source in sources]
+    more = {"steps": [STEPS], "say": lambda line: None, **options}
+    own = [train(classifier.train_classifier, data=source, **more)[1] for source in sources]
     alone = [train(label_sets.train_label_sets, [source], steps=[STEPS], **options)[0] for source in sources]
     losses = [[row["loss"] for row in result["adapters"]] for result in (found, *alone)]
     check(train.dtype, params, own, (losses[0], [own[0] for own in losses[1:]]))

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 import vera_func as vf
 from vera_func.cli.training import selection
+from vera_func.cli.training.settings import Recipe
 from vera_func.data.examples import read_examples
 from vera_func.data.models import load_base
 from vera_func.data.task import encode_examples, loss_of, make_task
@@ -34,12 +35,12 @@ def sweeping(folder, reviews):
     task = make_task(base, ["bad", "good"])
     rows = encode_examples(base, task, read_examples(reviews))
     adapted = vf.adapt(base.model, vf.VeraConfig(r=8))
-    options = {"steps": 6, "batch_size": 4, "seed": 0, "progress": False}
+    options = {"steps": 6, "progress": False}
     return (
         adapted,
         task,
         rows[:40],
-        lambda grid: selection.train_sweep(adapted, task, grid, rows[:40], rows[40:], **options),
+        lambda grid: selection.train_sweep(adapted, task, grid, rows[:40], rows[40:], Recipe(4), **options),
     )
 
 

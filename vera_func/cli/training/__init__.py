@@ -4,7 +4,7 @@
 set with labels, and `label_sets` trains an adapter for each of several such data sets. `unlabelled` trains adapters on
 texts, completions, chats or preferences.
 
-`settings` defines the options of a run, and `jobs` lists the adapters of a run. `loop` contains the training loop, and
-`selection` the sweep that selects the best adapter. `outputs` names and writes the files of a run, and `logs` writes
-training logs.
+`settings` defines the options of a run, and `jobs` lists the adapters of a run. `loop` contains the training loop,
+`labels` the batches and the loss of classifiers, and `selection` the sweep that selects the best adapter. `outputs`
+names and writes the files of a run, and `logs` writes training logs.
 """

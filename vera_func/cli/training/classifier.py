@@ -25,16 +25,17 @@ from ...model.adapt import Adapted
 from ...model.config import VeraConfig
 from ...train.distributed import map_sharded, rank, world_size
 from ..report import bar, format_table, percent
-from .jobs import num_steps
+from .jobs import num_steps, value_of
+from .labels import train_classifiers
 from .outputs import BANK, checkpoint_path, classifier_metadata, delete_checkpoints, new_adapter, output_folder
-from .selection import Sweep, small_batch, sweep_grid, train_one, train_sweep
-from .settings import Recipe, micro_batches
+from .selection import Sweep, small_batch, sweep_grid, train_sweep
+from .settings import Recipe, Run
 
 
 VALIDATION = 200
 
 
-class DemoResult(NamedTuple):
+class ClassifierResult(NamedTuple):
     """Measurements of a run.
 
     Attributes:
@@ -68,50 +69,27 @@ class Trained(NamedTuple):
     sweep: Sweep | None = None
 
 
-def demo(
+def train_classifier(
+    run: Run,
     *,
-    model: str | None = None,
     data: str | Path | None = None,
-    quant: str | None = None,
-    r: int = 256,
-    targets: Sequence[str] | None = None,
-    steps: int | None = None,
-    adapters: int = 1,
-    out: str | Path = "vera-demo",
-    seed: int = 0,
-    learning_rate: float = 2e-2,
-    batch_size: int = 16,
-    parts: int | None = None,
-    dtype: torch.dtype | None = None,
     prompt: str = PROMPT,
-    device: str = "auto",
-    epochs: float | None = None,
-    recipe: Recipe | None = None,
-    max_length: int = MAX_TOKENS,
+    adapters: int = 1,
     progress: bool = True,
     say: Callable[[str], None] = print,
-) -> DemoResult:
+) -> ClassifierResult:
     """Quantize a language model, train a VeRA adapter that classifies texts, save the adapter and load it again.
 
     A fifth of the examples, at most 1,000, is held out.
 
     Args:
-        model, quant, dtype, device: As for `load_base`.
+        run: Options of the run; a sweep supports no option of `run.recipe` but the batch size, the number of
+            micro-batches, the seed and `dora`. VeRA needs a large learning rate, such as 2e-2. A sweep tries learning
+            rates from a quarter of the given rate to twice this rate. If `run.max_length` is None, prompts have at most
+            256 tokens; the text of a longer prompt is truncated at the end.
         data: Labelled examples, as for `read_examples`; None means rated snippets of movie reviews from PyPI.
-        r: Rank of the projections.
-        targets: Suffixes of the names of the layers to adapt; None means PEFT's default for the model type.
-        steps, epochs: Number of training steps, or number of passes over the training examples; see `num_steps`.
-        adapters: Number of adapters to train. Several adapters are trained as a sweep; see the module `training`.
-        out: Folder for the adapter, in PEFT's format, and for the bank of a sweep.
-        seed: Seed of the held-out split, of the order of the examples, and of the projections.
-        learning_rate: Peak of the learning rate; VeRA needs a large value, such as 2e-2. A sweep tries learning rates
-            from a quarter of `learning_rate` to twice `learning_rate`.
-        batch_size: Number of examples per training step.
-        parts: Number of micro-batches per step; None means 4 under torchrun, else 1.
         prompt: Prompt template that contains `{text}` and ends where the label begins.
-        recipe: Other options of training; the fields `batch_size`, `micro_batches` and `seed` are ignored. A sweep
-            supports only the option `dora`.
-        max_length: Maximum number of tokens of a prompt; the text of a longer prompt is truncated at the end.
+        adapters: Number of adapters to train. Several adapters are trained as a sweep; see the module `selection`.
         progress: Whether to show progress bars.
         say: Function that is called with each line of the log.
 
@@ -121,48 +99,48 @@ def demo(
         RuntimeError: If every adapter of a sweep diverged, or if the logits of the loaded adapter differ from those of
             the saved adapter.
     """
-    check_prompt(prompt)
     if rank() > 0:
         progress, say = False, lambda line: None
-    out = output_folder(out)
+    recipe, out, max_length = run.recipe, output_folder(run.out), run.max_length or MAX_TOKENS
+    _require_supported(recipe, adapters)
+    check_prompt(prompt)
     # Read the data first, so that an invalid row is reported before a model is loaded.
     examples = demo_examples() if data is None else read_examples(data)
-    train, validation, test = _split(examples, adapters, batch_size, seed, data)
-    steps = num_steps(len(train) // batch_size, [steps] if steps else None, epochs, 0, 1)
-    recipe = recipe or Recipe()
-    of_run = Recipe(batch_size, micro_batches(parts), seed=seed, dora=recipe.dora)
-    recipe = _checked(recipe, of_run, adapters)
-    base = load_base(model, quant, dtype, max_tokens=max_length, device=device)
+    train, validation, test = _split(examples, adapters, recipe, data)
+    steps = num_steps(len(train) // recipe.batch_size, run.steps, run.epochs, 0, 1)
+    rate = value_of("--learning-rate", run.learning_rates, 0, 1)
+    base = load_base(run.model, run.quant, run.dtype, max_tokens=max_length, device=run.device)
     say(describe_base(base))
     task = make_task(base, sorted({example.label for example in examples}), prompt)._replace(max_tokens=max_length)
-    adapted = new_adapter(base, r, targets, recipe)
+    adapted = new_adapter(base, run.r, run.targets, recipe)
     rows = encode_examples(base, task, test)
     measure = partial(score_of, adapted, task, rows=rows, map=map_sharded)
     before = measure(adapted.params, progress=bar("before", progress)).accuracy.item()
     say(f"Before: accuracy {percent(before, 1)} on {len(test):,} held-out examples.")
-    options: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate}
-    state = (base.name, base.quant, base.dtype, adapted.config, options, recipe._replace(log=None), adapters)
+    state = (base.name, base.quant, base.dtype, adapted.config, recipe._replace(log=None), steps, rate, adapters)
     checkpoint = checkpoint_path(out, *state, prompt, max_length, examples)
-    options |= {"checkpoint": checkpoint, "progress": progress}
     start = time.perf_counter()
-    train_rows, validation_rows = (encode_examples(base, task, s) if s else rows for s in (train, validation))
-    trained = _train(adapted, task, train_rows, validation_rows, adapters, say, recipe, **options)
+    train_rows, validation_rows = (encode_examples(base, task, part) if part else rows for part in (train, validation))
+    trained = _train(
+        adapted, task, train_rows, validation_rows, recipe,
+        steps=steps, learning_rate=rate, adapters=adapters, checkpoint=checkpoint, progress=progress, say=say,
+    )  # fmt: skip
     seconds, leaves = time.perf_counter() - start, trained.params.values()
     values, size = sum(leaf.numel() for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
     say(f"Trained {values:,} parameters ({size / 1024:,.0f} KiB) in {steps} steps and {seconds:.0f} s.")
     after = measure(trained.params, progress=bar("after", progress)).accuracy.item()
     say(f"After: accuracy {percent(after, 1)} on the same examples.")
     metadata = classifier_metadata(base, task.prompt, max_length)._replace(labels=task.labels)
-    save = partial(_save_and_reload, out, adapted, trained, task, collate(rows[:batch_size], task.pad_id))
+    save = partial(_save_and_reload, out, adapted, trained, task, collate(rows[: recipe.batch_size], task.pad_id))
     (difference,) = map_sharded(save, [metadata])  # on rank 0
     delete_checkpoints(checkpoint)
     bank, table = (None, None) if trained.sweep is None else (out / BANK, trained.sweep.table)
-    result = DemoResult(before, after, len(test), values, seconds, difference, out, bank, table)
+    result = ClassifierResult(before, after, len(test), values, seconds, difference, out, bank, table)
     _say_where(result, adapters, say)
     return result
 
 
-def _say_where(result: DemoResult, adapters: int, say: Callable[[str], None]) -> None:
+def _say_where(result: ClassifierResult, adapters: int, say: Callable[[str], None]) -> None:
     out, bank = result.out, result.bank
     say(f"Saved in {out} and loaded again: the logits differ by at most {result.difference:.1g}.")
     if bank is not None:
@@ -171,10 +149,23 @@ def _say_where(result: DemoResult, adapters: int, say: Callable[[str], None]) ->
     say("\n  vera-func ".join(["Next:", *following]))
 
 
+def _require_supported(recipe: Recipe, adapters: int) -> None:
+    supported = Recipe(recipe.batch_size, recipe.micro_batches, dora=recipe.dora, seed=recipe.seed)
+    if adapters > 1 and recipe != supported:
+        given = [field for field in Recipe._fields if getattr(recipe, field) != getattr(supported, field)]
+        options = ", ".join(f"--{field.replace('_', '-')}" for field in given)
+        raise ValueError(
+            f"--adapters starts a sweep, which does not support {options}: leave out --adapters, or {options}."
+        )
+    if recipe.checkpointing and recipe.dropout:
+        raise ValueError("--checkpointing can't be combined with --dropout: leave out --checkpointing or --dropout.")
+
+
 def _split(
-    examples: Sequence[Example], adapters: int, batch_size: int, seed: int, source: str | Path | None
+    examples: Sequence[Example], adapters: int, recipe: Recipe, source: str | Path | None
 ) -> list[list[Example]]:
     """Split examples into training examples, validation examples (none without a sweep) and held-out examples."""
+    batch_size, seed = recipe.batch_size, recipe.seed
     train, test = split_examples(examples, seed=seed, source=source)
     train, validation = (train, []) if adapters == 1 else split_examples(train, VALIDATION, seed=seed)
     if len(train) < batch_size:
@@ -186,44 +177,38 @@ def _split(
     return [train, validation, test]
 
 
-def _checked(recipe: Recipe, of_run: Recipe, adapters: int) -> Recipe:
-    """The recipe with the batch size, micro-batches and seed of `of_run`; raise if options exclude each other."""
-    recipe = recipe._replace(batch_size=of_run.batch_size, micro_batches=of_run.micro_batches, seed=of_run.seed)
-    if adapters > 1 and recipe != of_run:
-        given = [field for field in Recipe._fields if getattr(recipe, field) != getattr(of_run, field)]
-        options = ", ".join(f"--{field.replace('_', '-')}" for field in given)
-        raise ValueError(
-            f"--adapters starts a sweep, which does not support {options}: leave out --adapters, or {options}."
-        )
-    if recipe.checkpointing and recipe.dropout:
-        raise ValueError("--checkpointing can't be combined with --dropout: leave out --checkpointing or --dropout.")
-    return recipe
-
-
 def _train(
     adapted: Adapted,
     task: Task,
     train: Sequence[Encoded],
     validation: Sequence[Encoded],
-    adapters: int,
-    say: Callable[[str], None],
     recipe: Recipe,
     *,
+    steps: int,
     learning_rate: float,
-    **options: Any,
+    adapters: int,
+    checkpoint: Path,
+    progress: bool,
+    say: Callable[[str], None],
 ) -> Trained:
+    batch_size = recipe.batch_size
     if world_size() > recipe.micro_batches:
         say(f"Only {recipe.micro_batches} of {world_size()} ranks have a micro-batch: pass --parts {world_size()}.")
     if adapters == 1:
-        params = train_one(adapted, task, train, validation, recipe, learning_rate=learning_rate, **options)
-        return Trained(params, adapted.config)
-    steps, batch_size = options["steps"], recipe.batch_size
-    options |= {"batch_size": batch_size, "seed": recipe.seed, "parts": recipe.micro_batches}
+        one = train_classifiers(
+            adapted, [task], [train], recipe, steps=[steps], learning_rates=[learning_rate],
+            evaluate=lambda params: score_of(adapted, task, params, validation, map=map_sharded).loss,
+            checkpoint=checkpoint, progress=progress,
+        )  # fmt: skip
+        return Trained(one.params, adapted.config)
     say(
         f"Sweep: {adapters} adapters in one run, {max(1, steps // 2)} steps of {small_batch(batch_size, adapters)} "
         f"examples each; the best on {len(validation)} validation examples then trains alone for {steps} steps."
     )
-    found = train_sweep(adapted, task, sweep_grid(adapters, learning_rate), train, validation, **options)
+    found = train_sweep(
+        adapted, task, sweep_grid(adapters, learning_rate), train, validation, recipe, steps=steps, progress=progress,
+        checkpoint=checkpoint,
+    )  # fmt: skip
     best = found.table[found.row]
     say(format_table(found.table))
     say(f"Best: {best['name']}, which then trained alone with {batch_size} examples per step.")

@@ -12,31 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from ...data.batches import batch_order
 from ...data.examples import read_examples, split_examples
 from ...data.metadata import with_labels
 from ...data.models import load_base
-from ...data.objective import with_dropout
-from ...data.prompts import MAX_TOKENS, PROMPT, Batch, Encoded, Score, collate
+from ...data.prompts import MAX_TOKENS, PROMPT, Encoded, Score
 from ...data.task import (
     Task,
     check_prompt,
     encode_examples,
-    join_tasks,
-    logits_of,
     make_task,
-    own_logits,
     score_of,
 )
 from ...model.adapt import Adapted
-from ...model.batch import Params, select_adapters, stack_adapters, unstack_adapters
-from ...model.dora import fold_if_dora
+from ...model.batch import Params, unstack_adapters
 from ...train.distributed import map_sharded
 from ..report import bar
 from .jobs import adapter_names, num_steps, value_of
-from .loop import Trained, for_training, train_chunks, train_together
+from .labels import train_classifiers
+from .loop import Trained, train_chunks
 from .outputs import (
     BANK,
     checkpoint_path,
@@ -46,7 +40,7 @@ from .outputs import (
     output_folder,
     save_adapters,
 )
-from .settings import Recipe, Run
+from .settings import Run
 
 
 def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) -> dict[str, Any]:
@@ -84,19 +78,24 @@ def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) 
         for side in zip(*splits, strict=True)
     )
     state = (base.name, base.quant, base.dtype, adapted.config, recipe._replace(log=None), counts, rates)
-    checkpoint = checkpoint_path(out, *state, prompt, max_length, run.chunk, examples)
+    checkpoint = checkpoint_path(out, *state, prompt, max_length, run.together, examples)
     scores = partial(_scores, adapted)
     before = scores(tasks, held_out, [adapted.params] * n, map=map_sharded)
     start = time.perf_counter()
 
     def group(part: slice, file: Path, shared: bool) -> Trained:
         mapping: Any = map_sharded if shared else map
-        measure = partial(scores, tasks[part], held_out[part], map=mapping)
-        return _train_group(
-            adapted, tasks[part], train[part], recipe, counts[part], rates[part], measure, file, shared=shared
-        )
 
-    trained = train_chunks(n, run.chunk, checkpoint, group, base.model.device)
+        def measure(params: Params) -> Tensor:
+            own = _unstacked(params, len(tasks[part]))
+            return torch.stack([score.loss for score in scores(tasks[part], held_out[part], own, map=mapping)])
+
+        return train_classifiers(
+            adapted, tasks[part], train[part], recipe, steps=counts[part], learning_rates=rates[part],
+            evaluate=measure, checkpoint=file, shared=shared,
+        )  # fmt: skip
+
+    trained = train_chunks(n, run.together, checkpoint, group, base.model.device)
     seconds = time.perf_counter() - start
     after = scores(tasks, held_out, _unstacked(trained.params, n), map=map_sharded, progress=bar("after", True))
     metadata = classifier_metadata(base, prompt, max_length)._replace(data=list(sources))
@@ -138,67 +137,3 @@ def _scores(
     """Score each adapter on the held-out rows of its own task."""
     cases = progress(list(zip(tasks, params, held_out, strict=True)))
     return [score_of(adapted, task, own, rows, map=map) for task, own, rows in cases]
-
-
-def _train_group(
-    adapted: Adapted,
-    tasks: Sequence[Task],
-    rows: Sequence[Sequence[Encoded]],
-    recipe: Recipe,
-    steps: Sequence[int],
-    rates: Sequence[float],
-    measure: Any,
-    file: Path,
-    *,
-    shared: bool,
-) -> Trained:
-    n, kept = len(rows), for_training(adapted)
-    task, places = join_tasks(tasks)
-    orders = [
-        batch_order([len(row.ids) for row in own], min(recipe.batch_size, len(own)), seed=recipe.seed) for own in rows
-    ]
-
-    def batches(step: int) -> list[Batch]:
-        items = [(i, rows[i][k]) for i in range(n) if step < steps[i] for k in orders[i](step)]
-        size = -(-len(items) // recipe.micro_batches)
-        micro = [items[start : start + size] for start in range(0, len(items), size)]
-        return [_collate(some, task, rows, recipe, len(micro), step, k) for k, some in enumerate(micro)]
-
-    def loss(params: Params, batch: Any) -> Tensor:
-        model = with_dropout(kept, recipe.seed, batch) if recipe.dropout else kept
-        owner = batch["adapter"].to(next(iter(params.values())).device)
-        if n > 1:  # folded, so that norms are computed once per adapter, not once per row
-            params = select_adapters(fold_if_dora(model.apply, params, model.frozen), owner)
-        logits = logits_of(model, task)(params, batch)
-        logits = own_logits(logits, places[batch["adapter"]].to(logits.device))
-        losses = cross_entropy(logits.float(), batch["label"].to(logits.device), reduction="none")
-        losses = losses * batch["weight"].to(logits.device)
-        return losses.new_zeros(n).index_add(0, owner, losses) if n > 1 else losses.sum()
-
-    return train_together(
-        loss,
-        stack_adapters([adapted.params] * n) if n > 1 else adapted.params,
-        batches,
-        recipe,
-        steps=steps,
-        learning_rates=rates,
-        evaluate=lambda params: torch.stack([score.loss for score in measure(_unstacked(params, n))]),
-        checkpoint=file,
-        shared=shared,
-    )
-
-
-def _collate(
-    items: Sequence[tuple[int, Encoded]],
-    task: Task,
-    rows: Sequence[Sequence[Encoded]],
-    recipe: Recipe,
-    scale: int,
-    step: int,
-    number: int,
-) -> dict[str, Any]:
-    """A micro-batch, whose weights make the average loss over all micro-batches equal to each adapter's mean loss."""
-    weight = [scale / min(recipe.batch_size, len(rows[i])) for i, _ in items]
-    batch: dict[str, Any] = collate([row for _, row in items], task.pad_id)
-    more = {"adapter": torch.tensor([i for i, _ in items]), "weight": torch.tensor(weight)}
-    return {**batch, **more, "step": step, "micro_batch": number}

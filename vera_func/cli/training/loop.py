@@ -33,10 +33,6 @@ def for_training(adapted: Adapted) -> Adapted:
     return adapted._replace(frozen=keep_norm_statistics(adapted.apply, adapted.frozen))
 
 
-def _one(batch: Batch) -> float:
-    return 1.0
-
-
 class Trained(NamedTuple):
     """The result of `train_together`.
 
@@ -65,7 +61,7 @@ def train_together(
     checkpoint: Path | None,
     progress: bool = True,
     shared: bool = True,
-    weight: Callable[[Batch], float] = _one,
+    start: Fit | None = None,
 ) -> Trained:
     """Train one adapter, or several adapters at once, each with its own learning rate and number of steps.
 
@@ -81,8 +77,7 @@ def train_together(
         progress: Whether to show a progress bar.
         shared: Whether all ranks train these adapters, with micro-batches sharded across ranks. Otherwise, only
             this rank trains these adapters.
-        weight: Function from a micro-batch to the weight of its loss, used if `shared`. By default, all weights are
-            equal, as `training_batches` requires.
+        start: A run to continue if there is no checkpoint; None means the first step.
 
     Raises:
         ValueError: If `recipe` has `patience` without `eval_every`, or if the warmup takes all steps.
@@ -96,7 +91,7 @@ def train_together(
     elif recipe.patience is not None:
         raise ValueError("--patience has no effect without evaluations: pass --eval-every as well.")
     schedule = schedule_of(recipe.schedule, recipe.warmup, steps)
-    resume = _resume(checkpoint, params, n if stacked else None, shared)
+    resume = resume_run(checkpoint, params, n if stacked else None, shared=shared) or start
     done = 0 if resume is None else len(resume.losses)
     writes = rank() == 0 or not shared
     with (
@@ -116,7 +111,7 @@ def train_together(
             resume=resume,
             checkpoint=checkpoint if writes else None,
             checkpoint_every=CHECKPOINT_EVERY,
-            accumulate=partial(_accumulate, show, weight if shared else None),
+            accumulate=partial(_accumulate, show, shared),
             on_step=on_step,
             progress=False,
             **options,
@@ -182,9 +177,9 @@ class _Evaluations:
         return metric
 
 
-def _accumulate(show: Callable[..., None], weight: Any, gradient: Callable[..., Gradient], micro: list[Batch]) -> Any:
-    if weight is not None:
-        grads, losses = mean_over_micro_batches(gradient, micro, weight=weight)
+def _accumulate(show: Callable[..., None], shared: bool, gradient: Callable[..., Gradient], micro: list[Batch]) -> Any:
+    if shared:
+        grads, losses = mean_over_micro_batches(gradient, micro, weight=lambda batch: 1.0)
     else:
         grads, losses = _mean([gradient(batch) for batch in micro])
     show(micro, losses)
@@ -198,7 +193,7 @@ def _mean(results: list[Gradient]) -> Gradient:
     return grads, losses
 
 
-def _resume(checkpoint: Path | None, params: Params, n: int | None, shared: bool) -> Fit | None:
+def resume_run(checkpoint: Path | None, params: Params, n: int | None, *, shared: bool = True) -> Fit | None:
     """Load the checkpoint. If `shared`, every rank gets the checkpoint of the rank with the most steps."""
     run = load_fit(checkpoint, params, num_adapters=n) if checkpoint is not None and checkpoint.is_file() else None
     return to_device(furthest(run, -1 if run is None else len(run.losses)), params) if shared else run

@@ -59,7 +59,7 @@ class Run(NamedTuple):
         epochs: Number of passes over the training rows of an adapter, if `steps` is None; see `num_steps`.
         learning_rates: Peak of the learning rate, as one value or one per adapter.
         max_length: Maximum number of tokens of a sequence; None means the default for the kind of data.
-        chunk: Maximum number of adapters that train at once.
+        together: Maximum number of adapters that train at once.
     """
 
     out: str
@@ -74,7 +74,7 @@ class Run(NamedTuple):
     epochs: float | None = None
     learning_rates: Sequence[float] = (2e-2,)
     max_length: int | None = None
-    chunk: int = 64
+    together: int = 64
 
 
 def micro_batches(parts: int | None) -> int:

@@ -1,33 +1,30 @@
 """Run the commands `train` and `demo`: choose the training function for the data."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.text import Text
 
 from ...data.files import find_files, is_hub_id
-from ...data.prompts import MAX_TOKENS, PROMPT
+from ...data.prompts import PROMPT
 from ..data_kinds import kind_of, refuse_options
 from ..groups import BaseOptions, TrainOptions, dtype_of
 from ..report import describe, show, show_result
-from .jobs import expand_sources, value_of
+from .jobs import expand_sources
 from .outputs import output_folder
 from .settings import Recipe, Run, micro_batches
 
 
-def classify(base: BaseOptions, *, narrated: bool, prompt: str | None, json: bool, **options: Any) -> None:
+def train_one_set(run: Run, *, data: str | None, prompt: str | None, adapters: int, narrated: bool, json: bool) -> None:
     """Run the command `demo`, or the command `train` on one data set with labels."""
-    from .classifier import demo
+    from .classifier import train_classifier
 
     def narrate(line: str) -> None:
         if narrated:
             show(line if "\n" in line else Text(line))  # tables and commands are not wrapped
 
-    options |= {"prompt": prompt} if prompt else {}
-    options |= {"device": base.device} if base.device else {}
-    result = demo(model=base.model, quant=base.quant, dtype=dtype_of(base.dtype), say=narrate, **options)
+    result = train_classifier(run, data=data, prompt=prompt or PROMPT, adapters=adapters, say=narrate)
     if not narrated:
-        fields, out = result._asdict(), options["out"]
+        fields, out = result._asdict(), run.out
         following = f"Next: vera-func predict --adapter {out} 'A new text.'; vera-func inspect {out}"
         said = f"The prompt was {prompt or PROMPT!r} (--prompt)."
         show_result(fields, json, *describe(fields, "sweep"), said, following)
@@ -49,13 +46,13 @@ def train(data: Sequence[str], out: str, base: BaseOptions, options: TrainOption
         refuse_options({"--truncate-side": options.truncate_side, packing: options.packing}, "with labels")
     else:
         refuse_options({"--prompt": options.prompt}, "without labels")
+    run = run_of(out, base, options)
     if labelled and len(sources) == 1:
-        _train_classifier(sources[0], out, base, options, json)
+        train_one_set(run, data=sources[0], prompt=options.prompt, adapters=options.adapters, narrated=False, json=json)
         return
     if options.adapters > 1:
         found = f"{len(sources)} data sets" if labelled else "data without labels"
         raise ValueError(f"--adapters requires a single data set with labels, got {found}: leave out --adapters.")
-    run = _run_of(out, base, options)
     if labelled:
         from .label_sets import train_label_sets
 
@@ -73,24 +70,34 @@ def train(data: Sequence[str], out: str, base: BaseOptions, options: TrainOption
     show_result(result, json, *describe(result, "adapters"), following)
 
 
-def _train_classifier(source: str, out: str, base: BaseOptions, options: TrainOptions, json: bool) -> None:
-    """Train one adapter, or a sweep of adapters, on one data set with labels."""
-    same = ("prompt", "r", "targets", "epochs", "batch_size", "parts", "adapters", "seed")
-    classify(
-        base, narrated=False, json=json, data=source, out=out, recipe=_recipe_of(options),
-        steps=value_of("--steps", options.steps, 0, 1) if options.steps else None,
-        learning_rate=value_of("--learning-rate", options.learning_rate, 0, 1),
-        max_length=options.max_length or MAX_TOKENS, **{name: getattr(options, name) for name in same},
-    )  # fmt: skip
-
-
-def _recipe_of(options: TrainOptions) -> Recipe:
-    same = {name: value for name, value in options._asdict().items() if name in Recipe._fields}
-    return Recipe(micro_batches=micro_batches(options.parts), **same)
-
-
-def _run_of(out: str, base: BaseOptions, options: TrainOptions) -> Run:
+def run_of(out: str, base: BaseOptions, options: TrainOptions) -> Run:
+    """The options of a run, from the options of the command `train`."""
     return Run(
-        out, _recipe_of(options), base.model, base.quant, dtype_of(base.dtype), base.device or "auto", options.r,
-        options.targets, options.steps, options.epochs, options.learning_rate, options.max_length, options.together,
-    )  # fmt: skip
+        out,
+        Recipe(
+            batch_size=options.batch_size,
+            micro_batches=micro_batches(options.parts),
+            schedule=options.schedule,
+            warmup=options.warmup,
+            weight_decay=options.weight_decay,
+            clip=options.clip,
+            dropout=options.dropout,
+            dora=options.dora,
+            checkpointing=options.checkpointing,
+            eval_every=options.eval_every,
+            patience=options.patience,
+            seed=options.seed,
+            log=options.log,
+        ),
+        model=base.model,
+        quant=base.quant,
+        dtype=dtype_of(base.dtype),
+        device=base.device or "auto",
+        r=options.r,
+        targets=options.targets,
+        steps=options.steps,
+        epochs=options.epochs,
+        learning_rates=options.learning_rate,
+        max_length=options.max_length,
+        together=options.together,
+    )

@@ -91,7 +91,7 @@ def train_language(
             "--checkpointing supports one adapter without dropout: to save memory, raise --accumulate instead."
         )
     jobs_of_run = [(job.name, job.steps, job.learning_rate, job.train.beta) for job in jobs]
-    options = (recipe._replace(log=None), jobs_of_run, run.chunk)
+    options = (recipe._replace(log=None), jobs_of_run, run.together)
     state = (base.name, base.quant, base.dtype, adapted.config, reference, max_length, truncate_side, packing)
     tensors = [(one.ids, one.labels, one.offsets, one.groups) for one in rows]
     checkpoint = checkpoint_path(out, *state, *options, [_hash(*one) for one in (*tensors, adapted.params.values())])
@@ -101,7 +101,7 @@ def train_language(
     def train(part: slice, file: Path, shared: bool) -> Trained:
         return _train_group(base, adapted, jobs[part], recipe, file, shared=shared)
 
-    trained = train_chunks(len(jobs), run.chunk, checkpoint, train, base.model.device)
+    trained = train_chunks(len(jobs), run.together, checkpoint, train, base.model.device)
     seconds = time.perf_counter() - start
     after = _score(base, adapted, trained.params, jobs, "after", stacked=len(jobs) > 1)
     metadata = Metadata(
