@@ -62,8 +62,7 @@ def inspect_path(
         raise ValueError("--to, --quant and --dtype have no effect without --model: pass --model as well.")
     if names and not folder.is_file():
         raise ValueError(f"--name selects adapters of a bank, but {path} is a folder: leave out --name.")
-    place: dict[str, Any] = {"bank": path, "names": names} if folder.is_file() else {"adapter": path}
-    source = open_source(**place, model=model)
+    source = open_source(bank=path, names=names, model=model) if folder.is_file() else open_source(path, model=model)
     found = _inspect_adapters(folder, source)
     if model is not None:
         found["merge"] = _inspect_merge(source, base_of(source, quant, dtype, device), to)

@@ -102,6 +102,22 @@ def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) 
     metadata = with_labels(metadata, labels)
     map_sharded(partial(save_adapters, out, adapted, trained.params, names), [metadata])  # on rank 0
     delete_checkpoints(checkpoint)
+    table = _table(names, sources, rates, train, held_out, trained, before, after)
+    size = sum(leaf.numel() for leaf in adapted.params.values())
+    places = {"out": str(out), "bank": str(out / BANK)}
+    return {"kind": "label", "trained": size, "seconds": seconds, **places, "adapters": table}
+
+
+def _table(
+    names: Sequence[str],
+    sources: Sequence[str],
+    rates: Sequence[float],
+    train: Sequence[Sequence[Encoded]],
+    held_out: Sequence[Sequence[Encoded]],
+    trained: Trained,
+    before: Sequence[Score],
+    after: Sequence[Score],
+) -> list[dict[str, Any]]:
     columns = {
         "name": names,
         "data": sources,
@@ -114,10 +130,7 @@ def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) 
         "loss": [score.loss.item() for score in after],
         "diverged": trained.diverged,
     }
-    table = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    size = sum(leaf.numel() for leaf in adapted.params.values())
-    places = {"out": str(out), "bank": str(out / BANK)}
-    return {"kind": "label", "trained": size, "seconds": seconds, **places, "adapters": table}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _unstacked(params: Params, n: int) -> list[Params]:

@@ -84,12 +84,9 @@ def train_together(
     """
     n = len(steps)
     stacked = n > 1
-    state = _Evaluations(params, (n,) if stacked else (), evaluate, checkpoint, shared)
-    options: dict[str, Any] = {}
-    if recipe.eval_every:
-        options = {"evaluate": state, "evaluate_every": recipe.eval_every, "patience": recipe.patience}
-    elif recipe.patience is not None:
+    if recipe.patience is not None and not recipe.eval_every:
         raise ValueError("--patience has no effect without evaluations: pass --eval-every as well.")
+    state = _Evaluations(params, (n,) if stacked else (), evaluate, checkpoint, shared)
     schedule = schedule_of(recipe.schedule, recipe.warmup, steps)
     resume = resume_run(checkpoint, params, n if stacked else None, shared=shared) or start
     done = 0 if resume is None else len(resume.losses)
@@ -114,7 +111,9 @@ def train_together(
             accumulate=partial(_accumulate, show, shared),
             on_step=on_step,
             progress=False,
-            **options,
+            evaluate=state if recipe.eval_every else None,
+            evaluate_every=recipe.eval_every or 1,
+            patience=recipe.patience,
         )
     if not recipe.eval_every:
         return _result(run, None, steps)

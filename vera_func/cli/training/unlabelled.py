@@ -68,15 +68,7 @@ def train_language(
     initial = None if reference is None else open_source(reference, model=run.model)
     sets = [open_dataset(source) for source in sources]
     kind = _same_kind(sets)
-    if kind != "preference" and (betas or reference):
-        raise ValueError(
-            f"got data of the kind {kind!r}, but --beta and --reference require preferences (columns prompt, chosen "
-            "and rejected): leave out --beta and --reference."
-        )
-    if reference and (recipe.dropout or recipe.dora or run.targets):
-        raise ValueError(
-            "--reference determines the target layers, dropout and DVoRA: leave out --targets, --dropout and --dora."
-        )
+    _require_applicable(kind, run, betas, reference)
     load = partial(load_base, run.model) if initial is None else partial(base_of, initial)
     base = load(run.quant, run.dtype, max_tokens=run.max_length or MAX_LENGTH, device=run.device)
     max_length = length_of(base, run.max_length)
@@ -104,11 +96,9 @@ def train_language(
     trained = train_chunks(len(jobs), run.together, checkpoint, train, base.model.device)
     seconds = time.perf_counter() - start
     after = _score(base, adapted, trained.params, jobs, "after", stacked=len(jobs) > 1)
-    metadata = Metadata(
-        base.quant, kind=kind, data=[sets[job.data].source for job in jobs], max_length=max_length,
-        truncate_side=truncate_side, reference=_absolute(reference),
-        beta=[job.train.beta or BETA for job in jobs] if kind == "preference" else None,
-    )  # fmt: skip
+    metadata = _metadata(base, sets, jobs)._replace(
+        max_length=max_length, truncate_side=truncate_side, reference=_absolute(reference)
+    )
     map_sharded(
         partial(save_adapters, out, adapted, trained.params, [job.name for job in jobs]), [metadata]
     )  # on rank 0
@@ -118,6 +108,19 @@ def train_language(
     size = sum(leaf.numel() for leaf in adapted.params.values())
     common = {"kind": kind, "omitted": omitted, "trained": size, "seconds": seconds, "out": str(out)}
     return common | ({"bank": str(out / BANK), "adapters": table} if len(jobs) > 1 else table[0])
+
+
+def _require_applicable(kind: str, run: Run, betas: Sequence[float] | None, reference: str | None) -> None:
+    """Raise if `--beta` or `--reference` does not apply to the data or to the other options."""
+    if kind != "preference" and (betas or reference):
+        raise ValueError(
+            f"got data of the kind {kind!r}, but --beta and --reference require preferences (columns prompt, chosen "
+            "and rejected): leave out --beta and --reference."
+        )
+    if reference and (run.recipe.dropout or run.recipe.dora or run.targets):
+        raise ValueError(
+            "--reference determines the target layers, dropout and DVoRA: leave out --targets, --dropout and --dora."
+        )
 
 
 def _is_packable(base: Base, adapted: Adapted, max_length: int) -> bool:
@@ -158,6 +161,12 @@ def _same_kind(sets: Sequence[DataSet]) -> str:
                 f"{data.kind!r}, but all data sets of a run must be of one kind: use one run for each kind."
             )
     return sets[0].kind
+
+
+def _metadata(base: Base, sets: Sequence[DataSet], jobs: Sequence[Job]) -> Metadata:
+    kind = sets[0].kind
+    betas = [job.train.beta or BETA for job in jobs] if kind == "preference" else None
+    return Metadata(base.quant, kind=kind, data=[sets[job.data].source for job in jobs], beta=betas)
 
 
 def _absolute(reference: str | None) -> str | None:
