@@ -286,9 +286,9 @@ def test_mistakes_raise():
         update({**params, "new": torch.ones(1)}, state, {**params, "new": torch.ones(1)})
     with pytest.raises(ValueError, match=r"grads\['scale'\] has shape \(2,\)"):
         update({**params, "scale": torch.ones(2)}, state, params)
-    with pytest.raises(ValueError, match=r"learning_rate has shape \(7,\).*vmap"):
+    with pytest.raises(ValueError, match=r"learning_rate must be a scalar .* got shape \(7,\).*vmap"):
         adamw_update(params, state, params, learning_rate=torch.ones(7))
-    with pytest.raises(ValueError, match=r"max_norm has shape \(7,\)"):
+    with pytest.raises(ValueError, match=r"max_norm must be a scalar .* got shape \(7,\)"):
         clip_by_norm(params, torch.ones(7))
     with pytest.raises(ValueError, match="stacked adapters"):
         update(make(2), vmap(adamw_init)(make(2)), make(2))
@@ -362,7 +362,7 @@ for what, wrong, found in (
     bad("as_optimizer", what, lambda _, wrong=wrong: as_optimizer(wrong), f"a pair of pure functions, .*{found}")
 bad(
     "as_optimizer", "None in the state", lambda _: as_optimizer((lambda p: {"m": None}, len)).init(PARAMS),
-    "must be a pytree of tensors, but contains a NoneType",
+    "pytree of tensors and numbers, got a leaf of type NoneType",
 )  # fmt: skip
 for what, result in (("updates alone", {"p": ones(2)}), ("a tensor", (ones(2), ()))):
     bad(

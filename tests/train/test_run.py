@@ -95,7 +95,7 @@ def test_loading_the_wrong_run_raises(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"run is not a complete safetensors file"):
         load_fit(path, start())
-    with pytest.raises(ValueError, match=r"steps must be at least 2, .*, got 1"):
+    with pytest.raises(ValueError, match=r"steps must be at least 2 \(.*\), got 1"):
         fit(loss_of_one, start(), shared, steps=1, learning_rate=0.1, resume=run)
 
 

@@ -38,7 +38,7 @@ def test_sweep_and_its_table():
             sweep(grid)
     with pytest.raises(ValueError, match=r"'loss'\] must have 6 values, one per row, got 2"):
         sweep_table(rows, {"loss": [1, 2]})
-    with pytest.raises(ValueError, match=r"'seed'\] must have a new name"):
+    with pytest.raises(ValueError, match=r"already have a column 'seed'"):
         sweep_table(rows, {"seed": range(6)})
 
 
@@ -55,7 +55,7 @@ bad(
     "sweep_table",
     "a column twice",
     lambda _: sweep_table(sweep({"a": [1]}), {"a": [1]}),
-    r"'a'\] must have a new name",
+    r"already have a column 'a'",
 )
 
 

@@ -1,4 +1,4 @@
-"""The params with the lowest metric of a run, in memory and in a file for resumed runs."""
+"""The best params of a run (those with the lowest metric), in memory and in a file for resumed runs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from ..io.files import read_safetensors, replacing
 
 
 class Best(NamedTuple):
-    """The params with the lowest metric, for one adapter (shape `*n` is ()) or for each of `n` stacked adapters.
+    """The params with the lowest metric, for one adapter (`*n` is ()) or for each of n stacked adapters (`*n` is (n,)).
 
     Attributes:
         params: Params with the lowest metric.
@@ -27,11 +27,11 @@ class Best(NamedTuple):
 
 
 def start_best(params: Mapping[str, Tensor], n: tuple[int, ...] = ()) -> Best:
-    """Return the `Best` before the first evaluation.
+    """Return the initial `Best` of a run, before any evaluation.
 
     Args:
         params: Initial params.
-        n: `(number of stacked adapters,)`, or `()` for one adapter.
+        n: Shape of the metric: (n,) for n stacked adapters, () for one adapter.
     """
     infinite = torch.full(n, torch.inf, dtype=torch.float64, device=next(iter(params.values())).device)
     return Best(dict(params), infinite, torch.zeros_like(infinite))

@@ -1,11 +1,12 @@
-"""Activation checkpointing: a loss whose backward pass recomputes the activations of each layer.
+"""Activation checkpointing: a loss that recomputes the activations of each layer instead of storing them.
 
     loss = checkpointed_loss(adapted, lambda module, batch: module(**batch).logits.square().mean())
     loss(params, batch)  # equals apply(params, frozen, **batch).logits.square().mean()
 
 Compared with `apply`, a training step needs less memory and about 4/3 of the time. `apply` binds params to the model
-only during a call, so a later backward pass can't recompute a layer. The forward pass of this loss copies the params to
-a module, and computes their gradients. The loss supports only first derivatives, by plain autograd.
+only during a call, so a later backward pass can't recompute a layer. A checkpointed loss copies the params to a module,
+and computes the gradients already in the forward pass. A checkpointed loss supports only plain autograd and first
+derivatives.
 """
 
 from collections.abc import Callable, Iterator, Mapping

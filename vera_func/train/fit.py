@@ -81,29 +81,29 @@ def fit(
             `batch_indices`.
         steps: Total number of steps, including those of a resumed run.
         learning_rate: One value, or n values for stacked adapters; required without an `optimizer`. With an
-            `optimizer`, factor of the updates, 1 by default.
-        weight_decay, betas, eps: Options of AdamW, see `adamw_update`; rejected with an `optimizer`. `weight_decay` is
-            one value or n values.
+            `optimizer`, factor that multiplies the optimizer's updates (default 1).
+        weight_decay, betas, eps: Options of AdamW (see `adamw_update`); not allowed together with an `optimizer`.
+            `weight_decay` is one value or n values.
         optimizer: A pair of pure functions for one adapter, such as an `Optimizer` or an optimizer of torchopt; None
-            means AdamW. `init(params)` returns a state, any pytree of tensors, and `update(grads, state, params)`
-            returns `(updates, state)`. `torch.func.vmap` maps both functions over stacked adapters.
+            means AdamW. `init(params)` returns the initial state (any pytree of tensors). `update(grads, state,
+            params)` returns `(updates, state)`. `torch.func.vmap` maps both functions over stacked adapters.
         max_norm: Maximum norm of an adapter's gradient, one value or n values; None means no clipping.
         schedule: Function that maps the step to a factor of `learning_rate`, or to n factors.
         num_adapters: Number n of stacked adapters; None for one adapter.
         evaluate: Function `(params, steps_done)` that returns one metric, or n metrics (n,); lower is better.
         evaluate_every: Number of steps between two calls of `evaluate`.
         patience: Number of consecutive evaluations without improvement after which an adapter stops.
-        resume: The run to continue, as a `Fit` or as the path of its checkpoint. Pass the same other arguments; `steps`
-            may be larger.
+        resume: The run to continue, as a `Fit` or as the path of its checkpoint. A resumed run needs the same arguments
+            as the original run; only `steps` may be larger.
         checkpoint: Path of the file to which the `Fit` is written atomically, during the run and at the end.
         checkpoint_every: Number of steps between two writes of `checkpoint`.
         accumulate: Function `(gradient, batch)` that returns the gradients and losses of a step, such as
             `mean_over_micro_batches`. `gradient(micro_batch)` computes the gradients and losses of a micro-batch. None
             means `gradient(batch)`.
-        on_step: Function `(steps_done, numbers)` that is called after each step, for a logger. `numbers` is a flat dict
-            of floats with the keys `loss`, `learning_rate` and, after an evaluation, `metric`. For stacked adapters,
-            keys end in the index of the adapter: `loss/0`, `loss/1` and so on. On an accelerator, `on_step`
-            synchronizes with the device at each step.
+        on_step: Function `(steps_done, numbers)` that is called after each step, for example to log the numbers.
+            `numbers` is a flat dict of floats with the keys `loss`, `learning_rate` and, after an evaluation, `metric`.
+            For stacked adapters, keys end in the index of the adapter: `loss/0`, `loss/1` and so on. On an accelerator,
+            `on_step` synchronizes with the device at each step.
         progress: Whether to show a progress bar, if tqdm is installed.
 
     Examples of `on_step` for three loggers:
@@ -230,7 +230,7 @@ def _advance_of(
 def _advance(
     optimizer: Optimizer, grads: Tree, state: Any, params: Tree, *, learning_rate: Tensor, weight_decay: Tensor
 ) -> tuple[dict[str, Tensor], Any]:
-    """Update params with any optimizer; the signature is that of `adamw_update`, so `weight_decay` is unused."""
+    """Update params with any optimizer; the signature is that of `adamw_update`, but `weight_decay` is ignored."""
     updates, state = optimizer.update(grads, state, params)
     return apply_updates(params, updates, learning_rate), state
 
@@ -275,12 +275,13 @@ def _initial_run(params: Tree, n: tuple[int, ...], optimizer: Any, resume: Fit |
     elif resume is not None:
         run = load_fit(resume, params, num_adapters=n[0] if n else None, optimizer=optimizer)
     if len(run.losses) > steps:
-        raise ValueError(f"steps must be at least {len(run.losses)}, the steps that the run already has, got {steps}.")
+        done = len(run.losses)
+        raise ValueError(f"steps must be at least {done} (the number that the run has completed), got {steps}.")
     return run
 
 
 def _buffer(rows: Tensor, more: int) -> Tensor:
-    """Append `more` rows of zeros, which later rows replace."""
+    """Append `more` rows of zeros, which later steps overwrite."""
     return torch.cat([rows, rows.new_zeros(more, *rows.shape[1:])])
 
 
@@ -311,7 +312,7 @@ def _record_metric(run: Fit, buffer: Tensor, metric: float | Tensor, patience: i
 
 
 def _trim(run: Fit, done: int) -> Fit:
-    """Remove the losses of steps after all adapters had stopped, but not those of the first `done` steps."""
+    """If all adapters have stopped, remove the losses of later steps, but keep those of the first `done` steps."""
     if (run.stopped < 0).any():
         return run
     # The step in which an adapter diverges has a loss but no update.
@@ -350,7 +351,7 @@ def _check_options(
     if min(evaluate_every, checkpoint_every, 1 if patience is None else patience) < 1:
         raise ValueError(f"intervals must be positive, got {evaluate_every=}, {checkpoint_every=}, {patience=}.")
     if checkpoint is not None and not (folder := Path(checkpoint).parent).is_dir():
-        raise ValueError(f"the folder {folder} of checkpoint does not exist: create it first.")
+        raise ValueError(f"checkpoint must be in an existing folder, but {folder} does not exist: create it first.")
 
 
 def _bar(done: int, steps: int, progress: bool) -> AbstractContextManager[Any]:
@@ -364,7 +365,7 @@ def _bar(done: int, steps: int, progress: bool) -> AbstractContextManager[Any]:
 def _per_adapter(name: str, value: PerAdapter, n: tuple[int, ...], device: torch.device) -> Tensor:
     values = torch.as_tensor(value, dtype=torch.float64, device=device)
     if values.shape not in ((), n):
-        expected = f"one value or {n[0]} values" if n else "one value, or num_adapters if params are stacked"
+        expected = f"one value or {n[0]} values" if n else "one value; if params are stacked, also pass num_adapters"
         raise ValueError(f"{name} has shape {tuple(values.shape)}: pass {expected}.")
     if not (values >= 0).all():
         raise ValueError(f"{name} must be at least 0, got {value}.")

@@ -1,4 +1,4 @@
-"""The gradient of a training step. A detached layer raises an error; autograd would return a wrong gradient of zero."""
+"""The gradient of a training step, with an error for detached layers, where autograd would return zero gradients."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -62,7 +62,9 @@ def gradient_of(loss_fn: LossFn, params: dict[str, Tensor], n: tuple[int, ...], 
         raise
     absent = [key for key, grad in zip(params, grads, strict=True) if grad is None]
     if len(absent) == len(params):
-        raise ValueError(f"no leaf of params gets a gradient from loss_fn: use its argument params. {_ADVICE}")
+        raise ValueError(
+            f"no leaf of params gets a gradient from loss_fn: compute the losses from the argument params. {_ADVICE}"
+        )
     if first and absent:
         with torch.random.fork_rng(devices):
             _require_independent(loss_fn, params, batch, losses, absent, partial(_rewind, before, devices))
@@ -111,9 +113,9 @@ def _rewind(states: Sequence[Tensor], devices: Sequence[int]) -> None:
 
 def require_shape(name: str, value: Tensor, n: tuple[int, ...]) -> None:
     """Check that `value` is a tensor of shape `n`; `name` names the function that returned `value`."""
-    expected = f"one value per adapter, {tuple(n)}" if n else "one value, ()"
+    expected = f"one value per adapter (shape {tuple(n)})" if n else "one value (shape ())"
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name} must return {expected}, as a tensor, got {type(value).__name__}.")
+        raise ValueError(f"{name} must return a tensor with {expected}, got {type(value).__name__}.")
     if value.shape != n:
         hint = "" if n else "; if params are stacked, pass num_adapters"
         raise ValueError(f"{name} must return {expected}, got shape {tuple(value.shape)}{hint}.")

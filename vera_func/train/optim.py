@@ -4,8 +4,8 @@
     p'    = (1 - lr wd) p - lr (mean' / (1 - b1^t)) / (sqrt(var' / (1 - b2^t)) + eps)
 
 Every function handles one adapter and does not modify its inputs; use `torch.func.vmap` for stacked adapters.
-Hyper-parameters are floats or 0-d tensors. Results are differentiable in hyper-parameters that are tensors. An
-`Optimizer` is a pair of pure functions, as in optax and torchopt.
+Hyper-parameters are floats or 0-d tensors. Results are differentiable with respect to hyper-parameters that are
+tensors. An `Optimizer` is a pair of pure functions, as in optax and torchopt.
 """
 
 import inspect
@@ -105,7 +105,9 @@ def _adam(
     _check_like("state.mean", state.mean, params)
     _check_like("state.var", state.var, params)
     if state.step.ndim:
-        raise ValueError(f"state.step has shape {tuple(state.step.shape)}: map stacked adapters with torch.func.vmap.")
+        raise ValueError(
+            f"state.step must have shape (), got {tuple(state.step.shape)}: for stacked adapters, use torch.func.vmap."
+        )
     beta1, beta2 = (_number("betas", beta, below=1.0) for beta in betas)
     eps = _number("eps", eps)
     step = state.step + 1
@@ -149,7 +151,7 @@ def adamw(
         weight_decay: As in `adamw_update`.
 
     Raises:
-        ValueError: Raised by `update`, for the same reasons as by `adamw_update`.
+        ValueError: `update` raises the same errors as `adamw_update`.
 
     Example:
         >>> optimizer, params = adamw(0.1), {"p": torch.ones(2)}
@@ -191,15 +193,15 @@ def apply_updates(
 def as_optimizer(pair: Any) -> Optimizer:
     """Convert a pair of functions, such as a torchopt transformation, to an `Optimizer` whose state has only tensors.
 
-    The `update` of the `Optimizer` takes `params` by position and does not modify the gradients, unlike torchopt's.
-    Python numbers in a state, such as the step count of torchopt's Adamax, become tensors.
+    Unlike torchopt's `update`, the `update` of the `Optimizer` takes `params` by position, and does not modify the
+    gradients. Python numbers in a state, such as the step count of torchopt's Adamax, become tensors.
 
     Args:
         pair: `(init, update)`, such as an `Optimizer`.
 
     Raises:
-        ValueError: If `pair` is not a pair of functions. The `Optimizer` raises ValueError if a state contains anything
-            but tensors and numbers, or if `update` does not return `(updates, state)`.
+        ValueError: If `pair` is not a pair of functions. The `Optimizer` raises ValueError if a leaf of a state is
+            neither a tensor nor a number, or if `update` does not return `(updates, state)`.
 
     Example:
         >>> descent = as_optimizer((lambda params: (), lambda grads, state, *, params: (grads, state)))
@@ -237,11 +239,13 @@ def _state_tensor(device: torch.device, leaf: Any) -> Tensor:
         return leaf
     if isinstance(leaf, int | float):
         return torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None, device=device)
-    raise ValueError(f"the state of an optimizer must be a pytree of tensors, but contains a {type(leaf).__name__}.")
+    raise ValueError(
+        f"the state of an optimizer must be a pytree of tensors and numbers, got a leaf of type {type(leaf).__name__}."
+    )
 
 
 def require_trainable(params: Mapping[str, Tensor]) -> None:
-    """Raise an error if `params` is not a non-empty dict of floating-point tensors."""
+    """Check that `params` is a non-empty dict of floating-point tensors."""
     if not isinstance(params, Mapping):
         hint = ": pass its attribute params" if hasattr(params, "params") else ""
         raise ValueError(f"params must be a dict of tensors, got {type(params).__name__}{hint}.")
@@ -276,8 +280,8 @@ def global_norm(tree: Mapping[str, Tensor]) -> Float[Tensor, ""]:
 def clip_by_norm(grads: Mapping[str, Tensor], max_norm: float | Tensor) -> dict[str, Tensor]:
     """Clip gradients by their global norm: `g * min(1, max_norm / (norm + 1e-6))`.
 
-    The norm is taken over all leaves of one adapter. For stacked adapters use `torch.func.vmap(clip_by_norm)(grads,
-    max_norms)`. If the norm is not finite, the result contains NaN, as in torch.
+    For stacked adapters use `torch.func.vmap(clip_by_norm)(grads, max_norms)`. If the norm is not finite, the result
+    contains NaN, as in torch.
 
     Args:
         grads: Gradients, a flat dict of tensors.
@@ -322,8 +326,8 @@ def _number(name: str, value: float | Tensor, below: float | None = None) -> flo
         return value
     if value.ndim:
         raise ValueError(
-            f"{name} has shape {tuple(value.shape)}, but one adapter takes a scalar. For stacked adapters use "
-            "torch.func.vmap(lambda g, s, p, lr: adamw_update(g, s, p, learning_rate=lr))."
+            f"{name} must be a scalar for one adapter, got shape {tuple(value.shape)}. For stacked adapters use "
+            "torch.func.vmap, as in torch.func.vmap(lambda g, s, p, lr: adamw_update(g, s, p, learning_rate=lr))."
         )
     return value.double()
 

@@ -25,7 +25,10 @@ def batch_indices(step: int, *, num_examples: int, batch_size: int, key: int) ->
     if not all(isinstance(number, int) for number in (step, num_examples, batch_size, key)):
         raise ValueError(f"all arguments must be integers, got {step=}, {num_examples=}, {batch_size=}, {key=}.")
     if step < 0 or num_examples < 1 or batch_size < 1:
-        raise ValueError(f"step must be at least 0, sizes at least 1, got {step=}, {num_examples=}, {batch_size=}.")
+        raise ValueError(
+            f"step must be at least 0, and num_examples and batch_size at least 1, got {step=}, {num_examples=}, "
+            f"{batch_size=}."
+        )
     epoch, batch = divmod(step, -(-num_examples // batch_size))
     return epoch_order(num_examples, key=key, epoch=epoch)[batch * batch_size : (batch + 1) * batch_size]
 

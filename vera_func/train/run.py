@@ -24,7 +24,7 @@ PathLike = str | os.PathLike[str]
 
 
 class Fit(NamedTuple):
-    """The state of a training run of one adapter (shape `*n` is ()) or of `n` stacked adapters.
+    """The state of a training run of one adapter (`*n` is ()) or of n stacked adapters (`*n` is (n,)).
 
     Attributes:
         params: Params after the last step, not necessarily those with the lowest metric.
@@ -49,12 +49,12 @@ def start_run(params: Tree, n: tuple[int, ...], optimizer: Optimizer | None = No
 
     Args:
         params: Initial params, a flat dict of floating-point tensors.
-        n: `(number of stacked adapters,)`, or `()` for one adapter.
+        n: Shape of a loss: (n,) for n stacked adapters, () for one adapter.
         optimizer: Optimizer, as for `fit`; None means AdamW.
 
     Raises:
-        ValueError: If `params` is not a non-empty dict of floating-point tensors, or if axis 0 of a stacked leaf is not
-            n.
+        ValueError: If `params` is empty or is not a dict of floating-point tensors, or if a tensor of stacked params
+            does not have shape (n, ...).
 
     Example:
         >>> start_run({"p": torch.ones(2, 3)}, (2,)).stopped
@@ -62,7 +62,10 @@ def start_run(params: Tree, n: tuple[int, ...], optimizer: Optimizer | None = No
     """
     for key, p in params.items():
         if n and p.shape[:1] != n:
-            raise ValueError(f"num_adapters={n[0]}, but params[{key!r}] is {tuple(p.shape)}: use stack_adapters.")
+            raise ValueError(
+                f"num_adapters={n[0]} does not match params[{key!r}] of shape {tuple(p.shape)}: stack n adapters with "
+                "stack_adapters, and pass num_adapters=n."
+            )
     require_trainable(params)
     params = {k: p.detach() for k, p in params.items()}
     init = adamw_init if optimizer is None else as_optimizer(optimizer).init
@@ -74,7 +77,7 @@ def start_run(params: Tree, n: tuple[int, ...], optimizer: Optimizer | None = No
 
 
 def require_like(run: Fit, other: Fit, source: PathLike) -> None:
-    """Raise an error that names `source` if keys, shapes or dtypes of params or optimizer state differ from `other`."""
+    """Raise an error that names `source` if params or optimizer states of two runs differ in keys, shapes or dtypes."""
     _check_run(_flatten(run), other, source)
 
 
@@ -121,8 +124,7 @@ def load_fit(
         optimizer: Optimizer of the stored run, as for `fit`; None means AdamW.
 
     Raises:
-        ValueError: If the file is damaged, or contains a run with other params or another optimizer. The message names
-            the file and the key.
+        ValueError: If the file is damaged, or contains a run with other params or another optimizer.
 
     Example:
         >>> import tempfile
@@ -169,7 +171,7 @@ def _check_run(tensors: Tree, like: Fit, source: PathLike) -> None:
         if (found.shape, found.dtype) != (right.shape, right.dtype):
             raise ValueError(
                 f"{source}: {key!r} is {tuple(found.shape)} {found.dtype}, but params and "
-                f"num_adapters imply {tuple(right.shape)} {right.dtype}."
+                f"num_adapters imply {tuple(right.shape)} {right.dtype}: pass the params and num_adapters of that run."
             )
 
 

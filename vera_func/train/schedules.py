@@ -19,7 +19,7 @@ def constant(step: int | Tensor) -> Float[Tensor, "*n"]:
     """The constant schedule: 1 for every step, with the shape of `step`, in float64.
 
     Args:
-        step: One step, (), or n steps, (n,).
+        step: One step (a number or a 0-d tensor), or a tensor of n steps (n,).
 
     Example:
         >>> constant(7)
@@ -36,7 +36,7 @@ def linear_warmup_cosine(
         step < warmup:  peak (step + 1) / (warmup + 1)
         from then on:   final + (peak - final) (1 + cos(pi (step - warmup) / (total - warmup))) / 2
 
-    Steps count from 0. The result is float64, with the shape of `step`.
+    The result is float64, with the shape of `step`.
 
     Raises:
         ValueError: If `warmup` is negative or is not less than `total`.
@@ -80,7 +80,7 @@ def schedule_of(name: Schedule, warmup: float, totals: Sequence[int]) -> Callabl
     """Return a schedule for `fit` with one factor per adapter. The factor of an adapter is 0 after its last step.
 
     Args:
-        name: Schedule after warmup: "cosine", "linear" or "constant".
+        name: Shape of the schedule after warmup: "cosine", "linear" or "constant".
         warmup: Number of warmup steps. A value below 1 is a fraction of the steps of each adapter.
         totals: Number of steps of each adapter.
 
@@ -110,7 +110,7 @@ def schedule_of(name: Schedule, warmup: float, totals: Sequence[int]) -> Callabl
 
 
 def as_step(step: int | Tensor) -> Float[Tensor, "*n"]:
-    """Convert a step to float64, a number on the CPU and not on the default device.
+    """Convert a step to a float64 tensor; a number is put on the CPU, even if the default device is not the CPU.
 
     Example:
         >>> as_step(3)

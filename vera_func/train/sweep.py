@@ -21,7 +21,7 @@ def sweep(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         grid: Maps names of hyper-parameters to lists of values.
 
     Raises:
-        ValueError: If the values of a hyper-parameter are not a list or are empty.
+        ValueError: If the values of a hyper-parameter are empty or are not a list.
 
     Example:
         >>> sweep({"learning_rate": [0.1, 0.01], "seed": [0]})
@@ -43,7 +43,7 @@ def sweep_table(
         results: Maps names of columns to values, one value per row.
 
     Raises:
-        ValueError: If a column does not have one value per row, or if `rows` already contain its name.
+        ValueError: If a column does not have one value per row, or if `rows` already have a column of that name.
 
     Example:
         >>> sweep_table(sweep({"seed": [3, 4]}), {"loss": torch.tensor([0.5, 0.25])})
@@ -54,7 +54,7 @@ def sweep_table(
         if len(column) != len(rows):
             raise ValueError(f"results[{name!r}] must have {len(rows)} values, one per row, got {len(column)}.")
         if any(name in row for row in rows):
-            raise ValueError(f"results[{name!r}] must have a new name, but {name!r} is already a name in the rows.")
+            raise ValueError(f"the rows already have a column {name!r}: rename results[{name!r}].")
     return [{**row, **{k: c[i] for k, c in columns.items()}} for i, row in enumerate(rows)]
 
 
