@@ -90,7 +90,7 @@ def test_the_mean_over_parts_is_that_of_the_whole():
     assert torch.equal(one["p"], expected["p"])  # a single part keeps its bits
     backwards, _ = mean_over_micro_batches(gradient, x.split([1, 0, 3, 7])[::-1], weight=len)
     assert torch.equal(backwards["p"], grads["p"])
-    with pytest.raises(ValueError, match="none of the 2 micro-batches"):
+    with pytest.raises(ValueError, match="the mean of 2 micro-batches is undefined"):
         mean_over_micro_batches(gradient, [x[:0], x[:0]], weight=len)
 
 
@@ -307,7 +307,7 @@ bad(
     "mean_over_micro_batches",
     "padding alone",
     lambda _: mean_over_micro_batches(lambda part: ({}, ones(())), [1, 2], weight=lambda part: 0),
-    "none of the 2 micro-batches",
+    "the mean of 2 micro-batches is undefined",
 )
 
 

@@ -4,11 +4,11 @@
     map_sharded               shards items across ranks, and all-gathers the results
     mean_over_micro_batches   sum of w_i grad_i / sum of w_i over micro-batches i, by one all-reduce of a float64 buffer
 
-Results do not depend on the number of processes. Items and micro-batches are the same for any number of processes, and
-a single process computes each of them. Gradients are summed in float64, where sums of float32 values times integer
-weights are almost always exact in any order. Collectives fail or give wrong results inside `torch.func` transforms, so
-they are called outside. Every rank has a copy of the quantized base. Without torchrun, all functions run in the calling
-process.
+Results do not depend on the number of processes. The items and micro-batches are the same for any number of processes,
+and each item or micro-batch is computed by one process alone. Gradients are summed in float64: a sum of float32 values
+times integer weights is then almost always exact, whatever the order of summation. No collective is called inside a
+`torch.func` transform, where collectives fail or give wrong results. Every rank has a copy of the quantized base.
+Without torchrun, all functions run in the calling process.
 
 The commands `train` and `evaluate` run under torchrun, on one machine or on several:
 
@@ -84,7 +84,7 @@ def under_torchrun() -> bool:
 def process_group(timeout: float | None = None) -> Iterator[None]:
     """Create a gloo process group of torchrun's processes for a `with` block; without torchrun, do nothing.
 
-    The backend is gloo also with GPUs, since all buffers are small. Each rank uses the GPU whose index is its local
+    The backend is gloo even with GPUs, since all buffers are small. Each rank uses the GPU whose index is its local
     rank.
 
     Args:
@@ -131,9 +131,9 @@ def map_sharded(function: Callable[[Item], Result], items: Iterable[Item]) -> li
     """Compute `list(map(function, items))`, with the items sharded across ranks; every rank returns all results.
 
     Of w ranks, rank k computes items k, k + w, ... Ranks synchronize after every w items, and all-gather the results
-    once, at the end. The items must be the same on every rank; load large data in `function`, not in the items. Choose
-    items independently of the number of processes, such as chunks of 8 adapters: on some machines, rounding depends on
-    the batch size.
+    once, at the end. The items must be the same on every rank; load large data in `function`, not in the items. The
+    size of an item, such as a chunk of 8 adapters, should not depend on the number of processes: on some machines,
+    rounding depends on the batch size.
 
     Args:
         function: Function of one item that returns a picklable object. Tensors in dicts, lists and tuples are moved to
@@ -178,7 +178,7 @@ def mean_over_micro_batches(
     """Compute the weighted mean of the gradients and losses of micro-batches, for `fit(..., accumulate=...)`.
 
     Micro-batches are sharded across ranks as in `map_sharded`. One buffer is all-reduced, with 8 bytes per trained
-    parameter and per loss. Without torchrun, the function is gradient accumulation.
+    parameter and per loss. Without torchrun, one process accumulates the gradients of all micro-batches.
 
     Args:
         gradient: Function that maps a micro-batch to `(grads, losses)`, averaged over the micro-batch. Passed by `fit`.
@@ -205,7 +205,7 @@ def mean_over_micro_batches(
     nonempty = [micro_batch for micro_batch in parts if weight(micro_batch) > 0]
     if not nonempty:
         raise ValueError(
-            f"none of the {len(parts)} micro-batches has a positive weight, but their mean needs one: check the "
+            f"the mean of {len(parts)} micro-batches is undefined, because none has a positive weight: check the "
             "function weight, and that every batch contains targets."
         )
     own = nonempty[rank() :: world_size()]
@@ -230,7 +230,7 @@ def mean_over_micro_batches(
 def furthest(value: Any, progress: int) -> Any:
     """Return the `value` of the rank with the largest `progress`, on every rank.
 
-    For example, a checkpoint that only one machine has reaches all ranks.
+    For example, `furthest` sends a checkpoint that is stored on one machine to all ranks.
 
     Args:
         value: Value of this rank, a picklable object.

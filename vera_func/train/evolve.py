@@ -1,6 +1,6 @@
 """Training without gradients: evolution strategies over a stack of adapters.
 
-    F[i]   = fitness(params + sigma s_i e_j),   s_i = +1, -1,   i = 2 j, 2 j + 1,   e_j ~ N(0, I)
+    F[2 j] = fitness(params + sigma e_j),   F[2 j + 1] = fitness(params - sigma e_j),   e_j ~ N(0, I)
     g      = 1 / (n sigma) sum_j (u[2 j] - u[2 j + 1]) e_j,   u = centered ranks of F in [-1/2, 1/2]
     params = params + learning_rate g
 
@@ -56,26 +56,26 @@ def evolve(
 ) -> Evolution:
     """Maximize the fitness of an adapter by evolution strategies, with forward passes only.
 
-    Each step evaluates the params plus and minus each perturbation, and adds a weighted sum of the perturbations to the
-    params. The weights depend on the ranks of the fitness values (`centered_ranks`), not on their scale. Perturbations
-    are not stored: each is drawn from its seed twice, for the evaluation and for the update. All computations run under
-    `torch.no_grad`, so memory is that of inference with `chunk_size` adapters. Quantized layers use their inference
-    kernels (see also `apply.with_fused_weights`).
+    Each step evaluates the fitness of the params plus and minus each perturbation, then adds a weighted sum of the
+    perturbations to the params. The weights of the sum depend only on the ranks of the fitness values
+    (`centered_ranks`). Perturbations are not stored: each is drawn from its seed twice, for the evaluation and for the
+    update. All computations run under `torch.no_grad`, so memory is that of inference with `chunk_size` adapters.
+    Quantized layers use their inference kernels (see also `apply.with_fused_weights`).
 
     Inside `process_group()` under torchrun, `map_sharded` shards chunks across ranks. Only fitness values are
-    communicated: every rank draws the same perturbations and computes the same update. The number of processes changes
-    the resulting params only if it changes the fitness values.
+    communicated: every rank draws the same perturbations and computes the same update.
 
     Args:
         fitness: Function `(stacked)`, or `(stacked, batch)` if `batches` is given, that returns the fitness of each
-            stacked adapter, (n,); higher is better. Leaves of `stacked` are (n, ...); use `vmap_adapters`.
+            stacked adapter, (n,); higher is better. The tensors of `stacked` have shape (n, ...), as for
+            `vmap_adapters`.
         params: Initial params, a flat dict of floating-point tensors.
         batches: Function that maps the step, counted from 0, to a batch for all members. The batch must depend on the
             step only.
         steps: Total number of steps, including those of a resumed run.
         sigma: Standard deviation of the perturbations, the same for all leaves.
-        learning_rate: Factor of the estimated gradient; required without an `optimizer`. With an `optimizer`, factor of
-            the updates, 1 by default.
+        learning_rate: Factor that multiplies the estimated gradient; required without an `optimizer`. With an
+            `optimizer`, factor that multiplies the optimizer's updates (default 1).
         seed: Seed of the perturbations. Perturbation `j` of a step depends on `seed`, the step and `j` only.
             Perturbations are drawn on the CPU, so they are the same on every device.
         population: Number of members, which must be even.
@@ -83,7 +83,8 @@ def evolve(
         optimizer: An `Optimizer` or another pair of pure functions, see `fit`. The optimizer gets the negative of the
             estimated gradient, since optimizers minimize. None means gradient ascent.
         on_step: Function that is called with the `Evolution` after each step, for example to save it.
-        resume: State of the run to continue. Pass the same other arguments; `steps` may be larger.
+        resume: State of the run to continue. A resumed run needs the same arguments as the original run; only `steps`
+            may be larger.
 
     Raises:
         ValueError: If a fitness is not finite or does not have shape (n,), if `population` is odd, if `params` are not
@@ -100,7 +101,7 @@ def evolve(
 
     Reference:
         Algorithm 1 of https://arxiv.org/abs/1703.03864, with the paper's antithetic sampling and fitness ranks.
-        Deviations: tied values get their average rank; no weight decay.
+        Deviations from the paper: tied values get their average rank, and there is no weight decay.
     """
     _check_options(fitness, batches, steps, sigma, learning_rate, seed, population, chunk_size, optimizer, on_step)
     require_trainable(params)
@@ -163,7 +164,9 @@ def _evaluate(
     found = fitness(stacked, *batch)
     require_shape("fitness", found, (len(members),))
     if found.is_complex():
-        raise ValueError(f"fitness must return real numbers, got {found.dtype}: use their real part or absolute value.")
+        raise ValueError(
+            f"fitness must return real numbers, got {found.dtype}: return the real part or absolute value."
+        )
     return found.detach().double().cpu()
 
 
@@ -216,7 +219,7 @@ def _initial_run(
         )
     if len(resume.fitness) > steps:
         done = len(resume.fitness)
-        raise ValueError(f"steps must be at least {done}, the steps that the run already has, got {steps}.")
+        raise ValueError(f"steps must be at least {done} (the number that the run has completed), got {steps}.")
     return resume
 
 
@@ -228,8 +231,8 @@ def _signature(tree: Any) -> tuple[Any, list[Any]]:
 def _require_finite(found: Tensor, step: int) -> None:
     if len(wrong := (~found.isfinite()).nonzero().flatten().tolist()):
         raise ValueError(
-            f"the fitness of {len(wrong)} of {len(found)} members is not finite at step {step}, including "
-            f"member {wrong[0]}: use a smaller sigma or learning_rate, or return a low finite fitness for such members."
+            f"the fitness of {len(wrong)} of {len(found)} members is not finite at step {step} (first: member "
+            f"{wrong[0]}): use a smaller sigma or learning_rate, or return a low finite fitness for such members."
         )
 
 
