@@ -84,7 +84,7 @@ refused("tracin", "a rate of NaN", lambda: tracin([G], [G], [NAN]), "learning_ra
 refused("tracin", "rates of adapters", lambda: tracin([G], [G], [ones(2)]), "learning_rates must be finite numbers")
 for n in (1, 2):  # one row would broadcast
     fewer = {key: leaf[:n] for key, leaf in G.items()}
-    message = rf"the same examples, but .* \(3, 3\) and then \({n}, 3\)"
+    message = rf"the same examples, but .* \(3, 3\) at one checkpoint and \({n}, 3\)"
     refused("tracin", f"{n} of 3 examples", lambda g=fewer: tracin([G, g], [G, G], [0.1, 0.1]), message)
 refused("tracin", "integers", lambda: tracin([{"a": ones(3).long()}], [G], [0.1]), r"train_grads\['a'\] .* torch.int64")
 refused("tracin", "too few rates", lambda: tracin([G, G], [G, G], [0.1]), "one entry per checkpoint")
@@ -100,8 +100,8 @@ BROKEN = {key: leaf.clone() for key, leaf in G.items()}
 BROKEN["a"][1] = NAN
 TWICE = {key: torch.cat([leaf, leaf]) for key, leaf in G.items()}
 for what, train, test, damping, message in (
-    ("gradients of NaN", BROKEN, G, 1.0, "1 of 3 train examples are not finite, including example 1"),
-    ("tests of NaN", G, BROKEN, 1.0, "1 of 3 test examples are not finite, including example 1"),
+    ("gradients of NaN", BROKEN, G, 1.0, r"1 of 3 train examples are not finite \(first: example 1\)"),
+    ("tests of NaN", G, BROKEN, 1.0, r"1 of 3 test examples are not finite \(first: example 1\)"),
     ("a text", G, G, "1", "damping must be a positive"),
     ("a singular matrix", TWICE, G, 1e-300, "pass a larger damping. The mean squared norm"),
 ):

@@ -495,7 +495,7 @@ bad(
     "next_token_loss",
     "a function of something else",
     lambda _: next_token_loss(HIDDEN, lambda x: WEIGHT @ x.mT, LABELS),
-    r"head must return logits \(3, vocab\) for an input \(3, 3\), got \(7, 3\)",
+    r"head must return logits \(3, vocab\) for an input of shape \(3, 3\), got \(7, 3\)",
 )
 bad(
     "next_token_loss",

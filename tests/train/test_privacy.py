@@ -182,7 +182,7 @@ for noise in (-1.0, NAN, INF, None, "1", ones(2)):
     )
 bad("private_step", "a batch of 0", lambda _: step(batch_size=0), "batch_size must be a positive")
 bad("private_step", "an empty batch", lambda _: step({"a": ones(0, 3)}), "pass the expected number of examples")
-bad("private_step", "NaN", lambda _: step(BROKEN), "of 2 of 3 examples are not finite, including example 1")
+bad("private_step", "NaN", lambda _: step(BROKEN), r"of 2 of 3 examples are not finite \(first: example 1\)")
 for what, change, message in (
     ("no examples", {"num_examples": 0}, "batch_size must be at most num_examples"),
     ("more", {"batch_size": 11}, "batch_size must be at most num_examples"),

@@ -3,9 +3,9 @@
     losses(x, weight, bias, targets, chunk) = logsumexp(z) - z[targets],    z = x weight^T + bias
 
 The logits z (tokens, vocab) are computed and discarded `chunk` positions at a time. The forward pass also computes the
-gradient of the losses with respect to x, (softmax(z) - onehot(targets)) weight, from the same logits. A training step
-takes as many matrix products as without chunks; with a trained head, one more, because the backward pass recomputes the
-logits.
+gradient of the losses with respect to x, (softmax(z) - onehot(targets)) weight, from the same logits. Chunks do not
+increase the number of matrix products of a training step, unless the head is trained: then the backward pass recomputes
+the logits.
 
 Higher derivatives are computed by `torch.func`, chunk by chunk.
 """
@@ -86,7 +86,7 @@ def _function_losses(head: Callable[[Tensor], Tensor], x: Tensor, targets: Tenso
 
 
 def _chunks(size: int, chunk: int) -> Iterator[slice]:
-    """Slices of length `chunk` that cover `range(size)`; one empty slice if `size` is 0."""
+    """Slices of length `chunk` that cover `range(size)`; if `size` is 0, one empty slice."""
     return (slice(start, start + chunk) for start in range(0, max(size, 1), chunk))
 
 

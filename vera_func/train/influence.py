@@ -34,9 +34,9 @@ def tracin(
     estimate is exact to first order at the given checkpoints.
 
     Args:
-        train_grads: For each checkpoint, the gradients of the training examples, leaves (train, ...). May be a
+        train_grads: For each checkpoint, the gradients of the training examples, as tensors (train, ...). May be a
             generator.
-        test_grads: For each checkpoint, the gradients of the test examples, leaves (test, ...).
+        test_grads: For each checkpoint, the gradients of the test examples, as tensors (test, ...).
         learning_rates: For each checkpoint, the learning rate times the number of training steps that the checkpoint
             represents.
 
@@ -65,7 +65,7 @@ def tracin(
             if influence is not None and term.shape != influence.shape:
                 raise ValueError(
                     "all checkpoints must have the same examples, but the numbers of (train, test) examples are "
-                    f"{tuple(influence.shape)} and then {tuple(term.shape)}."
+                    f"{tuple(influence.shape)} at one checkpoint and {tuple(term.shape)} at another."
                 )
             influence = term if influence is None else influence + term
     except ValueError as error:
@@ -84,14 +84,12 @@ def fisher_influence(
 ) -> Float[Tensor, "train test"]:
     """Compute influences with the inverse of the empirical Fisher matrix: `t_j^T (F + damping I)^-1 g_i`.
 
-    The influence divided by the number of training examples estimates by how much test loss `j` increases if the
-    adapter is trained again without example `i`. The estimate is of first order, with the Fisher matrix in place of the
-    Hessian. The inverse is exact: by the Woodbury identity, only a (train, train) system is solved, without a
-    (parameters, parameters) matrix.
+    Divided by the number of training examples, the influence estimates the increase of test loss `j` if the adapter is
+    trained again without example `i`. The estimate is of first order, with the Fisher matrix in place of the Hessian.
+    The inverse is exact: the Woodbury identity replaces the (parameters, parameters) system by a (train, train) system.
 
     Args:
-        train_grads: Gradients of the training examples; each tensor has shape (train, ...). The Fisher matrix is
-            computed from `train_grads`.
+        train_grads: Gradients of the training examples; each tensor has shape (train, ...).
         test_grads: Gradients of the test examples; each tensor has shape (test, ...).
         damping: Positive number, added to the diagonal of the Fisher matrix. Choose at least the mean eigenvalue of the
             matrix: the mean of `|g_i|^2`, divided by the number of parameters. Smaller values give too much weight to

@@ -3,18 +3,18 @@
     total, count = next_token_loss(hidden, head, labels)  # sum of -log p(label | previous tokens), number of labels
     sequence_logprobs(hidden, head, labels)  ==  -total
 
-The logits of a language model are the product of hidden states (tokens, width) and the output head (vocab, width),
-usually the largest tensor of a training step. The functions here apply the head only to positions with a label, one
-chunk of positions at a time, so they do not store the logits of all positions. The log-softmax is computed in float32.
-With `model.head.hidden_and_head`, the loss of a model is
+The logits of a language model are the product of hidden states (tokens, width) and the output head (vocab, width). The
+logits are usually the largest tensor of a training step. To avoid storing the logits of all positions, the loss
+functions apply the head only to positions with a label, one chunk of positions at a time. The log-softmax is computed
+in float32. With `model.head.hidden_and_head`, the loss of a model is
 
     hidden, head = hidden_and_head(apply, params, frozen, input_ids=ids, attention_mask=mask)
     total, count = next_token_loss(hidden, head, labels)
     loss = total.sum() / count.sum()
 
-To average losses over micro-batches or ranks, weight each loss by its `count.sum()`. In a mixed batch, average over the
-rows of each adapter separately. For stacked adapters, apply `vmap_adapters` to a function that returns the losses of
-rows:
+To average losses over micro-batches or ranks, weight each loss by its `count.sum()`. If the rows of a batch have
+different adapters, average over the rows of each adapter separately. For stacked adapters, apply `vmap_adapters` to a
+function that returns the losses of rows:
 
     def row_losses(params, frozen, input_ids, labels):
         return next_token_loss(*hidden_and_head(apply, params, frozen, input_ids=input_ids), labels)
@@ -66,26 +66,26 @@ def next_token_loss(
 ) -> TokenLoss:
     """Sum the negative log-probabilities of the labels of each row, from hidden states and the output head.
 
-    As in transformers, `labels` are the input ids, with -100 at positions without a target (prompts, padding), and the
+    As in transformers, `labels` are the input ids, with -100 at positions without a target (prompts, padding). The
     hidden state at position `t` predicts the label at position `t + 1`. The head is applied only to positions with a
-    target, `chunk_size` positions at a time. If `head` is a weight, no logits are stored for the backward pass, only
-    one tensor of the size of `hidden`, also under transforms. If `head` is a function, plain autograd and
-    `vera_func.grad` recompute the logits of each chunk in the backward pass; transforms of `torch.func` store the
-    logits.
+    target, `chunk_size` positions at a time. If `head` is a weight, the backward pass needs no stored logits, even
+    under `torch.func` transforms: one tensor of the size of `hidden` is stored instead. If `head` is a function, plain
+    autograd and `vera_func.grad` recompute the logits of each chunk in the backward pass; transforms of `torch.func`
+    store the logits.
 
     Under `torch.compile`, and under `vmap` over the labels, the values of `labels` are unknown, so the head is applied
-    to every position, and the total of a row with a negative label other than -100 is NaN. Reading `labels` from an
-    accelerator synchronizes with the device; leave `labels` on the CPU to avoid it.
+    to every position. With unknown values, a negative label other than -100 makes the total of its row NaN instead of
+    raising an error. Keep `labels` on the CPU, since reading labels from an accelerator synchronizes with the device.
 
     Args:
         hidden: Input of the output head, or the logits if `head` is None.
         head: Weight of the head (vocab, width); or a function that maps (tokens, width) to logits (tokens, vocab), such
             as a quantized or adapted layer; or a `RowHead` from `hidden_and_head`. None if `hidden` are logits.
-        labels: Token ids, and -100 for positions without a target. Stacked adapters, with hidden states (n, rows, seq,
-            width), can share labels (rows, seq).
+        labels: Token ids, and -100 for positions without a target. Stacked adapters can share labels (rows, seq) if
+            `hidden` is (n, rows, seq, width).
         bias: Bias of the head, allowed only if `head` is a weight.
-        chunk_size: Number of positions whose logits are in memory at once. Default: a quarter of all positions, but at
-            most 2^23 logits (2^26 on a GPU), or 128 positions (1024 on a GPU) if `head` is a function.
+        chunk_size: Number of positions whose logits are in memory at once. Default: a quarter of the positions, but at
+            most 2^23 logits (2^26 on a GPU). If `head` is a function: at most 128 positions (1024 on a GPU).
 
     Returns:
         `(total, count)`, see `TokenLoss`.
@@ -173,7 +173,7 @@ def _losses(
 
 
 def _rowwise_losses(x: Tensor, head: RowHead, targets: Tensor, counted: Tensor, chunk_size: int | None) -> Tensor:
-    """The losses (*rows, k) of the targets; the targets of a row are moved to its front."""
+    """The losses (*rows, k), after moving the targets of each row to the front of the row."""
     largest = -1
     if has_values(targets):
         largest = _largest(targets[counted])
@@ -197,7 +197,7 @@ def _logits(head: Callable[[Tensor], Tensor] | None, largest: int, x: Tensor) ->
     if not isinstance(logits, Tensor) or logits.shape[:-1] != x.shape[:-1] or not logits.is_floating_point():
         expected = (*x.shape[:-1], "vocab")
         raise ValueError(
-            f"head must return logits ({', '.join(map(str, expected))}) for an input {tuple(x.shape)}, got "
+            f"head must return logits ({', '.join(map(str, expected))}) for an input of shape {tuple(x.shape)}, got "
             f"{described(logits)}."
         )
     _check_vocabulary(largest, logits.shape[-1])
@@ -218,7 +218,7 @@ def _check(
         raise ValueError(f"hidden must be a floating-point tensor (*rows, seq, width), got {described(hidden)}.")
     if isinstance(head, Tensor) and not head.is_floating_point() and labels is None:
         raise ValueError(
-            "head is a tensor of integers, and labels is None: call next_token_loss(logits, None, labels)."
+            "head is an integer tensor, and labels is None: to pass logits, call next_token_loss(logits, None, labels)."
         )
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be an integer tensor of token ids and -100, got {described(labels)}.")

@@ -28,20 +28,20 @@ LossRows = Callable[[dict[str, Tensor], Any], Tensor]
 def per_example_grads(
     loss_rows: LossRows, params: Mapping[str, Tensor], batch: Any, *, num_rows: int | None = None
 ) -> dict[str, Tensor]:
-    """Return the gradient of each row's loss with respect to `params`, as leaves (n, ...) with one entry per row.
+    """Return the gradient of each row's loss with respect to `params`: for each key, n gradients in a tensor (n, ...).
 
     The result is `torch.func.vmap(torch.func.grad(loss), (None, 0))(params, batch)`, where `loss` is the loss of one
-    example. The function runs one forward and one backward pass, with the matrix products of a plain training step. The
-    gradients take `n` times the memory of `params`, including trained heads. `torch.func` transforms of this function
-    are supported.
+    example. The function runs one forward and one backward pass, with as many matrix products as a plain training step.
+    The gradients take `n` times the memory of `params`, including trained heads. `per_example_grads` supports
+    `torch.func` transforms.
 
     Args:
         loss_rows: Function `(rows, batch)` that returns one loss per row, (n,). `rows` are params with one adapter per
             row, as from `select_adapters`; pass them to `apply`. Loss `i` must depend on row `i` only. Padded tokens
-            must not contribute. A mean over tokens must be taken within each row.
+            must not contribute.
         params: Params of one adapter, including trained biases and heads.
-        batch: Second argument of `loss_rows`, with the examples along axis 0 of every tensor. For an empty batch, which
-            Poisson sampling may draw, leaves are (0, ...), and `loss_rows` is not called.
+        batch: Second argument of `loss_rows`, with the examples along axis 0 of every tensor. If the batch is empty,
+            which Poisson sampling allows, the gradients have shape (0, ...), and `loss_rows` is not called.
         num_rows: Number n of rows. Required if `batch` contains no tensors, or tensors that all rows share.
 
     Raises:
@@ -78,10 +78,10 @@ def per_example_norms(grads: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
     """Return the norm of each example's gradient over all leaves, in float64.
 
     Args:
-        grads: From `per_example_grads`, leaves (n, ...).
+        grads: Gradients from `per_example_grads`, as tensors (n, ...).
 
     Raises:
-        ValueError: If `grads` is not a non-empty dict of floating-point tensors with a common leading axis.
+        ValueError: If `grads` is empty or is not a dict of floating-point tensors with a common leading axis.
 
     Example:
         >>> per_example_norms({"a": torch.tensor([[3.0], [0.0]]), "b": torch.tensor([[4.0], [1.0]])})
@@ -93,10 +93,10 @@ def per_example_norms(grads: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
 
 
 def require_grads(name: str, grads: Mapping[str, Tensor]) -> None:
-    """Check gradients as `per_example_grads` returns them.
+    """Check that `grads` has the structure of gradients from `per_example_grads`.
 
     Raises:
-        ValueError: If `grads` is not a non-empty dict of floating-point tensors with a common leading axis.
+        ValueError: If `grads` is empty or is not a dict of floating-point tensors with a common leading axis.
 
     Example:
         >>> require_grads("grads", {"p": torch.ones(3, 2)})
@@ -113,7 +113,7 @@ def require_grads(name: str, grads: Mapping[str, Tensor]) -> None:
 
 
 def require_finite_rows(name: str, norms: Float[Tensor, " n"]) -> None:
-    """Check the norms of per-example gradients, except under vmap and `torch.compile`.
+    """Check that the norms of per-example gradients are finite, except under `vmap` and `torch.compile`.
 
     Raises:
         ValueError: If a norm is infinite or NaN.
@@ -124,7 +124,7 @@ def require_finite_rows(name: str, norms: Float[Tensor, " n"]) -> None:
     if has_values(norms) and len(wrong := (~norms.isfinite()).nonzero().flatten().tolist()):
         which = f"{len(wrong)} of {len(norms)} {name}".rstrip()
         raise ValueError(
-            f"the gradients of {which} examples are not finite, including example {wrong[0]}: leave these examples out."
+            f"the gradients of {which} examples are not finite (first: example {wrong[0]}): leave these examples out."
         )
 
 

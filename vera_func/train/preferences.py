@@ -53,7 +53,7 @@ def dpo_loss(
     """Compute the loss of direct preference optimization (DPO) for pairs of answers from their log-probabilities.
 
     Compute the log-probabilities of the reference once, under `torch.no_grad`, with the base model (id -1 of
-    `select_adapters`) or with another adapter. Adapters with different `beta` can share the reference.
+    `select_adapters`) or with another adapter.
 
     Args:
         chosen: Log-probabilities of the better answers, from `sequence_logprobs`: (pairs,), or (n, pairs) for stacked
@@ -62,8 +62,8 @@ def dpo_loss(
         reference_chosen: Log-probabilities of the better answers under the reference; (pairs,) if stacked adapters
             share the reference.
         reference_rejected: Log-probabilities of the worse answers under the reference.
-        beta: Positive coefficient; larger values keep the policy closer to the reference. A tensor has the leading axes
-            of `chosen`, such as (n,) for one value per stacked adapter.
+        beta: Positive coefficient; larger values keep the policy closer to the reference. A tensor `beta` must have the
+            shape of the leading axes of `chosen`; shape (n,) is one value per stacked adapter.
 
     Returns:
         `(losses, margins)`, each with the shape of `chosen`.

@@ -2,9 +2,10 @@
 
     g = (sum_i g_i min(1, C / |g_i|) + sigma C z) / L        z ~ N(0, I),  C = max_norm,  L = batch_size
 
-`private_step` takes the gradients of `per_example_grads` and returns a gradient for any optimizer. An accountant, for
-example of opacus, computes the privacy guarantee. The guarantee assumes Poisson sampling: each batch contains each
-example independently, with probability `L / num_examples`. `poisson_indices` draws batches by Poisson sampling:
+`private_step` takes the gradients of `per_example_grads` and returns a gradient for any optimizer. A privacy
+accountant, for example from opacus, computes the privacy guarantee. The guarantee assumes Poisson sampling: each batch
+contains each example independently, with probability `L / num_examples`. `poisson_indices` draws batches by Poisson
+sampling:
 
     from opacus.accountants import RDPAccountant                    # pip install "vera-func[privacy]"
     from opacus.accountants.utils import get_noise_multiplier
@@ -48,7 +49,7 @@ def clip_per_example(grads: Mapping[str, Tensor], max_norm: float) -> dict[str, 
     norm of a gradient is not finite, the clipped gradient contains NaN.
 
     Args:
-        grads: From `per_example_grads`, leaves (n, ...).
+        grads: Gradients from `per_example_grads`, as tensors (n, ...).
         max_norm: `C`, the maximum norm, positive.
 
     Raises:
@@ -85,14 +86,14 @@ def private_step(
         (sum_i clip(g_i, max_norm) + noise_multiplier * max_norm * z) / batch_size,   z ~ N(0, I)
 
     Args:
-        grads: Gradients from `per_example_grads`, leaves (n, ...); n may be 0.
+        grads: Gradients from `per_example_grads`, as tensors (n, ...); n may be 0.
         max_norm: `C`, the maximum norm of an example's gradient.
         noise_multiplier: `sigma`, the standard deviation of the noise relative to `max_norm`; an accountant computes
             `sigma` from ε and δ. With 0 there is no noise, and no privacy.
         generator: Generator of the noise. Noise is drawn on the device of the generator, leaf by leaf in the order of
             `grads`.
-        batch_size: `L`, the expected number of examples in a batch. Required with Poisson sampling. The default, `n`,
-            is private only if all batches have the same size.
+        batch_size: `L`, the expected number of examples in a batch. Required with Poisson sampling. The default `n`
+            (the size of this batch) is private only if all batches have the same size.
 
     Returns:
         A gradient with the keys and shapes of params, in float32 or wider.
@@ -116,7 +117,9 @@ def private_step(
     clipped = clip_per_example(grads, max_norm)
     norms = per_example_norms(grads)
     if batch_size is None and len(norms) == 0:
-        raise ValueError("batch_size is None and the batch is empty: pass the expected number of examples.")
+        raise ValueError(
+            "batch_size is None and the batch is empty: pass the expected number of examples as batch_size."
+        )
     size = float(len(norms)) if batch_size is None else batch_size
     require_positive("batch_size", size)
     require_finite_rows("", norms)
@@ -151,7 +154,9 @@ def poisson_indices(step: int, *, num_examples: int, batch_size: float, key: int
         Section 3.1 of https://arxiv.org/abs/1607.00133, which calls such batches "lots".
     """
     if not all(isinstance(n, int) and not isinstance(n, bool) for n in (step, num_examples, key)) or step < 0:
-        raise ValueError(f"arguments must be integers, and step at least 0, got {step=}, {num_examples=}, {key=}.")
+        raise ValueError(
+            f"step, num_examples and key must be integers, and step at least 0, got {step=}, {num_examples=}, {key=}."
+        )
     require_positive("batch_size", batch_size)
     if batch_size > num_examples:
         raise ValueError(f"batch_size must be at most num_examples, got {batch_size=}, {num_examples=}.")
