@@ -94,7 +94,7 @@ refused(
     "tracin",
     "another shape",
     lambda: tracin([G], [{**G, "a": ones(3, 2)}], [0.1]),
-    r"train_grads\['a'\] is \(3, 2, 3\), but test_grads\['a'\] is \(3, 2\)",
+    r"train_grads\['a'\] has shape \(3, 2, 3\), but test_grads\['a'\] has shape \(3, 2\)",
 )
 BROKEN = {key: leaf.clone() for key, leaf in G.items()}
 BROKEN["a"][1] = NAN

@@ -137,19 +137,19 @@ bad(
     "dpo_loss",
     "pairs without partners",
     lambda _: dpo_loss(ones(3), ones(4), ones(3), ones(3), 0.1),
-    r"rejected is \(4,\), but chosen is \(3,\)",
+    r"rejected has shape \(4,\), but chosen has shape \(3,\)",
 )
 bad(
     "dpo_loss",
     "a reference of other adapters",
     lambda _: dpo_loss(ones(2, 3), ones(2, 3), ones(3, 3), ones(3), 0.1),
-    r"reference_chosen is \(3, 3\), but chosen is \(2, 3\)",
+    r"reference_chosen has shape \(3, 3\), but chosen has shape \(2, 3\)",
 )
 bad(
     "dpo_loss",
     "a beta for each of other adapters",
     lambda _: dpo_loss(ones(2, 3), ones(2, 3), ones(3), ones(3), ones(3)),
-    r"beta has shape \(3,\), but chosen is \(2, 3\): pass one value",
+    r"beta has shape \(3,\), but chosen has shape \(2, 3\): pass one value",
 )
 
 

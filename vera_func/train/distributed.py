@@ -76,7 +76,7 @@ def world_size() -> int:
 
 
 def under_torchrun() -> bool:
-    """Whether a process group is initialized, possibly with one process."""
+    """Whether a process group (possibly of one process) is initialized."""
     return dist.is_available() and dist.is_initialized()
 
 

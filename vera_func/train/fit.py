@@ -349,7 +349,10 @@ def _check_options(
     if patience is not None and evaluate is None:
         raise ValueError(f"patience={patience} requires evaluations: pass evaluate.")
     if min(evaluate_every, checkpoint_every, 1 if patience is None else patience) < 1:
-        raise ValueError(f"intervals must be positive, got {evaluate_every=}, {checkpoint_every=}, {patience=}.")
+        raise ValueError(
+            "evaluate_every, checkpoint_every and patience must be at least 1, got "
+            f"{evaluate_every=}, {checkpoint_every=}, {patience=}."
+        )
     if checkpoint is not None and not (folder := Path(checkpoint).parent).is_dir():
         raise ValueError(f"checkpoint must be in an existing folder, but {folder} does not exist: create it first.")
 

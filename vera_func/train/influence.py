@@ -111,7 +111,7 @@ def fisher_influence(
     require_positive("damping", damping)
     kernel = _products(train_grads, train_grads)
     if not len(kernel):
-        raise ValueError("train_grads has no examples, but the Fisher matrix is computed from them: pass at least one.")
+        raise ValueError("train_grads has no examples, so the Fisher matrix is undefined: pass at least one example.")
     # (G^T G / n + d I)^-1 G^T = G^T (G G^T / n + d I)^-1
     system = kernel / len(kernel) + damping * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
     products = _products(train_grads, test_grads)
@@ -142,8 +142,8 @@ def _products(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Float[T
     for key, leaf in one.items():
         if leaf.shape[1:] != other[key].shape[1:]:
             raise ValueError(
-                f"train_grads[{key!r}] is {tuple(leaf.shape)}, but test_grads[{key!r}] is {tuple(other[key].shape)}: "
-                "only the first axes may differ."
+                f"train_grads[{key!r}] has shape {tuple(leaf.shape)}, but test_grads[{key!r}] has shape "
+                f"{tuple(other[key].shape)}: only the sizes of axis 0 may differ."
             )
     pairs = ((as_matrix(leaf).double(), as_matrix(other[key]).double()) for key, leaf in one.items())
     return sum((a @ b.T for a, b in pairs), torch.zeros((), dtype=torch.float64, device="cpu"))

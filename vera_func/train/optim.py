@@ -68,7 +68,7 @@ def adamw_update(
         params: Values before the update.
         learning_rate: `lr`. Hyper-parameters are floats or 0-d tensors.
         betas: Decay rates `b1, b2` of the two moments.
-        eps: Term of the denominator that avoids division by zero.
+        eps: Term added to the denominator to avoid division by zero.
         weight_decay: `wd`, decoupled from the gradient.
 
     Raises:
@@ -303,7 +303,7 @@ def clip_by_norm(grads: Mapping[str, Tensor], max_norm: float | Tensor) -> dict[
 
 
 def wide(leaf: Tensor) -> torch.dtype:
-    """Return the dtype of a tensor, but at least float32.
+    """Return the wider of float32 and the dtype of a tensor.
 
     Example:
         >>> wide(torch.ones(2, dtype=torch.bfloat16)), wide(torch.ones(2, dtype=torch.float64))

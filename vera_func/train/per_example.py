@@ -42,7 +42,7 @@ def per_example_grads(
         params: Params of one adapter, including trained biases and heads.
         batch: Second argument of `loss_rows`, with the examples along axis 0 of every tensor. If the batch is empty,
             which Poisson sampling allows, the gradients have shape (0, ...), and `loss_rows` is not called.
-        num_rows: Number n of rows. Required if `batch` contains no tensors, or tensors that all rows share.
+        num_rows: Number n of rows. Required if `batch` contains no tensors, or contains tensors that all rows share.
 
     Raises:
         ValueError: If the tensors of the batch have different numbers of rows, if `loss_rows` does not return (n,)

@@ -100,15 +100,16 @@ def dpo_loss(
             fits = value.dim() <= chosen.dim() and value.shape == chosen.shape[chosen.dim() - value.dim() :]
         if not fits:
             raise ValueError(
-                f"{name} is {tuple(value.shape)}, but chosen is {tuple(chosen.shape)}: pass one value per pair."
+                f"{name} has shape {tuple(value.shape)}, but chosen has shape {tuple(chosen.shape)}: pass one value "
+                "per pair."
             )
     if not isinstance(beta, Tensor):
         require_positive("beta", beta)
     elif beta.dim():
         if beta.shape != chosen.shape[: beta.dim()]:
             raise ValueError(
-                f"beta has shape {tuple(beta.shape)}, but chosen is {tuple(chosen.shape)}: pass one value, or one "
-                "value per stacked adapter."
+                f"beta has shape {tuple(beta.shape)}, but chosen has shape {tuple(chosen.shape)}: pass one value, or "
+                "one value per stacked adapter."
             )
         beta = beta.to(chosen.dtype).reshape(*beta.shape, *[1] * (chosen.dim() - beta.dim()))
     margins = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))

@@ -36,7 +36,7 @@ def sweep(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 def sweep_table(
     rows: Sequence[Mapping[str, Any]], results: Mapping[str, Tensor | Sequence[Any]]
 ) -> list[dict[str, Any]]:
-    """Add columns of results to the rows of a sweep, as Python numbers, for example for `pandas.DataFrame`.
+    """Add columns of results to the rows of a sweep, for example for `pandas.DataFrame`. Tensors become Python numbers.
 
     Args:
         rows: From `sweep`, one per adapter.
