@@ -6,9 +6,8 @@
 
 Results do not depend on the number of processes. The items and micro-batches are the same for any number of processes,
 and each item or micro-batch is computed by one process alone. Gradients are summed in float64: a sum of float32 values
-times integer weights is then almost always exact, whatever the order of summation. No collective is called inside a
-`torch.func` transform, where collectives fail or give wrong results. Every rank has a copy of the quantized base.
-Without torchrun, all functions run in the calling process.
+times integer weights is then almost always exact, whatever the order of summation. Every rank has a copy of the
+quantized base. Without torchrun, all functions run in the calling process.
 
 The commands `train` and `evaluate` run under torchrun, on one machine or on several:
 

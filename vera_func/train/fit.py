@@ -173,8 +173,7 @@ class _Monitor:
     """Warns of diverged adapters and updates the progress bar.
 
     Reading a `Fit` synchronizes with the device, which costs time on an accelerator. So `sync` is called only every
-    `SYNC_EVERY` steps, and before and after checkpoints and evaluations, which synchronize anyway. `intervals` are the
-    numbers of steps between two checkpoints and between two evaluations.
+    `SYNC_EVERY` steps, and before and after checkpoints and evaluations, which synchronize anyway.
     """
 
     def __init__(self, run: Fit, bar: Any, intervals: Sequence[int]) -> None:

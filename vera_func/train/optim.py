@@ -5,7 +5,7 @@
 
 Every function handles one adapter and does not modify its inputs; use `torch.func.vmap` for stacked adapters.
 Hyper-parameters are floats or 0-d tensors. Results are differentiable with respect to hyper-parameters that are
-tensors. An `Optimizer` is a pair of pure functions, as in optax and torchopt.
+tensors.
 """
 
 import inspect
@@ -124,7 +124,7 @@ def _adam(
 
 
 class Optimizer(NamedTuple):
-    """An optimizer for one adapter: two pure functions, which do not modify their inputs.
+    """An optimizer for one adapter, as in optax: two pure functions that do not modify their inputs.
 
     Attributes:
         init: Function `params -> state` that returns the initial state, a pytree of tensors.

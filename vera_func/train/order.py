@@ -10,9 +10,8 @@ from torch import Tensor
 def batch_indices(step: int, *, num_examples: int, batch_size: int, key: int) -> Int[Tensor, " batch"]:
     """Return the indices of the examples in the batch of a step. Every epoch is a new permutation of all examples.
 
-    The indices depend on the arguments only, so a resumed run gets the same batches as an uninterrupted run. The last
-    batch of an epoch is smaller if `batch_size` does not divide `num_examples`; no example is dropped. Different keys
-    give different orders.
+    The indices depend on the arguments only. The last batch of an epoch is smaller if `batch_size` does not divide
+    `num_examples`; no example is dropped. Different keys give different orders.
 
     Raises:
         ValueError: If `num_examples` or `batch_size` is not positive, if `step` is negative, or if an argument is not

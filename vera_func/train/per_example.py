@@ -59,8 +59,8 @@ def per_example_grads(
         {'0.lambda_b': (5, 6), '0.lambda_d': (5, 4)}
 
     Reference:
-        https://arxiv.org/abs/1912.06015, strategy "multi": one copy of the parameters per example. In the paper, a copy
-        is a whole model; here, a copy is two vectors per layer.
+        https://arxiv.org/abs/1912.06015, strategy "multi": one copy of the parameters (here, of the adapter) per
+        example.
     """
     if not callable(loss_rows):
         raise ValueError(f"loss_rows must be a function of (rows, batch), got {type(loss_rows).__name__}.")
