@@ -1,7 +1,7 @@
 """The typer application of `vera-func`.
 
-Each command is a function, whose signature and docstring define the options and the help of the command. Commands
-import torch and transformers when they run, so that `--help`, completion and usage errors are fast.
+Each command is a function: the signature defines the options, and the docstring is the help text. Commands import torch
+and transformers when they run, so that `--help`, completion and usage errors are fast.
 """
 
 from typing import Annotated

@@ -70,7 +70,7 @@ def export_lora(
 
     The factors of the LoRA are A' = diag(lambda_d) A and B' = diag(lambda_b) B.
     The LoRA is exact unless --rank is lower than the adapter's r. The command
-    also reports which servers would refuse the LoRA, and why.
+    also reports which inference servers would refuse the LoRA, and why.
 
     Example:
       vera-func export-lora --adapter vera-demo --out my-lora

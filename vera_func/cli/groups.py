@@ -41,7 +41,7 @@ class AdapterOptions(NamedTuple):
     name: o.Names = None
 
     def open(self, model: str | None, *, one: bool = False) -> "Source":
-        """Read the adapters' configuration and metadata; `model` replaces the base model of the configuration."""
+        """Read the adapters' configuration and metadata; `model` replaces the configured base model."""
         from ..data.sources import open_source
 
         return open_source(self.adapter, self.bank, self.name, model, one=one)
@@ -87,7 +87,7 @@ def dtype_of(name: str | None) -> "torch.dtype | None":
 
 
 def format_of(to: str) -> "str | torch.dtype":
-    """The format of merged weights for a value of `--to`: a dtype for the name of a dtype, else the name itself."""
+    """The format of merged weights for a value of `--to`: a torch dtype, or the name of a quantization format."""
     import torch
 
     return to if to in ("nf4", "fp4", "int8") else getattr(torch, to)
@@ -96,7 +96,7 @@ def format_of(to: str) -> "str | torch.dtype":
 def flatten(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
     """Wrap a command for typer, with one parameter per option.
 
-    The wrapper returns a function that runs the command. If typer ran the command, it would catch exceptions.
+    The wrapper returns a function that runs the command, because typer would catch exceptions of the command.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {

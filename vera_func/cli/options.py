@@ -350,8 +350,7 @@ ExamplesPerPass = Annotated[
     int | None,
     number(
         "--batch-size",
-        help="Number of labelled examples per adapter and forward pass (default: 32); data without labels is batched "
-        "by its number of tokens.",
+        help="Number of labelled examples per adapter and forward pass (default: 32); not for data without labels.",
     ),
 ]
 Ray = Annotated[

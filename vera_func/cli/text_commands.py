@@ -64,14 +64,17 @@ def train(
     The columns of the data determine the kind of training: text and label
     (classification), text (language modelling), prompt and completion, messages
     (chats), or prompt, chosen and rejected (preferences). All rows are checked
-    before the model is loaded. Texts of more than --max-length tokens are split.
+    before the model is loaded. For language modelling, texts of more than
+    --max-length tokens are split.
 
-    A fifth of the rows, at most 1,000, is held out. Before and after training,
-    the command measures the accuracy (labels), the loss and reward accuracy
-    (preferences), or the loss and perplexity (other data) on held-out rows.
+    A fifth of the rows, at most 1,000, is held out. The command reports the
+    accuracy (labels) or the loss (other data) on the held-out rows, before and
+    after training. After training, the command also reports the reward accuracy
+    (preferences) or the perplexity (texts, completions and chats).
 
-    One run trains an adapter for each data set and each beta. An interrupted run
-    resumes from the checkpoint OUT.training-<hash>, which is deleted on success.
+    One run trains an adapter for each data set (for preferences, an adapter for
+    each pair of a data set and a --beta). An interrupted run resumes from the
+    checkpoint OUT.training-<hash>, which is deleted on success.
 
     Example:
       vera-func train --data reviews.csv --model ./my-model --out my-adapter
@@ -102,14 +105,14 @@ def evaluate(
 ) -> None:
     """Evaluate one adapter, all adapters of a bank, or the base model.
 
-    The command measures the accuracy and loss for labels, the loss and
-    perplexity for texts, completions and chats, and the loss, reward accuracy
-    and reward margin for preferences. Rewards are relative to the reference.
+    The command measures the accuracy and loss (labels), the loss and perplexity
+    (texts, completions and chats), or the loss, reward accuracy and reward margin
+    (preferences). Rewards are relative to the reference.
 
     Without --adapter and --bank, the base model is evaluated. To compare the base
-    model with an adapter, evaluate the base model with the --max-length and
-    --prompt of the adapter's training. Under torchrun, adapters or batches are
-    sharded across ranks. With --ray, adapters are sharded across a Ray cluster.
+    model with an adapter, pass the same --max-length and --prompt as in the
+    adapter's training. Under torchrun, adapters or batches are sharded across
+    ranks. With --ray, adapters are sharded across a Ray cluster.
 
     Example:
       vera-func evaluate --bank vera-demo/bank.safetensors --out table.csv
@@ -156,9 +159,9 @@ def predict(
 ) -> None:
     """Predict the label of each text, with the probability of the label.
 
-    The predicted label is the label with the most probable first token; other
-    tokens are ignored. In prompts that exceed the maximum length of the training
-    (default: 256 tokens), the text is truncated at the end.
+    The predicted label is the label with the most probable first token; tokens
+    that do not begin a label are ignored. If a prompt exceeds the maximum length
+    used in training (default: 256 tokens), its text is truncated at the end.
 
     Example:
       vera-func predict --adapter vera-demo 'A joy to watch.' 'Too long.'
@@ -203,7 +206,7 @@ def generate(
 ) -> None:
     """Continue prompts, with one adapter for all prompts or one adapter of a bank per prompt.
 
-    If --name is repeated, the i-th --name is the adapter for the i-th prompt.
+    If --name is repeated, the i-th --name selects the adapter for the i-th prompt.
 
     Example:
       vera-func generate --adapter vera-demo 'Review: A joy.\\nSentiment:'
