@@ -393,7 +393,7 @@ def other(tmp_path_factory):
         ("inspect {trained} --to nf4", "pass --model as well"),
         ("inspect {trained} --name x", "a folder"),
         ("inspect {folder} --targets nope", "target_modules"),
-        ("convert {bank} {bank} --out {tmp}/x", "is a bank among 2 sources: convert one bank at a time"),
+        ("convert {bank} {bank} --out {tmp}/x", "got 2 sources, of which"),
         ("convert {bank} --out {reviews}", "is a file"),
         ("convert {bank} --name x --out {tmp}/x", "no adapter 'x'"),
         ("convert {tmp}/gone.safetensors --out {tmp}/x", "does not exist"),

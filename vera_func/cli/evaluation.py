@@ -1,4 +1,4 @@
-"""Evaluate adapters on data of any kind. Each function returns a table, as one dict per adapter."""
+"""Evaluate adapters on data of any kind. The results are one dict per adapter."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,8 +39,8 @@ def evaluate(
     """Run the command `evaluate`, on data of any kind. All rows are checked before the model is loaded."""
     if data is None and source.metadata.kind is not None:
         raise ValueError(
-            f"got no --data, but the adapter was trained on data of the kind {source.metadata.kind!r}, not on labelled "
-            "reviews as in the demo: pass data of this kind with --data."
+            "got no --data, but the default data has labels, and the adapter was trained on data of the kind "
+            f"{source.metadata.kind!r}: pass --data with data of the kind {source.metadata.kind!r}."
         )
     if data is not None and kind_of(data) != "label":
         refuse_options({"--prompt": prompt, "--batch-size": batch_size}, "without labels")
@@ -65,8 +65,8 @@ def evaluate_labels(
 ) -> list[dict[str, Any]]:
     """Accuracy and mean loss of each adapter on the same examples, as one dict per adapter.
 
-    Under torchrun, chunks of adapters are sharded across ranks, or if there are fewer chunks than ranks, batches of
-    examples. Every rank returns the same rows, for any number of ranks.
+    Under torchrun, chunks of adapters are sharded across ranks. If there are fewer chunks than ranks, batches of
+    examples are sharded instead. Every rank returns the rows of all adapters.
 
     Args:
         source: From `open_source`.

@@ -48,8 +48,8 @@ def merge_to(
         prompt: Prompt template with `{text}` for the examples of `calibrate`; None means the template used in training.
 
     Raises:
-        ValueError: If the adapter does not fit the model, if `out` is a file, an adapter or the base model, or if
-            `calibrate` is given but `to` is not the base model's 4-bit format.
+        ValueError: If the adapter does not fit the model, if `out` is a file or the folder of an adapter or of the base
+            model, or if `calibrate` is given but `to` is not the base model's 4-bit format.
     """
     adapted, _ = load_adapters(source, base.model)
     out = Path(out)
@@ -98,7 +98,8 @@ def lora_of(
         format: File format: "peft", or "gguf" for llama.cpp.
 
     Raises:
-        ValueError: If the adapter does not fit the model, if `out` is the adapter's directory, or as for `export_lora`.
+        ValueError: If the adapter does not fit the model, if `out` is the adapter's directory, or if `export_lora`
+            raises a ValueError.
     """
     adapted, _ = load_adapters(source, base.model)
     if source.path is not None and Path(out).resolve() == source.path.resolve():
@@ -136,11 +137,11 @@ def convert(
         out: A new `.safetensors` file for the bank, or the parent folder of the PEFT directories.
         load: Function that takes the `Source` of the first directory and returns the base model.
         names: Names of the adapters in the bank to convert; None means all adapters.
-        model: Folder or hub id of the base model; None means the model that the first directory names.
+        model: Folder or hub id of the base model; None means the model in the configuration of the first directory.
 
     Raises:
-        ValueError: If `sources`, `out` and `names` do not fit together, or if the adapters can't share a bank (see
-            `import_adapters`).
+        ValueError: If `sources` contains a bank and another source, if `out` or `names` does not fit the direction of
+            the conversion, or if the adapters can't share a bank (see `import_adapters`).
         FileExistsError: If the bank already exists.
         FileNotFoundError: If a source does not exist.
     """
@@ -152,7 +153,7 @@ def convert(
     if files:
         if len(sources) > 1:
             raise ValueError(
-                f"{files[0]} is a bank among {len(sources)} sources: convert one bank at a time, without other sources."
+                f"got {len(sources)} sources, of which {files[0]} is a bank: pass a bank as the only source."
             )
         if out.is_file():
             raise ValueError(f"--out {out} is a file, but a bank is converted to PEFT directories: pass a folder.")

@@ -66,8 +66,8 @@ def show_error(message: str) -> None:
 def bar(title: str, progress: bool, unit: str = "batch") -> Callable[[Iterable[Any]], Iterable[Any]]:
     """Return a wrapper of iterables that shows a progress bar on stderr.
 
-    If `progress` is False, or on ranks above 0, the wrapper is `iter`, without a bar. If stderr is not a terminal, only
-    the finished bar is printed, as one line.
+    If `progress` is False or the rank is above 0, the wrapper is the builtin `iter`, which shows no bar. If stderr is
+    not a terminal, only the finished bar is printed, as one line.
 
     Example:
         >>> list(bar("reading", False)([1, 2]))
@@ -88,7 +88,7 @@ def _track(title: str, unit: str, items: Iterable[Any]) -> Iterator[Any]:
 
 
 def adapters_title(start: int, names: Sequence[str], of: Sequence[str]) -> str:
-    """The title of the progress bar of some adapters, the first of which has the index `start`.
+    """The title of the progress bar for the adapters `names`, which begin at index `start` of the list `of`.
 
     Example:
         >>> adapters_title(2, ["c", "d"], "abcde")
@@ -102,8 +102,8 @@ def training_bar(done: int, steps: int, progress: bool) -> Iterator[Callable[[An
     """Show a progress bar of training on stderr, with the loss, tokens per second and the remaining time.
 
     Yield a function to call after each step, with the micro-batches and losses of the step. Losses on an accelerator
-    are read only every `SYNC_EVERY` steps, because each read waits for the accelerator. Otherwise, the bar is like that
-    of the function `bar`.
+    are read only every `SYNC_EVERY` steps, because each read waits for the accelerator. If `progress` is False or
+    the rank is above 0, no bar is shown.
     """
     from ..train.distributed import rank
     from ..train.fit import SYNC_EVERY
@@ -264,7 +264,7 @@ def merge_advice(reports: Mapping[str, "MergeReport"]) -> str:
     worst = min(reports, key=lambda name: reports[name].kept)
     share = f"{percent(kept)} of the update is retained on average ({percent(reports[worst].kept)} in {worst})"
     if error < 0.1:
-        return f"Merging is safe: {share}, with an error of {error:.2g} times the update."
+        return f"Merging is safe: {share}, with an error of {error:.2g} times the update's norm."
     if error < 0.5 and kept > 0.95:
         return (
             f"Merging keeps the update: {share}. Rounding adds noise of {error:.2f} times the update's norm, spread "
@@ -272,12 +272,12 @@ def merge_advice(reports: Mapping[str, "MergeReport"]) -> str:
         )
     if error < 0.5:
         return (
-            f"Merging changes the adapter's effect: {share}, with an error of {error:.2f} times the update. Compare "
-            "the outputs with vera-func evaluate before using the merged model."
+            f"Merging changes the adapter's effect: {share}, with an error of {error:.2f} times the update's norm. "
+            "Compare the outputs with vera-func evaluate before using the merged model."
         )
     return (
-        f"Do not merge like this: {share}, with an error of {error:.2f} times the update. Merge into a 16-bit dtype, "
-        "calibrate the merge, or export a LoRA, which is exact."
+        f"Do not merge like this: {share}, with an error of {error:.2f} times the update's norm. Merge into a 16-bit "
+        "dtype, calibrate the merge, or export a LoRA, which is exact."
     )
 
 

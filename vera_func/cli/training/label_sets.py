@@ -58,7 +58,7 @@ def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) 
     check_prompt(prompt)
     recipe, max_length = run.recipe, run.max_length or MAX_TOKENS
     if recipe.checkpointing:
-        raise ValueError("--checkpointing supports one data set: to save memory, raise --accumulate instead.")
+        raise ValueError("--checkpointing supports one data set: to save memory, increase --accumulate instead.")
     out = output_folder(run.out)
     examples = [read_examples(source) for source in sources]
     labels = [sorted({example.label for example in some}) for some in examples]

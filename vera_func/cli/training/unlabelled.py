@@ -80,7 +80,7 @@ def train_language(
     jobs = make_jobs(sets, rows, references, run, betas=betas or (BETA,), pack_to=pack_to)
     if recipe.checkpointing and (len(jobs) > 1 or recipe.dropout):
         raise ValueError(
-            "--checkpointing supports one adapter without dropout: to save memory, raise --accumulate instead."
+            "--checkpointing supports one adapter without dropout: to save memory, increase --accumulate instead."
         )
     jobs_of_run = [(job.name, job.steps, job.learning_rate, job.train.beta) for job in jobs]
     options = (recipe._replace(log=None), jobs_of_run, run.together)
@@ -175,7 +175,7 @@ def _absolute(reference: str | None) -> str | None:
 
 
 def _references(base: Base, adapted: Adapted, rows: Sequence[TokenRows]) -> list[Tensor | None]:
-    """For preferences, the log-probabilities of all rows under the reference, from which training starts."""
+    """For preferences, the log-probabilities of all rows under the reference, which is the adapter before training."""
     if rows[0].width == 1:
         return [None] * len(rows)
     return [
