@@ -1,4 +1,4 @@
-"""The kind of a data set, and the refusal of options that have no effect on the kind."""
+"""Determine the kind of a data set, and reject options that have no effect on data of this kind."""
 
 from pathlib import Path
 from typing import Any
@@ -8,16 +8,16 @@ from ..data.files import is_hub_id
 
 
 def kind_of(source: str) -> str:
-    """The kind of a data set; "label" if the file does not exist, so that reading the file raises the error."""
+    """The kind of a data set. A missing file counts as "label"; the error is raised when the file is read."""
     there = is_hub_id(source) or Path(source).exists() or any(sign in source for sign in "*?[")
     return peek_kind(source) if there else "label"
 
 
 def refuse_options(options: dict[str, Any], what: str) -> None:
-    """Check that options that have no effect on the data are None.
+    """Raise if the user passed an option that has no effect on the data.
 
     Args:
-        options: Values of options by name.
+        options: Values of the options without effect, by name; None means that the user did not pass the option.
         what: Description of the data in the error message, such as "with labels".
 
     Raises:

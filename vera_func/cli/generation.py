@@ -33,7 +33,7 @@ def generate(
         source: One adapter for all prompts, or one adapter per prompt.
         base: From `base_of`.
         prompts: Texts to continue.
-        chat: Whether to apply the tokenizer's chat template, with each prompt as a message of the user.
+        chat: Whether to apply the tokenizer's chat template, with each prompt as a user message.
         max_new_tokens: Maximum number of tokens to generate.
         temperature: Sampling temperature; 0 means greedy decoding.
         seed: Seed for sampling.

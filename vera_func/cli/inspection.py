@@ -41,7 +41,7 @@ def inspect_path(
 
     Args:
         path: The directory, bank or folder.
-        model: Base model of an adapter; adds the size of the update and the fraction that a merge retains.
+        model: Base model of the adapter, for a report on merging; None means no such report.
         quant: Quantization format of the base model; None means the format used in training.
         dtype: Dtype of the base model's arithmetic.
         device: Device of the base model.
@@ -115,7 +115,7 @@ def _inspect_adapters(path: Path, source: Source) -> dict[str, Any]:
 
 
 def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Read the stacked params (n = 1) and the stored projections of an adapter directory, without its model."""
+    """Read the params (stacked, n = 1) and the stored projections of an adapter directory, without loading a model."""
     _, tensors = read_files(folder)
     projections = {key: value for key, value in tensors.items() if ".vera_A" in key or ".vera_B" in key}
     stacked = {key_from_peft(key) or key: value[None] for key, value in tensors.items() if key not in projections}
@@ -184,7 +184,7 @@ def _inspect_model(folder: Path, r: int, targets: Sequence[str] | None) -> dict[
 
 
 def _norms(stacked: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """Number of layers, and norms of the adapter's vectors, for each last component of the layers' names."""
+    """Count the layers and average the norms of the adapter's vectors, per last component of the layers' names."""
     # Sorted, since the order in a safetensors file is arbitrary.
     layers = sorted(adapted_modules(stacked))
     rows = []

@@ -1,7 +1,7 @@
 """Evaluate large banks on a Ray cluster (`pip install "vera-func[ray]"`).
 
-There is one actor per GPU, or one actor per node in a cluster without GPUs. Each actor loads the base model once, and
-waits until its GPU or its CPUs are free. Adapters are sharded across the actors in groups of whole chunks, so the
+There is one actor per GPU, or one actor per node in a cluster without GPUs. Each actor starts when its GPU or its CPUs
+are free, and loads the base model once. Adapters are sharded across the actors in groups of whole chunks, so the
 results do not depend on the number of actors. If an actor or its node dies, Ray restarts the actor, and only the group
 in progress is evaluated again.
 
@@ -60,7 +60,8 @@ def evaluate_on_ray(
     Raises:
         ModuleNotFoundError: If Ray is not installed.
         ConnectionError: If no cluster answers at the address.
-        RuntimeError: If the cluster has neither a GPU nor a CPU, or if an actor dies 4 times on the same group.
+        RuntimeError: If the cluster has neither a GPU nor a CPU, or if actors die 4 times while they evaluate the same
+            group of adapters.
         ValueError: If the process runs under torchrun. An exception of `evaluate` in an actor is raised unchanged.
     """
     if world_size() > 1:

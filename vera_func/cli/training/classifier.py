@@ -62,7 +62,7 @@ class ClassifierResult(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The trained adapter and its configuration. After a sweep, the best adapter, and the results of all adapters."""
+    """The trained adapter and its configuration. A sweep yields the best adapter, and the results of all in `sweep`."""
 
     params: dict[str, Tensor]
     config: VeraConfig
@@ -83,10 +83,10 @@ def train_classifier(
     A fifth of the examples, at most 1,000, is held out.
 
     Args:
-        run: Options of the run; a sweep supports no option of `run.recipe` but the batch size, the number of
-            micro-batches, the seed and `dora`. VeRA needs a large learning rate, such as 2e-2. A sweep tries learning
-            rates from a quarter of the given rate to twice this rate. If `run.max_length` is None, prompts have at most
-            256 tokens; the text of a longer prompt is truncated at the end.
+        run: Options of the run. A sweep supports only these options of `run.recipe`: `batch_size`, `micro_batches`,
+            `seed` and `dora`. VeRA needs a large learning rate, such as 2e-2. A sweep tries learning rates from a
+            quarter of the given rate to twice the given rate. If `run.max_length` is None, prompts have at most 256
+            tokens; the text of a longer prompt is truncated at the end.
         data: Labelled examples, as for `read_examples`; None means rated snippets of movie reviews from PyPI.
         prompt: Prompt template that contains `{text}` and ends where the label begins.
         adapters: Number of adapters to train. Several adapters are trained as a sweep; see the module `selection`.

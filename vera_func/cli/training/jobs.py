@@ -43,7 +43,7 @@ class Job(NamedTuple):
 
 
 def expand_sources(sources: Sequence[str], each: bool) -> list[str]:
-    """The data sets of `--data`. With `each`, every file or sub-folder of a folder is a separate data set.
+    """The data sets of `--data`. If `each` is True, every file or sub-folder in a folder is a separate data set.
 
     Raises:
         ValueError: If a folder has no data.
@@ -117,7 +117,7 @@ def _split(groups: Tensor, seed: int, source: str) -> tuple[Tensor, Tensor]:
 
 
 def num_steps(batches: int, steps: Sequence[int] | None, epochs: float | None, i: int, n: int) -> int:
-    """The number of training steps of adapter `i` of `n`: the value in `steps`, or `epochs` times `batches`.
+    """The number of training steps of adapter `i` of `n`: from `steps`, or `epochs` times the batches per epoch.
 
     If `steps` and `epochs` are None, training takes one epoch, but at least 50 and at most 100 steps.
 

@@ -39,13 +39,13 @@ def train_classifiers(
     progress: bool = True,
     shared: bool = True,
 ) -> Trained:
-    """Train one adapter per task, all from the params of `adapted`.
+    """Train one adapter per task. Each adapter starts from the params of `adapted`.
 
     Args:
         adapted: A new adapter.
         tasks: The task of each adapter, with the same prompt.
         rows: The training rows of each adapter.
-        recipe: Options of training; `checkpointing` supports one adapter without dropout.
+        recipe: Training options; `checkpointing` supports one adapter without dropout.
         steps, learning_rates, evaluate, checkpoint, start, progress, shared: As for `train_together`.
     """
     n, kept = len(tasks), for_training(adapted)
@@ -91,7 +91,7 @@ def _batches(
 ) -> Callable[[int], list[Batch]]:
     """A function `step -> micro-batches`, with `batch_size` rows for each adapter that is still training.
 
-    Rows are weighted such that an adapter's mean loss over the micro-batches is the mean loss of its rows.
+    Rows are weighted such that an adapter's mean loss over the micro-batches is the mean loss of the adapter's rows.
     """
     sizes = [min(recipe.batch_size, len(own)) for own in rows]
     orders = [

@@ -14,14 +14,15 @@ from ...train.fit import OnStep
 
 @contextmanager
 def step_logger(folder: str | None, checkpoint: Path | None = None) -> Iterator[OnStep | None]:
-    """Yield a function for the argument `on_step` of `fit`, which logs each step, or None if `folder` is None.
+    """Yield the argument `on_step` of `fit`: a function that logs each step, or None if `folder` is None.
 
     The log is in TensorBoard's format if tensorboard is installed. Otherwise, the log is the file `steps.jsonl`, with
     null for NaN and inf. A resumed run logs the steps after the last checkpoint again.
 
     Args:
         folder: Folder of the log, which is created if it does not exist.
-        checkpoint: Checkpoint of the run. The checkpoint of a group of adapters selects a sub-folder for the group.
+        checkpoint: Checkpoint of the run. If the name of the checkpoint ends in the index of a group of adapters, the
+            log is written to a sub-folder for this group.
 
     Example:
         >>> import tempfile

@@ -27,7 +27,7 @@ CHECKPOINT_EVERY = 10
 
 
 def for_training(adapted: Adapted) -> Adapted:
-    """Add norm statistics to the `frozen` of a DVoRA adapter, so that training steps need not compute them."""
+    """Add norm statistics to the `frozen` of a DVoRA adapter, so that the statistics are computed only once."""
     if not adapted.apply.schema.magnitudes:
         return adapted
     return adapted._replace(frozen=keep_norm_statistics(adapted.apply, adapted.frozen))
@@ -69,7 +69,7 @@ def train_together(
         loss: From `loss_of_rows`.
         params: Initial params; stacked if `steps` has several values.
         batches: From `training_batches`.
-        recipe: Options of training.
+        recipe: Training options.
         steps: Number of steps of each adapter.
         learning_rates: Peak of the learning rate of each adapter.
         evaluate: Function from params to one metric per adapter, where a lower metric is better.
@@ -77,7 +77,7 @@ def train_together(
         progress: Whether to show a progress bar.
         shared: Whether all ranks train these adapters, with micro-batches sharded across ranks. Otherwise, only
             this rank trains these adapters.
-        start: A run to continue if there is no checkpoint; None means the first step.
+        start: A run to continue if there is no checkpoint; None means that training begins at step 0.
 
     Raises:
         ValueError: If `recipe` has `patience` without `eval_every`, or if the warmup takes all steps.
@@ -153,7 +153,7 @@ def train_chunks(
 
 
 class _Evaluations:
-    """The argument `evaluate` of `fit`, which also saves the params with the lowest metric."""
+    """A callable for the argument `evaluate` of `fit` that also saves the params with the lowest metric."""
 
     def __init__(
         self, params: Params, n: tuple[int, ...], metric: Callable[[Params], Tensor], file: Path | None, shared: bool

@@ -1,4 +1,4 @@
-"""The files of a run: its output folder, its checkpoints, and new and trained adapters."""
+"""Create new adapters, and write the files of a run: checkpoints and trained adapters."""
 
 import glob
 import hashlib

@@ -1,14 +1,14 @@
-"""A sweep: train several adapters, select the best adapter, and train it further.
+"""A sweep: train several adapters, select the best adapter, and train the best adapter further.
 
-A sweep of n adapters has two phases. In the first phase, all adapters train in one run for half the steps. The batch
-size of each adapter is 2 / n times the given batch size, so all adapters together process as many examples as a single
-run. In the second phase, the adapter with the lowest validation loss continues alone for all steps, with the given
-batch size. In total, a sweep processes about twice the training examples of a single run, plus 200 validation examples
-per adapter.
+A sweep of n adapters has two phases. In the first phase, all adapters train in one run for half the given number of
+steps. The batch size of each adapter is 2 / n times the given batch size, so the first phase processes as many examples
+as a single run. In the second phase, the adapter with the lowest validation loss continues alone for the given number
+of steps, with the given batch size. In total, a sweep processes about twice the training examples of a single run, plus
+200 validation examples per adapter.
 
-Under torchrun, the micro-batches of each step are sharded across ranks. In the first phase, as many groups of adapters
-are sharded instead. The number of micro-batches changes the results by rounding only. The number of ranks does not
-change the results.
+Under torchrun, groups of adapters are sharded across ranks in the first phase, with at most one group per micro-batch.
+In the second phase, the micro-batches of each step are sharded. The number of micro-batches changes the results by
+rounding only. The number of ranks does not change the results.
 """
 
 from collections.abc import Mapping, Sequence
@@ -88,7 +88,7 @@ def train_sweep(
     progress: bool,
     checkpoint: Path | None = None,
 ) -> Sweep:
-    """Train all adapters for half the steps in one run, then the best adapter alone for all steps.
+    """Train all adapters in one run for `steps` / 2 steps, then the best adapter alone for `steps` more steps.
 
     Args:
         adapted: A new adapter, from `adapt`.
@@ -96,8 +96,8 @@ def train_sweep(
         grid: Hyper-parameters of each adapter, from `sweep_grid`.
         train: Training examples.
         validation: Validation examples; the best adapter is the adapter with the lowest mean validation loss.
-        recipe: Options of the second phase; the first phase uses its seed, its batch size as above, and as many groups
-            of adapters as there are micro-batches.
+        recipe: Training options. In the first phase, `small_batch` gives the batch size of each adapter, and
+            `micro_batches` is the maximum number of groups of adapters.
         steps: Number of steps of the second phase.
         progress: Whether to show progress bars.
         checkpoint: Checkpoint of the second phase. In the first phase, the index of each group is appended to the path.

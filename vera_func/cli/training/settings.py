@@ -51,7 +51,7 @@ class Run(NamedTuple):
 
     Attributes:
         out: Folder for the adapter, or for the bank of several adapters.
-        recipe: Options of training.
+        recipe: Training options.
         model, quant, dtype, device: As for `load_base`.
         r: Rank of the projections.
         targets: Suffixes of the names of the layers to adapt, or "all-linear"; None means PEFT's default.
