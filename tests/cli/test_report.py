@@ -121,7 +121,7 @@ bad(
     "merge_advice",
     "one report",
     lambda _: merge_advice(vf.MergeReport(1.0, 0.0, 1.0)),
-    "the dict that model_merge_report returns, got MergeReport",
+    "got reports of type MergeReport, expected a dict",
 )
 
 

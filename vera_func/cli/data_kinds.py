@@ -8,7 +8,7 @@ from ..data.files import is_hub_id
 
 
 def kind_of(source: str) -> str:
-    """The kind of a data set. A missing file counts as "label"; the error is raised when the file is read."""
+    """The kind of a data set. A missing file counts as "label": the error is raised later, when the file is read."""
     there = is_hub_id(source) or Path(source).exists() or any(sign in source for sign in "*?[")
     return peek_kind(source) if there else "label"
 

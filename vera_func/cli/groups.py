@@ -96,7 +96,7 @@ def format_of(to: str) -> "str | torch.dtype":
 def flatten(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
     """Wrap a command for typer, with one parameter per option.
 
-    The wrapper returns a function that runs the command, because typer would catch exceptions of the command.
+    The wrapper returns a function to be called outside typer, because typer would catch exceptions of the command.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {

@@ -256,7 +256,9 @@ def merge_advice(reports: Mapping[str, "MergeReport"]) -> str:
         'Do not merge like this: 2 % of the update is retained o'
     """
     if not isinstance(reports, Mapping):
-        raise ValueError(f"reports must be the dict that model_merge_report returns, got {type(reports).__name__}.")
+        raise ValueError(
+            f"got reports of type {type(reports).__name__}, expected a dict: pass the result of model_merge_report."
+        )
     if not reports:
         return "Nothing to merge: the update is zero in every layer."
     kept = sum(report.kept for report in reports.values()) / len(reports)

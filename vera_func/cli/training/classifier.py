@@ -62,7 +62,7 @@ class ClassifierResult(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The trained adapter and its configuration. A sweep yields the best adapter, and the results of all in `sweep`."""
+    """The trained adapter and its configuration; in a sweep, the best adapter. `sweep` contains all adapters."""
 
     params: dict[str, Tensor]
     config: VeraConfig

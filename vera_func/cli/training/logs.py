@@ -17,7 +17,7 @@ def step_logger(folder: str | None, checkpoint: Path | None = None) -> Iterator[
     """Yield the argument `on_step` of `fit`: a function that logs each step, or None if `folder` is None.
 
     The log is in TensorBoard's format if tensorboard is installed. Otherwise, the log is the file `steps.jsonl`, with
-    null for NaN and inf. A resumed run logs the steps after the last checkpoint again.
+    null for NaN and inf. The log of a resumed run may contain the steps after the last checkpoint twice.
 
     Args:
         folder: Folder of the log, which is created if it does not exist.

@@ -75,8 +75,8 @@ def train_together(
         evaluate: Function from params to one metric per adapter, where a lower metric is better.
         checkpoint: Checkpoint file; None means no checkpoint.
         progress: Whether to show a progress bar.
-        shared: Whether all ranks train these adapters, with micro-batches sharded across ranks. Otherwise, only
-            this rank trains these adapters.
+        shared: Whether all ranks train the adapters, with micro-batches sharded across ranks. If False, only this rank
+            trains the adapters.
         start: A run to continue if there is no checkpoint; None means that training begins at step 0.
 
     Raises:

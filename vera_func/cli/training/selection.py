@@ -6,9 +6,9 @@ as a single run. In the second phase, the adapter with the lowest validation los
 of steps, with the given batch size. In total, a sweep processes about twice the training examples of a single run, plus
 200 validation examples per adapter.
 
-Under torchrun, groups of adapters are sharded across ranks in the first phase, with at most one group per micro-batch.
-In the second phase, the micro-batches of each step are sharded. The number of micro-batches changes the results by
-rounding only. The number of ranks does not change the results.
+Under torchrun, the first phase shards groups of adapters across ranks, and the second phase shards the micro-batches of
+each step. The option `micro_batches` sets the number of micro-batches and the maximum number of groups. This option
+changes the results by rounding only. The number of ranks does not change the results.
 """
 
 from collections.abc import Mapping, Sequence
