@@ -66,9 +66,9 @@ def train_together(
     """Train one adapter, or several adapters at once, each with its own learning rate and number of steps.
 
     Args:
-        loss: From `loss_of_rows`.
+        loss: Function `(params, batch) -> loss`, such as from `loss_of_rows`.
         params: Initial params; stacked if `steps` has several values.
-        batches: From `training_batches`.
+        batches: Function `step -> micro-batches`, such as from `training_batches`.
         recipe: Training options.
         steps: Number of steps of each adapter.
         learning_rates: Peak of the learning rate of each adapter.
