@@ -41,6 +41,14 @@ def assert_same(actual, expected):
     assert_close(actual, expected, rtol=0, atol=0)
 
 
+def test_tensors_that_share_memory_are_stored_one_by_one(tmp_path):
+    adapted = small()
+    stacked = several(adapted)
+    stacked["2.lambda_d"] = stacked["0.lambda_d"]
+    bank = vf.open_bank(vf.save_bank(tmp_path / "bank", stacked, *adapted[2:], names=NAMES))
+    assert_same(bank.read(), stacked)
+
+
 @pytest.fixture
 def bank(tmp_path):
     """`(path, adapted, stacked)` of a bank that was written."""

@@ -236,6 +236,17 @@ bad(
     "has no adapter_config",
     FileNotFoundError,
 )
+for names in (3, [True], [[0]]):
+    bad(
+        "Bank.read",
+        f"names={names}",
+        lambda t, names=names: vf.open_bank(vf.save_bank(t / "b", STACK, FROZEN, CONFIGURATION, ["a", "b", "c"])).read(
+            names
+        ),
+        "names must be a sequence of names, got int|has no adapter",
+    )
+bad("save_bank", "no names", lambda t: vf.save_bank(t / "b", STACK, FROZEN, CONFIGURATION, None), "names must be a seq")
+bad("save_bank", "a list", lambda t: vf.save_bank(t / "b", [PARAMS], FROZEN, CONFIGURATION, ["a"]), "must be a dict of")
 
 
 @pytest.mark.parametrize("case", bad.rows)

@@ -9,7 +9,7 @@ from torch import ones
 
 import vera_func as vf
 
-from refused import CONFIGURATION, FROZEN, NAN, PARAMS, RAW, STACK, UNREADABLE, Refused, small_model
+from refused import ADAPTED, CONFIGURATION, FROZEN, NAN, PARAMS, RAW, STACK, UNREADABLE, Refused, small_model
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -156,6 +156,13 @@ bad(
     "the path is a file",
     FileNotFoundError,
 )
+for what, args in {"an Adapted": (ADAPTED, FROZEN), "no projections": (PARAMS, None)}.items():
+    bad(
+        "save_adapter",
+        what,
+        lambda t, args=args: vf.save_adapter(t / "new", *args, CONFIGURATION),
+        "params must be a dict of tensors, got Adapted: pass its attribute params|frozen must be a dict",
+    )
 
 
 @pytest.mark.parametrize("case", bad.rows)

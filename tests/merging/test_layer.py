@@ -57,6 +57,32 @@ def test_bytes_are_pefts(name, dtype):
     assert not same_bytes(ours, q)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bytes_of_16_bit_adapters_are_pefts(dtype):
+    q = vf.quantize_4bit(make_weight(dtype=dtype))
+    params, frozen = ({k: t.to(dtype) for k, t in part.items()} for part in make_adapter(0.1, make_weight()))
+    model = peft.get_peft_model(OneLayer(vf.to_bnb(q)), peft.VeraConfig(r=R, target_modules=["lin"]))
+    layer = model.base_model.model.lin
+    for name, value in {**params, **frozen}.items():
+        held = getattr(layer, name if name in frozen else f"vera_{name}")
+        held["default"] = nn.Parameter(value.clone()) if name in params else value
+    model.merge_adapter()
+    merged = vf.merge_quantized(q, params, frozen)
+    assert same_bytes(merged, vf.from_bnb(layer.get_base_layer())[0])
+    exact = vf.delta_weight(*({k: t.double() for k, t in part.items()} for part in (params, frozen)), IN)
+    dense = vf.merge_dense(q, params, frozen, torch.float32)
+    assert_close(dense.double(), vf.dequantize(q, torch.float64) + exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_float64_adapters_merge_as_in_float32(name):
+    params, frozen = make_adapter(0.1, make_weight())
+    wide = [{key: leaf.double() for key, leaf in part.items()} for part in (params, frozen)]
+    q = FORMATS[name](make_weight())
+    merged = [vf.dequantize(vf.merge_quantized(q, *adapter)) for adapter in ((params, frozen), wide)]
+    assert (merged[0] - merged[1]).norm() < 1e-2 * merged[0].norm()  # single values may be rounded the other way
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_nothing_changes_nothing(name):
     q = FORMATS[name](make_weight())
@@ -264,6 +290,42 @@ bad(
     "merge_calibrated", "straddling", lambda _: vf.merge_calibrated(ROWS, LAYER, PAIR, ones(3, 32)), "straddle the rows"
 )
 bad("merge_stochastic", "straddling", lambda _: MERGES["merge_stochastic"](ROWS, LAYER, PAIR), "straddle the rows")
+
+for name in ("merge_dense", "merge_quantized", "merge_report"):
+    merge = getattr(vf, name)
+    for what, args, message in (
+        ("a module", (nn.Linear(64, 32), LAYER, PAIR), r"q must be a quantized weight .*got Linear.*from_bnb"),
+        ("no params", (Q4, None, PAIR), "params must be a dict of tensors, got NoneType"),
+        ("a list of projections", (Q4, LAYER, [*PAIR.values()]), "frozen must be a dict of tensors, got list"),
+    ):
+        bad(name, what, lambda _, merge=merge, args=args: merge(*args), message)
+bad(
+    "merge_dense",
+    "an integer base",
+    lambda _: vf.merge_dense(ones(32, 64).long(), LAYER, PAIR),
+    r"q must be .*torch\.int64",
+)
+bad("merge_report", "a list", lambda _: vf.merge_report(Q4, LAYER, PAIR, [1.0]), r"inputs must have shape .* got list")
+bad(
+    "merge_report",
+    "merged=3",
+    lambda _: vf.merge_report(Q4, LAYER, PAIR, merged=3),
+    "merged must be a weight .* got int",
+)
+bad("merge_calibrated", "a list", lambda _: vf.merge_calibrated(Q4, LAYER, PAIR, [1.0]), "inputs must have .* got list")
+bad(
+    "merge_calibrated",
+    "an indefinite gram",
+    lambda _: vf.merge_calibrated(Q4, LAYER, PAIR, gram=torch.diag(torch.linspace(-1, 9, 64))),
+    "gram must have no negative eigenvalue",
+)
+bad(
+    "merge_calibrated",
+    "damping=text",
+    lambda _: vf.merge_calibrated(Q4, LAYER, PAIR, X, damping="a"),
+    "damping must be positive .*got 'a'",
+)
+bad("gram", "a list", lambda _: gram([1.0]), "inputs and weights must be tensors .* got list")
 
 
 @pytest.mark.parametrize("case", bad.rows)

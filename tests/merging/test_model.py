@@ -269,6 +269,28 @@ bad(
     lambda _: vf.merge(small_model(), PARAMS, FROZEN, weights={"9": Q4}),
     "'9', which is not an adapted",
 )
+for what, weight in {
+    "a number": 3,
+    "another shape": torch.ones(7, 5),
+    "integers": torch.ones(5, 7).long(),
+    "no data": torch.ones(5, 7, device="meta"),
+    "NaN": torch.full((5, 7), NAN),
+}.items():
+    bad(
+        "merge",
+        f"a weight of {what}",
+        lambda _, weight=weight: vf.merge(small_model(), PARAMS, FROZEN, weights={"0": weight}),
+        "the weight of '0' (must be a quantized weight or .*shape \\(5, 7\\)|has no data|holds NaN)",
+    )
+bad("merge", "weights=3", lambda _: vf.merge(small_model(), PARAMS, FROZEN, weights=3), "weights must be a dict")
+bad(
+    "merge",
+    "params=None",
+    lambda _: vf.merge(small_model(), None, FROZEN),
+    "params must be a dict of tensors, got NoneT",
+)
+bad("merge", "an Adapted", lambda _: vf.merge(small_model(), ADAPTED, FROZEN), "pass its attribute params")
+bad("model_merge_report", "a model", lambda _: vf.model_merge_report(small_model()), "adapted must be an Adapted")
 bad(
     "model_merge_report",
     "inputs of nothing",

@@ -37,6 +37,26 @@ def gap(output):
     return output.logits[:, -1, 5] - output.logits[:, -1, 6]
 
 
+def test_a_shared_layer_counts_every_call():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.layer(self.layer(x))
+
+    model, x = Twice(), torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    adapted = vf.adapt(model, vf.VeraConfig(r=2, target_modules=["layer"]))
+    rows = torch.cat([x, model.layer(x).detach()]).double()
+    assert_close(second_moments(adapted, [{"x": x}])["layer"].double(), rows.T @ rows / 14, rtol=1e-5, atol=1e-6)
+    # The gradients of y1 + y2 with respect to the outputs of both calls.
+    weights = torch.cat([model.layer.weight.sum(0).square().sum().expand(7), torch.full((7,), 3.0)]).detach().double()
+    weighted = (rows.T * weights) @ rows / weights.sum()
+    found = second_moments(adapted, [{"x": x}], readout=lambda y: y.sum(1))["layer"].double()
+    assert_close(found, 0.1 * rows.T @ rows / 14 + 0.9 * weighted, rtol=1e-5, atol=1e-6)
+
+
 def test_gram_is_the_mean_over_tokens():
     model, adapted = make_adapted()
     seen = []

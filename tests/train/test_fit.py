@@ -200,8 +200,24 @@ def test_progress(installed, capsys, monkeypatch):
         ({"loss_fn": lambda p, b: p["lambda_b"].sum()}, r"loss_fn must return .*\(3,\)"),
         ({"evaluate": lambda p, step: 0.0}, r"evaluate must return .*\(3,\)"),
         ({"patience": 2}, "pass evaluate"),
-        ({"evaluate": metric_of([1, 1, 1]), "patience": 0}, "patience=0"),
-        ({"checkpoint_every": 0}, "checkpoint_every=0"),
+        ({"evaluate": metric_of([1, 1, 1]), "patience": 0}, "patience must be an integer, at least 1, got 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be an integer, at least 1"),
+        ({"checkpoint_every": 1.5}, "checkpoint_every must be an integer"),
+        ({"steps": 1.5}, r"steps must be an integer, at least 0, got 1\.5"),
+        ({"num_adapters": 3.0}, "num_adapters must be an integer"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number"),
+        ({"eps": [1e-8]}, "eps must be a number"),
+        ({"betas": 0.9}, r"betas must be two numbers \(b1, b2\), got 0\.9"),
+        ({"schedule": 0.5}, "schedule must be a function, got float"),
+        ({"schedule": lambda step: None}, r"schedule\(0\) must be a number"),
+        ({"schedule": lambda step: ones(2)}, r"schedule\(0\) must be one number or 3 numbers"),
+        ({"loss_fn": 3}, "loss_fn must be a function, got int"),
+        ({"loss_fn": lambda p, b: p["lambda_b"].sum(-1) * 1j}, "must return real numbers"),
+        ({"accumulate": lambda gradient, batch: gradient(batch)[1]}, r"must return \(gradients, losses\)"),
+        ({"resume": 1}, "resume must be a Fit or the path"),
+        ({"evaluate": lambda p, step: None}, "the metric of evaluate must be a number"),
+        ({"params": [1.0]}, "params must be a dict of tensors, got list"),
+        ({"params": {"lambda_b": 1.0}}, r"params\['lambda_b'\] must be a tensor, got float"),
         ({"checkpoint": "/no/such/folder/run"}, "existing folder, but /no/such/folder does not exist"),
         ({"params": {}}, "nothing to train"),
     ],
@@ -215,6 +231,18 @@ def test_mistakes_raise(wrong, message):
 def test_inference_mode_has_no_gradients():
     with torch.inference_mode(), pytest.raises(ValueError, match=r"outside of torch\.inference_mode"):
         fit(loss_of_one, start(), shared, steps=1, learning_rate=0.1)
+
+
+def test_a_transform_has_no_fit():
+    with pytest.raises(ValueError, match="has no derivative"):
+        torch.func.grad(lambda rate: fit(loss_of_one, start(), shared, steps=1, learning_rate=rate).losses[0])(ones(()))
+
+
+def test_params_from_inference_mode_train():
+    with torch.inference_mode():
+        params = {key: p.clone() for key, p in start().items()}
+    runs = [fit(loss_of_one, p, shared, steps=3, learning_rate=0.1) for p in (params, start())]
+    assert same(runs[0].params, runs[1].params)
 
 
 def test_many_rates_need_num_adapters():
@@ -342,9 +370,9 @@ def train(**change):
 for what, change, message in (
     ("betas of 1", {"betas": (1.0, 0.9)}, "betas must be at least 0 and below 1"),
     ("eps of NaN", {"eps": NAN}, "eps must be at least 0"),
-    ("negative steps", {"steps": -1}, r"steps must be at least 0 \(.*\), got -1"),
+    ("negative steps", {"steps": -1}, "steps must be an integer, at least 0, got -1"),
     ("integers", {"params": {"p": ones(2).long()}}, "only floating-point tensors"),
-    ("no adapters", {"num_adapters": 0}, "num_adapters=0 does not match"),
+    ("no adapters", {"num_adapters": 0}, "num_adapters must be an integer, at least 1, got 0"),
     ("a schedule below 0", {"schedule": lambda step: -1.0}, r"schedule\(0\) must be at least 0, got -1.0"),
     ("no learning rate", {"learning_rate": None}, "needs a learning_rate or an optimizer, got neither"),
     ("no pair for an optimizer", {"optimizer": torch.optim.AdamW}, "optimizer must be a pair .*got type"),

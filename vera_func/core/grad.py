@@ -94,7 +94,7 @@ def gradients(function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, Any
     """
     differentiable = torch.is_grad_enabled()  # whether the caller may differentiate the result
     # An input that requires grad stays connected to the caller's graph; any other input becomes a leaf.
-    leaves = [x.view_as(x) if differentiable and x.requires_grad else x.detach().requires_grad_() for x in inputs]
+    leaves = [x.view_as(x) if differentiable and x.requires_grad else _leaf(x) for x in inputs]
     own = {id(x) for x in leaves if x.is_leaf}
     with torch.enable_grad():
         value, aux = function(*leaves)
@@ -141,6 +141,11 @@ def _differentiate(
     filled = [torch.zeros_like(leaf) if x is None else x for leaf, x in zip(leaves, found, strict=True)]
     grads = tree_unflatten(filled, structure)
     return value, aux, grads if isinstance(argnums, tuple) else grads[0]
+
+
+def _leaf(x: Tensor) -> Tensor:
+    """Return a leaf of a new graph. A tensor from inference mode can't be a leaf, so it is copied."""
+    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
 
 
 class _Outer:

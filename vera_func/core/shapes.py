@@ -2,6 +2,7 @@
 
 import contextlib
 import numbers
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,6 +94,20 @@ def described(value: Any) -> str:
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
+def require_dict(name: str, value: Any) -> None:
+    """Raise an error if `value` is not a dict, for example if a whole `Adapted` was passed as params.
+
+    Raises:
+        ValueError: If `value` is not a mapping.
+
+    Example:
+        >>> require_dict("params", {"lambda_b": torch.ones(3)})
+    """
+    if not isinstance(value, Mapping):
+        hint = f": pass its attribute {name}" if hasattr(value, name) else ""
+        raise ValueError(f"{name} must be a dict of tensors, got {type(value).__name__}{hint}.")
+
+
 def require_finite(name: str, tensor: Tensor, remark: str) -> None:
     """Raise an error if a tensor is not finite.
 
@@ -138,6 +153,23 @@ def require_float(name: str, dtype: torch.dtype) -> None:
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"{name} must be a floating-point dtype, got {dtype!r}.")
+
+
+def require_integer(name: str, value: Any, least: int) -> None:
+    """Raise an error if a value is not an integer, of Python, numpy or torch, or is less than `least`.
+
+    Raises:
+        ValueError: If the value is not an integer, for example 2.0, or is too small.
+
+    Example:
+        >>> require_integer("steps", 3, 0)
+    """
+    try:
+        valid = operator.index(value) >= least
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ValueError(f"{name} must be an integer, at least {least}, got {value!r}.")
 
 
 def require_positive(name: str, value: float) -> None:

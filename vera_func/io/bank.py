@@ -8,7 +8,7 @@ without reading the others. The metadata of the file contains the adapter names 
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from .bank_header import FORMAT, read_header
 from .check import check_adapter, require_projections
 from .checkpoint import load_adapter, require_no_overflow, save_adapter, vector_dtype
 from .config import config_to_json
-from .files import replacing, sort_metadata
+from .files import replacing, sort_metadata, unshared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Bank:
         Raises:
             ValueError: If a name is unknown, if a row index is out of range, or if the file is damaged.
         """
-        _require_sequence(names)
+        _require_sequence(() if names is None else names)
         runs = [(0, len(self))] if names is None else list(_runs([self.row(name) for name in names])) or [(0, 0)]
         with torch.device("cpu"), _open(self.path) as file:
             keys = [key for key in file.keys() if key not in PROJECTIONS]  # noqa: SIM118  (no mapping)
@@ -134,12 +134,12 @@ class Bank:
         Raises:
             ValueError: If the name is unknown or the row index is out of range.
         """
-        if isinstance(name, int) and 0 <= name < len(self):
+        if isinstance(name, int) and not isinstance(name, bool) and 0 <= name < len(self):
             return name
-        if name not in self.rows:
+        if not isinstance(name, str) or name not in self.rows:
             some = ", ".join([*self.names[:3], *["..."] * (len(self) > 3)])
             raise ValueError(f"{self.path} has no adapter {name!r}. Its {len(self)} adapters are: {some}.")
-        return self.rows[name]  # type: ignore[index]
+        return self.rows[name]
 
 
 def save_bank(
@@ -189,7 +189,7 @@ def save_bank(
         if not leaf.isfinite().all():
             broken = names[int((~leaf.isfinite()).flatten(1).any(1).nonzero()[0])]
             raise ValueError(f"{key!r} of the adapter {broken!r} holds NaN or inf; nothing was written.")
-    tensors = {key: leaf.detach().cpu().contiguous() for key, leaf in (*stacked.items(), *frozen.items())}
+    tensors = unshared({key: leaf.detach() for key, leaf in (*stacked.items(), *frozen.items())})
     metadata = {
         "format": FORMAT,
         "config": json.dumps(config_to_json(config)),
@@ -344,6 +344,8 @@ def export_adapters(bank: Bank, folder: str | os.PathLike[str], names: Sequence[
 
 
 def _require_sequence(names: Any) -> None:
+    if not isinstance(names, Iterable):
+        raise ValueError(f"names must be a sequence of names, got {type(names).__name__}.")
     if isinstance(names, str):
         raise ValueError(f"names must be a sequence of names, got the string {names!r}: pass [{names!r}].")
 

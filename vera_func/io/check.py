@@ -15,7 +15,7 @@ from ..core.keys import (
     join_key,
     split_key,
 )
-from ..core.shapes import require_finite, require_single
+from ..core.shapes import require_dict, require_finite, require_single
 from ..model.config import VeraConfig
 from .peft_keys import is_copy, key_from_peft, key_to_peft
 
@@ -37,6 +37,7 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
             f"config.target_modules must be explicit names, got {config.target_modules!r}: pass the config that adapt "
             "returned."
         )
+    require_dict("params", params)
     if not adapted_modules(params):
         raise ValueError(f"params must have the 'lambda_b' of at least one layer, got the keys {sorted(params)[:3]}.")
     frozen = require_projections(frozen)
@@ -67,6 +68,7 @@ def require_projections(frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         >>> list(require_projections({"vera_A": torch.ones(2, 3), "vera_B": torch.ones(4, 2), "0.C": torch.ones(4, 2)}))
         ['vera_A', 'vera_B']
     """
+    require_dict("frozen", frozen)
     if {key for key in frozen if split_key(key)[1] not in STATISTICS} != {*PROJECTIONS}:
         raise ValueError(f"frozen must have the keys 'vera_A' and 'vera_B', got {sorted(frozen)}.")
     return {name: frozen[name] for name in PROJECTIONS}

@@ -4,7 +4,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -86,6 +86,26 @@ def filling(folder: Path) -> Iterator[Path]:
         raise OSError(f"{folder} could not be written: {error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors on the CPU. Tensors that share storage are cloned, because safetensors rejects them.
+
+    Example:
+        >>> x = torch.ones(3)
+        >>> [tensor.data_ptr() == x.data_ptr() for tensor in unshared({"a": x, "b": x}).values()]
+        [True, False]
+    """
+    seen = set()
+    own = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.cpu().contiguous()
+        memory = tensor.untyped_storage()
+        if memory.nbytes() != tensor.nbytes or memory.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        own[name] = tensor
+    return own
 
 
 def sort_metadata(file: Path) -> None:

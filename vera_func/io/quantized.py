@@ -31,7 +31,7 @@ from ..model.linears import linear_sizes
 from ..model.tree import copy_tree, require_weights, unwrap
 from ..quant.bnb import from_bnb, is_bnb_linear, to_bnb
 from ..quant.value import Quantized, Spec4bit, Spec8bit, flatten, shape2, unflatten, validate
-from .files import map_safetensors, parse_json, replacing, sort_metadata
+from .files import map_safetensors, parse_json, replacing, sort_metadata, unshared
 
 
 FORMAT = "vera_func quantized model 1"
@@ -92,7 +92,7 @@ def save_quantized(path: str | os.PathLike[str], model: nn.Module) -> Path:
     metadata = {"format": FORMAT, "layers": json.dumps(layers), "aliases": json.dumps(aliases)}
     path = Path(path)
     with replacing(path) as file:
-        save_file(_unshared(tensors), file, metadata)
+        save_file(unshared(tensors), file, metadata)
         sort_metadata(file)
     return path
 
@@ -234,20 +234,6 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield all parameters and buffers with their names. A tied parameter is repeated under each of its names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU. Tensors that share storage are cloned, because safetensors rejects them."""
-    seen = set()
-    own = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.cpu().contiguous()
-        memory = tensor.untyped_storage()
-        if memory.nbytes() != tensor.nbytes or memory.data_ptr() in seen:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        own[name] = tensor
-    return own
 
 
 def _to_json(value: Any) -> Any:

@@ -13,13 +13,14 @@ of levels, in any order, with shape (levels,). `codes` are indices into `code`, 
 are the scales of blocks, float32, with shape (out, in / blocksize).
 """
 
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ..core.shapes import require_finite, without_autocast
+from ..core.shapes import described, require_finite, without_autocast
 
 
 Codes = UInt8[Tensor, "out in"]
@@ -68,6 +69,9 @@ def gram(inputs: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] 
         tensor([[3.0000, 1.5000],
                 [1.5000, 3.0000]])
     """
+    if not isinstance(inputs, Tensor) or not inputs.dim() or not isinstance(weights, Tensor | None):
+        given = f"{described(inputs)} and {described(weights)}"
+        raise ValueError(f"inputs and weights must be tensors (*tokens, in) and (*tokens), got {given}.")
     w = torch.ones_like(inputs[..., 0], dtype=torch.float32) if weights is None else weights.float()
     shapes = f"inputs {tuple(inputs.shape)} and weights {tuple(w.shape)}"
     if w.shape != inputs.shape[:-1] or (w < 0).any() or not w.any():
@@ -200,7 +204,10 @@ def calibrate_rows(
     gram = gram.float()
     damped = gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     order = gram.diagonal().argsort(descending=True, stable=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order].double()))
+    root, failed = torch.linalg.cholesky_ex(damped[order][:, order].double())
+    if failed:
+        raise ValueError("gram must have no negative eigenvalue: pass the mean of x xᵀ over the inputs x.")
+    inverse = torch.cholesky_inverse(root)
     factor = torch.linalg.cholesky(inverse, upper=True).float()
     problem = _Problem(damped, order, factor, levels, (levels[1:] + levels[:-1]) / 2, blocksize)
     point = _Point(torch.searchsorted(levels, code.float())[codes[rows].long()], absmax[rows].float())
@@ -373,9 +380,9 @@ def _blocksize(weight: Tensor, absmax: Tensor) -> int:
 
 def _check(codes: Tensor, damping: float, max_kappa: float, **floats: Tensor) -> None:
     for name, shape in {"delta": tuple(codes.shape), "gram": (codes.shape[1], codes.shape[1])}.items():
-        if floats[name].shape != shape:
+        if not isinstance(floats[name], Tensor) or floats[name].shape != shape:
             raise ValueError(
-                f"for codes {tuple(codes.shape)}, {name} must have shape {shape}, got {tuple(floats[name].shape)}."
+                f"for codes {tuple(codes.shape)}, {name} must have shape {shape}, got {described(floats[name])}."
             )
     for name, tensor in floats.items():
         require_finite(name, tensor, "pass finite values")
@@ -383,8 +390,8 @@ def _check(codes: Tensor, damping: float, max_kappa: float, **floats: Tensor) ->
         raise ValueError(
             f"codes contain the index {codes.max()}, but the table `code` has only {len(floats['code'])} levels."
         )
-    if not damping > 0 or not max_kappa >= 1:
-        raise ValueError(f"damping must be positive and max_kappa at least 1, got {damping} and {max_kappa}.")
+    if not all(isinstance(number, Real) for number in (damping, max_kappa)) or not damping > 0 or not max_kappa >= 1:
+        raise ValueError(f"damping must be positive and max_kappa at least 1, got {damping!r} and {max_kappa!r}.")
     if not torch.allclose(floats["gram"], floats["gram"].T, rtol=1e-3, atol=1e-3 * floats["gram"].abs().max().item()):
         raise ValueError("gram must be symmetric: pass the mean of x xᵀ over the inputs x.")
     if not floats["gram"].diagonal().sum() > 0:

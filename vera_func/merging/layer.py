@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import private
 from ..core.adapter import delta_weight
 from ..core.keys import SCALES, VECTORS
-from ..core.shapes import require_finite, require_float, require_single, without_autocast
+from ..core.shapes import described, require_dict, require_finite, require_float, require_single, without_autocast
 from ..quant.quantize import dequantize, levels, pack, quantize_4bit, quantize_8bit, unpack
 from ..quant.value import NO_DATA, Quantized, Quantized4bit, Quantized8bit, flatten
 from .calibrate import calibrate_rows, gram as gram_of, stochastic_codes
@@ -52,6 +52,8 @@ def merge_quantized(q: Quantized, params: Mapping[str, Tensor], frozen: Mapping[
     delta = checked_delta(q, params, frozen)
     if not delta.any():
         return q
+    if not params.keys() & {*SCALES}:  # PEFT rounds the update to the dtype of the adapter
+        delta = delta.to(torch.promote_types(params["lambda_b"].dtype, frozen["vera_B"].dtype))
     return quantize_like(q, _dequantize_as_peft(q) + delta)
 
 
@@ -110,8 +112,8 @@ def merge_calibrated(
     if (inputs is None) == (gram is None):
         given = "neither" if inputs is None else "both"
         raise ValueError(f"pass either inputs or gram (the second moments of the inputs), got {given}.")
-    if inputs is not None and inputs.shape[-1:] != (in_features,):
-        raise ValueError(f"inputs must have shape (*tokens, {in_features}), got {tuple(inputs.shape)}.")
+    if inputs is not None and (not isinstance(inputs, Tensor) or inputs.shape[-1:] != (in_features,)):
+        raise ValueError(f"inputs must have shape (*tokens, {in_features}), got {described(inputs)}.")
     delta = checked_delta(q, params, frozen).float()
     if not delta.any():
         return q
@@ -222,7 +224,7 @@ def quantize_like(q: Quantized, weight: Tensor) -> Quantized:
         tensor(0)
     """
     if isinstance(q, Quantized8bit):
-        return quantize_8bit(weight, threshold=q.threshold)
+        return quantize_8bit(weight.to(q.dtype), threshold=q.threshold)
     return quantize_4bit(
         weight.to(q.dtype),
         q.quant_type,
@@ -241,9 +243,18 @@ def checked_delta(
     For DVoRA, the result includes the rescaling of the base weight.
 
     Raises:
-        ValueError: If the adapter holds NaN or inf, is stacked or does not fit the weight, or if the weight is
-            offloaded.
+        ValueError: If the adapter holds NaN or inf, is stacked or does not fit the weight, or if `q` is not a weight
+            or is offloaded.
     """
+    if not isinstance(q, Quantized4bit | Quantized8bit) and not (
+        isinstance(q, Tensor) and q.dim() == 2 and q.is_floating_point()
+    ):
+        raise ValueError(
+            f"q must be a quantized weight or a floating-point tensor (out, in), got {described(q)}. To read the "
+            "weight of a bitsandbytes layer, use from_bnb."
+        )
+    require_dict("params", params)
+    require_dict("frozen", frozen)
     scales = params.keys() & {*SCALES}
     if params.keys() - scales != {*VECTORS} or len(scales) > 1:
         raise ValueError(
@@ -261,10 +272,18 @@ def checked_delta(
         require_single(f"for a weight {tuple(q.shape)}, {name}", vector, shape)
     if any(leaf.is_meta for leaf in ((q,) if isinstance(q, Tensor) else flatten(q)[0])):
         raise ValueError(NO_DATA)
-    if not scales:
-        return delta_weight(params, frozen, in_features)
-    dtype = torch.promote_types(lambda_d.dtype, torch.float32)
-    return delta_weight(params, frozen, in_features, dense(q, dtype))
+    # As in PEFT, the products of 16-bit factors are computed in float32.
+    params, frozen = ({k: _at_least_float32(t) for k, t in d.items()} for d in (params, frozen))
+    return delta_weight(
+        params,
+        frozen,
+        in_features,
+        dense(q, torch.promote_types(params["lambda_d"].dtype, torch.float32)) if scales else None,
+    )
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def dense(weight: Quantized | Tensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:

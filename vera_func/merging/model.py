@@ -12,7 +12,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .. import private
 from ..core.keys import VECTORS, join_key, own_parameters, split_key
-from ..model.adapt import Adapted
+from ..core.shapes import described, require_dict, require_finite
+from ..model.adapt import Adapted, require_adapted
 from ..model.convert import Format, check_format, is_plain
 from ..model.describe import describe_dtype, describe_quantization, describe_ties
 from ..model.linears import is_conv1d, linear_sizes, require_one_device
@@ -20,7 +21,7 @@ from ..model.targets import adapted_layers
 from ..model.tree import copy_with_weights, held_parameters, parameter_aliases, require_weights, unwrap
 from ..quant.bnb import from_bnb, is_bnb_linear
 from ..quant.quantize import QUANTIZERS, dequantize
-from ..quant.value import FLOATS, Quantized, format_of
+from ..quant.value import FLOATS, NO_DATA, Quantized, Quantized4bit, Quantized8bit, flatten, format_of
 from .layer import checked_delta, merge_dense, merge_quantized
 from .report import MergeReport, merge_report
 
@@ -84,8 +85,8 @@ def merge(
         # A bitsandbytes module rewrites its weight when it runs, so modules without an adapter are copied as well.
         if name not in layers and not is_bnb_linear(module):
             return None
-        given = (weights or {}).get(name)
-        if given is not None:
+        if (given := (weights or {}).get(name)) is not None:
+            _require_weight(name, given, module)
             return given
         base = _base_weight(name, module, to, own.get(join_key(name, "weight")))
         return _merged_weight(base, layers.get(name), frozen, to)
@@ -130,6 +131,7 @@ def model_merge_report(
         True
     """
     check_format(to)
+    require_adapted(adapted)
     model, frozen = adapted.apply.model, adapted.frozen
     layers = adapted_layers(model, adapted.params)
     require_weights(model, "merge")
@@ -146,10 +148,27 @@ def model_merge_report(
 
 def _require_layers(argument: str, given: Mapping[str, Any], layers: Mapping[str, Any]) -> None:
     """Raise an error if `given`, a mapping by module name, names a layer that is not adapted."""
+    require_dict(argument, given)
     if odd := sorted(given.keys() - layers.keys()):
         raise ValueError(
             f"{argument} has {odd[0]!r}, which is not an adapted layer: use names such as {sorted(layers)[:3]}."
         )
+
+
+def _require_weight(name: str, given: Any, module: nn.Module) -> None:
+    """Raise an error if `given` can't be the merged weight of a layer."""
+    shape = (linear_sizes(module) or ())[::-1]
+    dense = isinstance(given, Tensor) and given.is_floating_point()
+    if not (dense or isinstance(given, Quantized4bit | Quantized8bit)) or tuple(given.shape) != shape:
+        raise ValueError(
+            f"the weight of {name!r} must be a quantized weight or a floating-point tensor of shape {shape}, got "
+            f"{described(given) if isinstance(given, Tensor) else repr(given)}."
+        )
+    for leaf in [given] if isinstance(given, Tensor) else flatten(given)[0]:
+        if leaf.is_meta:
+            raise ValueError(f"the weight of {name!r} has no data: {NO_DATA}")
+        if leaf.is_floating_point() and dense:
+            require_finite(f"the weight of {name!r}", leaf, "nothing was merged")
 
 
 def _require_mergeable(model: nn.Module, layers: Mapping[str, Any], to: Format | None) -> None:

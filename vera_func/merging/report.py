@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.shapes import without_autocast
-from ..quant.value import Quantized
+from ..core.shapes import described, without_autocast
+from ..quant.value import Quantized, Quantized4bit, Quantized8bit
 from .layer import checked_delta, dense, merge_quantized
 
 
@@ -75,6 +75,8 @@ def merge_report(
         if isinstance(q, Tensor):
             raise ValueError("the weight is dense, so merged is required: pass merged=merge_dense(...).")
         merged = merge_quantized(q, params, frozen)
+    if not isinstance(merged, Tensor | Quantized4bit | Quantized8bit):
+        raise ValueError(f"merged must be a weight of shape {tuple(q.shape)}, got {type(merged).__name__}.")
     if tuple(merged.shape) != tuple(q.shape):
         raise ValueError(f"merged has shape {tuple(merged.shape)}, but the weight has shape {tuple(q.shape)}.")
     change = dense(merged, torch.float32) - base
@@ -82,8 +84,8 @@ def merge_report(
     if inputs is None:
         return report
     in_features = delta.shape[1]
-    if inputs.shape[-1:] != (in_features,):
-        raise ValueError(f"inputs must have shape (*tokens, {in_features}), got {tuple(inputs.shape)}.")
+    if not isinstance(inputs, Tensor) or inputs.shape[-1:] != (in_features,):
+        raise ValueError(f"inputs must have shape (*tokens, {in_features}), got {described(inputs)}.")
     x = inputs.float()
     with without_autocast(x.device):
         actual, exact = x @ change.T, x @ delta.T

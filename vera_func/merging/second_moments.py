@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.shapes import require_finite, without_autocast
-from ..model.adapt import Adapted
+from ..model.adapt import Adapted, require_adapted
 from ..model.module import adapted_module
 from ..model.targets import adapted_layers
 from ..quant.bnb import from_bnb, is_bnb_linear
@@ -64,11 +64,13 @@ def second_moments(
         Second moments weighted by the gradient with respect to a layer's output, as in
         https://arxiv.org/abs/2505.07004.
     """
+    if readout is not None and torch.is_inference_mode_enabled():
+        raise ValueError("a readout needs gradients: call second_moments outside of torch.inference_mode().")
     module = adapted_module(adapted)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     sums = {name: _Sums() for name in adapted.apply.targets}
-    captured: dict[str, tuple[Tensor, Tensor]] = {}
+    captured: list[tuple[str, Tensor, Tensor]] = []
     for name in sums:
         module.get_submodule(name).register_forward_hook(partial(_capture, captured, name, readout is not None))
     for batch in batches:
@@ -83,7 +85,7 @@ def second_moments(
                         "the readout does not depend on any adapted layer: check that no output is detached."
                     )
                 value.sum().backward()
-        for name, (x, y) in captured.items():
+        for name, x, y in captured:  # a shared layer is called several times
             included = _token_mask(x, batch.get("attention_mask"))
             sums[name].add(x[included].float(), None if y.grad is None else y.grad[included].float())
         captured.clear()
@@ -120,6 +122,7 @@ def calibrate_weights(
         >>> type(merge(model, adapted.params, adapted.frozen, weights=weights)[0]).__name__
         'Linear4bit'
     """
+    require_adapted(adapted)
     layers = adapted_layers(adapted.apply.model, adapted.params)
     weights: dict[str, Quantized] = {}
     for name in progress(list(layers)):
@@ -169,19 +172,19 @@ class _Sums:
 
 
 def _capture(
-    captured: dict[str, tuple[Tensor, Tensor]],
+    captured: list[tuple[str, Tensor, Tensor]],
     name: str,
     with_grad: bool,
     layer: nn.Module,
     args: tuple,
     output: Tensor,
 ) -> None:
-    """Forward hook: store a layer's input and output under `name`, and retain the output's gradient if `with_grad`."""
+    """Forward hook: append a layer's name, input and output, and retain the output's gradient if `with_grad`."""
     if with_grad:
         if not output.requires_grad:
             output.requires_grad_(True)
         output.retain_grad()
-    captured[name] = args[0].detach(), output
+    captured.append((name, args[0].detach(), output))
 
 
 def _token_mask(x: Tensor, mask: Tensor | None) -> Tensor:

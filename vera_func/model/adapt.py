@@ -168,8 +168,7 @@ def num_parameters(adapted: Adapted) -> ParameterCount:
         >>> num_parameters(adapted)
         ParameterCount(trainable=10, total=64, percent=15.625)
     """
-    if not isinstance(adapted, Adapted):
-        raise ValueError(f"adapted must be an Adapted, made by adapt or load_adapter, got {type(adapted).__name__}.")
+    require_adapted(adapted)
     model, params = adapted.apply.model, adapted.params
     trainable = sum(value.numel() for value in params.values())
     vectors = sum(value.numel() for key, value in params.items() if is_vector(key))
@@ -178,6 +177,19 @@ def num_parameters(adapted: Adapted) -> ParameterCount:
     }
     total = vectors + sum(packed.get(id(leaf), leaf.numel()) for leaf in model.parameters())
     return ParameterCount(trainable, total, 100 * trainable / total)
+
+
+def require_adapted(adapted: Any) -> None:
+    """Raise an error if a value is not an `Adapted`.
+
+    Raises:
+        ValueError: If `adapted` is not an `Adapted`, for example if only the params are passed.
+
+    Example:
+        >>> require_adapted(adapt(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4, target_modules=["0"])))
+    """
+    if not isinstance(adapted, Adapted):
+        raise ValueError(f"adapted must be an Adapted, made by adapt or load_adapter, got {type(adapted).__name__}.")
 
 
 def draw_projections(

@@ -23,6 +23,7 @@ from ..core.keys import (
     own_parameters,
     split_key,
 )
+from ..core.shapes import require_dict
 
 
 Params: TypeAlias = Mapping[str, Tensor]
@@ -100,6 +101,7 @@ def num_adapters(stacked: Params) -> int:
         >>> num_adapters({"lambda_b": torch.ones(2, 3), "lambda_d": torch.ones(2, 4)})
         2
     """
+    require_dict("params", stacked)
     if not stacked:
         raise ValueError("stacked params are empty.")
     for key, leaf in stacked.items():

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from ..core.keys import split_key
-from .adapt import Adapted
+from .adapt import Adapted, require_adapted
 from .layers import set_parameter
 
 
@@ -24,6 +24,7 @@ def adapted_module(adapted: Adapted) -> nn.Module:
         >>> [name for name, p in adapted_module(adapted).named_parameters() if p.requires_grad]
         ['0.bias', '0.lambda_b', '0.lambda_d']
     """
+    require_adapted(adapted)
     apply, params, frozen, _ = adapted
     tensors, _ = apply.bind(params, frozen)
     for key, value in params.items():

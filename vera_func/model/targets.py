@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..core.keys import MARKS, SCALES, VECTORS, is_vector, split_key
+from ..core.shapes import require_dict
 from ..quant.bnb import is_bnb_linear
 from .config import HEADS, VeraConfig, is_all_linear
 from .expressions import Expression
@@ -248,6 +249,7 @@ def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, 
         >>> list(adapted_layers(nn.Sequential(nn.Linear(8, 6)), params))
         ['0']
     """
+    require_dict("params", params)
     modules = dict(model.named_modules())
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in params.items():

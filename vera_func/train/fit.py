@@ -9,8 +9,9 @@ The losses of stacked adapters are independent, so one backward pass of their su
 training resumes exactly from a `Fit`.
 """
 
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -20,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..private import tree_map
-from .gradient import LossFn, gradient_of, require_shape
+from ..core.shapes import require_integer
+from ..private import in_transform, tree_map
+from .gradient import LossFn, gradient_of, require_gradient, require_shape
 from .optim import (
     Gradient,
     Optimizer,
@@ -132,7 +134,9 @@ def fit(
         tensor([1.0000, 0.2000])
     """
     n = () if num_adapters is None else (num_adapters,)
-    _check_options(batches, evaluate, on_step, evaluate_every, patience, checkpoint, checkpoint_every)
+    functions = {"loss_fn": loss_fn, "schedule": schedule, "evaluate": evaluate, "accumulate": accumulate}
+    _check_functions(batches, functions | {"on_step": on_step})
+    _check_numbers(steps, num_adapters, evaluate, evaluate_every, patience, checkpoint, checkpoint_every)
     advance = _advance_of(optimizer, learning_rate, weight_decay, betas, eps)
     run = _initial_run(params, n, optimizer, resume, steps)
     done, device = len(run.losses), run.stopped.device
@@ -149,8 +153,11 @@ def fit(
             if monitor.due(step) and monitor.sync(run):
                 break
             gradient = partial(gradient_of, loss_fn, run.params, n, step == 0)
-            grads, losses = gradient(batches(step)) if accumulate is None else accumulate(gradient, batches(step))
-            rate = rates * _factor(schedule, step, device)
+            if accumulate is None:
+                grads, losses = gradient(batches(step))
+            else:
+                grads, losses = require_gradient(accumulate(gradient, batches(step)), n)
+            rate = rates * _factor(schedule, step, n, device)
             updated = update(rate, grads, losses, run.state, run.params, run.stopped < 0)
             run = _record(run, _append(losses_buffer, step, losses), *updated)
             evaluated = evaluate is not None and (step + 1) % evaluate_every == 0
@@ -271,6 +278,8 @@ def _initial_run(params: Tree, n: tuple[int, ...], optimizer: Any, resume: Fit |
     if isinstance(resume, Fit):
         require_like(resume, run, "resume")
         run = resume
+    elif not isinstance(resume, str | os.PathLike | None):
+        raise ValueError(f"resume must be a Fit or the path of a checkpoint, got {type(resume).__name__}.")
     elif resume is not None:
         run = load_fit(resume, params, num_adapters=n[0] if n else None, optimizer=optimizer)
     if len(run.losses) > steps:
@@ -298,7 +307,7 @@ def _record(run: Fit, losses: Tensor, params: dict, state: Any, finite: Tensor) 
 
 def _record_metric(run: Fit, buffer: Tensor, metric: float | Tensor, patience: int | None) -> Fit:
     """The state after an evaluation; adapters without improvement for `patience` evaluations stop."""
-    metric = torch.as_tensor(metric, dtype=torch.float64, device=run.stopped.device)
+    metric = _numbers("the metric of evaluate", metric, run.stopped.device)
     require_shape("evaluate", metric, run.stopped.shape)
     run = run._replace(metrics=_append(buffer, len(run.metrics), metric))
     if patience is None:
@@ -319,39 +328,47 @@ def _trim(run: Fit, done: int) -> Fit:
     return run._replace(losses=run.losses[: max(steps, done)].clone())
 
 
-def _factor(schedule: Callable[[int], float | Tensor], step: int, device: torch.device) -> Tensor:
-    factor = torch.as_tensor(schedule(step), dtype=torch.float64, device="cpu")
+def _factor(schedule: Callable[[int], float | Tensor], step: int, n: tuple[int, ...], device: torch.device) -> Tensor:
+    factor = _numbers(f"schedule({step})", schedule(step), torch.device("cpu"))
+    if factor.shape not in ((), n):
+        count = f" or {n[0]} numbers" if n else ""
+        raise ValueError(f"schedule({step}) must be one number{count}, got shape {tuple(factor.shape)}.")
     if not all(value >= 0 for value in factor.flatten().tolist()):
         raise ValueError(f"schedule({step}) must be at least 0, got {factor.tolist()}.")
     return factor.to(device, non_blocking=True)
 
 
-def _check_options(
-    batches: Any,
-    evaluate: Any,
-    on_step: Any,
-    evaluate_every: int,
-    patience: int | None,
-    checkpoint: Any,
-    checkpoint_every: int,
-) -> None:
+def _check_functions(batches: Any, functions: Mapping[str, Any]) -> None:
     if torch.is_inference_mode_enabled():
         raise ValueError("fit computes gradients: call it outside of torch.inference_mode().")
+    if in_transform():
+        raise ValueError("fit has no derivative: call it outside of torch.func transforms.")
     if not callable(batches):
         raise ValueError(
             f"batches must be a function of the step, got {type(batches).__name__}. For a list, pass "
             "lambda step: batches[step % len(batches)]."
         )
-    for name, function in (("evaluate", evaluate), ("on_step", on_step)):
-        if function is not None and not callable(function):
+    for name, function in functions.items():
+        if not callable(function) and (function is not None or name in ("loss_fn", "schedule")):
             raise ValueError(f"{name} must be a function, got {type(function).__name__}.")
+
+
+def _check_numbers(
+    steps: int,
+    num_adapters: int | None,
+    evaluate: Any,
+    evaluate_every: int,
+    patience: int | None,
+    checkpoint: Any,
+    checkpoint_every: int,
+) -> None:
+    require_integer("steps", steps, 0)
+    options = {"num_adapters": num_adapters, "patience": patience}
+    intervals = {"evaluate_every": evaluate_every, "checkpoint_every": checkpoint_every}
+    for name, value in {**intervals, **{k: v for k, v in options.items() if v is not None}}.items():
+        require_integer(name, value, 1)
     if patience is not None and evaluate is None:
         raise ValueError(f"patience={patience} requires evaluations: pass evaluate.")
-    if min(evaluate_every, checkpoint_every, 1 if patience is None else patience) < 1:
-        raise ValueError(
-            "evaluate_every, checkpoint_every and patience must be at least 1, got "
-            f"{evaluate_every=}, {checkpoint_every=}, {patience=}."
-        )
     if checkpoint is not None and not (folder := Path(checkpoint).parent).is_dir():
         raise ValueError(f"checkpoint must be in an existing folder, but {folder} does not exist: create it first.")
 
@@ -365,10 +382,17 @@ def _bar(done: int, steps: int, progress: bool) -> AbstractContextManager[Any]:
 
 
 def _per_adapter(name: str, value: PerAdapter, n: tuple[int, ...], device: torch.device) -> Tensor:
-    values = torch.as_tensor(value, dtype=torch.float64, device=device)
+    values = _numbers(name, value, device)
     if values.shape not in ((), n):
         expected = f"one value or {n[0]} values" if n else "one value; if params are stacked, also pass num_adapters"
         raise ValueError(f"{name} has shape {tuple(values.shape)}: pass {expected}.")
     if not (values >= 0).all():
         raise ValueError(f"{name} must be at least 0, got {value}.")
     return values.expand(n)
+
+
+def _numbers(name: str, value: Any, device: torch.device) -> Tensor:
+    try:
+        return torch.as_tensor(value, dtype=torch.float64, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a number, or numbers of equal shape, got {value!r}.") from error

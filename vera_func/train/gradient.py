@@ -1,6 +1,6 @@
 """The gradient of a training step, with an error for detached layers, where autograd would return zero gradients."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,8 @@ def gradient_of(loss_fn: LossFn, params: dict[str, Tensor], n: tuple[int, ...], 
     def total(*leaves: Tensor) -> tuple[Tensor, Tensor]:
         losses = loss_fn(dict(zip(params, leaves, strict=True)), batch)
         require_shape("loss_fn", losses, n)
+        if losses.is_complex():
+            raise ValueError(f"loss_fn must return real numbers, got {losses.dtype}.")
         if not losses.requires_grad:
             raise ValueError(
                 f"the losses of loss_fn do not depend on params; check that they are not detached. {_ADVICE}"
@@ -119,3 +121,19 @@ def require_shape(name: str, value: Tensor, n: tuple[int, ...]) -> None:
     if value.shape != n:
         hint = "" if n else "; if params are stacked, pass num_adapters"
         raise ValueError(f"{name} must return {expected}, got shape {tuple(value.shape)}{hint}.")
+
+
+def require_gradient(result: Any, n: tuple[int, ...]) -> Gradient:
+    """Return the result of `accumulate` (see `fit`), after checking that it consists of gradients and losses.
+
+    Raises:
+        ValueError: If the result is not a pair of a dict and losses of shape `n`.
+
+    Example:
+        >>> require_gradient(({"p": torch.ones(2)}, torch.tensor(3.0)), ())
+        ({'p': tensor([1., 1.])}, tensor(3.))
+    """
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Mapping)):
+        raise ValueError(f"accumulate must return (gradients, losses), as gradient does, got {type(result).__name__}.")
+    require_shape("accumulate", result[1], n)
+    return dict(result[0]), result[1]

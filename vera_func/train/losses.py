@@ -243,6 +243,8 @@ def _check(
             f"head {tuple(head.shape)} {head.dtype} does not fit hidden {tuple(hidden.shape)} {hidden.dtype}: pass the "
             f"head's weight (vocab, {hidden.shape[-1]}) in the dtype of hidden, or None for logits."
         )
+    if bias is not None and not isinstance(bias, Tensor):
+        raise ValueError(f"bias must be a tensor of shape ({head.shape[0]},) or None, got {type(bias).__name__}.")
     if bias is not None and (bias.shape != head.shape[:1] or bias.dtype != head.dtype):
         raise ValueError(
             f"bias must be ({head.shape[0]},) {head.dtype}, to match head, got {tuple(bias.shape)} {bias.dtype}."

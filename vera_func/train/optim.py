@@ -9,6 +9,7 @@ tensors.
 """
 
 import inspect
+import numbers
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..core.shapes import require_dict
 from ..private import tree_map
 from .schedules import constant as constant, linear_warmup_cosine as linear_warmup_cosine  # part of this module's API
 
@@ -108,6 +110,8 @@ def _adam(
         raise ValueError(
             f"state.step must have shape (), got {tuple(state.step.shape)}: for stacked adapters, use torch.func.vmap."
         )
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers (b1, b2), got {betas!r}.")
     beta1, beta2 = (_number("betas", beta, below=1.0) for beta in betas)
     eps = _number("eps", eps)
     step = state.step + 1
@@ -246,9 +250,7 @@ def _state_tensor(device: torch.device, leaf: Any) -> Tensor:
 
 def require_trainable(params: Mapping[str, Tensor]) -> None:
     """Check that `params` is a non-empty dict of floating-point tensors."""
-    if not isinstance(params, Mapping):
-        hint = ": pass its attribute params" if hasattr(params, "params") else ""
-        raise ValueError(f"params must be a dict of tensors, got {type(params).__name__}{hint}.")
+    require_dict("params", params)
     if not params:
         raise ValueError("params is empty: there is nothing to train.")
     for key, p in params.items():
@@ -320,6 +322,8 @@ def _sqrt(x: Tensor) -> Tensor:
 
 def _number(name: str, value: float | Tensor, below: float | None = None) -> float | Tensor:
     if not isinstance(value, Tensor):
+        if not isinstance(value, numbers.Real):
+            raise ValueError(f"{name} must be a number, got {value!r}.")
         if not value >= 0 or (below is not None and value >= below):
             bound = "" if below is None else f" and below {below:g}"
             raise ValueError(f"{name} must be at least 0{bound}, got {value}.")

@@ -60,13 +60,13 @@ def start_run(params: Tree, n: tuple[int, ...], optimizer: Optimizer | None = No
         >>> start_run({"p": torch.ones(2, 3)}, (2,)).stopped
         tensor([-1, -1])
     """
+    require_trainable(params)
     for key, p in params.items():
         if n and p.shape[:1] != n:
             raise ValueError(
                 f"num_adapters={n[0]} does not match params[{key!r}] of shape {tuple(p.shape)}: stack n adapters with "
                 "stack_adapters, and pass num_adapters=n."
             )
-    require_trainable(params)
     params = {k: p.detach() for k, p in params.items()}
     init = adamw_init if optimizer is None else as_optimizer(optimizer).init
     state = (torch.func.vmap(init) if n else init)(params)
