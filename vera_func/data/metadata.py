@@ -28,11 +28,11 @@ class Metadata(NamedTuple):
         labels: All labels.
         prompt: Prompt template with `{text}`.
         kind: Kind of the training data (see `kinds`); None for labelled texts.
-        data: Source of the training data, one per adapter.
+        data: For each adapter, the source of its training data.
         max_length: Maximum number of tokens of a sequence.
         truncate_side: Where longer sequences were truncated: at the "end" or at the "start".
         reference: For preferences, folder or hub id of DPO's reference adapter; None means the base model.
-        beta: For preferences, DPO's beta, one per adapter.
+        beta: For preferences, the beta of DPO for each adapter.
         label_sets: Labels of each adapter of a bank, if the adapters have different labels; `labels` is then None.
     """
 
@@ -78,11 +78,14 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
     if not isinstance(sets, list) or not all(_are_texts(own) for own in (texts, labels, *sets)):
         raise ValueError(
             f"{file}: quant and prompt must be strings, labels must be a list of strings, and label_sets must be a "
-            f"list of lists of strings; got {fields}."
+            f"list of lists of strings; got {fields}: correct or delete the file."
         )
     if metadata.kind not in (None, *COLUMNS) or not isinstance(metadata.max_length, int | None):
         kinds = ", ".join(COLUMNS)
-        raise ValueError(f"{file}: kind must be one of {kinds}, and max_length must be an integer; got {fields}.")
+        raise ValueError(
+            f"{file}: kind must be one of {kinds}, and max_length must be an integer; got {fields}: correct or delete "
+            "the file."
+        )
     return metadata
 
 
@@ -137,7 +140,7 @@ def with_labels(metadata: Metadata, label_sets: Sequence[list[str]]) -> Metadata
 
 
 def join_metadata(adapters: Sequence[Metadata]) -> Metadata | None:
-    """Join the metadata of adapters for a bank; None if the adapters differ in a field that a bank stores only once.
+    """Return the metadata of a bank of adapters, or None if the adapters differ in a field that a bank stores once.
 
     Example:
         >>> join_metadata([Metadata("nf4", data=["a.csv"]), Metadata("nf4", data=["b.csv"])]).data

@@ -83,8 +83,8 @@ def packed_batch(
 ) -> dict[str, Tensor]:
     """Make a batch of packed rows, padded on the right.
 
-    The attention mask is block-diagonal and causal, and replaces the model's own mask. A model with a sliding window
-    therefore attends to whole documents.
+    The attention mask is block-diagonal and causal. The mask replaces the model's mask, including any sliding window.
+    Therefore each token attends to all previous tokens of its document.
 
     Args:
         rows: The documents of each row. A document is a pair of token ids and labels, with the label -100 where there
@@ -116,7 +116,8 @@ def packed_batch(
     """
     if not rows or not all(rows) or not all(len(ids) for row in rows for ids, _ in row):
         raise ValueError(
-            "there are no rows, or a row has no documents, or a document has no tokens: pass at least one of each."
+            "there are no rows, or a row has no documents, or a document has no tokens: remove empty rows and "
+            "documents, and pass at least one row."
         )
     for tokens, targets in (document for row in rows for document in row):
         if len(tokens) != len(targets):
@@ -162,7 +163,7 @@ def is_packable(
             arguments `input_ids` (token ids from 1 to 6) and, for packed rows, `position_ids` and `attention_mask`.
         max_length: Maximum number of tokens of a document.
         window: Size of the model's sliding attention window; None means no window. The mask of packed rows replaces the
-            window, so the result is False if `max_length` is larger than `window`.
+            window, so `is_packable` returns False if `max_length` is larger than `window`.
         dtype: Dtype of the model's activations.
         device: Device of the model.
 

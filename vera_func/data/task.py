@@ -54,7 +54,7 @@ class Task(NamedTuple):
 
     @property
     def last_position(self) -> dict[str, Any]:
-        """The argument of the model with which only the last position has logits; empty if the model has none."""
+        """`{"logits_to_keep": 1}`, for logits at the last position only, or `{}` if the model lacks this argument."""
         return {"logits_to_keep": 1} if "logits_to_keep" in self.accepts else {}
 
 
@@ -104,7 +104,7 @@ def own_logits(logits: Float[Tensor, "b answers"], places: Int[Tensor, "b labels
 
 
 def check_prompt(prompt: str) -> str:
-    """Return a prompt template if it contains exactly one `{text}`, no other braces, and some other text.
+    """Return a prompt template, which must contain exactly one `{text}`, some other text, and no other braces.
 
     Raises:
         ValueError: If the template is invalid.
@@ -119,8 +119,8 @@ def check_prompt(prompt: str) -> str:
         valid = False
     if not valid:
         raise ValueError(
-            f"a prompt must contain {{text}} exactly once, no other braces, and some other text, such as {PROMPT!r}; "
-            f"got {prompt!r}."
+            f"a prompt must contain {{text}} exactly once, some other text, and no other braces; got {prompt!r}: pass "
+            f"a prompt such as {PROMPT!r}."
         )
     return prompt
 
