@@ -86,8 +86,7 @@ def compare_answers(
 ) -> Answers:
     """Compare the predictions of a merged model with the predictions of the unmerged adapter.
 
-    `apply` computes all logits from the stored weights, rather than by bitsandbytes' own forward pass, which may round
-    activations.
+    All logits are computed with `apply`, because the forward pass of bitsandbytes may round activations.
 
     Args:
         adapted: The adapter that was merged.

@@ -48,7 +48,7 @@ class Asset:
 
 
 class Snippet(NamedTuple):
-    """One or two sentences with the mean sentiment rating by about 20 people, from -4 (negative) to 4 (positive)."""
+    """One or two sentences, and the mean of about 20 people's sentiment ratings, from -4 (negative) to 4 (positive)."""
 
     id: str
     rating: float
@@ -112,7 +112,7 @@ def load_snippets(domain: str = "movie") -> list[Snippet]:
 
     Args:
         domain: "movie" (10,605 snippets), "amazon" (3,708), "nyt" (5,190) or "tweets" (4,200).
-            Snippets of the same Amazon review or NYT editorial have ids with the same prefix before `_`.
+            For "amazon" and "nyt", the part of an id before `_` identifies the review or editorial.
 
     Raises:
         ValueError: If the domain is unknown.

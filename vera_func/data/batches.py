@@ -9,7 +9,7 @@ A batch is a list of micro-batches. A micro-batch is a dict of tensors:
     `beta` (rows,) is the beta of each pair's DPO loss; present only for preferences.
     `reference` (rows, 2) contains the log-probabilities of chosen and rejected answers under the DPO reference.
 
-The weights are such that the average of an adapter's losses over the micro-batches is the adapter's mean loss per
+The weights are scaled so that an adapter's loss, averaged over the micro-batches, is the adapter's mean loss per
 target (for preferences, per pair). The mean loss depends neither on the number of micro-batches nor on the other
 adapters.
 """
@@ -60,7 +60,7 @@ def batch_order(lengths: Sequence[int], batch_size: int, *, seed: int, window: i
 
     `epoch_order` shuffles the rows of an epoch. The shuffled rows are split into windows of `window` batches, and
     sorted by length within each window. After sorting, the batches of the epoch are shuffled. Without sorting, about a
-    third of the tokens would be padding. Rows that do not fill a batch at the end of an epoch are dropped.
+    third of the tokens would be padding. In each epoch, the rows that remain after the last full batch are dropped.
 
     Args:
         lengths: Length of each row.
@@ -110,7 +110,7 @@ def training_batches(
         parts: The rows of each adapter. An adapter with fewer rows than `batch_size` uses all its rows in each step.
         steps: Number of steps of each adapter.
         batch_size: Rows per adapter and step.
-        seed: Seed of the row order; the same for all adapters.
+        seed: Seed of every adapter's row order.
         micro_batches: Number of micro-batches per step.
         collate: Function `(items, scale) -> micro-batch`, such as `partial(collate_items, parts)`.
     """
@@ -134,7 +134,10 @@ def training_batches(
 
 
 def evaluation_batches(items: Sequence[Item], parts: Sequence[Part], tokens: int) -> list[list[Item]]:
-    """Group items of similar length into batches of at most `tokens` tokens with padding, or of one longer item."""
+    """Group items of similar length into batches of at most `tokens` tokens, including padding.
+
+    An item of more than `tokens` tokens is a batch by itself.
+    """
     length = {id(part.rows): part.rows.lengths() * part.rows.width for part in parts}
 
     def size(item: Item) -> int:

@@ -89,7 +89,7 @@ def peek_kind(source: str | Path) -> Kind:
 def checked_rows(source: str | Path) -> Iterator[tuple[Kind, Row]]:
     """Yield `(kind, row)` for each row of a data set; `kind` is the same for all rows.
 
-    `row.values` contains the columns of the kind, and `group`, an integer hash of the row's group.
+    Besides the columns of the kind, `row.values` contains `group`, an integer hash of the row's group.
 
     Raises:
         ValueError, OSError: As for `open_dataset`.

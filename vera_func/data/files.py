@@ -46,8 +46,8 @@ def source_rows(source: str | Path, check_header: CheckHeader) -> Iterator[Row]:
         check_header: Function `(columns, place)`, called once for each file with a header; see `read_rows`.
 
     Raises:
-        ValueError: As for `find_files` and `read_rows`, or if a data set of the hub has no such split.
-        OSError: As for `find_files` and `read_rows`, or if the hub has no such data set or can't be reached.
+        ValueError: As for `find_files` and `read_rows`, or if the hub's data set does not have the given split.
+        OSError: As for `find_files` and `read_rows`, or if the hub can't be reached or does not have the data set.
     """
     if is_hub_id(source):
         yield from _hub_rows(str(source), check_header)
@@ -70,7 +70,7 @@ def is_hub_id(source: str | Path) -> bool:
 
 
 def find_files(source: str | Path) -> list[Path]:
-    """Return the data files of a file, a folder (with its sub-folders) or a glob pattern, sorted by path.
+    """Return sorted file paths: a single file, all data files below a folder, or all matches of a glob pattern.
 
     Raises:
         FileNotFoundError: If the path does not exist, or if no file matches the pattern.

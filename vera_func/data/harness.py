@@ -162,7 +162,7 @@ def _score(logprobs: Tensor, continuation: list[int]) -> Score:
 
 
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Return the tokens of a context and of its continuation, split as in lm-evaluation-harness.
+    """Tokenize a context and its continuation in the same way as lm-evaluation-harness.
 
     Spaces between the context and the continuation belong to the continuation. An empty context becomes the BOS
     token, or the EOS token if there is no BOS token.
@@ -170,7 +170,7 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[i
     Args:
         tokenizer: A tokenizer of transformers.
         context: A text, or "".
-        continuation: The text after it.
+        continuation: The text after the context.
 
     Raises:
         ValueError: If the continuation has no tokens.

@@ -1,8 +1,8 @@
 """Text classification by a causal language model: prompts, batches, loss and accuracy.
 
-The logit of a label is the logit of the label's first token (tokenized with a preceding space) as the next token after
-the prompt. The softmax over the label logits gives the probabilities of the labels. Prompts are padded on the left, so
-that the last position is position -1 in every row.
+The logit of a label is the model's logit for the label's first token, at the last position of the prompt. A label is
+tokenized with a preceding space. The softmax over the label logits gives the probabilities of the labels. Prompts are
+padded on the left, so that the last position is position -1 in every row.
 """
 
 import inspect
@@ -121,7 +121,7 @@ def collate(rows: Sequence[Encoded], pad_id: int = 0) -> Batch:
 
 
 def batches_by_length(rows: Sequence[Encoded], batch_size: int, pad_id: int = 0) -> list[Batch]:
-    """Split examples into batches, sorted by length to reduce padding; `"row"` (b,) contains the indices in `rows`.
+    """Return batches of examples of similar length, to reduce padding; `"row"` (b,) is each example's index in `rows`.
 
     Example:
         >>> rows = [Encoded([5, 6, 7], 1), Encoded([8], 0), Encoded([5, 6], 0)]

@@ -64,7 +64,7 @@ def pairs(snippets: Iterable[Snippet], *, seed: int) -> Rows:
     single group, because all prompts are equal.
 
     Args:
-        snippets: Rated sentences. Sentences with a repeated text are omitted.
+        snippets: Rated sentences. Of several snippets with equal texts, only the first is used.
         seed: Seed of the order of the pairs.
 
     Example:

@@ -56,7 +56,7 @@ def open_source(
     """Read and check the configuration and metadata of adapters, without loading a model.
 
     Args:
-        adapter: A PEFT directory, or the name of a repository of the hub.
+        adapter: A PEFT directory, or the id of a hub repository.
         bank: An adapter bank.
         names: Names of adapters in the bank; None means all adapters.
         model: Folder or hub id of the base model; None means the model that the configuration names.
@@ -64,7 +64,7 @@ def open_source(
 
     Raises:
         ValueError: If both `adapter` and `bank` are given, or if `names` are given without `bank`. If a name is
-            unknown. If `one` is true, but not exactly one adapter is given. If a file is damaged or of the wrong
+            unknown. If `one` is true, and the number of adapters is not 1. If a file is damaged or of the wrong
             type.
         FileNotFoundError: If the PEFT directory or the bank does not exist.
     """

@@ -127,7 +127,7 @@ def tokenize(data: DataSet, tokenizer: "PreTrainedTokenizerBase", *, max_length:
 
 
 def prompt_tokens(full: Sequence[int], prompt: Sequence[int]) -> Tokens:
-    """Label the tokens `full` of a prompt followed by its answer; only the tokens after the prompt are targets.
+    """Label `full`, the tokens of a prompt and its answer; only the tokens after the prompt are targets.
 
     The targets begin where `full` first differs from `prompt`, so a token that straddles the end of the prompt is a
     target.
@@ -210,7 +210,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Append the tokenizer's EOS token, unless the ids end with it or the tokenizer has none."""
+    """Append the tokenizer's EOS token if the tokenizer has one and the ids do not end with that token."""
     end = tokenizer.eos_token_id
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
