@@ -8,7 +8,7 @@ from ..data.files import is_hub_id
 
 
 def kind_of(source: str) -> str:
-    """The kind of a data set. A missing file counts as "label": the error is raised later, when the file is read."""
+    """The kind of a data set. For a missing file, the kind is "label"; reading the file later raises an error."""
     there = is_hub_id(source) or Path(source).exists() or any(sign in source for sign in "*?[")
     return peek_kind(source) if there else "label"
 
@@ -17,7 +17,7 @@ def refuse_options(options: dict[str, Any], what: str) -> None:
     """Raise if the user passed an option that has no effect on the data.
 
     Args:
-        options: Values of the options without effect, by name; None means that the user did not pass the option.
+        options: Dict from name to value of the options without effect; None means that the option was not passed.
         what: Description of the data in the error message, such as "with labels".
 
     Raises:

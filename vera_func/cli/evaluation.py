@@ -39,8 +39,8 @@ def evaluate(
     """Run the command `evaluate`, on data of any kind. All rows are checked before the model is loaded."""
     if data is None and source.metadata.kind is not None:
         raise ValueError(
-            "got no --data, but the default data has labels, and the adapter was trained on data of the kind "
-            f"{source.metadata.kind!r}: pass --data with data of the kind {source.metadata.kind!r}."
+            f"got no --data for an adapter that was trained on data of the kind {source.metadata.kind!r}, and the "
+            f"default data has labels: pass --data with data of the kind {source.metadata.kind!r}."
         )
     if data is not None and kind_of(data) != "label":
         refuse_options({"--prompt": prompt, "--batch-size": batch_size}, "without labels")
@@ -176,10 +176,10 @@ def evaluate_language(
 
 
 def length_of(base: Base, given: int | None) -> int:
-    """The maximum number of tokens: `given`; if None, the smaller of `MAX_LENGTH` and the model's maximum.
+    """Return `given`; for None, return the smaller of `MAX_LENGTH` and the model's maximum number of positions.
 
     Raises:
-        ValueError: If `given` exceeds the number of positions of the model.
+        ValueError: If `given` exceeds the model's maximum number of positions.
     """
     most = getattr(base.model.config, "max_position_embeddings", None) or given or MAX_LENGTH
     if given is not None and given > most:
@@ -190,7 +190,7 @@ def length_of(base: Base, given: int | None) -> int:
 
 
 def _beta(source: Source, name: str) -> float:
-    """DPO's beta of an adapter, from the metadata; 0.1 if the metadata has no beta."""
+    """The beta of DPO in an adapter's metadata; 0.1 if the metadata has no beta."""
     if source.path is None:
         return BETA
     betas = source.metadata.beta or [BETA]

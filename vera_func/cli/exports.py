@@ -140,8 +140,9 @@ def convert(
         model: Folder or hub id of the base model; None means the model in the configuration of the first directory.
 
     Raises:
-        ValueError: If `sources` contains a bank and another source, if `out` or `names` does not fit the direction of
-            the conversion, or if the adapters can't share a bank (see `import_adapters`).
+        ValueError: If `sources` contains a bank and another source, if `out` is a file (for a bank) or does not end in
+            `.safetensors` (for directories), if `names` is given for directories, or if the adapters can't share a bank
+            (see `import_adapters`).
         FileExistsError: If the bank already exists.
         FileNotFoundError: If a source does not exist.
     """

@@ -1,6 +1,6 @@
 """Groups of command-line options, as named tuples.
 
-If a parameter of a command is such a group, `flatten` replaces the parameter by one option per field of the tuple.
+If a parameter of a command is a group, `flatten` replaces the parameter with one option per field of the tuple.
 """
 
 import inspect

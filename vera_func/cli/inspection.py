@@ -41,7 +41,7 @@ def inspect_path(
 
     Args:
         path: The directory, bank or folder.
-        model: Base model of the adapter, for a report on merging; None means no such report.
+        model: Base model of the adapter, for a report on merging; None means no report on merging.
         quant: Quantization format of the base model; None means the format used in training.
         dtype: Dtype of the base model's arithmetic.
         device: Device of the base model.
@@ -70,7 +70,7 @@ def inspect_path(
 
 
 def summarize_reports(modules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Average merge reports over the layers whose names have the same last component, such as `q_proj`.
+    """Average merge reports over layers, grouped by the last component of the layer name, such as `q_proj`.
 
     Example:
         >>> summarize_reports([{"module": "0.q", "kept": 0.5, "error": 1.0, "size": 0.25},
@@ -184,7 +184,7 @@ def _inspect_model(folder: Path, r: int, targets: Sequence[str] | None) -> dict[
 
 
 def _norms(stacked: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """Count the layers and average the norms of the adapter's vectors, per last component of the layers' names."""
+    """Count layers and average the norms of the adapter's vectors, grouped by the last component of the layer name."""
     # Sorted, since the order in a safetensors file is arbitrary.
     layers = sorted(adapted_modules(stacked))
     rows = []

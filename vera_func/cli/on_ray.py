@@ -62,7 +62,7 @@ def evaluate_on_ray(
         ConnectionError: If no cluster answers at the address.
         RuntimeError: If the cluster has neither a GPU nor a CPU, or if actors die 4 times while they evaluate the same
             group of adapters.
-        ValueError: If the process runs under torchrun. An exception of `evaluate` in an actor is raised unchanged.
+        ValueError: If the process runs under torchrun. An exception that an actor raises is raised unchanged.
     """
     if world_size() > 1:
         raise ValueError(
@@ -93,7 +93,7 @@ def evaluate_on_ray(
 
 
 class Evaluator:
-    """A Ray actor that loads the base model and evaluates groups of adapters in the working directory `folder`."""
+    """A Ray actor that loads the base model and evaluates groups of adapters, with `folder` as working directory."""
 
     def __init__(
         self, folder: str, source: Source, load: Callable[[], Base], data: str | None, options: dict[str, Any]
@@ -131,7 +131,7 @@ def _connected(address: str) -> Iterator[Any]:
 
 
 def _actors(nodes: list[dict[str, Any]]) -> tuple[int, dict[str, float]]:
-    """The number of actors for a cluster with these nodes, and the resources of each actor.
+    """The number of actors for a cluster of `nodes`, and the resources of each actor.
 
     Example:
         >>> _actors([{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": True, "Resources": {"CPU": 8.0}}])

@@ -78,7 +78,7 @@ def not_negative(text: Any) -> float:
 
 
 def newlines(text: str) -> str:
-    r"""Replace each two-character `\n`, as typed in a shell, by a line break.
+    r"""Replace each two-character `\n`, as typed in a shell, with a line break.
 
     Example:
         >>> newlines(r"Review: {text}\nSentiment:")

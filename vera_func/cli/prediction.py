@@ -98,7 +98,7 @@ def require_texts(kind: str, texts: Sequence[str]) -> None:
     """Check that there are texts and that no text is empty.
 
     Args:
-        kind: Name of a text in the error message, such as "prompt".
+        kind: Noun for a text in the error message, such as "prompt".
         texts: The texts.
 
     Raises:

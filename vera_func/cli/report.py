@@ -88,7 +88,7 @@ def _track(title: str, unit: str, items: Iterable[Any]) -> Iterator[Any]:
 
 
 def adapters_title(start: int, names: Sequence[str], of: Sequence[str]) -> str:
-    """The title of the progress bar for the adapters `names`, which begin at index `start` of the list `of`.
+    """The title of the progress bar for the adapters `names`, where `start` is the index of `names[0]` in `of`.
 
     Example:
         >>> adapters_title(2, ["c", "d"], "abcde")
@@ -101,7 +101,7 @@ def adapters_title(start: int, names: Sequence[str], of: Sequence[str]) -> str:
 def training_bar(done: int, steps: int, progress: bool) -> Iterator[Callable[[Any, Any], None]]:
     """Show a progress bar of training on stderr, with the loss, tokens per second and the remaining time.
 
-    Yield a function to call after each step, with the micro-batches and losses of the step. Losses on an accelerator
+    Yield a function of the micro-batches and losses of a step, to be called after each step. Losses on an accelerator
     are read only every `SYNC_EVERY` steps, because each read waits for the accelerator. If `progress` is False or
     the rank is above 0, no bar is shown.
     """

@@ -87,7 +87,7 @@ def train_classifier(
             `seed` and `dora`. VeRA needs a large learning rate, such as 2e-2. A sweep tries learning rates from a
             quarter of the given rate to twice the given rate. If `run.max_length` is None, prompts have at most 256
             tokens; the text of a longer prompt is truncated at the end.
-        data: Labelled examples, as for `read_examples`; None means rated snippets of movie reviews from PyPI.
+        data: Path or hub id of labelled examples (see `read_examples`); None means rated movie reviews from PyPI.
         prompt: Prompt template that contains `{text}` and ends where the label begins.
         adapters: Number of adapters to train. Several adapters are trained as a sweep; see the module `selection`.
         progress: Whether to show progress bars.
@@ -218,7 +218,7 @@ def _train(
 def _save_and_reload(
     out: Path, adapted: Adapted, trained: Trained, task: Task, batch: Batch, metadata: Metadata
 ) -> float:
-    """Save the adapter (and the bank of a sweep), load the adapter, and return the largest change of its logits."""
+    """Save the adapter (and the bank of a sweep), load the adapter, and return the largest change of a logit."""
     save_adapter(out, trained.params, adapted.frozen, trained.config)
     write_metadata(out, metadata)
     if trained.sweep is not None:

@@ -72,7 +72,7 @@ def make_jobs(
     betas: Sequence[float],
     pack_to: int | None = None,
 ) -> list[Job]:
-    """The jobs of a run: one per data set, or for preferences, one per pair of a data set and a beta.
+    """The jobs of a run: one job per data set, or, for preferences, one job per pair of a data set and a beta.
 
     Args:
         sets: The data sets.
@@ -117,7 +117,7 @@ def _split(groups: Tensor, seed: int, source: str) -> tuple[Tensor, Tensor]:
 
 
 def num_steps(batches: int, steps: Sequence[int] | None, epochs: float | None, i: int, n: int) -> int:
-    """The number of training steps of adapter `i` of `n`: from `steps`, or `epochs` times the batches per epoch.
+    """The number of steps of adapter `i` of `n`: its value in `steps`, else `epochs` times the batches per epoch.
 
     If `steps` and `epochs` are None, training takes one epoch, but at least 50 and at most 100 steps.
 
@@ -143,7 +143,7 @@ def value_of(option: str, values: Sequence[Any], i: int, n: int) -> Any:
 
 
 def adapter_names(sources: Sequence[str], pairs: Sequence[tuple[int, float | None]]) -> list[str]:
-    """Name each pair of a data set and a beta after the file or folder, the beta, or both, so that names differ.
+    """The adapter name for each pair of a data set and a beta, such as `reviews`, `beta0.1` or `reviews-beta0.1`.
 
     Raises:
         ValueError: If two pairs are equal.

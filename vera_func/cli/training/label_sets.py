@@ -47,7 +47,7 @@ def train_label_sets(sources: Sequence[str], run: Run, *, prompt: str = PROMPT) 
     """Train an adapter for each data set with labels, and measure held-out accuracy before and after training.
 
     Args:
-        sources: The data sets, each as for `read_examples`.
+        sources: Paths or hub ids of the data sets (see `read_examples`).
         run: Options of the run. If `run.max_length` is None, prompts have at most 256 tokens.
         prompt: Prompt template that contains `{text}` and ends where the label begins.
 
@@ -147,6 +147,6 @@ def _scores(
     map: Any,
     progress: Any = iter,
 ) -> list[Score]:
-    """Score each adapter on the held-out rows of its own task."""
+    """Score each adapter on the held-out rows of the adapter's task."""
     cases = progress(list(zip(tasks, params, held_out, strict=True)))
     return [score_of(adapted, task, own, rows, map=map) for task, own, rows in cases]

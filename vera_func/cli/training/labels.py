@@ -43,7 +43,7 @@ def train_classifiers(
 
     Args:
         adapted: A new adapter.
-        tasks: The task of each adapter, with the same prompt.
+        tasks: The task of each adapter; all tasks must have the same prompt.
         rows: The training rows of each adapter.
         recipe: Training options; `checkpointing` supports one adapter without dropout.
         steps, learning_rates, evaluate, checkpoint, start, progress, shared: As for `train_together`.

@@ -40,7 +40,7 @@ class Trained(NamedTuple):
         params: The params with the lowest metric if there were evaluations, else the params of the last step.
         steps: Number of training steps that led to `params`, for each adapter.
         loss: Training loss of each adapter in its last step.
-        diverged: Whether each adapter stopped because a value was not finite.
+        diverged: Whether each adapter stopped because its loss, gradient or update was not finite.
     """
 
     params: dict[str, Tensor]
@@ -66,9 +66,9 @@ def train_together(
     """Train one adapter, or several adapters at once, each with its own learning rate and number of steps.
 
     Args:
-        loss: Function `(params, batch) -> loss`, such as from `loss_of_rows`.
+        loss: Function `(params, batch) -> loss`, such as `loss_of_rows` returns.
         params: Initial params; stacked if `steps` has several values.
-        batches: Function `step -> micro-batches`, such as from `training_batches`.
+        batches: Function `step -> micro-batches`, such as `training_batches` returns.
         recipe: Training options.
         steps: Number of steps of each adapter.
         learning_rates: Peak of the learning rate of each adapter.
@@ -153,7 +153,7 @@ def train_chunks(
 
 
 class _Evaluations:
-    """A callable for the argument `evaluate` of `fit` that also saves the params with the lowest metric."""
+    """The argument `evaluate` of `fit`: computes the metric, and saves each adapter's params with the lowest metric."""
 
     def __init__(
         self, params: Params, n: tuple[int, ...], metric: Callable[[Params], Tensor], file: Path | None, shared: bool

@@ -40,7 +40,7 @@ class Sweep(NamedTuple):
     Attributes:
         best: Final params of the best adapter.
         row: Index of the best adapter.
-        stacked: Final params of all adapters, including the best one.
+        stacked: Final params of all adapters, including the best adapter.
         table: One row per adapter: its name, hyper-parameters, validation loss and validation accuracy.
     """
 

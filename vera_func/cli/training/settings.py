@@ -78,5 +78,5 @@ class Run(NamedTuple):
 
 
 def micro_batches(parts: int | None) -> int:
-    """The number of micro-batches per step: `parts`, or by default 4 under torchrun and 1 otherwise."""
+    """The number of micro-batches per step: `parts`; if None, 4 under torchrun and 1 otherwise."""
     return parts or (PARTS if under_torchrun() else 1)

@@ -47,13 +47,13 @@ def train_language(
     """Train adapters on data sets without labels, and measure the held-out loss before and after training.
 
     Args:
-        sources: The data sets, each as for `open_dataset`; all must be of the same kind.
+        sources: Paths or hub ids of the data sets (see `open_dataset`); all data sets must be of one kind.
         run: Options of the run. If `run.max_length` is None, sequences have at most 512 tokens, or the model's maximum
             number of positions if this number is smaller.
         betas: For preferences, the values of DPO's beta; None means 0.1. One adapter is trained for each pair of a data
             set and a beta.
-        reference: For preferences, an adapter that is both the reference and the start of training. By default, the
-            base model is the reference, and training starts from a new adapter.
+        reference: For preferences, PEFT directory of the adapter that is the reference and from which training starts.
+            By default, the base model is the reference, and training starts from a new adapter.
         truncate_side: The side on which sequences above the maximum length are truncated: "end" or "start".
         packing: Whether several texts share a training row, without attention between different texts.
 
