@@ -273,10 +273,10 @@ def test_a_layer_that_has_no_shell(layer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"r": R + 1}, rf"do not fit a layer {IN} -> {OUT} at rank {R + 1}"),
-        ({"vera_A": torch.ones(R, IN - 1)}, rf"vera_A \({R}, {IN - 1}\).*must be \({R}, >= {IN}\)"),
-        ({"vera_B": torch.ones(OUT - 1, R)}, rf"vera_B \({OUT - 1}, {R}\).*\(>= {OUT}, {R}\)"),
-        ({"vera_B": torch.ones(OUT, R + 1)}, rf"vera_B \({OUT}, {R + 1}\)"),
+        ({"r": R + 1}, rf"at rank {R + 1}, a layer {IN} -> {OUT} needs vera_A"),
+        ({"vera_A": torch.ones(R, IN - 1)}, rf"vera_A of shape \({R}, >= {IN}\), got \({R}, {IN - 1}\)"),
+        ({"vera_B": torch.ones(OUT - 1, R)}, rf"vera_B of shape \(>= {OUT}, {R}\), got \({OUT - 1}, {R}\)"),
+        ({"vera_B": torch.ones(OUT, R + 1)}, rf"vera_B .* got \({OUT}, {R + 1}\)"),
         ({"vera_dropout": 1.0}, "vera_dropout must be at least 0 and below 1"),
         ({"vera_dropout": -0.1}, "vera_dropout must be at least 0 and below 1"),
     ],
@@ -383,8 +383,8 @@ bad("Linear4bit", "a dense layer", lambda _: shell("Linear4bit"), "use vf.Linear
 bad("Linear8bitLt", "a 4-bit layer", lambda _: shell("Linear8bitLt", vf.to_bnb(Q4)), "use vf.Linear4bit")
 bad("Linear", "a convolution", lambda _: shell(base=nn.Conv1d(2, 3, 1)), "a Conv1d cannot be adapted")
 bad("Linear", "r=0", lambda _: shell(r=0, A=ones(0, 7), B=ones(5, 0)), "r must be a positive integer, got 0")
-bad("Linear", "another rank", lambda _: shell(r=5), r"vera_A \(4, 7\) .* do not fit a layer 7 -> 5 at rank 5")
-bad("Linear", "a flat A", lambda _: shell(A=ones(4)), r"vera_A \(4,\)")
+bad("Linear", "another rank", lambda _: shell(r=5), r"at rank 5, a layer 7 -> 5 needs vera_A .* got \(4, 7\)")
+bad("Linear", "a flat A", lambda _: shell(A=ones(4)), r"vera_A .* got \(4,\)")
 bad("Linear", "dropout=1", lambda _: shell(vera_dropout=1.0), "vera_dropout must be at least 0 and below 1")
 bad("Linear", "dropout of NaN", lambda _: shell(vera_dropout=NAN), "vera_dropout must be at least 0 and below 1")
 bad("Linear", "d of NaN", lambda _: shell(d_initial=NAN), "d_initial must be finite")

@@ -39,8 +39,8 @@ def scale_adapter(params: Mapping[str, Tensor], factor: float) -> dict[str, Tens
     Raises:
         ValueError: If the factor is not finite.
         ValueError: If `params` contain magnitudes, because the update is not linear in a magnitude.
-        ValueError: If `params` contain a bias or head of the model, because its difference from the base model's value
-            is unknown.
+        ValueError: If `params` contain a bias or head of the model, because scaling a bias or head requires the base
+            model's value.
 
     Example:
         >>> scale_adapter({"q.lambda_b": torch.ones(3), "q.lambda_d": torch.ones(2)}, 0.5)["q.lambda_b"]
@@ -81,9 +81,9 @@ def without_update(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
     """Return an adapter with the same projections and rank whose update is `Σ weights[i] ΔW_i`.
 
-    Such an adapter exists if and only if, in every layer, the `lambda_d` of all adapters are parallel, or the
-    `lambda_b` of all adapters are. Untrained `lambda_d` are parallel, because all their entries are `d_initial`. All
-    adapters must use the same `frozen`; this is not checked.
+    A sum of adapters is a VeRA of the same rank if and only if, in every layer, the `lambda_d` of all adapters are
+    parallel, or the `lambda_b` of all adapters are parallel. Untrained `lambda_d` are parallel, because all their
+    entries are `d_initial`. All adapters must use the same `frozen`; this is not checked.
 
     Args:
         adapters: Params with the same keys, each of a single adapter.

@@ -44,7 +44,8 @@ class Apply:
     Notes:
         - If the model uses an `autograd.Function` without `setup_context`, as Bloom does, `torch.func` transforms raise
           an error. Plain autograd, `fit`, `select_adapters` and `vmap_adapters` work with such a model.
-        - `torch.func.grad` keeps its backward graph, and needs about twice the activation memory of `vera_func.grad`.
+        - `torch.func.grad` also records the operations of the backward pass, and therefore needs about twice the
+          activation memory of `vera_func.grad`.
         - The adapter's arithmetic has the dtype of the vectors, whatever the dtype of the base model.
         - Under `torch.compile`, the compiler decides what is saved for backward, and may save dequantized weights.
 
@@ -160,14 +161,14 @@ class Apply:
     def with_fused_weights(self, max_rows: int | None = None) -> "Apply":
         """Return a copy of `apply` that decodes faster in bfloat16, on CPUs with AVX512-BF16.
 
-        The 4-bit weights are copied into the layout of bitsandbytes' kernel. If gradients are disabled, the kernel
-        multiplies inputs with few rows, without dequantizing the weight; see `quant.cpu_layout.fused_weight` for the
-        costs. On CPUs without AVX512-BF16, and on GPUs, no weights are copied.
+        The 4-bit weights are copied into the layout of bitsandbytes' kernel. If gradients are disabled and the
+        input has few rows, the kernel computes the product without dequantizing the weight. For the costs, see
+        `quant.cpu_layout.fused_weight`. On CPUs without AVX512-BF16, and on GPUs, no weights are copied.
 
         Args:
-            max_rows: Largest number of rows (tokens of all sequences) for which the kernel is used. If None, the limit
-                is measured: each process times the kernel and the dense product once for each format and shape of
-                weights, for up to a few tenths of a second. The kernel and the dense product round differently, so
+            max_rows: Largest number of rows (tokens of all sequences) for which the kernel is used. If None, each
+                process measures the limit once for each format and shape of weights, by timing the kernel and the dense
+                product for up to a few tenths of a second. The kernel and the dense product round differently, so
                 measured limits may make results differ between processes, but not within a process. With a fixed
                 `max_rows`, such as 32, all processes compute the same results.
 

@@ -35,7 +35,7 @@ WithBase: TypeAlias = "RowwiseAffine | AdaptedLinear"
 
 
 class RowLayout(Protocol):
-    """Calls a layer whose input has a batch axis other than axis 0; see `rows.MovedRows`."""
+    """An object that calls a layer whose input has a batch axis other than axis 0; see `rows.MovedRows`."""
 
     def call(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor: ...
 
@@ -253,7 +253,7 @@ def copy_base_layer(
 ) -> nn.Module | None:
     """Return the layer that replaces a module of the model in a module tree, or None if the module is not replaced.
 
-    Set `rows` if a parameter of the module is trained, and may therefore differ between the rows of a batch.
+    Pass `rows=True` if a parameter of the module is trained, because each row of a batch may have its own value.
 
     Example:
         >>> copy_base_layer(nn.Linear(3, 2), {})
@@ -279,8 +279,8 @@ def call_by_rows(layer: "QuantizedLinear | WithBase", forward: Callable[[Tensor]
         return forward(x)
     if isinstance(layout, int):
         raise ValueError(
-            f"layer {layer.path!r} got an input of shape {tuple(x.shape)}. In an earlier call of the same kind, the "
-            f"layer's input had {layout} axes: the model's control flow depends on the data, so the batch axis is not "
+            f"layer {layer.path!r} got an input of shape {tuple(x.shape)}. In an earlier call with similar inputs, "
+            f"the layer's input had {layout} axes. The number of axes depends on the data, so the batch axis is not "
             "known. Run one adapter at a time."
         )
     return layout.call(forward, x)
@@ -295,8 +295,8 @@ def init_row_layout(layer: "QuantizedLinear | RowwiseAffine") -> None:
 def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor], *, cast: bool = True) -> Tensor:
     """Move a frozen tensor to the device and dtype to which `fn` moves tensors.
 
-    If `fn` moves tensors to the meta device, the tensor is returned unchanged: users of `torch.func.stack_module_state`
-    run a module on the meta device by `functional_call`, which replaces only its parameters and buffers.
+    If `fn` moves tensors to the meta device, the tensor is returned unchanged, because
+    `torch.func.functional_call` runs modules on the meta device with given values of parameters and buffers only.
     """
     like = fn(tensor[:0] if tensor.dim() else tensor)
     return tensor if like.is_meta else tensor.to(like.device, like.dtype if cast else tensor.dtype)

@@ -138,8 +138,8 @@ def select_adapters(
 
     Returns:
         Params with a leading axis (rows,). For weighted sums, the vectors have leading axes (rows, k), and
-        `"{module}.mixture"` contains the weights. If `"{parameter}.base_share"` is present, `apply` adds the base
-        model's value times this factor to the parameter.
+        `"{module}.mixture"` contains the weights. If `"{parameter}.base_share"` is present, `apply` multiplies the
+        base model's value by the base share, and adds the product to the parameter.
 
     Raises:
         ValueError: If an id is out of range or not an integer, if the weights do not have the shape of the ids, or if

@@ -64,7 +64,7 @@ class Schema:
         root: nn.Module,
         product_dtype: torch.dtype | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-        """Return the tensors to bind, by full name in the module tree, and the leading batch axes of values, by key.
+        """Return {full name in the module tree: tensor to bind} and {key of `params`: leading batch axes}.
 
         Args:
             params: The params of one adapter, or of one adapter for each row.

@@ -41,7 +41,7 @@ _CONTAINERS = (dict, list, set, deque, bytearray)
 
 
 def bound_method(model: nn.Module, method: Method) -> Callable[..., Any]:
-    """Return the model's method with a given name, or a given function bound to the model as its first argument.
+    """Return the model's method with a given name, or a given function with the model as first argument.
 
     Example:
         >>> bound_method(nn.ReLU(), "__call__")(Tensor([-1.0])), bound_method(nn.ReLU(), repr)()
@@ -159,7 +159,7 @@ class Tree:
         return result
 
     def reset(self) -> bool:
-        """Undo the changes of a call. Return False if the result of the call still uses the tree."""
+        """Undo the changes of a call. If the result of the call still uses the tree, undo nothing and return False."""
         if self.in_use:
             return False
         while self._bound:
@@ -174,7 +174,7 @@ class Tree:
         return True
 
     def is_unwritten(self) -> bool:
-        """Whether all tensors that are not cloned for each call are unmodified."""
+        """Return False if a call has modified a tensor in place. Tensors that are cloned for each call are ignored."""
         return all(tensor._version == version for tensor, version in self._watched)
 
     def _place(self, name: str) -> tuple[dict[str, Any], str]:

@@ -32,7 +32,7 @@ class VeraConfig:
             linear layer except the output head, and None selects the default targets of the model's type.
         projection_prng_key: Seed of the shared projections.
         save_projection: Whether to save the projections with an adapter, as PEFT does by default. If False, only the
-            seed is saved, from which the projections can be redrawn exactly for a base model of the same dtype.
+            seed is saved. For a base model of the same dtype, the seed reproduces the projections exactly.
         vera_dropout: Dropout probability for the inputs of `A`. Dropout is applied only by `apply.with_dropout`, and is
             independent of `module.training`.
         d_initial: Initial value of `lambda_d`.
@@ -41,7 +41,7 @@ class VeraConfig:
         bias: Biases to train: "none", "vera_only" (those of adapted layers) or "all" (those of the whole model).
             As in PEFT, any other string that ends in "_only", such as "lora_only", means the same as "vera_only".
         modules_to_save: Names, or parts of names between dots, of further modules to train in full, such as a new
-            classifier. The names of heads that belong to `task_type` are added.
+            classifier. The heads that belong to `task_type` are added to `modules_to_save`.
         use_dora: Whether to decompose the adapted weights into magnitudes and directions (DVoRA, see `core.dora`). Each
             adapted layer has a third vector, `magnitude`, of shape (out,). Each call computes the norms of the adapted
             weights; for inference, `fold_magnitude` computes them once. PEFT can't load a DVoRA adapter, but
@@ -50,8 +50,8 @@ class VeraConfig:
             constants, as in the DoRA paper.
         init_weights: If True, `lambda_b` is initialized to 0, so that training starts at the base model. If False,
             `lambda_b` is initialized to 1 and `lambda_d` at random (for tests).
-        layers_to_transform: Indices of the layers to adapt. A module in a layer that is not listed is adapted only if
-            `target_modules` contains the module's full name.
+        layers_to_transform: Indices of the layers to adapt. A module in a layer whose index is not listed is adapted
+            only if `target_modules` contains the module's full name.
         layers_pattern: Name of the module list that contains the layers of `layers_to_transform`.
         task_type: None or one of "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS",
             "FEATURE_EXTRACTION".
@@ -128,7 +128,7 @@ class VeraConfig:
             raise ValueError(f"auto_mapping must be a dict or None, got {self.auto_mapping!r}.")
 
     def _check_layers(self) -> None:
-        """Check that the fields that name modules fit each other, and that patterns are regular expressions."""
+        """Check that the fields that select modules are consistent, and that patterns are valid regular expressions."""
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform: pass the indices of the layers to adapt.")
         if isinstance(self.target_modules, str):

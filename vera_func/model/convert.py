@@ -190,7 +190,7 @@ def dense_share(model: nn.Module, layers: Mapping[str, nn.Module]) -> DenseShare
     """Compute the share of a model's weights that stay dense if the given layers are quantized.
 
     Args:
-        model: Any module. Its bitsandbytes layers count as quantized.
+        model: Any module. All bitsandbytes layers of the model count as quantized.
         layers: Layers by name, as from `quantizable_layers`.
 
     Example:
@@ -220,7 +220,7 @@ def dense_share(model: nn.Module, layers: Mapping[str, nn.Module]) -> DenseShare
 
 
 def is_plain(layer: nn.Linear) -> bool:
-    """Whether a layer computes `x Wᵀ + b` with its own weight. Some subclasses, for example, scale the output.
+    """Whether a layer computes `x Wᵀ + b` with a parameter `W`. Some subclasses of `nn.Linear` scale the output.
 
     Example:
         >>> is_plain(nn.Linear(3, 2)), is_plain(torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))

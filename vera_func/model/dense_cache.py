@@ -22,8 +22,9 @@ def keep_dense(root: nn.Module, max_bytes: int, dtype: torch.dtype, calls: Mappi
     Args:
         root: Root of the tree, modified in place.
         max_bytes: Memory for the copies. A layer is skipped if its copy exceeds the remaining memory.
-        dtype: Dtype of the copies of layers without a `compute_dtype`.
-        calls: Number of calls by path, from `counted_calls`. None means that all layers are called equally often.
+        dtype: Dtype of the dense copy if a layer has no `compute_dtype`.
+        calls: Number of calls of each layer, keyed by module path, as `counted_calls` returns it. If None, layers get
+            copies in the order of the model.
 
     Example:
         >>> from vera_func import quantize_8bit
@@ -48,7 +49,7 @@ def keep_dense(root: nn.Module, max_bytes: int, dtype: torch.dtype, calls: Mappi
 
 
 def counted_calls(root: nn.Module) -> Counter[str]:
-    """Register hooks that count calls of each quantized layer in a tree and in its later copies. Return the counts.
+    """Count the future calls of each quantized layer, in a tree and in copies made later. Return the counter.
 
     Example:
         >>> from vera_func import quantize_8bit

@@ -1,6 +1,7 @@
 """Update the configuration of a transformers model after its weights have changed.
 
-`save_pretrained` stores the configuration with the weights, and `from_pretrained` needs it to load the weights.
+`save_pretrained` stores the configuration with the weights, and `from_pretrained` loads the weights according to the
+stored configuration.
 """
 
 import re
@@ -52,7 +53,7 @@ def describe_ties(model: nn.Module) -> None:
 
 
 def describe_dtype(model: Any, dtype: torch.dtype) -> None:
-    """Update the configuration of a transformers model whose weights are now dense tensors of this dtype."""
+    """Update the configuration of a transformers model whose weights are now dense tensors of dtype `dtype`."""
     private.forget_quantization(model)
     model.config.dtype = dtype
 

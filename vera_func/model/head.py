@@ -79,8 +79,8 @@ def head_logits(
 ) -> Float[Tensor, "b seq tokens"]:
     """Compute the logits of hidden states, for all tokens or for some tokens.
 
-    If the head is a dense layer without an adapter, only the rows of its weight that belong to `tokens` are multiplied.
-    For any other head, all logits are computed, and those of `tokens` are selected.
+    If the head is a dense layer without an adapter, only the logits of `tokens` are computed. For any other head, the
+    logits of all tokens are computed, and the logits of `tokens` are selected.
 
     Args:
         apply: See `hidden_states`.
@@ -278,10 +278,10 @@ def _hidden_and_weights(model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor |
 def _without_head(
     apply: Apply, function: Callable[..., Any], params: Params, frozen: Params, args: tuple, kwargs: dict[str, Any]
 ) -> Any:
-    """Call `function`, which skips the head, on the model. Return None if the model transforms the logits.
+    """Return `function(model, *args, **kwargs)`, which skips the head, or None if the model transforms the logits.
 
-    Whether a model transforms the logits is tested once and stored. If forward passes draw random numbers, the test
-    uses a separate random state, so that the caller's random state advances only once.
+    Each model is tested once for transformed logits. If forward passes draw random numbers, the test uses a separate
+    random state, so that the caller's random state advances only once.
     """
     root: Any = apply.trees.root
     if not _has_head(apply.model):

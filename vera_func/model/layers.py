@@ -71,7 +71,7 @@ class Projections(nn.Module):
         outside of a backward pass. For layers that are not part of an `Apply`, `call` is None, and nothing is checked.
 
         Raises:
-            ValueError: If the call has returned.
+            ValueError: If the call of `apply` has returned.
         """
         if self.call is not None and not torch.compiler.is_compiling() and self.call != graph_task():
             raise ValueError(
@@ -96,7 +96,7 @@ def _is_single_row(x: Tensor, params: Mapping[str, Tensor], exact: Mapping[str, 
 
 
 def set_parameter(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Set a parameter of a layer, and remove the parameter of the same name from its base layer."""
+    """Set a parameter of a layer, and remove the base layer's parameter of that name."""
     if name in ("weight", "bias") and isinstance(layer, RowwiseAffine | AdaptedLinear):
         layer.base_layer._parameters[name] = None
     setattr(layer, name, parameter)
@@ -149,8 +149,8 @@ class AdaptedLinear(nn.Module):
         fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] == r
         if not fits or A.shape[1] < in_features or B.shape[0] < out_features:
             raise ValueError(
-                f"vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} do not fit a layer {in_features} -> "
-                f"{out_features} at rank {r}: the shapes must be ({r}, >= {in_features}) and (>= {out_features}, {r})."
+                f"at rank {r}, a layer {in_features} -> {out_features} needs vera_A of shape ({r}, >= {in_features}), "
+                f"got {tuple(A.shape)}, and vera_B of shape (>= {out_features}, {r}), got {tuple(B.shape)}."
             )
         self.base_layer = frozen_layer(base_layer)
         register_own(self)
@@ -193,7 +193,7 @@ class AdaptedLinear(nn.Module):
         return delta.mT if is_conv1d(self.base_layer) else delta
 
     def base_weight(self, dtype: torch.dtype, own: Tensor | None = None) -> Tensor:
-        """Return `own` or else the base layer's dense weight (out, in), in `dtype` or float32, whichever is wider."""
+        """Return `own` or, by default, the weight: a dense (out, in) tensor of `dtype`, or of float32 for 16 bits."""
         own = self._parameters.get("weight") if own is None else own
         return dense_weight(self.base_layer, torch.promote_types(dtype, torch.float32), own)
 
@@ -345,7 +345,7 @@ def layer_class(module: nn.Module) -> type["Linear"] | type["Linear4bit"] | type
 
 
 def layer_sizes(module: nn.Module) -> tuple[int, int]:
-    """Return `(in_features, out_features)` of a layer that can be adapted, dense or quantized."""
+    """Return `(in_features, out_features)` of a dense or quantized layer."""
     if isinstance(module, QuantizedLinear):
         out_features, in_features = module.quantized.shape
         return in_features, out_features
