@@ -388,9 +388,9 @@ for what, change, message in (
     (
         "a loss of nothing",
         {"loss_fn": lambda p, b: ones(())},
-        "do not depend on params; check that they are not detached",
+        "do not depend on params; check that the losses are not detached",
     ),
-    ("a detached loss", {"loss_fn": lambda p, b: p["p"].sum().detach()}, "check that they are not detached"),
+    ("a detached loss", {"loss_fn": lambda p, b: p["p"].sum().detach()}, "check that the losses are not detached"),
     ("a list for a logger", {"on_step": []}, "on_step must be a function, got list"),
     ("a number for a metric", {"evaluate": 0.5}, "evaluate must be a function, got float"),
     ("a metric for others", {"evaluate": lambda p, step: ones(3)}, "evaluate must return one value"),

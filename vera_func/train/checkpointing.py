@@ -26,7 +26,7 @@ Value = Callable[[Any, Any], Tensor]
 
 
 def checkpointed_loss(adapted: Adapted, value: Value) -> Callable[[Mapping[str, Tensor], Any], Tensor]:
-    """Return a loss function `(params, batch) -> loss` for `fit` that stores only the input of each layer.
+    """Return a loss function `(params, batch) -> loss` that stores only each layer's input; pass the function to `fit`.
 
     The layers are the modules in the outermost `nn.ModuleList`s of the model, as in transformers' models.
 
@@ -94,7 +94,7 @@ def _loss_and_gradients(
 
 @contextmanager
 def _checkpointing(layers: list[nn.Module]) -> Iterator[None]:
-    """Checkpoint layers during a `with` block, then restore them, because they may belong to the base model."""
+    """Checkpoint layers during a `with` block, and restore the layers afterwards: the base model may share layers."""
     try:
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

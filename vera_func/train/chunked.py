@@ -3,9 +3,9 @@
     losses(x, weight, bias, targets, chunk) = logsumexp(z) - z[targets],    z = x weight^T + bias
 
 The logits z (tokens, vocab) are computed and discarded `chunk` positions at a time. The forward pass also computes the
-gradient of the losses with respect to x, (softmax(z) - onehot(targets)) weight, from the same logits. Chunks do not
-increase the number of matrix products of a training step, unless the head is trained: then the backward pass recomputes
-the logits.
+gradient of the losses with respect to x, (softmax(z) - onehot(targets)) weight, from the same logits. If the head
+is frozen, chunks do not add floating-point operations to a training step. If the head is trained, the backward pass
+recomputes the logits.
 
 Higher derivatives are computed by `torch.func`, chunk by chunk.
 """
@@ -190,7 +190,7 @@ def _slope_gradients(
 
 
 def _tangents(primals: tuple[Any, ...], tangents: tuple[Any, ...], targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The tangents of the losses of a chunk and of d losses / d x; None among `tangents` means zero."""
+    """The tangents of a chunk's losses, and of d losses / d x. None in `tangents` means a tangent of zero."""
     moving = [k for k, tangent in enumerate(tangents) if tangent is not None]
 
     def function(*given: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,9 @@
     mean_over_micro_batches   sum of w_i grad_i / sum of w_i over micro-batches i, by one all-reduce of a float64 buffer
 
 Results do not depend on the number of processes. The items and micro-batches are the same for any number of processes,
-and each item or micro-batch is computed by one process alone. Gradients are summed in float64: a sum of float32 values
-times integer weights is then almost always exact, whatever the order of summation. Every rank has a copy of the
-quantized base. Without torchrun, all functions run in the calling process.
+and each item or micro-batch is computed by one process alone. Gradients are summed in float64. With float32
+gradients and integer weights, the sum is almost always exact, and so independent of the order of summation. Every rank
+has a copy of the quantized base. Without torchrun, all functions run in the calling process.
 
 The commands `train` and `evaluate` run under torchrun, on one machine or on several:
 
@@ -204,8 +204,8 @@ def mean_over_micro_batches(
     nonempty = [micro_batch for micro_batch in parts if weight(micro_batch) > 0]
     if not nonempty:
         raise ValueError(
-            f"the mean of {len(parts)} micro-batches is undefined, because none has a positive weight: check the "
-            "function weight, and that every batch contains targets."
+            f"the mean of {len(parts)} micro-batches is undefined, because none has a positive weight: check that "
+            "weight returns a positive number, and that every batch contains targets."
         )
     own = nonempty[rank() :: world_size()]
     total: Any = 0.0
@@ -227,9 +227,9 @@ def mean_over_micro_batches(
 
 
 def furthest(value: Any, progress: int) -> Any:
-    """Return the `value` of the rank with the largest `progress`, on every rank.
+    """Return, on every rank, the `value` of the rank with the largest `progress`.
 
-    For example, `furthest` sends a checkpoint that is stored on one machine to all ranks.
+    For example, `furthest` sends all ranks a checkpoint that is stored on one machine.
 
     Args:
         value: Value of this rank, a picklable object.

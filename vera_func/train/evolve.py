@@ -219,7 +219,7 @@ def _initial_run(
         )
     if len(resume.fitness) > steps:
         done = len(resume.fitness)
-        raise ValueError(f"steps must be at least {done} (the number that the run has completed), got {steps}.")
+        raise ValueError(f"steps must be at least {done} (the run has completed {done} steps), got {steps}.")
     return resume
 
 

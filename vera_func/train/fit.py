@@ -90,7 +90,7 @@ def fit(
             means AdamW. `init(params)` returns the initial state (any pytree of tensors). `update(grads, state,
             params)` returns `(updates, state)`. `torch.func.vmap` maps both functions over stacked adapters.
         max_norm: Maximum norm of an adapter's gradient, one value or n values; None means no clipping.
-        schedule: Function that maps the step to a factor of `learning_rate`, or to n factors.
+        schedule: Function that maps the step to one factor, or n factors, by which `learning_rate` is multiplied.
         num_adapters: Number n of stacked adapters; None for one adapter.
         evaluate: Function `(params, steps_done)` that returns one metric, or n metrics (n,); lower is better.
         evaluate_every: Number of steps between two calls of `evaluate`.
@@ -248,7 +248,7 @@ def _update_of(
     n: tuple[int, ...],
     device: torch.device,
 ) -> Callable[..., Any]:
-    """Return `_update` of all adapters, as a function of `(learning_rate, grads, loss, state, params, training)`."""
+    """Return a function `(learning_rate, grads, loss, state, params, training)` that updates all adapters."""
     decays = _per_adapter("weight_decay", weight_decay, n, device)
     norms = _per_adapter("max_norm", float("inf") if max_norm is None else max_norm, n, device)
     update = partial(_update, advance)
@@ -284,7 +284,7 @@ def _initial_run(params: Tree, n: tuple[int, ...], optimizer: Any, resume: Fit |
         run = load_fit(resume, params, num_adapters=n[0] if n else None, optimizer=optimizer)
     if len(run.losses) > steps:
         done = len(run.losses)
-        raise ValueError(f"steps must be at least {done} (the number that the run has completed), got {steps}.")
+        raise ValueError(f"steps must be at least {done} (the run has completed {done} steps), got {steps}.")
     return run
 
 
@@ -320,7 +320,7 @@ def _record_metric(run: Fit, buffer: Tensor, metric: float | Tensor, patience: i
 
 
 def _trim(run: Fit, done: int) -> Fit:
-    """If all adapters have stopped, remove the losses of later steps, but keep those of the first `done` steps."""
+    """If all adapters have stopped, remove the losses after the last stop, except losses of the first `done` steps."""
     if (run.stopped < 0).any():
         return run
     # The step in which an adapter diverges has a loss but no update.
@@ -395,4 +395,4 @@ def _numbers(name: str, value: Any, device: torch.device) -> Tensor:
     try:
         return torch.as_tensor(value, dtype=torch.float64, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be a number, or numbers of equal shape, got {value!r}.") from error
+        raise ValueError(f"{name} must be a number, or a list or 1-d tensor of numbers, got {value!r}.") from error

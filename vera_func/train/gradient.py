@@ -1,4 +1,4 @@
-"""The gradient of a training step, with an error for detached layers, where autograd would return zero gradients."""
+"""The gradient of a training step; if a layer is detached, an error instead of autograd's gradient of zero."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -52,7 +52,7 @@ def gradient_of(loss_fn: LossFn, params: dict[str, Tensor], n: tuple[int, ...], 
             raise ValueError(f"loss_fn must return real numbers, got {losses.dtype}.")
         if not losses.requires_grad:
             raise ValueError(
-                f"the losses of loss_fn do not depend on params; check that they are not detached. {_ADVICE}"
+                f"the losses of loss_fn do not depend on params; check that the losses are not detached. {_ADVICE}"
             )
         return losses.sum(), losses
 
@@ -134,6 +134,8 @@ def require_gradient(result: Any, n: tuple[int, ...]) -> Gradient:
         ({'p': tensor([1., 1.])}, tensor(3.))
     """
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Mapping)):
-        raise ValueError(f"accumulate must return (gradients, losses), as gradient does, got {type(result).__name__}.")
+        raise ValueError(
+            f"accumulate must return (gradients, losses), a dict and a tensor, got {type(result).__name__}."
+        )
     require_shape("accumulate", result[1], n)
     return dict(result[0]), result[1]

@@ -84,9 +84,10 @@ def fisher_influence(
 ) -> Float[Tensor, "train test"]:
     """Compute influences with the inverse of the empirical Fisher matrix: `t_j^T (F + damping I)^-1 g_i`.
 
-    Divided by the number of training examples, the influence estimates the increase of test loss `j` if the adapter is
-    trained again without example `i`. The estimate is of first order, with the Fisher matrix in place of the Hessian.
-    The inverse is exact: the Woodbury identity replaces the (parameters, parameters) system by a (train, train) system.
+    The influence, divided by the number of training examples, estimates by how much test loss `j` increases if the
+    adapter is trained again without example `i`. The estimate is of first order, with the Fisher
+    matrix in place of the Hessian. The inverse is exact: the Woodbury identity replaces the (parameters, parameters)
+    system by a (train, train) system.
 
     Args:
         train_grads: Gradients of the training examples; each tensor has shape (train, ...).

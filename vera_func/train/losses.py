@@ -74,8 +74,9 @@ def next_token_loss(
     store the logits.
 
     Under `torch.compile`, and under `vmap` over the labels, the values of `labels` are unknown, so the head is applied
-    to every position. With unknown values, a negative label other than -100 makes the total of its row NaN instead of
-    raising an error. Keep `labels` on the CPU, since reading labels from an accelerator synchronizes with the device.
+    to every position. If the values are unknown, a negative label other than -100 does not raise an error, but makes
+    the total of the row NaN. Keep `labels` on the CPU, since reading labels from an accelerator synchronizes with the
+    device.
 
     Args:
         hidden: Input of the output head, or the logits if `head` is None.
@@ -84,8 +85,9 @@ def next_token_loss(
         labels: Token ids, and -100 for positions without a target. Stacked adapters can share labels (rows, seq) if
             `hidden` is (n, rows, seq, width).
         bias: Bias of the head, allowed only if `head` is a weight.
-        chunk_size: Number of positions whose logits are in memory at once. Default: a quarter of the positions, but at
-            most 2^23 logits (2^26 on a GPU). If `head` is a function: at most 128 positions (1024 on a GPU).
+        chunk_size: Number of positions whose logits are in memory at once. Default: a quarter of the positions, or
+            fewer, so that their logits have at most 2^23 elements (2^26 on a GPU). If `head` is a function: a quarter
+            of the positions, but at most 128 positions (1024 on a GPU).
 
     Returns:
         `(total, count)`, see `TokenLoss`.
@@ -121,7 +123,7 @@ def sequence_logprobs(
     bias: Float[Tensor, " vocab"] | None = None,
     chunk_size: int | None = None,
 ) -> Float[Tensor, "*rows"]:
-    """Sum the log-probabilities of the labels of each row: the log-probability of an answer, given its prompt.
+    """Return the log-probability of the labels of each row, for example of an answer, given its prompt.
 
     Args:
         hidden: See `next_token_loss`.
@@ -241,7 +243,7 @@ def _check(
     if head.dim() != 2 or head.shape[1] != hidden.shape[-1] or head.dtype != hidden.dtype:
         raise ValueError(
             f"head {tuple(head.shape)} {head.dtype} does not fit hidden {tuple(hidden.shape)} {hidden.dtype}: pass the "
-            f"head's weight (vocab, {hidden.shape[-1]}) in the dtype of hidden, or None for logits."
+            f"head's weight (vocab, {hidden.shape[-1]}) in the dtype of hidden; if hidden are logits, pass head=None."
         )
     if bias is not None and not isinstance(bias, Tensor):
         raise ValueError(f"bias must be a tensor of shape ({head.shape[0]},) or None, got {type(bias).__name__}.")

@@ -32,13 +32,13 @@ def per_example_grads(
 
     The result is `torch.func.vmap(torch.func.grad(loss), (None, 0))(params, batch)`, where `loss` is the loss of one
     example. The function runs one forward and one backward pass, with as many matrix products as a plain training step.
-    The gradients take `n` times the memory of `params`, including trained heads. `per_example_grads` supports
+    The gradients, including those of trained heads, take `n` times the memory of `params`. `per_example_grads` supports
     `torch.func` transforms.
 
     Args:
         loss_rows: Function `(rows, batch)` that returns one loss per row, (n,). `rows` are params with one adapter per
-            row, as from `select_adapters`; pass them to `apply`. Loss `i` must depend on row `i` only. Padded tokens
-            must not contribute.
+            row, as returned by `select_adapters`; pass `rows` to `apply`. Loss `i` must depend on row `i` only. Padded
+            tokens must not contribute.
         params: Params of one adapter, including trained biases and heads.
         batch: Second argument of `loss_rows`, with the examples along axis 0 of every tensor. If the batch is empty,
             which Poisson sampling allows, the gradients have shape (0, ...), and `loss_rows` is not called.

@@ -62,8 +62,8 @@ def dpo_loss(
         reference_chosen: Log-probabilities of the better answers under the reference; (pairs,) if stacked adapters
             share the reference.
         reference_rejected: Log-probabilities of the worse answers under the reference.
-        beta: Positive coefficient; larger values keep the policy closer to the reference. A tensor `beta` must have the
-            shape of the leading axes of `chosen`; shape (n,) is one value per stacked adapter.
+        beta: Positive coefficient; larger values keep the policy closer to the reference. The shape of a tensor
+            `beta` must equal the leading axes of `chosen`, such as (n,) for one value per stacked adapter.
 
     Returns:
         `(losses, margins)`, each with the shape of `chosen`.

@@ -24,8 +24,8 @@ sampling:
     accountant.history = [(sigma, rate, steps)]
     epsilon = accountant.get_epsilon(delta=1e-5)
 
-The guarantee covers the params after every step. The guarantee does not cover losses and metrics of training examples,
-or hyper-parameters chosen by such metrics. Noise and batches come from torch's generators, which are not
+The guarantee covers the params after every step. The guarantee covers neither losses and metrics of training examples
+nor hyper-parameters that were chosen from those metrics. Noise and batches come from torch's generators, which are not
 cryptographically secure. Keep the seeds of noise and batches secret.
 """
 

@@ -77,7 +77,7 @@ def start_run(params: Tree, n: tuple[int, ...], optimizer: Optimizer | None = No
 
 
 def require_like(run: Fit, other: Fit, source: PathLike) -> None:
-    """Raise an error that names `source` if params or optimizer states of two runs differ in keys, shapes or dtypes."""
+    """Check that params and optimizer states of two runs agree in keys, shapes and dtypes; errors name `source`."""
     _check_run(_flatten(run), other, source)
 
 

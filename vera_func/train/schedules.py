@@ -1,4 +1,4 @@
-"""Learning-rate schedules: functions that map a step, counted from 0, to a factor of the learning rate.
+"""Learning-rate schedules: functions that map a step, counted from 0, to the factor that multiplies the learning rate.
 
 `schedule_of` selects a schedule by name, for adapters that train for different numbers of steps.
 """
@@ -77,7 +77,7 @@ def linear_warmup_linear(step: int | Tensor, *, warmup: int, total: int) -> Floa
 
 
 def schedule_of(name: Schedule, warmup: float, totals: Sequence[int]) -> Callable[[int], Float[Tensor, " n"]]:
-    """Return a schedule for `fit` with one factor per adapter. The factor of an adapter is 0 after its last step.
+    """Return a schedule of one factor per adapter, for `fit`. The factor of an adapter is 0 after its last step.
 
     Args:
         name: Shape of the schedule after warmup: "cosine", "linear" or "constant".

@@ -1,4 +1,4 @@
-"""Hyper-parameter sweeps over stacked adapters: grids, tables of results, and slicing and joining of runs."""
+"""Hyper-parameter sweeps over stacked adapters: grids, tables of results, and functions that slice or join runs."""
 
 from collections.abc import Mapping, Sequence, Sized
 from itertools import product
