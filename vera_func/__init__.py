@@ -36,7 +36,7 @@ Many adapters:
     select_adapters     select an adapter, or a weighted sum of several, for each row of a batch
     vmap_adapters       run all adapters on one batch, in one forward pass
     pool_adapters       combine adapters of different rank, targets and projections in one stack
-    scale_adapter, add_adapters         the multiple of an adapter, and the sum of adapters, as an adapter
+    scale_adapter, add_adapters         multiply the update of an adapter, or add the updates of several
     fold_magnitude      prepare DVoRA adapters for inference: compute the row norms only once
 
 Training:
@@ -189,7 +189,7 @@ def __dir__() -> list[str]:
 
 
 def _register_quantized_weights() -> None:
-    """Register quantized weights with `torch.load` and as pytrees, if torch is imported already.
+    """If torch is imported, register the classes of quantized weights with `torch.load` and as pytrees.
 
     `vera-func --help` runs without importing torch.
     """

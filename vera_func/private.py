@@ -1,7 +1,7 @@
 """Private names of other libraries, each with the reason why it is used.
 
-No other module uses private names. A test fails if a library removes a name that this module uses. Modules that `import
-torch` does not import are imported inside the functions, so that importing this module is cheap.
+No other module uses private names. A test fails if a library removes a name that this module uses. Functions import the
+modules that `import torch` does not load, so that importing `private` is cheap.
 """
 
 import logging
@@ -75,8 +75,8 @@ def watch_operations(run: Callable[[str, Callable[..., Any], tuple, dict[str, An
 def fake_tensors() -> Iterator[None]:
     """Enter a context in which tensors have shapes but no data, and a model runs without computing values.
 
-    torch's compiler uses the same mode, whose class has no public name. For an unsupported operation, torch raises an
-    error and logs a message; the context suppresses the messages of this thread.
+    The context uses `FakeTensorMode` of torch's compiler, which has no public name. For an unsupported operation, torch
+    raises an error and logs a message; the context suppresses the messages of this thread.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -185,7 +185,8 @@ def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
 def in_transform() -> bool:
     """Whether a transform of `torch.func`, or a level of forward-mode AD, is active.
 
-    `unwrap` detects only transforms of its argument, but a function may close over other tensors.
+    `unwrap(x)` does not detect a transform that has wrapped only other tensors, such as tensors that a function closes
+    over.
     """
     level = torch.autograd.forward_ad._current_level
     return torch._C._functorch.peek_interpreter_stack() is not None or level >= 0
@@ -260,7 +261,7 @@ def _is_not_about_kernels(record: logging.LogRecord) -> bool:
 
 
 def drop_input_grads(root: nn.Module) -> None:
-    """Remove the hooks of `enable_input_require_grads`, which transforms do not support, from a module tree.
+    """Remove the hooks of `enable_input_require_grads` from a module tree, because transforms do not support the hooks.
 
     Gradients of params do not need the hooks. transformers installs the hooks when activation checkpointing is enabled,
     and keeps the hooks when checkpointing is disabled. PEFT installs similar hooks, and offers no way to remove them.
@@ -302,7 +303,7 @@ def bnb_function(name: str, arguments: str) -> Callable[..., None] | None:
 
 
 def bnb_has_avx512bf16() -> bool:
-    """Whether bitsandbytes uses its AVX512-BF16 kernel, which needs weights in another layout."""
+    """Whether bitsandbytes uses its AVX512-BF16 kernel, which needs repacked weights."""
     return bitsandbytes().functional.has_avx512bf16()
 
 

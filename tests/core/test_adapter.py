@@ -135,8 +135,8 @@ class TestMixtures:
     def test_shapes_that_do_not_fit_raise(self):
         params, frozen, _, x, base_fn = self.mixture(4)
         for change, message in (
-            ({"mixture": params["mixture"][:, :2]}, r"mixture \(4, 2\), .* must have shapes \(\*rows, k\)"),
-            ({"mixture": params["mixture"][0]}, r"mixture \(3,\)"),
+            ({"mixture": params["mixture"][:, :2]}, r"leading axes \(4, 2\), the shape \(\*rows, k\) of mixture"),
+            ({"mixture": params["mixture"][0]}, r"leading axes \(3,\), the shape"),
             ({"lambda_b": params["lambda_b"][:, 0]}, r"lambda_b \(4, 13\)"),
             ({"lambda_d": params["lambda_d"][0]}, r"lambda_d \(3, 5\)"),
         ):
@@ -453,7 +453,7 @@ bad("vera_forward", "another rank", lambda _: forward({"lambda_d": ones(5)}), r"
 bad("vera_forward", "one lambda_b for all", lambda _: forward({"lambda_b": ones(1)}), r"is for 1 outputs.*\(3, 32\)")
 bad("vera_forward", "lambda_b too short", lambda _: forward({"lambda_b": ones(31)}), "is for 31 outputs")
 bad("vera_forward", "a base of one output", lambda _: forward(base=lambda x: x[..., :1]), r"has shape \(3, 1\)")
-bad("vera_forward", "half a mixture", lambda _: forward({"mixture": ones(2)}), r"mixture \(2,\), .* must have")
+bad("vera_forward", "half a mixture", lambda _: forward({"mixture": ones(2)}), r"leading axes \(2,\), the shape")
 bad("vera_forward", "half the pair", lambda _: forward(frozen={"vera_A": ones(4, 64)}), r"frozen lacks \['vera_B'\]")
 bad("vera_forward", "a flat A", lambda _: forward(frozen=PAIR | {"vera_A": ones(4)}), r"vera_A must have .*got \(4,\)")
 bad("vera_forward", "a stack of A", lambda _: forward(frozen=PAIR | {"vera_A": ones(4, 64, 1)}), r"\(4, 64, 1\)")

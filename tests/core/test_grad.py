@@ -360,12 +360,12 @@ for name in ("grad", "value_and_grad"):
         lambda _, f=f: f(total)(X.long()),
         "must be a pytree of floating-point tensors, got .* torch.int64",
     )
-    bad(name, "a number", lambda _, f=f: f(total)({"a": 1.0}), "floating-point tensors, got float in it")
+    bad(name, "a number", lambda _, f=f: f(total)({"a": 1.0}), "floating-point tensors, got a leaf float")
     bad(
         name,
         "integers under vmap",
         lambda _, f=f: vmap(f(total))(torch.ones(2, 3).long()),
-        r"got \(.*\) torch.int64 in it",
+        r"got a leaf \(.*\) torch.int64",
     )
     for argnums in (1, -2, 0.0, "0", (), (0, 5), [0], None):
         bad(

@@ -112,12 +112,12 @@ def vera_forward(
 
         M = |lambda_b| * (|B| (|lambda_d| * (|A| |x|)))    (elementwise absolute values)
 
-    Rounding `A x`, `h` and `B h` changes the update by at most 3 u M, to first order in u. Rounding `A`, `B` and `x`
-    adds at most u M each. If the base layer is dense in `product_dtype`, or 4-bit with `product_dtype` as compute
-    dtype, rounding `A` and `B` usually adds nothing, because PEFT and `adapt` have already rounded the projections.
+    Rounding `A x`, `h` and `B h` changes the update by at most 3 u M, to first order in u. For each of `A`, `B` and
+    `x`, rounding adds at most u M. PEFT and `adapt` round the projections if the base layer is dense in
+    `product_dtype`, or 4-bit with `product_dtype` as compute dtype. Rounding `A` and `B` then usually adds nothing.
     Summation in float32 adds at most (in + r) 2^-24 M, with or without `product_dtype`. Rounding errors partly cancel:
-    in norm, the relative error of the update is about 0.7 u, or 1 u if `A`, `B` and `x` are rounded too. Gradients with
-    respect to the vectors have the same bounds, with M computed from the absolute values of all factors.
+    in norm, the relative error of the update is about 0.7 u, or 1 u if `A`, `B` and `x` are rounded too. The bounds
+    also hold for gradients with respect to the vectors, if M is computed from the absolute values of all factors.
 
     Args:
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`. The axes `*rows` of a vector, if any, must equal
@@ -126,11 +126,11 @@ def vera_forward(
             has the key `"magnitude"` or `"output_scale"` (see `dora.fold_layer`), of shape (*rows, out), the layer is a
             DVoRA layer.
         frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`; the first `in` columns of A and `out` rows of B are
-            used. For an adapter with a magnitude, add the statistics from `dora.norm_statistics`. Without these
+            used. For an adapter with a magnitude, pass `frozen | dora.norm_statistics(weight, frozen)`. Without the
             statistics, each call computes the base weight as `base_fn(identity)`, a product with `in` rows.
         x: Input of shape (*batch, in).
         base_fn: Function that computes the frozen layer, from (*batch, in) to (*batch, out).
-        dropout_mask: Mask that multiplies the input of `A`, while the base layer gets `x` itself. The mask must
+        dropout_mask: Mask that multiplies the input of `A`, but not the input of the base layer. The mask must
             broadcast to the shape of `x`; the function `dropout_mask` draws such a mask. None means no dropout.
         product_dtype: Dtype of the products with `A` and `B`: bfloat16, float16 (products above 65,504 overflow), or
             None for the dtype of the vectors.
@@ -322,8 +322,8 @@ def _vectors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | Non
         )
     if mixture is not None and not mixture.shape == lambda_b.shape[:-1] == lambda_d.shape[:-1]:
         raise ValueError(
-            f"mixture {tuple(mixture.shape)}, lambda_b {tuple(lambda_b.shape)} and lambda_d {tuple(lambda_d.shape)} "
-            "must have shapes (*rows, k), (*rows, k, out) and (*rows, k, r)."
+            f"lambda_b {tuple(lambda_b.shape)} and lambda_d {tuple(lambda_d.shape)} must have the leading axes "
+            f"{tuple(mixture.shape)}, the shape (*rows, k) of mixture."
         )
     return lambda_b, lambda_d, mixture
 
@@ -344,8 +344,8 @@ def _projections(
         raise ValueError(f"the layer must have at least one input feature, got in = {in_features}.")
     if A.dim() != 2 or B.dim() != 2:
         raise ValueError(
-            f"vera_A must have shape (r, >= {in_features}) and vera_B (>= {out_features}, r), got {tuple(A.shape)} and "
-            f"{tuple(B.shape)}."
+            f"vera_A must have shape (r, >= {in_features}), got {tuple(A.shape)}, and vera_B (>= {out_features}, r), "
+            f"got {tuple(B.shape)}."
         )
     # torch 2.13 accepts a product of a CPU tensor with a meta tensor, and returns uninitialised memory.
     if not A.device == B.device == lambda_d.device == lambda_b.device:
@@ -357,7 +357,7 @@ def _projections(
         raise ValueError(
             f"lambda_d {tuple(lambda_d.shape)} implies rank {r}, but vera_A {tuple(A.shape)} and vera_B "
             f"{tuple(B.shape)} have rank {A.shape[0]} and {B.shape[1]}: draw projections of rank {r} with "
-            "init_projections. Projections of another rank can't be sliced."
+            f"init_projections. Projections of another rank can't be sliced to rank {r}."
         )
     if A.shape[1] < in_features or B.shape[0] < out_features:
         raise ValueError(

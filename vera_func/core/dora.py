@@ -207,9 +207,8 @@ def _checked(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> tupl
     expected = {"square_norm": (out_features,), "C": (out_features, r), "G": (r, r)}
     if shapes != expected or frozen["vera_B"].shape[0] < out_features or frozen["vera_B"].shape[1:] != (r,):
         raise ValueError(
-            f"lambda_b {tuple(lambda_b.shape)} and lambda_d {tuple(lambda_d.shape)} need statistics of shapes "
-            f"{expected} and a vera_B of shape (>= {out_features}, {r}), got {shapes} and "
-            f"{tuple(frozen['vera_B'].shape)}."
+            f"for out={out_features} and r={r}, vera_B must have shape (>= {out_features}, {r}), got "
+            f"{tuple(frozen['vera_B'].shape)}, and the statistics must have shapes {expected}, got {shapes}."
         )
     return lambda_b, lambda_d, magnitude
 

@@ -3,8 +3,8 @@
     value_and_grad(f)(x, ...) = f(x, ...), df/dx
 
 `torch.func.grad` has overhead that most calls do not need: it creates a class for every call of a custom
-`autograd.Function`, and keeps the graph of the backward pass. This module uses plain autograd where the result is the
-same, and `torch.func` inside transforms and under `torch.compile`.
+`autograd.Function`, and keeps the graph of the backward pass. This module uses `torch.func` inside transforms, under
+`torch.compile` and for inference tensors, and plain autograd otherwise.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +26,9 @@ def grad(function: Function, argnums: int | tuple[int, ...] = 0, has_aux: bool =
     """Return a function that computes the gradient of a scalar function, as `torch.func.grad` does, but faster.
 
     Outside of transforms, `torch.autograd.grad` computes the gradient. The graph of the backward pass is kept only if
-    the caller can differentiate the gradient again: gradients are enabled, and an argument or a closed-over tensor
-    requires grad. Activation checkpointing is supported. Inside `vmap`, `jvp`, `grad` and other transforms, under
-    `torch.compile` and in inference mode, `torch.func.grad` computes the gradient.
+    gradients are enabled and an argument or a closed-over tensor requires grad, because the caller may then
+    differentiate the gradient again. Activation checkpointing is supported. Inside `vmap`, `jvp`, `grad` and other
+    transforms, under `torch.compile` and for inference tensors, `torch.func.grad` computes the gradient.
 
     Args:
         function: Function that returns a tensor of shape (), or with `has_aux` a pair `(tensor, aux)`.
@@ -42,9 +42,9 @@ def grad(function: Function, argnums: int | tuple[int, ...] = 0, has_aux: bool =
         affect the value have a gradient of zeros.
 
     Raises:
-        ValueError: If an argument is not a pytree of floating-point tensors, if `argnums` are not positions of
-            arguments, or if `function` does not return a scalar. The error is raised when the returned function is
-            called.
+        ValueError: If a differentiated argument is not a pytree of floating-point tensors, if `argnums` are not
+            positions of arguments, or if `function` does not return a scalar. The error is raised when the returned
+            function is called.
 
     Example:
         >>> loss = lambda params, x: (params["w"] * x).square().sum()
@@ -213,6 +213,6 @@ def _check_leaves(leaves: Sequence[Any]) -> None:
     for leaf in leaves:
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
             raise ValueError(
-                f"a differentiated argument must be a pytree of floating-point tensors, got {described(leaf)} in it: "
-                "pass that leaf in another argument, or close over it."
+                "a differentiated argument must be a pytree of floating-point tensors, got a leaf "
+                f"{described(leaf)}: pass that leaf in another argument, or close over the leaf."
             )

@@ -51,7 +51,7 @@ def is_vector(key: str) -> bool:
 
 
 def own_parameters(keys: Iterable[str]) -> list[str]:
-    """Return the keys of the base model's own parameters, without the keys of adapters.
+    """Return the keys of the base model's parameters, such as a trained bias or head, without the keys of adapters.
 
     Example:
         >>> own_parameters(["q_proj.lambda_b", "q_proj.mixture", "classifier.weight"])

@@ -41,7 +41,7 @@ def align_rows(name: str, vector: Tensor, x: Tensor, *, inner: int = 1) -> Tenso
 
 
 def match_rows(vectors: Mapping[str, Tensor]) -> list[Tensor]:
-    """View vectors (*rows, k) with the same number of axes, so that `*rows` broadcast from the left.
+    """Reshape vectors (*rows, k) to equal numbers of axes, so that `*rows` broadcast from the left.
 
     Args:
         vectors: Vectors by name, for the error message. Shorter `*rows` must be the first axes of the longest `*rows`.
@@ -113,7 +113,7 @@ def require_finite(name: str, tensor: Tensor, remark: str) -> None:
 
     Args:
         name: Name of the tensor, for the error message.
-        tensor: Tensor to check. Its values must be known, so this check is not for transforms.
+        tensor: Tensor to check. The check reads the values, so do not call this function inside a transform.
         remark: The end of the error message.
 
     Raises:
@@ -127,7 +127,7 @@ def require_finite(name: str, tensor: Tensor, remark: str) -> None:
 
 
 def require_single(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise an error if a tensor of params does not have the shape that it has in a single adapter.
+    """Raise an error if a tensor of params does not have `shape`, its shape in a single adapter.
 
     Raises:
         ValueError: If the shape differs, for example because the params are stacked.
@@ -143,7 +143,7 @@ def require_single(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def require_float(name: str, dtype: torch.dtype) -> None:
-    """Raise an error if a dtype is not floating-point: other dtypes would silently round an adapter to integers.
+    """Raise an error if a dtype is not floating-point, because an integer dtype would silently round an adapter.
 
     Raises:
         ValueError: If `dtype` is not a floating-point dtype.
@@ -156,7 +156,7 @@ def require_float(name: str, dtype: torch.dtype) -> None:
 
 
 def require_integer(name: str, value: Any, least: int) -> None:
-    """Raise an error if a value is not an integer, of Python, numpy or torch, or is less than `least`.
+    """Raise an error if a value is not an integer (of Python, numpy or torch) or is less than `least`.
 
     Raises:
         ValueError: If the value is not an integer, for example 2.0, or is too small.

@@ -319,8 +319,8 @@ def export_adapters(bank: Bank, folder: str | os.PathLike[str], names: Sequence[
 
     Args:
         bank: The open bank.
-        folder: Parent directory, created if it does not exist. Each adapter is written to the sub-folder of its name,
-            but an adapter named "default" to `folder` itself, as in PEFT.
+        folder: Parent directory, created if it does not exist. Each adapter is written to a sub-folder with the
+            adapter's name. As in PEFT, an adapter named "default" is written to `folder` itself.
         names: Names or row indices of the adapters. None means all adapters.
 
     Raises:

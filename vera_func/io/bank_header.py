@@ -53,7 +53,9 @@ def _check_ranks(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Vera
     r = config.r
     A, B = (shapes[name] for name in PROJECTIONS)
     if len(A) != 2 or len(B) != 2 or A[0] != r or B[1] != r:
-        raise ValueError(f"{path}: vera_A must have shape ({r}, in) and vera_B (out, {r}) for r={r}, got {A} and {B}.")
+        raise ValueError(
+            f"{path}: for r={r}, vera_A must have shape ({r}, in), got {A}, and vera_B (out, {r}), got {B}."
+        )
     other = {"lambda_b": "lambda_d", "lambda_d": "lambda_b"}
     for key, shape in shapes.items():
         leaf = split_key(key)[1]

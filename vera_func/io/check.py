@@ -27,8 +27,8 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
     """Check that params, projections and configuration form one valid adapter.
 
     Raises:
-        ValueError: If `config.target_modules` is None or "all-linear", or if a vector or projection is missing or
-            stacked, does not have the rank `config.r`, is not a floating-point tensor, or holds NaN or inf.
+        ValueError: If `config.target_modules` is None or "all-linear"; if a vector or projection is missing, is
+            stacked, has another rank than `config.r`, or is not a floating-point tensor; or if a value is NaN or inf.
     """
     if not isinstance(config, VeraConfig):
         raise ValueError(f"config must be vera_func's VeraConfig, got {type(config).__name__}.")
@@ -53,8 +53,8 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
     _check_magnitudes(params, config)
     if frozen["vera_A"].shape[0] != config.r or frozen["vera_B"].shape[1] != config.r:
         raise ValueError(
-            f"vera_A must have shape ({config.r}, in) and vera_B (out, {config.r}) for config.r={config.r}, got "
-            f"{tuple(frozen['vera_A'].shape)} and {tuple(frozen['vera_B'].shape)}."
+            f"for config.r={config.r}, vera_A must have shape ({config.r}, in), got {tuple(frozen['vera_A'].shape)}, "
+            f"and vera_B (out, {config.r}), got {tuple(frozen['vera_B'].shape)}."
         )
 
 
@@ -90,7 +90,7 @@ def _check_key(
         raise ValueError(f"{key!r} belongs to a sum of adapters, which PEFT's format can't store: save each adapter.")
     if leaf == OUTPUT_SCALE:
         raise ValueError(
-            f"{key!r} was made by fold_magnitude, whose result can't be saved: save the params from before folding."
+            f"{key!r} was made by fold_magnitude, whose result can't be saved: save the params that were folded."
         )
     if leaf == "lambda_d":
         require_single(repr(key), value, (config.r,))

@@ -228,7 +228,7 @@ def _split_tensors(
 def _projections_of(
     file: Path, projections: Mapping[str, Tensor], config: VeraConfig, model: nn.Module, targets: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Return the projections from the file or, if `config.save_projection` is False, drawn from the seed."""
+    """Return the projections of the file. If `config.save_projection` is False, draw them from the seed instead."""
     if not config.save_projection:
         if projections:
             warnings.warn(
@@ -282,8 +282,8 @@ def _check_projections(file: Path, frozen: Mapping[str, Tensor], widest: tuple[i
     fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] == r
     if not fits or A.shape[1] < widest_in or B.shape[0] < widest_out:
         raise ValueError(
-            f"{file} has vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)}, but this model needs the shapes "
-            f"({r}, >= {widest_in}) and (>= {widest_out}, {r})."
+            f"{file}: for this model, vera_A must have shape ({r}, >= {widest_in}), got {tuple(A.shape)}, and vera_B "
+            f"(>= {widest_out}, {r}), got {tuple(B.shape)}."
         )
 
 

@@ -89,7 +89,7 @@ def filling(folder: Path) -> Iterator[Path]:
 
 
 def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU. Tensors that share storage are cloned, because safetensors rejects them.
+    """Return the tensors on the CPU. Tensors that share storage are cloned, because safetensors rejects shared storage.
 
     Example:
         >>> x = torch.ones(3)

@@ -1,9 +1,9 @@
 """Write a LoRA as a GGUF adapter, the format of llama.cpp.
 
 The converter of llama.cpp renames the layers of a model. For some architectures, the converter also permutes the rows
-of the query and key weights. A rotary embedding rotates pairs of rows, which are adjacent in llama.cpp and half a head
-apart in transformers. The rows of the LoRA factor B' (out, rank) must be permuted like the rows of the weight.
-`ARCHITECTURES` lists the architectures whose row order is known and tested.
+of the query and key weights. A rotary embedding rotates pairs of rows. The two rows of a pair are adjacent in
+llama.cpp, and half a head apart in transformers. The rows of the LoRA factor B' (out, rank) must be permuted like the
+rows of the weight. `ARCHITECTURES` lists the architectures whose row order is known and tested.
 """
 
 from collections.abc import Mapping

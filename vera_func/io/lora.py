@@ -1,4 +1,4 @@
-"""Export a VeRA adapter as a LoRA for tools without VeRA support: as a PEFT directory, or as a GGUF file for llama.cpp.
+"""Export a VeRA adapter as a LoRA, for tools without VeRA support: a PEFT directory, or a GGUF file for llama.cpp.
 
 The factors of the LoRA give exactly the update ΔW = B' A' of the adapter:
 
@@ -226,7 +226,7 @@ def _lora_config(config: VeraConfig, rank: int, targets: list[str], model: nn.Mo
 
 
 def truncate(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return the best approximation of BA of the given rank as factors A', B', and the error ‖BA - B'A'‖ / ‖BA‖.
+    """Approximate BA by the best product B'A' of the given rank; return A', B' and the error ‖BA - B'A'‖ / ‖BA‖.
 
     Args:
         lora_A: A, of shape (r, in).

@@ -44,7 +44,7 @@ def to_module(adapted: Adapted) -> nn.Module:
     `{k: p for k, p in module.named_parameters() if p.requires_grad}`.
 
     If the model is from transformers, `save_pretrained` of the module calls `save_adapter`, so Trainer's checkpoints
-    are adapter directories. `num_parameters` of the module counts quantized weights with their unpacked size.
+    are adapter directories. For a quantized weight, `num_parameters` of the module counts the unpacked values.
 
     Args:
         adapted: The result of `adapt` or `load_adapter`, with the params of a single adapter.
@@ -97,9 +97,10 @@ class SavePretrained:
         Args:
             save_directory: The folder to write.
             is_main_process: If False, nothing is written.
-            state_dict: Values to write instead of the module's current parameters, by name.
+            state_dict: Dict from parameter name to the value to write. Parameters that are not in the dict are written
+                with their current values.
             push_to_hub: Not supported; call `module.push_to_hub(name)`.
-            ignored: Options for saving full models, such as `max_shard_size`, which do not apply to adapters.
+            ignored: Options for saving full models, such as `max_shard_size`. These options are ignored.
         """
         if push_to_hub:
             raise ValueError("save_pretrained does not support push_to_hub=True: call module.push_to_hub(repository).")
@@ -118,7 +119,7 @@ class SavePretrained:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class NumParameters:
-    """The method `module.num_parameters()`, which counts a packed 4-bit weight with its unpacked size.
+    """The method `module.num_parameters()`, which counts the unpacked values of a quantized weight.
 
     Attributes:
         module: The module from `to_module`.

@@ -44,7 +44,7 @@ def save_quantized(path: str | os.PathLike[str], model: nn.Module) -> Path:
     """Write all parameters and buffers of a quantized model as one safetensors file, atomically.
 
     Non-persistent buffers are included. The configuration and the tokenizer of a transformers model are not included:
-    save them with their own `save_pretrained`.
+    call `save_pretrained` of the configuration and of the tokenizer.
 
     Args:
         path: The file to write. An existing file is replaced.
@@ -101,9 +101,9 @@ def load_quantized(path: str | os.PathLike[str], model: Model) -> Model:
     """Return a copy of `model` with the parameters and buffers of a file from `save_quantized`, bit for bit.
 
     The file is memory-mapped, so dense weights are read on first use. The file, and not `model`, determines which
-    layers are quantized. Parameters that are tied in the file are tied in the copy. Each parameter is loaded to the
-    device of the same parameter of `model`, or to the CPU if that device is the meta device. The copy keeps the
-    training mode and the `requires_grad` flags of `model`.
+    layers are quantized. Parameters that are tied in the file are tied in the copy. Each parameter is loaded to its
+    device in `model`, or to the CPU if its device in `model` is the meta device. The copy keeps the training mode and
+    the `requires_grad` flags of `model`.
 
     Args:
         path: The file.

@@ -6,8 +6,8 @@ The rules of each server, with the source files in which they are implemented (N
   biases, and ranks above `max_lora_rank`. In `vllm/config/lora.py`, `max_lora_rank` is 16 by default and must be one of
   `VLLM_RANKS`. `vllm/lora/utils.py` refuses tensors other than `lora_A` and `lora_B`.
 - SGLang (https://github.com/sgl-project/sglang): `python/sglang/srt/lora/lora_manager.py` refuses DoRA, and `lora.py`
-  supports only the tensors `lora_A` and `lora_B`. SGLang allocates memory for the adapters given at its start. To load
-  other adapters later, set a sufficient `--max-lora-rank` and all required `--lora-target-modules`.
+  supports only the tensors `lora_A` and `lora_B`. SGLang allocates memory for the adapters that are passed at startup.
+  To load other adapters later, set a sufficient `--max-lora-rank` and all required `--lora-target-modules`.
 - llama.cpp (https://github.com/ggml-org/llama.cpp): `convert_lora_to_gguf.py` and `src/llama-adapter.cpp` refuse
   tensors other than `lora_A` and `lora_B`, including DoRA's magnitudes.
 """

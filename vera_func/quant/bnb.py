@@ -43,7 +43,8 @@ def from_bnb(module: nn.Module) -> tuple[Quantized, Tensor | None]:
         The weight, and the bias (out,) or None.
 
     Raises:
-        ValueError: If `module` is of another class, or if shapes or dtypes of its tensors do not match.
+        ValueError: If `module` is not a bitsandbytes linear module, or if the shapes or dtypes of its tensors are
+            inconsistent.
 
     Example:
         >>> import bitsandbytes as bnb

@@ -34,9 +34,9 @@ def fused_weight(q: Quantized, max_rows: int | None = FUSED_ROWS) -> FusedWeight
 
     Args:
         q: A quantized weight.
-        max_rows: Largest number of rows for which the kernel is used. None means a number that each process measures,
-            at the first product of this format and shape. The kernel and the dense product round differently; see
-            `quant.crossover`.
+        max_rows: Largest number of rows for which the kernel is used. None means that each process measures the number,
+            at the first product with a weight of this format and shape. The kernel and the dense product round
+            differently; see `quant.crossover`.
 
     Returns:
         The copy, or None if the kernel can't be used. The kernel requires a CPU with AVX512-BF16, a 4-bit weight, an
@@ -61,7 +61,7 @@ def fused_weight(q: Quantized, max_rows: int | None = FUSED_ROWS) -> FusedWeight
 
 
 def unpack_cpu_layout(packed: Tensor, state: Any, compute_dtype: torch.dtype | None) -> Quantized4bit:
-    """Convert a weight from bitsandbytes' layout for its AVX512-BF16 kernel, without changing `packed` or `state`.
+    """Copy a weight from the layout of bitsandbytes' AVX512-BF16 kernel to the usual 4-bit layout.
 
     The layout divides the rows into groups of 32, and the columns of each group into pairs. Each pair is stored in 32
     bytes, two of its 64 codes per byte: the first 32 codes in the low halves, and the last 32 in the high halves.

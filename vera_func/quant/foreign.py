@@ -1,7 +1,7 @@
 """Recognize the quantized layers of other libraries, which are not supported, by class name.
 
-The kernels of other libraries have no derivatives, or derivatives for plain autograd only, and vera_func has no type
-for the weights of such layers. The libraries need not be installed.
+The kernels of other libraries have no derivatives, or derivatives for plain autograd only. vera_func has no type for
+the weights of other libraries. The libraries need not be installed.
 """
 
 import re

@@ -38,21 +38,21 @@ def quantized_linear(
     """Compute `x dequantize(q)ᵀ + bias`, differentiable in `x` and `bias` to any order.
 
     The dense weight is a temporary tensor, and the backward pass dequantizes again. The arithmetic is that of
-    bitsandbytes' modules in training. As a `base_fn`, pass `functools.partial(quantized_linear, q)`. On a GPU, if there
-    are few rows, bitsandbytes' kernel multiplies by the packed weight directly. Under `torch.compile`, the compiler
-    decides what is saved for backward, and may save dense weights.
+    bitsandbytes' modules in training. As a `base_fn`, pass `functools.partial(quantized_linear, q)`. For few rows on a
+    GPU, a kernel of bitsandbytes multiplies by the packed weight without forming the dense weight. Under
+    `torch.compile`, the compiler decides what is saved for backward, and may save dense weights.
 
     Args:
         q: A quantized weight.
         x: Input. The product is computed in `q.compute_dtype` if that is set, else in the dtype of `x`.
-        bias: Bias to add in the dtype of the product, or None.
-        int8_activations: For an 8-bit `q`, whether to quantize the rows of `x` to 8 bits too and multiply integers
+        bias: Bias of shape (out,), or None. The bias is cast to the dtype of the product before it is added.
+        int8_activations: For an 8-bit `q`, whether to quantize the rows of `x` to 8 bits as well, and multiply integers
             (LLM.int8()). If `q.threshold` is not 0, features with a value above `q.threshold` are not quantized. The
             integer product is faster on GPUs, with an error of one or two percent. The derivative is that of the exact
             product.
         fused: `fused_weight(q)`, used for a bfloat16 `x` with few rows if gradients are disabled.
-        dense: A stored `dequantize(q, dtype)`, used if the product is computed in `dtype`. On a GPU, bitsandbytes'
-            kernels for packed 4-bit weights take precedence.
+        dense: A stored result of `dequantize`, used if its dtype is that of the product. On a GPU, bitsandbytes'
+            kernels for packed 4-bit weights take precedence over `dense`.
 
     Raises:
         ValueError: If `x`, `bias`, `fused` or `dense` does not fit the weight; if `int8_activations` is set for a 4-bit
@@ -243,7 +243,7 @@ def _tangent(ctx: Any, x_t: Tensor | None, bias_t: Tensor | None, transposed: bo
 
 
 def _is_plain(x: Tensor, bias: Tensor | None, leaves: Sequence[Tensor]) -> bool:
-    """Whether the product is not differentiated, transformed or compiled."""
+    """Whether no derivative, transform or compiler applies to the product."""
     if torch.compiler.is_compiling() or private.in_transform():
         return False
     if not torch.is_grad_enabled():

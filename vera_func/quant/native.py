@@ -2,8 +2,8 @@
 
 bitsandbytes' operators take about 10 microseconds longer than the C functions that the operators call. For one row, 10
 microseconds are half the time of a product of width 576, and decoding a token takes hundreds of such products. The
-functions in this module call the same C functions directly, with the same results. For tensor subclasses, and under
-`torch.compile`, transforms, dispatch modes and tracers, the functions call the operators.
+functions in this module therefore call the C functions without the operators; the results are equal. For tensor
+subclasses, and under `torch.compile`, transforms, dispatch modes and tracers, the functions call the operators.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def gemv_4bit(
 def dequantize_4bit(
     packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """Return the dense weight of packed codes and float32 scales, in float32, bfloat16 or float16."""
+    """Return the dense weight, in float32, bfloat16 or float16, for packed codes and float32 scales."""
     if not torch.compiler.is_compiling() and blocksize < _MOST_VALUES and shape[1] % 2 == 0:
         kernel = _dequantizing_kernel(quant_type, dtype)
         if kernel is not None and absmax.dtype == torch.float32 and _is_memory(packed, absmax):

@@ -45,7 +45,7 @@ def quantize_4bit(
     quant_storage: torch.dtype = torch.uint8,
     compute_dtype: torch.dtype | None = None,
 ) -> Quantized4bit:
-    """Quantize a weight to 4 bits per value: one of 16 levels, times the largest absolute value of the block.
+    """Quantize a weight to 4 bits per value: one of 16 levels, times the largest absolute value of the value's block.
 
     The bytes are those of bitsandbytes. Each value takes 4 bits, plus 32 / `blocksize` bits for the scales, or about 8
     / `blocksize` bits with `double_quant`.
@@ -55,7 +55,7 @@ def quantize_4bit(
         quant_type: "nf4" for levels at the quantiles of a normal distribution, or "fp4" for a 4-bit float.
         blocksize: Number of values that share a scale, one of `BLOCKSIZES`.
         double_quant: Whether to quantize the scales to 8 bits as well (QLoRA's double quantization).
-        quant_storage: Dtype of the packed tensor. The bytes are the same for all dtypes.
+        quant_storage: Dtype of the packed tensor. The packed bytes do not depend on this dtype.
         compute_dtype: Dtype of products with an input `x`. None means the dtype of `x`.
 
     Raises:
@@ -122,7 +122,7 @@ def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) ->
         raise ValueError(f"threshold must be finite and at least 0 (0 means no threshold), got {threshold}.")
     half = weight.detach().to(torch.float16).contiguous()
     if half.device.type != "meta" and not half.isfinite().all():
-        raise ValueError("the weight overflows float16, from which bitsandbytes quantizes to 8 bits: use 4 bits.")
+        raise ValueError("the weight overflows float16, in which bitsandbytes computes 8-bit codes: use 4 bits.")
     codes, scale, _ = private.bnb_ops().int8_vectorwise_quant(half, 0.0)
     return Quantized8bit(codes, scale, shape2(codes.shape), float(threshold))
 
@@ -155,7 +155,7 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, 
 
 
 def levels(q: Quantized4bit) -> Float[Tensor, "16"]:
-    """Return the 16 levels of a 4-bit weight's format, in bitsandbytes' order, to be indexed by codes.
+    """Return the 16 levels of a 4-bit weight's format, in bitsandbytes' order: code i stands for level i.
 
     Example:
         >>> levels(quantize_4bit(torch.ones(1, 64)))[[0, 7, 15]]
