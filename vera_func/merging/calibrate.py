@@ -159,7 +159,7 @@ def calibrate_rows(
 
     A fit costs about `8 out in²` multiply-adds, and a step of all rows costs `6 out in² / blocksize`. Temporary tensors
     take a few times 128 MB. The result is deterministic. With `max_kappa=1`, the error ‖(W + ΔW) X - Q X‖ of each row,
-    with damping, is at most that of the unchanged weight, `Q = W`.
+    computed from the damped `gram`, is at most the error of the unchanged weight, `Q = W`.
 
     Args:
         codes: The codes of the base weight.
@@ -167,8 +167,8 @@ def calibrate_rows(
         delta: The update to merge, `ΔW`.
         code: The table of levels, in any order. Levels need not be distinct.
         gram: Second moments `H` of the calibration inputs.
-        damping: `damping` times the mean of the diagonal of `gram` is added to the diagonal. Use 0.1 for fewer than
-            about 1,000 calibration tokens.
+        damping: Fraction of the mean diagonal entry of `gram` that is added to every diagonal entry. Use 0.1 for fewer
+            than about 1,000 calibration tokens.
         max_kappa: Upper bound of the overshoot. With `max_kappa=1`, the output error is minimal, but the update
             shrinks.
 
@@ -192,8 +192,8 @@ def calibrate_rows(
 
     Reference:
         GPTQ: https://arxiv.org/abs/2210.17323. GPTQ as Babai's nearest plane: https://arxiv.org/abs/2507.18553.
-        Greedy descent on codes (CDQuant): https://arxiv.org/abs/2406.17542. The refit of the scales in each
-        step and `κ` are not from these papers.
+        Greedy descent on codes (CDQuant): https://arxiv.org/abs/2406.17542. `κ` and the refit of the scales in each
+        step are not from the papers above.
     """
     blocksize = _blocksize(codes, absmax)
     _check(codes, damping, max_kappa, absmax=absmax, delta=delta, code=code, gram=gram)

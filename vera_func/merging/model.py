@@ -50,8 +50,8 @@ def merge(
         frozen: The projections.
         to: Format of the adapted layers and of all quantized layers: "nf4", "fp4", "int8", or a dtype for a dense
             model. None keeps the format of each layer.
-        weights: Merged weights by module name, for example from `calibrate_weights`. Adapted layers without an entry
-            are merged by `merge_quantized` or `merge_dense`.
+        weights: Merged weights, keyed by module name, for example from `calibrate_weights`. Adapted layers without an
+            entry are merged by `merge_quantized` or `merge_dense`.
 
     Raises:
         ValueError: If the adapter does not fit the model, or holds NaN or inf. If the model is offloaded, is wrapped by
@@ -105,18 +105,18 @@ def merge(
 def model_merge_report(
     adapted: Adapted, to: Format | None = None, inputs: Mapping[str, Tensor] | None = None
 ) -> dict[str, MergeReport]:
-    """Return the `merge_report` of each adapted layer for `merge(model, params, frozen, to)`, by layer name.
+    """Return the `merge_report` of each adapted layer for `merge(model, params, frozen, to)`.
 
     Layers whose update is zero are omitted.
 
     Args:
         adapted: Result of `adapt` or `load_adapter`, with a single adapter.
         to: See `merge`.
-        inputs: Inputs of each layer, of shape (*tokens, in), by layer name. If None, the reports have no
+        inputs: Inputs of the layers, of shape (*tokens, in), keyed by layer name. If None, the reports have no
             `output_kept` and `output_error`.
 
     Returns:
-        Reports by layer name.
+        Reports, keyed by layer name.
 
     Raises:
         ValueError: If the adapter does not fit the model or holds NaN or inf, or if `inputs` names a layer that is not
@@ -249,7 +249,9 @@ def _checked_parameter(parameters: Mapping[str, nn.Parameter], key: str, value: 
         raise ValueError(f"params has {key!r}, which is not a parameter of the model.")
     own = parameters[key]
     if type(own) is not nn.Parameter:
-        raise ValueError(f"params has {key!r}, which is of type {type(own).__name__} and can't be replaced.")
+        raise ValueError(
+            f"params has {key!r}, but {key!r} of the model is a {type(own).__name__}, which can't be replaced."
+        )
     if own.shape != value.shape:
         raise ValueError(f"{key!r} must have shape {tuple(own.shape)}, got {tuple(value.shape)}.")
     return value.detach().to(own)

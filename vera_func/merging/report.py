@@ -3,7 +3,7 @@
     kept = <W' - W, ΔW> / ‖ΔW‖²        error = ‖W' - W - ΔW‖ / ‖ΔW‖
 
 `W` is the base weight, `W'` the merged weight, and `ΔW` the update of `layer`. For the layer's outputs on inputs `X`,
-`(W' - W) X` and `ΔW X` take the places of `W' - W` and `ΔW`.
+replace `W' - W` by `(W' - W) X`, and `ΔW` by `ΔW X`.
 """
 
 from collections.abc import Mapping

@@ -4,8 +4,8 @@
 
 With equal weights w_t, a calibrated merge preserves the outputs of each layer equally well at all tokens. But most
 tokens have little influence on the model's answer. With a `readout`, such as the answer's logit, the weight of a token
-is the squared norm of the readout's gradient with respect to the layer's output y. This weighting moves the error to
-tokens with little influence.
+is the squared norm of the readout's gradient with respect to the layer's output y. Weighted second moments move the
+error of the merge to tokens with little influence.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -34,7 +34,7 @@ def second_moments(
     *,
     readout: Callable[[Any], Tensor] | None = None,
 ) -> dict[str, Float[Tensor, "in in"]]:
-    """Return the mean of `x xᵀ` over the inputs `x` of each adapted layer, by module name.
+    """Return the mean of `x xᵀ` over the inputs `x` of each adapted layer, as a dict keyed by module name.
 
     The inputs come from one forward pass of the adapted model per batch. With `readout`, each batch also needs a
     backward pass. Each layer needs the memory of an (in, in) matrix. Tokens with an `attention_mask` (b, seq) of 0 are
@@ -101,14 +101,14 @@ def calibrate_weights(
     *,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> dict[str, Quantized]:
-    """Merge every adapted 4-bit layer of a model with calibration, and return the merged weights by module name.
+    """Merge every adapted 4-bit layer of a model with calibration, and return the merged weights, keyed by module name.
 
     Pass the result to `merge(..., weights=...)`. A layer of width 576 takes about one second on two cores.
 
     Args:
         adapted: A model whose adapted layers are 4-bit, with a single adapter.
         moments: From `second_moments`.
-        progress: Function that wraps the iterable of layer names, such as `tqdm.tqdm`.
+        progress: Function such as `tqdm.tqdm` that wraps the iterable of layer names.
 
     Raises:
         ValueError: If an adapted layer is not a 4-bit layer, or has no second moments in `moments`.

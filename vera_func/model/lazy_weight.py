@@ -25,7 +25,7 @@ _METADATA = frozenset(
 
 
 class LazyWeight(Tensor):
-    """A tensor with the shape, dtype and device of `like`, whose values `compute` returns when an operation uses them.
+    """A tensor with the shape, dtype and device of `like`, and with values that `compute` returns at each use.
 
     The operation gets the result of `compute` instead of the `LazyWeight`, so all transforms work as usual.
     """

@@ -10,7 +10,7 @@ from .layers import set_parameter
 
 
 def adapted_module(adapted: Adapted) -> nn.Module:
-    """Return a copy of the adapted model as a module whose trainable parameters are the params, named by their keys.
+    """Return a copy of the adapted model as a module, with the params as trainable parameters, named by key.
 
     Args:
         adapted: The result of `adapt` or `load_adapter`, with the params of a single adapter.

@@ -22,8 +22,8 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
 
     Pooling is exact: each adapter computes the same function in the pool as alone. The projections are zero-padded to
     the largest size and concatenated along r, `A = [A1; A2; ...]` and `B = [B1, B2, ...]`. Each adapter's `lambda_d` is
-    zero outside of its own block. Equal projections are stored once. A row costs as much as with a single adapter of
-    the pool's rank. `with_dropout` applies dropout only if all adapters have the same dropout probability.
+    zero outside of its own block. Equal projections are stored once. Each row of a batch costs as much as with a single
+    adapter of the pool's rank. `with_dropout` applies dropout only if all adapters have the same dropout probability.
 
     VeRA and DVoRA adapters can be pooled with each other. If an adapter has no magnitude in a layer, its magnitude in
     the pool is 0, and its `"{module}.magnitude.base_share"` is 1. Magnitude 0 and base share 1 give the base model's

@@ -48,9 +48,9 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...] | str] = {
 def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tuple[list[str], VeraConfig]:
     """Return the names of the targeted modules, in the model's order, and the resolved configuration.
 
-    In the resolved configuration, a `target_modules` of None or "all-linear" is replaced by names. A list with
-    `layers_to_transform` that PEFT would match differently is also replaced by names. With `strict=False`, entries of a
-    list may match no module, as is possible in files from PEFT.
+    In the resolved configuration, a `target_modules` of None or "all-linear" is replaced by names. If PEFT would apply
+    `layers_to_transform` differently, a list in `target_modules` is also replaced by names. With `strict=False`,
+    entries of a list may match no module, as is possible in files from PEFT.
 
     Raises:
         ValueError: If no module matches, if an entry matches no module, if a match is not a linear layer, or if there
@@ -90,7 +90,7 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
     heads = HEADS.get(config.task_type or "", ())
     idle = [s for s in config.modules_to_save or () if s not in heads and not any(_contains(n, s) for n in modules)]
     if strict and idle:
-        raise ValueError(f"modules_to_save has {idle}, but no module of this model has such a name.")
+        raise ValueError(f"modules_to_save has {idle}, but the model has no modules with these names.")
     for name in names:
         _require_adaptable(name, modules[name])
     return names, config
@@ -279,5 +279,5 @@ def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, 
                 f"an output_scale of shape {out}, got {shapes}."
             )
     if not layers:
-        raise ValueError(f"params must have the 'lambda_b' of a layer, got keys such as {sorted(params)[:3]}.")
+        raise ValueError(f"params must have the 'lambda_b' of at least one layer, got the keys {sorted(params)[:3]}.")
     return layers

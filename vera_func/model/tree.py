@@ -190,7 +190,8 @@ def frozen_alias(parameter: nn.Parameter) -> nn.Parameter:
 def join_tensors(root: nn.Module, model: nn.Module) -> nn.Module:
     """Copy a tree, replacing aliases of the model's parameters by the parameters themselves.
 
-    The copy is pickled together with the model: otherwise, pickle would store the values of each parameter twice.
+    The copy is for pickling together with the model. Pickle does not preserve shared memory, and would store the values
+    of each alias a second time.
     """
     home = {_memory(parameter): parameter for parameter in model.parameters() if not parameter.is_meta}
     return _with_tensors(root, lambda p: home.get(_memory(p), p), lambda leaf: home.get(_memory(leaf), leaf))

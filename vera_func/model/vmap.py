@@ -29,8 +29,8 @@ def vmap_adapters(
     The returned function of `(stacked, frozen, *batch)` folds the axis of the adapters into the batch axis, and runs
     one forward pass with an adapter for each row. One forward pass is faster than `torch.func.vmap`, and also supports
     2-D masks under sdpa, caches, and fused attention on GPUs. The returned function is differentiable: the gradient of
-    the sum of all losses contains each adapter's own gradient. Use `torch.func.vmap` if the model mixes the entries of
-    a batch, or if it returns a mean over the batch.
+    the sum of all losses contains the gradient of each adapter's loss. Use `torch.func.vmap` if the model mixes the
+    entries of a batch, or if it returns a mean over the batch.
 
     Args:
         apply: An `Apply` from `adapt`, or any function of `(params, frozen, *batch)` that takes one adapter per row and
@@ -38,7 +38,7 @@ def vmap_adapters(
         in_dims: Axis of the adapters in the batch arguments, or None for an argument that all adapters share. A single
             value applies to all arguments, nested ones included. A sequence gives the axes of positional arguments, and
             a mapping gives those of keyword arguments; the axis of any other argument is 0. A tuple over `(params,
-            frozen, *batch)` is interpreted as by `torch.func.vmap`. After the axis of the adapters is removed, the
+            frozen, *batch)` is interpreted as in `torch.func.vmap`. After the axis of the adapters is removed, the
             first axis of an input is its batch axis. If no input has more than one axis, the inputs are single
             examples.
         chunk_size: Number of adapters per forward pass, by default all.
@@ -122,8 +122,8 @@ def _fold(
             continue
         if size is not None and shape[0] != size:
             raise ValueError(
-                f"the inputs of one adapter have {shape[0]} and {size} rows (shapes {sorted(shapes.values())}); "
-                "the first axis of each input must be the batch axis and have the same size."
+                "the inputs of one adapter must have equally many rows along their first axis, the batch axis, got "
+                f"{shape[0]} and {size} rows (shapes {sorted(shapes.values())})."
             )
         leaf = leaves[i] if i in mapped else leaves[i].expand(n, *shape)
         folded[i] = leaf if size is None else leaf.flatten(0, 1)

@@ -747,7 +747,7 @@ class TestGenerate:
         stacked, x = several(adapted, 3), normal(3, 6)
         generate = lambda p, x: adapted.apply.generate(p, adapted.frozen, x)
         assert_near(generate(stacked, x), torch.cat([generate(row(stacked, i), x[i : i + 1]) for i in range(3)]))
-        with pytest.raises(ValueError, match="layer 'head' is called by generate directly"):
+        with pytest.raises(ValueError, match="layer 'head' is called by generate itself"):
             adapted.apply.generate(stacked, adapted.frozen, x, direct=True)
         # Any other method is rehearsed as a whole.
         adapted.apply.model.__class__.other = Talker.generate

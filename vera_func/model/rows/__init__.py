@@ -5,8 +5,8 @@ models transpose (rows, seq) to (seq, rows), flatten rows and seq into one axis,
 table of positions through a layer. Sizes alone do not identify the batch axis, because other axes may have the same
 size. Therefore, before the first call of each kind, the call is rehearsed:
 
-    A copy of the model runs on the call's inputs with a different number of rows: a prime that does not divide any size
-    of the model. A second run uses another prime, and the layouts on which the two runs agree are used.
+    A copy of the model runs on the call's inputs, with the number of rows changed to a prime that does not divide any
+    size of the model. At least two runs, with different primes, must agree on a layout.
 
 `follow` tracks the rows through the operations of a run, `rehearse` runs a copy of the model, and `plans` stores the
 results for calls of the same kind. `axes` defines the types that the other files share.

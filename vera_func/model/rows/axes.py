@@ -1,4 +1,4 @@
-"""Types and functions that the files of this folder share: for calls, and for the batch axes of tensors."""
+"""Types and functions for calls and batch axes, shared by the files of this folder."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -18,7 +18,7 @@ class Callee(NamedTuple):
     Attributes:
         path: Path of a module in the model.
         method: Name of a method of the module, or a function that takes the module as its first argument.
-        shift: Number added to the batch axis of each argument, to track the second or a later leading axis of params.
+        shift: Index of the leading axis of params to track. `shift` is added to the batch axis of each argument.
     """
 
     path: str
@@ -48,7 +48,7 @@ class Refusal(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """The layouts that a rehearsal found: of each layer's input, by path, and of each tensor that the call returns."""
+    """The layouts of the layers' inputs, keyed by layer path, and of the call's outputs, as found by a rehearsal."""
 
     layers: dict[str, Layout | Refusal]
     outputs: list[Layout | Refusal]

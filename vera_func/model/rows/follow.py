@@ -6,8 +6,8 @@ belongs to row `(i // inner) % rows`. For example, a tensor (rows, ...) has `Pla
 Most other operations do not change the order of entries along an axis, so the batch axis of their output is identified
 by its size. Therefore the number of rows is a prime that does not divide any size of the model. Sorting rows, or
 selecting them by an index that depends on data, loses their order: the tensor is marked as `Lost`. The order is
-restored if the rows are put back by the same index, as in mixtures of experts, or if they are selected by the inverse
-of the permutation. If the rules can't determine the order with certainty, the order counts as lost.
+restored if the rows are written back at the same index, as in mixtures of experts, or if they are selected by the
+inverse permutation. If the rules can't determine the order with certainty, the order counts as lost.
 """
 
 import math
@@ -34,7 +34,7 @@ class Lost(NamedTuple):
     """A mark on a tensor whose rows are in an unknown order.
 
     Attributes:
-        by: The index that selected the rows, or None if no index did.
+        by: The index that selected the rows, or None if unknown.
         by_mask: Whether the index `by` was a mask. A mask keeps the order of the rows, but may select a different
             number of entries of each row.
     """
@@ -162,7 +162,7 @@ class Follower:
         return places[0] if inner and whole else Lost(None)
 
     def _cut(self, name: str, args: tuple, kwargs: dict[str, Any], out: Tensor, place: Place) -> Place | Lost | None:
-        """Return the `Place` in a slice of the batch axis, or `Lost` if rows have different sizes in the slice."""
+        """Return the `Place` after slicing the batch axis, or `Lost` if the slice may reorder or omit rows."""
         x = args[0]
         at = args[1:2] if name == "slice" else args[2:3]
         if _dim(at[0] if at else kwargs.get("dim", 0), x) != place.axis or out.shape == x.shape:
@@ -177,7 +177,7 @@ class Follower:
         return place if step == 1 and start % (self.rows * place.inner) == 0 else Lost(None)
 
     def _viewed(self, x: Tensor, place: Place, shape: torch.Size) -> Place | Lost:
-        """Return the `Place` after a view, which does not change the row `(f // stride) % rows` of a flat index `f`."""
+        """Return the `Place` after a view: the entry at flat index `f` stays in row `(f // stride) % rows`."""
         if place.inner is None or 0 in shape:
             axis = self._axis(shape)
             if axis is None:
@@ -278,7 +278,7 @@ class Follower:
         return Lost(None) if any(place_of(index) and not _is_mask(index) for index in along) else into
 
     def _axis(self, shape: Sequence[int]) -> int | None:
-        """Return the axis whose size is a multiple of the number of rows, or None if there are none or several."""
+        """Return the axis whose size is a multiple of the number of rows; None if no axis or several axes qualify."""
         axes = [axis for axis, size in enumerate(shape) if size and size % self.rows == 0]
         return axes[0] if len(axes) == 1 else None
 
@@ -294,7 +294,7 @@ def mark(tensor: Tensor, place: Place | Lost | None) -> None:
 
 
 def _mark_index(name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-    """For a tensor that may serve as an index, record the index it is derived from, or the permutation it inverts."""
+    """Record the index that an output is derived from, or the permutation that an output inverts."""
     x = args[0] if args and isinstance(args[0], Tensor) else None
     if x is None:
         return

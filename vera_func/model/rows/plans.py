@@ -1,13 +1,13 @@
 """The layouts of the inputs of all layers, for each kind of call with one adapter per row of a batch.
 
 A rehearsal gives a `Plan`, which maps the path of each layer to the layout of the layer's input. In most models, axis 0
-is the batch axis of every layer's input, and layers broadcast vectors (rows, out) as usual. For a layer with another
-batch axis, the batch axis of the input is moved to axis 0, and that of the output is moved back. If the rows in a
+is the batch axis of every layer's input, and vectors (rows, out) are broadcast over the other axes. If the batch axis
+of a layer's input is not axis 0, `MovedRows` moves the axis to 0, and moves it back in the output. If the rows in a
 layer's input can't be tracked, an error names the layer.
 
 Calls of the same kind use the same plan. Two calls are of the same kind if they have the same arguments, with the same
-numbers of axes and the same dtypes. If an axis of an input is not the batch axis, but its size is the number of rows,
-calls of the same kind also agree in all sizes of this input.
+numbers of axes and the same dtypes. If the size of a non-batch axis of an input equals the number of rows, calls of the
+same kind also agree in all sizes of this input.
 
 `generate` calls the model, or modules in it, many times. Each outermost module call in `generate` has its own plan,
 which also covers the module calls inside it.
@@ -63,7 +63,7 @@ class MovedRows:
 
 
 class Plan(NamedTuple):
-    """The layouts of the inputs of a model's layers, by path, and of the model's outputs.
+    """The layouts of the layers' inputs, keyed by layer path, and of the model's outputs.
 
     Attributes:
         layers: Layouts of the inputs of all layers.
@@ -79,7 +79,7 @@ class Plan(NamedTuple):
 
 
 class Plans:
-    """The plans that were made for one model, by kind of call.
+    """The plans for one model, keyed by kind of call.
 
     Attributes:
         found: At most `MOST_PLANS` plans.
@@ -92,7 +92,7 @@ class Plans:
         self.traced = 0
 
     def add(self, kind: Hashable, seen: Seen, front: int) -> Plan:
-        """Make a plan from the layouts that a rehearsal found. A batch axis equal to `front` need not be moved."""
+        """Make a plan from the layouts that a rehearsal found. An input whose batch axis is `front` is not moved."""
         if len(self.found) >= MOST_PLANS:
             self.found.clear()
         plan = Plan(seen.layers, {}, {}, seen.outputs)
@@ -113,12 +113,12 @@ def arrange(
     args: tuple,
     kwargs: dict[str, Any],
 ) -> Mapping[str, MovedRows | int]:
-    """Return `projections.rows` for one call, a mapping with an entry for the path of each layer.
+    """Return `projections.rows` for one call, a mapping keyed by layer path.
 
-    The entry is the number of axes of the layer's input if the batch axis is axis 0, and a `MovedRows` otherwise.
+    The value is the number of axes of the layer's input if axis 0 is the batch axis, and a `MovedRows` otherwise.
     `root` is the root of the module tree that runs; for `generate`, hooks are registered on the modules of this tree.
-    `tensors` are the tensors to bind; if there is a single row, their batch axis is removed in place. `lead` contains
-    the leading batch axes of values in params, by key.
+    `tensors` are the tensors to bind; if there is a single row, their batch axis is removed in place. `lead` maps keys
+    of params to the leading axes of their values.
 
     Raises:
         ValueError: If the leading axes of params do not match the inputs, or if the rows in a layer's input can't be
@@ -150,7 +150,7 @@ def arrange(
 
 
 def axes_of_outputs(apply: "Apply", args: tuple, kwargs: dict[str, Any], rows: int) -> list[int | None]:
-    """Return the batch axis, or None if there is none, of each tensor that `apply` returns, in pytree order."""
+    """Return the batch axis of each tensor that `apply` returns (None if it has no batch axis), in pytree order."""
     outputs = _plan(apply, Callee("", "__call__"), args, kwargs, rows).outputs
     return [where.axis if isinstance(where, Layout) else None for where in outputs]
 
@@ -187,11 +187,14 @@ class _Calls:
         self.apply, self.root, self.lead, self.rows, self.repeats = apply, root, lead, rows, repeats
         self.layers = _layers(apply, root, lead)
         self.depth = 0
-        outside = Refusal("is called by generate directly, where its rows can't be followed.")
+        outside = Refusal("is called by generate itself, where the rows of its input can't be tracked.")
         self.outside = {path: MovedRows(path, outside, rows) for path in self.layers}
 
     def hooks(self) -> dict[str, MovedRows]:
-        """Register the hooks. Return `MovedRows` that raise an error if `generate` calls a layer directly."""
+        """Register the hooks, and return a `MovedRows` for each layer.
+
+        If `generate` calls a layer outside of all modules with hooks, the layer's `MovedRows` raises an error.
+        """
         untraced = torch.compiler.disable  # imports the compiler, which takes a second
         paths = {path for layer in self.layers for path in _ancestors(layer)}
         for path in sorted(paths):
@@ -287,10 +290,10 @@ def _kind(value: Any, count: int, axis: int | None) -> Any:
 
 
 def _kind_of_shape(shape: torch.Size, count: int, axis: int | None) -> tuple:
-    """Return the number of axes of a shape, whether `axis` has size `count`, the axes of size 1, and the sizes or ().
+    """Return the number of axes of a shape, whether `axis` has size `count`, the axes of size 1, and a tuple of sizes.
 
-    The sizes are included if an axis other than the batch axis has size `count`, because the two axes could be
-    confused.
+    The tuple contains all sizes if an axis other than the batch axis has size `count`, because the two axes could be
+    confused. Otherwise, the tuple is empty.
     """
     rows = has_rows(shape, count, axis)
     if torch.compiler.is_compiling():
@@ -325,7 +328,7 @@ def _from_shapes(shapes: tuple) -> Any:
 
 
 def _common(lead: Lead) -> tuple[int, ...]:
-    """Return the longest leading axes in `lead`, after a check that all leading axes are a prefix of the longest."""
+    """Return the longest value in `lead`, or raise an error if another value is not a prefix of the longest."""
     key, rows = next(iter(lead.items()))
     if len(set(lead.values())) == 1:
         return rows
@@ -355,14 +358,14 @@ def _require_rows(
     key = next(iter(lead))
     raise ValueError(
         f"{key} {(*lead[key], *apply.slots[key].shape)} has leading axes {(rows,)}, which do not match the leading "
-        f"axes {tuple(x.shape[:-1])} of x {tuple(x.shape)}, the first input: index i of axis {axis} of the inputs uses "
-        "adapter i. Pass one adapter per row (select_adapters), map over stacked adapters (vmap_adapters, "
+        f"axes of x {tuple(x.shape)}, the first input. Index i of axis {axis} of each input uses adapter i. "
+        "Pass one adapter per row (select_adapters), map over stacked adapters (vmap_adapters, "
         "torch.func.vmap), or set the batch axis (apply.with_row_axes)."
     )
 
 
 def _repeats(model: Any, kwargs: Mapping[str, Any]) -> int:
-    """Return how many copies of each row transformers' `generate` makes."""
+    """Return the number of copies that transformers' `generate` makes of each row."""
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     values = [kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")]
     return max(values)

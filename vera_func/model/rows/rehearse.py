@@ -2,9 +2,9 @@
 
 A rehearsal uses the values of the call's inputs, because the control flow of a model may depend on the values. The rows
 of the inputs are repeated cyclically up to the wanted number. Cheap stand-ins replace linear layers, and hooks are
-removed. Inside transforms and under the compiler, the inputs have no values, and tensors filled with 1 replace them.
-Rehearsals with large inputs run on tensors without data (`fake_tensors`), unless the model can't run on such tensors,
-for example because of data-dependent routing.
+removed. Inside transforms and under the compiler, where the values are unknown, tensors filled with 1 replace the
+inputs. Rehearsals with large inputs run on tensors without data (`fake_tensors`), unless the model can't run on such
+tensors, for example because of data-dependent routing.
 """
 
 import contextlib
@@ -129,8 +129,8 @@ class _Call:
         Such a function returns "rows" if the tensor has this batch axis, "shared" if all rows share the tensor, and
         "parts" if each row has several consecutive entries of axis 0, such as the patches of an image. An axis whose
         size is the number of rows need not be the batch axis: positions (seq,) or a mask (seq, seq) may have this size
-        by chance. In the first input with several axes, a supposed batch axis whose size is the number of rows is
-        always taken as the batch axis.
+        by chance. For the first input with several axes, the function always returns "rows" if the size of the supposed
+        batch axis is the number of rows.
         """
         main = next((tensor for tensor in self.inputs if tensor.dim() > 1), None)
 
