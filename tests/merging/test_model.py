@@ -183,10 +183,10 @@ def test_a_key_that_apply_refuses():
     model["packed"] = vf.to_bnb(vf.quantize_8bit(torch.ones(7, 7)))
     adapted = vf.adapt(model, vf.VeraConfig(r=3, target_modules=["other"]))
     for key, message in (
-        ("second.weight", "not a parameter of the model"),
-        ("packed.weight", "of type Int8Params and can't"),
+        ("second.weight", "which is not a parameter of the model"),
+        ("packed.weight", "but 'packed.weight' of the model has type Int8Params, which can't be replaced"),
     ):
-        with pytest.raises(ValueError, match=rf"'{key}', which is {message}"):
+        with pytest.raises(ValueError, match=rf"'{key}', {message}"):
             vf.merge(model, adapted.params | {key: torch.ones(7, 7)}, adapted.frozen)
 
 
@@ -238,7 +238,7 @@ for to in ("int4", torch.int8, 4, True):
     bad("merge", f"to {to}", lambda _, to=to: vf.merge(small_model(), PARAMS, FROZEN, to), wrong)
     bad("model_merge_report", f"to {to}", lambda _, to=to: vf.model_merge_report(ADAPTED, to), wrong)
 
-bad("merge", "no vectors", lambda _: vf.merge(small_model(), {}, FROZEN), "the 'lambda_b' of a layer")
+bad("merge", "no vectors", lambda _: vf.merge(small_model(), {}, FROZEN), "the 'lambda_b' of at least one layer")
 bad(
     "merge",
     "a list",

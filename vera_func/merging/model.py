@@ -250,7 +250,7 @@ def _checked_parameter(parameters: Mapping[str, nn.Parameter], key: str, value: 
     own = parameters[key]
     if type(own) is not nn.Parameter:
         raise ValueError(
-            f"params has {key!r}, but {key!r} of the model is a {type(own).__name__}, which can't be replaced."
+            f"params has {key!r}, but {key!r} of the model has type {type(own).__name__}, which can't be replaced."
         )
     if own.shape != value.shape:
         raise ValueError(f"{key!r} must have shape {tuple(own.shape)}, got {tuple(value.shape)}.")

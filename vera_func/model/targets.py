@@ -90,7 +90,7 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
     heads = HEADS.get(config.task_type or "", ())
     idle = [s for s in config.modules_to_save or () if s not in heads and not any(_contains(n, s) for n in modules)]
     if strict and idle:
-        raise ValueError(f"modules_to_save has {idle}, but the model has no modules with these names.")
+        raise ValueError(f"modules_to_save has {idle}, but no modules of the model have these names.")
     for name in names:
         _require_adaptable(name, modules[name])
     return names, config
