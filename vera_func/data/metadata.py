@@ -7,7 +7,8 @@ prompt. PEFT ignores the metadata file.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,25 @@ class Metadata(NamedTuple):
     label_sets: list[list[str]] | None = None
 
 
+def _are(kind: type | tuple[type, ...], values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+
+
+# What each field must be, unless it is None.
+_REQUIRED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("quant", "prompt", "reference"), (lambda value: isinstance(value, str), "a string")),
+    **dict.fromkeys(("labels", "data"), (partial(_are, str), "a list of strings")),
+    "kind": (tuple(COLUMNS).__contains__, f"one of {', '.join(COLUMNS)}"),
+    "max_length": (lambda value: _are(int, [value]), "an integer"),
+    "truncate_side": (("start", "end").__contains__, '"start" or "end"'),
+    "beta": (partial(_are, (int, float)), "a list of numbers"),
+    "label_sets": (
+        lambda value: _are(list, value) and all(_are(str, labels) for labels in value),
+        "a list of lists of strings",
+    ),
+}
+
+
 def metadata_file(path: str | os.PathLike[str]) -> Path:
     """The path of the metadata file in an adapter directory, or next to a bank.
 
@@ -72,20 +92,10 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
     if not isinstance(fields, dict):
         raise ValueError(f"{file} must contain a JSON object, got {type(fields).__name__}: correct or delete the file.")
     metadata = Metadata(**{name: fields.get(name) for name in Metadata._fields})
-    texts = [text for text in (metadata.quant, metadata.prompt) if text is not None]
-    sets = [] if metadata.label_sets is None else metadata.label_sets
-    labels = [] if metadata.labels is None else metadata.labels
-    if not isinstance(sets, list) or not all(_are_texts(own) for own in (texts, labels, *sets)):
-        raise ValueError(
-            f"{file}: quant and prompt must be strings, labels must be a list of strings, and label_sets must be a "
-            f"list of lists of strings; got {fields}: correct or delete the file."
-        )
-    if metadata.kind not in (None, *COLUMNS) or not isinstance(metadata.max_length, int | None):
-        kinds = ", ".join(COLUMNS)
-        raise ValueError(
-            f"{file}: kind must be one of {kinds}, and max_length must be an integer; got {fields}: correct or delete "
-            "the file."
-        )
+    for name, value in metadata._asdict().items():
+        fits, requirement = _REQUIRED[name]
+        if value is not None and not fits(value):
+            raise ValueError(f"{file}: {name} must be {requirement}, got {value!r}: correct or delete the file.")
     return metadata
 
 
@@ -162,7 +172,3 @@ def join_metadata(adapters: Sequence[Metadata]) -> Metadata | None:
 
 def _own(values: list[Any] | None, i: int) -> list[Any] | None:
     return values if values is None or len(values) <= i else [values[i]]
-
-
-def _are_texts(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, str) for value in values)
