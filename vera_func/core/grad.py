@@ -149,7 +149,10 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 class _Outer:
-    """The autograd graph outside of a function. `own` contains the ids of the function's own leaves."""
+    """The autograd graph outside of a differentiated function.
+
+    `own` contains the `id` of each input of the function that is a leaf of the graph.
+    """
 
     def __init__(self, own: set[int]) -> None:
         self.own = own

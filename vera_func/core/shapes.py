@@ -189,7 +189,7 @@ def require_product_dtype(dtype: torch.dtype | None) -> None:
     """Raise an error if a dtype is not a valid `product_dtype`; see `vera_forward`.
 
     Raises:
-        ValueError: If `dtype` is not None, bfloat16 or float16.
+        ValueError: If `dtype` is anything other than None, bfloat16 or float16.
 
     Example:
         >>> require_product_dtype(torch.bfloat16)

@@ -215,7 +215,7 @@ def _open_bank(bank: str, names: Sequence[str] | None, one: bool) -> tuple[Path,
 
 
 def _open_adapter(adapter: str) -> tuple[Path, list[str], VeraConfig]:
-    """The folder, the name (in a list) and the configuration of a local adapter or of an adapter on the hub."""
+    """For a local adapter or one on the hub: its folder, a list with its name, and its configuration."""
     path = Path(adapter)
     folder = find_adapter(adapter, optional=[metadata_file("").name]) if is_repository(adapter) else path
     if folder.is_file():

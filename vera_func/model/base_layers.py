@@ -187,7 +187,7 @@ def base_fn(layer: WithBase) -> Callable[[Tensor], Tensor]:
 
 
 def _call_with(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Compute `layer(x)` with a given weight and bias, which may have one value for each row of the batch."""
+    """Compute `layer(x)` with another weight and bias, each shared by all rows or given separately for each row."""
     if isinstance(layer, QuantizedLinear):
         return layer(x, bias)
     if not may_have_rows(layer) or layer._forward_hooks or layer._forward_pre_hooks:
@@ -295,8 +295,8 @@ def init_row_layout(layer: "QuantizedLinear | RowwiseAffine") -> None:
 def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor], *, cast: bool = True) -> Tensor:
     """Move a frozen tensor to the device and dtype to which `fn` moves tensors.
 
-    If `fn` moves tensors to the meta device, the tensor is returned unchanged, because
-    `torch.func.functional_call` runs modules on the meta device with given values of parameters and buffers only.
+    If `fn` moves tensors to the meta device, the tensor is returned unchanged. `torch.func.functional_call` can replace
+    the parameters and buffers of a module on the meta device by tensors with data, but not this tensor.
     """
     like = fn(tensor[:0] if tensor.dim() else tensor)
     return tensor if like.is_meta else tensor.to(like.device, like.dtype if cast else tensor.dtype)

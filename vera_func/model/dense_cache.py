@@ -49,7 +49,9 @@ def keep_dense(root: nn.Module, max_bytes: int, dtype: torch.dtype, calls: Mappi
 
 
 def counted_calls(root: nn.Module) -> Counter[str]:
-    """Count the future calls of each quantized layer, in a tree and in copies made later. Return the counter.
+    """Return a counter of the calls of each quantized layer, by the layer's path.
+
+    Calls of layers in `root`, and in copies of `root` made later, are counted from now on.
 
     Example:
         >>> from vera_func import quantize_8bit

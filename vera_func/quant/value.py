@@ -1,10 +1,10 @@
 """4-bit and 8-bit weights as immutable values.
 
 The forward pass of a bitsandbytes module may change how the module stores the weight. In this module, a quantized
-weight is an immutable value, and a pytree of torch and optree. The leaves of the pytree are tensors; all other fields
-are static. `torch.save` writes quantized weights, and `torch.load(weights_only=True)` reads quantized weights after
-this module was imported. `import vera_func` imports this module if torch was imported before. As in `core.adapter`, a
-weight has shape (out, in).
+weight is an immutable value, registered as a pytree node with torch and optree. The leaves of the pytree are tensors;
+all other fields are static. `torch.save` writes quantized weights, and `torch.load(weights_only=True)` reads quantized
+weights after this module was imported. `import vera_func` imports this module if torch has already been imported. As in
+`core.adapter`, a weight has shape (out, in).
 """
 
 import dataclasses

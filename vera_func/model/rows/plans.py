@@ -358,7 +358,7 @@ def _require_rows(
     key = next(iter(lead))
     raise ValueError(
         f"{key} {(*lead[key], *apply.slots[key].shape)} has leading axes {(rows,)}, which do not match the leading "
-        f"axes of x {tuple(x.shape)}, the first input. Index i of axis {axis} of each input uses adapter i. "
+        f"axes of the first input, x {tuple(x.shape)}. Index i of axis {axis} of each input uses adapter i. "
         "Pass one adapter per row (select_adapters), map over stacked adapters (vmap_adapters, "
         "torch.func.vmap), or set the batch axis (apply.with_row_axes)."
     )
