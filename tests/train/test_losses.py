@@ -555,7 +555,7 @@ bad(
     "next_token_loss",
     "a bias of another size",
     lambda _: next_token_loss(HIDDEN, WEIGHT, LABELS, bias=torch.ones(3)),
-    r"bias must be \(7,\)",
+    r"bias must have shape \(7,\)",
 )
 bad(
     "next_token_loss",

@@ -46,8 +46,8 @@ def quantized_linear(
         q: A quantized weight.
         x: Input. The product is computed in `q.compute_dtype` if that is set, else in the dtype of `x`.
         bias: Bias of shape (out,), or None. The bias is cast to the dtype of the product before it is added.
-        int8_activations: For an 8-bit `q`, whether to quantize the rows of `x` to 8 bits as well, and multiply integers
-            (LLM.int8()). If `q.threshold` is not 0, features with a value above `q.threshold` are not quantized. The
+        int8_activations: Whether to quantize the rows of `x` to 8 bits and multiply integers (LLM.int8()). Requires an
+            8-bit `q`. If `q.threshold` is not 0, features with a value above `q.threshold` are not quantized. The
             integer product is faster on GPUs, with an error of one or two percent. The derivative is that of the exact
             product.
         fused: `fused_weight(q)`, used for a bfloat16 `x` with few rows if gradients are disabled.
@@ -177,7 +177,7 @@ class _Product(torch.autograd.Function):
 
 @private.keep_signature
 class _Int8Product(torch.autograd.Function):
-    """The product of LLM.int8(), with both factors rounded to 8 bits, and derivatives of the exact product."""
+    """The LLM.int8() product: forward rounds both factors to 8 bits, and derivatives are those of the exact product."""
 
     @staticmethod
     def forward(x, bias, spec, codes, scale):

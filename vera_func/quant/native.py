@@ -1,9 +1,9 @@
 """bitsandbytes' kernels for 4-bit weights on CPUs, called with little overhead.
 
-bitsandbytes' operators take about 10 microseconds longer than the C functions that the operators call. For one row, 10
-microseconds are half the time of a product of width 576, and decoding a token takes hundreds of such products. The
-functions in this module therefore call the C functions without the operators; the results are equal. For tensor
-subclasses, and under `torch.compile`, transforms, dispatch modes and tracers, the functions call the operators.
+bitsandbytes' operators take about 10 microseconds longer than the C functions that the operators call. For an input of
+one row and width 576, 10 microseconds are half the time of the product. Decoding a token takes hundreds of such
+products. The functions in this module therefore call the C functions without the operators; the results are equal. For
+tensor subclasses, and under `torch.compile`, transforms, dispatch modes and tracers, the functions call the operators.
 """
 
 from collections.abc import Callable

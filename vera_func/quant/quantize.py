@@ -45,10 +45,10 @@ def quantize_4bit(
     quant_storage: torch.dtype = torch.uint8,
     compute_dtype: torch.dtype | None = None,
 ) -> Quantized4bit:
-    """Quantize a weight to 4 bits per value: one of 16 levels, times the largest absolute value of the value's block.
+    """Quantize a weight to 4 bits per value: one of 16 levels, scaled by the largest absolute value in each block.
 
-    The bytes are those of bitsandbytes. Each value takes 4 bits, plus 32 / `blocksize` bits for the scales, or about 8
-    / `blocksize` bits with `double_quant`.
+    The bytes are those of bitsandbytes. Each value takes 4 bits. The scales add 32 / `blocksize` bits per value, or
+    about 8 / `blocksize` with `double_quant`.
 
     Args:
         weight: Finite weight of shape (out, in), in float16, bfloat16 or float32.
@@ -59,7 +59,8 @@ def quantize_4bit(
         compute_dtype: Dtype of products with an input `x`. None means the dtype of `x`.
 
     Raises:
-        ValueError: If the weight is not 2-D, is not finite, or has an unsupported dtype, or if an option is unknown.
+        ValueError: If the weight is not 2-D, is not finite, or has an unsupported dtype; or if another argument is
+            invalid.
 
     Example:
         >>> import torch
@@ -93,7 +94,7 @@ def quantize_4bit(
 
 
 def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) -> Quantized8bit:
-    """Quantize a weight to 8 bits per value, `codes = round(127 * weight / max|row|)` with the maximum of each row.
+    """Quantize each row of a weight to 8-bit integers: `codes = round(127 * row / max|row|)`.
 
     The codes and scales are bitwise equal to those of bitsandbytes, which rounds the weight to float16 first.
 
@@ -104,8 +105,8 @@ def quantize_8bit(weight: Float[Tensor, "out in"], *, threshold: float = 0.0) ->
             `threshold`.
 
     Raises:
-        ValueError: If the weight is not 2-D, is not finite in float16, or has an unsupported dtype, or if the threshold
-            is negative.
+        ValueError: If the weight is not 2-D, has an unsupported dtype, or has values that are not finite in float16; or
+            if the threshold is negative.
 
     Example:
         >>> import torch

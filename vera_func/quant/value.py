@@ -194,7 +194,7 @@ NO_DATA = (
 
 
 def check_sizes(spec: Spec, leaves: Sequence[Tensor]) -> None:
-    """Raise an error if tensors do not have the sizes for `spec`, because bitsandbytes' kernels do not check sizes."""
+    """Raise an error if the sizes of tensors do not match `spec`. The kernels of bitsandbytes do not check sizes."""
     if leaves[0].is_meta is not leaves[1].is_meta:
         raise ValueError(NO_DATA)
     out_features, in_features = spec.shape

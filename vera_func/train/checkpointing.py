@@ -4,9 +4,9 @@
     loss(params, batch)  # equals apply(params, frozen, **batch).logits.square().mean()
 
 Compared with `apply`, a training step needs less memory and about 4/3 of the time. `apply` binds params to the model
-only during a call, so a later backward pass can't recompute a layer. A checkpointed loss copies the params to a module,
-and computes the gradients already in the forward pass. A checkpointed loss supports only plain autograd and first
-derivatives.
+only during a call. The backward pass runs after the call, so it can't recompute a layer with these params. A
+checkpointed loss copies the params to a module, and computes the gradients already in the forward pass. A checkpointed
+loss supports only plain autograd and first derivatives.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +26,7 @@ Value = Callable[[Any, Any], Tensor]
 
 
 def checkpointed_loss(adapted: Adapted, value: Value) -> Callable[[Mapping[str, Tensor], Any], Tensor]:
-    """Return a loss function `(params, batch) -> loss` that stores only each layer's input; pass the function to `fit`.
+    """Return a loss function `(params, batch) -> loss` for `fit` that stores only the input of each layer.
 
     The layers are the modules in the outermost `nn.ModuleList`s of the model, as in transformers' models.
 

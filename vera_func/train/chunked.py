@@ -2,9 +2,9 @@
 
     losses(x, weight, bias, targets, chunk) = logsumexp(z) - z[targets],    z = x weight^T + bias
 
-The logits z (tokens, vocab) are computed and discarded `chunk` positions at a time. The forward pass also computes the
-gradient of the losses with respect to x, (softmax(z) - onehot(targets)) weight, from the same logits. If the head
-is frozen, chunks do not add floating-point operations to a training step. If the head is trained, the backward pass
+The logits z (tokens, vocab) are computed and discarded `chunk` positions at a time. From the same logits, the forward
+pass also computes the gradient of the losses with respect to x: (softmax(z) - onehot(targets)) weight. If the head is
+frozen, chunks do not add floating-point operations to a training step. If the head is trained, the backward pass
 recomputes the logits.
 
 Higher derivatives are computed by `torch.func`, chunk by chunk.

@@ -5,8 +5,8 @@
     mean_over_micro_batches   sum of w_i grad_i / sum of w_i over micro-batches i, by one all-reduce of a float64 buffer
 
 Results do not depend on the number of processes. The items and micro-batches are the same for any number of processes,
-and each item or micro-batch is computed by one process alone. Gradients are summed in float64. With float32
-gradients and integer weights, the sum is almost always exact, and so independent of the order of summation. Every rank
+and each item or micro-batch is computed by one process alone. Gradients are summed in float64. For float32 gradients
+and integer weights, the float64 sum is almost always exact, so it does not depend on the order of summation. Every rank
 has a copy of the quantized base. Without torchrun, all functions run in the calling process.
 
 The commands `train` and `evaluate` run under torchrun, on one machine or on several:
@@ -27,8 +27,8 @@ missing ranks, and every rank that still runs exits with an error. torchrun term
 
 If torchrun restarts the processes (`--max-restarts`), or if the same command is run again, training resumes exactly
 from the last checkpoint. After replacing a host, run the command again on all hosts. If the host of `--rdzv-endpoint`
-becomes unreachable, torchrun exits on the other hosts as soon as their kernel drops the connection. Linux drops a
-connection after about 16 minutes, or after 2 minutes with `sysctl net.ipv4.tcp_retries2=8`.
+becomes unreachable, torchrun on the other hosts exits when Linux drops the connection: after about 16 minutes, or after
+2 minutes with `sysctl net.ipv4.tcp_retries2=8`.
 
 In Python:
 
@@ -130,9 +130,9 @@ def map_sharded(function: Callable[[Item], Result], items: Iterable[Item]) -> li
     """Compute `list(map(function, items))`, with the items sharded across ranks; every rank returns all results.
 
     Of w ranks, rank k computes items k, k + w, ... Ranks synchronize after every w items, and all-gather the results
-    once, at the end. The items must be the same on every rank; load large data in `function`, not in the items. The
-    size of an item, such as a chunk of 8 adapters, should not depend on the number of processes: on some machines,
-    rounding depends on the batch size.
+    once, at the end. The items must be the same on every rank; load large data in `function`, not in the items. If an
+    item is a chunk of adapters, choose a chunk size that does not depend on the number of processes: on some machines,
+    rounding depends on the chunk size.
 
     Args:
         function: Function of one item that returns a picklable object. Tensors in dicts, lists and tuples are moved to
@@ -182,8 +182,8 @@ def mean_over_micro_batches(
     Args:
         gradient: Function that maps a micro-batch to `(grads, losses)`, averaged over the micro-batch. Passed by `fit`.
         parts: Micro-batches from `batches(step)`, the same on every rank.
-        weight: Function that maps a micro-batch to its weight: the number of terms in its mean loss, such as the number
-            of tokens without padding. Micro-batches of weight 0 are skipped.
+        weight: Function that returns the weight of a micro-batch: the number of terms in the mean loss of the
+            micro-batch, such as the number of tokens without padding. Micro-batches of weight 0 are skipped.
 
     Returns:
         `(grads, losses)`, the same on every rank.

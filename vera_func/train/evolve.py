@@ -66,8 +66,8 @@ def evolve(
     communicated: every rank draws the same perturbations and computes the same update.
 
     Args:
-        fitness: Function `(stacked)`, or `(stacked, batch)` if `batches` is given, that returns the fitness of each
-            stacked adapter, (n,); higher is better. The tensors of `stacked` have shape (n, ...), as for
+        fitness: Function `(stacked)`, or `(stacked, batch)` if `batches` is given. Returns the fitness of each stacked
+            adapter, with shape (n,); higher is better. The tensors of `stacked` have shape (n, ...), as for
             `vmap_adapters`.
         params: Initial params, a flat dict of floating-point tensors.
         batches: Function that maps the step, counted from 0, to a batch for all members. The batch must depend on the
@@ -171,7 +171,7 @@ def _evaluate(
 
 
 def _draw(params: Mapping[str, Tensor], seed: int, step: int, pair: int) -> dict[str, Tensor]:
-    """Draw the perturbation of a pair of members, in float32 or wider, leaf by leaf in the order of `params`."""
+    """Draw the perturbation of a pair of members, leaf by leaf in the order of `params`, in float32 or float64."""
     digest = hashlib.sha256(f"{seed} {step} {pair}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big", signed=True))
     options: Any = {"generator": generator, "device": "cpu"}

@@ -70,10 +70,10 @@ def fit(
 ) -> Fit:
     """Minimize `loss_fn(params, batches(step))` for one adapter or many at once, with AdamW or another optimizer.
 
-    An adapter stops if its loss, gradient or updated params are not finite: its update is skipped with a warning, and
-    other adapters are not affected. The loss of a stopped adapter is still computed, but its params and optimizer state
-    no longer change. The run ends when all adapters have stopped. On an accelerator, warnings may come some steps late,
-    since `fit` does not synchronize at every step.
+    If the loss, gradient or updated params of an adapter are not finite, `fit` warns, skips the update of this adapter,
+    and stops the adapter. Other adapters are not affected. The loss of a stopped adapter is still computed, but its
+    params and optimizer state no longer change. The run ends when all adapters have stopped. On an accelerator,
+    warnings may come some steps late, since `fit` does not synchronize at every step.
 
     Args:
         loss_fn: Function `(params, batch)` that returns one loss, or n losses (n,) if params are stacked. Loss `i` must
@@ -180,7 +180,7 @@ class _Monitor:
     """Warns of diverged adapters and updates the progress bar.
 
     Reading a `Fit` synchronizes with the device, which costs time on an accelerator. So `sync` is called only every
-    `SYNC_EVERY` steps, and before and after checkpoints and evaluations, which synchronize anyway.
+    `SYNC_EVERY` steps, and before and after each checkpoint and evaluation, because these synchronize anyway.
     """
 
     def __init__(self, run: Fit, bar: Any, intervals: Sequence[int]) -> None:
@@ -256,7 +256,7 @@ def _update_of(
 
 
 def _update(advance, weight_decay, max_norm, learning_rate, grads, loss, state, params, training):
-    """Update one adapter, unless it has stopped or a value is not finite; returns params, state and `finite`."""
+    """Update one adapter if `training` is true and all values are finite; return params, state and `finite`."""
     clipped = clip_by_norm(grads, max_norm)
     new, new_state = advance(clipped, state, params, learning_rate=learning_rate, weight_decay=weight_decay)
     finite = loss.isfinite() & global_norm(grads).isfinite() & global_norm(new).isfinite()
@@ -320,7 +320,7 @@ def _record_metric(run: Fit, buffer: Tensor, metric: float | Tensor, patience: i
 
 
 def _trim(run: Fit, done: int) -> Fit:
-    """If all adapters have stopped, remove the losses after the last stop, except losses of the first `done` steps."""
+    """If all adapters have stopped, drop the losses after the last stop, but keep those of the first `done` steps."""
     if (run.stopped < 0).any():
         return run
     # The step in which an adapter diverges has a loss but no update.

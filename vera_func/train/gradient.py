@@ -1,4 +1,4 @@
-"""The gradient of a training step; if a layer is detached, an error instead of autograd's gradient of zero."""
+"""The gradient of a training step, with a check that no layer is detached from the autograd graph."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,9 +23,10 @@ def gradient_of(loss_fn: LossFn, params: dict[str, Tensor], n: tuple[int, ...], 
     """Return the gradient of each adapter's loss, and the losses.
 
     A leaf of `params` outside of the autograd graph gets a gradient of zero. Zero is correct if the loss does not
-    depend on the leaf, for example in an expert without tokens or an unused pooler. Zero is wrong if a layer runs under
-    `torch.no_grad`, or if its output is detached. To detect wrong zeros, the first step changes the values of leaves
-    without a gradient, and raises an error if the losses change.
+    depend on the leaf, for example if the leaf belongs to an unused pooler, or to an expert that gets no tokens. Zero
+    is wrong if a layer runs under `torch.no_grad`, or if the output of the layer is detached. To detect wrong zeros,
+    the first step adds 0.1 to the leaves without a gradient and computes the losses again. If the losses change, an
+    error is raised.
 
     Args:
         loss_fn: Loss function, as for `fit`.

@@ -84,17 +84,17 @@ def fisher_influence(
 ) -> Float[Tensor, "train test"]:
     """Compute influences with the inverse of the empirical Fisher matrix: `t_j^T (F + damping I)^-1 g_i`.
 
-    The influence, divided by the number of training examples, estimates by how much test loss `j` increases if the
-    adapter is trained again without example `i`. The estimate is of first order, with the Fisher
-    matrix in place of the Hessian. The inverse is exact: the Woodbury identity replaces the (parameters, parameters)
-    system by a (train, train) system.
+    Divided by the number of training examples, the influence estimates by how much test loss `j` increases if the
+    adapter is retrained without training example `i`. The estimate is of first order, with the Fisher matrix in place
+    of the Hessian. The inverse is exact: by the Woodbury identity, solving a (train, train) system replaces solving a
+    (parameters, parameters) system.
 
     Args:
         train_grads: Gradients of the training examples; each tensor has shape (train, ...).
         test_grads: Gradients of the test examples; each tensor has shape (test, ...).
         damping: Positive number, added to the diagonal of the Fisher matrix. Choose at least the mean eigenvalue of the
-            matrix: the mean of `|g_i|^2`, divided by the number of parameters. Smaller values give too much weight to
-            directions in which few examples have a gradient.
+            Fisher matrix, which is the mean of `|g_i|^2` divided by the number of parameters. Smaller values give too
+            much weight to directions in which few examples have a gradient.
 
     Raises:
         ValueError: If the gradients differ in keys or shapes, if a gradient is not finite, if `damping` is not

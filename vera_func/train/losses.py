@@ -12,9 +12,9 @@ in float32. With `model.head.hidden_and_head`, the loss of a model is
     total, count = next_token_loss(hidden, head, labels)
     loss = total.sum() / count.sum()
 
-To average losses over micro-batches or ranks, weight each loss by its `count.sum()`. If the rows of a batch have
-different adapters, average over the rows of each adapter separately. For stacked adapters, apply `vmap_adapters` to a
-function that returns the losses of rows:
+To average losses over micro-batches or ranks, weight the loss of each micro-batch by the `count.sum()` of that
+micro-batch. If the rows of a batch have different adapters, average over the rows of each adapter separately. For
+stacked adapters, apply `vmap_adapters` to a function that returns the losses of rows:
 
     def row_losses(params, frozen, input_ids, labels):
         return next_token_loss(*hidden_and_head(apply, params, frozen, input_ids=input_ids), labels)
@@ -74,9 +74,9 @@ def next_token_loss(
     store the logits.
 
     Under `torch.compile`, and under `vmap` over the labels, the values of `labels` are unknown, so the head is applied
-    to every position. If the values are unknown, a negative label other than -100 does not raise an error, but makes
-    the total of the row NaN. Keep `labels` on the CPU, since reading labels from an accelerator synchronizes with the
-    device.
+    to every position. If the values of `labels` are unknown, a negative label other than -100 does not raise an error;
+    the total of the row is NaN. Keep `labels` on the CPU, since reading labels from an accelerator synchronizes with
+    the device.
 
     Args:
         hidden: Input of the output head, or the logits if `head` is None.
@@ -85,9 +85,9 @@ def next_token_loss(
         labels: Token ids, and -100 for positions without a target. Stacked adapters can share labels (rows, seq) if
             `hidden` is (n, rows, seq, width).
         bias: Bias of the head, allowed only if `head` is a weight.
-        chunk_size: Number of positions whose logits are in memory at once. Default: a quarter of the positions, or
-            fewer, so that their logits have at most 2^23 elements (2^26 on a GPU). If `head` is a function: a quarter
-            of the positions, but at most 128 positions (1024 on a GPU).
+        chunk_size: Number of positions whose logits are in memory at once. The default is a quarter of the positions,
+            with an upper limit. If `head` is a weight or None, the logits of a chunk have at most 2^23 elements (2^26
+            on a GPU). If `head` is a function, a chunk has at most 128 positions (1024 on a GPU).
 
     Returns:
         `(total, count)`, see `TokenLoss`.
@@ -249,7 +249,8 @@ def _check(
         raise ValueError(f"bias must be a tensor of shape ({head.shape[0]},) or None, got {type(bias).__name__}.")
     if bias is not None and (bias.shape != head.shape[:1] or bias.dtype != head.dtype):
         raise ValueError(
-            f"bias must be ({head.shape[0]},) {head.dtype}, to match head, got {tuple(bias.shape)} {bias.dtype}."
+            f"bias must have shape ({head.shape[0]},) and dtype {head.dtype} to match head, got {tuple(bias.shape)} "
+            f"{bias.dtype}."
         )
     return head.shape[0]
 

@@ -197,15 +197,16 @@ def apply_updates(
 def as_optimizer(pair: Any) -> Optimizer:
     """Convert a pair of functions, such as a torchopt transformation, to an `Optimizer` whose state has only tensors.
 
-    Unlike torchopt's `update`, the `update` of the `Optimizer` takes `params` by position, and does not modify the
-    gradients. Python numbers in a state, such as the step count of torchopt's Adamax, become tensors.
+    The `update` of the returned `Optimizer` takes `params` by position, and does not modify the gradients. (The
+    `update` of torchopt takes `params` by keyword, and by default modifies the gradients.) Python numbers in a state,
+    such as the step count of torchopt's Adamax, become tensors.
 
     Args:
         pair: `(init, update)`, such as an `Optimizer`.
 
     Raises:
-        ValueError: If `pair` is not a pair of functions. The `Optimizer` raises ValueError if a leaf of a state is
-            neither a tensor nor a number, or if `update` does not return `(updates, state)`.
+        ValueError: If `pair` is not a pair of functions. The returned `Optimizer` raises ValueError if a leaf of a
+            state is neither a tensor nor a number, or if `update` does not return `(updates, state)`.
 
     Example:
         >>> descent = as_optimizer((lambda params: (), lambda grads, state, *, params: (grads, state)))
@@ -315,7 +316,10 @@ def wide(leaf: Tensor) -> torch.dtype:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Square root with derivative 0 at 0, because the gradient of `lambda_d` is exactly 0 while `lambda_b` is 0."""
+    """Square root with derivative 0 at 0, instead of infinity.
+
+    While `lambda_b` is 0, the gradients of `lambda_d` are 0, so their second moments are 0.
+    """
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1).sqrt(), 0)
 

@@ -28,7 +28,7 @@ LossRows = Callable[[dict[str, Tensor], Any], Tensor]
 def per_example_grads(
     loss_rows: LossRows, params: Mapping[str, Tensor], batch: Any, *, num_rows: int | None = None
 ) -> dict[str, Tensor]:
-    """Return the gradient of each row's loss with respect to `params`: for each key, n gradients in a tensor (n, ...).
+    """Return the gradient of the loss of each row, as one tensor of shape (n, ...) for each key of `params`.
 
     The result is `torch.func.vmap(torch.func.grad(loss), (None, 0))(params, batch)`, where `loss` is the loss of one
     example. The function runs one forward and one backward pass, with as many matrix products as a plain training step.
@@ -40,8 +40,8 @@ def per_example_grads(
             row, as returned by `select_adapters`; pass `rows` to `apply`. Loss `i` must depend on row `i` only. Padded
             tokens must not contribute.
         params: Params of one adapter, including trained biases and heads.
-        batch: Second argument of `loss_rows`, with the examples along axis 0 of every tensor. If the batch is empty,
-            which Poisson sampling allows, the gradients have shape (0, ...), and `loss_rows` is not called.
+        batch: Second argument of `loss_rows`, with the examples along axis 0 of every tensor. If the batch is empty, as
+            can happen with Poisson sampling, the gradients have shape (0, ...), and `loss_rows` is not called.
         num_rows: Number n of rows. Required if `batch` contains no tensors, or contains tensors that all rows share.
 
     Raises:

@@ -44,9 +44,9 @@ from .per_example import per_example_norms, require_finite_rows
 def clip_per_example(grads: Mapping[str, Tensor], max_norm: float) -> dict[str, Tensor]:
     """Clip the gradient of each example by its norm over all leaves: `g_i * min(1, max_norm / |g_i|)`.
 
-    Unlike in `clip_by_norm`, nothing is added to the norm, so gradients within the bound do not change. 16-bit
-    gradients are returned in float32, because rounding to 16 bits could increase their norm above the bound. If the
-    norm of a gradient is not finite, the clipped gradient contains NaN.
+    Gradients with a norm of at most `max_norm` do not change, because no epsilon is added to the norm (`clip_by_norm`
+    adds 1e-6). 16-bit gradients are returned in float32, because rounding the clipped gradient to 16 bits could
+    increase the norm above `max_norm`. If the norm of a gradient is not finite, the clipped gradient contains NaN.
 
     Args:
         grads: Gradients from `per_example_grads`, as tensors (n, ...).
@@ -99,8 +99,8 @@ def private_step(
         A gradient with the keys and shapes of params, in float32 or wider.
 
     Raises:
-        ValueError: If the gradient of an example is not finite, if `generator` is not a generator, or if a number is
-            out of range.
+        ValueError: If the gradient of an example is not finite, if `generator` is not a `torch.Generator`, or if
+            another argument is out of range.
 
     Example:
         >>> grads = {"p": torch.tensor([[3.0, 4.0], [0.0, 0.2]])}

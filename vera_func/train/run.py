@@ -1,7 +1,7 @@
 """The state of a training run, and its file format.
 
-A run is stored as one safetensors file. Params are stored as `params.KEY`, leaves of the optimizer state under their
-paths, such as `state.mean['KEY']`, and other fields of `Fit` under their names.
+A run is stored as one safetensors file. Params are stored as `params.KEY`. Leaves of the optimizer state are stored
+under their pytree paths, such as `state.mean['KEY']`. Other fields of `Fit` are stored under the field name.
 """
 
 import os

@@ -58,7 +58,7 @@ def linear_warmup_cosine(
 
 
 def linear_warmup_linear(step: int | Tensor, *, warmup: int, total: int) -> Float[Tensor, "*n"]:
-    """Linear warmup to 1 in `warmup` steps, then linear decay to 0 at step `total`.
+    """Linear warmup to 1 at step `warmup`, then linear decay to 0 at step `total`.
 
         step < warmup:  (step + 1) / (warmup + 1)
         from then on:   (total - step) / (total - warmup)
@@ -110,7 +110,7 @@ def schedule_of(name: Schedule, warmup: float, totals: Sequence[int]) -> Callabl
 
 
 def as_step(step: int | Tensor) -> Float[Tensor, "*n"]:
-    """Convert a step to a float64 tensor; a number is put on the CPU, even if the default device is not the CPU.
+    """Convert a step to a float64 tensor; a number becomes a tensor on the CPU, whatever the default device is.
 
     Example:
         >>> as_step(3)
