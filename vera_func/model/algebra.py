@@ -3,8 +3,8 @@
     scale:  c ΔW = diag(c lambda_b) B diag(lambda_d) A
     add:    Σ c_i diag(b_i) B diag(d_i) A,   a VeRA with the same projections if all d_i, or all b_i, are parallel
 
-In general, a sum of adapters is not a VeRA of rank r. `select_adapters` with ids of shape (rows, k) sums, for each row,
-the outputs of k adapters chosen at run time. `pool_adapters` combines adapters into a VeRA of larger rank.
+In general, a sum of adapters is not a VeRA of rank r. With ids of shape (rows, k), `select_adapters` instead adds the
+updates of k adapters in each row, at run time. `pool_adapters` combines adapters into a VeRA of larger rank.
 
 The update of DVoRA is not linear in its vectors, so DVoRA adapters must be folded first (`fold_magnitude`). After
 folding, the change of a layer's output is linear in `lambda_b` and in `output_scale - 1`.
@@ -39,8 +39,8 @@ def scale_adapter(params: Mapping[str, Tensor], factor: float) -> dict[str, Tens
     Raises:
         ValueError: If the factor is not finite.
         ValueError: If `params` contain magnitudes, because the update is not linear in a magnitude.
-        ValueError: If `params` contain a bias or head of the model, because scaling a bias or head requires the base
-            model's value.
+        ValueError: If `params` contain a bias or head of the model. The update of a bias or head is its difference from
+            the base model's value, which is unknown here.
 
     Example:
         >>> scale_adapter({"q.lambda_b": torch.ones(3), "q.lambda_d": torch.ones(2)}, 0.5)["q.lambda_b"]
@@ -116,8 +116,8 @@ def add_adapters(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[flo
         if shapes != wanted:
             odd = sorted(shapes.items() ^ wanted.items())[0][0]
             raise ValueError(
-                f"{odd!r} has shape {shapes.get(odd)} in adapter {i} and {wanted.get(odd)} in adapter 0: a sum needs "
-                "single adapters of the same layers and rank. For other adapters, use pool_adapters."
+                f"{odd!r} has shape {shapes.get(odd)} in adapter {i} and {wanted.get(odd)} in adapter 0: pass "
+                "single adapters (not stacked) with the same layers and rank. For other adapters, use pool_adapters."
             )
     total: dict[str, Tensor] = {}
     for module in adapted_modules(first):

@@ -1,8 +1,8 @@
 """`Apply`: an `nn.Module` as a pure function `apply(params, frozen, *inputs)`.
 
 `apply` runs a copy of the model's module tree that shares the model's parameters. In the copy, adapted layers replace
-the targets, and a `QuantizedLinear` replaces every bitsandbytes layer, because bitsandbytes' layers do not support
-transforms. A call binds the given tensors to the copy, and restores the copy afterwards; see `checkout`.
+the target modules, and a `QuantizedLinear` replaces every bitsandbytes layer, because bitsandbytes' layers do not
+support transforms. A call binds the given tensors to the copy, and restores the copy afterwards; see `checkout`.
 """
 
 import dataclasses
@@ -37,9 +37,10 @@ class Apply:
 
     A call returns the output of `model(*args, **kwargs)` with the adapter. `apply` supports the transforms of
     `torch.func` if the model's own operations support them. The output depends only on the arguments, and never on
-    earlier, nested or concurrent calls. Calls do not modify the model: state that the forward pass updates, such as
-    batch statistics, is restored. The adapter's dropout is applied only by `with_dropout`. The base model keeps the
-    training mode that it had when `adapt` was called, and its own dropout uses torch's global generator.
+    earlier, nested or concurrent calls. Calls do not modify the model: after the forward pass, `apply` restores batch
+    statistics and other state. The adapter's dropout is applied only by `with_dropout`. The base model stays in the
+    training or evaluation mode that it had when `adapt` was called. Dropout layers of the base model use torch's global
+    generator.
 
     Notes:
         - If the model uses an `autograd.Function` without `setup_context`, as Bloom does, `torch.func` transforms raise
@@ -90,8 +91,8 @@ class Apply:
         """Run a method of the model with the adapter: `apply.method("generate", params, frozen, ...)`.
 
         `name` may also be a function, which is called as `function(model, *args, **kwargs)`. The function must return
-        tensors, not modules of the model. The function should have no side effects: if each row has its own adapter,
-        the function also runs on other inputs, to find the batch axis of each layer's input (see `rows`).
+        tensors, not modules of the model. With one adapter per row, `apply` also runs the function on other inputs, to
+        find the batch axis of each layer's input (see `rows`). Therefore the function should have no side effects.
         """
         if self.absent is not None:
             self._require_shapes_alone(params, frozen, args, kwargs)
@@ -167,9 +168,9 @@ class Apply:
 
         Args:
             max_rows: Largest number of rows (tokens of all sequences) for which the kernel is used. If None, each
-                process measures the limit once for each format and shape of weights, by timing the kernel and the dense
-                product for up to a few tenths of a second. The kernel and the dense product round differently, so
-                measured limits may make results differ between processes, but not within a process. With a fixed
+                process measures this number once for each format and shape of weights. The measurement times the kernel
+                and the dense product, for up to a few tenths of a second. The kernel and the dense product round
+                differently, so two processes that measure different numbers may compute different results. With a fixed
                 `max_rows`, such as 32, all processes compute the same results.
 
         Raises:
@@ -187,10 +188,10 @@ class Apply:
         """Return a copy of `apply` that stores the most used quantized weights as dense copies, in at most `max_bytes`.
 
         A layer with a dense copy does not dequantize its weight in the forward and backward pass. Forward outputs stay
-        the same, bit for bit. A dense copy has `out * in` values. The copy's dtype is the `compute_dtype` of a 4-bit
-        layer if that is set, and otherwise the dtype of the model's dense parameters. Products in a dtype other than
-        the copy's do not use the copy. Copies of the returned `Apply`, such as those from `with_dropout`, share the
-        dense copies. Pickling omits dense copies, and unpickling makes them again.
+        the same, bit for bit. A dense copy has `out * in` values. If a 4-bit layer has a `compute_dtype`, this is the
+        dtype of the layer's dense copy. Otherwise the dense copy has the dtype of the model's dense parameters. A
+        product in any other dtype does not use the dense copy. An `Apply` derived from the returned one, for example by
+        `with_dropout`, shares the dense copies. Pickling omits dense copies, and unpickling makes them again.
 
         After `with_fused_weights`, the fused kernel is used where it is faster than the dense product. On GPUs, only
         8-bit layers get dense copies, because bitsandbytes has fast GPU kernels for 4-bit weights.
@@ -295,6 +296,6 @@ def _require_no_gradients(tensors: Mapping[str, Tensor], args: tuple, kwargs: di
     given = (value for value in [*tensors.values(), *tree_leaves((args, kwargs))] if isinstance(value, Tensor))
     if torch.is_grad_enabled() and any(value.requires_grad or unwrap(value) is not value for value in given):
         raise ValueError(
-            "the model uses activation checkpointing: backward would run the layers again after apply has returned, "
-            f"when params are no longer bound to the layers. {WITHOUT_CHECKPOINTING}"
+            "the model uses activation checkpointing, which runs the layers again in backward. By then, apply has "
+            f"returned, and params are no longer bound to the layers. {WITHOUT_CHECKPOINTING}"
         )

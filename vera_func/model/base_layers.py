@@ -218,7 +218,7 @@ def _call_with(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Te
 def dense_weight(layer: Any, dtype: torch.dtype, own: Tensor | None = None) -> Tensor:
     """Return the dense weight (out, in) of a base layer, for the row norms of DVoRA.
 
-    For a dense layer, `own` is a weight to use instead of `layer.weight`, in the same layout.
+    If `own` is given, it replaces the weight of a dense layer. `own` must have the layout of `layer.weight`.
 
     Raises:
         ValueError: If the weight is offloaded, or is a scaled float8 weight.
@@ -253,7 +253,7 @@ def copy_base_layer(
 ) -> nn.Module | None:
     """Return the layer that replaces a module of the model in a module tree, or None if the module is not replaced.
 
-    Pass `rows=True` if a parameter of the module is trained, because each row of a batch may have its own value.
+    Pass `rows=True` if a parameter of the module is trained: the parameter may then have one value per row of a batch.
 
     Example:
         >>> copy_base_layer(nn.Linear(3, 2), {})
@@ -295,8 +295,8 @@ def init_row_layout(layer: "QuantizedLinear | RowwiseAffine") -> None:
 def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor], *, cast: bool = True) -> Tensor:
     """Move a frozen tensor to the device and dtype to which `fn` moves tensors.
 
-    If `fn` moves tensors to the meta device, the tensor is returned unchanged. `torch.func.functional_call` can replace
-    the parameters and buffers of a module on the meta device by tensors with data, but not this tensor.
+    If `fn` moves tensors to the meta device, the tensor is returned unchanged and keeps its data. The tensor is neither
+    a parameter nor a buffer, so `torch.func.functional_call` could not replace a meta tensor by a tensor with data.
     """
     like = fn(tensor[:0] if tensor.dim() else tensor)
     return tensor if like.is_meta else tensor.to(like.device, like.dtype if cast else tensor.dtype)

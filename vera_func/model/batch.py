@@ -1,8 +1,9 @@
 """Stack adapters, and select one adapter or a weighted sum for each row of a batch.
 
-All adapters share the projections. A batch of rows with different adapters costs one product with the base weight and
-two with the projections, plus two multiplications by vectors per row. Stacked params of n adapters are a flat dict with
-the keys of one adapter, in which every tensor has a leading axis of size n.
+All adapters share the projections. A batch of rows with different adapters needs one matrix product with the base
+weight and one with each projection. In addition, each row is multiplied by the `lambda_d` and the `lambda_b` of its
+adapter. Stacked params of n adapters are a flat dict with the keys of one adapter, in which every tensor has a leading
+axis of size n.
 """
 
 import functools
@@ -134,12 +135,12 @@ def select_adapters(
             updates, like several active adapters in PEFT. Trained heads and biases are summed as differences from the
             base: base + Σ weights (head - base). Output scales of DVoRA are summed as differences from the base's
             value, which is 1. DVoRA adapters must be folded before they are summed (`fold_magnitude`).
-        weights: Weights of the updates in a sum, of shape (rows, k); 1 by default.
+        weights: Weights of the updates, of shape (rows, k), only for ids of that shape. By default, all weights are 1.
 
     Returns:
         Params with a leading axis (rows,). For weighted sums, the vectors have leading axes (rows, k), and
-        `"{module}.mixture"` contains the weights. If `"{parameter}.base_share"` is present, `apply` multiplies the
-        base model's value by the base share, and adds the product to the parameter.
+        `"{module}.mixture"` contains the weights. If `"{parameter}.base_share"` is present, `apply` uses the
+        value `parameter + base_share * base`, where `base` is the base model's parameter.
 
     Raises:
         ValueError: If an id is out of range or not an integer, if the weights do not have the shape of the ids, or if

@@ -37,7 +37,7 @@ class Schema:
             the tensors are untied.
         offloaded: Names of parameters that accelerate's hooks load.
         magnitudes: Maps the key of each magnitude to the key of the same layer's output scale; params contain exactly
-            one of the two.
+            one of the two keys.
     """
 
     slots: Mapping[str, Slot]

@@ -111,7 +111,7 @@ def _adapted_layer(base: nn.Module, config: VeraConfig, projections: Projections
 
 
 def _placeholders(model: nn.Module, r: int, targets: Sequence[str], product_dtype: torch.dtype | None) -> Projections:
-    """Return projections on the meta device, so that a layer raises an error if no projections are bound to it."""
+    """Return projections on the meta device. A layer that runs before projections are bound then raises an error."""
     widest_in, widest_out = widest_sizes(model, targets)
     A = torch.empty(r, widest_in, dtype=torch.float32, device="meta")
     B = torch.empty(widest_out, r, dtype=torch.float32, device="meta")

@@ -14,8 +14,8 @@ of the module tree from a free list, restores the copy, and returns the copy to 
 Concurrent and nested calls use different copies. The copies share parameters and quantized weights, which are never
 modified.
 
-To restore a tree, its dicts, lists and other containers are compared with saved copies. The comparison is cheap,
-because nearly all containers are empty or contain the same objects as the saved copy.
+`release` compares the dicts, lists and other containers of a tree with saved copies, and restores the containers that
+differ. The comparison is cheap: nearly all containers are empty, or contain the same objects as the saved copy.
 """
 
 import functools
@@ -98,9 +98,9 @@ class Trees:
     def values(self, *, inside: bool) -> dict[str, Tensor | None]:
         """Return the values that a compiled call binds in addition to the given tensors.
 
-        A compiled call runs on the root itself and might modify buffers, so clones of the buffers are bound. Inside
-        another compiled call (`inside`), all parameters are bound as well: otherwise the inner call would use the
-        parameters that the outer call has bound.
+        A compiled call runs on the root, not on a copy, so clones of buffers are bound to keep the root's buffers
+        unchanged. If `inside` is true, the call is inside another compiled call. Then the base model's parameters are
+        bound as well: otherwise the inner call would use the parameters that the outer call has bound.
         """
         values = dict(self._values) if inside else {}
         return values | {name: buffer.clone() for name, buffer in self._buffers.items()}
@@ -111,7 +111,7 @@ class Tree:
 
     Attributes:
         root: The copy.
-        in_use: Whether the result of a call still refers to this copy, so that no other call may use the copy.
+        in_use: Whether the result of a call still refers to this copy. If so, no other call may use the copy.
     """
 
     def __init__(self, original: nn.Module) -> None:

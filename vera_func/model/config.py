@@ -40,8 +40,9 @@ class VeraConfig:
             the layer's class determines the layout.
         bias: Biases to train: "none", "vera_only" (those of adapted layers) or "all" (those of the whole model).
             As in PEFT, any other string that ends in "_only", such as "lora_only", means the same as "vera_only".
-        modules_to_save: Names, or parts of names between dots, of further modules to train in full, such as a new
-            classifier. The heads that belong to `task_type` are added to `modules_to_save`.
+        modules_to_save: Further modules to train in full, such as a new classifier. Each entry is the full name of a
+            module, or a part of the name between dots. The heads that belong to `task_type` are added to
+            `modules_to_save`.
         use_dora: Whether to decompose the adapted weights into magnitudes and directions (DVoRA, see `core.dora`). Each
             adapted layer has a third vector, `magnitude`, of shape (out,). Each call computes the norms of the adapted
             weights; for inference, `fold_magnitude` computes them once. PEFT can't load a DVoRA adapter, but

@@ -29,12 +29,12 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> n
     """Return a copy of a model in which dense `nn.Linear` layers replace all bitsandbytes layers.
 
     Adapting the copy instead of the model trades memory for speed: the copy does not dequantize weights in the forward
-    and backward pass, but each weight takes 2 bytes in a 16-bit dtype instead of about half a byte. If `dtype` is the
-    dtype of the activations, the copy computes the same outputs as the model, bit for bit. All tensors outside the
+    and backward pass, but a 4-bit weight takes 2 bytes in a 16-bit dtype instead of about half a byte. If `dtype` is
+    the dtype of the activations, the copy computes the same outputs as the model, bit for bit. All tensors outside the
     replaced layers are shared with the model, which is not modified.
 
-    To use an existing adapter with the copy, pass the adapter's own `frozen`: projections drawn for a copy with 16-bit
-    weights differ, because they are rounded to 16 bits, as in PEFT.
+    To use an existing adapter with the copy, pass the `frozen` of that adapter. The projections that `adapt` draws for
+    a copy with 16-bit weights would differ: as in PEFT, new projections are rounded to 16 bits.
 
     Args:
         model: Any module.
@@ -84,10 +84,11 @@ def quantize_model(model: Model, quant: str, skip: Sequence[str] | None = None) 
     Args:
         model: Any module.
         quant: "nf4", "fp4" or "int8".
-        skip: Names, or parts of names between dots, of modules that stay dense, including all modules inside them. The
-            default is the heads `lm_head`, `classifier`, `score` and `qa_outputs`, and the layers that transformers
-            leaves dense: tied weights, output embeddings, a last layer without bias, and layers that the model's class
-            keeps in float32, such as T5's `wo`.
+        skip: Modules that stay dense, including all modules inside them. Each entry is the full name of a module, or a
+            part of the name between dots. By default, the heads `lm_head`, `classifier`, `score` and `qa_outputs` stay
+            dense. The layers that transformers leaves dense also stay dense by default: tied weights, output
+            embeddings, a last layer without bias, and layers that the model's class keeps in float32, such as T5's
+            `wo`.
 
     Raises:
         ValueError: If no layer can be quantized, if the format is unknown, or if the model is offloaded or wrapped by
@@ -176,8 +177,8 @@ class DenseShare(NamedTuple):
     """The shares of a model's weights that `quantize_model` leaves dense.
 
     Attributes:
-        total: Dense weights, as a share of all weights.
-        fused: Weights in 3-D parameters, such as fused experts, as a share of all weights.
+        total: Share of all weights that stay dense.
+        fused: Share of all weights that are in 3-D parameters, such as fused experts.
         names: Names of the 3-D parameters.
     """
 

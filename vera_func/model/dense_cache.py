@@ -16,8 +16,8 @@ from .base_layers import QuantizedLinear
 def keep_dense(root: nn.Module, max_bytes: int, dtype: torch.dtype, calls: Mapping[str, int] | None = None) -> None:
     """Store dense copies of the weights of some layers in a tree, and remove the copies of all other layers.
 
-    The time of dequantizing a weight is proportional to the size of the dense copy, so a byte of memory saves most time
-    in the layer that is called most.
+    A dense copy saves the dequantization of the weight in each call. The time of one dequantization is proportional to
+    the size of the dense copy. Therefore a byte of memory saves the most time in the layer with the most calls.
 
     Args:
         root: Root of the tree, modified in place.

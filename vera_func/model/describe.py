@@ -26,9 +26,9 @@ _SCALED_IF_TIED = ("t5", "mt5", "umt5", "longt5", "pop2piano", "switch_transform
 def describe_ties(model: nn.Module) -> None:
     """Set `tie_word_embeddings` to False if the model's class ties weights that now differ.
 
-    If `tie_word_embeddings` becomes False, parameters that are still tied are replaced by copies, because
-    `save_pretrained` omits tied parameters, and `from_pretrained` would no longer restore them. Only transformers
-    models are changed.
+    If `tie_word_embeddings` becomes False, parameters that are still tied are replaced by copies. Otherwise
+    `save_pretrained` would omit the tied parameters, and `from_pretrained` would not restore the omitted parameters.
+    Only transformers models are changed.
 
     Args:
         model: Any module; it is modified in place.

@@ -1,10 +1,9 @@
 """Fold the magnitudes of a model's DVoRA adapters for inference, and store norm statistics for training.
 
 See `core.dora` for the equations. Without `fold_magnitude` or `keep_norm_statistics`, each call dequantizes all weights
-and computes the norm statistics of each layer, which takes about as long as a forward pass of `2 r` more tokens.
-Without `fold_magnitude`, each call also computes the row norms of each adapter, which takes about as long as a forward
-pass of `r` more tokens. If each row of a batch has its own adapter, the row norms are computed for each row of the
-batch.
+and computes the norm statistics of each layer. This costs about as much as a forward pass of `2 r` tokens. Without
+`fold_magnitude`, each call also computes the row norms of each adapter. This costs about as much as a forward pass of
+`r` tokens. If each row of a batch has its own adapter, the row norms are computed for each row of the batch.
 """
 
 from collections.abc import Mapping
@@ -90,8 +89,8 @@ def keep_norm_statistics(apply: Apply, frozen: Mapping[str, Tensor]) -> dict[str
     """Return `frozen` with the `norm_statistics` of each DVoRA layer, for faster training.
 
     Pass the result to `apply` and `fold_magnitude` in place of `frozen`. The statistics have `out (r + 1) + r²` values
-    per layer, 1.3 MB at width 1024 and rank 256. Statistics are valid only for the given projections and the model's
-    own weights.
+    per layer (1.3 MB in float32 for out = 1024 and r = 256). Statistics are valid only for the given projections and
+    the model's own weights.
 
     Args:
         apply: An `Apply` from `load_adapter`, `pool_adapters`, or `adapt` with `use_dora=True`.

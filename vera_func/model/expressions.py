@@ -1,8 +1,8 @@
 """Match regular expressions from untrusted configurations in bounded time.
 
 Matching with `re` can't be interrupted: matching `(a|a)*b` against forty letters takes hours. The package `regex`
-supports a timeout, but interprets some characters differently. Characters that `regex` interprets differently are
-escaped here, so that an expression matches exactly the same strings as with `re`.
+supports a timeout, but interprets some characters differently. This module escapes the characters that `regex` and
+`re` interpret differently, so that an expression matches exactly the same strings with `regex` as with `re`.
 """
 
 import math
@@ -22,7 +22,7 @@ _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+|(?=,))(,?)(\d*)\}|\{
 
 
 def require_expression(field: str, value: str) -> None:
-    """Raise an error if a value is not a regular expression of `re`, or is too large to compile.
+    """Raise an error if a value is not a valid regular expression for `re`, or is too large.
 
     Args:
         field: Name of the configuration field that contains the expression, for the error message.

@@ -167,8 +167,8 @@ def hidden_and_head(apply: Apply, params: Params, frozen: Params, *args: Any, **
         one adapter per row, this function is a `RowHead`.
 
     Raises:
-        ValueError: If the head has an adapter with dropout (`apply.with_dropout`), because a loss may compute logits
-            twice, and would draw a different mask each time.
+        ValueError: If the head has an adapter with dropout (`apply.with_dropout`). A loss may compute the logits twice,
+            and each computation would draw a different mask.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -263,7 +263,7 @@ def _some_logits(model: Any, tokens: tuple[int, ...], *args: Any, **kwargs: Any)
 
 
 def _hidden_and_weights(model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...] | None:
-    """Return the hidden states, and the head's weight and bias if the head is dense and the same for all rows."""
+    """Return `(hidden, weight, bias)`. Weight and bias are None unless the head is dense and all rows share it."""
     hidden = _hidden(model, *args, **kwargs)
     if hidden is None:
         return None
@@ -278,10 +278,10 @@ def _hidden_and_weights(model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor |
 def _without_head(
     apply: Apply, function: Callable[..., Any], params: Params, frozen: Params, args: tuple, kwargs: dict[str, Any]
 ) -> Any:
-    """Return `function(model, *args, **kwargs)`, which skips the head, or None if the model transforms the logits.
+    """Return the result of `function(model, *args, **kwargs)`, or None if the model transforms the logits.
 
-    Each model is tested once for transformed logits. If forward passes draw random numbers, the test uses a separate
-    random state, so that the caller's random state advances only once.
+    `function` runs the model without the head. Each model is tested once for transformed logits. If forward passes draw
+    random numbers, the test is an extra forward pass that leaves the caller's random state unchanged.
     """
     root: Any = apply.trees.root
     if not _has_head(apply.model):
@@ -325,7 +325,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _version(tensor: Tensor) -> int | None:
-    """Return the version counter of a tensor, or None for inference tensors, which have none."""
+    """Return the version counter of a tensor, or None for an inference tensor, which has no counter."""
     if torch.compiler.is_compiling():
         return 0  # Dynamo (torch 2.13) cannot compare versions
     tensor = unwrap(tensor)

@@ -67,16 +67,17 @@ class Projections(nn.Module):
     def require_call(self) -> None:
         """Raise an error if a layer runs outside of the call of `apply` that uses the layer's tree (see `checkout`).
 
-        The attribute `call` is the id of the backward pass in which `apply` was called, or -1 if `apply` was called
-        outside of a backward pass. For layers that are not part of an `Apply`, `call` is None, and nothing is checked.
+        The attribute `call` is the value of `graph_task()` when `apply` was called: the id of the backward pass that
+        was running, or -1 if no backward pass was running. For layers that are not part of an `Apply`, `call` is None,
+        and nothing is checked.
 
         Raises:
             ValueError: If the call of `apply` has returned.
         """
         if self.call is not None and not torch.compiler.is_compiling() and self.call != graph_task():
             raise ValueError(
-                "a layer runs again in backward, after apply has returned and its params are unbound: the model uses "
-                f"activation checkpointing. {WITHOUT_CHECKPOINTING}"
+                "a layer runs again in backward, because the model uses activation checkpointing. By then, apply has "
+                f"returned, and params are no longer bound to the layer. {WITHOUT_CHECKPOINTING}"
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Projections":
@@ -88,7 +89,7 @@ class Projections(nn.Module):
 def _is_single_row(x: Tensor, params: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> bool:
     """Whether `x` is one row on a CPU, and no gradients are recorded.
 
-    On a CPU, torch multiplies a single row by a matrix faster in float32 than in 16 bits, and more accurately.
+    On a CPU, the product of a single row and a matrix is faster and more accurate in float32 than in a 16-bit dtype.
     """
     if x.numel() != x.shape[-1] or not x.is_cpu or torch.compiler.is_compiling() or in_transform():
         return False
@@ -193,7 +194,7 @@ class AdaptedLinear(nn.Module):
         return delta.mT if is_conv1d(self.base_layer) else delta
 
     def base_weight(self, dtype: torch.dtype, own: Tensor | None = None) -> Tensor:
-        """Return `own` or, by default, the weight: a dense (out, in) tensor of `dtype`, or of float32 for 16 bits."""
+        """Return the weight (or `own`, if given) as a dense (out, in) tensor of `dtype`, but at least of float32."""
         own = self._parameters.get("weight") if own is None else own
         return dense_weight(self.base_layer, torch.promote_types(dtype, torch.float32), own)
 

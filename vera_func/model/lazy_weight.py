@@ -3,8 +3,8 @@
     time_step = self.dt_proj.weight @ x  # Mamba; WavLM passes the weights of q_proj, k_proj and v_proj to a function
 
 Such a model must get the adapted weight, because it would otherwise ignore the adapter. Computing the adapted weight
-takes a product of the projections, but most models read only the dtype or device of the weight. Therefore the values
-are computed only when an operation uses them.
+requires a matrix product of the two projections, but most models that read the weight use only its dtype or device.
+Therefore the values are computed only when an operation uses the values.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ _METADATA = frozenset(
 
 
 class LazyWeight(Tensor):
-    """A tensor with the shape, dtype and device of `like`, and with values that `compute` returns at each use.
+    """A tensor with the shape, dtype and device of `like`, whose values `compute` returns at each use.
 
     The operation gets the result of `compute` instead of the `LazyWeight`, so all transforms work as usual.
     """
