@@ -185,8 +185,8 @@ def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
 def in_transform() -> bool:
     """Whether a transform of `torch.func`, or a level of forward-mode AD, is active.
 
-    `unwrap(x)` does not detect a transform that has wrapped only other tensors, such as tensors that a function closes
-    over.
+    If a transform has wrapped tensors that a function closes over, but not `x`, `unwrap(x)` does not detect the
+    transform.
     """
     level = torch.autograd.forward_ad._current_level
     return torch._C._functorch.peek_interpreter_stack() is not None or level >= 0
@@ -285,9 +285,9 @@ def bnb_function(name: str, arguments: str) -> Callable[..., None] | None:
     """Return a C function of bitsandbytes' library for CPUs, or None if the operators must be called instead.
 
     An operator has ten times the overhead of a C function. `arguments` has a letter for each argument: n for a 64-bit
-    integer, p for an address. C functions do not check arguments, and the calls in this package were verified only for
+    integer, p for an address. C functions do not check arguments. The calls in this package were verified only for
     bitsandbytes 0.50, so the result is None for other releases. For the fused product, the result is also None if the
-    package `kernels` is installed, because the operator then uses the kernel of that package.
+    package `kernels` is installed, because bitsandbytes' operator then uses the kernel of that package.
     """
     import ctypes
 

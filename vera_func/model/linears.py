@@ -118,5 +118,5 @@ def require_one_device(model: nn.Module, targets: Sequence[str], trained: Sequen
     if len(places) > 1:
         raise ValueError(
             f"the layers of an adapter must be on one device, but are on {', '.join(places)}. Load the model onto one "
-            "device, with device_map={'': 0} instead of 'auto'; quantize the model if it is too large."
+            "device, with device_map={'': 0} instead of 'auto'. If the model is too large, quantize it."
         )

@@ -20,14 +20,15 @@ from .tree import held_parameters
 def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
     """Combine adapters of different ranks, targets, seeds and projections into one VeRA with stacked params (n, ...).
 
-    Pooling is exact: each adapter computes the same function in the pool as alone. The projections are zero-padded to
-    the largest size and concatenated along r, `A = [A1; A2; ...]` and `B = [B1, B2, ...]`. Each adapter's `lambda_d` is
-    zero outside of its own block. Equal projections are stored once. Each row of a batch costs as much as with a single
-    adapter of the pool's rank. `with_dropout` applies dropout only if all adapters have the same dropout probability.
+    Pooling is exact: each adapter computes the same function in the pool as alone. Each `vera_A` is zero-padded to the
+    largest `in`, and each `vera_B` to the largest `out`. The padded projections are concatenated along r:
+    `A = [A1; A2; ...]`, `B = [B1, B2, ...]`. Each adapter's `lambda_d` is zero outside of its own block. Equal
+    projections are stored once. Each row of a batch costs as much as with a single adapter of the pool's rank.
+    `with_dropout` applies dropout only if all adapters have the same dropout probability.
 
-    VeRA and DVoRA adapters can be pooled with each other. If an adapter has no magnitude in a layer, its magnitude in
-    the pool is 0, and its `"{module}.magnitude.base_share"` is 1. Magnitude 0 and base share 1 give the base model's
-    output scale of 1. Params with a `base_share` can't be saved.
+    VeRA and DVoRA adapters can be pooled with each other. For an adapter without a magnitude in a layer, the pooled
+    params contain magnitude 0 and `"{module}.magnitude.base_share"` 1. Magnitude 0 and base share 1 give the base
+    model's output scale of 1. Params with a `base_share` can't be saved.
 
     Args:
         adapters: Results of `adapt` or `load_adapter` for the same model object, each with a single adapter.
@@ -38,7 +39,7 @@ def pool_adapters(adapters: Sequence[Adapted]) -> Adapted:
 
     Raises:
         ValueError: If `adapters` is empty, if the adapters belong to different models, if params are stacked, or if
-            only some of the DVoRA adapters are folded.
+            `fold_magnitude` was applied to only some of the DVoRA adapters.
 
     Example:
         >>> from vera_func import VeraConfig, adapt

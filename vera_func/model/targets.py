@@ -53,8 +53,8 @@ def resolve(model: nn.Module, config: VeraConfig, *, strict: bool = True) -> tup
     entries of a list may match no module, as is possible in files from PEFT.
 
     Raises:
-        ValueError: If no module matches, if an entry matches no module, if a match is not a linear layer, or if there
-            are no default targets for the model's type.
+        ValueError: If no module matches, if an entry of `target_modules` matches no module, if a match is not a linear
+            layer, or if there are no default targets for the model's type.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
@@ -256,7 +256,7 @@ def adapted_layers(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, 
         name, leaf = split_key(key)
         if leaf in MARKS:
             raise ValueError(
-                f"params has {key!r}, so it is a sum of adapters or comes from a pool of VeRA and DVoRA adapters: "
+                f"params has {key!r}, so params are a sum of adapters, or come from a pool of VeRA and DVoRA adapters: "
                 "merge or export the original adapters one by one."
             )
         if not isinstance(value, Tensor):

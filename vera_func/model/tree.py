@@ -22,8 +22,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def unwrap(model: Model) -> Model:
     """Return the model without the wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel`.
 
-    A wrapper adds a prefix to the names of all modules inside it, and an adapter saved under such names would not load.
-    The model is not modified; see `without_wrappers`.
+    A wrapper adds a prefix to the names of all modules inside it, and an adapter saved under such names could not be
+    loaded into the unwrapped model. The model is not modified; see `without_wrappers`.
 
     Raises:
         ValueError: If `model` is not a module, if it contains PEFT's modules, or if it contains layers that a library
@@ -205,7 +205,7 @@ def part_tensors(root: nn.Module) -> nn.Module:
 def parameter_aliases(model: nn.Module, trained: Sequence[str]) -> dict[str, list[str]]:
     """Return all names of each parameter, by the parameter's key. A tied parameter has several names.
 
-    As in PEFT, training a tied head unties it, and the embedding keeps its values. A trained bias stays tied.
+    As in PEFT, training a tied head unties the head: the embedding keeps its values. A trained bias stays tied.
 
     Args:
         model: Any module.

@@ -28,23 +28,23 @@ def vmap_adapters(
 
     The returned function of `(stacked, frozen, *batch)` folds the axis of the adapters into the batch axis, and runs
     one forward pass with an adapter for each row. One forward pass is faster than `torch.func.vmap`, and also supports
-    2-D masks under sdpa, caches, and fused attention on GPUs. The returned function is differentiable: the gradient of
-    the sum of all losses contains the gradient of each adapter's loss. Use `torch.func.vmap` if the model mixes the
+    2-D masks under sdpa, caches, and fused attention on GPUs. The returned function is differentiable: at index i, the
+    gradient of the sum of all losses is the gradient of adapter i's loss. Use `torch.func.vmap` if the model mixes the
     entries of a batch, or if it returns a mean over the batch.
 
     Args:
         apply: An `Apply` from `adapt`, or any function of `(params, frozen, *batch)` that takes one adapter per row and
             returns tensors with the rows in axis 0.
         in_dims: Axis of the adapters in the batch arguments, or None for an argument that all adapters share. A single
-            value applies to all arguments, nested ones included. A sequence gives the axes of positional arguments, and
-            a mapping gives those of keyword arguments; the axis of any other argument is 0. A tuple over `(params,
-            frozen, *batch)` is interpreted as in `torch.func.vmap`. After the axis of the adapters is removed, the
-            first axis of an input is its batch axis. If no input has more than one axis, the inputs are single
-            examples.
+            value applies to all arguments, nested ones included. A sequence gives the axes of the positional arguments,
+            and a mapping gives the axes of the keyword arguments. An argument without an entry has axis 0. A tuple over
+            `(params, frozen, *batch)` is interpreted as in `torch.func.vmap`. After the axis of the adapters is
+            removed, the first axis of an input is its batch axis. If no input has more than one axis, the inputs are
+            single examples.
         chunk_size: Number of adapters per forward pass, by default all.
 
     Raises:
-        ValueError: If sizes do not match, or if an output, such as a mean loss, has no axis of rows.
+        ValueError: If sizes do not match, or if an output (such as a mean loss) has no batch axis.
 
     Example:
         >>> from vera_func import VeraConfig, adapt, stack_adapters
@@ -61,7 +61,7 @@ def vmap_adapters(
     if isinstance(apply, Apply) and apply.row_axes != 0:
         raise ValueError(
             "vmap_adapters folds the adapters into axis 0 of the inputs, but apply has other batch axes "
-            f"(row_axes={apply.row_axes!r}): use torch.func.vmap, or the apply without with_row_axes."
+            f"(row_axes={apply.row_axes!r}): use torch.func.vmap, or an apply with row_axes=0."
         )
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
         raise ValueError(f"chunk_size must be positive or None, got {chunk_size}.")

@@ -34,13 +34,13 @@ def fused_weight(q: Quantized, max_rows: int | None = FUSED_ROWS) -> FusedWeight
 
     Args:
         q: A quantized weight.
-        max_rows: Largest number of rows for which the kernel is used. None means that each process measures the number,
-            at the first product with a weight of this format and shape. The kernel and the dense product round
-            differently; see `quant.crossover`.
+        max_rows: Largest number of rows for which the kernel is used. If None, each process measures this number at its
+            first product with a weight of this format and shape. The kernel and the dense product round differently;
+            see `quant.crossover`.
 
     Returns:
-        The copy, or None if the kernel can't be used. The kernel requires a CPU with AVX512-BF16, a 4-bit weight, an
-        `out` that is a multiple of 32, and an `in` that is a multiple of the block size.
+        The copy, or None if the kernel can't be used. The kernel requires a CPU with AVX512-BF16 and a 4-bit weight
+        (out, in), where `out` is a multiple of 32, and `in` is a multiple of the block size.
 
     Example:
         >>> from vera_func import quantize_8bit
@@ -63,8 +63,8 @@ def fused_weight(q: Quantized, max_rows: int | None = FUSED_ROWS) -> FusedWeight
 def unpack_cpu_layout(packed: Tensor, state: Any, compute_dtype: torch.dtype | None) -> Quantized4bit:
     """Copy a weight from the layout of bitsandbytes' AVX512-BF16 kernel to the usual 4-bit layout.
 
-    The layout divides the rows into groups of 32, and the columns of each group into pairs. Each pair is stored in 32
-    bytes, two of its 64 codes per byte: the first 32 codes in the low halves, and the last 32 in the high halves.
+    The layout divides the rows into groups of 32, and the columns of each group into pairs. The 64 codes of a pair are
+    stored in 32 bytes: the first 32 codes in the low halves of the bytes, and the last 32 codes in the high halves.
     """
     out_features, in_features = state.shape
     halves = packed.reshape(-1, 32)

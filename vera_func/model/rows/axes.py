@@ -48,7 +48,7 @@ class Refusal(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """The layouts of the layers' inputs, keyed by layer path, and of the call's outputs, as found by a rehearsal."""
+    """The layouts that a rehearsal found: of each layer's input, keyed by layer path, and of the call's outputs."""
 
     layers: dict[str, Layout | Refusal]
     outputs: list[Layout | Refusal]

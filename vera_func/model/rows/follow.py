@@ -3,11 +3,12 @@
 Each tensor that depends on the rows is marked with a `Place`. `Place(axis, inner)` means that index `i` of `axis`
 belongs to row `(i // inner) % rows`. For example, a tensor (rows, ...) has `Place(0, 1)`, a tensor (seq, rows, ...) has
 `Place(1, 1)`, and a tensor (rows * seq, ...) has `Place(0, seq)`. The `Place` after views and permutations is exact.
-Most other operations do not change the order of entries along an axis, so the batch axis of their output is identified
-by its size. Therefore the number of rows is a prime that does not divide any size of the model. Sorting rows, or
-selecting them by an index that depends on data, loses their order: the tensor is marked as `Lost`. The order is
-restored if the rows are written back at the same index, as in mixtures of experts, or if they are selected by the
-inverse permutation. If the rules can't determine the order with certainty, the order counts as lost.
+Most other operations do not change the order of entries along an axis. The batch axis of the output of such an
+operation is identified by its size. Therefore the number of rows is a prime that does not divide any size of the model.
+If rows are sorted, or selected by an index that depends on data, the order of the rows is lost, and the result is
+marked as `Lost`. The order is restored if the rows are written back at the same index (as in mixtures of experts), or
+if the rows are selected by the inverse permutation. If the rules can't determine the order with certainty, the order
+counts as lost.
 """
 
 import math
@@ -35,8 +36,8 @@ class Lost(NamedTuple):
 
     Attributes:
         by: The index that selected the rows, or None if unknown.
-        by_mask: Whether the index `by` was a mask. A mask keeps the order of the rows, but may select a different
-            number of entries of each row.
+        by_mask: Whether the index `by` was a mask. A mask keeps the order of the rows, but may select more entries from
+            one row than from another.
     """
 
     by: Tensor | None
@@ -177,7 +178,7 @@ class Follower:
         return place if step == 1 and start % (self.rows * place.inner) == 0 else Lost(None)
 
     def _viewed(self, x: Tensor, place: Place, shape: torch.Size) -> Place | Lost:
-        """Return the `Place` after a view: the entry at flat index `f` stays in row `(f // stride) % rows`."""
+        """Return the `Place` after a view, which keeps flat indices: index `f` is in row `(f // stride) % rows`."""
         if place.inner is None or 0 in shape:
             axis = self._axis(shape)
             if axis is None:
@@ -327,10 +328,10 @@ def _mark_parts(name: str, args: tuple, kwargs: dict[str, Any], parts: Sequence[
 
 
 def _reassembled(args: tuple, kwargs: dict[str, Any]) -> Place | Lost | None:
-    """Return the `Place` after concatenating all parts of a split tensor in order, as LLaVA does with image features.
+    """Return the `Place` of the rows in a concatenation, or None if it contains no part of a split tensor.
 
-    If the parts are concatenated in another order, or with other tensors, the order of the rows is lost. Return None if
-    no tensor is a part of a split tensor.
+    If all parts of one split tensor are concatenated in their original order, as LLaVA does with image features, the
+    result has the `Place` of the split tensor. Otherwise, the order of the rows is lost.
     """
     parts = [getattr(tensor, "_part_of", _NO_PART) for tensor in args[0]]
     group, _, count, place = next((part for part in parts if part[0] is not None), _NO_PART)

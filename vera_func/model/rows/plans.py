@@ -6,8 +6,8 @@ of a layer's input is not axis 0, `MovedRows` moves the axis to 0, and moves it 
 layer's input can't be tracked, an error names the layer.
 
 Calls of the same kind use the same plan. Two calls are of the same kind if they have the same arguments, with the same
-numbers of axes and the same dtypes. If the size of a non-batch axis of an input equals the number of rows, calls of the
-same kind also agree in all sizes of this input.
+numbers of axes and the same dtypes. All sizes of an input must also be equal if an axis of the input, other than its
+batch axis, has the number of rows as its size.
 
 `generate` calls the model, or modules in it, many times. Each outermost module call in `generate` has its own plan,
 which also covers the module calls inside it.
@@ -54,8 +54,8 @@ class MovedRows:
         block = size // self.rows
         if size == 0 or size % self.rows or (block % self.repeats if blocks else block != self.repeats):
             raise ValueError(
-                f"layer {self.path!r} got an input of shape {tuple(x.shape)}, but expected {self.rows} rows along axis "
-                f"{axis} of {dim} axes, so that row i uses adapter i. {ALONE}"
+                f"layer {self.path!r} must get {self.rows} rows along axis {axis} of an input with {dim} axes, so that "
+                f"row i uses adapter i, got shape {tuple(x.shape)}. {ALONE}"
             )
         x = x.movedim(axis, 0)
         y = forward(x) if block == 1 else forward(x.unflatten(0, (self.rows, block))).flatten(0, 1)
@@ -67,7 +67,7 @@ class Plan(NamedTuple):
 
     Attributes:
         layers: Layouts of the inputs of all layers.
-        front: Number of axes of the input, for each layer whose input has axis 0 as its batch axis.
+        front: Number of axes of the layer's input, keyed by layer path, for the layers whose input is not moved.
         odd: Layouts of the inputs of the layers that are not in `front`.
         outputs: Layouts of the tensors that the call returns.
     """
@@ -115,10 +115,10 @@ def arrange(
 ) -> Mapping[str, MovedRows | int]:
     """Return `projections.rows` for one call, a mapping keyed by layer path.
 
-    The value is the number of axes of the layer's input if axis 0 is the batch axis, and a `MovedRows` otherwise.
-    `root` is the root of the module tree that runs; for `generate`, hooks are registered on the modules of this tree.
-    `tensors` are the tensors to bind; if there is a single row, their batch axis is removed in place. `lead` maps keys
-    of params to the leading axes of their values.
+    If the batch axis of a layer's input is axis 0, the value for this layer is the input's number of axes. Otherwise,
+    the value is a `MovedRows`. `root` is the root of the module tree that runs. For `generate`, hooks are registered on
+    the modules of this tree. `tensors` maps names to the tensors to bind. If there is a single row, `arrange` removes
+    the axis of rows from the params in `tensors`. `lead` maps keys of params to the leading axes of their values.
 
     Raises:
         ValueError: If the leading axes of params do not match the inputs, or if the rows in a layer's input can't be
@@ -143,8 +143,8 @@ def arrange(
         moved = _moved_rows(plan.odd, _layers(apply, root, lead), count) if plan.odd else {}
         if moved and len(rows) > 1:
             raise ValueError(
-                f"params have the leading axes {rows}, but the input of layer {next(iter(moved))!r} has other leading "
-                "axes: pass params with a single leading axis (rows,)."
+                f"params have the leading axes {rows}, which are not the first axes of the input of layer "
+                f"{next(iter(moved))!r}: pass params with a single leading axis (rows,)."
             )
     return {**plan.front, **moved} if moved else plan.front
 
@@ -292,8 +292,8 @@ def _kind(value: Any, count: int, axis: int | None) -> Any:
 def _kind_of_shape(shape: torch.Size, count: int, axis: int | None) -> tuple:
     """Return the number of axes of a shape, whether `axis` has size `count`, the axes of size 1, and a tuple of sizes.
 
-    The tuple contains all sizes if an axis other than the batch axis has size `count`, because the two axes could be
-    confused. Otherwise, the tuple is empty.
+    The tuple contains all sizes if an axis other than the batch axis has size `count`, because that axis could be
+    mistaken for the batch axis. Otherwise, the tuple is empty.
     """
     rows = has_rows(shape, count, axis)
     if torch.compiler.is_compiling():
@@ -328,7 +328,7 @@ def _from_shapes(shapes: tuple) -> Any:
 
 
 def _common(lead: Lead) -> tuple[int, ...]:
-    """Return the longest value in `lead`, or raise an error if another value is not a prefix of the longest."""
+    """Return the longest tuple in `lead`, or raise an error if another tuple is not a prefix of the longest."""
     key, rows = next(iter(lead.items()))
     if len(set(lead.values())) == 1:
         return rows
@@ -357,8 +357,8 @@ def _require_rows(
     axis, x = inputs[0]
     key = next(iter(lead))
     raise ValueError(
-        f"{key} {(*lead[key], *apply.slots[key].shape)} has leading axes {(rows,)}, which do not match the leading "
-        f"axes of the first input, x {tuple(x.shape)}. Index i of axis {axis} of each input uses adapter i. "
+        f"{key} {(*lead[key], *apply.slots[key].shape)} has leading axes {(rows,)}, which do not match axis {axis} "
+        f"of the first input, of shape {tuple(x.shape)}. Index i of axis {axis} of each input uses adapter i. "
         "Pass one adapter per row (select_adapters), map over stacked adapters (vmap_adapters, "
         "torch.func.vmap), or set the batch axis (apply.with_row_axes)."
     )

@@ -42,7 +42,7 @@ class _TooLarge(Exception):
 
 
 def rehearse(apply: "Apply", callee: Callee, args: tuple, kwargs: Mapping[str, Any], count: int) -> Seen:
-    """Find the batch axis of the input of each layer during a call of `apply`, and of the outputs of the call.
+    """Find the batch axis of each layer's input during a call of `apply`, and of each output of the call.
 
     `count` is the number of rows.
 
@@ -126,11 +126,11 @@ class _Call:
     def readings(self) -> list[Callable[[Tensor, int | None], str]]:
         """Return the possible interpretations of the inputs, as functions of a tensor and its supposed batch axis.
 
-        Such a function returns "rows" if the tensor has this batch axis, "shared" if all rows share the tensor, and
-        "parts" if each row has several consecutive entries of axis 0, such as the patches of an image. An axis whose
-        size is the number of rows need not be the batch axis: positions (seq,) or a mask (seq, seq) may have this size
-        by chance. For the first input with several axes, the function always returns "rows" if the size of the supposed
-        batch axis is the number of rows.
+        Such a function returns "rows" if the supposed axis is the batch axis, "shared" if all rows share the tensor,
+        and "parts" if each row has several consecutive entries of axis 0, such as the patches of an image. An axis
+        whose size is the number of rows need not be the batch axis: positions (seq,) or a mask (seq, seq) may have this
+        size by chance. For the first input with several axes, every function returns "rows" if the supposed batch axis
+        has the number of rows as its size.
         """
         main = next((tensor for tensor in self.inputs if tensor.dim() > 1), None)
 
@@ -229,7 +229,7 @@ class _Rehearsal:
         return x.new_zeros((*x.shape[:-1], width)) + y
 
     def _where(self, x: Tensor, dims: int) -> Layout | Refusal:
-        """Return the layout of a tensor whose batch axis must be one of the first `dims` axes, or a `Refusal`."""
+        """Return the layout of a tensor, or a `Refusal` if its batch axis is unknown or not in `range(dims)`."""
         place, rows, shape = place_of(x), self.rows, tuple(x.shape)
         if place is None:  # a constant, such as learned queries expanded to all rows
             axes = [axis for axis in range(dims) if shape[axis] == rows]
