@@ -372,7 +372,7 @@ def test_scales_that_end_too_early():
 
 def test_a_tensor_without_data():
     frozen = {key: value.to("meta") for key, value in vf.init_projections(4, 7, 5).items()}
-    with pytest.raises(ValueError, match="on meta and meta, but lambda_b and lambda_d are on cpu"):
+    with pytest.raises(ValueError, match="vera_A is on meta, vera_B on meta, lambda_b on cpu and lambda_d on cpu"):
         vf.vera_forward(vf.init_params(4, 5), frozen, X, nn.Linear(7, 5))
 
 

@@ -164,8 +164,8 @@ class TestErrors:
         [
             ({"vera_A": None}, r"frozen lacks \['vera_A'\]"),
             ({"vera_A": None, "vera_B": None}, r"frozen lacks \['vera_A', 'vera_B'\]; init_projections"),
-            ({"vera_A": torch.ones(R + 1, IN)}, r"vera_A \(6, 37\) .* have rank 6 and 5"),
-            ({"vera_B": torch.ones(OUT, R - 1)}, r"vera_B \(13, 4\) have rank 5 and 4"),
+            ({"vera_A": torch.ones(R + 1, IN)}, r"vera_A \(6, 37\) has rank 6 and .* has rank 5"),
+            ({"vera_B": torch.ones(OUT, R - 1)}, r"has rank 5 and vera_B \(13, 4\) has rank 4"),
             ({"vera_A": torch.ones(R, IN - 1)}, r"37 -> 13, but vera_A \(5, 36\)"),
             ({"vera_B": torch.ones(OUT - 1, R)}, r"vera_B \(12, 5\) were drawn for at most 39 -> 12"),
         ],
@@ -460,7 +460,7 @@ bad("vera_forward", "a stack of A", lambda _: forward(frozen=PAIR | {"vera_A": o
 bad("vera_forward", "a narrow A", lambda _: forward(frozen=vf.init_projections(4, 63, 32)), "layer is 64 -> 32, but")
 bad(
     "vera_forward", "no data", lambda _: forward(frozen={k: v.to("meta") for k, v in PAIR.items()}),
-    "are on meta and meta, but lambda_b and lambda_d are on cpu",
+    "vera_A is on meta, vera_B on meta, lambda_b on cpu and lambda_d on cpu",
 )  # fmt: skip
 bad("vera_forward", "a scalar x", lambda _: forward(x=ones(())), r"x must be a floating-point tensor .*got \(\)")
 bad("vera_forward", "x of integers", lambda _: forward(x=X.long()), r"got \(3, 64\) torch.int64")

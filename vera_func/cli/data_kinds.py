@@ -17,7 +17,7 @@ def refuse_options(options: dict[str, Any], what: str) -> None:
     """Raise if the user passed an option that has no effect on the data.
 
     Args:
-        options: Dict from name to value of the options without effect; None means that the option was not passed.
+        options: The options without effect, from name to value; None means that the option was not passed.
         what: Description of the data in the error message, such as "with labels".
 
     Raises:

@@ -39,8 +39,8 @@ def evaluate(
     """Run the command `evaluate`, on data of any kind. All rows are checked before the model is loaded."""
     if data is None and source.metadata.kind is not None:
         raise ValueError(
-            f"got no --data for an adapter that was trained on data of the kind {source.metadata.kind!r}, and the "
-            f"default data has labels: pass --data with data of the kind {source.metadata.kind!r}."
+            f"the default data has labels, but the adapter was trained on data of the kind {source.metadata.kind!r}: "
+            f"pass --data with data of the kind {source.metadata.kind!r}."
         )
     if data is not None and kind_of(data) != "label":
         refuse_options({"--prompt": prompt, "--batch-size": batch_size}, "without labels")

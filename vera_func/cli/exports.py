@@ -65,8 +65,8 @@ def merge_to(
         if to != base.quant or to not in ("nf4", "fp4"):
             repair = f"pass --to {base.quant}" if base.quant in ("nf4", "fp4") else "leave out --calibrate"
             raise ValueError(
-                f"got --to {to} for a base model in {base.quant}, but --calibrate keeps the format of the base model, "
-                f"which must be nf4 or fp4: {repair}."
+                "--calibrate requires a base model in nf4 or fp4, and the same format for --to, got a base model in "
+                f"{base.quant} and --to {to}: {repair}."
             )
         task = task_of(source, base, {example.label for example in calibrate}, prompt)
         examples, others = split(calibrate, -(-len(calibrate) // 4), seed=0)
@@ -140,9 +140,9 @@ def convert(
         model: Folder or hub id of the base model; None means the model in the configuration of the first directory.
 
     Raises:
-        ValueError: If `sources` contains a bank and another source, if `out` is a file (for a bank) or does not end in
-            `.safetensors` (for directories), if `names` is given for directories, or if the adapters can't share a bank
-            (see `import_adapters`).
+        ValueError: If `sources` contains a bank and another source, or a bank while `out` is a file. For directories,
+            if `out` does not end in `.safetensors`, if `names` is given, or if the adapters can't share a bank (see
+            `import_adapters`).
         FileExistsError: If the bank already exists.
         FileNotFoundError: If a source does not exist.
     """

@@ -115,7 +115,7 @@ def _inspect_adapters(path: Path, source: Source) -> dict[str, Any]:
 
 
 def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Read the params (stacked, n = 1) and the stored projections of an adapter directory, without loading a model."""
+    """Read the params (a stack of one adapter) and the stored projections of an adapter directory, without a model."""
     _, tensors = read_files(folder)
     projections = {key: value for key, value in tensors.items() if ".vera_A" in key or ".vera_B" in key}
     stacked = {key_from_peft(key) or key: value[None] for key, value in tensors.items() if key not in projections}

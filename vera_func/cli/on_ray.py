@@ -1,9 +1,9 @@
 """Evaluate large banks on a Ray cluster (`pip install "vera-func[ray]"`).
 
 There is one actor per GPU, or one actor per node in a cluster without GPUs. Each actor starts when its GPU or its CPUs
-are free, and loads the base model once. Adapters are sharded across the actors in groups of whole chunks, so the
-results do not depend on the number of actors. If an actor or its node dies, Ray restarts the actor, and only the group
-in progress is evaluated again.
+are free, and loads the base model once. Groups of adapters are sharded across the actors. Each group consists of whole
+chunks, so the results do not depend on the number of actors. If an actor or its node dies, Ray restarts the actor, and
+only the group in progress is evaluated again.
 
 This package must be installed on every node. The adapters, the data and the base model must have the same paths on
 every node; the data and the base model may also be hub ids. Relative paths are resolved in the working directory of the

@@ -161,7 +161,7 @@ def predict(
 
     The predicted label is the label with the most probable first token; tokens
     that do not begin a label are ignored. If a prompt exceeds the maximum length
-    used in training (default: 256 tokens), its text is truncated at the end.
+    used in training (default: 256 tokens), the text is truncated at the end.
 
     Example:
       vera-func predict --adapter vera-demo 'A joy to watch.' 'Too long.'

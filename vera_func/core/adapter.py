@@ -6,9 +6,10 @@ An adapter, `params`, has the trained vectors `{"lambda_b": (out,), "lambda_d": 
 projections `{"vera_A": (r, in), "vera_B": (out, r)}`. A layer may use a slice of larger projections. The base layer is
 any callable; this module does not depend on quantization or on `nn.Module`.
 
-In all shapes of the package, `in` and `out` are the sizes of a layer, `r` is the rank, `*batch` are the leading axes of
-the input `x`, and `*rows` are the leading axes of the adapter vectors. `*batch` starts with `*rows`: if `lambda_b` has
-shape (rows, out), row `i` of an `x` of shape (rows, in) or (rows, seq, in) goes through adapter `i`.
+In all shapes of the package, `in` and `out` are the sizes of a layer, and `r` is the rank. `*batch` are the leading
+axes of the input `x`, and `*rows` are the leading axes of the adapter vectors. The first axes of `*batch` are `*rows`.
+For example, if `lambda_b` has shape (rows, out) and `x` has shape (rows, in) or (rows, seq, in), adapter `i` is applied
+to `x[i]`.
 """
 
 from collections.abc import Callable, Mapping
@@ -105,29 +106,31 @@ def vera_forward(
     the dtype of the vectors and added to the base output. The sum is cast to the dtype of the base output, and then to
     the dtype of `x`.
 
-    With `product_dtype`, the arithmetic is that of PEFT under `torch.autocast`. The matrix products `A x` and `B h`,
-    with `h = lambda_d * (A x)`, have 16-bit factors, are accumulated in float32, and are rounded to 16 bits. All other
+    With `product_dtype`, the arithmetic is that of PEFT under `torch.autocast`. Let `h = lambda_d * (A x)`. The matrix
+    products `A x` and `B h` take 16-bit inputs, accumulate in float32, and round the result to 16 bits. All other
     operations use the dtype of the vectors. To bound the rounding error, let u be the unit roundoff, 2^-8 in bfloat16
     and 2^-11 in float16, and
 
         M = |lambda_b| * (|B| (|lambda_d| * (|A| |x|)))    (elementwise absolute values)
 
     Rounding `A x`, `h` and `B h` changes the update by at most 3 u M, to first order in u. For each of `A`, `B` and
-    `x`, rounding adds at most u M. PEFT and `adapt` round the projections if the base layer is dense in
-    `product_dtype`, or 4-bit with `product_dtype` as compute dtype. Rounding `A` and `B` then usually adds nothing.
-    Summation in float32 adds at most (in + r) 2^-24 M, with or without `product_dtype`. Rounding errors partly cancel:
-    in norm, the relative error of the update is about 0.7 u, or 1 u if `A`, `B` and `x` are rounded too. The bounds
-    also hold for gradients with respect to the vectors, if M is computed from the absolute values of all factors.
+    `x`, rounding adds at most u M. If the base layer is dense in `product_dtype`, or 4-bit with `product_dtype` as
+    compute dtype, PEFT and `adapt` round the projections in advance. Rounding `A` and `B` then usually adds nothing.
+    Summation in float32 adds at most (in + r) 2^-24 M, with or without `product_dtype`. Because rounding errors partly
+    cancel, the relative error of the update, in norm, is about 0.7 u (1 u if `A`, `B` and `x` are rounded too). For the
+    gradient with respect to a vector, the bounds hold if M is the gradient's formula with the absolute values of all
+    factors.
 
     Args:
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`. The axes `*rows` of a vector, if any, must equal
             the first axes of `x`. If `params` has the key `"mixture"`, with weights of shape (*rows, k), each row gets
-            a weighted sum of `k` updates, and the vectors have shapes (*rows, k, out) and (*rows, k, r). If `params`
+            a weighted sum of `k` updates. The vectors then have shapes (*rows, k, out) and (*rows, k, r). If `params`
             has the key `"magnitude"` or `"output_scale"` (see `dora.fold_layer`), of shape (*rows, out), the layer is a
             DVoRA layer.
-        frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`; the first `in` columns of A and `out` rows of B are
-            used. For an adapter with a magnitude, pass `frozen | dora.norm_statistics(weight, frozen)`. Without the
-            statistics, each call computes the base weight as `base_fn(identity)`, a product with `in` rows.
+        frozen: `{"vera_A": (r, >= in), "vera_B": (>= out, r)}`. The layer uses the first `in` columns of A and the
+            first `out` rows of B. For an adapter with a magnitude, pass `frozen | dora.norm_statistics(weight,
+            frozen)`. Without the statistics, each call computes the base weight as `base_fn(identity)`, a product with
+            `in` rows.
         x: Input of shape (*batch, in).
         base_fn: Function that computes the frozen layer, from (*batch, in) to (*batch, out).
         dropout_mask: Mask that multiplies the input of `A`, but not the input of the base layer. The mask must
@@ -177,8 +180,8 @@ def delta_weight(
             - W`, where ‖·‖ is the norm of each row. Ignored for VeRA.
 
     Raises:
-        ValueError: If the leading axes of the vectors do not match, if the projections have another rank than the
-            vectors or are smaller than the layer, or if a DVoRA adapter is given without a weight.
+        ValueError: If the leading axes of the vectors do not match, if the rank of the projections is not the rank of
+            the vectors, if the projections are smaller than the layer, or if a DVoRA adapter is given without a weight.
 
     Example:
         >>> import torch
@@ -344,20 +347,20 @@ def _projections(
         raise ValueError(f"the layer must have at least one input feature, got in = {in_features}.")
     if A.dim() != 2 or B.dim() != 2:
         raise ValueError(
-            f"vera_A must have shape (r, >= {in_features}), got {tuple(A.shape)}, and vera_B (>= {out_features}, r), "
-            f"got {tuple(B.shape)}."
+            f"vera_A must have shape (r, >= {in_features}), got {tuple(A.shape)}, and vera_B must have shape "
+            f"(>= {out_features}, r), got {tuple(B.shape)}."
         )
     # torch 2.13 accepts a product of a CPU tensor with a meta tensor, and returns uninitialised memory.
     if not A.device == B.device == lambda_d.device == lambda_b.device:
         raise ValueError(
-            f"vera_A and vera_B are on {A.device} and {B.device}, but lambda_b and lambda_d are on {lambda_b.device} "
-            f"and {lambda_d.device}; move all of them to one device."
+            f"vera_A is on {A.device}, vera_B on {B.device}, lambda_b on {lambda_b.device} and lambda_d on "
+            f"{lambda_d.device}: move these tensors to one device."
         )
     if A.shape[0] != r or B.shape[1] != r:
         raise ValueError(
-            f"lambda_d {tuple(lambda_d.shape)} implies rank {r}, but vera_A {tuple(A.shape)} and vera_B "
-            f"{tuple(B.shape)} have rank {A.shape[0]} and {B.shape[1]}: draw projections of rank {r} with "
-            f"init_projections. Projections of another rank can't be sliced to rank {r}."
+            f"lambda_d {tuple(lambda_d.shape)} implies rank {r}, but vera_A {tuple(A.shape)} has rank {A.shape[0]} and "
+            f"vera_B {tuple(B.shape)} has rank {B.shape[1]}: draw projections of rank {r} with init_projections. "
+            f"Projections of another rank can't be sliced to rank {r}."
         )
     if A.shape[1] < in_features or B.shape[0] < out_features:
         raise ValueError(

@@ -35,8 +35,8 @@ class SharedProduct:
 
     Use a new instance for each forward pass; all layers of the pass must use the same projections. The instance caches
     the last `x`, a copy of the values of `x`, and the product. A call returns the cached product if `x` is the cached
-    tensor and its values have not changed in any bit. A comparison of version counters would miss writes through
-    `x.data` or `x.numpy()`. Copying and comparing each take one pass over `x`, whereas the product takes r
+    tensor and the values of `x` are bitwise equal to the copy. A comparison of version counters would miss writes
+    through `x.data` or `x.numpy()`. Copying and comparing each take one pass over `x`, whereas the product takes r
     multiply-adds per value of `x`. Small products, which are cheaper than a comparison, are not cached. Each layer
     differentiates the product separately, so gradients are bitwise equal to those without a cache.
 

@@ -214,7 +214,7 @@ def _checked(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> tupl
 
 
 def _with_share(params: Mapping[str, Tensor], name: str, scale: Tensor) -> Tensor:
-    """Add each row's share of the base model (see `select_adapters`) to the scale, because the base has scale 1."""
+    """Add the base share of each row (see `select_adapters`) to the scale, because the scale of the base model is 1."""
     share = params.get(join_key(name, BASE_SHARE))
     return scale if share is None else scale + with_dims(share[..., None], scale.dim())
 

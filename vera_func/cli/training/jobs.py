@@ -117,7 +117,7 @@ def _split(groups: Tensor, seed: int, source: str) -> tuple[Tensor, Tensor]:
 
 
 def num_steps(batches: int, steps: Sequence[int] | None, epochs: float | None, i: int, n: int) -> int:
-    """The number of steps of adapter `i` of `n`: its value in `steps`, else `epochs` times the batches per epoch.
+    """The number of steps of adapter `i` of `n`: the adapter's value in `steps`, or `epochs` times `batches`.
 
     If `steps` and `epochs` are None, training takes one epoch, but at least 50 and at most 100 steps.
 

@@ -91,7 +91,7 @@ def _batches(
 ) -> Callable[[int], list[Batch]]:
     """A function `step -> micro-batches`, with `batch_size` rows for each adapter that is still training.
 
-    Rows are weighted such that an adapter's mean loss over the micro-batches is the mean loss of the adapter's rows.
+    The row weights make the average of an adapter's micro-batch losses equal the mean loss of the adapter's rows.
     """
     sizes = [min(recipe.batch_size, len(own)) for own in rows]
     orders = [

@@ -140,7 +140,7 @@ def _train_all(
     progress: bool,
     checkpoint: Path | None,
 ) -> Fit:
-    """The first phase: train all adapters on the same batches for `steps` of the `total` steps of the schedule."""
+    """Train all adapters on the same batches for the first `steps` steps of a schedule of `total` steps."""
     adapted, n = for_training(adapted), len(grid)
     rates = [row["learning_rate"] for row in grid]
     batches = train_batches(train, small_batch(recipe.batch_size, n), seed=recipe.seed, pad_id=task.pad_id)

@@ -48,8 +48,8 @@ def train_language(
 
     Args:
         sources: Paths or hub ids of the data sets (see `open_dataset`); all data sets must be of one kind.
-        run: Options of the run. If `run.max_length` is None, sequences have at most 512 tokens, or the model's maximum
-            number of positions if this number is smaller.
+        run: Options of the run. If `run.max_length` is None, the maximum length is 512 tokens or the model's maximum
+            number of positions, whichever is smaller.
         betas: For preferences, the values of DPO's beta; None means 0.1. One adapter is trained for each pair of a data
             set and a beta.
         reference: For preferences, PEFT directory of the adapter that is the reference and from which training starts.
@@ -157,8 +157,8 @@ def _same_kind(sets: Sequence[DataSet]) -> str:
             )
         if data.kind != sets[0].kind:
             raise ValueError(
-                f"{sets[0].source} has rows of the kind {sets[0].kind!r} and {data.source} rows of the kind "
-                f"{data.kind!r}, but all data sets of a run must be of one kind: use one run for each kind."
+                f"all data sets of a run must be of one kind, got {sets[0].source} of the kind {sets[0].kind!r} and "
+                f"{data.source} of the kind {data.kind!r}: use one run for each kind."
             )
     return sets[0].kind
 
@@ -175,7 +175,7 @@ def _absolute(reference: str | None) -> str | None:
 
 
 def _references(base: Base, adapted: Adapted, rows: Sequence[TokenRows]) -> list[Tensor | None]:
-    """For preferences, the log-probabilities of all rows under the reference, which is the adapter before training."""
+    """For each set of preferences, the log-probabilities of all rows under the adapter before training; else None."""
     if rows[0].width == 1:
         return [None] * len(rows)
     return [
