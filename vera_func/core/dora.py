@@ -208,7 +208,7 @@ def _checked(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> tupl
     if shapes != expected or frozen["vera_B"].shape[0] < out_features or frozen["vera_B"].shape[1:] != (r,):
         raise ValueError(
             f"for out={out_features} and r={r}, vera_B must have shape (>= {out_features}, {r}), got "
-            f"{tuple(frozen['vera_B'].shape)}, and the statistics must have shapes {expected}, got {shapes}."
+            f"{tuple(frozen['vera_B'].shape)}. The statistics must have shapes {expected}, got {shapes}."
         )
     return lambda_b, lambda_d, magnitude
 

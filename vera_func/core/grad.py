@@ -25,10 +25,10 @@ Function = Callable[..., Any]
 def grad(function: Function, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Function:
     """Return a function that computes the gradient of a scalar function, as `torch.func.grad` does, but faster.
 
-    Outside of transforms, `torch.autograd.grad` computes the gradient. The graph of the backward pass is kept only if
-    gradients are enabled and an argument or a closed-over tensor requires grad, because the caller may then
-    differentiate the gradient again. Activation checkpointing is supported. Inside `vmap`, `jvp`, `grad` and other
-    transforms, under `torch.compile` and for inference tensors, `torch.func.grad` computes the gradient.
+    Outside of transforms, `torch.autograd.grad` computes the gradient. If gradients are enabled and an argument or a
+    closed-over tensor requires grad, the gradient can be differentiated again. Otherwise, the graph of the backward
+    pass is freed. Activation checkpointing is supported. Inside `vmap`, `jvp`, `grad` and other transforms, under
+    `torch.compile` and for inference tensors, `torch.func.grad` computes the gradient.
 
     Args:
         function: Function that returns a tensor of shape (), or with `has_aux` a pair `(tensor, aux)`.
@@ -86,7 +86,8 @@ def gradients(function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, Any
         inputs: Floating-point tensors.
 
     Returns:
-        The value, `aux`, and a gradient for each input, or None for an input that does not affect the value.
+        The value, `aux`, and a list with the gradient of each input. The gradient is None if the input does not affect
+        the value.
 
     Example:
         >>> gradients(lambda x, y: (x.square(), ()), [torch.tensor(3.0), torch.ones(2)])

@@ -2,9 +2,9 @@
 
 The leaf names `lambda_b` and `lambda_d` mark the adapter vectors of a module. DVoRA adds a third vector, `magnitude`,
 which `dora.fold_layer` replaces by `output_scale`. The leaf `mixture` contains the weights of a sum of adapters. Any
-other leaf is a parameter of the base model, such as a trained bias or head. The value of a key such as
-`"classifier.weight.base_share"` is a factor f: the base model's `classifier.weight`, times f, is added to
-`"classifier.weight"`. For DVoRA, the base model counts as an adapter with output scale 1.
+other leaf is a parameter of the base model, such as a trained bias or head. A trained parameter p can have a factor f,
+with a key such as `"classifier.weight.base_share"`. The model then uses `p + f * w` as `classifier.weight`, where w is
+the base model's `classifier.weight`. For DVoRA, the base model counts as an adapter with output scale 1.
 """
 
 from collections.abc import Iterable
@@ -51,7 +51,7 @@ def is_vector(key: str) -> bool:
 
 
 def own_parameters(keys: Iterable[str]) -> list[str]:
-    """Return the keys of the base model's parameters, such as a trained bias or head, without the keys of adapters.
+    """Select the keys of trained parameters of the base model, such as a bias or a head; omit the keys of adapters.
 
     Example:
         >>> own_parameters(["q_proj.lambda_b", "q_proj.mixture", "classifier.weight"])

@@ -16,8 +16,8 @@ def init_projections(r: int, in_features: int, out_features: int, key: int = 0) 
 
     For the same key and sizes, the projections are bitwise equal to PEFT's. A CPU generator seeded with `key` draws `A`
     and then `B`. Values are uniform in ±sqrt(6 / fan_in), where fan_in is `in` for `A` and `r` for `B`. The draw does
-    not depend on the default dtype, the global generator or the number of threads. The same key with other sizes gives
-    other values: projections for a wider layer do not contain those for a narrower layer.
+    not depend on the default dtype, the global generator or the number of threads. For the same key, the values depend
+    on `r` and `in_features`: projections for a wider input do not contain the projections for a narrower input.
 
     Args:
         r: Rank, the number of rows of `A`.

@@ -74,8 +74,8 @@ def contiguous_rows(x: Tensor) -> Tensor:
     """Return `x` (*batch, in), copied if it is not contiguous.
 
     torch multiplies a contiguous `x` (b, seq, in) by a frozen weight as one matrix (b * seq, in). If `x` is not
-    contiguous, torch copies the weight for each of the `b` sequences. For the output head of a language model and the
-    slice `hidden[:, -1:]`, these copies of the weight cost more than the rest of the model.
+    contiguous, torch copies the weight for each of the `b` sequences. If the weight is the output head of a language
+    model and `x` is the slice `hidden[:, -1:]`, these copies cost more than the rest of the model.
 
     Example:
         >>> contiguous_rows(torch.ones(4, 7, 3)[:, -1:]).stride()
@@ -156,7 +156,7 @@ def require_float(name: str, dtype: torch.dtype) -> None:
 
 
 def require_integer(name: str, value: Any, least: int) -> None:
-    """Raise an error if a value is not an integer (of Python, numpy or torch) or is less than `least`.
+    """Raise an error if a value is not a Python, numpy or torch integer, or if the value is less than `least`.
 
     Raises:
         ValueError: If the value is not an integer, for example 2.0, or is too small.

@@ -1,7 +1,7 @@
 """Merge a classification adapter with calibration, and measure how many predictions the merge preserves.
 
-The calibration minimizes the error in the gap between the two largest label logits. For this purpose, `second_moments`
-weights each token by the squared norm of the gap's gradient with respect to a layer's output.
+The calibration minimizes the error in the gap between the two largest label logits. In the second moments of a layer's
+inputs, the weight of a token is the squared norm of the gradient of this gap with respect to the layer's output.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

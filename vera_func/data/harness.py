@@ -5,8 +5,8 @@ One adapter can be evaluated on any task:
     from lm_eval.models.huggingface import HFLM
     lm_eval.simple_evaluate(model=HFLM(pretrained=vf.to_module(adapted), tokenizer=tokenizer), tasks=["piqa"])
 
-All adapters of a bank can be evaluated on tasks that compare log-likelihoods, such as multiple choice. The first
-adapter that meets a text computes its scores for all adapters in one forward pass, and the others use these scores:
+All adapters of a bank can be evaluated on tasks that compare log-likelihoods, such as multiple choice. When a text is
+scored for one adapter, a single forward pass computes and caches the scores of the text for all adapters:
 
     bank = vf.open_bank("all.safetensors")
     for name, lm in zip(bank.names, harness_models(bank.adapted(model), tokenizer)):

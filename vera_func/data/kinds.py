@@ -42,8 +42,8 @@ def require_kind(columns: Iterable[str]) -> Kind:
     """Return `kind_of(columns)`, or raise an error if the columns match no kind.
 
     Raises:
-        ValueError: If the columns match no supported kind, or if correcting the spelling of a column, such as "Label"
-            or " label", would change the kind.
+        ValueError: If the columns match no supported kind, or if a column is misspelled, such as "Label" or " label",
+            and the kind would be different with the correct spelling.
     """
     columns = list(columns)
     kind = kind_of(columns)

@@ -150,7 +150,10 @@ def with_labels(metadata: Metadata, label_sets: Sequence[list[str]]) -> Metadata
 
 
 def join_metadata(adapters: Sequence[Metadata]) -> Metadata | None:
-    """Return the metadata of a bank of adapters, or None if the adapters differ in a field that a bank stores once.
+    """Join the metadata of several adapters into the metadata of a bank, or return None.
+
+    The result is None if the adapters differ in a field that the bank stores once for all adapters, or if only some of
+    the adapters have labels.
 
     Example:
         >>> join_metadata([Metadata("nf4", data=["a.csv"]), Metadata("nf4", data=["b.csv"])]).data

@@ -44,7 +44,7 @@ class Base(NamedTuple):
 
     @property
     def pad_id(self) -> int:
-        """The token to pad with: the tokenizer's padding token, else its EOS token as in transformers, else 0."""
+        """The token id for padding: the tokenizer's `pad_token_id`, else the tokenizer's `eos_token_id`, else 0."""
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((token for token in ids if token is not None), 0)
 
@@ -70,8 +70,8 @@ def load_base(
         device: Name of the model's device; see `find_device`.
 
     Raises:
-        ValueError: If the folder contains no model, if the stored model is quantized in another format, or if the
-            device does not exist.
+        ValueError: If the folder contains no model, if `quant` is a format and the stored model is already quantized to
+            a different format, or if the device does not exist.
         OSError: If the model is not found or can't be downloaded.
     """
     if quant not in (None, "none", *QUANTIZERS):
@@ -89,7 +89,7 @@ def load_base(
         model.to(place)  # type: ignore[arg-type]
     own = quantized_format(model)
     if own is not None and quant not in (None, "none", own):
-        raise ValueError(f"{name} is already quantized to {own}, not to {quant}: leave out --quant, or pass {own}.")
+        raise ValueError(f"{name} is already quantized to {own}, got --quant {quant}: leave out --quant.")
     if own is None and quant != "none":
         model = quantize_model(model, quant or "nf4")
     attention = attention_for(dtype, max_tokens) if place.type == "cpu" else None
@@ -155,10 +155,10 @@ def native_dtype(device: torch.device | None = None) -> torch.dtype:
 def attention_for(dtype: torch.dtype, max_tokens: int) -> str | None:
     """The faster attention implementation on a CPU: "eager", or None for the default of transformers, usually sdpa.
 
-    The backward pass of sdpa is slow in bfloat16 for short sequences. On a CPU with AVX512-BF16, the time of a training
-    step with "eager" is 66 % of the time with sdpa for 16 tokens, 80 % for 128 tokens and 98 % for 512 tokens. For more
-    than 512 tokens, and in float32, sdpa is at least as fast, and does not store a (seq, seq) matrix for each head.
-    `python -m tests.benchmarks attention` measures these times.
+    The backward pass of sdpa is slow in bfloat16 for short sequences. On a CPU with AVX512-BF16, a training step with
+    "eager" takes 66 % (16 tokens), 80 % (128 tokens) or 98 % (512 tokens) of the time with sdpa. For more than 512
+    tokens, and in float32, sdpa is at least as fast as "eager". Unlike "eager", sdpa does not store a (seq, seq) matrix
+    for each head. `python -m tests.benchmarks attention` measures these times.
 
     Args:
         dtype: Dtype of the model's computation.

@@ -97,7 +97,8 @@ def packed_batch(
         the attention scores. The label of the first token of each document is -100.
 
     Raises:
-        ValueError: If there are no rows, if a row or a document is empty, or if ids and labels differ in length.
+        ValueError: If there are no rows, if a row or a document is empty, or if the token ids and the labels of a
+            document differ in length.
 
     Example:
         >>> batch = packed_batch([[([5, 6], [5, 6]), ([7, 8, 9], [-100, 8, 9])], [([5, 6, 7], [5, 6, 7])]])
@@ -155,8 +156,9 @@ def is_packable(
 ) -> bool:
     """Test on two short documents whether a model processes the documents of a packed row independently.
 
-    Recurrent and convolutional layers ignore the attention mask, and carry state from one document to the next (Mamba,
-    RWKV, Jamba, Qwen3-Next, LFM2). Some models do not accept a mask of 4 dimensions (BLOOM).
+    Models with recurrent or convolutional layers (Mamba, RWKV, Jamba, Qwen3-Next, LFM2) fail the test: these layers
+    ignore the attention mask, and carry state from one document to the next. Models that do not accept a mask of 4
+    dimensions (BLOOM) also fail the test.
 
     Args:
         logits: Function that returns logits (b, seq, vocab). The function is called with the keyword

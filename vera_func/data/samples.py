@@ -60,8 +60,8 @@ def movie_pairs() -> Rows:
 def pairs(snippets: Iterable[Snippet], *, seed: int) -> Rows:
     """Pair sentences of similar length whose ratings (from -4 to 4) differ by at least 3.
 
-    Each sentence is in at most one pair. Each row has its own `group`; otherwise, all rows would form a
-    single group, because all prompts are equal.
+    Each sentence is in at most one pair. All prompts are equal, so without a `group`, all rows would form a single
+    group. Therefore each row has a different `group`.
 
     Args:
         snippets: Rated sentences. Of several snippets with equal texts, only the first is used.

@@ -148,7 +148,7 @@ def load_adapters(
 
 
 def unadapted(model: nn.Module) -> Adapted:
-    """The base model alone, as a model with a new adapter, whose update is 0."""
+    """Return the base model with a new adapter. The update of the adapter is 0, so the outputs do not change."""
     return adapt(model, VeraConfig(r=1, target_modules="all-linear"))
 
 
@@ -215,7 +215,7 @@ def _open_bank(bank: str, names: Sequence[str] | None, one: bool) -> tuple[Path,
 
 
 def _open_adapter(adapter: str) -> tuple[Path, list[str], VeraConfig]:
-    """For a local adapter or one on the hub: its folder, a list with its name, and its configuration."""
+    """The folder of an adapter (local or on the hub), a list with the adapter's name, and the configuration."""
     path = Path(adapter)
     folder = find_adapter(adapter, optional=[metadata_file("").name]) if is_repository(adapter) else path
     if folder.is_file():

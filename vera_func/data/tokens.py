@@ -185,7 +185,7 @@ def _answers(tokenizer: Any, rows: list[dict[str, Any]], max_length: int) -> Ite
 
 
 def _messages(tokenizer: Any, rows: list[dict[str, Any]], max_length: int) -> Iterator[list[Tokens]]:
-    """Tokenize rows of messages; the targets are the assistant's turns of a chat, or the answers to a prompt."""
+    """Tokenize rows of messages. The targets are all the assistant's turns (`chat`), or the answers (other kinds)."""
     columns = [name for name in rows[0] if name not in ("prompt", "messages")]
     for row in rows:
         if not columns:

@@ -54,7 +54,7 @@ def _check_ranks(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Vera
     A, B = (shapes[name] for name in PROJECTIONS)
     if len(A) != 2 or len(B) != 2 or A[0] != r or B[1] != r:
         raise ValueError(
-            f"{path}: for r={r}, vera_A must have shape ({r}, in), got {A}, and vera_B (out, {r}), got {B}."
+            f"{path}: for r={r}, vera_A must have shape ({r}, in), got {A}. vera_B must have shape (out, {r}), got {B}."
         )
     other = {"lambda_b": "lambda_d", "lambda_d": "lambda_b"}
     for key, shape in shapes.items():
