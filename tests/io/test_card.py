@@ -85,7 +85,7 @@ bad(
     lambda t: save(t, card=True, metrics={"loss": "low"}),
     "must be a number, got str",
 )
-bad("save_adapter", "a list of metrics", lambda t: save(t, card=True, metrics=[0.9]), "a dict of numbers .* got list")
+bad("save_adapter", "a list of metrics", lambda t: save(t, card=True, metrics=[0.9]), "a dict from names .* got list")
 
 
 @pytest.mark.parametrize("case", bad.rows)

@@ -155,7 +155,7 @@ bad(
     "open_bank",
     "no magnitude",
     bank_without("0.magnitude"),
-    r"'0.magnitude' must have shape \(\d, 5\) like '0.lambda_b', because use_dora is True, got None",
+    r"'0.magnitude' must have shape \(\d, 5\), the shape of '0.lambda_b', got None",
 )
 STACK = {key: value[None] for key, value in FOLDED.items()}
 bad("save_bank", "folded params", lambda folder: vf.save_bank(

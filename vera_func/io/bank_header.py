@@ -63,14 +63,14 @@ def _check_ranks(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Vera
             raise ValueError(f"{path}: {key!r} must have shape ({shape[0]}, {r}) for r={r}, got {shape}.")
         if leaf == "lambda_b" and (len(shape) != 2 or shape[1] > B[0]):
             raise ValueError(
-                f"{path}: {key!r} must have shape ({shape[0]}, out), where out is at most {B[0]}, the number of rows "
-                f"of vera_B, got {shape}."
+                f"{path}: {key!r} must have shape ({shape[0]}, out) with out <= {B[0]} (the number of rows of vera_B), "
+                f"got {shape}."
             )
         magnitude = key.removesuffix("lambda_b") + MAGNITUDE
         if leaf == "lambda_b" and shapes.get(magnitude) != (shape if config.use_dora else None):
-            must = f"must have shape {shape} like {key!r}" if config.use_dora else "must be absent"
+            must = f"must have shape {shape}, the shape of {key!r}" if config.use_dora else "must be absent"
             raise ValueError(
-                f"{path}: {magnitude!r} {must}, because use_dora is {config.use_dora}, got {shapes.get(magnitude)}."
+                f"{path}: for use_dora={config.use_dora}, {magnitude!r} {must}, got {shapes.get(magnitude)}."
             )
         if leaf in other and (partner := key.removesuffix(leaf) + other[leaf]) not in shapes:
             raise ValueError(f"{path} has {key!r}, but lacks {partner!r}.")

@@ -56,8 +56,8 @@ def card_text(params: Mapping[str, Tensor], config: VeraConfig, metrics: Mapping
     r"""Return the text of an adapter's model card.
 
     If `config.base_model_name_or_path` is not a hub id `user/repo`, the metadata omit the base model, because the hub
-    rejects other names. The `library_name` is "peft", so that the hub shows how to load the adapter. For DVoRA, which
-    PEFT does not support, the `library_name` is "vera_func".
+    rejects a `base_model` that is not a hub id. The `library_name` is "peft", so that the hub shows how to load the
+    adapter. For DVoRA, which PEFT does not support, the `library_name` is "vera_func".
 
     Args:
         params: Params of a single adapter.
@@ -78,7 +78,7 @@ def card_text(params: Mapping[str, Tensor], config: VeraConfig, metrics: Mapping
     """
     if not isinstance(metrics, Mapping | None):
         raise ValueError(
-            f"metrics must be a dict of numbers by name, such as {{'accuracy': 0.9}}, got {type(metrics).__name__}."
+            f"metrics must be a dict from names to numbers, such as {{'accuracy': 0.9}}, got {type(metrics).__name__}."
         )
     for name, value in (metrics or {}).items():
         if not isinstance(value, int | float):

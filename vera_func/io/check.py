@@ -28,7 +28,7 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
 
     Raises:
         ValueError: If `config.target_modules` is None or "all-linear"; if a vector or projection is missing, is
-            stacked, has another rank than `config.r`, or is not a floating-point tensor; or if a value is NaN or inf.
+            stacked, is not a floating-point tensor, or does not have the rank `config.r`; or if a value is NaN or inf.
     """
     if not isinstance(config, VeraConfig):
         raise ValueError(f"config must be vera_func's VeraConfig, got {type(config).__name__}.")
@@ -54,12 +54,14 @@ def check_adapter(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], co
     if frozen["vera_A"].shape[0] != config.r or frozen["vera_B"].shape[1] != config.r:
         raise ValueError(
             f"for config.r={config.r}, vera_A must have shape ({config.r}, in), got {tuple(frozen['vera_A'].shape)}, "
-            f"and vera_B (out, {config.r}), got {tuple(frozen['vera_B'].shape)}."
+            f"and vera_B must have shape (out, {config.r}), got {tuple(frozen['vera_B'].shape)}."
         )
 
 
 def require_projections(frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return `vera_A` and `vera_B`, without DVoRA's norm statistics, which can be computed from the base model.
+    """Return `vera_A` and `vera_B` from `frozen`, without the norm statistics of DVoRA.
+
+    Norm statistics are not saved, because they can be computed from the base model.
 
     Raises:
         ValueError: If a projection is missing, or if a key is neither a projection nor a norm statistic.

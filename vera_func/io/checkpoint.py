@@ -282,13 +282,13 @@ def _check_projections(file: Path, frozen: Mapping[str, Tensor], widest: tuple[i
     fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] == r
     if not fits or A.shape[1] < widest_in or B.shape[0] < widest_out:
         raise ValueError(
-            f"{file}: for this model, vera_A must have shape ({r}, >= {widest_in}), got {tuple(A.shape)}, and vera_B "
-            f"(>= {widest_out}, {r}), got {tuple(B.shape)}."
+            f"{file}: for this model, vera_A must have shape ({r}, >= {widest_in}), got {tuple(A.shape)}, and "
+            f"vera_B must have shape (>= {widest_out}, {r}), got {tuple(B.shape)}."
         )
 
 
 def vector_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a vector in an adapter of a given dtype: at least float32 for a magnitude.
+    """Return the dtype of the vector `key` in an adapter of dtype `dtype`. A magnitude has at least float32.
 
     Example:
         >>> vector_dtype("0.lambda_b", torch.bfloat16), vector_dtype("0.magnitude", torch.bfloat16)

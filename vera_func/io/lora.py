@@ -58,16 +58,16 @@ def export_lora(
     A DVoRA adapter becomes a LoRA with `use_dora=True`, which PEFT loads. The servers vLLM, SGLang and llama.cpp do not
     support `use_dora`: for these servers, merge a DVoRA adapter with `merge`.
 
-    If `rank` is below `config.r`, the LoRA is the truncated singular value decomposition of ΔW. ΔW is not materialized:
-    the cost per layer is one QR decomposition of an (out, r) matrix and one of an (in, r) matrix.
+    If `rank` is below `config.r`, the LoRA is the truncated singular value decomposition of ΔW. ΔW is not materialized.
+    The main cost per layer is two QR decompositions, of matrices with shapes (out, r) and (in, r).
 
     A warning names the servers that would refuse the LoRA directory, each with the reason and a remedy. For example,
     vLLM refuses ranks above 16 by default, and no server supports trained heads or biases.
     `vera_func.io.servers.check_lora` reports the refusals of any LoRA directory.
 
     Args:
-        path: The directory to write, created if it does not exist. For GGUF, either a file name that ends in `.gguf`,
-            or a directory, in which the file `adapter.gguf` is written.
+        path: The directory to write, created if it does not exist. For GGUF, a file name that ends in `.gguf`, or a
+            directory for the file `adapter.gguf`.
         params: Params of a single adapter.
         frozen: The projections.
         config: The configuration that `adapt` returned.
@@ -81,7 +81,7 @@ def export_lora(
 
     Raises:
         ValueError: If the adapter holds NaN or inf, or does not fit the model; if `rank` or `format` is invalid; or if
-            llama.cpp can't load the adapter.
+            `format` is "gguf" and llama.cpp can't load the adapter.
         FileExistsError: If the directory already contains a VeRA adapter.
 
     Example:

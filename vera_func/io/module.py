@@ -40,7 +40,7 @@ def to_module(adapted: Adapted) -> nn.Module:
 
     Use the module with APIs that require an `nn.Module`: transformers' Trainer, `torch.optim` optimizers, or activation
     checkpointing, which `torch.func` does not support. The frozen weights share memory with the base model. The
-    trainable parameters are copies of the params; to read them under the keys of `params`, use
+    trainable parameters are copies of the params. For a dict of the trainable parameters with the keys of `params`, use
     `{k: p for k, p in module.named_parameters() if p.requires_grad}`.
 
     If the model is from transformers, `save_pretrained` of the module calls `save_adapter`, so Trainer's checkpoints

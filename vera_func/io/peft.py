@@ -75,8 +75,8 @@ def from_peft(
     if merged:
         raise ValueError(
             f"the PeftModel has merged the adapters {sorted(merged)} into its base. Call peft_model.unmerge_adapter() "
-            "first. If the base is quantized or 16-bit, load the base again instead of unmerging, which does not "
-            "restore the weights exactly."
+            "first. If the base is quantized or 16-bit, load the base model again instead, because unmerging does not "
+            "restore such weights exactly."
         )
     layers = {path: layer for path, layer in layers.items() if name in layer.vera_lambda_d}
     config = _config(live.peft_config[name], base, tuple(layers), name)

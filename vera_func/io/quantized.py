@@ -43,8 +43,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def save_quantized(path: str | os.PathLike[str], model: nn.Module) -> Path:
     """Write all parameters and buffers of a quantized model as one safetensors file, atomically.
 
-    Non-persistent buffers are included. The configuration and the tokenizer of a transformers model are not included:
-    call `save_pretrained` of the configuration and of the tokenizer.
+    Non-persistent buffers are included. The file does not contain the configuration or the tokenizer of a transformers
+    model: call `model.config.save_pretrained` and `tokenizer.save_pretrained`.
 
     Args:
         path: The file to write. An existing file is replaced.
@@ -101,9 +101,9 @@ def load_quantized(path: str | os.PathLike[str], model: Model) -> Model:
     """Return a copy of `model` with the parameters and buffers of a file from `save_quantized`, bit for bit.
 
     The file is memory-mapped, so dense weights are read on first use. The file, and not `model`, determines which
-    layers are quantized. Parameters that are tied in the file are tied in the copy. Each parameter is loaded to its
-    device in `model`, or to the CPU if its device in `model` is the meta device. The copy keeps the training mode and
-    the `requires_grad` flags of `model`.
+    layers are quantized. Parameters that are tied in the file are tied in the copy. Each parameter is loaded to the
+    device of the corresponding parameter of `model`. If that device is the meta device, the parameter is loaded to the
+    CPU. The copy keeps the training mode and the `requires_grad` flags of `model`.
 
     Args:
         path: The file.
@@ -217,7 +217,7 @@ def _replacements(
         if source.setdefault(id(old), key) != key:
             raise ValueError(
                 f"{path}: {source[id(old)]!r} and {key!r} are stored separately, but are tied in the model: pass a "
-                "model in which they are not tied."
+                "model in which the two parameters are not tied."
             )
         if key not in loaded:
             new = new if old.is_meta else new.to(old.device)

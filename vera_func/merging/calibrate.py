@@ -118,9 +118,9 @@ def output_kept(change: Weight, delta: Weight, gram: Gram) -> float:
 def stochastic_codes(target: Weight, code: Table, absmax: Absmax, generator: torch.Generator) -> Codes:
     """Round each weight to one of its two neighbouring levels at random, without calibration inputs.
 
-    The expected value is `target`, except that targets beyond the outermost levels are clipped. Each weight that is
-    not on the grid gets noise with a standard deviation of up to half a quantization step, so the error is several
-    times that of `calibrate_rows`.
+    The expected value is `target`, except that targets beyond the outermost levels are clipped. For weights between two
+    levels, rounding adds noise with a standard deviation of up to half a quantization step. The error is therefore
+    several times the error of `calibrate_rows`.
 
     Args:
         target: The weight to round, `W + ΔW`.
@@ -149,13 +149,14 @@ def stochastic_codes(target: Weight, code: Table, absmax: Absmax, generator: tor
 def calibrate_rows(
     codes: Codes, absmax: Absmax, delta: Weight, *, code: Table, gram: Gram, damping: float = 0.01, max_kappa: float = 4
 ) -> Calibrated:
-    """Find codes and scales of a weight Q with `Q X ≈ (W + ΔW) X`, where `W = absmax_block · code[codes]`.
+    """Find codes and scales of a weight Q with `Q X ≈ (W + ΔW) X`, for a base weight `W = absmax_block · code[codes]`.
 
-    For a given overshoot `κ`, each row is optimized from two starting points, and the better result is taken. The
-    starting points are Babai's nearest plane (GPTQ in the order of decreasing `diag H`), and the result of the previous
-    fit (for the first fit, the base weight). Each of at most 64 steps changes one code by one level, and refits all
-    scales of the row by least squares. The step selects the change with the smallest estimated error after the refit.
-    `κ` starts at 1 and is interpolated until the retained fraction is within 0.02 of 1, in at most five fits.
+    A fit is the optimization for one overshoot `κ`. In a fit, each row is optimized from two starting points,
+    and the better result is taken. The first starting point is Babai's nearest plane (GPTQ in the order of decreasing
+    `diag H`). The second starting point is the result of the previous fit, or the base weight in the first fit. An
+    optimization has at most 64 steps. A step changes one code of the row by one level, and refits all scales of the row
+    by least squares. The step selects the change with the smallest estimated error after the refit. `κ` starts at 1 and
+    is interpolated until the retained fraction is within 0.02 of 1, in at most five fits.
 
     A fit costs about `8 out in²` multiply-adds, and a step of all rows costs `6 out in² / blocksize`. Temporary tensors
     take a few times 128 MB. The result is deterministic. With `max_kappa=1`, the error ‖(W + ΔW) X - Q X‖ of each row,

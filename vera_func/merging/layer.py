@@ -2,10 +2,10 @@
 
     W' = round(W + ΔW)        ΔW = diag(lambda_b) B diag(lambda_d) A
 
-For DVoRA, this module uses `m (W + ΔW) / ‖W + ΔW‖ - W` in place of ΔW (see `core.dora`). A dequantized weight lies on
-the quantization grid. Requantizing `W + ΔW` silently discards updates below half a quantization step. `merge_report`
-measures this loss. A 16-bit merge (`merge_dense`) loses much less, and a LoRA (`export_lora`) is exact. A merged weight
-can't be converted back to the base weight, so keep `q` for unmerging.
+For DVoRA with the magnitude `m`, this module uses `m (W + ΔW) / ‖W + ΔW‖ - W` in place of ΔW (see `core.dora`). A
+dequantized weight lies on the quantization grid. Requantizing `W + ΔW` silently discards updates below half a
+quantization step. `merge_report` measures this loss. A 16-bit merge (`merge_dense`) loses much less, and a LoRA
+(`export_lora`) is exact. A merged weight can't be converted back to the base weight, so keep `q` for unmerging.
 """
 
 from collections.abc import Mapping
@@ -184,8 +184,8 @@ def merge_dense(
 ) -> Float[Tensor, "out in"]:
     """Return `W + ΔW` as a dense weight, computed in float32 (float64 if W is float64) and rounded once.
 
-    W is the dequantized weight, on which the adapter was trained. Do not add ΔW to the original 16-bit weight, which
-    differs from W by the quantization error, about a tenth of the norm of W.
+    W is the dequantized weight, on which the adapter was trained. Do not add ΔW to the original 16-bit weight: the
+    original weight differs from W by the quantization error (for 4 bits, about a tenth of the norm of W).
 
     Args:
         q: The base weight: either quantized, or a dense tensor of shape (out, in).

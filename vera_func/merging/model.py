@@ -192,7 +192,7 @@ def _is_rescaled(base: Quantized | Tensor, vectors: Mapping[str, Tensor], frozen
 
 
 def _base_weight(name: str, module: Any, to: Format | None, given: Tensor | None) -> Quantized | Tensor:
-    """Return the base weight (out, in) of a merge: the trained weight `given`, or else the layer's own weight."""
+    """Return the base weight (out, in) of a merge: the trained weight `given`, or the weight of the layer."""
     if is_bnb_linear(module):
         return from_bnb(module)[0]
     _require_plain_weight(name, module, to)

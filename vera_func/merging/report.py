@@ -2,8 +2,8 @@
 
     kept = <W' - W, ΔW> / ‖ΔW‖²        error = ‖W' - W - ΔW‖ / ‖ΔW‖
 
-`W` is the base weight, `W'` the merged weight, and `ΔW` the update of `layer`. For the layer's outputs on inputs `X`,
-replace `W' - W` by `(W' - W) X`, and `ΔW` by `ΔW X`.
+`W` is the base weight, `W'` the merged weight, and `ΔW` the update of `layer`. For `output_kept` and `output_error`,
+which compare the layer's outputs on inputs `X`, replace `W' - W` in the formulas by `(W' - W) X`, and `ΔW` by `ΔW X`.
 """
 
 from collections.abc import Mapping

@@ -71,7 +71,7 @@ def adapt(
         int8_activations: Whether 8-bit layers also quantize their inputs, as in LLM.int8(); see `quantized_linear`.
         generator: Source of the random initial vectors, required if `config.init_weights` is False, and ignored
             otherwise.
-        product_dtype: Dtype of the matrix products with the projections, by default `dtype`, as in PEFT without
+        product_dtype: Dtype of the matrix products with the projections. None means `dtype`, as in PEFT without
             autocast. With a 16-bit `product_dtype`, products are computed as in PEFT under autocast; for the rounding
             errors, see `vera_forward`. For many rows, 16-bit products are faster on GPUs, and on CPUs with instructions
             for `product_dtype`. If no gradients are recorded, products of a single row on a CPU are always computed in
