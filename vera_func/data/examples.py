@@ -146,7 +146,7 @@ def demo_examples() -> list[Example]:
 
 
 def num_held_out(count: int, most: int = HELD_OUT) -> int:
-    """The number of examples to hold out of `count` examples: a fifth, at most `most`.
+    """The number of examples to hold out, given their total `count`: a fifth, but no more than `most`.
 
     Example:
         >>> num_held_out(12), num_held_out(9000)

@@ -70,7 +70,7 @@ def harness_models(adapted: Adapted, tokenizer: Any, *, batch_size: int = 1) -> 
     """Return an lm-evaluation-harness `LM` for each adapter of a stack; each forward pass evaluates all adapters.
 
     Args:
-        adapted: A language model with stacked params, such as from `Bank.adapted`.
+        adapted: A language model with stacked params, for example one from `Bank.adapted`.
         tokenizer: The tokenizer of transformers.
         batch_size: Texts per forward pass. With n adapters, a forward pass has `batch_size * n` rows.
 

@@ -59,7 +59,8 @@ class Quantized4bit:
     values; a block may continue in the next row.
 
     Attributes:
-        packed: Two values per byte, of shape (bytes / itemsize, 1), in the storage dtype.
+        packed: The 4-bit values, two per byte, as a tensor of the storage dtype. Its shape is (n, 1), where n is the
+            number of bytes divided by the item size of this dtype.
         absmax: Scale of each block, (blocks,) float32. With double quantization, `absmax` contains uint8 indices into
             `nested.code`.
         nested: Statistics of double-quantized scales, or None without double quantization.

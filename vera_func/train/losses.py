@@ -64,7 +64,7 @@ def next_token_loss(
     bias: Float[Tensor, " vocab"] | None = None,
     chunk_size: int | None = None,
 ) -> TokenLoss:
-    """Sum the negative log-probabilities of the labels of each row, from hidden states and the output head.
+    """Return, for each row, the negative sum of the log-probabilities of its labels.
 
     As in transformers, `labels` are the input ids, with -100 at positions without a target (prompts, padding). The
     hidden state at position `t` predicts the label at position `t + 1`. The head is applied only to positions with a
