@@ -49,7 +49,7 @@ BAD = {
         r"'0\.weight' must .* \(5, 7\), got \(7, 5\)",
     ),
     "an untrained weight by row": (lambda p: p | {"0.weight": torch.ones(3, 5, 7)}, r"'0\.weight' must .* \(5, 7\)"),
-    "rows of another batch": (lambda p: {k: torch.stack([v, v]) for k, v in p.items()}, r"\(2, 5\) .* x \(3, 7\)"),
+    "rows of another batch": (lambda p: {k: torch.stack([v, v]) for k, v in p.items()}, r"\(2, 5\) .* shape \(3, 7\)"),
 }
 
 

@@ -446,7 +446,7 @@ class TestAgreement:
         apply, _, frozen, _ = adapted = build()
         stacked = several(adapted)
         for ids in (tokens(3, 6), tokens(5, 6), tokens(1, 6)):
-            with pytest.raises(ValueError, match=r"lambda_b \(4, 64\) has leading axes \(4,\), .* of x"):
+            with pytest.raises(ValueError, match=r"lambda_b \(4, 64\) has leading axes \(4,\), .* of the first input"):
                 apply(stacked, frozen, input_ids=ids)
         # As many tokens as adapters are no rows.
         with pytest.raises(ValueError, match="leading axes"):

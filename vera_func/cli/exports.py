@@ -45,7 +45,8 @@ def merge_to(
         out: Folder for the merged model.
         calibrate: Labelled examples for a calibrated merge; None means a merge by rounding. A quarter of `calibrate`
             is held out, to measure how many predictions the merge leaves unchanged.
-        prompt: Prompt template with `{text}` for the examples of `calibrate`; None means the template used in training.
+        prompt: Prompt template for the examples of `calibrate`, which must contain `{text}`. None means the template
+            used in training.
 
     Raises:
         ValueError: If the adapter does not fit the model, if `out` is a file or the folder of an adapter or of the base

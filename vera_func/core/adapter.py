@@ -7,7 +7,7 @@ projections `{"vera_A": (r, in), "vera_B": (out, r)}`. A layer may use a slice o
 any callable; this module does not depend on quantization or on `nn.Module`.
 
 In all shapes of the package, `in` and `out` are the sizes of a layer, and `r` is the rank. `*batch` are the leading
-axes of the input `x`, and `*rows` are the leading axes of the adapter vectors. The first axes of `*batch` are `*rows`.
+axes of the input `x`, and `*rows` are the leading axes of the adapter vectors. `*batch` begins with the axes `*rows`.
 For example, if `lambda_b` has shape (rows, out) and `x` has shape (rows, in) or (rows, seq, in), adapter `i` is applied
 to `x[i]`.
 """
@@ -101,10 +101,10 @@ def vera_forward(
 ) -> Float[Tensor, "*batch out"]:
     """Compute the output of an adapted layer, `base_fn(x) + lambda_b * (B (lambda_d * (A x)))`.
 
-    The update costs `r (in + out)` multiply-adds per row of `x`, without forming ΔW. Autograd saves `A x` (r values per
-    row), but not the product with `B`, which the backward pass computes again. As in PEFT, the update is computed in
-    the dtype of the vectors and added to the base output. The sum is cast to the dtype of the base output, and then to
-    the dtype of `x`.
+    The update costs `r * (in + out)` multiply-adds per row of `x`, without forming ΔW. Autograd saves `A x` (r values
+    per row), but not the product with `B`, which the backward pass computes again. As in PEFT, the update is computed
+    in the dtype of the vectors and added to the base output. The sum is cast to the dtype of the base output, and then
+    to the dtype of `x`.
 
     With `product_dtype`, the arithmetic is that of PEFT under `torch.autocast`. Let `h = lambda_d * (A x)`. The matrix
     products `A x` and `B h` take 16-bit inputs, accumulate in float32, and round the result to 16 bits. All other
@@ -169,8 +169,8 @@ def delta_weight(
 ) -> Float[Tensor, "*rows out in"]:
     """Return the dense update `diag(lambda_b) B diag(lambda_d) A`, in the dtype of the vectors.
 
-    The computation costs `r out in` multiply-adds and the memory of an (out, in) tensor. Use `delta_weight` for merging
-    and inspection, not in the forward pass.
+    The computation costs `r * out * in` multiply-adds and the memory of an (out, in) tensor. Use `delta_weight` for
+    merging and inspection, not in the forward pass.
 
     Args:
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r)}`.

@@ -88,7 +88,7 @@ def fold_layer(
     """Convert DVoRA params of a layer to `{"lambda_b": s * lambda_b, "lambda_d": lambda_d, "output_scale": s}`.
 
     The scale s is the magnitude divided by the norm of each row of `W + ΔW`; for a row of zeros, s is the magnitude.
-    The conversion costs `out r²` multiply-adds for each adapter.
+    The conversion costs `out * r²` multiply-adds for each adapter.
 
     Args:
         params: `{"lambda_b": (*rows, out), "lambda_d": (*rows, r), "magnitude": (*rows, out)}`. Rows for which

@@ -8,7 +8,7 @@ of steps, with the given batch size. In total, a sweep processes about twice the
 
 Under torchrun, the first phase shards groups of adapters across ranks, and the second phase shards the micro-batches of
 each step. The option `micro_batches` sets the number of micro-batches and the maximum number of groups. This option
-changes the results by rounding only. The number of ranks does not change the results.
+changes the results only by rounding errors. The number of ranks does not change the results.
 """
 
 from collections.abc import Mapping, Sequence
