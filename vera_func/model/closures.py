@@ -23,9 +23,9 @@ Module = TypeVar("Module", bound=nn.Module)
 def copy_module(root: Module, memo: dict[int, Any]) -> Module:
     """Return `copy.deepcopy(root, memo)`, in which functions refer to the copied modules.
 
-    Attributes that are weak references also refer to the copies. A module that `memo` maps to itself is shared, not
-    copied. Other objects to which a function refers, such as a list to which a hook appends, are shared with the
-    original.
+    In the copy, attributes that are weak references refer to the copied modules, not to the originals. A module that
+    `memo` maps to itself is shared, not copied. Other objects to which a function refers, such as a list to which a
+    hook appends, are shared with the original.
 
     Example:
         >>> def doubled():

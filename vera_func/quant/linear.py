@@ -75,10 +75,13 @@ def quantized_linear(
         raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}.")
     if fused is not None and (isinstance(q, Quantized8bit) or fused.packed.shape != (out_features, in_features // 2)):
         raise ValueError(
-            f"fused {tuple(fused.packed.shape)} is not a copy of the weight {q.shape}: pass fused_weight(q)."
+            f"fused, of shape {tuple(fused.packed.shape)}, was not made from this weight, of shape {q.shape}: pass "
+            "fused_weight(q)."
         )
     if dense is not None and dense.shape != q.shape:
-        raise ValueError(f"dense {tuple(dense.shape)} is not a copy of the weight {q.shape}: pass dequantize(q).")
+        raise ValueError(
+            f"dense must have the shape of the weight, {q.shape}, got {tuple(dense.shape)}: pass dequantize(q)."
+        )
     if leaves[0].is_meta and not x.is_meta:
         raise ValueError(NO_DATA)
     dtype = x.dtype
